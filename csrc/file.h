@@ -1,0 +1,59 @@
+#pragma once
+
+#include <charconv>
+#include <cstddef>
+#include <string>
+#include <utility>
+
+#include <fcntl.h>
+#include <unistd.h>
+
+namespace pepr {
+
+// A file descriptor that closes itself.
+class File {
+public:
+    File() = default;
+    explicit File(const std::string& path) noexcept : fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {}
+    File(File&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+    File& operator=(File&& other) noexcept {
+        std::swap(fd_, other.fd_);
+        return *this;
+    }
+    ~File() {
+        if (fd_ >= 0) ::close(fd_);
+    }
+    explicit operator bool() const noexcept { return fd_ >= 0; }
+    int fd() const noexcept { return fd_; }
+
+    // Reads from the start, as sysfs and procfs want for a fresh value, and terminates the text.
+    // Returns its length, 0 for any failure.
+    std::size_t read(char* text, std::size_t size) const noexcept {
+        const ssize_t n = ::pread(fd_, text, size - 1, 0);
+        text[n > 0 ? n : 0] = '\0';
+        return n > 0 ? static_cast<std::size_t>(n) : 0;
+    }
+
+private:
+    int fd_ = -1;
+};
+
+// A small text file without its trailing newline; empty if it cannot be read.
+inline std::string read_text(const std::string& path) {
+    char text[512];
+    std::string result(text, File(path).read(text, sizeof text));
+    while (!result.empty() && (result.back() == '\n' || result.back() == ' ')) result.pop_back();
+    return result;
+}
+
+// Parses an unsigned decimal number and moves `at` behind it; false if there is none.
+template <typename T>
+bool parse_number(const char*& at, const char* end, T& value) noexcept {
+    while (at < end && *at == ' ') ++at;
+    const auto [next, error] = std::from_chars(at, end, value);
+    if (error != std::errc{}) return false;
+    at = next;
+    return true;
+}
+
+}  // namespace pepr

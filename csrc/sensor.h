@@ -1,0 +1,58 @@
+#pragma once
+
+#include <limits>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace pepr {
+
+constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
+
+// What one recorded number is. A recording must explain itself years later, so whatever a driver
+// knows about the number (zone path, UUID, model) goes into `labels`; interpretation is Python's.
+struct Channel {
+    std::string name;      // unique in its lane and stable across runs, "GPU-1f2e…/energy"
+    std::string quantity;  // "energy", "power", "utilisation", "memory", "cpu_time", "count"
+    std::string unit;      // SI unit of value × scale: "J", "W", "1", "B", "s"
+    double scale = 1.0;    // recorded value × scale = value in `unit`; kept apart to stay exact
+    double modulus = 0.0;  // a counter returns to 0 at this recorded value; 0: never seen to wrap
+    bool counter = false;  // cumulative: only differences mean anything
+    std::string source;    // where it was read, "powercap", "nvml-energy"
+    std::map<std::string, std::string> labels;
+};
+
+// A part of a source that could not be opened while the rest works.
+struct Note {
+    std::string what, why, fix;
+};
+
+class SensorError : public std::runtime_error {
+public:
+    SensorError(const std::string& what, std::string why, std::string hint)
+        : std::runtime_error(what), why(std::move(why)), hint(std::move(hint)) {}
+    std::string why, hint;
+};
+
+// One driver. Construction may throw SensorError, block and allocate; poll may do none of these.
+class Sensor {
+public:
+    virtual ~Sensor() = default;
+
+    // Writes one number a channel to `out`, kUnknown where a read failed.
+    virtual void poll(double* out) noexcept = 0;
+
+    const std::vector<Channel>& channels() const noexcept { return channels_; }
+    const std::vector<Note>& notes() const noexcept { return notes_; }
+
+protected:
+    std::vector<Channel> channels_;
+    std::vector<Note> notes_;
+};
+
+// Opens `kind[:where]`; throws SensorError for an unknown kind or a source that is not there.
+std::unique_ptr<Sensor> open_sensor(const std::string& spec);
+
+}  // namespace pepr
