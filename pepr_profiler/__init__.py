@@ -1,0 +1,48 @@
+"""What a training run cost in energy, time, memory and carbon, and whether it was worth it.
+
+    from pepr_profiler import profile
+
+    with profile("resnet18", experiment="baseline") as run:
+        with run.phase("train"):
+            train()
+        run.log(accuracy=0.91, epoch=3)
+    print(run.summary["energy"]["total_j"])
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pepr_profiler.errors import PeprError, SensorError, TraceError, UsageError
+    from pepr_profiler.pepr import score
+    from pepr_profiler.profiler import Run, profile
+
+__version__ = "0.1.0"
+
+__all__ = ["PeprError", "Run", "SensorError", "TraceError", "UsageError", "profile", "score"]
+
+_HOMES = {
+    "PeprError": "errors",
+    "SensorError": "errors",
+    "TraceError": "errors",
+    "UsageError": "errors",
+    "Run": "profiler",
+    "profile": "profiler",
+    "score": "pepr",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for, when it is asked for: `import pepr_profiler` stays light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pepr_profiler' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"pepr_profiler.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

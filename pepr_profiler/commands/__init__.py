@@ -1,0 +1,76 @@
+"""The command line: one module a verb, imported when it is used. Only here is printed and exited."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from pepr_profiler.errors import PeprError
+
+VERBS = {
+    "run": "Run a command and measure it; `pepr-profile -- CMD…` is short for it.",
+    "report": "Show a recorded run again, computed from its trace.",
+    "compare": "Rank recorded runs by PePR.",
+    "score": "Rank the rows of any table by PePR.",
+    "runs": "List recorded runs, set their metrics.",
+    "sensors": "Say what can be measured here, and why the rest cannot.",
+}
+
+
+class _Verbs(click.Group):
+    """Imports a verb's module when the verb is called, and tells of the others without it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = import_module(f"pepr_profiler.commands.{cmd_name}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="pepr-profiler", prog_name="pepr-profile")
+def cli() -> None:
+    """What a training run cost in energy, time, memory and carbon, and whether it was worth it.
+
+    \b
+    pepr-profile -- python train.py
+    pepr-profile --experiment sizes --metric acc='test acc: ([0-9.]+)' -- python train.py
+    pepr-profile compare --experiment sizes
+    """
+
+
+def complain(text: str) -> None:
+    """Says something on stderr, in the profiler's name."""
+    click.echo(f"pepr-profile: {text}", err=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status (docs/design.md, Contract)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] not in (*VERBS, "-h", "--help", "--version"):
+        arguments = ["run", *arguments]
+    try:
+        result = cli.main(arguments or ["--help"], prog_name="pepr-profile", standalone_mode=False)
+    except PeprError as error:
+        complain(str(error))
+        return error.status
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        complain("interrupted")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away, as `| head` does
+        return 141
+    return result if isinstance(result, int) else 0

@@ -1,0 +1,402 @@
+"""Performance figures of a command: searched in its output, read from the files it wrote.
+
+    metrics = Metrics(["accuracy=test acc: ([0-9.]+)"], ["results.json:test.f1:f1"])
+    relay = Relay(metrics.feed) if metrics.has_patterns else None
+    …                                # while the child runs, on every tick:
+    for point in metrics.take(): …   # every match in order: a curve; the last one counts
+    …                                # after it has ended:
+    warnings = metrics.finish()      # then take() once more
+
+A request that cannot work raises UsageError in the constructor, before anything starts. Whatever
+goes wrong later is a warning {"code", "text", "hint"}: a missing figure never costs the run.
+Imported only when a metric is asked for (`re` costs the child's start some milliseconds).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import stat
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pepr_profiler.errors import UsageError
+
+_NAME = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
+# ECMA-48: control sequences (colour, cursor), operating-system commands (title, links), the rest.
+_ESCAPES = re.compile(
+    rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\^-~])"
+)
+# A child that never ends its line must not grow our memory; the end of the line is kept.
+_LINE_BYTES = 64 * 1024
+
+_PATTERN_FIX = "--metric accuracy='test acc: ([0-9.]+)'"
+_FILE_FIX = "--metric-file results.json:accuracy, or FILE:KEY:NAME"
+
+
+@dataclass(frozen=True)
+class MetricPoint:
+    """One value of one metric, at `t_ns` on CLOCK_MONOTONIC."""
+
+    t_ns: int
+    name: str
+    value: float
+
+
+class Metrics:
+    """The metrics asked for on the command line, and their values as they appear.
+
+    `feed` may be called from several threads at once, `take` from another.
+    """
+
+    def __init__(self, patterns: Sequence[str], files: Sequence[str] = ()) -> None:
+        """Parse NAME=REGEX and FILE:KEY[:NAME]; call it before the child starts.
+
+        What the files are now is remembered: one that the run leaves as it was is stale.
+        """
+        self._patterns = [_Pattern(text) for text in patterns]
+        self._files = [_MetricFile(text) for text in files]
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise UsageError(
+                    f"metric {name!r} is asked for {self.names.count(name)} times",
+                    why="only one value can be the run's",
+                    fix="give each its own NAME, or join the patterns: (?:one|other): ([0-9.]+)",
+                )
+        self._points: deque[MetricPoint] = deque()
+        self._lines: dict[int, _Lines] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> list[str]:
+        """The names asked for, patterns first."""
+        return [p.name for p in self._patterns] + [f.name for f in self._files]
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether the child's output must be read."""
+        return bool(self._patterns)
+
+    def feed(self, channel: int, data: bytes, t_ns: int) -> None:
+        """Search the lines that `data`, read at `t_ns`, completes on `channel`."""
+        with self._lock:
+            if channel not in self._lines:
+                self._lines[channel] = _Lines()
+            for line in self._lines[channel].split(data, t_ns):
+                self._search(line)
+
+    def take(self) -> list[MetricPoint]:
+        """The values found since the last call, in order."""
+        points = []
+        while self._points:
+            points.append(self._points.popleft())
+        return points
+
+    def finish(self) -> list[dict[str, str]]:
+        """Search what has no line end, read the files; the warnings of everything that failed."""
+        with self._lock:
+            for lines in self._lines.values():
+                for line in lines.rest():
+                    self._search(line)
+        warnings = [warning for pattern in self._patterns for warning in pattern.warnings()]
+        for file in self._files:
+            try:
+                value = file.read()
+            except _UnusableError as problem:
+                warnings.append(problem.warning)
+            else:
+                self._points.append(MetricPoint(time.monotonic_ns(), file.name, value))
+        return warnings
+
+    def _search(self, line: _Line) -> None:
+        for pattern in self._patterns:
+            for value in pattern.values(line):
+                self._points.append(MetricPoint(line.t_ns, pattern.name, value))
+
+
+class _Line(NamedTuple):
+    text: str
+    t_ns: int
+    cut: bool = False  # its beginning was too long ago to be kept
+
+
+class _Lines:
+    """Bytes in, lines out: ended by \\n or \\r, without escape sequences, of bounded length."""
+
+    def __init__(self) -> None:
+        self._open = bytearray()
+        self._t_ns = 0
+        self._cut = False
+
+    def split(self, data: bytes, t_ns: int) -> Iterator[_Line]:
+        """The lines that end in `data`; what follows the last end stays open."""
+        first, *others = data.replace(b"\r", b"\n").split(b"\n")
+        self._extend(first, t_ns)
+        if not others:
+            return
+        yield from self.rest()
+        last = others.pop()
+        for whole in others:
+            if whole:
+                yield _Line(_plain_text(whole), t_ns)
+        self._extend(last, t_ns)
+
+    def rest(self) -> Iterator[_Line]:
+        """The open line, if there is one, as if it had ended."""
+        if self._open:
+            yield _Line(_plain_text(bytes(self._open)), self._t_ns, self._cut)
+        self._open.clear()
+        self._cut = False
+
+    def _extend(self, part: bytes, t_ns: int) -> None:
+        if not part:  # a progress bar starts with \r: its line is as old as its last character
+            return
+        self._open += part
+        self._t_ns = t_ns
+        if len(self._open) > _LINE_BYTES:
+            del self._open[:-_LINE_BYTES]
+            self._cut = True
+
+
+def _plain_text(line: bytes) -> str:
+    if b"\x1b" in line:
+        line = _ESCAPES.sub(b"", line)
+    return line.decode("utf-8", "replace")
+
+
+class _Pattern:
+    """NAME=REGEX; the value is group 1 if there is a group, else the whole match."""
+
+    def __init__(self, text: str) -> None:
+        name, equals, regex = text.partition("=")
+        if not equals or not regex:
+            raise UsageError(
+                f"cannot read --metric {text!r}",
+                why="it is not NAME=REGEX",
+                fix=_PATTERN_FIX,
+            )
+        self.name = _checked_name(name, f"--metric {text!r}", fix=_PATTERN_FIX)
+        try:
+            self._regex = re.compile(regex)
+        except (re.error, RecursionError, OverflowError) as error:
+            at = getattr(error, "pos", None)
+            raise UsageError(
+                f"the pattern of metric {name!r} does not compile",
+                why=f"{getattr(error, 'msg', error)}"
+                + ("" if at is None else f", here:\n  {regex}\n  {' ' * at}^"),
+                fix="correct it, in single quotes so that the shell leaves it alone: "
+                + _PATTERN_FIX,
+            ) from error
+        if self._regex.groups > 1:
+            raise UsageError(
+                f"the pattern of metric {name!r} has {self._regex.groups} groups",
+                why="which of them holds the value cannot be told",
+                fix="put (?:…) for (…) around everything but the value",
+            )
+        self._matches = 0
+        self._rejected = 0
+        self._rejected_text = ""
+
+    def values(self, line: _Line) -> Iterator[float]:
+        for match in self._regex.finditer(line.text):
+            if line.cut and match.start() == 0:
+                continue  # the first digits may be those that were not kept
+            self._matches += 1
+            text = match[self._regex.groups]
+            value = _number(text)
+            if value is None:
+                self._rejected += 1
+                self._rejected_text = text or ""
+            else:
+                yield value
+
+    def warnings(self) -> Iterator[dict[str, str]]:
+        if not self._matches:
+            yield {
+                "code": "metric-never-matched",
+                "text": f"metric {self.name!r} was never found in the command's output: "
+                f"no line matches {self._regex.pattern!r}",
+                "hint": f"set it afterwards: pepr-profile runs set RUN {self.name}=VALUE",
+            }
+        if self._rejected:
+            yield {
+                "code": "metric-not-a-number",
+                "text": f"metric {self.name!r}: {self._rejected} of {self._matches} matches are "
+                f"not a finite number, the last one {self._rejected_text[:80]!r}",
+                "hint": "put a group around the number alone: " + _PATTERN_FIX,
+            }
+
+
+class _UnusableError(Exception):
+    """A metric file that gives no value, with the warning to show."""
+
+    def __init__(self, code: str, text: str, hint: str) -> None:
+        super().__init__(text)
+        self.warning = {"code": code, "text": text, "hint": hint}
+
+
+class _MetricFile:
+    """FILE:KEY[:NAME]; JSON, JSON lines, CSV (.csv, .tsv) as written by the run.
+
+    KEY is a column of a table, or a dotted path into JSON (`test.acc`, `history.-1.loss`); a key
+    that contains dots itself is found too. Of lines and rows, the last one with a value counts.
+    """
+
+    def __init__(self, text: str) -> None:
+        parts = text.split(":")
+        if not 2 <= len(parts) <= 3 or not all(parts):
+            raise UsageError(
+                f"cannot read --metric-file {text!r}",
+                why="it is not FILE:KEY or FILE:KEY:NAME",
+                fix=_FILE_FIX,
+            )
+        self.path = Path(parts[0]).absolute()
+        self.key = parts[1]
+        self.name = _checked_name(parts[-1], f"--metric-file {text!r}", fix=_FILE_FIX)
+        self._before = self._fingerprint()
+
+    def _fingerprint(self) -> tuple[int, ...] | None:
+        # Compared with itself only, so that the clock of a file server does not matter.
+        try:
+            now = self.path.stat()
+        except OSError:
+            return None
+        return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+
+    def read(self) -> float:
+        """The value; raises _UnusableError with the reason."""
+        hint = f"set it afterwards: pepr-profile runs set RUN {self.name}=VALUE"
+        try:
+            # O_NONBLOCK: opening a FIFO would wait for a writer that may never come.
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            with open(descriptor, encoding="utf-8-sig", newline="") as file:  # noqa: PTH123
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise OSError(0, "it is not a regular file")
+                if self._before is not None and self._fingerprint() == self._before:
+                    raise _UnusableError(
+                        "metric-file-stale",
+                        f"{self.path} is older than this run, which did not write it: "
+                        f"its {self.key!r} is not used",
+                        hint,
+                    )
+                text = file.read()
+        except FileNotFoundError:
+            raise _UnusableError(
+                "metric-file-missing",
+                f"the run left no {self.path} to read {self.name!r} from",
+                "give the path as seen from where pepr-profile starts; " + hint,
+            ) from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise _UnusableError(
+                "metric-file-unreadable", f"{self.path} cannot be read: {reason}", hint
+            ) from error
+        try:
+            found = self._look_up(text)
+        except KeyError as error:
+            raise _UnusableError(
+                "metric-key-missing",
+                f"{self.path} has no value for {self.key!r}; it has {error.args[0]}",
+                f"name one of those: --metric-file {self.path.name}:KEY:{self.name}",
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise _UnusableError(
+                "metric-file-malformed",
+                f"{self.path} is not what its name or beginning promises: {error}",
+                "write JSON, JSON lines, .csv or .tsv; " + hint,
+            ) from error
+        value = _number(found)
+        if value is None:
+            raise _UnusableError(
+                "metric-not-a-number",
+                f"{self.key!r} in {self.path} is not a finite number: {str(found)[:80]!r}",
+                hint,
+            )
+        return value
+
+    def _look_up(self, text: str) -> Any:
+        """The value of the key; KeyError(what there is instead), ValueError where malformed."""
+        if self.path.suffix in (".csv", ".tsv"):
+            return self._look_up_in_table(text)
+        import json
+
+        lines = [line for line in text.split("\n") if line.strip()]
+        try:
+            return _at_path(json.loads(text), self.key.split("."))
+        except json.JSONDecodeError:
+            if len(lines) < 2 or not lines[-1].startswith("{"):
+                raise
+        known = ""
+        for line in reversed(lines):
+            try:
+                return _at_path(json.loads(line), self.key.split("."))
+            except KeyError as error:
+                known = known or error.args[0]
+        raise KeyError(known)
+
+    def _look_up_in_table(self, text: str) -> str:
+        import csv
+        import io
+
+        delimiter = "\t" if self.path.suffix == ".tsv" else ","
+        try:
+            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        except csv.Error as error:
+            raise ValueError(str(error)) from error
+        header = rows.pop(0) if rows else []
+        if self.key not in header:
+            raise KeyError("the columns " + ", ".join(header))
+        column = header.index(self.key)
+        for row in reversed(rows):
+            if column < len(row) and row[column].strip():
+                return row[column]
+        raise KeyError("no row with one")
+
+
+def _at_path(tree: Any, path: Sequence[str]) -> Any:
+    """Follow a dotted path into lists and dicts; KeyError says what the last level offers."""
+    if not path:
+        return tree
+    if isinstance(tree, list):
+        try:
+            return _at_path(tree[int(path[0])], path[1:])
+        except (ValueError, IndexError):
+            raise KeyError(f"a list of {len(tree)} there") from None
+    if not isinstance(tree, dict):
+        raise KeyError(f"no more below {str(tree)[:40]!r}")
+    missing = KeyError("the keys " + ", ".join(list(tree)[:20]) if tree else "no keys")
+    for length in range(len(path), 0, -1):  # a key may contain dots itself: the longest first
+        key = ".".join(path[:length])
+        if key in tree:
+            try:
+                return _at_path(tree[key], path[length:])
+            except KeyError as error:
+                missing = error
+    raise missing
+
+
+def _number(value: Any) -> float | None:
+    """A finite float, or None: true, "95 %", "nan" and lists are no values of a metric."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _checked_name(name: str, where: str, *, fix: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot name a metric, in {where}",
+            why="a name is a letter or _, then letters, digits and _ . / -",
+            fix=fix,
+        )
+    return name

@@ -1,0 +1,648 @@
+"""A recording in progress, and the `with` block that makes one from inside a program."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import itertools
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pepr_profiler import _core
+from pepr_profiler.errors import SensorError, TraceError, UsageError
+from pepr_profiler.store import Store
+from pepr_profiler.trace import EventWriter, Lane, LaneWriter, describe, read_run, write_json
+
+if TYPE_CHECKING:
+    from pepr_profiler.carbon import GridIntensity
+
+RUN_DIR_VARIABLE = "PEPR_RUN_DIR"
+"""Names the run that a process is already part of; `profile()` joins it."""
+
+_DETECTED = ("nvml", "powercap")
+_PERIOD_NS = {"powercap": 20_000_000, "nvml": 50_000_000, "processes": 100_000_000}
+_OTHER_PERIOD_NS = 20_000_000
+_OPEN_TIMEOUT_S = 5.0  # waking an NVIDIA driver without persistence mode takes 1-3 s a GPU
+_STOP_TIMEOUT_S = 1.0
+_FLUSH_S = 0.5
+
+Missing = dict[str, str]
+Warn = Callable[[str, str, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a recording is asked to be. `period_ns` None: each driver's own."""
+
+    name: str
+    experiment: str | None = None
+    job: str | None = None
+    store: Path | None = None
+    sensors: tuple[str, ...] = ()
+    period_ns: int | None = None
+    intensity: GridIntensity | None = None
+    pue: float = 1.0
+    cpu_power: str | None = None
+    performance: str | None = None
+
+
+class Recorder:
+    """Lanes, their files and the facts of one run, from the first sample to the summary.
+
+    `root` is "children" for a wrapper, which does not charge itself to its child, and "self" for a
+    program that profiles itself. Everything is done by the caller's thread except sampling.
+    """
+
+    def __init__(
+        self, options: Options, *, root: str, command: Sequence[str], warn: Warn | None = None
+    ) -> None:
+        self.options = options
+        self.command = list(command)
+        self.warnings: list[dict[str, str]] = []
+        self.missing: list[Missing] = []
+        self.directory = Path()
+        self._warn = warn
+        self._pid = os.getpid()
+        self._window_ns: list[int | None] = [None, None]
+        self._clock = [_clock_pair()]
+        self._writers: dict[str, LaneWriter] = {}
+        self._events: EventWriter | None = None
+        self._full = False
+        self._dropped = 0
+        self._sampler_facts: dict[str, float] | None = None
+        self._exit: dict[str, Any] | None = None
+        self._complete = False
+        specs = [*(options.sensors or _DETECTED), f"processes:{root}"]
+        self._samplers = {
+            name: _core.Sampler(spec, self._period_ns(spec)) for name, spec in _lane_names(specs)
+        }
+        self._specs = dict(_lane_names(specs))
+
+    # --- the life of a recording ---
+
+    def open(self) -> None:
+        """Makes the run directory and waits until the lanes sample.
+
+        Raises SensorError for a sensor that was asked for and is not there. A detected one that is
+        absent goes to `missing`; one that is slow to open joins when it is ready.
+        """
+        self.directory = self._make_directory()
+        deadline = time.monotonic() + _OPEN_TIMEOUT_S
+        for name in list(self._samplers):
+            if not self._ready(name, max(0.0, deadline - time.monotonic())):
+                self.add_warning(
+                    "slow-sensor",
+                    f"{self._specs[name]} is still opening after {_OPEN_TIMEOUT_S:.0f} s; "
+                    "the run starts without it",
+                    "it joins when it is ready; NVIDIA: sudo nvidia-smi -pm 1",
+                )
+
+    def begin(self, t_ns: int) -> None:
+        """The measured window begins; from here on the run is on disk."""
+        self._window_ns[0] = t_ns
+        self._write_run()
+
+    def flush(self) -> None:
+        """Moves what was sampled since the last flush to disk."""
+        if self._pid != os.getpid():
+            return
+        for name, sampler in list(self._samplers.items()):
+            if name not in self._writers and not self._open_writer(name):
+                continue
+            writer = self._writers[name]
+            while (rows := sampler.read()) is not None:
+                writer.write(*rows[1:])
+        error = next((w.error for w in self._writers.values() if w.error is not None), None)
+        if error is not None and not self._full:
+            self.add_warning(
+                "disk-full",
+                f"the recording cannot be written to {self.directory}: {error.strerror or error}; "
+                "the program runs on",
+                "free some space: what is pending is kept in memory for a while",
+            )
+        self._full = error is not None
+
+    def close(
+        self, end_ns: int, *, exit_code: int | None, exit_facts: dict[str, Any] | None = None
+    ) -> None:
+        """Takes the last samples, ends the lanes and completes the files."""
+        self._window_ns[1] = end_ns
+        self._exit = {**(exit_facts or {}), "code": exit_code}
+        for name, sampler in self._samplers.items():
+            if not sampler.stop(_STOP_TIMEOUT_S):
+                self.add_warning(
+                    "hung-sensor",
+                    f"{self._specs[name]} did not answer for {_STOP_TIMEOUT_S:.0f} s; its lane ends early",
+                    "see dmesg for its driver",
+                )
+        self.flush()
+        if self._events is not None:
+            self._events.close()
+        stats = [sampler.stats() for sampler in self._samplers.values()]
+        for writer in self._writers.values():
+            writer.close()
+            self._dropped += writer.dropped_rows
+        if self._dropped:
+            self.add_warning(
+                "rows-lost",
+                f"{self._dropped} samples could not be written; "
+                "counters keep their energy across the hole, power readings do not",
+                f"free space at {self.directory}",
+            )
+        self._clock.append(_clock_pair())
+        self._sampler_facts = {
+            "cpu_s": sum(s["cpu_s"] for s in stats) + self._own_cpu_s(),
+            "dropped": int(sum(s["lost"] for s in stats)) + self._dropped,
+            "late": int(sum(s["late"] for s in stats)),
+        }
+        self._write_run()
+
+    def summarise(self) -> dict[str, Any]:
+        """The finished run's summary, also written to its run.json."""
+        from pepr_profiler.summary import summarise
+
+        self._complete = True
+        summary = {**summarise(self.directory), "complete": True}
+        try:
+            write_json(self.directory / "run.json", summary)
+        except OSError as error:
+            self._unwritable("run.json", error)
+            summary["warnings"] = [*summary["warnings"], self.warnings[-1]]
+        return summary
+
+    def discard(self) -> None:
+        """Ends the lanes of a run that never began and leaves nothing behind."""
+        import shutil
+
+        for sampler in self._samplers.values():
+            sampler.stop(_STOP_TIMEOUT_S)
+        for writer in self._writers.values():
+            writer.close()
+        if self.directory != Path():
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def log(self, name: str, value: float, *, t_ns: int) -> None:
+        """Records one value of a metric that was seen at `t_ns`."""
+        if self._events is None:
+            self._events = EventWriter(self.directory)
+        self._events.metrics({name: value}, t_ns=t_ns)
+
+    def add_warning(self, code: str, text: str, hint: str) -> None:
+        """Notes a warning for the summary, and says it at once where somebody listens."""
+        self.warnings.append({"code": code, "text": text, "hint": hint})
+        if self._warn is not None:
+            self._warn(code, text, hint)
+
+    # --- parts ---
+
+    def _period_ns(self, spec: str) -> int:
+        kind = spec.split(":")[0]
+        if self.options.period_ns is not None and kind != "processes":
+            return self.options.period_ns
+        return _PERIOD_NS.get(kind, _OTHER_PERIOD_NS)
+
+    def _ready(self, name: str, timeout_s: float) -> bool:
+        """False: still opening. A sensor that failed is removed, or raised if it was asked for."""
+        sampler = self._samplers[name]
+        try:
+            if not sampler.wait_ready(timeout_s):
+                return False
+        except SensorError as error:
+            if self.options.sensors and not self._window_ns[0]:
+                raise
+            del self._samplers[name]
+            self.missing.append({"what": error.what, "why": error.why, "fix": error.fix})
+            return True
+        self.missing += [{"what": n.what, "why": n.why, "fix": n.fix} for n in sampler.notes]
+        return True
+
+    def _open_writer(self, name: str) -> bool:
+        sampler = self._samplers[name]
+        if sampler.state == "opening":
+            return False
+        if self._window_ns[0] and sampler.state == "failed":
+            self._ready(name, 0.0)
+            return False
+        spec = self._specs[name]
+        lane = Lane(name, spec, self._period_ns(spec), describe(sampler.channels))
+        try:
+            self._writers[name] = LaneWriter(self.directory, lane)
+        except OSError as error:
+            self._unwritable(f"{name}.arrows", error)
+            return False
+        return True
+
+    def _make_directory(self) -> Path:
+        store = Store(self.options.store)
+        try:
+            return store.create(self.options.name)
+        except OSError as error:
+            # The command must run all the same, and what it cost must not be lost.
+            fallback = Path(tempfile.mkdtemp(prefix="pepr-"))
+            self.add_warning(
+                "store-unwritable",
+                f"the store {store.path} cannot be written: {error.strerror or error}; "
+                f"this run is kept in {fallback} instead",
+                f"give --store DIR (or PEPR_STORE) that you may write, and move {fallback} to its runs/",
+            )
+            return Store(fallback).create(self.options.name)
+
+    def _unwritable(self, name: str, error: OSError) -> None:
+        text = f"{self.directory / name} cannot be written: {error.strerror or error}"
+        if all(warning["text"] != text for warning in self.warnings):
+            self.add_warning("unwritable", text, "free some space or check the permissions")
+
+    def _own_cpu_s(self) -> float:
+        """CPU time of a wrapper besides its lanes: start-up, flushes. A program's own is its job's."""
+        if self._specs["processes"] != "processes:children":
+            return 0.0
+        lanes_s = sum(sampler.stats()["cpu_s"] for sampler in self._samplers.values())
+        return max(0.0, time.process_time() - lanes_s)
+
+    def _write_run(self) -> None:
+        options = self.options
+        run = {
+            "schema": 1,
+            "run_id": self.directory.name,
+            "job": options.job,
+            "name": options.name,
+            "experiment": options.experiment,
+            "command": self.command,
+            "host": socket.gethostname(),
+            "boot_id": _read_line("/proc/sys/kernel/random/boot_id"),
+            "clock": self._clock,
+            "started_at": _iso(self._clock[0], self._window_ns[0]),
+            "exit_code": self._exit["code"] if self._exit else None,
+            "signal": self._exit.get("signal") if self._exit else None,
+            "complete": self._complete,
+            "missing": self.missing,
+            "recording": {
+                "window_ns": self._window_ns,
+                "profiler_pid": self._pid,
+                "cpu": _cpu_identity(),
+                "options": {
+                    "intensity": asdict(options.intensity) if options.intensity else None,
+                    "pue": options.pue,
+                    "cpu_power": options.cpu_power,
+                    "performance": options.performance,
+                },
+                "exit": self._exit,
+                "sampler": self._sampler_facts,
+                "warnings": self.warnings,
+            },
+        }
+        try:
+            write_json(self.directory / "run.json", run)
+        except OSError as error:
+            self._unwritable("run.json", error)
+
+
+def _lane_names(specs: Sequence[str]) -> list[tuple[str, str]]:
+    """A lane is called after its driver; a second one of the same kind gets a number."""
+    names: list[tuple[str, str]] = []
+    for spec in specs:
+        kind = spec.split(":")[0]
+        taken = sum(name.split("-")[0] == kind for name, _ in names)
+        names.append((f"{kind}-{taken + 1}" if taken else kind, spec))
+    return names
+
+
+def _clock_pair() -> dict[str, int]:
+    return {"t_ns": time.monotonic_ns(), "unix_ns": time.time_ns()}
+
+
+def _iso(clock: dict[str, int], t_ns: int | None) -> str:
+    from datetime import datetime, timezone
+
+    unix_ns = clock["unix_ns"] + ((t_ns or clock["t_ns"]) - clock["t_ns"])
+    return datetime.fromtimestamp(unix_ns / 1e9, timezone.utc).isoformat(timespec="milliseconds")
+
+
+def _read_line(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+@functools.cache
+def _cpu_identity() -> dict[str, Any]:
+    from pepr_profiler.modelled import read_cpu_identity
+
+    return asdict(read_cpu_identity())
+
+
+# --- inside a program ----------------------------------------------------------------------------
+
+_current_phase: contextvars.ContextVar[int | None] = contextvars.ContextVar("phase", default=None)
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class Run:
+    """A profiled block: marks phases, logs metrics, knows its energy. Made by `profile()`."""
+
+    def __init__(self, options: Options, *, synchronise: bool) -> None:
+        self._options = options
+        self._synchronise = synchronise
+        self._recorder: Recorder | None = None
+        self._events: EventWriter | None = None
+        self._numbers = itertools.count(1)
+        self._block: Phase | None = None
+        self._window_ns: tuple[int, int | None] = (0, None)
+        self._summary: dict[str, Any] | None = None
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._pid = 0
+        self.directory = Path()
+
+    @property
+    def run_id(self) -> str:
+        """The id of the run that this block belongs to."""
+        return self.directory.name
+
+    @property
+    def joined(self) -> bool:
+        """Whether the block is part of a run that somebody else records."""
+        return self._recorder is None
+
+    def __enter__(self) -> Run:
+        if self._events is not None:
+            raise UsageError(
+                "this profile() block has been entered already",
+                why="a run happens once",
+                fix="call profile() again for a new run",
+            )
+        self._pid = os.getpid()
+        outer = _outer_run()
+        if outer is None:
+            self._record()
+        else:
+            self.directory = outer
+        self._events = EventWriter(self.directory)
+        self._window_ns = (time.monotonic_ns(), None)
+        if outer is not None:
+            self._block = self.phase(self._options.name)
+            self._block.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pid != os.getpid() or self._events is None:
+            return  # a forked child leaves the block that its parent is still in
+        if self._block is not None:
+            self._block.__exit__(kind, error, trace)
+        self._window_ns = (self._window_ns[0], time.monotonic_ns())
+        self._events.close()
+        if self._recorder is not None:
+            self._finish(failed=error is not None)
+
+    def phase(self, name: str) -> Phase:
+        """A named part of the run: `with run.phase("train"):`, or a decorator. Phases nest."""
+        return Phase(self, name)
+
+    def log(self, **metrics: Any) -> None:
+        """Records numbers that hold from now on; a name's last value is the run's.
+
+        Accepts anything that `float()` takes (a torch or NumPy scalar too). Raises UsageError for
+        what is not a number.
+        """
+        if self._events is None:
+            raise UsageError(
+                "run.log() outside the block",
+                why="the run has not begun",
+                fix="use it inside `with profile(...) as run:`",
+            )
+        self._events.metrics({name: _number(name, value) for name, value in metrics.items()})
+
+    @property
+    def energy_j(self) -> float | None:
+        """The job's energy so far, J; None while it is unknown.
+
+        Computed from the recording, so it costs milliseconds (more for a long run): read it once
+        an epoch, not once a batch. In a joined run it may trail by the outer flush, 1 s at most.
+        """
+        total_j = self._summarise(until_ns=time.monotonic_ns())["energy"]["total_j"]
+        return None if total_j is None else float(total_j)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The run's summary (docs/design.md, Contract), after the block has ended.
+
+        Of a joined run: the outer run's figures over this block.
+        """
+        if self._summary is None:
+            end_ns = self._window_ns[1]
+            if end_ns is None:
+                raise UsageError(
+                    "there is no summary yet",
+                    why="the block has not ended",
+                    fix="read run.energy_j inside the block, run.summary after it",
+                )
+            _wait_for_rows(self.directory, end_ns)
+            self._summary = self._summarise(until_ns=end_ns)
+        return self._summary
+
+    def _summarise(self, *, until_ns: int) -> dict[str, Any]:
+        from pepr_profiler.summary import summarise
+
+        self._flush()
+        return summarise(self.directory, since_ns=self._window_ns[0], until_ns=until_ns)
+
+    def _record(self) -> None:
+        recorder = Recorder(self._options, root="self", command=[sys.executable, *sys.argv])
+        try:
+            recorder.open()
+        except SensorError:
+            recorder.discard()
+            raise
+        recorder.begin(time.monotonic_ns())
+        self._recorder, self.directory = recorder, recorder.directory
+        os.environ[RUN_DIR_VARIABLE] = str(recorder.directory)
+        self._thread = threading.Thread(target=self._keep_flushing, name="pepr-flush", daemon=True)
+        self._thread.start()
+
+    def _keep_flushing(self) -> None:
+        while not self._stop.wait(_FLUSH_S):
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._recorder is not None and self._pid == os.getpid() and not self._stop.is_set():
+            with self._lock:
+                self._recorder.flush()
+
+    def _finish(self, *, failed: bool) -> None:
+        recorder, end_ns = self._recorder, self._window_ns[1]
+        assert recorder is not None and end_ns is not None and self._thread is not None
+        self._stop.set()
+        self._thread.join()
+        if os.environ.get(RUN_DIR_VARIABLE) == str(recorder.directory):
+            del os.environ[RUN_DIR_VARIABLE]
+        recorder.close(end_ns, exit_code=1 if failed else 0)
+        for warning in recorder.warnings:
+            warnings.warn(f"pepr: {warning['text']} ({warning['hint']})", stacklevel=3)
+        self._summary = recorder.summarise()
+
+
+class Phase:
+    """A named part of a run, as a context manager or a decorator; see `Run.phase`."""
+
+    __slots__ = ("_name", "_number", "_run", "_token")
+
+    def __init__(self, run: Run, name: str) -> None:
+        self._run = run
+        self._name = name
+        self._number = 0
+
+    def __enter__(self) -> Phase:
+        run = self._run
+        if run._events is None:
+            raise UsageError(
+                f"phase '{self._name}' outside the block",
+                why="the run has not begun",
+                fix="use it inside `with profile(...) as run:`",
+            )
+        if run._synchronise:
+            _synchronise_cuda()
+        self._number = next(run._numbers)
+        run._events.begin(json.dumps(self._name), self._number, _current_phase.get())
+        self._token = _current_phase.set(self._number)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        run = self._run
+        if run._synchronise:
+            _synchronise_cuda()
+        assert run._events is not None
+        run._events.end(self._number)
+        _current_phase.reset(self._token)
+
+    def __call__(self, function: _F) -> _F:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with Phase(self._run, self._name):  # a fresh one: calls may nest or run in threads
+                return function(*args, **kwargs)
+
+        return wrapper  # type: ignore[return-value]
+
+
+def profile(
+    name: str,
+    *,
+    experiment: str | None = None,
+    store: str | os.PathLike[str] | None = None,
+    sensors: Sequence[str] = (),
+    period_s: float | None = None,
+    region: str | None = None,
+    carbon_intensity: float | None = None,
+    pue: float = 1.0,
+    cpu_power: str | None = None,
+    performance: str | None = None,
+    synchronise: bool = True,
+) -> Run:
+    """Profiles a `with` block: `with profile("resnet18") as run:`.
+
+    Inside a program that `pepr-profile` wraps (or another block) it joins that run: its phases and
+    metrics land there and nothing is sampled twice; the other arguments are then the outer run's.
+    Where torch is loaded and uses CUDA, phase edges wait for the GPU unless `synchronise` is False.
+    Raises UsageError or SensorError before anything starts.
+    """
+    if not name:
+        raise UsageError("a run needs a name", why="name is empty", fix='profile("resnet18")')
+    options = Options(
+        name=name,
+        experiment=experiment,
+        store=Path(store) if store is not None else None,
+        sensors=tuple(sensors),
+        period_ns=None if period_s is None else round(period_s * 1e9),
+        intensity=intensity_of(region, carbon_intensity),
+        pue=pue,
+        cpu_power=cpu_power,
+        performance=performance,
+    )
+    return Run(options, synchronise=synchronise)
+
+
+def intensity_of(region: str | None, carbon_intensity: float | None) -> GridIntensity | None:
+    """The grid intensity that was asked for. Raises UsageError if it is unknown or asked for twice."""
+    if region is None and carbon_intensity is None:
+        return None
+    from pepr_profiler.carbon import GridIntensity, lookup
+
+    if region is not None and carbon_intensity is not None:
+        raise UsageError(
+            "both a region and a carbon intensity are given",
+            why="either says how much carbon a kWh costs",
+            fix="keep one of --region and --carbon-intensity",
+        )
+    if carbon_intensity is not None:
+        return GridIntensity.given(carbon_intensity)
+    assert region is not None
+    return lookup(region)
+
+
+def _outer_run() -> Path | None:
+    """The unfinished run that this process is part of, if any."""
+    value = os.environ.get(RUN_DIR_VARIABLE)
+    if not value:
+        return None
+    directory = Path(value)
+    try:
+        return None if read_run(directory)["complete"] else directory
+    except TraceError:
+        return None
+
+
+def _wait_for_rows(directory: Path, t_ns: int) -> None:
+    """Waits, 2 s at most, until the outer profiler has flushed what was sampled up to `t_ns`."""
+    from pepr_profiler.trace import LaneReader
+
+    deadline = time.monotonic() + 2.0
+    while time.monotonic() < deadline:
+        try:
+            last = [int(batch.t_ns[-1]) for batch in LaneReader(directory, "processes")]
+        except TraceError:
+            last = []
+        if last and last[-1] >= t_ns:
+            return
+        time.sleep(0.05)
+
+
+def _number(name: str, value: Any) -> float | int:
+    if isinstance(value, bool | int | float):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"metric {name}={value!r} is not a number",
+            why=f"it is a {type(value).__name__}",
+            fix="log a number, or a scalar tensor or array",
+        ) from None
+
+
+def _synchronise_cuda() -> None:
+    """Waits for the GPU if the program uses it: a phase would else end before its work does."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

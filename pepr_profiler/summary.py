@@ -1,0 +1,437 @@
+"""From a run directory to its summary: the one place where a run's numbers are put together.
+
+Everything is computed from what is on disk, so that `report` on an old recording gives what `run`
+printed, or better once the methods are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pepr_profiler import carbon as carbon_model
+from pepr_profiler import modelled
+from pepr_profiler.attribution import (
+    Activity,
+    Shares,
+    modelled_curves,
+    read_activity,
+    share,
+)
+from pepr_profiler.energy import Curve, find_sources, integrate, uncertainty_j
+from pepr_profiler.errors import TraceError
+from pepr_profiler.trace import Batch, LaneReader, Phase, read_events, read_lanes, read_run
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TRACE_BUCKETS = 48
+"""Points of the power-over-time line in a summary."""
+
+_GAP_S = 1.0
+"""Without a reading for longer than this (and 10 periods) a lane has a gap worth telling."""
+
+_STALL_S = 5.0
+"""A device that computes changes its energy counter far more often than this."""
+
+
+def summarise(
+    directory: Path, *, since_ns: int | None = None, until_ns: int | None = None
+) -> dict[str, Any]:
+    """The summary of a run directory (docs/design.md, Contract), finished or not.
+
+    `since_ns` and `until_ns` narrow the window, for a part of a run or a look at one in progress.
+    Raises TraceError if the directory is not a recording.
+    """
+    run = read_run(directory)
+    facts = run["recording"]
+    readers = read_lanes(directory)
+    events = read_events(directory)
+    begin_ns, end_ns = _window(facts, readers, since_ns, until_ns)
+    phases = [_clip(phase, begin_ns, end_ns) for phase in events.phases]
+    phases = [phase for phase in phases if phase.end_ns is not None and phase.end_ns >= phase.begin_ns]
+    grid = _Grid.over(begin_ns, end_ns, phases)
+
+    gauges = _Gauges()
+    curves, activity = _curves(readers, facts, grid.at_ns, gauges)
+    parts = [_Part(curve, share(curve, grid.at_ns, activity)) for curve in curves]
+    counted = [part for part in parts if part.counted]
+    duration_s = (end_ns - begin_ns) * 1e-9
+
+    total_j: float | None = math.fsum(part.job_j for part in counted) if counted else None
+    u_j = math.sqrt(math.fsum(part.u_j(grid, duration_s) ** 2 for part in counted))
+    options = facts["options"]
+    metrics = _metrics(events.metrics)
+    exit_facts = facts.get("exit") or {}
+    run.update(
+        duration_s=duration_s,
+        time_s=duration_s,
+        energy={
+            "total_j": total_j,
+            "u_j": 2 * u_j if counted else None,
+            "mean_w": total_j / duration_s if total_j is not None and duration_s > 0 else None,
+            "provenance": _provenance(counted),
+            "components": [part.summary(grid, duration_s) for part in parts],
+        },
+        phases=_phases(phases, counted, grid),
+        memory={
+            "peak_rss_bytes": _largest(
+                activity.peak_rss_bytes if activity else None, exit_facts.get("max_rss_bytes")
+            ),
+            "gpu_peak_bytes": gauges.peak_sum("nvml-memory"),
+        },
+        carbon=_carbon(total_j, options),
+        metrics=metrics,
+        performance=_performance(metrics, options.get("performance")),
+        sampler=_sampler(facts, readers, gauges, duration_s),
+        warnings=[*facts.get("warnings", []), *_warnings(parts, events.torn_lines, begin_ns, end_ns)],
+    )
+    return run
+
+
+def _window(
+    facts: Mapping[str, Any],
+    readers: Mapping[str, LaneReader],
+    since_ns: int | None,
+    until_ns: int | None,
+) -> tuple[int, int]:
+    """What is summarised: the child's life or the block's; to the last row if it never ended."""
+    begin_ns, end_ns = facts["window_ns"]
+    if begin_ns is None:
+        raise TraceError(
+            f"run {facts.get('name', '')} never began",
+            why="the profiler ended before it started the command",
+            fix="remove it: pepr-profile runs rm RUN",
+        )
+    if since_ns is not None:
+        begin_ns = max(begin_ns, since_ns)
+    if end_ns is None and until_ns is not None:
+        end_ns = until_ns
+    if end_ns is None:
+        last = [batch.t_ns[-1] for reader in readers.values() for batch in reader]
+        end_ns = max([begin_ns, *(int(t) for t in last)])
+    if until_ns is not None:
+        end_ns = max(begin_ns, min(end_ns, until_ns))
+    return begin_ns, end_ns
+
+
+def _clip(phase: Phase, begin_ns: int, end_ns: int) -> Phase:
+    phase_end_ns = end_ns if phase.end_ns is None else phase.end_ns
+    return Phase(
+        phase.name, max(phase.begin_ns, begin_ns), min(phase_end_ns, end_ns), phase.nested
+    )
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The instants at which cumulative energy is needed: seconds, buckets, phase edges, both ends."""
+
+    at_ns: NDArray[np.int64]
+    seconds_ns: NDArray[np.int64]
+    buckets_ns: NDArray[np.int64]
+
+    @classmethod
+    def over(cls, begin_ns: int, end_ns: int, phases: Iterable[Phase]) -> _Grid:
+        seconds = max(1, (end_ns - begin_ns) // 1_000_000_000)
+        seconds_ns = np.linspace(begin_ns, end_ns, seconds + 1).astype(np.int64)
+        buckets_ns = np.linspace(begin_ns, end_ns, TRACE_BUCKETS + 1).astype(np.int64)
+        edges = [edge for phase in phases for edge in (phase.begin_ns, phase.end_ns)]
+        edges_ns = np.array(edges, dtype=np.int64)
+        at_ns = np.unique(np.concatenate((seconds_ns, buckets_ns, edges_ns)))
+        return cls(at_ns, seconds_ns, buckets_ns)
+
+    def pick(self, values: NDArray[np.float64], at_ns: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The values, given on the grid, at instants that are on it."""
+        return np.asarray(values[np.searchsorted(self.at_ns, at_ns)])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One component with its shares."""
+
+    curve: Curve
+    shares: Shares
+
+    @property
+    def known(self) -> bool:
+        return bool(np.isfinite(self.curve.energy_j).all()) and len(self.curve.energy_j) > 0
+
+    @property
+    def counted(self) -> bool:
+        return self.curve.source.in_total and self.known
+
+    @property
+    def job_j(self) -> float:
+        return float(self.shares.job_j[-1])
+
+    def u_j(self, grid: _Grid, duration_s: float, *, energy_j: float | None = None, windows: int = 1) -> float:
+        """Standard uncertainty of the job's energy in some windows (all of it unless given)."""
+        energy_j = self.job_j if energy_j is None else energy_j
+        device_u_j = uncertainty_j(self.curve, energy_j=energy_j, duration_s=duration_s, windows=windows)
+        return math.hypot(device_u_j, self.shares.u_rel * energy_j)
+
+    def summary(self, grid: _Grid, duration_s: float) -> dict[str, Any]:
+        source = self.curve.source
+        result: dict[str, Any] = {
+            "id": source.id,
+            "kind": source.kind,
+            "label": source.label,
+            "source": source.source,
+            "provenance": source.provenance,
+            "in_total": source.in_total,
+        }
+        if source.excluded:
+            result["excluded"] = source.excluded
+        names = ("device_j", "job_j", "others_j", "idle_j", "u_j", "mean_w", "max_w", "trace_w")
+        if not self.known:
+            return {**result, **dict.fromkeys(names)}
+        energy_j = self.curve.energy_j
+        device_j = float(energy_j[-1] - energy_j[0])
+        values = (
+            device_j,
+            self.job_j,
+            float(self.shares.others_j[-1]),
+            float(self.shares.idle_j[-1]),
+            2 * self.u_j(grid, duration_s),
+            device_j / duration_s if duration_s > 0 else None,
+            _largest(*_power_w(grid.pick(energy_j, grid.seconds_ns), grid.seconds_ns)),
+            self._trace_w(grid),
+        )
+        return {**result, **dict(zip(names, values, strict=True))}
+
+    def _trace_w(self, grid: _Grid) -> list[float | None]:
+        power_w = _power_w(grid.pick(self.curve.energy_j, grid.buckets_ns), grid.buckets_ns)
+        ends_ns = zip(grid.buckets_ns[:-1], grid.buckets_ns[1:], strict=True)
+        return [
+            watts if end_ns >= self.curve.first_ns and begin_ns <= self.curve.last_ns else None
+            for watts, (begin_ns, end_ns) in zip(power_w, ends_ns, strict=True)
+        ]
+
+
+def _power_w(energy_j: NDArray[np.float64], at_ns: NDArray[np.int64]) -> list[float | None]:
+    span_s = np.diff(at_ns) * 1e-9
+    with np.errstate(divide="ignore", invalid="ignore"):
+        power_w = np.diff(energy_j) / span_s
+    return [float(watts) if math.isfinite(watts) else None for watts in power_w]
+
+
+def _curves(
+    readers: Mapping[str, LaneReader],
+    facts: Mapping[str, Any],
+    at_ns: NDArray[np.int64],
+    gauges: _Gauges,
+) -> tuple[list[Curve], Activity | None]:
+    """Measured curves of every lane, and modelled ones for the CPU and memory that have none."""
+    cpu = modelled.CpuIdentity(**facts["cpu"])
+    sources = find_sources([r.lane for r in readers.values()], cpu_vendor=cpu.vendor or "")
+    curves: list[Curve] = []
+    activity = None
+    for name, reader in readers.items():
+        if name == "processes":
+            activity = read_activity(reader.lane, gauges.watching(reader))
+            continue
+        own = [source for source in sources if source.lane == name]
+        curves += integrate(gauges.watching(reader), own, at_ns)
+    if activity is not None and len(activity.t_ns) > 1:
+        model = modelled.cpu_model(cpu, vcpus=activity.cpus, override=facts["options"]["cpu_power"])
+        measured = {c.source.kind for c in curves if c.source.in_total and c.first_ns >= 0}
+        for curve in modelled_curves(activity, at_ns, cpu=model, ram=modelled.RamModel()):
+            # RAPL packages without a DRAM domain: memory is then modelled beside a measured CPU.
+            if curve.source.kind not in measured:
+                curves.append(curve)
+    return curves, activity
+
+
+class _Gauges:
+    """Rows, unknowns and peaks of gauges, noticed while batches pass by on their way elsewhere."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.rows_by_lane: dict[str, int] = {}
+        self.unknown = 0
+        self.peaks: dict[str, dict[int, float]] = {}
+
+    def watching(self, reader: LaneReader) -> Iterator[Batch]:
+        watched = [
+            (index, channel)
+            for index, channel in enumerate(reader.lane.channels)
+            if channel.source == "nvml-memory"
+        ]
+        for batch in reader:
+            rows = len(batch.t_ns)
+            self.rows += rows
+            self.rows_by_lane[reader.lane.name] = self.rows_by_lane.get(reader.lane.name, 0) + rows
+            self.unknown += int(np.count_nonzero(np.isnan(batch.values)))
+            for index, channel in watched:
+                values = batch.values[index][np.isfinite(batch.values[index])] * channel.scale
+                if len(values):
+                    peaks = self.peaks.setdefault(channel.source, {})
+                    peaks[index] = max(peaks.get(index, 0.0), float(values.max()))
+            yield batch
+
+    def peak_sum(self, source: str) -> int | None:
+        peaks = self.peaks.get(source)
+        return int(sum(peaks.values())) if peaks else None
+
+
+def _provenance(counted: Sequence[_Part]) -> str | None:
+    kinds = {part.curve.source.provenance for part in counted}
+    return next(iter(kinds)) if len(kinds) == 1 else ("mixed" if kinds else None)
+
+
+def _phases(phases: Sequence[Phase], counted: Sequence[_Part], grid: _Grid) -> list[dict[str, Any]]:
+    """Phases by name, in order of first appearance: energy between their edges, summed."""
+    by_name: dict[str, list[Phase]] = {}
+    for phase in phases:
+        by_name.setdefault(phase.name, []).append(phase)
+    result = []
+    for name, same in by_name.items():
+        begins = np.array([phase.begin_ns for phase in same], dtype=np.int64)
+        ends = np.array([phase.end_ns for phase in same], dtype=np.int64)
+        duration_s = float(np.sum(ends - begins)) * 1e-9
+        energies_j, variance = [], 0.0
+        for part in counted:
+            job_j = part.shares.job_j
+            energy_j = float(np.sum(grid.pick(job_j, ends) - grid.pick(job_j, begins)))
+            energies_j.append(energy_j)
+            variance += part.u_j(grid, duration_s, energy_j=energy_j, windows=len(same)) ** 2
+        result.append(
+            {
+                "name": name,
+                "count": len(same),
+                "duration_s": duration_s,
+                "energy_j": math.fsum(energies_j) if counted else None,
+                "u_j": 2 * math.sqrt(variance) if counted else None,
+            }
+        )
+    return result
+
+
+def _metrics(logged: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, float | None]:
+    """The last value of each metric; None for one that is no finite number."""
+    last: dict[str, Any] = {}
+    for _, values in logged:
+        last.update(values)
+    return {
+        name: float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+        for name, value in last.items()
+    }
+
+
+def _performance(metrics: Mapping[str, float | None], wanted: str | None) -> dict[str, Any] | None:
+    """The metric that the score is about: the one asked for, or the only one there is."""
+    names = [wanted] if wanted else [n for n in metrics if n not in ("epoch", "step")]
+    if len(names) != 1 or metrics.get(names[0]) is None:
+        return None
+    return {"metric": names[0], "value": metrics[names[0]]}
+
+
+def _carbon(total_j: float | None, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    stated = options.get("intensity")
+    if stated is None or total_j is None:
+        return None
+    intensity = carbon_model.GridIntensity(**stated)
+    return dict(carbon_model.estimate(total_j, intensity=intensity, pue=options["pue"]))
+
+
+def _sampler(
+    facts: Mapping[str, Any], readers: Mapping[str, LaneReader], gauges: _Gauges, duration_s: float
+) -> dict[str, Any]:
+    """The profiler's own cost and quality; what only a living profiler knew is None after a crash."""
+    stats = facts.get("sampler") or {}
+    cpu_s = stats.get("cpu_s")
+    return {
+        "cpu_s": cpu_s,
+        "cpu_fraction": cpu_s / duration_s if cpu_s is not None and duration_s > 0 else None,
+        "samples": gauges.rows,
+        "dropped": stats.get("dropped"),
+        "late": stats.get("late"),
+        "failed_reads": gauges.unknown,
+        "rate_hz": {
+            name: gauges.rows_by_lane.get(name, 0) / duration_s if duration_s > 0 else None
+            for name in readers
+        },
+    }
+
+
+def _warnings(
+    parts: Iterable[_Part], torn_lines: int, begin_ns: int, end_ns: int
+) -> Iterator[dict[str, str]]:
+    for part in parts:
+        curve, name = part.curve, part.curve.source.id
+        source = curve.source
+        if not source.in_total or source.provenance == "modelled":
+            continue
+        gap_s = max(_GAP_S, 10 * source.period_s)
+        if not part.known:
+            yield _warning(
+                "unknown",
+                f"{name} gave no usable reading; its energy is not in the total",
+                "run longer than a few refreshes of the sensor, or see: pepr-profile sensors",
+            )
+            continue
+        if curve.resets:
+            yield _warning(
+                "reset",
+                f"{name} was reset {curve.resets}x; what it had counted since the last reading is lost",
+                "nothing; the driver or the machine reset it",
+            )
+        if source.modulus:
+            energy_j = float(curve.energy_j[-1] - curve.energy_j[0])
+            mean_w = energy_j * 1e9 / max(end_ns - begin_ns, 1)
+            half_range_s = source.modulus * source.scale / 2 / max(mean_w, 1e-9)
+            if curve.longest_gap_s > half_range_s:
+                yield _warning(
+                    "ambiguous-wrap",
+                    f"{name} was not read for {curve.longest_gap_s:.1f} s, time enough to wrap unseen; "
+                    "its energy may be a multiple of its range too low",
+                    "keep the profiler from being stopped, or sample more often (--period)",
+                )
+        if curve.longest_stall_s > max(_STALL_S, 50 * curve.refresh_s) and source.counter:
+            yield _warning(
+                "stalled",
+                f"{name} stood still for {curve.longest_stall_s:.1f} s while it was read",
+                "check the driver; its energy is a lower bound",
+            )
+        late_s = (curve.first_ns - begin_ns) * 1e-9
+        early_s = (end_ns - curve.last_ns) * 1e-9
+        if late_s > gap_s:
+            yield _warning(
+                "late-start",
+                f"{name} gave its first reading {late_s:.1f} s after the start; "
+                "its energy before is not in the total",
+                "NVIDIA: enable persistence mode (sudo nvidia-smi -pm 1)",
+            )
+        if early_s > gap_s:
+            yield _warning(
+                "ended-early",
+                f"{name} gave no reading in the last {early_s:.1f} s; its energy since is not in the total",
+                "see dmesg for its driver",
+            )
+        elif curve.longest_gap_s > gap_s:
+            kept = "the counter kept its energy" if source.counter else "its power is interpolated"
+            yield _warning(
+                "gap",
+                f"{name} has a gap of {curve.longest_gap_s:.1f} s: {kept}",
+                "check the load of the machine and the driver",
+            )
+    if torn_lines:
+        yield _warning(
+            "torn-events",
+            f"{torn_lines} line(s) of the events files could not be read and were left out",
+            "a program was killed while it wrote, or the file was edited",
+        )
+
+
+def _warning(code: str, text: str, hint: str) -> dict[str, str]:
+    return {"code": code, "text": text, "hint": hint}
+
+
+def _largest(*values: float | None) -> Any:
+    known = [value for value in values if value is not None]
+    return max(known) if known else None

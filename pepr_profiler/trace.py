@@ -1,0 +1,544 @@
+"""A recording on disk: written while the run goes on, readable up to the last flush after any crash.
+
+A run directory holds one Arrow IPC stream a lane, `LANE.arrows`, with the columns `t_ns`
+(CLOCK_MONOTONIC when the read began), `read_ns` (how long it took, at most 4.29 s) and a float64 a channel; what a
+channel is stands in the schema's metadata. Small batches, one a flush, would cost more bytes than
+their numbers, so they go to `LANE.tail.arrows` and are rewritten as one large batch now and then.
+A crash between the two leaves rows in both; a reader drops those it has seen.
+
+Marks and metrics are lines of `events-HOST-PID.jsonl`, one writer a file, append only, written
+through at once: they survive `kill -9` of the program that made them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pepr_profiler.errors import TraceError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_BATCH_ROWS = 4096
+"""Rows of a finished batch: large enough that its 400 bytes of header do not matter."""
+
+_MOST_PENDING_BYTES = 16 << 20
+"""What a full disk may keep waiting in memory before rows are dropped."""
+
+
+@dataclass(frozen=True)
+class Channel:
+    """What one recorded number is; see `Channel` in csrc/sensor.h."""
+
+    name: str
+    quantity: str
+    unit: str
+    scale: float = 1.0
+    modulus: float = 0.0
+    counter: bool = False
+    source: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One driver's part of a recording."""
+
+    name: str
+    spec: str
+    period_ns: int
+    channels: tuple[Channel, ...]
+
+
+class NativeChannel(Protocol):
+    """A channel as the native core describes it (`_core.Channel`)."""
+
+    name: str
+    quantity: str
+    unit: str
+    scale: float
+    modulus: float
+    counter: bool
+    source: str
+    labels: dict[str, str]
+
+
+def describe(channels: Iterable[Any]) -> tuple[Channel, ...]:
+    """The native core's channels as plain data."""
+    names = Channel.__dataclass_fields__
+    return tuple(Channel(**{name: getattr(c, name) for name in names}) for c in channels)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one lane: `t_ns` and `read_ns` int64 (n,), `values` float64 (channels, n) as recorded.
+
+    A recorded value times its channel's `scale` is in the channel's unit; NaN is unknown.
+    """
+
+    t_ns: NDArray[np.int64]
+    read_ns: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+
+class LaneWriter:
+    """Appends one lane's rows to its stream and keeps what the disk does not take for later."""
+
+    def __init__(self, directory: Path, lane: Lane) -> None:
+        self.lane = lane
+        self.dropped_rows = 0
+        self.error: OSError | None = None
+        self._main = _Stream(directory / f"{lane.name}.arrows", lane)
+        self._tail = _Stream(directory / f"{lane.name}.tail.arrows", lane)
+        self._columns = [bytearray() for _ in range(len(lane.channels) + 2)]
+
+    def write(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:
+        """Appends rows given as native-endian columns; on disk when it returns, unless `error`."""
+        columns = (t_ns, read_ns, *values)
+        for kept, new in zip(self._columns, columns, strict=True):
+            kept += new
+        self._attempt(lambda: self._tail.append(columns))
+        if self._rows >= _BATCH_ROWS:
+            self._consolidate()
+
+    def close(self) -> None:
+        """Writes what is left as a last large batch and removes the tail."""
+        if self._rows:
+            self._consolidate()
+        if not self._rows:
+            self._attempt(self._main.finish)
+            self._tail.remove()
+        self.dropped_rows += self._rows if self.error else 0
+        self._main.close()
+        self._tail.close()
+
+    @property
+    def _rows(self) -> int:
+        return len(self._columns[0]) // 8
+
+    def _consolidate(self) -> None:
+        self._attempt(lambda: self._main.append(self._columns))
+        if self.error is None:
+            for column in self._columns:
+                column.clear()
+            self._tail.clear()
+        elif sum(map(len, self._columns)) > _MOST_PENDING_BYTES:
+            self.dropped_rows += self._rows
+            for column in self._columns:
+                column.clear()
+
+    def _attempt(self, write: Any) -> None:
+        try:
+            write()
+            self.error = None
+        except OSError as error:
+            self.error = error
+
+
+class _Stream:
+    """An Arrow IPC stream that never holds half a batch: a failed write is cut off again."""
+
+    def __init__(self, path: Path, lane: Lane) -> None:
+        self._path = path
+        self._lane = lane
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._size = 0
+        self._sink = _Sink()
+        self._writer: Any = None
+
+    def append(self, columns: Sequence[bytes | bytearray]) -> None:
+        import nanoarrow as na
+        from nanoarrow.ipc import StreamWriter
+
+        schema = _arrow_schema(self._lane)
+        first = self._writer is None
+        if first:
+            self._writer = StreamWriter.from_writable(self._sink)
+        rows = len(columns[0]) // 8
+        children = [
+            na.c_array_from_buffers(child, rows, [None, bytes(column)], null_count=0)
+            for child, column in zip(schema.children, columns, strict=True)
+        ]
+        batch = na.c_array_from_buffers(schema, rows, [None], null_count=0, children=children)
+        try:
+            self._writer.write_array(batch)
+            self._write(self._sink.take())
+        except OSError:
+            if first:  # the schema is not on disk, so the next attempt has to begin with it
+                self._forget_writer()
+            raise
+
+    def finish(self) -> None:
+        """Marks the end of the stream, as Arrow readers like it; a stream without rows stays empty."""
+        if self._writer is not None:
+            self._writer.close()
+            self._write(self._sink.take())
+            self._writer = None
+
+    def clear(self) -> None:
+        os.ftruncate(self._fd, 0)
+        self._size = 0
+        self._forget_writer()
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._forget_writer()
+        os.close(self._fd)
+
+    def _forget_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.release()
+            self._sink.take()
+            self._writer = None
+
+    def _write(self, data: bytes) -> None:
+        written = 0
+        try:
+            while written < len(data):
+                written += os.pwrite(self._fd, data[written:], self._size + written)
+        except OSError:
+            os.ftruncate(self._fd, self._size)
+            raise
+        self._size += len(data)
+
+
+class _Sink:
+    """A file object that keeps what nanoarrow writes until it is taken in one piece."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+
+    def write(self, piece: Any) -> int:
+        self._pieces.append(bytes(piece))
+        return len(piece)
+
+    def take(self) -> bytes:
+        data = b"".join(self._pieces)
+        self._pieces.clear()
+        return data
+
+
+def _arrow_schema(lane: Lane) -> Any:
+    import nanoarrow as na
+
+    fields = {
+        "t_ns": _annotate(na.int64(nullable=False), {"unit": "ns", "clock": "CLOCK_MONOTONIC"}),
+        "read_ns": _annotate(na.uint32(nullable=False), {"unit": "ns"}),
+    }
+    for channel in lane.channels:
+        facts = {
+            "quantity": channel.quantity,
+            "unit": channel.unit,
+            "scale": repr(channel.scale),
+            "modulus": repr(channel.modulus),
+            "counter": json.dumps(channel.counter),
+            "source": channel.source,
+            "labels": json.dumps(channel.labels),
+        }
+        fields[channel.name] = _annotate(na.float64(nullable=False), facts)
+    facts = {"pepr": "1", "lane": lane.name, "spec": lane.spec, "period_ns": str(lane.period_ns)}
+    return _annotate(na.struct(fields, nullable=False), facts)
+
+
+def _annotate(schema: Any, facts: dict[str, str]) -> Any:
+    import nanoarrow as na
+
+    metadata = {key.encode(): value.encode() for key, value in facts.items()}
+    return na.c_schema(schema).modify(metadata=metadata)
+
+
+class LaneReader:
+    """Iterates the batches of one lane of a run directory, in time order, each row once.
+
+    Raises TraceError if the file is not a recording of ours. A torn tail ends the iteration; what
+    was flushed before it is all there.
+    """
+
+    def __init__(self, directory: Path, name: str) -> None:
+        # The tail first: rows that move to the main stream while we look are then seen twice and
+        # dropped once, instead of being missed.
+        self._tail = _read_bytes(directory / f"{name}.tail.arrows")
+        self._main = _open_stream(directory / f"{name}.arrows")
+        tail = _open_stream(self._tail) if self._tail else None
+        source = self._main or tail
+        if source is None:
+            raise TraceError(
+                f"lane '{name}' of {directory} is empty",
+                why="the recording ended before its first flush",
+                fix="nothing can be recovered from this lane",
+            )
+        self._tail_stream = tail
+        self.lane = _lane_of(source, directory / f"{name}.arrows")
+
+    def __iter__(self) -> Iterator[Batch]:
+        import numpy as np
+
+        seen_ns = -1
+        for stream in (self._main, self._tail_stream):
+            if stream is None:
+                continue
+            for batch in _batches(stream):
+                fresh = int(np.searchsorted(batch.t_ns, seen_ns, side="right"))
+                if fresh:
+                    batch = Batch(  # noqa: PLW2901
+                        batch.t_ns[fresh:], batch.read_ns[fresh:], batch.values[:, fresh:]
+                    )
+                if len(batch.t_ns):
+                    seen_ns = int(batch.t_ns[-1])
+                    yield batch
+
+
+def lanes(directory: Path) -> list[str]:
+    """The names of the lanes that a run directory holds."""
+    return sorted({path.name.split(".")[0] for path in directory.glob("*.arrows")})
+
+
+def read_lanes(directory: Path) -> dict[str, LaneReader]:
+    """A reader for each lane that holds rows."""
+    readers = {}
+    for name in lanes(directory):
+        if any((directory / f"{name}{end}").stat().st_size for end in _ENDINGS if (directory / f"{name}{end}").exists()):
+            readers[name] = LaneReader(directory, name)
+    return readers
+
+
+_ENDINGS = (".arrows", ".tail.arrows")
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _open_stream(source: Path | bytes) -> Any:
+    """An Arrow stream over a file or bytes; None where not even the schema was written."""
+    import nanoarrow as na
+    from nanoarrow._utils import NanoarrowException
+
+    if isinstance(source, Path):
+        if not source.exists() or source.stat().st_size == 0:
+            return None
+        stream = na.ArrayStream.from_path(str(source))
+    else:
+        stream = na.ArrayStream.from_readable(source)
+    try:
+        stream.schema  # noqa: B018 - parsed here, so that a foreign file fails here
+    except (NanoarrowException, ValueError) as error:
+        raise TraceError(
+            f"{source if isinstance(source, Path) else 'the tail'} is not an Arrow stream",
+            why=str(error),
+            fix="point at a run directory that pepr-profile wrote",
+        ) from None
+    return stream
+
+
+def _lane_of(stream: Any, path: Path) -> Lane:
+    import nanoarrow as na
+
+    schema = na.c_schema(stream.schema)
+    facts = _facts(schema)
+    if facts.get("pepr") != "1":
+        raise TraceError(
+            f"{path} is not a pepr recording of a version that this one reads",
+            why=f"its schema says pepr={facts.get('pepr', 'nothing')!r}",
+            fix="update pepr-profiler, or point at a run directory that it wrote",
+        )
+    channels = []
+    for child in list(schema.children)[2:]:
+        about = _facts(child)
+        channels.append(
+            Channel(
+                name=child.name,
+                quantity=about["quantity"],
+                unit=about["unit"],
+                scale=float(about["scale"]),
+                modulus=float(about["modulus"]),
+                counter=json.loads(about["counter"]),
+                source=about["source"],
+                labels=json.loads(about["labels"]),
+            )
+        )
+    return Lane(facts["lane"], facts["spec"], int(facts["period_ns"]), tuple(channels))
+
+
+def _facts(schema: Any) -> dict[str, str]:
+    if schema.metadata is None:
+        return {}
+    return {key.decode(): value.decode() for key, value in schema.metadata.items()}
+
+
+def _batches(stream: Any) -> Iterator[Batch]:
+    import numpy as np
+    from nanoarrow._utils import NanoarrowException
+
+    try:
+        for array in stream:
+            columns = [np.asarray(child.buffer(1)) for child in array.iter_children()]
+            rows = len(array)
+            yield Batch(
+                columns[0][:rows].astype(np.int64, copy=False),
+                columns[1][:rows].astype(np.int64, copy=False),
+                np.vstack([c[:rows] for c in columns[2:]]),
+            )
+    except NanoarrowException:
+        return  # torn by a crash in mid-write: all that was flushed before has been yielded
+
+
+# --- marks and metrics -------------------------------------------------------------------------
+
+
+class EventWriter:
+    """Appends marks and metrics of this process to its own file of a run directory.
+
+    Safe across fork: a child opens a file of its own at its first event. Raises nothing once it is
+    open: a line that cannot be written is counted in `lost`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._pid = 0
+        self._fd = -1
+        self.lost = 0
+
+    def write(self, line: str) -> None:
+        """Appends one JSON object (without its newline), written through to the kernel."""
+        if self._pid != os.getpid():
+            self._open()
+        try:
+            os.write(self._fd, line.encode() + b"\n")
+        except OSError:
+            self.lost += 1
+
+    def begin(self, name: str, number: int, parent: int | None) -> None:
+        """A phase begins now."""
+        up = "null" if parent is None else str(parent)
+        self.write(
+            f'{{"event":"begin","t_ns":{time.monotonic_ns()},"id":{number},"parent":{up},"name":{name}}}'
+        )
+
+    def end(self, number: int) -> None:
+        """The phase with this number ends now."""
+        self.write(f'{{"event":"end","t_ns":{time.monotonic_ns()},"id":{number}}}')
+
+    def metrics(self, values: dict[str, Any], *, t_ns: int | None = None) -> None:
+        """Metrics that hold from now on; the last value of a name is the run's."""
+        t_ns = time.monotonic_ns() if t_ns is None else t_ns
+        self.write(f'{{"event":"metrics","t_ns":{t_ns},"metrics":{json.dumps(values)}}}')
+
+    def close(self) -> None:
+        if self._fd >= 0 and self._pid == os.getpid():
+            os.close(self._fd)
+        self._fd, self._pid = -1, 0
+
+    def _open(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)  # inherited through fork; the parent keeps its own
+        self._pid = os.getpid()
+        path = self._directory / f"events-{socket.gethostname()}-{self._pid}.jsonl"
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            self._fd = os.open(path, flags, 0o644)
+        except OSError:
+            self._fd = -1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One pass through a phase; `end_ns` is None if it never ended."""
+
+    name: str
+    begin_ns: int
+    end_ns: int | None
+    nested: bool
+
+
+@dataclass(frozen=True)
+class Events:
+    """What the programs of a run marked and logged, in time order."""
+
+    phases: tuple[Phase, ...]
+    metrics: tuple[tuple[int, dict[str, Any]], ...]
+    torn_lines: int
+
+
+def read_events(directory: Path) -> Events:
+    """Reads every events file of a run directory; a torn last line is counted, not fatal."""
+    phases: list[Phase] = []
+    metrics: list[tuple[int, dict[str, Any]]] = []
+    torn = 0
+    for path in sorted(directory.glob("events-*.jsonl")):
+        open_phases: dict[int, dict[str, Any]] = {}
+        for line in path.read_bytes().splitlines():
+            try:
+                event = json.loads(line)
+                kind = event["event"]
+                if kind == "begin":
+                    open_phases[event["id"]] = event
+                elif kind == "end":
+                    begin = open_phases.pop(event["id"], None)
+                    if begin is not None:
+                        phases.append(_phase(begin, event["t_ns"]))
+                elif kind == "metrics":
+                    metrics.append((int(event["t_ns"]), dict(event["metrics"])))
+            except (ValueError, KeyError, TypeError):
+                torn += 1
+        phases.extend(_phase(begin, None) for begin in open_phases.values())
+    phases.sort(key=lambda phase: phase.begin_ns)
+    metrics.sort(key=lambda item: item[0])
+    return Events(tuple(phases), tuple(metrics), torn)
+
+
+def _phase(begin: dict[str, Any], end_ns: int | None) -> Phase:
+    return Phase(str(begin["name"]), int(begin["t_ns"]), end_ns, begin.get("parent") is not None)
+
+
+# --- run.json ----------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file atomically: a reader sees the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, allow_nan=False)
+            file.write("\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """The contents of a run directory's run.json. Raises TraceError if it is none."""
+    path = directory / "run.json"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TraceError(
+            f"{directory} is not a run", why="it has no run.json", fix="see: pepr-profile runs list"
+        ) from None
+    except ValueError as error:
+        raise TraceError(
+            f"{path} is damaged", why=str(error), fix="restore it; the lanes beside it are intact"
+        ) from None
+    schema = run.get("schema") if isinstance(run, dict) else None
+    if schema != 1:
+        raise TraceError(
+            f"{path} has schema {schema!r}",
+            why="this version reads schema 1",
+            fix="update pepr-profiler",
+        )
+    return dict(run)

@@ -1,0 +1,77 @@
+"""Fixtures: simulated hardware (sim/README.md), the rule for real GPUs, no thread left behind."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sim import native, nvml, powercap
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of a real GPU run only when they are asked for by name: -m gpu."""
+    if "gpu" in config.getoption("markexpr"):
+        return
+    real = [item for item in items if item.get_closest_marker("gpu")]
+    if real:
+        config.hook.pytest_deselected(items=real)
+        items[:] = [item for item in items if item not in real]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_leaks() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    leaked = [t.name for t in threading.enumerate() if t not in before and not t.daemon]
+    assert not leaked, f"threads left running: {leaked}"
+
+
+@pytest.fixture(scope="session")
+def native_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled simulations are kept between sessions."""
+    cache: pytest.Cache | None = getattr(request.config, "cache", None)
+    return tmp_path_factory.mktemp("native") if cache is None else cache.mkdir("pepr-sim")
+
+
+@pytest.fixture
+def nvml_sim(tmp_path: Path, native_cache: Path) -> Callable[[nvml.Scenario], nvml.NvmlSim]:
+    """Builds a libnvidia-ml.so.1 for a scenario; each call gives a library of its own."""
+    numbers = itertools.count()
+
+    def build(scenario: nvml.Scenario) -> nvml.NvmlSim:
+        folder = tmp_path / f"nvml-{next(numbers)}"
+        folder.mkdir()
+        try:
+            return nvml.install(scenario, folder, native_cache)
+        except native.UnavailableError as missing:
+            pytest.skip(str(missing))
+
+    return build
+
+
+@pytest.fixture
+def powercap_sim(tmp_path: Path, native_cache: Path) -> Iterator[Callable[..., powercap.Tree]]:
+    """Builds a powercap tree: powercap_sim(*zones, live=False, period_s=0.001, epoch_ns=now)."""
+    trees: list[powercap.Tree] = []
+
+    def build(
+        *zones: powercap.Zone,
+        live: bool = False,
+        period_s: float = 0.001,
+        epoch_ns: int | None = None,
+    ) -> powercap.Tree:
+        root = tmp_path / f"powercap-{len(trees)}"
+        try:
+            writer = powercap.build_writer(native_cache) if live else None
+        except native.UnavailableError as missing:
+            pytest.skip(str(missing))
+        tree = powercap.Tree(root, zones, writer=writer, period_s=period_s, epoch_ns=epoch_ns)
+        trees.append(tree)
+        return tree
+
+    yield build
+    for tree in trees:
+        tree.stop()

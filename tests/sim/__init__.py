@@ -1,0 +1,1 @@
+"""Sensors whose truth is known exactly. See README.md."""

@@ -1,0 +1,137 @@
+"""Power over time, with its exact integral. waves.h computes the same in another way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+from itertools import chain, pairwise
+from typing import Protocol
+
+
+class Wave(Protocol):
+    """Power (or any other quantity) as a function of the seconds since an epoch."""
+
+    def power_w(self, t_s: float) -> float:
+        """The value at one instant."""
+
+    def energy_j(self, t0_s: float, t1_s: float) -> float:
+        """The exact integral from `t0_s` to `t1_s` (t0_s <= t1_s, both finite)."""
+
+    def words(self) -> str:
+        """This wave in a scenario file."""
+
+
+def mean_w(wave: Wave, t0_s: float, t1_s: float) -> float:
+    return wave.energy_j(t0_s, t1_s) / (t1_s - t0_s)
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """Waves that are a kind and a row of numbers."""
+
+    def words(self) -> str:
+        return " ".join([type(self).__name__.lower(), *map(str, astuple(self))])
+
+
+@dataclass(frozen=True)
+class Constant(_Flat):
+    level_w: float
+
+    def power_w(self, t_s: float) -> float:
+        del t_s
+        return self.level_w
+
+    def energy_j(self, t0_s: float, t1_s: float) -> float:
+        return self.level_w * (t1_s - t0_s)
+
+
+@dataclass(frozen=True)
+class Step(_Flat):
+    at_s: float
+    before_w: float
+    after_w: float
+
+    def power_w(self, t_s: float) -> float:
+        return self.before_w if t_s < self.at_s else self.after_w
+
+    def energy_j(self, t0_s: float, t1_s: float) -> float:
+        edge_s = min(max(self.at_s, t0_s), t1_s)
+        return self.before_w * (edge_s - t0_s) + self.after_w * (t1_s - edge_s)
+
+
+@dataclass(frozen=True)
+class Square(_Flat):
+    """High during the first `duty` of each period, a period beginning at `shift_s`."""
+
+    period_s: float
+    low_w: float
+    high_w: float
+    duty: float = 0.5
+    shift_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.period_s <= 0 or not 0 <= self.duty <= 1:
+            raise ValueError(f"a square wave needs period_s > 0 and duty in [0, 1]: {self}")
+
+    def power_w(self, t_s: float) -> float:
+        high = (t_s - self.shift_s) % self.period_s < self.duty * self.period_s
+        return self.high_w if high else self.low_w
+
+    def energy_j(self, t0_s: float, t1_s: float) -> float:
+        # Whole periods first, then the edges that the rest crosses.
+        high_s = self.duty * self.period_s
+        whole, rest_s = divmod(t1_s - t0_s, self.period_s)
+        start_s = (t0_s - self.shift_s) % self.period_s
+        end_s = start_s + rest_s
+        in_high_s = max(0.0, min(end_s, high_s) - start_s)
+        in_next_high_s = max(0.0, min(end_s, self.period_s + high_s) - self.period_s)
+        total_high_s = whole * high_s + in_high_s + in_next_high_s
+        return self.high_w * total_high_s + self.low_w * (t1_s - t0_s - total_high_s)
+
+
+@dataclass(frozen=True)
+class Sine(_Flat):
+    mean_w: float
+    amplitude_w: float
+    period_s: float
+    shift_s: float = 0.0
+
+    def _angle(self, t_s: float) -> float:
+        return math.tau * (t_s - self.shift_s) / self.period_s
+
+    def power_w(self, t_s: float) -> float:
+        return self.mean_w + self.amplitude_w * math.sin(self._angle(t_s))
+
+    def energy_j(self, t0_s: float, t1_s: float) -> float:
+        # cos a - cos b as a product, which does not cancel for short windows.
+        half, middle = self._angle((t1_s - t0_s) / 2 + self.shift_s), self._angle((t0_s + t1_s) / 2)
+        swing_j = self.amplitude_w * self.period_s / math.pi * math.sin(middle) * math.sin(half)
+        return self.mean_w * (t1_s - t0_s) + swing_j
+
+
+@dataclass(frozen=True)
+class Points:
+    """Linear between (t_s, power_w) points, constant before the first and after the last."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        times = [t_s for t_s, _ in self.points]
+        if not times or any(a >= b for a, b in pairwise(times)):
+            raise ValueError(f"points need at least one, their times strictly rising: {self}")
+
+    def words(self) -> str:
+        return " ".join(["points", *map(str, chain.from_iterable(self.points))])
+
+    def power_w(self, t_s: float) -> float:
+        if t_s <= self.points[0][0]:
+            return self.points[0][1]
+        for (a_s, a_w), (b_s, b_w) in pairwise(self.points):
+            if t_s < b_s:
+                return a_w + (b_w - a_w) * (t_s - a_s) / (b_s - a_s)
+        return self.points[-1][1]
+
+    def energy_j(self, t0_s: float, t1_s: float) -> float:
+        # Between two neighbouring knots the trapezoid is exact.
+        knots = sorted({t0_s, t1_s, *(t for t, _ in self.points if t0_s < t < t1_s)})
+        return sum((b - a) * (self.power_w(a) + self.power_w(b)) / 2 for a, b in pairwise(knots))

@@ -1,0 +1,376 @@
+"""A metric is found wherever the command puts it, and a missing one is said, never invented."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pepr_profiler.errors import UsageError
+from pepr_profiler.metrics import MetricPoint, Metrics
+
+ACCURACY = "accuracy=test acc: ([0-9.]+)"
+
+
+def found(metrics: Metrics, *chunks: bytes) -> list[float]:
+    """The values in `chunks`, read one after the other and followed by the end of the output."""
+    for t_ns, chunk in enumerate(chunks):
+        metrics.feed(1, chunk, t_ns)
+    metrics.finish()
+    return [point.value for point in metrics.take()]
+
+
+def codes(warnings: list[dict[str, str]]) -> list[str]:
+    assert all(warning["text"] and warning["hint"] for warning in warnings)
+    return [warning["code"] for warning in warnings]
+
+
+# --- the request ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("accuracy", "not NAME=REGEX"),
+        ("accuracy=", "not NAME=REGEX"),
+        ("=acc: (.*)", "cannot name a metric"),
+        ("9lives=(.*)", "cannot name a metric"),
+        ("top 1=(.*)", "cannot name a metric"),
+        ("acc=acc: ([0-9.]+", "missing ), unterminated subpattern"),
+        ("acc=(a)(b)", "2 groups"),
+    ],
+)
+def test_pattern_that_cannot_work_is_refused_with_a_remedy(text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(says)) as caught:
+        Metrics([text])
+    assert caught.value.fix
+
+
+def test_broken_pattern_is_shown_where_it_breaks() -> None:
+    with pytest.raises(UsageError) as caught:
+        Metrics(["acc=test [0-9.+"])
+
+    *_, pattern, pointer = caught.value.why.splitlines()
+    assert pattern[pointer.index("^") :] == "[0-9.+"
+
+
+@pytest.mark.parametrize("text", ["r.json", "r.json:", ":acc", "a:b:c:d", "r.json:0.acc"])
+def test_metric_file_that_cannot_work_is_refused_with_a_remedy(text: str) -> None:
+    with pytest.raises(UsageError, match="--metric-file") as caught:
+        Metrics([], [text])
+    assert caught.value.fix
+
+
+def test_one_name_for_two_values_is_refused() -> None:
+    with pytest.raises(UsageError, match="'acc' is asked for 2 times"):
+        Metrics(["acc=a: (.*)"], ["r.json:test.accuracy:acc"])
+
+
+# --- in the output -------------------------------------------------------------------------------
+
+
+def test_every_match_is_kept_in_order_with_its_time() -> None:
+    # given two metrics
+    metrics = Metrics([ACCURACY, "loss=loss ([0-9.e-]+)"])
+
+    # when three epochs are printed, the first in two pieces
+    metrics.feed(1, b"epoch 1 loss 0.5 test a", 10)
+    metrics.feed(1, b"cc: 0.7\nepoch 2 loss 2", 20)
+    metrics.feed(1, b"e-1 test acc: 0.8\nno number here\n", 30)
+
+    # then a curve of each exists
+    assert metrics.take() == [
+        MetricPoint(20, "accuracy", 0.7),
+        MetricPoint(20, "loss", 0.5),
+        MetricPoint(30, "accuracy", 0.8),
+        MetricPoint(30, "loss", 0.2),
+    ]
+    assert metrics.take() == []
+    assert metrics.finish() == []
+
+
+def test_without_a_group_the_whole_match_is_the_value() -> None:
+    assert found(Metrics([r"acc=(?<=acc=)\S+"]), b"acc=0.25\n") == [0.25]
+
+
+def test_output_cut_anywhere_gives_the_same_values() -> None:
+    # given a training's output with colours, a progress bar and text in several scripts
+    values = [round(0.5 + 0.01 * i, 2) for i in range(40)]
+    output = b"".join(
+        f"\r 50%|██▌  | nan\r\x1b[2K\x1b[32mÉpoque\x1b[0m test \x1b[1macc: {value}\r\n".encode()
+        for value in values
+    )
+
+    # when it arrives in pieces of any length
+    for seed in range(50):
+        generator = random.Random(seed)
+        cuts = sorted(generator.sample(range(len(output)), 60))
+        chunks = [output[a:b] for a, b in zip([0, *cuts], [*cuts, len(output)], strict=True)]
+
+        # then
+        assert found(Metrics([ACCURACY]), *chunks) == values
+
+
+def test_links_titles_and_cursor_moves_are_not_part_of_the_line() -> None:
+    line = (
+        b"\x1b]0;title test acc: 9\x07test \x1b]8;;http://x\x1b\\acc\x1b]8;;\x1b\\"
+        b": \x1b[A0.5\x1b(B\x1b[K"
+    )
+
+    assert found(Metrics([ACCURACY]), line) == [0.5]
+
+
+def test_progress_bar_is_as_old_as_its_text_not_as_the_next_one() -> None:
+    # given tqdm's way of writing: the carriage return comes first
+    metrics = Metrics([ACCURACY])
+
+    metrics.feed(1, b"\rtest acc: 0.1", 100)
+    metrics.feed(1, b"\rtest acc: 0.2", 200)
+    metrics.finish()
+
+    assert [(point.t_ns, point.value) for point in metrics.take()] == [(100, 0.1), (200, 0.2)]
+
+
+def test_channels_do_not_mix() -> None:
+    # given stdout and stderr, each in the middle of a line
+    metrics = Metrics([ACCURACY])
+
+    metrics.feed(1, b"test ac", 1)
+    metrics.feed(2, b"c: 0.9\ntest acc", 2)
+    metrics.feed(1, b"c: 0.1\n", 3)
+    metrics.feed(2, b": 0.2\n", 4)
+
+    assert [point.value for point in metrics.take()] == [0.1, 0.2]
+
+
+def test_undecodable_bytes_hide_nothing_and_break_nothing() -> None:
+    everything = bytes(range(256)) * 8
+
+    assert found(Metrics([ACCURACY]), everything, b"\n\xfftest acc: 0.5\xff\n") == [0.5]
+
+
+def test_endless_line_costs_bounded_memory_and_yields_no_truncated_number() -> None:
+    # given 64 MiB without a newline in which a number straddles every border there could be
+    import tracemalloc
+
+    metrics = Metrics(["value=[0-9]+", ACCURACY])
+    chunk = b"7" * 65536
+
+    # when
+    tracemalloc.start()
+    for _ in range(1024):
+        metrics.feed(1, chunk, 0)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    metrics.feed(1, b" test acc: 0.5\n", 0)
+
+    # then the digits that are left of the number are not taken for it; what follows is found
+    assert peak_bytes < 1_000_000
+    assert [(p.name, p.value) for p in metrics.take() if p.value > 5] == []
+    assert found(Metrics([ACCURACY]), *[chunk] * 3, b" test acc: 0.5\n") == [0.5]
+
+
+def test_many_lines_are_cheap() -> None:
+    # given 100,000 lines as a verbose training prints them
+    lines = [b"step %d loss 0.123 lr 0.001 throughput 812.5 img/s\n" % i for i in range(100_000)]
+    data = b"".join(lines)
+    metrics = Metrics([ACCURACY, "loss=val loss ([0-9.]+)"])
+
+    # when
+    started_s = time.process_time()
+    for start in range(0, len(data), 65536):
+        metrics.feed(1, data[start : start + 65536], 0)
+    cpu_s = time.process_time() - started_s
+
+    # then 1000 lines a second cost less than 1 % of a core, whatever this machine is
+    assert cpu_s / len(lines) < 1e-5
+
+
+def test_pattern_that_never_matches_is_said_with_the_way_out() -> None:
+    metrics = Metrics([ACCURACY])
+    metrics.feed(1, b"val acc: 0.5\n", 0)
+
+    (warning,) = metrics.finish()
+
+    assert codes([warning]) == ["metric-never-matched"]
+    assert "test acc: ([0-9.]+)" in warning["text"]
+    assert "pepr-profile runs set RUN accuracy=VALUE" in warning["hint"]
+
+
+@pytest.mark.parametrize("text", ["0.9.", "n/a", "95%", "nan", "inf", "0,9", ""])
+def test_match_that_is_no_number_is_counted_and_shown(text: str) -> None:
+    # given one good and two bad matches
+    metrics = Metrics(["acc=acc: ?(.*)"])
+    metrics.feed(1, f"acc: 0.5\nacc: {text}\nacc: {text}\n".encode(), 0)
+
+    (warning,) = metrics.finish()
+
+    assert codes([warning]) == ["metric-not-a-number"]
+    assert "2 of 3" in warning["text"]
+    assert repr(text) in warning["text"]
+    assert [point.value for point in metrics.take()] == [0.5]
+
+
+# --- in files ------------------------------------------------------------------------------------
+
+
+def value_in(path: Path, key: str) -> float | str:
+    """What a run gets that writes `path` after its start: the value, or the warning's code."""
+    text = path.read_bytes()
+    path.unlink()
+    metrics = Metrics([], [f"{path}:{key}:it"])
+    path.write_bytes(text)
+    warnings = metrics.finish()
+    points = metrics.take()
+    assert len(warnings) + len(points) == 1
+    return points[0].value if points else codes(warnings)[0]
+
+
+TREE: dict[str, Any] = {
+    "accuracy": 0.9,
+    "test": {"acc": 0.8, "top.5": 0.95, "text": "0.7"},
+    "test.f1": 0.6,
+    "history": [{"acc": 0.1}, {"acc": 0.2}],
+    "true": True,
+    "bad": "high",
+    "nan": float("nan"),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("accuracy", 0.9),
+        ("test.acc", 0.8),
+        ("test.top.5", 0.95),
+        ("test.text", 0.7),
+        ("test.f1", 0.6),
+        ("history.0.acc", 0.1),
+        ("history.-1.acc", 0.2),
+        ("absent", "metric-key-missing"),
+        ("test.absent", "metric-key-missing"),
+        ("accuracy.deeper", "metric-key-missing"),
+        ("history.7.acc", "metric-key-missing"),
+        ("history.acc", "metric-key-missing"),
+        ("test", "metric-not-a-number"),
+        ("true", "metric-not-a-number"),
+        ("bad", "metric-not-a-number"),
+        ("nan", "metric-not-a-number"),
+        ("none", "metric-not-a-number"),
+    ],
+)
+def test_json_is_read_by_dotted_path(tmp_path: Path, key: str, value: float | str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(TREE, indent=2))
+
+    assert value_in(path, key) == value
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "log.json", "log.txt"])
+def test_last_line_with_the_key_counts_in_json_lines(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    lines = [{"epoch": 1, "acc": 0.5}, {"epoch": 2, "acc": 0.6, "note": "a\u2028b"}, {"event": 1}]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    assert value_in(path, "acc") == 0.6
+    assert value_in(path, "loss") == "metric-key-missing"
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("log.csv", ","), ("log.tsv", "\t")])
+def test_last_row_with_a_value_counts_in_a_table(tmp_path: Path, name: str, delimiter: str) -> None:
+    # given Lightning's habit: rows of training leave the column of the test empty
+    path = tmp_path / name
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=delimiter).writerows(
+            [["epoch", "a, test\nacc"], [1, 0.5], [2, 0.75], [3, ""]]
+        )
+
+    assert value_in(path, "a, test\nacc") == 0.75
+    assert value_in(path, "epoch") == 3
+    assert value_in(path, "absent") == "metric-key-missing"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("r.json", b""),
+        ("r.json", b'{"acc": 0.9'),
+        ("r.json", b'{\n"acc": 0.9,\n'),
+        ("r.jsonl", b'{"acc": 0.9}\n{"acc": 0.'),
+        ("r.json", b"[" * 100_000),
+        ("r.csv", b'acc\n"0.9'),
+    ],
+)
+def test_malformed_file_is_said_and_its_older_values_are_not_used(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+
+    assert value_in(path, "acc") == "metric-file-malformed"
+
+
+def test_missing_key_says_what_there_is(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    metrics = Metrics([], [f"{path}:test.accuracy"])
+    path.write_text(json.dumps(TREE))
+
+    (warning,) = metrics.finish()
+
+    assert "acc, top.5, text" in warning["text"]
+
+
+def test_file_that_is_none_is_said_and_does_not_block(tmp_path: Path) -> None:
+    # given nothing, a folder, a FIFO nobody writes to, and text that is not UTF-8
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    names = ["absent", "folder", "fifo", "binary"]
+    metrics = Metrics([], [f"{tmp_path / name}:acc:{name}" for name in names])
+    (tmp_path / "binary").write_bytes(b'{"acc": "\xff"}')
+
+    # then each is a warning
+    assert codes(metrics.finish()) == ["metric-file-missing", *["metric-file-unreadable"] * 3]
+    assert metrics.take() == []
+
+
+def test_file_of_an_earlier_run_is_stale_until_it_is_written_again(tmp_path: Path) -> None:
+    # given a file from before the start
+    path = tmp_path / "results.json"
+    path.write_text('{"acc": 0.9}')
+
+    # when the run does not touch it, then it is not used
+    untouched = Metrics([], [f"{path}:acc"])
+    (warning,) = untouched.finish()
+    assert codes([warning]) == ["metric-file-stale"]
+    assert untouched.take() == []
+
+    # when another process writes it, even with the same content and an older time, then it is
+    rewritten = Metrics([], [f"{path}:acc"])
+    program = (
+        "import os, sys; open(sys.argv[1], 'w').write(sys.argv[2]); os.utime(sys.argv[1], (0, 0))"
+    )
+    subprocess.run([sys.executable, "-c", program, path, '{"acc": 0.9}'], check=True)
+    assert rewritten.finish() == []
+    assert [(point.name, point.value) for point in rewritten.take()] == [("acc", 0.9)]
+
+
+def test_relative_path_means_the_folder_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    metrics = Metrics([], ["results.json:acc"])
+    Path("results.json").write_text('{"acc": 0.5}')
+    monkeypatch.chdir("/")
+
+    assert metrics.finish() == []
+    assert [point.value for point in metrics.take()] == [0.5]

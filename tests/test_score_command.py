@@ -1,0 +1,334 @@
+"""`pepr-profile score` and `compare`: tables and runs in, rankings out, bad input refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from pepr_profiler.commands.compare import compare
+from pepr_profiler.commands.score import score
+from pepr_profiler.errors import PeprError, UsageError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAPER = REPOSITORY.parent / "shared" / "paper"
+
+MODELS = """\
+model,accuracy,kwh,task
+small,0.8,1.0,a
+middle,0.9,2.0,a
+large,0.96,5.0,b
+tiny,0.6,1.0,b
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    table = tmp_path / "models.csv"
+    table.write_text(MODELS)
+    return table
+
+
+def run_score(*args: object) -> Result:
+    return CliRunner().invoke(score, [str(arg) for arg in args], catch_exceptions=True)
+
+
+def scored(*args: object) -> Result:
+    result = run_score(*args)
+    assert result.exit_code == 0, result.exception or result.output
+    return result
+
+
+def refused(*args: object) -> PeprError:
+    result = run_score(*args)
+    assert isinstance(result.exception, PeprError), result.output
+    assert result.stdout == ""
+    return result.exception
+
+
+COLUMNS = ("--performance", "accuracy", "--resource", "kwh")
+
+
+def test_the_ranking_of_a_table_goes_to_stdout_and_nothing_else_does(models: Path) -> None:
+    # given R = (kwh - 1) / 4, so 0, 0.25, 1, 0 and PePR 0.8, 0.72, 0.48, 0.6
+    result = scored(models, *COLUMNS)
+    # then; the bar has 80 - 47 = 33 cells, of which it takes 20
+    assert result.stdout == (
+        "PePR   4 rows   metric accuracy   bounds 1 … 5 (this cohort)\n"
+        "\n"
+        "  #  model      accuracy   kwh     R     PePR\n"
+        "  1  small         0.800     1   0.000   0.800  ████████████████     *\n"
+        "  2  middle        0.900     2   0.250   0.720  ██████████████▍      *\n"
+        "  3  tiny          0.600     1   0.000   0.600  ████████████\n"
+        "  4  large         0.960     5   1.000   0.480  █████████▋           *\n"
+        "  * on the accuracy/kwh Pareto front\n"
+    )
+    assert result.stderr == ""
+
+
+def test_output_keeps_the_table_and_adds_two_columns_a_resource(
+    models: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.csv"
+    result = scored(models, *COLUMNS, "-o", out)
+    assert result.stdout == ""
+    assert str(out) in result.stderr
+    rows = list(csv.reader(out.read_text().splitlines()))
+    assert rows[0] == ["model", "accuracy", "kwh", "task", "kwh_n", "pepr_kwh"]
+    assert [row[:4] for row in rows] == [line.split(",") for line in MODELS.splitlines()]
+    assert [(float(row[4]), float(row[5])) for row in rows[1:]] == [
+        (0.0, 0.8),
+        (0.25, 0.72),
+        (1.0, 0.48),
+        (0.0, 0.6),
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models.csv", "out.csv"]
+
+
+@pytest.mark.parametrize("dataset", ["derma_pt", "pneumonia_small"])
+def test_the_papers_tables_give_the_papers_scores(dataset: str, tmp_path: Path) -> None:
+    table = PAPER / f"{dataset}.csv"
+    if not table.exists():
+        pytest.skip(f"the paper's table is not beside the repository: {table}")
+    columns = {"energy": "e", "co2": "c", "train_time": "t", "memR": "m"}
+    wanted = [arg for column in columns for arg in ("--resource", column)]
+    out = tmp_path / "out.csv"
+    # when
+    result = scored(table, "--performance", "test_09", *wanted, "-o", out)
+    # then
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert len(rows) == 131
+    for row in rows:
+        for column, letter in columns.items():
+            assert abs(float(row[f"{column}_n"]) - float(row[f"{letter.upper()}_n"])) < 1e-12
+            assert abs(float(row[f"pepr_{column}"]) - float(row[f"pepr_{letter}"])) < 1e-12
+    # and the wrong energies of one table are noticed
+    warned = "35 of 131 rows are out of proportion in energy per train_time" in result.stderr
+    assert warned == (dataset == "pneumonia_small")
+
+
+def test_groups_are_scored_inside_themselves(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    scored(models, *COLUMNS, "--group", "task", "-o", out)
+    scores = [float(row["pepr_kwh"]) for row in csv.DictReader(out.read_text().splitlines())]
+    assert scores == [0.8, 0.45, 0.48, 0.6]
+    screen = scored(models, *COLUMNS, "--group", "task").stdout
+    assert screen.count("(this group)") == 2 and "group a" in screen and "group b" in screen
+
+
+def test_rows_outside_fixed_bounds_are_clamped_flagged_and_named(
+    models: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.csv"
+    result = scored(models, *COLUMNS, "--bounds", "1:3", "-o", out, "--json", "-")
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [row["kwh_clamped"] for row in rows] == ["0", "0", "1", "0"]
+    assert "outside the bounds" in result.stderr and "large" in result.stderr
+    (ranking,) = json.loads(result.stdout)["rankings"]
+    assert ranking["bounds"] == {"min": 1.0, "max": 3.0, "set_by": "given"}
+    assert [row["name"] for row in ranking["rows"] if row["clamped"]] == ["large"]
+
+
+def test_json_has_the_whole_ranking(models: Path, tmp_path: Path) -> None:
+    target = tmp_path / "ranking.json"
+    result = scored(models, *COLUMNS, "--json", target)
+    assert result.stdout == ""
+    (ranking,) = json.loads(target.read_text())["rankings"]
+    assert ranking["bounds"] == {"min": 1.0, "max": 5.0, "set_by": "cohort"}
+    assert ranking["rows"][1] == {
+        "rank": 2,
+        "name": "middle",
+        "performance": 0.9,
+        "resource": 2.0,
+        "r_norm": 0.25,
+        "pepr": 0.72,
+        "u_pepr": None,
+        "pareto": True,
+        "clamped": False,
+    }
+
+
+def test_percent_and_lower_is_better_are_declared(tmp_path: Path) -> None:
+    table = tmp_path / "errors.csv"
+    table.write_text("error,kwh\n20,1\n10,2\n")
+    result = scored(
+        table, "--performance", "error", "--resource", "kwh", "--percent",
+        "--transform", "one-minus", "--json", "-",
+    )  # fmt: skip
+    (ranking,) = json.loads(result.stdout)["rankings"]
+    assert [(row["name"], row["performance"], row["pepr"]) for row in ranking["rows"]] == [
+        ("row 1", 0.8, 0.8),
+        ("row 2", 0.9, 0.45),
+    ]
+
+
+def test_a_tsv_with_a_byte_order_mark_empty_lines_and_quotes_is_read(tmp_path: Path) -> None:
+    table = tmp_path / "models.tsv"
+    table.write_bytes(b'\xef\xbb\xbfacc\tj\tmodel\r\n0.5\t1e3\t"a, b"\r\n\r\n1\t2e3\tc\r\n')
+    result = scored(table, "--performance", "acc", "--resource", "j", "--json", "-")
+    (ranking,) = json.loads(result.stdout)["rankings"]
+    assert {row["name"]: row["pepr"] for row in ranking["rows"]} == {"a, b": 0.5, "c": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "fix"),
+    [
+        ("", "is empty: it has no header", "first row"),
+        ("model,accuracy,kwh\n", "is empty: it has a header but no rows", "first row"),
+        ("model,accuracy,energy_kwh\na,0.5,1\n", "no column 'kwh': its columns are model", "kwh?"),
+        ("model;accuracy;kwh\na;0,5;1\n", "is separated by semicolons", "commas"),
+        ("model,kwh,accuracy,kwh\na,1,0.5,1\n", "names a column twice: 'kwh'", "rename"),
+        ("model,accuracy,kwh\na,0.5,1\nb,0.5\n", "line 3: 2 cells instead of 3", "complete"),
+        ("model,accuracy,kwh\na,0.5,1\nb,0.5,nan\n", r"line 3 (b), column kwh: 'nan'", "cell"),
+        ("model,accuracy,kwh\na,0.5,1\nb,,2\n", "line 3 (b), column accuracy: the cell is", "cell"),
+        ("model,accuracy,kwh\na,0.5,1\nb,good,2\n", "line 3 (b), column accuracy: 'good'", "cell"),
+        ("model,accuracy,kwh\na,0.5,1\nb,50,2\n", "outside [0, 1] in b (50)", "--percent"),
+        ("model,accuracy,kwh\na,0.5,1\nb,0.5,-2\n", "kwh: resource negative", "rows"),
+        ("model,accuracy,kwh\na,0.5,1\n", "kwh: one row is no cohort", "--bounds"),
+        ("model,accuracy,kwh\na,0.5,1\nb,0.6,1\n", "kwh: all resources are equal", "--bounds"),
+        ('model,accuracy,kwh\n"a,0.5,1\n', "is not a table", "UTF-8"),
+    ],
+)
+def test_a_table_that_cannot_be_scored_is_refused(
+    tmp_path: Path, text: str, what: str, fix: str
+) -> None:
+    table, out = tmp_path / "bad.csv", tmp_path / "out.csv"
+    table.write_text(text)
+    error = refused(table, *COLUMNS, "-o", out)
+    assert isinstance(error, UsageError) and error.status == 2
+    assert what in str(error) and fix in error.fix
+    assert not out.exists()
+
+
+def test_a_missing_binary_or_latin_table_is_refused(tmp_path: Path) -> None:
+    assert "No such file" in refused(tmp_path / "none.csv", *COLUMNS).why
+    assert "directory" in refused(tmp_path, *COLUMNS).why
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes("modèle,accuracy,kwh\na,0.5,1\n".encode("latin-1"))
+    assert "is not a table" in refused(latin, *COLUMNS).what
+
+
+def test_a_group_that_is_no_cohort_is_named(models: Path) -> None:
+    error = refused(models, *COLUMNS, "--group", "model")
+    assert error.what == "kwh, group 'small': one row is no cohort"
+
+
+def test_bounds_belong_to_one_resource(models: Path) -> None:
+    error = refused(models, *COLUMNS, "--resource", "accuracy", "--bounds", "1:3")
+    assert "one by one" in error.fix
+
+
+def test_no_column_is_overwritten(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    scored(models, *COLUMNS, "-o", out)
+    assert "already has the column(s) kwh_n, pepr_kwh" in refused(out, *COLUMNS, "-o", out).what
+
+
+def test_an_output_that_cannot_be_written_is_a_failure_and_leaves_nothing(
+    models: Path, tmp_path: Path
+) -> None:
+    error = refused(models, *COLUMNS, "-o", tmp_path / "absent" / "out.csv")
+    assert error.status == 125 and "No such file" in error.why
+    assert "directory" in refused(models, *COLUMNS, "--json", tmp_path).why
+    assert [path.name for path in tmp_path.iterdir()] == ["models.csv"]
+
+
+def test_a_named_pipe_is_filled_and_not_replaced(models: Path, tmp_path: Path) -> None:
+    # given a reader at the other end
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
+        # when
+        scored(models, *COLUMNS, "-o", pipe)
+        assert reader.stdout is not None
+        received = reader.stdout.read()
+    # then
+    assert received.startswith("model,accuracy,kwh,task,kwh_n,pepr_kwh\n")
+    assert pipe.is_fifo()
+
+
+def test_loading_the_commands_loads_neither_numpy_nor_rich() -> None:
+    code = (
+        "import sys; import pepr_profiler.commands.score, pepr_profiler.commands.compare; "
+        "assert not {'numpy', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+def stored_run(store: Path, name: str, **changes: Any) -> None:
+    """A finished run on disk, as DESIGN's contract describes run.json."""
+    summary: dict[str, Any] = {
+        "schema": 1,
+        "run_id": f"{name}-1",
+        "job": None,
+        "name": name,
+        "experiment": "study",
+        "command": ["python", "train.py"],
+        "host": "node",
+        "boot_id": "b",
+        "clock": [{"t_ns": 1, "unix_ns": 2}, {"t_ns": 60_000_000_001, "unix_ns": 60_000_000_002}],
+        "started_at": "2025-03-01T12:00:00Z",
+        "duration_s": 60.0,
+        "exit_code": 0,
+        "complete": True,
+        "energy": {"total_j": 1000.0, "u_j": 50.0, "provenance": "measured", "components": []},
+        "phases": [],
+        "time_s": 60.0,
+        "memory": {"peak_rss_bytes": 2_000_000_000, "gpu_peak_bytes": None},
+        "carbon": None,
+        "metrics": {"accuracy": 0.9},
+        "performance": {"metric": "accuracy", "value": 0.9},
+        "sampler": {"cpu_s": 0.1, "samples": 10, "dropped": 0, "late": 0, "rate_hz": {}},
+        "missing": [],
+        "warnings": [],
+    }
+    directory = store / "runs" / f"{name}-1"
+    directory.mkdir(parents=True)
+    (directory / "run.json").write_text(json.dumps(summary | changes))
+
+
+def run_compare(*args: object) -> Result:
+    return CliRunner().invoke(compare, [str(arg) for arg in args], catch_exceptions=True)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Three runs that R = 0, 0.5, 1 and one that failed."""
+    for name, total_j, exit_code in (("a", 1e3, 0), ("b", 3e3, 0), ("c", 5e3, 0), ("d", 9e3, 3)):
+        energy = {"total_j": total_j, "u_j": 100.0, "provenance": "measured", "components": []}
+        stored_run(tmp_path, name, energy=energy, exit_code=exit_code)
+    return tmp_path
+
+
+def test_compare_ranks_an_experiments_runs_and_names_the_left_out(store: Path) -> None:
+    result = run_compare("--store", store, "--experiment", "study", "--json", "-")
+    assert result.exit_code == 0, result.exception
+    data = json.loads(result.stdout)
+    (ranking,) = data["rankings"]
+    assert ranking["label"] == "PePR-E" and ranking["unit"] == "J"
+    assert [(row["name"], row["pepr"]) for row in ranking["rows"]] == [
+        ("a", 0.9),
+        ("b", 0.6),
+        ("c", 0.45),
+    ]
+    # u(R) = sqrt(100^2 + 50^2 + 50^2) / 4000, u(PePR) = 0.9 u(R) / 1.5^2
+    assert ranking["rows"][1]["u_pepr"] == pytest.approx(0.9 * 122.4745 / 4000 / 2.25, rel=1e-6)
+    assert data["left_out"] == [{"run": "d-1", "why": "failed with exit status 3"}]
+    assert "left out d-1" in result.stderr
+
+
+def test_compare_takes_runs_by_name_and_other_resources(store: Path) -> None:
+    result = run_compare("--store", store, "a-1", "b-1", "a-1", "--bounds", "0:6k")
+    assert result.exit_code == 0, result.exception
+    assert "PePR-E   2 runs   metric accuracy   bounds 0 J … 6.000 kJ (given)" in result.stdout
+    carbon = run_compare("--store", store, "--resource", "carbon")
+    assert isinstance(carbon.exception, UsageError) and "--region" in carbon.exception.fix
+    time = run_compare("--store", store, "--resource", "time")
+    assert isinstance(time.exception, UsageError) and "equal" in time.exception.what
