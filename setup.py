@@ -20,7 +20,11 @@ def nvml_include() -> Path:
     files = importlib.metadata.files("nvidia-nvml-dev") or []
     for file in files:
         if file.name == "nvml.h":
-            return Path(str(importlib.metadata.distribution("nvidia-nvml-dev").locate_file(file))).resolve().parent
+            return (
+                Path(str(importlib.metadata.distribution("nvidia-nvml-dev").locate_file(file)))
+                .resolve()
+                .parent
+            )
     sys.exit("nvml.h not found in nvidia-nvml-dev; reinstall it: pip install -U nvidia-nvml-dev")
 
 
@@ -43,7 +47,13 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPEPR_NVML_INCLUDE={nvml_include()}",

@@ -1,12 +1,12 @@
 """What a training run cost in energy, time, memory and carbon, and whether it was worth it.
 
-    from pepr_profiler import profile
+from pepr_profiler import profile
 
-    with profile("resnet18", experiment="baseline") as run:
-        with run.phase("train"):
-            train()
-        run.log(accuracy=0.91, epoch=3)
-    print(run.summary["energy"]["total_j"])
+with profile("resnet18", experiment="baseline") as run:
+    with run.phase("train"):
+        train()
+    run.log(accuracy=0.91, epoch=3)
+print(run.summary["energy"]["total_j"])
 """
 
 from __future__ import annotations

@@ -101,7 +101,10 @@ def modelled_curves(
 
 
 def _from_power(
-    source: Source, t_ns: NDArray[np.float64], power_w: NDArray[np.float64], at_ns: NDArray[np.int64]
+    source: Source,
+    t_ns: NDArray[np.float64],
+    power_w: NDArray[np.float64],
+    at_ns: NDArray[np.int64],
 ) -> Curve:
     """A curve from the mean power of each interval between samples; held beyond its ends."""
     if not len(power_w):
@@ -130,7 +133,9 @@ def share(curve: Curve, at_ns: NDArray[np.int64], activity: Activity | None) -> 
     Modelled memory is shared by resident size over installed size, as its power is.
     """
     step_j = np.diff(curve.energy_j, prepend=curve.energy_j[:1])
-    shared = curve.source.kind in ("cpu", "dram") and activity is not None and len(activity.t_ns) > 1
+    shared = (
+        curve.source.kind in ("cpu", "dram") and activity is not None and len(activity.t_ns) > 1
+    )
     if not shared or activity is None:
         job, busy = np.ones(len(step_j)), np.ones(len(step_j))
     elif curve.source.id == "dram:modelled":

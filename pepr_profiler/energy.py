@@ -205,9 +205,7 @@ def integrate(
     batches: Iterable[Batch], sources: Sequence[Source], at_ns: NDArray[np.int64]
 ) -> list[Curve]:
     """The cumulative energy of each source (all of one lane) at `at_ns` (sorted), in one pass."""
-    accumulators = [
-        (_Counter if source.counter else _Power)(source, at_ns) for source in sources
-    ]
+    accumulators = [(_Counter if source.counter else _Power)(source, at_ns) for source in sources]
     for batch in batches:
         # A value belongs to the middle of its read.
         t_s_from = batch.t_ns + batch.read_ns // 2
@@ -401,7 +399,11 @@ class _Power(_Accumulator):
     def add(self, t: NDArray[np.float64], values: NDArray[np.float64]) -> None:
         t = t - self.source.lag_s * _NS_PER_S
         if math.isnan(self._watts):
-            self.knot_ns, self._watts, self._first_w = float(t[0]), float(values[0]), float(values[0])
+            self.knot_ns, self._watts, self._first_w = (
+                float(t[0]),
+                float(values[0]),
+                float(values[0]),
+            )
         span_s = np.diff(t, prepend=self.knot_ns) / _NS_PER_S
         earlier = np.concatenate(([self._watts], values[:-1]))
         energy_j = self.total_j + np.cumsum(0.5 * (values + earlier) * span_s)
@@ -420,9 +422,7 @@ class _Power(_Accumulator):
 # --- uncertainty ---------------------------------------------------------------------------------
 
 
-def uncertainty_j(
-    curve: Curve, *, energy_j: float, duration_s: float, windows: int = 1
-) -> float:
+def uncertainty_j(curve: Curve, *, energy_j: float, duration_s: float, windows: int = 1) -> float:
     """Standard uncertainty (k = 1) of an energy over `windows` windows of `duration_s` in all.
 
     GUM style, variances add: gain g·E and offset u_o·t of the device, two uniform edges of a

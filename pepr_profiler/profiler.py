@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 RUN_DIR_VARIABLE = "PEPR_RUN_DIR"
 """Names the run that a process is already part of; `profile()` joins it."""
 
-_DETECTED = ("nvml", "powercap")
+DETECTED = ("nvml", "powercap")
 _PERIOD_NS = {"powercap": 20_000_000, "nvml": 50_000_000, "processes": 100_000_000}
 _OTHER_PERIOD_NS = 20_000_000
 _OPEN_TIMEOUT_S = 5.0  # waking an NVIDIA driver without persistence mode takes 1-3 s a GPU
@@ -83,7 +83,7 @@ class Recorder:
         self._sampler_facts: dict[str, float] | None = None
         self._exit: dict[str, Any] | None = None
         self._complete = False
-        specs = [*(options.sensors or _DETECTED), f"processes:{root}"]
+        specs = [*(options.sensors or DETECTED), f"processes:{root}"]
         self._samplers = {
             name: _core.Sampler(spec, self._period_ns(spec)) for name, spec in _lane_names(specs)
         }

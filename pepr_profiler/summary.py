@@ -54,7 +54,9 @@ def summarise(
     events = read_events(directory)
     begin_ns, end_ns = _window(facts, readers, since_ns, until_ns)
     phases = [_clip(phase, begin_ns, end_ns) for phase in events.phases]
-    phases = [phase for phase in phases if phase.end_ns is not None and phase.end_ns >= phase.begin_ns]
+    phases = [
+        phase for phase in phases if phase.end_ns is not None and phase.end_ns >= phase.begin_ns
+    ]
     grid = _Grid.over(begin_ns, end_ns, phases)
 
     gauges = _Gauges()
@@ -89,7 +91,10 @@ def summarise(
         metrics=metrics,
         performance=_performance(metrics, options.get("performance")),
         sampler=_sampler(facts, readers, gauges, duration_s),
-        warnings=[*facts.get("warnings", []), *_warnings(parts, events.torn_lines, begin_ns, end_ns)],
+        warnings=[
+            *facts.get("warnings", []),
+            *_warnings(parts, events.torn_lines, begin_ns, end_ns),
+        ],
     )
     return run
 
@@ -122,9 +127,7 @@ def _window(
 
 def _clip(phase: Phase, begin_ns: int, end_ns: int) -> Phase:
     phase_end_ns = end_ns if phase.end_ns is None else phase.end_ns
-    return Phase(
-        phase.name, max(phase.begin_ns, begin_ns), min(phase_end_ns, end_ns), phase.nested
-    )
+    return Phase(phase.name, max(phase.begin_ns, begin_ns), min(phase_end_ns, end_ns), phase.nested)
 
 
 @dataclass(frozen=True)
@@ -169,10 +172,14 @@ class _Part:
     def job_j(self) -> float:
         return float(self.shares.job_j[-1])
 
-    def u_j(self, grid: _Grid, duration_s: float, *, energy_j: float | None = None, windows: int = 1) -> float:
+    def u_j(
+        self, grid: _Grid, duration_s: float, *, energy_j: float | None = None, windows: int = 1
+    ) -> float:
         """Standard uncertainty of the job's energy in some windows (all of it unless given)."""
         energy_j = self.job_j if energy_j is None else energy_j
-        device_u_j = uncertainty_j(self.curve, energy_j=energy_j, duration_s=duration_s, windows=windows)
+        device_u_j = uncertainty_j(
+            self.curve, energy_j=energy_j, duration_s=duration_s, windows=windows
+        )
         return math.hypot(device_u_j, self.shares.u_rel * energy_j)
 
     def summary(self, grid: _Grid, duration_s: float) -> dict[str, Any]:

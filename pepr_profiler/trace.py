@@ -309,7 +309,11 @@ def read_lanes(directory: Path) -> dict[str, LaneReader]:
     """A reader for each lane that holds rows."""
     readers = {}
     for name in lanes(directory):
-        if any((directory / f"{name}{end}").stat().st_size for end in _ENDINGS if (directory / f"{name}{end}").exists()):
+        if any(
+            (directory / f"{name}{end}").stat().st_size
+            for end in _ENDINGS
+            if (directory / f"{name}{end}").exists()
+        ):
             readers[name] = LaneReader(directory, name)
     return readers
 

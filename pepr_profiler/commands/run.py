@@ -47,7 +47,9 @@ _LIVE_SHARE = 100  # the live line may take a hundredth of the time
     metavar="FILE:KEY[:NAME]",
     help="Read a metric from a JSON or CSV file that the command writes.",
 )
-@click.option("--region", envvar="PEPR_REGION", metavar="COUNTRY", help="Whose grid: DK, DNK, Denmark.")
+@click.option(
+    "--region", envvar="PEPR_REGION", metavar="COUNTRY", help="Whose grid: DK, DNK, Denmark."
+)
 @click.option(
     "--carbon-intensity",
     envvar="PEPR_CARBON_INTENSITY",
@@ -78,7 +80,10 @@ _LIVE_SHARE = 100  # the live line may take a hundredth of the time
     help="Read this sensor instead of what is found: nvml, powercap, replay:FILE …",
 )
 @click.option(
-    "--period", envvar="PEPR_PERIOD", metavar="TIME", help="Sample this often [each sensor's own]: 10ms."
+    "--period",
+    envvar="PEPR_PERIOD",
+    metavar="TIME",
+    help="Sample this often [each sensor's own]: 10ms.",
 )
 @click.option(
     "--store",
@@ -124,7 +129,9 @@ def run(
     if cpu_power is not None:
         from pepr_profiler.modelled import CpuIdentity, cpu_model
 
-        cpu_model(CpuIdentity(), vcpus=1, override=cpu_power)  # a bad one fails here, not at the end
+        cpu_model(
+            CpuIdentity(), vcpus=1, override=cpu_power
+        )  # a bad one fails here, not at the end
     metrics = None
     if patterns or files:
         from pepr_profiler.metrics import Metrics
@@ -175,9 +182,11 @@ def _measure(
     recorder = Recorder(options, root="children", command=command, warn=warn)
     try:
         recorder.open()
-        relay = Relay(metrics.feed if line is None else line.beside(metrics.feed)) if (
-            metrics is not None and metrics.has_patterns
-        ) else None
+        relay = (
+            Relay(metrics.feed if line is None else line.beside(metrics.feed))
+            if (metrics is not None and metrics.has_patterns)
+            else None
+        )
         environment = {RUN_DIR_VARIABLE: str(recorder.directory.absolute())}
         child = Child.spawn(command, held=held, env=environment, relay=relay)
     except BaseException:

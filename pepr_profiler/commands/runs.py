@@ -72,4 +72,6 @@ def set_metrics(run: str, metrics: tuple[str, ...], *, store: Path | None) -> No
                 fix=f"pepr-profile runs set {run} accuracy=0.91",
             )
     summary = Store(store).set_metrics(run, values)
-    click.echo(f"{summary['run_id']}: {', '.join(f'{k}={v:g}' for k, v in values.items())}", err=True)
+    click.echo(
+        f"{summary['run_id']}: {', '.join(f'{k}={v:g}' for k, v in values.items())}", err=True
+    )

@@ -42,13 +42,14 @@ def build(
     """The program or library `name`, compiled from `sources` (paths below this folder).
 
     `exports` is a linker's version script. The result is kept in `cache` under a hash of every
-    C++ file of the kit, the flags and the compiler. Raises CalledProcessError, the compiler's words printed, when the code is wrong.
+    C++ file of the kit, the flags and the compiler. Raises CalledProcessError, the compiler's
+    words printed, when the code is wrong.
     """
     tool = compiler()
     digest = hashlib.sha256(repr((tool, name, sources, flags, exports)).encode())
     for file in sorted([*HERE.rglob("*.h"), *HERE.rglob("*.cpp")]):
         digest.update(file.read_bytes())
-    target = cache / f"{digest.hexdigest()[:16]}-{name}"
+    target = cache.resolve() / f"{digest.hexdigest()[:16]}-{name}"
     if not target.exists():
         draft = target.with_suffix(f".{os.getpid()}")
         if exports is not None:

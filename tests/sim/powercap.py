@@ -102,6 +102,7 @@ class Tree:
         period_s: float = 0.001,
         epoch_ns: int | None = None,
     ) -> None:
+        root = root.resolve()
         self.zones = {zone.key: zone for zone in zones}
         self.where = root / "sys/class/powercap"
         self.epoch_ns = time.monotonic_ns() if epoch_ns is None else epoch_ns

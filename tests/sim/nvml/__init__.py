@@ -248,7 +248,7 @@ def install(scenario: Scenario, folder: Path, cache: Path) -> NvmlSim:
         *("-shared", "-pthread", "-Wl,-soname,libnvidia-ml.so.1"),
         exports=f"{{ global: nvml*; local:{hidden} *; }};\n",
     )
-    library = folder / "libnvidia-ml.so.1"
+    library = folder.resolve() / "libnvidia-ml.so.1"
     shutil.copyfile(built, library)  # a copy: the loader takes one inode for one library
     Path(f"{library}.scenario").write_text(scenario.text())
     return NvmlSim(library, scenario)
