@@ -32,7 +32,7 @@ def require_compiler() -> None:
     names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     if not any(shutil.which(name) for name in names):
         sys.exit(
-            f"pepr-profiler needs a C++17 compiler and found none (looked for {', '.join(names)}).\n"
+            f"pepr-profiler needs a C++17 compiler; found none of {', '.join(names)}.\n"
             "Install one: Debian/Ubuntu: sudo apt-get install g++; "
             "Fedora: sudo dnf install gcc-c++; conda: conda install gxx_linux-64"
         )

@@ -72,10 +72,13 @@ def read_activity(lane: Lane, batches: Iterable[Batch]) -> Activity | None:
         return None
     t_ns, rows = np.concatenate(times), np.concatenate(values, axis=1)
     known = np.isfinite(rows).all(axis=0)
+    job_cpu_s, busy_s, rss_bytes = rows[:, known]
     labels = {channel.name: channel.labels for channel in lane.channels}
     return Activity(
-        t_ns[known],
-        *rows[:, known],
+        t_ns=t_ns[known],
+        job_cpu_s=job_cpu_s,
+        busy_s=busy_s,
+        rss_bytes=rss_bytes,
         cpus=int(labels["system/busy"]["cpus"]),
         installed_bytes=float(labels["job/rss"]["installed_bytes"]),
     )

@@ -30,7 +30,7 @@ _LEARN_CHANGES = 8
 
 @dataclass(frozen=True)
 class Source:
-    """One energy component before its numbers: what it is, where it is recorded, how far to trust it.
+    """One energy component before its numbers: what it is, where it lies, how far to trust it.
 
     `gain` (relative) and `offset_w` are standard uncertainties, fixed per device
     (docs/measurement: SC24 for GPU boards, judgement for RAPL). `lag_s` is how far its readings

@@ -143,7 +143,8 @@ class Recorder:
             if not sampler.stop(_STOP_TIMEOUT_S):
                 self.add_warning(
                     "hung-sensor",
-                    f"{self._specs[name]} did not answer for {_STOP_TIMEOUT_S:.0f} s; its lane ends early",
+                    f"{self._specs[name]} did not answer for {_STOP_TIMEOUT_S:.0f} s; "
+                    "its lane ends early",
                     "see dmesg for its driver",
                 )
         self.flush()
@@ -207,7 +208,7 @@ class Recorder:
     # --- parts ---
 
     def _period_ns(self, spec: str) -> int:
-        kind = spec.split(":")[0]
+        kind = _kind(spec)
         if self.options.period_ns is not None and kind != "processes":
             return self.options.period_ns
         return _PERIOD_NS.get(kind, _OTHER_PERIOD_NS)
@@ -254,7 +255,7 @@ class Recorder:
                 "store-unwritable",
                 f"the store {store.path} cannot be written: {error.strerror or error}; "
                 f"this run is kept in {fallback} instead",
-                f"give --store DIR (or PEPR_STORE) that you may write, and move {fallback} to its runs/",
+                f"give --store DIR (or PEPR_STORE) that you may write; {fallback} is a store too",
             )
             return Store(fallback).create(self.options.name)
 
@@ -264,7 +265,7 @@ class Recorder:
             self.add_warning("unwritable", text, "free some space or check the permissions")
 
     def _own_cpu_s(self) -> float:
-        """CPU time of a wrapper besides its lanes: start-up, flushes. A program's own is its job's."""
+        """A wrapper's CPU time besides its lanes. A program's own belongs to its job."""
         if self._specs["processes"] != "processes:children":
             return 0.0
         lanes_s = sum(sampler.stats()["cpu_s"] for sampler in self._samplers.values())
@@ -308,11 +309,15 @@ class Recorder:
             self._unwritable("run.json", error)
 
 
+def _kind(spec: str) -> str:
+    return spec.partition(":")[0]
+
+
 def _lane_names(specs: Sequence[str]) -> list[tuple[str, str]]:
     """A lane is called after its driver; a second one of the same kind gets a number."""
     names: list[tuple[str, str]] = []
     for spec in specs:
-        kind = spec.split(":")[0]
+        kind = _kind(spec)
         taken = sum(name.split("-")[0] == kind for name, _ in names)
         names.append((f"{kind}-{taken + 1}" if taken else kind, spec))
     return names
@@ -584,7 +589,7 @@ def profile(
 
 
 def intensity_of(region: str | None, carbon_intensity: float | None) -> GridIntensity | None:
-    """The grid intensity that was asked for. Raises UsageError if it is unknown or asked for twice."""
+    """The grid intensity that was asked for. Raises UsageError if unknown or asked for twice."""
     if region is None and carbon_intensity is None:
         return None
     from pepr_profiler.carbon import GridIntensity, lookup

@@ -71,7 +71,7 @@ class Store:
         return summary_of(self.find(ref))
 
     def runs(self, *, experiment: str | None = None) -> Iterator[dict[str, Any]]:
-        """Summaries, oldest first; incomplete runs too, directories that are no run are passed over."""
+        """Summaries, oldest first, incomplete runs too; directories that are no run are not."""
         found = []
         for directory in self._directories():
             try:

@@ -66,7 +66,7 @@ def summarise(
     duration_s = (end_ns - begin_ns) * 1e-9
 
     total_j: float | None = math.fsum(part.job_j for part in counted) if counted else None
-    u_j = math.sqrt(math.fsum(part.u_j(grid, duration_s) ** 2 for part in counted))
+    u_j = math.sqrt(math.fsum(part.u_j(duration_s) ** 2 for part in counted))
     options = facts["options"]
     metrics = _metrics(events.metrics)
     exit_facts = facts.get("exit") or {}
@@ -132,7 +132,7 @@ def _clip(phase: Phase, begin_ns: int, end_ns: int) -> Phase:
 
 @dataclass(frozen=True)
 class _Grid:
-    """The instants at which cumulative energy is needed: seconds, buckets, phase edges, both ends."""
+    """The instants at which energy is needed: seconds, buckets, phase edges, both ends."""
 
     at_ns: NDArray[np.int64]
     seconds_ns: NDArray[np.int64]
@@ -172,9 +172,7 @@ class _Part:
     def job_j(self) -> float:
         return float(self.shares.job_j[-1])
 
-    def u_j(
-        self, grid: _Grid, duration_s: float, *, energy_j: float | None = None, windows: int = 1
-    ) -> float:
+    def u_j(self, duration_s: float, *, energy_j: float | None = None, windows: int = 1) -> float:
         """Standard uncertainty of the job's energy in some windows (all of it unless given)."""
         energy_j = self.job_j if energy_j is None else energy_j
         device_u_j = uncertainty_j(
@@ -204,7 +202,7 @@ class _Part:
             self.job_j,
             float(self.shares.others_j[-1]),
             float(self.shares.idle_j[-1]),
-            2 * self.u_j(grid, duration_s),
+            2 * self.u_j(duration_s),
             device_j / duration_s if duration_s > 0 else None,
             _largest(*_power_w(grid.pick(energy_j, grid.seconds_ns), grid.seconds_ns)),
             self._trace_w(grid),
@@ -306,7 +304,7 @@ def _phases(phases: Sequence[Phase], counted: Sequence[_Part], grid: _Grid) -> l
             job_j = part.shares.job_j
             energy_j = float(np.sum(grid.pick(job_j, ends) - grid.pick(job_j, begins)))
             energies_j.append(energy_j)
-            variance += part.u_j(grid, duration_s, energy_j=energy_j, windows=len(same)) ** 2
+            variance += part.u_j(duration_s, energy_j=energy_j, windows=len(same)) ** 2
         result.append(
             {
                 "name": name,
@@ -349,7 +347,7 @@ def _carbon(total_j: float | None, options: Mapping[str, Any]) -> dict[str, Any]
 def _sampler(
     facts: Mapping[str, Any], readers: Mapping[str, LaneReader], gauges: _Gauges, duration_s: float
 ) -> dict[str, Any]:
-    """The profiler's own cost and quality; what only a living profiler knew is None after a crash."""
+    """The profiler's own cost and quality; what only it knew while alive is None after a crash."""
     stats = facts.get("sampler") or {}
     cpu_s = stats.get("cpu_s")
     return {
@@ -385,7 +383,8 @@ def _warnings(
         if curve.resets:
             yield _warning(
                 "reset",
-                f"{name} was reset {curve.resets}x; what it had counted since the last reading is lost",
+                f"{name} was reset {curve.resets}x; what it had counted since the last reading "
+                "is lost",
                 "nothing; the driver or the machine reset it",
             )
         if source.modulus:
@@ -395,8 +394,8 @@ def _warnings(
             if curve.longest_gap_s > half_range_s:
                 yield _warning(
                     "ambiguous-wrap",
-                    f"{name} was not read for {curve.longest_gap_s:.1f} s, time enough to wrap unseen; "
-                    "its energy may be a multiple of its range too low",
+                    f"{name} was not read for {curve.longest_gap_s:.1f} s, time enough to wrap "
+                    "unseen; its energy may be a multiple of its range too low",
                     "keep the profiler from being stopped, or sample more often (--period)",
                 )
         if curve.longest_stall_s > max(_STALL_S, 50 * curve.refresh_s) and source.counter:
@@ -417,7 +416,8 @@ def _warnings(
         if early_s > gap_s:
             yield _warning(
                 "ended-early",
-                f"{name} gave no reading in the last {early_s:.1f} s; its energy since is not in the total",
+                f"{name} gave no reading in the last {early_s:.1f} s; its energy since is not in "
+                "the total",
                 "see dmesg for its driver",
             )
         elif curve.longest_gap_s > gap_s:

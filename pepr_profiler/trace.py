@@ -1,8 +1,8 @@
-"""A recording on disk: written while the run goes on, readable up to the last flush after any crash.
+"""A recording on disk: written while the run goes on, readable up to the last flush.
 
 A run directory holds one Arrow IPC stream a lane, `LANE.arrows`, with the columns `t_ns`
-(CLOCK_MONOTONIC when the read began), `read_ns` (how long it took, at most 4.29 s) and a float64 a channel; what a
-channel is stands in the schema's metadata. Small batches, one a flush, would cost more bytes than
+(CLOCK_MONOTONIC when the read began), `read_ns` (how long it took, at most 4.29 s) and a float64 a
+channel; what a channel is stands in the schema's metadata. Small batches, one a flush, would cost more bytes than
 their numbers, so they go to `LANE.tail.arrows` and are rewritten as one large batch now and then.
 A crash between the two leaves rows in both; a reader drops those it has seen.
 
@@ -79,7 +79,7 @@ def describe(channels: Iterable[Any]) -> tuple[Channel, ...]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one lane: `t_ns` and `read_ns` int64 (n,), `values` float64 (channels, n) as recorded.
+    """Rows of one lane: `t_ns`, `read_ns` int64 (n,), `values` float64 (channels, n) as recorded.
 
     A recorded value times its channel's `scale` is in the channel's unit; NaN is unknown.
     """
@@ -104,7 +104,7 @@ class LaneWriter:
         """Appends rows given as native-endian columns; on disk when it returns, unless `error`."""
         columns = (t_ns, read_ns, *values)
         for kept, new in zip(self._columns, columns, strict=True):
-            kept += new
+            kept.extend(new)
         self._attempt(lambda: self._tail.append(columns))
         if self._rows >= _BATCH_ROWS:
             self._consolidate()
@@ -177,7 +177,7 @@ class _Stream:
             raise
 
     def finish(self) -> None:
-        """Marks the end of the stream, as Arrow readers like it; a stream without rows stays empty."""
+        """Marks the end, as Arrow readers like it; a stream without rows stays empty."""
         if self._writer is not None:
             self._writer.close()
             self._write(self._sink.take())
@@ -300,25 +300,10 @@ class LaneReader:
                     yield batch
 
 
-def lanes(directory: Path) -> list[str]:
-    """The names of the lanes that a run directory holds."""
-    return sorted({path.name.split(".")[0] for path in directory.glob("*.arrows")})
-
-
 def read_lanes(directory: Path) -> dict[str, LaneReader]:
     """A reader for each lane that holds rows."""
-    readers = {}
-    for name in lanes(directory):
-        if any(
-            (directory / f"{name}{end}").stat().st_size
-            for end in _ENDINGS
-            if (directory / f"{name}{end}").exists()
-        ):
-            readers[name] = LaneReader(directory, name)
-    return readers
-
-
-_ENDINGS = (".arrows", ".tail.arrows")
+    held = {path.name.split(".")[0] for path in directory.glob("*.arrows") if path.stat().st_size}
+    return {name: LaneReader(directory, name) for name in sorted(held)}
 
 
 def _read_bytes(path: Path) -> bytes:

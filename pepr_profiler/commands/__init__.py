@@ -1,4 +1,4 @@
-"""The command line: one module a verb, imported when it is used. Only here is printed and exited."""
+"""The command line: one module a verb, imported when used. Only here is printed and exited."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ VERBS = {
 class _Verbs(click.Group):
     """Imports a verb's module when the verb is called, and tells of the others without it."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in VERBS:
             return None
         module = import_module(f"pepr_profiler.commands.{cmd_name}")
         command: click.Command = getattr(module, cmd_name)
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Verbs"):
             formatter.write_dl(list(VERBS.items()))
 

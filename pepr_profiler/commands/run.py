@@ -271,7 +271,7 @@ def _require_writable(path: Path) -> None:
 
 
 class _LiveLine:
-    """One status line on our terminal while the child is quiet, gone before anything else is said."""
+    """One status line on our terminal while the child is quiet; gone before anything is said."""
 
     def __init__(self) -> None:
         self._on = sys.stderr.isatty()

@@ -40,10 +40,9 @@ def list_runs(*, experiment: str | None, store: Path | None) -> None:
         if energy["total_j"] is not None:
             joules = format_with_u(energy["total_j"], energy["u_j"], "J")
         metric = f"{performance['metric']} {performance['value']:g}" if performance else ""
-        click.echo(
-            f"{summary['run_id']:<28} {summary['started_at'][:16]}  "
-            f"{format_duration(summary['duration_s']):>11}  {joules:>18}  {state:<10} {metric}".rstrip()
-        )
+        began, duration = summary["started_at"][:16], format_duration(summary["duration_s"])
+        row = f"{summary['run_id']:<28} {began}  {duration:>11}  {joules:>18}  {state:<10} {metric}"
+        click.echo(row.rstrip())
     if not count:
         click.echo(f"no runs in {found.path}", err=True)
 

@@ -49,7 +49,7 @@ def _look(spec: str, sampler: Any) -> tuple[list[dict[str, Any]], list[dict[str,
     except SensorError as error:
         return [], [{"what": error.what, "why": error.why, "fix": error.fix}]
     sampler.stop(1.0)
-    lane = Lane(spec.split(":")[0], spec, _PERIOD_NS, describe(sampler.channels))
+    lane = Lane(spec.partition(":")[0], spec, _PERIOD_NS, describe(sampler.channels))
     rows = sampler.read()
     read_us = float(np.median(np.frombuffer(rows[2], dtype=np.uint32))) / 1e3
     used = {source.channel: source for source in find_sources([lane])}
