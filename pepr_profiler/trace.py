@@ -2,9 +2,9 @@
 
 A run directory holds one Arrow IPC stream a lane, `LANE.arrows`, with the columns `t_ns`
 (CLOCK_MONOTONIC when the read began), `read_ns` (how long it took, at most 4.29 s) and a float64 a
-channel; what a channel is stands in the schema's metadata. Small batches, one a flush, would cost more bytes than
-their numbers, so they go to `LANE.tail.arrows` and are rewritten as one large batch now and then.
-A crash between the two leaves rows in both; a reader drops those it has seen.
+channel; what a channel is stands in the schema's metadata. Small batches, one a flush, would cost
+more bytes than their numbers, so they go to `LANE.tail.arrows` and are rewritten as one large batch
+now and then. A crash between the two leaves rows in both; a reader drops those it has seen.
 
 Marks and metrics are lines of `events-HOST-PID.jsonl`, one writer a file, append only, written
 through at once: they survive `kill -9` of the program that made them.
@@ -16,7 +16,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 4096
 """Rows of a finished batch: large enough that its 400 bytes of header do not matter."""
 
-_MOST_PENDING_BYTES = 16 << 20
-"""What a full disk may keep waiting in memory before rows are dropped."""
+_MOST_PENDING_ROWS = 1 << 17
+"""What a full disk may keep waiting in memory before rows are dropped: 2 min at 1 kHz."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,10 @@ class Batch:
 
 
 class LaneWriter:
-    """Appends one lane's rows to its stream and keeps what the disk does not take for later."""
+    """Appends one lane's rows to its stream and keeps what the disk does not take for later.
+
+    `error` is why the last write failed, None if it did not; `dropped_rows` were given up for good.
+    """
 
     def __init__(self, directory: Path, lane: Lane) -> None:
         self.lane = lane
@@ -98,49 +101,73 @@ class LaneWriter:
         self.error: OSError | None = None
         self._main = _Stream(directory / f"{lane.name}.arrows", lane)
         self._tail = _Stream(directory / f"{lane.name}.tail.arrows", lane)
-        self._columns = [bytearray() for _ in range(len(lane.channels) + 2)]
+        self._rows = _Columns(len(lane.channels))
+        self._tail_rows = 0  # how many of them, from the first on, the tail holds
 
     def write(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:
         """Appends rows given as native-endian columns; on disk when it returns, unless `error`."""
-        columns = (t_ns, read_ns, *values)
-        for kept, new in zip(self._columns, columns, strict=True):
-            kept.extend(new)
-        self._attempt(lambda: self._tail.append(columns))
-        if self._rows >= _BATCH_ROWS:
+        self._rows.extend((t_ns, read_ns, *values))
+        if self._attempt(lambda: self._tail.append(self._rows.since(self._tail_rows))):
+            self._tail_rows = len(self._rows)
+        if len(self._rows) >= _BATCH_ROWS:
             self._consolidate()
 
     def close(self) -> None:
         """Writes what is left as a last large batch and removes the tail."""
-        if self._rows:
+        if len(self._rows):
             self._consolidate()
-        if not self._rows:
+        if len(self._rows):
+            self._give_up()
+        else:
             self._attempt(self._main.finish)
             self._tail.remove()
-        self.dropped_rows += self._rows if self.error else 0
         self._main.close()
         self._tail.close()
 
-    @property
-    def _rows(self) -> int:
-        return len(self._columns[0]) // 8
-
     def _consolidate(self) -> None:
-        self._attempt(lambda: self._main.append(self._columns))
-        if self.error is None:
-            for column in self._columns:
-                column.clear()
+        if self._attempt(lambda: self._main.append(self._rows.since(0))):
+            self._rows.cut(0)
             self._tail.clear()
-        elif sum(map(len, self._columns)) > _MOST_PENDING_BYTES:
-            self.dropped_rows += self._rows
-            for column in self._columns:
-                column.clear()
+            self._tail_rows = 0
+        elif len(self._rows) > _MOST_PENDING_ROWS:
+            self._give_up()
 
-    def _attempt(self, write: Any) -> None:
+    def _give_up(self) -> None:
+        """Lets go of the rows that no file holds."""
+        self.dropped_rows += len(self._rows) - self._tail_rows
+        self._rows.cut(self._tail_rows)
+
+    def _attempt(self, write: Callable[[], None]) -> bool:
         try:
             write()
-            self.error = None
         except OSError as error:
             self.error = error
+            return False
+        self.error = None
+        return True
+
+
+class _Columns:
+    """Rows as growing byte columns: t_ns, read_ns and a float64 a channel."""
+
+    def __init__(self, channels: int) -> None:
+        self._sizes = (8, 4, *[8] * channels)
+        self._columns = [bytearray() for _ in self._sizes]
+
+    def __len__(self) -> int:
+        return len(self._columns[0]) // 8
+
+    def extend(self, columns: Sequence[bytes]) -> None:
+        for kept, new in zip(self._columns, columns, strict=True):
+            kept.extend(new)
+
+    def since(self, row: int) -> list[bytes]:
+        pairs = zip(self._columns, self._sizes, strict=True)
+        return [bytes(column[row * size :]) for column, size in pairs]
+
+    def cut(self, rows: int) -> None:
+        for column, size in zip(self._columns, self._sizes, strict=True):
+            del column[rows * size :]
 
 
 class _Stream:
@@ -154,7 +181,7 @@ class _Stream:
         self._sink = _Sink()
         self._writer: Any = None
 
-    def append(self, columns: Sequence[bytes | bytearray]) -> None:
+    def append(self, columns: Sequence[bytes]) -> None:
         import nanoarrow as na
         from nanoarrow.ipc import StreamWriter
 
@@ -164,7 +191,7 @@ class _Stream:
             self._writer = StreamWriter.from_writable(self._sink)
         rows = len(columns[0]) // 8
         children = [
-            na.c_array_from_buffers(child, rows, [None, bytes(column)], null_count=0)
+            na.c_array_from_buffers(child, rows, [None, column], null_count=0)
             for child, column in zip(schema.children, columns, strict=True)
         ]
         batch = na.c_array_from_buffers(schema, rows, [None], null_count=0, children=children)
@@ -314,25 +341,38 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _open_stream(source: Path | bytes) -> Any:
-    """An Arrow stream over a file or bytes; None where not even the schema was written."""
+    """An Arrow stream over a file or bytes; None where not even the schema was written whole."""
     import nanoarrow as na
     from nanoarrow._utils import NanoarrowException
 
     if isinstance(source, Path):
-        if not source.exists() or source.stat().st_size == 0:
+        if not source.exists():
             return None
-        stream = na.ArrayStream.from_path(str(source))
+        with source.open("rb") as file:
+            head, size = file.read(8), source.stat().st_size
     else:
-        stream = na.ArrayStream.from_readable(source)
+        head, size = source[:8], len(source)
+    # An encapsulated message: 0xFFFFFFFF, the length of its metadata, the metadata.
+    length = int.from_bytes(head[4:8], "little", signed=True)
+    if head[:4] == b"\xff" * len(head[:4]) and (size < 8 or 0 < length > size - 8):
+        return None
     try:
+        if isinstance(source, Path):
+            stream = na.ArrayStream.from_path(str(source))
+        else:
+            stream = na.ArrayStream.from_readable(source)
         stream.schema  # noqa: B018 - parsed here, so that a foreign file fails here
     except (NanoarrowException, ValueError) as error:
-        raise TraceError(
-            f"{source if isinstance(source, Path) else 'the tail'} is not an Arrow stream",
-            why=str(error),
-            fix="point at a run directory that pepr-profile wrote",
-        ) from None
+        raise _foreign(source, str(error)) from None
     return stream
+
+
+def _foreign(source: Path | bytes, why: str) -> TraceError:
+    return TraceError(
+        f"{source if isinstance(source, Path) else 'the tail of a lane'} is not an Arrow stream",
+        why=why,
+        fix="point at a run directory that pepr-profile wrote",
+    )
 
 
 def _lane_of(stream: Any, path: Path) -> Lane:

@@ -56,17 +56,20 @@ unsigned Gpu::percent(const Wave& fraction, double t_s) const {
     return std::min(100U, rounded(100 * fraction.mean_w(at_s - kUtilizationPeriod_s, at_s)));
 }
 
-bool Fault::hits(const char* name, int on_gpu, int on_field, double t_s) const {
-    const bool matches = std::strncmp(name, function.c_str(), function.size()) == 0 &&
-                         (gpu < 0 || gpu == on_gpu) && field == on_field &&
-                         start_s <= t_s && t_s < end_s;
-    return matches && calls.fetch_add(1, std::memory_order_relaxed) % every == every - 1;
+bool Fault::concerns(const char* name, int on_gpu, int on_field) const {
+    return (gpu < 0 || gpu == on_gpu) && field == on_field &&
+           std::strncmp(name, function.c_str(), function.size()) == 0;
+}
+
+bool Fault::hits(double t_s) const {
+    return start_s <= t_s && t_s < end_s &&
+           calls.fetch_add(1, std::memory_order_relaxed) % every == every - 1;
 }
 
 Verdict Scenario::consult(const char* function, int gpu, int field) const {
     Verdict verdict;
     for (const auto& fault : faults_) {
-        if (!fault->hits(function, gpu, field, now_s())) continue;
+        if (!fault->concerns(function, gpu, field) || !fault->hits(now_s())) continue;
         switch (fault->effect) {
             case Effect::kHang: sleep_until_s(fault->end_s, *this); break;
             case Effect::kSlow: sleep_until_s(now_s() + fault->argument, *this); break;

@@ -74,7 +74,8 @@ struct Fault {
     double argument = 0;  // the code, or the delay in seconds
     mutable std::atomic<unsigned> calls{0};  // relaxed: a count, it orders nothing
 
-    bool hits(const char* name, int on_gpu, int on_field, double t_s) const;
+    bool concerns(const char* name, int on_gpu, int on_field) const;
+    bool hits(double t_s) const;
 };
 
 // What a call has to do before, or instead of, answering.

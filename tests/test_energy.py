@@ -1,0 +1,299 @@
+"""Counters and power series against truth computed by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pytest
+
+from pepr_profiler.energy import Curve, Source, find_sources, integrate, uncertainty_j
+from pepr_profiler.trace import Batch, Channel, Lane
+
+S = 1_000_000_000
+
+
+def batches(t_s: Iterable[float], *columns: Iterable[float], rows: int = 10_000) -> Iterator[Batch]:
+    """The rows of a lane, read in no time, in batches of `rows`."""
+    t_ns = np.round(np.asarray(list(t_s)) * S).astype(np.int64)
+    values = np.array([list(column) for column in columns], dtype=np.float64)
+    for at in range(0, len(t_ns), rows):
+        part = slice(at, at + rows)
+        yield Batch(t_ns[part], np.zeros(len(t_ns[part]), np.int64), values[:, part])
+
+
+def counter(**facts: object) -> Source:
+    return Source("cpu:x", "cpu", "x", "lane", 0, "test", counter=True, **facts)  # type: ignore[arg-type]
+
+
+def power(**facts: object) -> Source:
+    return Source("gpu:x", "gpu", "x", "lane", 0, "test", counter=False, **facts)  # type: ignore[arg-type]
+
+
+def curve_of(source: Source, rows: Iterable[Batch], at_s: Iterable[float]) -> Curve:
+    at_ns = np.round(np.asarray(list(at_s)) * S).astype(np.int64)
+    return integrate(rows, [source], at_ns)[0]
+
+
+def between(curve: Curve) -> float:
+    return float(curve.energy_j[-1] - curve.energy_j[0])
+
+
+def refreshed(t_s: np.ndarray, watts: float, refresh_s: float, phase_s: float) -> np.ndarray:
+    """What a counter of joules shows that is refreshed every `refresh_s`, at constant power."""
+    return watts * (np.floor((t_s - phase_s) / refresh_s) * refresh_s + phase_s)
+
+
+# --- counters -------------------------------------------------------------------------------------
+
+
+def test_a_counter_gives_the_difference_between_two_instants() -> None:
+    # given 50 W, read every 10 ms
+    t = np.arange(0, 10.005, 0.01)
+    # when the energy from 2 s to 5.005 s is asked for
+    curve = curve_of(counter(), batches(t, 50 * t + 1234), [2.0, 5.005])
+    # then it is 50 W x 3.005 s
+    assert between(curve) == pytest.approx(150.25, rel=1e-9)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 1000])
+def test_how_rows_are_cut_into_batches_changes_nothing(rows: int) -> None:
+    # given an uneven counter that wraps, with holes
+    random = np.random.default_rng(7)
+    t = np.cumsum(random.uniform(0.005, 0.02, 997))
+    joules = np.cumsum(random.uniform(0, 3, 997))
+    raw = np.where(random.uniform(size=997) < 0.05, np.nan, joules % 100)
+    at = np.sort(random.uniform(t[0], t[-1], 31))
+    source = counter(modulus=100.0)
+    whole = curve_of(source, batches(t, raw), at)
+    # when the same rows come in small batches
+    cut = curve_of(source, batches(t, raw, rows=rows), at)
+    # then the curve is the same
+    assert np.diff(cut.energy_j) == pytest.approx(np.diff(whole.energy_j), rel=1e-12, abs=1e-9)
+    assert (cut.wraps, cut.unknown) == (whole.wraps, whole.unknown)
+
+
+def test_a_thousand_wraps_leave_no_window_negative_or_off_by_a_range() -> None:
+    # given 100 W on a counter of 65.7 J, read every 10 ms for 657 s
+    t = np.arange(0, 657.01, 0.01)
+    raw = np.round((100 * t) % 65.7, 6)
+    edges = np.arange(0.5, 656.5, 0.25)
+    # when energy is taken over windows of every alignment
+    curve = curve_of(counter(modulus=65.7), batches(t, raw, rows=333), edges)
+    # then each window is 25 J and every wrap was seen
+    assert curve.wraps == 1000 - 1 or curve.wraps == 1000
+    assert np.diff(curve.energy_j) == pytest.approx(np.full(len(edges) - 1, 25.0), abs=1e-3)
+
+
+def test_a_drop_that_no_wrap_explains_is_a_reset_and_loses_only_what_it_must() -> None:
+    # given 100 W; after 5 s the counter begins anew at 0
+    t = np.arange(0, 10.005, 0.01)
+    raw = np.where(t < 5, 5e6 + 100 * t, 100 * (t - 5))
+    for modulus in (0.0, 262_143.0 * 1000):
+        curve = curve_of(counter(modulus=modulus), batches(t, raw), [1.0, 9.0])
+        # then it is said, and one reading (1 J) at most is missing
+        assert curve.resets == 1
+        assert 799.0 - 1e-6 <= between(curve) <= 800.0 + 1e-6
+
+
+def test_unknown_readings_cost_resolution_but_no_joules() -> None:
+    # given a hole of 3 s in a counter at 80 W
+    t = np.arange(0, 10.005, 0.01)
+    raw = np.where((t > 4) & (t < 7), np.nan, 80 * t)
+    curve = curve_of(counter(), batches(t, raw), [1.0, 9.0])
+    # then the energy is complete, and the hole is told
+    assert between(curve) == pytest.approx(640.0, rel=1e-9)
+    assert curve.unknown == 299
+    assert curve.longest_gap_s == pytest.approx(3.0, abs=0.02)
+
+
+def test_a_counter_that_never_moves_is_unknown_not_zero() -> None:
+    t = np.arange(0, 0.08, 0.01)
+    curve = curve_of(counter(), batches(t, np.full(len(t), 4711.0)), [0.01, 0.05])
+    assert np.isnan(curve.energy_j).all()
+
+
+def test_a_counter_without_any_reading_is_unknown() -> None:
+    curve = curve_of(counter(), batches([0, 1], [math.nan, math.nan]), [0.0, 1.0])
+    assert np.isnan(curve.energy_j).all()
+    assert (curve.first_ns, curve.unknown) == (-1, 2)
+
+
+def test_a_stall_is_noticed_while_reads_go_on() -> None:
+    # given a counter that stands still from 3 s to 12 s
+    t = np.arange(0, 15.005, 0.01)
+    raw = np.where(t < 3, 50 * t, np.where(t < 12, 150.0, 150 + 50 * (t - 12)))
+    curve = curve_of(counter(), batches(t, raw, rows=100), [0.5, 14.5])
+    assert curve.longest_stall_s == pytest.approx(9.0, abs=0.03)
+
+
+@pytest.mark.parametrize("refresh_s", [0.02, 0.1])
+@pytest.mark.parametrize("phase", [0.0, 0.3, 0.77])
+def test_a_slow_counter_is_right_whatever_its_phase(refresh_s: float, phase: float) -> None:
+    # given 300 W behind a counter that is refreshed at T, read every 7 ms
+    t = np.arange(0, 4, 0.007)
+    raw = refreshed(t, 300.0, refresh_s, phase * refresh_s)
+    edges = np.arange(0.5, 3.5, 0.2)
+    # when phases of 200 ms are asked for
+    curve = curve_of(counter(), batches(t, raw), edges)
+    # then each is within 5 % (one read in 200 ms would be off by half)
+    assert np.diff(curve.energy_j) == pytest.approx(np.full(len(edges) - 1, 60.0), rel=0.05)
+    assert curve.refresh_s == pytest.approx(refresh_s, rel=0.1)
+
+
+@pytest.mark.parametrize("phase", np.linspace(0, 0.95, 20))
+def test_the_edges_of_a_slow_counter_are_not_biased(phase: float) -> None:
+    # given a run that begins with the first reading and ends with the last
+    t = np.arange(0, 2.0001, 0.01)
+    raw = refreshed(t, 300.0, 0.1, phase * 0.1 - 0.1)
+    curve = curve_of(counter(), batches(t, raw), [0.0, 2.0])
+    # then both ends are filled in: the error is a read, not a refresh (30 J)
+    assert between(curve) == pytest.approx(600.0, abs=3.1)
+
+
+# --- power ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("begin_s", [-0.02, 0.0, 0.013, 1.5])
+@pytest.mark.parametrize("length_s", [0.001, 0.05, 0.2, 2.0])
+def test_constant_power_gives_power_times_time_for_any_window(
+    begin_s: float, length_s: float
+) -> None:
+    t = np.arange(0, 4, 0.1)
+    source = power(period_s=0.1)
+    curve = curve_of(source, batches(t, np.full(len(t), 300.0)), [begin_s, begin_s + length_s])
+    assert between(curve) == pytest.approx(300.0 * length_s, rel=1e-9)
+
+
+def test_a_window_with_a_single_sample_inside_works() -> None:
+    curve = curve_of(power(), batches([1.0], [120.0]), [0.9, 1.1])
+    assert between(curve) == pytest.approx(24.0)
+
+
+def test_power_readings_are_joined_by_lines() -> None:
+    # given a ramp from 0.1 W to 100 W in 10 s, and back
+    t = np.arange(0, 21)
+    watts = np.concatenate((np.linspace(0.1, 100, 11), np.linspace(100, 0.1, 11)[1:]))
+    curve = curve_of(power(), batches(t, watts), [0.0, 10.0, 20.0])
+    assert np.diff(curve.energy_j) == pytest.approx([500.5, 500.5])
+
+
+def test_a_spurious_zero_is_a_missing_reading_not_a_device_at_rest() -> None:
+    t = np.arange(0, 5, 0.1)
+    watts = np.full(len(t), 250.0)
+    watts[[7, 20, 21]] = 0.0
+    curve = curve_of(power(), batches(t, watts), [0.5, 4.5])
+    assert between(curve) == pytest.approx(1000.0)
+    assert curve.unknown == 3
+
+
+def test_an_averaging_sensor_is_shifted_back_by_its_lag() -> None:
+    # given a step from 100 W to 300 W at 5 s, seen through an average of 1 s
+    t = np.arange(0, 10.001, 0.05)
+    watts = 100 + 200 * np.clip(t - 5, 0, 1)
+    curve = curve_of(power(lag_s=0.5, period_s=0.05), batches(t, watts), [3.0, 5.0, 7.0])
+    # then what came before and after the step is told apart up to the ramp's symmetric halves
+    assert np.diff(curve.energy_j) == pytest.approx([200 + 25, 600 - 25], abs=0.5)
+
+
+# --- what is what ---------------------------------------------------------------------------------
+
+
+def rapl(*zones: tuple[str, str, str]) -> Lane:
+    """A powercap lane with (zone, name, parent's name)."""
+    channels = tuple(
+        Channel(
+            zone,
+            "energy",
+            "J",
+            1e-6,
+            65_700_000_000.0,
+            True,
+            "powercap",
+            {"zone": zone, "name": name, **({"parent_name": parent} if parent else {})},
+        )
+        for zone, name, parent in zones
+    )
+    return Lane("powercap", "powercap", 20_000_000, channels)
+
+
+def test_packages_and_dram_add_up_and_nothing_else_does() -> None:
+    lane = rapl(
+        ("intel-rapl:0", "package-0", ""),
+        ("intel-rapl:0:0", "core", "package-0"),
+        ("intel-rapl:0:1", "uncore", "package-0"),
+        ("intel-rapl:0:2", "dram", "package-0"),
+        ("intel-rapl:1", "package-1", ""),
+        ("intel-rapl:1:0", "dram", "package-1"),
+        ("intel-rapl:2", "psys", ""),
+        ("intel-rapl-mmio:0", "package-0", ""),
+    )
+    sources = {source.id: source for source in find_sources([lane])}
+    # then the total has both packages and both memories, told apart by their socket
+    assert {i for i, source in sources.items() if source.in_total} == {
+        "cpu:package-0",
+        "cpu:package-1",
+        "dram:package-0/dram",
+        "dram:package-1/dram",
+    }
+    # and each of the others says why not
+    assert sources["cpu:package-0/core"].excluded == "inside package-0"
+    assert sources["other:psys"].excluded == "contains the packages"
+    assert sources["cpu:package-0@intel-rapl-mmio:0"].excluded == "repeats package-0"
+
+
+def gpu_lane(*quantities: str) -> Lane:
+    about = {
+        "nvml-energy": ("energy", "J", True),
+        "nvml-power": ("power", "W", False),
+        "nvml-power-average": ("power", "W", False),
+        "nvml-power-instant": ("power", "W", False),
+    }
+    labels = {"uuid": "GPU-1", "model": "NVIDIA H100", "index": "0"}
+    channels = tuple(
+        Channel(f"GPU-1/{name}", *about[name][:2], 1e-3, 0.0, about[name][2], name, labels)
+        for name in quantities
+    )
+    return Lane("nvml", "nvml", 50_000_000, channels)
+
+
+@pytest.mark.parametrize(
+    ("offered", "taken"),
+    [
+        (("nvml-energy", "nvml-power-instant", "nvml-power-average"), "nvml-energy"),
+        (("nvml-power-instant", "nvml-power-average"), "nvml-power-average"),
+        (("nvml-power-instant",), "nvml-power-instant"),
+        (("nvml-power",), "nvml-power"),
+    ],
+)
+def test_a_gpu_is_counted_once_by_its_best_source(offered: tuple[str, ...], taken: str) -> None:
+    (source,) = find_sources([gpu_lane(*offered)])
+    assert (source.id, source.source, source.in_total) == ("gpu:GPU-1", taken, True)
+
+
+def test_the_same_component_from_two_lanes_is_counted_once() -> None:
+    lane = rapl(("intel-rapl:0", "package-0", ""))
+    again = Lane("powercap-2", lane.spec, lane.period_ns, lane.channels)
+    sources = find_sources([lane, again])
+    assert [source.in_total for source in sources] == [True, False]
+    assert sources[1].excluded == "repeats package-0 of powercap"
+
+
+# --- uncertainty ----------------------------------------------------------------------------------
+
+
+def test_the_budget_adds_gain_offset_and_edges_in_squares() -> None:
+    # given 250 W for 20 s on a board of 4 % gain and 6 W offset, refreshed every 0.1 s
+    source = power(gain=0.04, offset_w=6.0, period_s=0.05)
+    curve = Curve(source, np.array([0.0, 5000.0]), 0, 20 * S, refresh_s=0.1)
+    # then gain is 200 J, offset 120 J, edges 25/sqrt(6) J
+    u_j = uncertainty_j(curve, energy_j=5000.0, duration_s=20.0)
+    assert u_j == pytest.approx(math.sqrt(200**2 + 120**2 + 625 / 6), rel=1e-12)
+
+
+def test_edges_count_once_a_window() -> None:
+    curve = Curve(counter(period_s=0.02), np.array([0.0, 1.0]), 0, S)
+    one = uncertainty_j(curve, energy_j=100.0, duration_s=1.0)
+    many = uncertainty_j(curve, energy_j=100.0, duration_s=1.0, windows=25)
+    assert many == pytest.approx(5 * one)
