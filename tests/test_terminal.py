@@ -207,7 +207,7 @@ pepr > python train.py   exit 0   14 min 07 s
   quality  25,416 samples, 0 dropped, 0.1% late; profiler used 1.90 s CPU (0.2%)
   missing  psu, fans, network: no sensor
 
-  saved train-20417            next: pepr-profile report train-20417 -o out.html
+  saved train-20417                        next: pepr-profile report train-20417
 """,
     )
 
@@ -239,7 +239,7 @@ pepr > python train.py   exit 0   3.42 s
   warning  the pattern 'acc: (.*)' never matched
              fix: try it on the output of the command
 
-  saved digits-7                  next: pepr-profile report digits-7 -o out.html
+  saved digits-7                              next: pepr-profile report digits-7
 """,
     )
 
@@ -270,7 +270,7 @@ pepr > python train.py   exit 0   3.42 s
   missing  gpu: libnvidia-ml.so.1 cannot be loaded
              fix: install the NVIDIA driver
 
-  saved digits-7                  next: pepr-profile report digits-7 -o out.html
+  saved digits-7                              next: pepr-profile report digits-7
 """,
     )
 
@@ -388,7 +388,7 @@ def test_long_names_are_cut_by_cells_and_not_by_characters(measured: dict[str, A
     assert lines[5].startswith("  gpu:0  計算加速器…   252.8 ± 9.0 kJ   68.0%")
     assert lines[-2:] == [
         f"  saved {'r' * 40}",
-        f"  next: pepr-profile report {'r' * 40} -o out.html",
+        f"  next: pepr-profile report {'r' * 40}",
     ]
     assert max(map(cell_len, lines)) <= 80
     header, row = lines[10:12]
@@ -494,3 +494,8 @@ def test_the_live_line_costs_no_heavy_import() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # then
     assert done.stdout.strip() == "[]"
+
+
+def test_a_run_of_an_experiment_leads_to_its_ranking(measured: dict[str, Any]) -> None:
+    text = render_run({**measured, "experiment": "my sizes"})
+    assert text.splitlines()[-1].endswith("next: pepr-profile compare --experiment 'my sizes'")

@@ -401,7 +401,11 @@ def _saved_lines(summary: Mapping[str, Any], width: int) -> list[_Line]:
     run_id = _clean(str(summary.get("run_id") or ""))
     if not run_id:
         return []
-    saved, following = f"  saved {run_id}", f"next: pepr-profile report {run_id} -o out.html"
+    experiment = summary.get("experiment")
+    following = f"next: pepr-profile report {run_id}"
+    if experiment:
+        following = f"next: pepr-profile compare --experiment {_clean(shlex.quote(experiment))}"
+    saved = f"  saved {run_id}"
     gap = width - _cells(saved) - _cells(following)
     if gap >= len(_GAP):
         return [[(saved, "bold"), (" " * gap, ""), (following, "dim")]]
