@@ -27,6 +27,9 @@ _IMPLAUSIBLE_W = 20_000.0
 _LEARN_CHANGES = 8
 """Changes of a counter that are seen before its refresh period is estimated."""
 
+_LAST_CHANGES = 3
+"""Changes of a counter whose mean power goes on behind the last of them."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -365,7 +368,8 @@ class _Counter(_Accumulator):
                 step_j[i] = since_j if since_j <= _IMPLAUSIBLE_W * span_s[i] else 0.0
                 self.resets += 1
         self.longest_stall_s = max(self.longest_stall_s, float(np.max(span_s)))
-        self.last_w = float(step_j[-1] / span_s[-1])
+        # Of a few changes: one alone may have been noticed late and the next one early.
+        self.last_w = float(step_j[-_LAST_CHANGES:].sum() / span_s[-_LAST_CHANGES:].sum())
         self.emit(t, self.total_j + np.cumsum(step_j))
 
     def finish(self) -> Curve:

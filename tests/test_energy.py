@@ -152,6 +152,21 @@ def test_the_edges_of_a_slow_counter_are_not_biased(phase: float) -> None:
     assert between(curve) == pytest.approx(600.0, abs=3.1)
 
 
+def test_a_counter_read_little_faster_than_it_refreshes_is_not_biased() -> None:
+    # given 400 W behind a refresh of 100 ms, read every 50 ms with some lateness, 200 runs of 3 s
+    random = np.random.default_rng(11)
+    errors_j = []
+    for _ in range(200):
+        t = np.arange(0, 3.2, 0.05) + random.exponential(0.002, 64)
+        raw = refreshed(t, 400.0, 0.1, random.uniform(-0.1, 0))
+        begin_s = random.uniform(0, 0.1)
+        curve = curve_of(counter(), batches(t, raw, rows=10), [begin_s, begin_s + 3.0])
+        errors_j.append(between(curve) - 1200)
+    # then the mean error is nil (a refresh is 40 J), and each is well within one
+    assert np.mean(errors_j) == pytest.approx(0.0, abs=2.0)
+    assert np.max(np.abs(errors_j)) < 40
+
+
 # --- power ----------------------------------------------------------------------------------------
 
 

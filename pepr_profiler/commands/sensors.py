@@ -79,6 +79,8 @@ def _print(found: list[dict[str, Any]], missing: list[dict[str, str]]) -> None:
 
     for channel in found:
         value = format_quantity(channel["value"], channel["unit"])
+        if channel["unit"] == "1" and channel["value"] is not None:
+            value = f"{channel['value']:.0%}"
         use = "in the total" if channel["in_total"] else channel["excluded"] or "recorded beside"
         click.echo(f"{channel['channel']:<32} {channel['quantity']:<12} {value:>12}  {use}")
     if not found:
