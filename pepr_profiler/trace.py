@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -294,26 +293,25 @@ class LaneReader:
     """
 
     def __init__(self, directory: Path, name: str) -> None:
+        self._main = directory / f"{name}.arrows"
         # The tail first: rows that move to the main stream while we look are then seen twice and
         # dropped once, instead of being missed.
         self._tail = _read_bytes(directory / f"{name}.tail.arrows")
-        self._main = _open_stream(directory / f"{name}.arrows")
-        tail = _open_stream(self._tail) if self._tail else None
-        source = self._main or tail
+        source = _open_stream(self._main) or _open_stream(self._tail)
         if source is None:
             raise TraceError(
                 f"lane '{name}' of {directory} is empty",
                 why="the recording ended before its first flush",
                 fix="nothing can be recovered from this lane",
             )
-        self._tail_stream = tail
-        self.lane = _lane_of(source, directory / f"{name}.arrows")
+        self.lane = _lane_of(source, self._main)
 
     def __iter__(self) -> Iterator[Batch]:
         import numpy as np
 
         seen_ns = -1
-        for stream in (self._main, self._tail_stream):
+        for source in (self._main, self._tail):
+            stream = _open_stream(source)  # anew: a stream can be read once
             if stream is None:
                 continue
             for batch in _batches(stream):
@@ -477,7 +475,7 @@ class EventWriter:
         if self._fd >= 0:
             os.close(self._fd)  # inherited through fork; the parent keeps its own
         self._pid = os.getpid()
-        path = self._directory / f"events-{socket.gethostname()}-{self._pid}.jsonl"
+        path = self._directory / f"events-{os.uname().nodename}-{self._pid}.jsonl"
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             self._fd = os.open(path, flags, 0o644)
@@ -562,6 +560,12 @@ def read_run(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise TraceError(
             f"{path} is damaged", why=str(error), fix="restore it; the lanes beside it are intact"
+        ) from None
+    except OSError as error:
+        raise TraceError(
+            f"{path} cannot be read",
+            why=error.strerror or str(error),
+            fix="check what it is and its permissions",
         ) from None
     schema = run.get("schema") if isinstance(run, dict) else None
     if schema != 1:

@@ -79,6 +79,15 @@ def test_every_row_comes_back_once_while_recording_and_after(
     assert [path.name for path in tmp_path.iterdir()] == ["demo.arrows"]
 
 
+def test_a_reader_can_be_read_again(tmp_path: Path) -> None:
+    writer = record(tmp_path, [5000, 10])
+    reader = LaneReader(tmp_path, "demo")
+    first = [len(batch.t_ns) for batch in reader]
+    assert sum(first) == 5010
+    assert [len(batch.t_ns) for batch in reader] == first
+    writer.close()
+
+
 def test_the_file_explains_itself_to_any_arrow_reader(tmp_path: Path) -> None:
     ipc = pytest.importorskip("pyarrow.ipc")
     record(tmp_path, [100, 5000]).close()
