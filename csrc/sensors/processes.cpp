@@ -72,6 +72,8 @@ public:
         rusage waited{};
         ::getrusage(RUSAGE_CHILDREN, &waited);
         double cpu_s = seconds(waited.ru_utime) + seconds(waited.ru_stime);
+        double reaped_s = cpu_s - waited_s_, vanished_s = 0.0;
+        waited_s_ = cpu_s;
         std::uint64_t rss_bytes = 0;
         std::size_t living = 0;
         if (with_self_) {
@@ -83,13 +85,21 @@ public:
         std::size_t kept = 0;
         for (Process& process : tree_) {
             Stat stat{};
-            if (!read_stat(process.pid, stat) || stat.start_ticks != process.start_ticks) continue;
+            if (!read_stat(process.pid, stat) || stat.start_ticks != process.start_ticks) {
+                vanished_s += process.own_s + process.waited_s;
+                continue;
+            }
+            reaped_s += stat.waited_s - process.waited_s;
+            process.own_s = stat.own_s;
+            process.waited_s = stat.waited_s;
             cpu_s += stat.own_s + stat.waited_s;
             rss_bytes += stat.rss_bytes;
             tree_[kept++] = process;
         }
         tree_.resize(kept);  // never grows: no allocation
-        out[0] = monotonic(cpu_s);
+        keep_lost(vanished_s, reaped_s);
+        // Dips: a child reaped while we read, and cutime cut off to ticks where it was exact before.
+        out[0] = job_cpu_s_ = std::max(job_cpu_s_, cpu_s + lost_s_);
         out[1] = static_cast<double>(rss_bytes);
         out[2] = static_cast<double>(living + kept);
         out[3] = busy_s();
@@ -99,18 +109,22 @@ private:
     struct Process {
         pid_t pid;
         std::uint64_t start_ticks;  // with the pid, names one process for ever
+        double own_s, waited_s;     // when last seen
     };
 
     // The fifth field of /proc/loadavg is the pid given out last: while it stands still nothing was
-    // forked in our pid namespace, and the tree need not be searched.
+    // forked in our pid namespace, and the tree need not be searched. After a change it is searched
+    // twice: a process gets its pid a moment before its parent lists it.
     void find_new() noexcept {
         char text[128];
         const std::size_t length = last_pid_.read(text, sizeof text);
         const char* const space = static_cast<const char*>(memrchr(text, ' ', length));
         long last_pid = -1;
         if (space != nullptr) std::from_chars(space + 1, text + length, last_pid);
-        if (last_pid >= 0 && last_pid == seen_pid_) return;
+        const bool changed = last_pid < 0 || last_pid != seen_pid_;
+        if (!changed && settled_) return;
         seen_pid_ = last_pid;
+        settled_ = !changed;
         add_children_of(self_);
         for (std::size_t i = 0; i < tree_.size(); ++i) add_children_of(tree_[i].pid);
     }
@@ -141,7 +155,7 @@ private:
         const auto known = [pid](const Process& p) { return p.pid == pid; };
         if (std::any_of(tree_.begin(), tree_.end(), known) || tree_.size() == kMostProcesses) return;
         Stat stat{};
-        if (read_stat(pid, stat)) tree_.push_back({pid, stat.start_ticks});
+        if (read_stat(pid, stat)) tree_.push_back({pid, stat.start_ticks, stat.own_s, stat.waited_s});
     }
 
     bool read_stat(pid_t pid, Stat& stat) const noexcept {
@@ -181,14 +195,14 @@ private:
         return at < end;
     }
 
-    // The sum dips for one poll when a child is reaped while we read, and for good when its parent
-    // ignores SIGCHLD and the kernel drops its time. What is still missing after a second look is
-    // gone, and what was last seen of it is kept.
-    double monotonic(double cpu_s) noexcept {
-        const double missing_s = job_cpu_s_ - (cpu_s + dropped_s_);
-        if (missing_s > 0 && dipped_) dropped_s_ += missing_s;
-        dipped_ = missing_s > 0 && !dipped_;
-        return job_cpu_s_ = std::max(job_cpu_s_, cpu_s + dropped_s_);
+    // The time of a process that vanishes turns up with the parent that waited for it, at the next
+    // poll at the latest. The kernel drops it when the parent ignores SIGCHLD, and it goes elsewhere
+    // when we are no subreaper: then what was last seen of it is kept. Less than the rounding of
+    // cutime and cstime, a tick each, is none: kept child by child, that would add up.
+    void keep_lost(double vanished_s, double reaped_s) noexcept {
+        const double overdue_s = std::max(0.0, owed_s_ - reaped_s);
+        if (overdue_s > 2 * tick_s_) lost_s_ += overdue_s;
+        owed_s_ = std::max(0.0, vanished_s - std::max(0.0, reaped_s - owed_s_));
     }
 
     // First line of /proc/stat: user nice system idle iowait irq softirq steal guest guest_nice.
@@ -210,9 +224,11 @@ private:
     File stat_, last_pid_;
     std::vector<Process> tree_;
     long seen_pid_ = -1;
+    bool settled_ = false;
     double job_cpu_s_ = 0.0;
-    double dropped_s_ = 0.0;
-    bool dipped_ = false;
+    double waited_s_ = 0.0;  // by us, RUSAGE_CHILDREN
+    double owed_s_ = 0.0;    // vanished at the last poll, and not seen with a parent yet
+    double lost_s_ = 0.0;
     char text_[1 << 14];
     alignas(dirent64) char entries_[1 << 13];
 };

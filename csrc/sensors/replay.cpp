@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <sstream>
@@ -23,6 +25,13 @@ std::vector<std::string> split(const std::string& line) {
     std::istringstream stream(line);
     for (std::string field; std::getline(stream, field, '\t');) fields.push_back(field);
     return fields;
+}
+
+double number(const std::string& text) {
+    char* end = nullptr;
+    const double value = std::strtod(text.c_str(), &end);
+    if (text.empty() || *end != '\0') throw std::invalid_argument("'" + text + "' is not a number");
+    return value;
 }
 
 class Replay final : public Sensor {
@@ -63,7 +72,9 @@ private:
     void add_channel(const std::vector<std::string>& f) {
         if (f.size() < 8) throw std::invalid_argument("a channel line has at least 8 fields");
         if (!t_ns_.empty()) throw std::invalid_argument("channels come before rows");
-        Channel channel{f[1], f[2], f[3], std::stod(f[4]), std::stod(f[5]), f[6] == "counter", f[7], {}};
+        if (f[6] != "counter" && f[6] != "gauge")
+            throw std::invalid_argument("'" + f[6] + "' is neither counter nor gauge");
+        Channel channel{f[1], f[2], f[3], number(f[4]), number(f[5]), f[6] == "counter", f[7], {}};
         for (std::size_t i = 8; i < f.size(); ++i) {
             const auto equals = f[i].find('=');
             if (equals == std::string::npos) throw std::invalid_argument("a label is KEY=VALUE");
@@ -75,9 +86,11 @@ private:
     void add_row(const std::vector<std::string>& f) {
         if (f.size() != channels_.size() + 1)
             throw std::invalid_argument("a row has a time and one value a channel");
-        const auto t_ns = static_cast<std::int64_t>(std::stod(f[0]) * static_cast<double>(kNsPerS));
+        const double t_s = number(f[0]);
+        if (!(std::abs(t_s) < 1e9)) throw std::invalid_argument("a time is a number of seconds");
+        const auto t_ns = static_cast<std::int64_t>(t_s * static_cast<double>(kNsPerS));
         if (!t_ns_.empty() && t_ns <= t_ns_.back()) throw std::invalid_argument("times must increase");
-        for (std::size_t i = 1; i < f.size(); ++i) values_.push_back(std::stod(f[i]));
+        for (std::size_t i = 1; i < f.size(); ++i) values_.push_back(number(f[i]));
         t_ns_.push_back(t_ns);
     }
 

@@ -1,0 +1,42 @@
+# Uses the activated virtual environment, else .venv; any other: make test VENV=/path/to/venv
+
+PYTHON ?= python3
+VENV ?= $(or $(VIRTUAL_ENV),.venv)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+# nvml.h comes from PyPI, and lies somewhere below site-packages.
+FIND_NVML := from importlib.metadata import files; \
+	print(next(f.locate().parent for f in files("nvidia-nvml-dev") if f.name == "nvml.h"))
+WITH_NVML = export PEPR_NVML_INCLUDE="$$(python -c '$(FIND_NVML)')" &&
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build test lint sanitize clean
+
+help:  ## List what can be made
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup:  ## Make the virtual environment, build, install with all tools for development
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	python -m pip install -e '.[dev]'
+
+build:  ## Build the native core again, in place
+	python -m pip install --no-deps -e .
+
+test:  ## Run the tests: make test ARGS='-k sampler -x'
+	python -m pytest $(ARGS)
+
+lint:  ## Check style and types, build the core with every warning an error
+	ruff check .
+	ruff format --check .
+	mypy
+	$(WITH_NVML) cmake --preset werror && cmake --build --preset werror
+
+sanitize: asan tsan  ## Run the core's own tests under the sanitizers
+
+.PHONY: asan tsan
+asan tsan:
+	$(WITH_NVML) cmake --preset $@ && cmake --build --preset $@ && ctest --preset $@
+
+clean:  ## Remove everything that was built; the virtual environment stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache pepr_profiler/*.so
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

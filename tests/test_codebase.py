@@ -1,0 +1,224 @@
+"""What the design promises about the code itself: who imports whom, how big, how light."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "pepr_profiler"
+CSRC = ROOT / "csrc"
+
+# docs/design.md, "Who may import whom". A module imports from the ranks before its own. Within a
+# rank nobody imports anybody, except in the order of PEERS: a module, and what of its rank it sees.
+RANKS = (
+    ("errors", "units"),
+    ("_core", "targets", "metrics"),
+    ("trace",),
+    ("energy", "modelled", "carbon"),
+    ("attribution", "pepr"),
+    ("summary", "store", "profiler"),
+    ("daemon", "integrations", "report"),
+    ("commands",),
+    ("__init__", "__main__"),
+)
+PEERS = {"units": {"errors"}, "store": {"summary"}, "profiler": {"summary", "store"}}
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NATIVE = sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cpp")])
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def part_of(module: str) -> str:
+    """The name that has a rank: pepr_profiler.report.terminal is of `report`."""
+    return [*module.split("."), "__init__"][1]
+
+
+def dotted(path: Path) -> str:
+    names = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of every module of ours that is imported, wherever it is written."""
+    known = {dotted(module) for module in MODULES} | {"pepr_profiler._core"}
+    package = dotted(path) if path.name == "__init__.py" else dotted(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            around = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*(around if node.level else []), *filter(None, [node.module])])
+            # `from package import module` imports the module, `from module import name` does not.
+            whole = [f"{base}.{alias.name}" for alias in node.names]
+            names = [name if name in known else base for name in whole]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            # A computed name tells at least the package that it begins with.
+            names = [ast.unparse(node.args[0]).strip("f'\"").partition(".{")[0]]
+        else:
+            continue
+        yield from ((node.lineno, name) for name in names if name.startswith("pepr_profiler"))
+
+
+def test_modules_import_only_from_the_ranks_before_their_own() -> None:
+    wrong = []
+    for path in MODULES:
+        importer = part_of(dotted(path))
+        assert importer in RANK, f"{relative(path)} has no rank: give it one in docs/design.md"
+        for line, imported in imports_of(path):
+            part = part_of(imported)
+            if part == importer:
+                continue  # a package is one part of the house
+            if RANK[part] >= RANK[importer] and part not in PEERS.get(importer, ()):
+                wrong.append(f"{relative(path)}:{line} imports {imported}")
+    assert wrong == []
+
+
+def test_the_ranks_are_those_of_the_design() -> None:
+    page = " ".join((ROOT / "docs" / "design.md").read_text().split()).replace("`", "")
+    assert " < ".join(", ".join(rank) for rank in RANKS) in page
+    for importer, peers in PEERS.items():
+        assert f"{importer} sees {', '.join(sorted(peers))}" in page
+
+
+def test_every_module_is_in_the_house_list_of_the_design() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    house = page[page.index("## The house") : page.index("**Who may import whom**")]
+    missing = [
+        path.name
+        for path in MODULES
+        if path.parent == PACKAGE and not path.stem.startswith("__") and path.name not in house
+    ]
+    assert missing == []
+
+
+def includes_of(path: Path) -> Iterator[tuple[str, bool]]:
+    """Each include of a file, and whether it is one of our own."""
+    for line in path.read_text().splitlines():
+        if match := re.match(r'\s*#\s*include\s+(["<])([^">]+)', line):
+            yield Path(match[2]).name, match[1] == '"'
+
+
+def test_native_files_include_only_what_they_may_see() -> None:
+    allowed = {
+        "clock.h": set[str](),
+        "file.h": set[str](),
+        "sensor.h": set[str](),
+        "ring.h": set[str](),
+        "sampler.h": {"sensor.h", "ring.h"},
+        "sampler.cpp": {"sampler.h", "sensor.h", "ring.h", "clock.h"},
+        "registry.cpp": {"sensor.h"},
+        "bindings.cpp": {"sampler.h", "sensor.h", "ring.h", "clock.h"},
+    }
+    for path in NATIVE:
+        of_sensors = path.parent.name == "sensors"
+        sees = {"sensor.h", "clock.h", "file.h"} if of_sensors else allowed[path.name]
+        ours = {name for name, own in includes_of(path) if own}
+        assert ours <= sees, relative(path)
+
+
+def test_only_the_bindings_know_python_and_only_nvml_its_driver() -> None:
+    for path in NATIVE:
+        text = path.read_text()
+        if path.name != "bindings.cpp":
+            assert "pybind11" not in text and "Python.h" not in text, relative(path)
+        if path.name != "nvml.cpp":
+            assert "nvml.h" not in {name for name, _ in includes_of(path)}, relative(path)
+
+
+@pytest.mark.parametrize(
+    "module", ["pepr_profiler", "pepr_profiler.commands.run", "pepr_profiler.profiler"]
+)
+def test_import_is_light(module: str) -> None:
+    """These are loaded before the child starts, or by the program that is measured."""
+    heavy = ["numpy", "rich", "nanoarrow", "torch", "pyarrow"]
+    program = f"import sys, {module}; print(*(name for name in {heavy} if name in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
+
+
+def test_importing_the_package_starts_and_loads_nothing() -> None:
+    program = "import sys; before = set(sys.modules); import pepr_profiler; " + (
+        "print(*(set(sys.modules) - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert set(done.stdout.split()) <= {"pepr_profiler", "__future__"}
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=relative)
+def test_native_files_stay_small(path: Path) -> None:
+    limit = 150 if path.suffix == ".h" else 300
+    assert len(path.read_text().splitlines()) <= limit, f"{relative(path)}: split it"
+
+
+def calls_of(path: Path) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield node.lineno, ast.unparse(node.func)
+
+
+def test_only_commands_print_and_exit() -> None:
+    speaking = {"print", "click.echo", "sys.exit", "exit", "quit", "input"}
+    speaking |= {"sys.stdout.write", "sys.stderr.write"}
+    loud = [
+        f"{relative(path)}:{line} {call}"
+        for path in MODULES
+        if part_of(dotted(path)) not in {"commands", "__main__"}
+        for line, call in calls_of(path)
+        if call in speaking
+    ]
+    assert loud == []
+
+
+def test_no_error_is_swallowed_whole() -> None:
+    bare = [
+        f"{relative(path)}:{node.lineno}"
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"})
+        and all(isinstance(statement, ast.Pass) for statement in node.body)
+    ]
+    assert bare == []
+
+
+def files_of_the_project() -> list[Path]:
+    """What git tracks or would; without git, what lies in the project's own folders."""
+    done = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0 and done.stdout:
+        return [ROOT / name for name in done.stdout.split("\0") if name]
+    folders = ("pepr_profiler", "csrc", "docs", "tests", "examples", "benchmarks")
+    return [path for folder in folders for path in (ROOT / folder).rglob("*")]
+
+
+def test_no_file_names_a_path_of_the_machine_it_was_written_on() -> None:
+    # Split, so that this file is not one of those it looks for.
+    homes = re.compile("/(?:" + "home|Users|work" + r")/[A-Za-z0-9_.-]+|/" + r"root/[A-Za-z0-9_.]")
+    named = []
+    for path in files_of_the_project():
+        if not path.is_file() or path.suffix in {".so", ".pyc", ".png", ".arrows"}:
+            continue
+        text = path.read_text(errors="replace")
+        named += [f"{relative(path)}: {match[0]}" for match in homes.finditer(text)]
+    assert named == []

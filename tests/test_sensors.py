@@ -1,0 +1,797 @@
+"""Every driver under one contract, then what each one promises on top."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from sim.nvml import A100, H100, PASCAL, Fault, Gpu, NvmlSim, Scenario, default_uuid
+from sim.permissions import obeying_permissions
+from sim.powercap import RANGE_UJ, Tree, Zone, ZoneFault, two_socket_server
+from sim.waves import Constant, Sine, Square
+
+from pepr_profiler._core import Channel, Sampler
+from pepr_profiler.errors import SensorError
+
+PERIOD_NS = 5_000_000
+HOUR_NS = 3600 * 10**9  # no sample but the first and the last
+PATIENCE_S = 20.0
+
+QUANTITIES = {"energy", "power", "utilisation", "memory", "cpu_time", "count"}
+UNITS = {"J", "W", "1", "B", "s"}
+
+NvmlFactory = Callable[[Scenario], NvmlSim]
+PowercapFactory = Callable[..., Tree]
+
+
+# --- helpers ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nvml(nvml_sim: NvmlFactory) -> NvmlFactory:
+    """The factory, once all is compiled: a scenario's clock runs from when it is written down."""
+    nvml_sim(Scenario())
+    return nvml_sim
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Samples as they were read: times, read durations, a column a channel."""
+
+    t_ns: list[int]
+    read_ns: list[int]
+    columns: dict[str, list[float]]
+
+    def span(self, row: int) -> tuple[int, int]:
+        """The interval in which this row was read."""
+        return self.t_ns[row], self.t_ns[row] + self.read_ns[row]
+
+
+class Lane:
+    """A sampler, and all the rows that were taken from it so far."""
+
+    def __init__(self, spec: str, period_ns: int = PERIOD_NS) -> None:
+        self.sampler = Sampler(spec, period_ns)
+        if not self.sampler.wait_ready(PATIENCE_S):
+            raise TimeoutError(spec)
+        self.channels: dict[str, Channel] = {c.name: c for c in self.sampler.channels}
+        self._t_ns, self._read_ns = array("q"), array("I")
+        self._columns = [array("d") for _ in self.sampler.channels]
+
+    def rows(self) -> Rows:
+        while (batch := self.sampler.read()) is not None:
+            n, t_ns, read_ns, columns = batch
+            self._t_ns.frombytes(t_ns)
+            self._read_ns.frombytes(read_ns)
+            for column, data in zip(self._columns, columns, strict=True):
+                column.frombytes(data)
+            assert all(len(c) == len(self._t_ns) for c in self._columns), n
+        columns_by_name = dict(zip(self.channels, map(list, self._columns), strict=True))
+        return Rows(list(self._t_ns), list(self._read_ns), columns_by_name)
+
+    def until(self, holds: Callable[[Rows], bool]) -> Rows:
+        """The rows, as soon as they are what the caller waits for."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not holds(rows := self.rows()):
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"never came: {rows.columns}")
+            time.sleep(0.002)  # polling for a condition, no pause that a result depends on
+        return rows
+
+    def take(self, samples: int) -> Rows:
+        return self.until(lambda rows: len(rows.t_ns) >= samples)
+
+    def finish(self) -> Rows:
+        assert self.sampler.stop(PATIENCE_S)
+        return self.rows()
+
+
+@contextmanager
+def lane(spec: str, period_ns: int = PERIOD_NS) -> Iterator[Lane]:
+    opened = Lane(spec, period_ns)
+    try:
+        yield opened
+    finally:
+        opened.sampler.stop(PATIENCE_S)
+
+
+def why_not(spec: str) -> SensorError:
+    """The error that opening this ends in; it must explain itself."""
+    sampler = Sampler(spec, PERIOD_NS)
+    with pytest.raises(SensorError) as caught:
+        sampler.wait_ready(PATIENCE_S)
+    assert sampler.state == "failed"
+    assert sampler.stop(PATIENCE_S)
+    with pytest.raises(SensorError):
+        _ = sampler.channels
+    error = caught.value
+    assert error.what and error.why and error.fix
+    return error
+
+
+def replay(folder: Path, *lines: str) -> str:
+    """A replay file whose fields are written with blanks instead of tabs."""
+    file = folder / "recorded.tsv"
+    file.write_text("".join(line.replace(" ", "\t") + "\n" for line in lines))
+    return f"replay:{file}"
+
+
+COUNTER = "channel meter/energy energy J 0.001 1000 counter replayed zone=attic"
+GAUGE = "channel meter/power power W 1 0 gauge replayed"
+
+
+def wrapping_replay(folder: Path) -> str:
+    rows = [f"{step * 0.01} {step * 70 % 1000} {700.0}" for step in range(100)]
+    return replay(folder, COUNTER, GAUGE, *rows)
+
+
+KINDS = "nvml powercap-still powercap-live processes-self processes-children replay"
+
+
+@pytest.fixture(params=KINDS.split())
+def spec(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """One healthy source of each driver."""
+    kind: str = request.param
+    if kind == "nvml":
+        gpus = (Gpu(Square(0.2, 100, 300)), Gpu(Constant(70), sensor=A100))
+        nvml: NvmlFactory = request.getfixturevalue("nvml")
+        return nvml(Scenario(gpus)).spec
+    if kind.startswith("powercap"):
+        powercap: PowercapFactory = request.getfixturevalue("powercap_sim")
+        # 10 J before the wrap: psys, at 260 W, is there after 38 ms, a package after 100 ms.
+        zones = two_socket_server(range_uj=100_000_000, start_uj=90_000_000)
+        return powercap(*zones, live=kind.endswith("live")).spec
+    return wrapping_replay(tmp_path) if kind == "replay" else kind.replace("-", ":")
+
+
+# --- the contract ---------------------------------------------------------------------------------
+
+
+def test_channels_say_what_each_number_is(spec: str) -> None:
+    with lane(spec) as opened:
+        channels = opened.sampler.channels
+        assert channels
+        assert len({c.name for c in channels}) == len(channels)
+        for channel in channels:
+            assert channel.name and channel.source
+            assert channel.quantity in QUANTITIES
+            assert channel.unit in UNITS
+            assert channel.scale > 0 and math.isfinite(channel.scale)
+            assert channel.modulus >= 0
+            assert channel.counter or channel.modulus == 0
+        assert opened.sampler.notes == []
+
+
+def test_samples_are_whole_and_lie_on_the_clock_of_the_caller(spec: str) -> None:
+    begin_ns = time.monotonic_ns()
+    with lane(spec) as opened:
+        opened.take(20)
+        rows = opened.finish()
+        end_ns = time.monotonic_ns()
+        stats = opened.sampler.stats()
+
+    assert stats["samples"] == len(rows.t_ns) >= 20
+    assert stats["lost"] == 0 and stats["failed_reads"] == 0
+    assert 0 < stats["cpu_s"] < (end_ns - begin_ns) * 1e-9
+    assert begin_ns <= rows.t_ns[0]
+    assert rows.span(-1)[1] <= end_ns
+    for row in range(1, len(rows.t_ns)):
+        assert rows.span(row - 1)[1] <= rows.t_ns[row]  # a read ends before the next begins
+        assert rows.t_ns[row] > rows.t_ns[row - 1]
+    assert max(rows.read_ns) < 1e9
+    assert not any(math.isnan(value) for column in rows.columns.values() for value in column)
+
+
+def test_counters_never_run_backwards(spec: str) -> None:
+    with lane(spec) as opened:
+        opened.take(30)
+        rows = opened.finish()
+        for channel in opened.channels.values():
+            column = rows.columns[channel.name]
+            assert min(column) >= 0
+            if not channel.counter:
+                continue
+            if channel.modulus:
+                assert max(column) < channel.modulus
+            for before, after in pairwise(column):
+                # A wrap is a step down by most of the range, never a small one.
+                assert after >= before or (channel.modulus and before - after > channel.modulus / 4)
+
+
+def test_stop_takes_a_last_sample_at_once(spec: str) -> None:
+    with lane(spec, HOUR_NS) as opened:
+        begin_ns = time.monotonic_ns()
+        assert opened.sampler.stop(PATIENCE_S)
+        end_ns = time.monotonic_ns()
+        rows = opened.rows()
+        assert opened.sampler.state == "stopped"
+
+    assert len(rows.t_ns) == 2
+    assert begin_ns <= rows.t_ns[1] <= end_ns
+    assert end_ns - begin_ns < 1e9
+
+
+@pytest.fixture(params=["nvml", "powercap", "replay"])
+def dying_spec(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A source of which a part fails after 0.3 s."""
+    if request.param == "nvml":
+        nvml: NvmlFactory = request.getfixturevalue("nvml")
+        lost = Fault("nvmlDevice", "GPU_IS_LOST", start_s=0.3, gpu=0)
+        return nvml(Scenario((Gpu(Constant(50)), Gpu(Constant(60))), (lost,))).spec
+    if request.param == "powercap":
+        powercap: PowercapFactory = request.getfixturevalue("powercap_sim")
+        gone = (ZoneFault("vanish", 0.3),)
+        zones = (Zone("intel-rapl:0", "a", Constant(5), faults=gone), Zone("intel-rapl:1", "b"))
+        return powercap(*zones, live=True).spec
+    return replay(tmp_path, COUNTER, GAUGE, "0 1 1", "0.3 nan 2")
+
+
+def test_a_failed_read_is_unknown_and_counted(dying_spec: str) -> None:
+    with lane(dying_spec) as opened:
+        opened.until(lambda rows: any(map(math.isnan, next(iter(rows.columns.values())))))
+        rows = opened.finish()
+        failed = opened.sampler.stats()["failed_reads"]
+
+    columns = list(rows.columns.values())
+    assert sum(math.isnan(value) for column in columns for value in column) == failed > 0
+    assert not any(map(math.isnan, columns[-1]))  # the other device never notices
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["nvml:/nowhere/lib.so", "powercap:/nowhere", "replay:/nowhere", "processes:", "magic:x", ""],
+)
+def test_an_absent_source_says_why_and_what_to_do(spec: str) -> None:
+    error = why_not(spec)
+
+    assert "fix: " in str(error)
+
+
+def test_a_period_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="period_ns"):
+        Sampler("processes:self", 0)
+
+
+# --- powercap -------------------------------------------------------------------------------------
+
+
+def test_powercap_finds_every_zone_once(powercap_sim: PowercapFactory) -> None:
+    tree = powercap_sim(
+        *two_socket_server(), Zone("intel-rapl-mmio:1", "package-1", range_uj=65_712_999_613)
+    )
+
+    with lane(tree.spec, HOUR_NS) as opened:
+        channels = opened.channels
+        assert set(channels) == set(tree.zones)
+        for key, zone in tree.zones.items():
+            channel = channels[key]
+            assert channel.quantity == "energy" and channel.counter and channel.source == "powercap"
+            assert channel.scale == 1e-6
+            assert channel.modulus == zone.range_uj
+            assert channel.labels["zone"] == key
+            assert channel.labels["name"] == zone.name
+        assert channels["intel-rapl:1:1"].labels["parent"] == "intel-rapl:1"
+        assert channels["intel-rapl:1:1"].labels["parent_name"] == "package-1"
+        assert "parent" not in channels["intel-rapl:1"].labels
+
+
+def test_powercap_reads_each_zone_from_its_own_file(powercap_sim: PowercapFactory) -> None:
+    tree = powercap_sim(*two_socket_server())
+    values = {key: 17 + 1_000_003 * index for index, key in enumerate(tree.zones)}
+    values["intel-rapl:0"] = RANGE_UJ - 1  # 12 digits arrive to the last
+
+    with lane(tree.spec, HOUR_NS) as opened:
+        for key, value_uj in values.items():
+            tree.set(key, value_uj)
+        rows = opened.finish()
+
+    assert rows.columns == {key: [0.0, float(value_uj)] for key, value_uj in values.items()}
+
+
+def test_powercap_follows_counters_that_wrap(powercap_sim: PowercapFactory) -> None:
+    wave = Sine(200, 100, 0.07)
+    tree = powercap_sim(Zone("intel-rapl:0", "package-0", wave, range_uj=40_000_000), live=True)
+
+    with lane(tree.spec, 2_000_000) as opened:
+        opened.take(300)
+        rows = opened.finish()
+    column = rows.columns["intel-rapl:0"]
+    total_uj = sum((b - a) % 40_000_000 for a, b in pairwise(column))
+    truth_j = tree.energy_j("intel-rapl:0", rows.t_ns[0], rows.t_ns[-1])
+
+    assert truth_j > 2 * 40  # it did wrap
+    # On a busy machine the writer is late, at either end; a lost wrap would be 40 J.
+    assert total_uj * 1e-6 == pytest.approx(truth_j, abs=300 * 0.03)
+
+
+def test_powercap_notes_a_zone_that_it_may_not_read(powercap_sim: PowercapFactory) -> None:
+    tree = powercap_sim(*two_socket_server())
+    denied = tree.path("intel-rapl:1:1") / "energy_uj"
+    denied.chmod(0)
+
+    with obeying_permissions(), lane(tree.spec, HOUR_NS) as opened:
+        notes = opened.sampler.notes
+        assert set(opened.channels) == set(tree.zones) - {"intel-rapl:1:1"}
+
+    assert len(notes) == 1
+    assert "intel-rapl:1:1" in notes[0].what and "dram" in notes[0].what
+    assert "Permission denied" in notes[0].why
+    assert f"chmod o+r {denied}" in notes[0].fix
+
+
+def test_powercap_without_a_readable_zone_is_no_sensor(powercap_sim: PowercapFactory) -> None:
+    tree = powercap_sim(*two_socket_server())
+    for key in tree.zones:
+        (tree.path(key) / "energy_uj").chmod(0)
+
+    with obeying_permissions():
+        error = why_not(tree.spec)
+
+    assert "Permission denied" in error.why
+    assert "chmod" in error.fix
+
+
+def test_powercap_without_zones_is_no_sensor(tmp_path: Path) -> None:
+    error = why_not(f"powercap:{tmp_path}")
+
+    assert "energy_uj" in error.why
+    assert "modprobe" in error.fix
+
+
+def test_powercap_survives_garbage_and_a_zone_that_vanishes(powercap_sim: PowercapFactory) -> None:
+    tree = powercap_sim(
+        Zone("intel-rapl:0", "a", Constant(9), faults=(ZoneFault("garbage", 0.3, 0.4),)),
+        Zone("intel-rapl:1", "b", Constant(9), faults=(ZoneFault("vanish", 0.35),)),
+        live=True,
+    )
+
+    with lane(tree.spec, 2_000_000) as opened:
+        opened.until(lambda rows: any(map(math.isnan, rows.columns["intel-rapl:0"])))
+        seen = len(opened.rows().t_ns)
+        opened.until(lambda rows: not all(map(math.isnan, rows.columns["intel-rapl:0"][seen:])))
+        rows = opened.until(lambda rows: any(map(math.isnan, rows.columns["intel-rapl:1"])))
+    vanished = rows.columns["intel-rapl:1"]
+
+    first_unknown = next(i for i, value in enumerate(vanished) if math.isnan(value))
+    assert all(map(math.isnan, vanished[first_unknown:]))
+
+
+# --- nvml -----------------------------------------------------------------------------------------
+
+
+def gpu_channels(opened: Lane, gpu: int) -> set[str]:
+    uuid = default_uuid(gpu)
+    return {name.partition("/")[2] for name in opened.channels if name.startswith(uuid)}
+
+
+def test_nvml_energy_is_the_truth_within_one_refresh(nvml: NvmlFactory) -> None:
+    sim = nvml(Scenario((Gpu(Square(0.13, 60, 640)),)))
+
+    with lane(sim.spec) as opened:
+        opened_ns = time.monotonic_ns()
+        rows = opened.until(lambda rows: rows.t_ns[-1:] > [opened_ns + 500_000_000])
+        energy = rows.columns[f"{default_uuid(0)}/energy"]
+        scale = opened.channels[f"{default_uuid(0)}/energy"].scale
+
+    for row, value_mj in enumerate(energy):
+        first_ns, last_ns = rows.span(row)
+        assert sim.scenario.counter_mj(first_ns) - 1 <= value_mj
+        assert value_mj <= sim.scenario.counter_mj(last_ns) + 1
+    seen_j = (energy[-1] - energy[0]) * scale
+    truth_j = sim.scenario.energy_j(rows.t_ns[0], rows.t_ns[-1])
+    assert seen_j == pytest.approx(truth_j, abs=640 * 0.1)
+    assert seen_j > 0
+
+
+def test_nvml_knows_every_gpu_by_its_uuid(nvml: NvmlFactory) -> None:
+    uuids = (
+        "GPU-ffff0000-1111-4222-8333-444444444444",
+        None,
+        "GPU-00000001-1111-4222-8333-444444444444",
+    )
+    gpus = tuple(
+        Gpu(Constant(100 * (i + 1)), uuid=uuid, memory_used_bytes=Constant(2**30 * (i + 1)))
+        for i, uuid in enumerate(uuids)
+    )
+    sim = nvml(Scenario(gpus))
+
+    with lane(sim.spec) as opened:
+        rows = opened.take(3)
+        for index, uuid in enumerate(uuids):
+            name = uuid or default_uuid(index)
+            labels = opened.channels[f"{name}/energy"].labels
+            assert labels == {"uuid": name, "model": "NVIDIA H100 80GB HBM3", "index": str(index)}
+            assert rows.columns[f"{name}/power_instant"][-1] == 100_000 * (index + 1)
+            assert rows.columns[f"{name}/memory_used"][-1] >= 2**30 * (index + 1)
+            assert rows.columns[f"{name}/utilisation"][-1] == 50
+            assert opened.channels[f"{name}/utilisation"].scale == 0.01
+
+
+def test_nvml_reads_instant_and_average_power(nvml: NvmlFactory) -> None:
+    sim = nvml(Scenario((Gpu(Square(0.4, 100, 500)),)))
+
+    with lane(sim.spec) as opened:
+        opened_ns = time.monotonic_ns()
+        rows = opened.until(lambda rows: rows.t_ns[-1:] > [opened_ns + 500_000_000])
+        assert "power" not in gpu_channels(opened, 0)  # it would repeat one of the two
+
+    for kind, truth_w in (("instant", sim.scenario.instant_w), ("average", sim.scenario.average_w)):
+        column = rows.columns[f"{default_uuid(0)}/power_{kind}"]
+        assert len(set(column)) > 1
+        for row, value_mw in enumerate(column):
+            possible_w = [truth_w(t_ns) for t_ns in rows.span(row)]
+            assert min(possible_w) - 0.002 <= value_mw * 1e-3 <= max(possible_w) + 0.002
+
+
+def test_nvml_takes_what_an_older_board_or_driver_offers(nvml: NvmlFactory) -> None:
+    fields, counter = "nvmlDeviceGetFieldValues", "nvmlDeviceGetTotalEnergyConsumption"
+    rest = {"utilisation", "memory_used"}
+    cases = (
+        (Scenario((Gpu(Constant(90), sensor=A100),)), {"energy", "power_instant"} | rest),
+        (Scenario((Gpu(Constant(90), sensor=PASCAL),)), {"power_instant"} | rest),
+        (Scenario((Gpu(Constant(90), sensor=H100),), absent=(fields,)), {"energy", "power"} | rest),
+        (Scenario((Gpu(Constant(90), sensor=H100),), absent=(fields, counter)), {"power"} | rest),
+        (Scenario((Gpu(Constant(90)),), absent=("nvmlDeviceGetMemoryInfo", "nvmlErrorString")),
+         {"energy", "power_instant", "power_average", "utilisation"}),
+    )  # fmt: skip
+
+    for scenario, expected in cases:
+        with lane(nvml(scenario).spec) as opened:
+            assert gpu_channels(opened, 0) == expected
+            rows = opened.take(2)
+            powers = [c for name, c in rows.columns.items() if "/power" in name]
+            assert all(column[-1] == 90_000 for column in powers)
+
+
+def test_nvml_without_the_calls_of_every_driver_is_no_sensor(nvml: NvmlFactory) -> None:
+    error = why_not(nvml(Scenario((Gpu(Constant(1)),), absent=("nvmlInit_v2",))).spec)
+
+    assert "nvml:" in error.fix
+
+
+def test_nvml_goes_on_when_a_gpu_is_lost_for_a_while(nvml: NvmlFactory) -> None:
+    lost = Fault("nvmlDevice", "GPU_IS_LOST", start_s=0.3, end_s=0.45, gpu=0)
+    sim = nvml(Scenario((Gpu(Constant(50)), Gpu(Constant(60))), (lost,)))
+
+    with lane(sim.spec) as opened:
+        rows = opened.until(lambda rows: rows.t_ns[-1:] > [sim.scenario.epoch_ns + 550_000_000])
+
+    for name, column in rows.columns.items():
+        for row, value in enumerate(column):
+            first_s, last_s = map(sim.scenario.since_epoch_s, rows.span(row))
+            if name.startswith(default_uuid(1)) or last_s < 0.3 or first_s > 0.45:
+                assert not math.isnan(value)
+            elif first_s > 0.3 and last_s < 0.45:
+                assert math.isnan(value)
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        ("DRIVER_NOT_LOADED", "modprobe nvidia"),
+        ("LIB_RM_VERSION_MISMATCH", "reboot"),
+        ("NO_PERMISSION", "/dev/nvidia"),
+        ("UNKNOWN", "nvidia-smi"),
+    ],
+)
+def test_nvml_that_does_not_start_names_the_remedy(
+    nvml: NvmlFactory, code: str, remedy: str
+) -> None:
+    error = why_not(nvml(Scenario((Gpu(Constant(1)),), (Fault("nvmlInit", code),))).spec)
+
+    assert remedy in error.fix
+
+
+def test_nvml_without_a_gpu_is_no_sensor(nvml: NvmlFactory) -> None:
+    assert "NVIDIA_VISIBLE_DEVICES" in why_not(nvml(Scenario()).spec).fix
+
+
+def test_nvml_notes_a_gpu_that_it_cannot_open(nvml: NvmlFactory) -> None:
+    broken = Fault("nvmlDeviceGetHandleByIndex", "GPU_IS_LOST", gpu=1)
+    sim = nvml(Scenario((Gpu(Constant(1)), Gpu(Constant(2))), (broken,)))
+
+    with lane(sim.spec) as opened:
+        notes = opened.sampler.notes
+        assert gpu_channels(opened, 0) and not gpu_channels(opened, 1)
+
+    assert [note.what for note in notes] == ["GPU 1"]
+    assert "(15)" in notes[0].why
+    assert "nvidia-smi --gpu-reset" in notes[0].fix
+
+
+def test_nvml_with_no_openable_gpu_tells_the_reason(nvml: NvmlFactory) -> None:
+    denied = Fault("nvmlDeviceGetHandleByIndex", "NO_PERMISSION")
+
+    assert "/dev/nvidia" in why_not(nvml(Scenario((Gpu(Constant(1)),), (denied,))).spec).fix
+
+
+def test_nvml_call_that_hangs_stops_nothing_else(nvml: NvmlFactory, tmp_path: Path) -> None:
+    hang = Fault("nvmlDeviceGetTotalEnergyConsumption", "HANG", start_s=0.3, end_s=5.0)
+    sim = nvml(Scenario((Gpu(Constant(100)),), (hang,)))
+
+    with lane(wrapping_replay(tmp_path)) as other:
+        hung = Lane(sim.spec)
+        other.until(lambda rows: rows.t_ns[-1:] > [sim.scenario.epoch_ns + 450_000_000])
+        begin_s = time.monotonic()
+        assert not hung.sampler.stop(0.1)
+        assert time.monotonic() - begin_s < 1.0
+        rows = hung.rows()
+        assert rows.t_ns[-1] < sim.scenario.epoch_ns + 3e8  # what came before is kept
+        after = len(other.rows().t_ns)
+        assert other.take(after + 20).t_ns[-1] < sim.scenario.epoch_ns + 5e9
+
+
+def test_nvml_is_not_put_off_by_a_spurious_refusal(nvml: NvmlFactory) -> None:
+    # Each second call of each kind; with two GPUs, one of them meets it while it is being opened.
+    spurious = tuple(
+        Fault(function, "NOT_SUPPORTED", every=2)
+        for function in ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetFieldValues")
+    )
+    sim = nvml(Scenario((Gpu(Constant(80)), Gpu(Constant(80))), spurious))
+
+    with lane(sim.spec) as opened:
+        for gpu in (0, 1):
+            assert {"energy", "power_instant", "power_average"} <= gpu_channels(opened, gpu)
+        rows = opened.take(10)
+
+    values = [v for name, c in rows.columns.items() if "/energy" in name for v in c]
+    assert any(map(math.isnan, values))  # unknown for once, never 0
+    assert min(value for value in values if not math.isnan(value)) >= 1_000_000
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+BURN = """
+import os, signal, sys, time
+def burn(cpu_s):
+    begin_s = time.process_time()
+    while time.process_time() - begin_s < cpu_s:
+        pass
+"""
+
+
+def start(program: str, *, piped: bool = False) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE if piped else None
+    return subprocess.Popen([sys.executable, "-c", BURN + program], stdin=pipe, stdout=pipe)
+
+
+def charged_s(child: subprocess.Popen[bytes]) -> float:
+    """Waits for the child; the CPU time the kernel charged to it and to all it waited for."""
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    return usage.ru_utime + usage.ru_stime
+
+
+def growth_s(rows: Rows) -> float:
+    return rows.columns["job/cpu"][-1] - rows.columns["job/cpu"][0]
+
+
+@pytest.mark.parametrize("spec", ["processes:children", "processes:self"])
+def test_processes_see_a_busy_child_to_its_last_slice(spec: str) -> None:
+    with lane(spec, 200_000_000) as opened:
+        mine_s = time.process_time()
+        truth_s = charged_s(start("burn(0.9)"))
+        rows = opened.finish()
+        mine_s = time.process_time() - mine_s
+
+    assert truth_s >= 0.9
+    seen_s = growth_s(rows) - (mine_s if spec == "processes:self" else 0.0)
+    assert seen_s == pytest.approx(truth_s, rel=0.02)
+
+
+def test_processes_see_grandchildren_and_count_the_living() -> None:
+    program = "pid = os.fork()\nburn(0.2)\nif pid: os.waitpid(pid, 0)\nelse: os._exit(0)"
+    with lane("processes:children", 10_000_000) as opened:
+        child = start(program)
+        opened.until(lambda rows: 2 in rows.columns["job/processes"])
+        truth_s = charged_s(child)
+        rows = opened.finish()
+
+    assert truth_s >= 0.4
+    assert growth_s(rows) == pytest.approx(truth_s, rel=0.02)
+    assert rows.columns["job/processes"][0] == rows.columns["job/processes"][-1] == 0
+
+
+def test_processes_do_not_count_short_children_twice() -> None:
+    # Each is seen live to the nanosecond, then in its parent's cutime, which is cut off to ticks.
+    program = """
+for _ in range(12):
+    if (pid := os.fork()) == 0:
+        burn(0.015)
+        time.sleep(0.05)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    time.sleep(0.03)
+"""
+    with lane("processes:children", 10_000_000) as opened:
+        truth_s = charged_s(start(program))
+        rows = opened.finish()
+
+    assert growth_s(rows) == pytest.approx(truth_s, abs=0.01)
+
+
+def test_processes_keep_what_a_parent_that_ignores_sigchld_throws_away() -> None:
+    program = """
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+living, dies = os.pipe()
+if os.fork() == 0:
+    burn(0.4)
+    print(time.process_time(), flush=True)
+    sys.stdin.buffer.raw.read(1)
+    os._exit(0)
+os.close(dies)
+os.read(living, 1)
+burn(0.3)
+"""
+    with lane("processes:children", 20_000_000) as opened:
+        child = start(program, piped=True)
+        assert child.stdin is not None and child.stdout is not None
+        thrown_away_s = float(child.stdout.readline())
+        opened.until(lambda rows: growth_s(rows) >= thrown_away_s)  # all of it was seen live
+        child.stdin.close()
+        truth_s = charged_s(child) + thrown_away_s
+        rows = opened.finish()
+        child.stdout.close()
+
+    assert thrown_away_s >= 0.4
+    assert growth_s(rows) == pytest.approx(truth_s, abs=0.02)
+
+
+def test_processes_see_a_daemon_under_a_subreaper() -> None:
+    program = """
+import array, json, resource
+from pepr_profiler import _core
+assert _core.set_child_subreaper()
+lane = _core.Sampler("processes:children", 20_000_000)
+assert lane.wait_ready(20)
+if os.fork() == 0:
+    if os.fork() == 0:
+        os.setsid()
+        burn(0.4)
+    os._exit(0)
+waited = 0
+while True:
+    try:
+        os.wait()
+        waited += 1
+    except ChildProcessError:
+        break
+assert lane.stop(20)
+cpu_s = array.array("d", lane.read()[3][0])
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([waited, cpu_s[-1] - cpu_s[0], usage.ru_utime + usage.ru_stime]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", BURN + program],
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=PATIENCE_S,
+    )
+    waited, seen_s, truth_s = json.loads(done.stdout)
+
+    assert waited == 2
+    assert truth_s >= 0.4
+    assert seen_s == pytest.approx(truth_s, rel=0.02)
+
+
+def test_processes_tell_the_memory_of_the_tree() -> None:
+    program = """
+held = bytearray(b"x" * (50 << 20))
+print(flush=True)
+sys.stdin.buffer.raw.read(1)
+"""
+    with lane("processes:children", 10_000_000) as opened:
+        child = start(program, piped=True)
+        assert child.stdin is not None and child.stdout is not None
+        child.stdout.readline()
+        rollup = Path(f"/proc/{child.pid}/smaps_rollup").read_text().split("Rss:")[1]
+        truth_bytes = int(rollup.split()[0]) * 1024
+        seen = len(opened.rows().t_ns)
+        rows = opened.take(seen + 2)
+        child.stdin.close()
+        charged_s(child)
+        child.stdout.close()
+
+    assert truth_bytes > 50 << 20
+    # The kernel batches the counters behind /proc/PID/stat: 32 pages or so a thread and CPU.
+    assert rows.columns["job/rss"][-1] == pytest.approx(truth_bytes, abs=2 << 20)
+
+
+def test_processes_know_how_busy_the_machine_is() -> None:
+    with lane("processes:self", 10_000_000) as opened:
+        cpus = int(opened.channels["system/busy"].labels["cpus"])
+        child = start("burn(0.5)")
+        truth_s = charged_s(child)
+        rows = opened.finish()
+        busy_s = rows.columns["system/busy"][-1] - rows.columns["system/busy"][0]
+
+    assert cpus == os.sysconf("SC_NPROCESSORS_ONLN")
+    elapsed_s = (rows.t_ns[-1] - rows.t_ns[0]) * 1e-9
+    assert truth_s - 0.05 <= busy_s <= elapsed_s * cpus + 0.05  # ticks, at either end
+
+
+def test_a_forked_child_neither_samples_nor_hangs(tmp_path: Path) -> None:
+    with lane(wrapping_replay(tmp_path)) as opened:
+        before = len(opened.rows().t_ns)
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(10)
+            stopped = opened.sampler.stop(10.0)
+            del opened.sampler  # its destructor must not wait for a thread that is not here
+            os._exit(1 if stopped else 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        opened.take(before + 10)
+
+
+# --- replay ---------------------------------------------------------------------------------------
+
+
+def test_replay_plays_against_the_clock(tmp_path: Path) -> None:
+    played = replay(tmp_path, "# played from the moment it is opened", COUNTER, GAUGE,
+                    "0.05 10 1.5", "0.1 20 nan", "0.15 30 2.5")  # fmt: skip
+    begin_ns = time.monotonic_ns()
+    with lane(played, 2_000_000) as opened:
+        ready_ns = time.monotonic_ns()
+        rows = opened.until(lambda rows: 30 in rows.columns["meter/energy"])
+        channel = opened.channels["meter/energy"]
+
+    assert (channel.quantity, channel.unit, channel.scale) == ("energy", "J", 0.001)
+    assert (channel.modulus, channel.counter, channel.source) == (1000, True, "replayed")
+    assert channel.labels == {"zone": "attic"}
+    assert not opened.channels["meter/power"].counter
+    truth = ((0.15, 30.0, 2.5), (0.1, 20.0, math.nan), (0.05, 10.0, 1.5), (0.0, math.nan, math.nan))
+    for row, seen in enumerate(zip(*rows.columns.values(), strict=True)):
+        # It was opened at an unknown instant between `begin` and `ready`.
+        earliest_s = (rows.t_ns[row] - ready_ns) * 1e-9
+        latest_s = (rows.span(row)[1] - begin_ns) * 1e-9
+        possible = [
+            values
+            for index, (at_s, *values) in enumerate(truth)
+            if at_s <= latest_s and (index == 0 or truth[index - 1][0] > earliest_s)
+        ]
+        assert any(str(list(seen)) == str(values) for values in possible)
+
+
+@pytest.mark.parametrize(
+    ("lines", "bad"),
+    [
+        (("channel a energy J 1 0 counter",), 1),
+        (("channel a energy J one 0 counter x",), 1),
+        (("channel a energy J 1 0 counter x label",), 1),
+        ((COUNTER, "", "# fine", "0 1", "0.1 1 2"), 5),
+        ((COUNTER, "0 1", "0.1"), 3),
+        ((COUNTER, "0 1", "0 2"), 3),
+        ((COUNTER, "0 1", "-1 2"), 3),
+        ((COUNTER, "0 many"), 2),
+        ((COUNTER, "0 1", GAUGE), 3),
+        ((COUNTER, "soon 1"), 2),
+        ((COUNTER, "0 12volts"), 2),
+        ((COUNTER, "nan 1"), 2),
+        ((COUNTER, "1e30 1"), 2),
+        (("channel a energy J 1 0 tally x",), 1),
+    ],
+)
+def test_replay_names_the_line_that_is_wrong(
+    tmp_path: Path, lines: tuple[str, ...], bad: int
+) -> None:
+    error = why_not(replay(tmp_path, *lines))
+
+    assert error.what.startswith(f"{tmp_path}/recorded.tsv:{bad} ")
+
+
+@pytest.mark.parametrize("lines", [(), (COUNTER,), ("0 ",), ("# nothing",)])
+def test_replay_needs_channels_and_rows(tmp_path: Path, lines: tuple[str, ...]) -> None:
+    why_not(replay(tmp_path, *lines))
