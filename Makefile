@@ -16,8 +16,7 @@ help:  ## List what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup:  ## Make the virtual environment, build, install with all tools for development
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	python -m pip install -e '.[dev]'
+	PYTHON=$(PYTHON) tools/setup.sh -e dev
 
 build:  ## Build the native core again, in place
 	python -m pip install --no-deps -e .
@@ -29,6 +28,7 @@ lint:  ## Check style and types, build the core with every warning an error
 	ruff check .
 	ruff format --check .
 	mypy
+	clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 	$(WITH_NVML) cmake --preset werror && cmake --build --preset werror
 
 sanitize: asan tsan  ## Run the core's own tests under the sanitizers

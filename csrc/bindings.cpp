@@ -38,8 +38,10 @@ py::object read_batch(Sampler& sampler) {
     if (n == 0) return py::none();
     // 4.3 s is long for a read; what outlasts it is a gap that t_ns shows too.
     std::vector<std::uint32_t> short_read_ns(n);
-    std::transform(read_ns.begin(), read_ns.begin() + static_cast<std::ptrdiff_t>(n), short_read_ns.begin(),
-                   [](std::int64_t ns) { return static_cast<std::uint32_t>(std::min<std::int64_t>(ns, UINT32_MAX)); });
+    std::transform(read_ns.begin(), read_ns.begin() + static_cast<std::ptrdiff_t>(n),
+                   short_read_ns.begin(), [](std::int64_t ns) {
+                       return static_cast<std::uint32_t>(std::min<std::int64_t>(ns, UINT32_MAX));
+                   });
     py::list columns;
     for (std::size_t c = 0; c < width; ++c) columns.append(to_bytes(&values[c * kBatchRows], n));
     return py::make_tuple(n, to_bytes(t_ns.data(), n), to_bytes(short_read_ns.data(), n), columns);
@@ -100,14 +102,16 @@ PYBIND11_MODULE(_core, m) {
         .def_readonly("why", &Note::why)
         .def_readonly("fix", &Note::fix);
 
-    py::class_<Sampler>(m, "Sampler", "One lane: one driver, read by its own thread into its own ring.")
+    py::class_<Sampler>(m, "Sampler",
+                        "One lane: one driver, read by its own thread into its own ring.")
         .def(py::init([](std::string spec, std::int64_t period_ns) {
                  if (period_ns <= 0) throw py::value_error("period_ns must be positive");
                  return std::make_unique<Sampler>(std::move(spec), period_ns);
              }),
              py::arg("spec"), py::arg("period_ns"))
         .def(
-            "wait_ready", [](const Sampler& s, double timeout_s) { return s.wait_ready(to_ns(timeout_s)); },
+            "wait_ready",
+            [](const Sampler& s, double timeout_s) { return s.wait_ready(to_ns(timeout_s)); },
             py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>())
         .def(
             "stop", [](Sampler& s, double timeout_s) { return s.stop(to_ns(timeout_s)); },

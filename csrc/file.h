@@ -14,7 +14,8 @@ namespace pepr {
 class File {
 public:
     File() = default;
-    explicit File(const std::string& path) noexcept : fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {}
+    explicit File(const std::string& path) noexcept
+        : fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {}
     File(File&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
     File& operator=(File&& other) noexcept {
         std::swap(fd_, other.fd_);

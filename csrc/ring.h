@@ -68,7 +68,8 @@ public:
 
     // Copies rows from `cursor` on and moves it; adds rows overwritten before they were seen to
     // `lost`. Returns the number of rows copied, 0 when there is nothing new.
-    std::size_t read(std::uint64_t& cursor, const Columns& out, std::uint64_t& lost) const noexcept {
+    std::size_t read(std::uint64_t& cursor, const Columns& out,
+                     std::uint64_t& lost) const noexcept {
         const std::uint64_t head = header_->head.load(std::memory_order_acquire);
         if (head - cursor > capacity_) {
             lost += head - capacity_ - cursor;
@@ -79,7 +80,8 @@ public:
             const Word* row = row_at(cursor + r);
             copy(out.t_ns + r, row[0]);
             copy(out.read_ns + r, row[1]);
-            for (std::size_t c = 0; c < width_; ++c) copy(out.values + c * out.stride + r, row[2 + c]);
+            for (std::size_t c = 0; c < width_; ++c)
+                copy(out.values + c * out.stride + r, row[2 + c]);
         }
         // Rows below reserved - capacity may have been overwritten while they were copied.
         const std::uint64_t reserved = header_->reserved.load(std::memory_order_acquire);

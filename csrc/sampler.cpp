@@ -51,7 +51,9 @@ struct Sampler::Shared {
     std::unique_ptr<Ring> ring;
     std::exception_ptr error;
 
-    State now_in() const noexcept { return static_cast<State>(state.load(std::memory_order_acquire)); }
+    State now_in() const noexcept {
+        return static_cast<State>(state.load(std::memory_order_acquire));
+    }
 
     void enter(State next) noexcept {
         state.store(static_cast<std::uint32_t>(next), std::memory_order_release);
@@ -105,10 +107,12 @@ struct Sampler::Shared {
     void count(const std::vector<double>& row, std::int64_t lateness_ns) noexcept {
         bump(samples, 1);
         if (2 * lateness_ns > period_ns) bump(late, 1);
-        const auto unknown = std::count_if(row.begin(), row.end(), [](double x) { return std::isnan(x); });
+        const auto unknown =
+            std::count_if(row.begin(), row.end(), [](double x) { return std::isnan(x); });
         if (unknown > 0) bump(failed_reads, static_cast<std::uint64_t>(unknown));
         // One call in 64 rows keeps the self-metering itself negligible.
-        if (samples.load(std::memory_order_relaxed) % 64 == 1 || stop.load(std::memory_order_relaxed))
+        if (samples.load(std::memory_order_relaxed) % 64 == 1 ||
+            stop.load(std::memory_order_relaxed))
             cpu_ns.store(read_clock_ns(CLOCK_THREAD_CPUTIME_ID), std::memory_order_relaxed);
     }
 };
@@ -160,21 +164,26 @@ const Sampler::Shared& Sampler::opened() const {
     const State s = shared_->now_in();
     if (s == State::kFailed) std::rethrow_exception(shared_->error);
     if (s == State::kOpening)
-        throw SensorError("sensor '" + shared_->spec + "' is not open yet", "its driver is still starting",
-                          "wait for it, or drop it from --sensor");
+        throw SensorError("sensor '" + shared_->spec + "' is not open yet",
+                          "its driver is still starting", "wait for it, or drop it from --sensor");
     return *shared_;
 }
 
 const std::vector<Channel>& Sampler::channels() const { return opened().sensor->channels(); }
 const std::vector<Note>& Sampler::notes() const { return opened().sensor->notes(); }
 std::size_t Sampler::width() const { return opened().ring->width(); }
-std::size_t Sampler::read(const Ring::Columns& out) { return opened().ring->read(cursor_, out, lost_); }
+std::size_t Sampler::read(const Ring::Columns& out) {
+    return opened().ring->read(cursor_, out, lost_);
+}
 
 Sampler::Stats Sampler::stats() const noexcept {
     constexpr auto relaxed = std::memory_order_relaxed;
-    return {shared_->samples.load(relaxed), shared_->late.load(relaxed),
-            shared_->skipped.load(relaxed), shared_->failed_reads.load(relaxed),
-            lost_,                          shared_->cpu_ns.load(relaxed)};
+    return {shared_->samples.load(relaxed),
+            shared_->late.load(relaxed),
+            shared_->skipped.load(relaxed),
+            shared_->failed_reads.load(relaxed),
+            lost_,
+            shared_->cpu_ns.load(relaxed)};
 }
 
 }  // namespace pepr

@@ -76,7 +76,11 @@ private:
 class Reader {
 public:
     Reader(const Ring& ring, std::size_t stride)
-        : ring_(ring), stride_(stride), t_ns_(stride), read_ns_(stride), values_(stride * ring.width()) {}
+        : ring_(ring),
+          stride_(stride),
+          t_ns_(stride),
+          read_ns_(stride),
+          values_(stride * ring.width()) {}
 
     std::size_t read() {
         const Ring::Columns columns{t_ns_.data(), read_ns_.data(), values_.data(), stride_};
@@ -123,7 +127,8 @@ void ring_wraps_without_loss_for_a_reader_that_keeps_up() {
     Reader reader(ring, 64);
     for (int round = 0; round < 100; ++round) {
         producer.push(round % 65);  // up to the capacity itself
-        while (reader.read() > 0) {}
+        while (reader.read() > 0) {
+        }
     }
     CHECK(reader.lost == 0 && !reader.torn && !reader.order_broken);
     CHECK(reader.read_count == 65 * 64 / 2 + 35 * 34 / 2);
@@ -138,7 +143,8 @@ void ring_counts_laps_exactly_for_each_reader() {
     producer.push(3 * 64 + 5);
     CHECK(early.read() == 64);
     CHECK(early.lost == 2 * 64 + 5);
-    while (late.read() > 0) {}
+    while (late.read() > 0) {
+    }
     CHECK(late.lost == 40 + 2 * 64 + 5);
     CHECK(late.read_count == 64);
     CHECK(!early.torn && !early.order_broken && !late.torn && !late.order_broken);
@@ -167,8 +173,10 @@ void ring_gives_whole_rows_to_slow_readers_of_a_fast_producer() {
             Reader reader(ring, pace.stride);
             for (bool last = false; !last;) {
                 last = done.load(std::memory_order_acquire);
-                while (reader.read() > 0) {}
-                if (pace.pause_us > 0) std::this_thread::sleep_for(std::chrono::microseconds(pace.pause_us));
+                while (reader.read() > 0) {
+                }
+                if (pace.pause_us > 0)
+                    std::this_thread::sleep_for(std::chrono::microseconds(pace.pause_us));
             }
             CHECK(!reader.torn);
             CHECK(!reader.order_broken);
@@ -194,7 +202,8 @@ void ring_drops_what_is_overwritten_during_a_copy() {
     });
     Reader reader(ring, kRows);
     int dropped_in_part = 0;
-    for (const std::int64_t end_ns = now_ns() + 20 * kNsPerS; dropped_in_part < 50 && now_ns() < end_ns;) {
+    for (const std::int64_t end_ns = now_ns() + 20 * kNsPerS;
+         dropped_in_part < 50 && now_ns() < end_ns;) {
         const std::uint64_t lost = reader.lost;
         const std::size_t rows = reader.read();
         if (reader.lost > lost && rows > 0 && rows < kRows) ++dropped_in_part;
@@ -202,7 +211,8 @@ void ring_drops_what_is_overwritten_during_a_copy() {
     }
     done.store(true, std::memory_order_relaxed);
     thread.join();
-    while (reader.read() > 0) {}
+    while (reader.read() > 0) {
+    }
     CHECK(dropped_in_part > 0);
     CHECK(!reader.torn && !reader.order_broken);
     CHECK(reader.read_count + reader.lost == pushed);
@@ -214,7 +224,8 @@ class Folder {
 public:
     Folder() {
         std::string name = (fs::temp_directory_path() / "pepr-core-XXXXXX").string();
-        if (::mkdtemp(name.data()) == nullptr) throw std::system_error(errno, std::generic_category(), name);
+        if (::mkdtemp(name.data()) == nullptr)
+            throw std::system_error(errno, std::generic_category(), name);
         path_ = name;
     }
     ~Folder() { fs::remove_all(path_); }
@@ -224,7 +235,8 @@ public:
     }
     std::string fifo(const char* name) const {
         const std::string path = (path_ / name).string();
-        if (::mkfifo(path.c_str(), 0600) != 0) throw std::system_error(errno, std::generic_category(), path);
+        if (::mkfifo(path.c_str(), 0600) != 0)
+            throw std::system_error(errno, std::generic_category(), path);
         return path;
     }
 
@@ -267,7 +279,8 @@ Recorded read_all(Sampler& sampler) {
     std::vector<std::int64_t> t_ns(kBatch), read_ns(kBatch);
     std::vector<double> values(kBatch * width);
     Recorded all{{}, {}, std::vector<std::vector<double>>(width)};
-    while (const std::size_t n = sampler.read({t_ns.data(), read_ns.data(), values.data(), kBatch})) {
+    while (const std::size_t n =
+               sampler.read({t_ns.data(), read_ns.data(), values.data(), kBatch})) {
         const auto rows = static_cast<std::ptrdiff_t>(n);
         all.t_ns.insert(all.t_ns.end(), t_ns.begin(), t_ns.begin() + rows);
         all.read_ns.insert(all.read_ns.end(), read_ns.begin(), read_ns.begin() + rows);
@@ -280,7 +293,8 @@ Recorded read_all(Sampler& sampler) {
 }
 
 std::size_t entries_of(const char* folder) {
-    return static_cast<std::size_t>(std::distance(fs::directory_iterator(folder), fs::directory_iterator()));
+    return static_cast<std::size_t>(
+        std::distance(fs::directory_iterator(folder), fs::directory_iterator()));
 }
 
 template <typename F>
@@ -328,7 +342,8 @@ void sampler_forgets_no_deadline() {
     const Sampler::Stats stats = sampler.stats();
     CHECK(rows.t_ns.size() == stats.samples);
     CHECK(stats.lost == 0);
-    // First sample, one a deadline, last sample: late, skipped or in time, each deadline counts once.
+    // First sample, one a deadline, last sample: late, skipped or in time, each deadline counts
+    // once.
     const std::int64_t passed = (rows.t_ns.back() - rows.t_ns.front()) / kPeriodNs;
     const auto accounted = static_cast<std::int64_t>(stats.samples - 2 + stats.skipped);
     CHECK(std::abs(accounted - passed) <= 1);
@@ -378,17 +393,19 @@ void sampler_left_behind_outlives_its_owner() {
     {
         const Sampler sampler(driver.spec(), kMs);
         const std::int64_t begin_ns = now_ns();
-        while (entries_of("/proc/self/task") == threads_before && now_ns() < begin_ns + kNsPerS) {}
+        while (entries_of("/proc/self/task") == threads_before && now_ns() < begin_ns + kNsPerS) {
+        }
     }  // destroyed without stop: waits a second, then leaves the thread alone
-    driver.answer(std::string(kChannels) + "0\t1\t2\n");  // it wakes up to memory that must be there
+    driver.answer(std::string(kChannels) +
+                  "0\t1\t2\n");  // it wakes up to memory that must be there
     for (const std::int64_t end_ns = now_ns() + 10 * kNsPerS; now_ns() < end_ns;)
         if (entries_of("/proc/self/task") <= threads_before) break;
     CHECK(entries_of("/proc/self/task") <= threads_before);
 }
 
 void sampler_rethrows_why_it_failed() {
-    for (const char* spec : {"replay:/nowhere/at/all", "powercap:/nowhere", "nvml:/nowhere.so", "magic",
-                             "processes:", "processes:parents"}) {
+    for (const char* spec : {"replay:/nowhere/at/all", "powercap:/nowhere", "nvml:/nowhere.so",
+                             "magic", "processes:", "processes:parents"}) {
         Sampler sampler(spec, kMs);
         CHECK(explains_itself([&] { sampler.wait_ready(10 * kNsPerS); }));
         CHECK(sampler.state() == Sampler::State::kFailed);
@@ -447,7 +464,9 @@ double poll_cpu_s(pepr::Sensor& sensor) {
     return row[0];
 }
 
-double seconds(const timeval& t) { return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec); }
+double seconds(const timeval& t) {
+    return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec);
+}
 
 // Runs `work` in a forked child and waits for it; returns the CPU time that the kernel charged it.
 double run_child_s(const std::function<void()>& work) {
@@ -499,7 +518,8 @@ void processes_children_leave_us_out() {
 
 void replay_names_the_bad_line() {
     const Folder folder;
-    const std::string path = folder.write("bad", "# comment\n" + std::string(kChannels) + "0\t1\t2\n0.1\t1\n");
+    const std::string path =
+        folder.write("bad", "# comment\n" + std::string(kChannels) + "0\t1\t2\n0.1\t1\n");
     try {
         pepr::open_sensor("replay:" + path);
         CHECK(!"opened a file with a bad line");
@@ -513,7 +533,8 @@ struct Test {
     void (*run)();
 };
 
-#define TEST(name) Test{#name, name}
+#define TEST(name) \
+    Test { #name, name }
 constexpr Test kTests[] = {
     TEST(ring_keeps_order_in_batches),
     TEST(ring_wraps_without_loss_for_a_reader_that_keeps_up),

@@ -20,7 +20,8 @@ constexpr const char* kLibrary = "libnvidia-ml.so.1";
 // nvml.h renames calls to their newest version by macro; a symbol is looked up by its real name,
 // and one that the driver is too old for stays null.
 struct Library {
-    explicit Library(const std::string& path) : handle(::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
+    explicit Library(const std::string& path)
+        : handle(::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
         if (handle == nullptr) {
             const char* const reason = ::dlerror();
             throw SensorError("no NVIDIA driver library", reason != nullptr ? reason : path,
@@ -40,7 +41,8 @@ struct Library {
         find(utilisation, "nvmlDeviceGetUtilizationRates");
         find(memory, "nvmlDeviceGetMemoryInfo");
         if (!init || !shutdown || !count || !by_index || !uuid)
-            throw SensorError(path + " is not a usable NVML", "it lacks calls that every driver since 2013 has",
+            throw SensorError(path + " is not a usable NVML",
+                              "it lacks calls that every driver since 2013 has",
                               "check the path after nvml:, or update the driver");
     }
     ~Library() {
@@ -79,9 +81,11 @@ struct Library {
 std::string remedy(nvmlReturn_t code) {
     switch (code) {
         case NVML_ERROR_DRIVER_NOT_LOADED: return "load it: sudo modprobe nvidia";
-        case NVML_ERROR_NO_PERMISSION: return "give this user access to /dev/nvidia* (group video or render)";
+        case NVML_ERROR_NO_PERMISSION:
+            return "give this user access to /dev/nvidia* (group video or render)";
         case NVML_ERROR_LIB_RM_VERSION_MISMATCH:
-            return "the library is newer than the loaded kernel module: reboot, or reload the nvidia modules";
+            return "the library is newer than the loaded kernel module: reboot, or reload the "
+                   "nvidia modules";
         case NVML_ERROR_GPU_IS_LOST:
         case NVML_ERROR_RESET_REQUIRED: return "reset the GPU (nvidia-smi --gpu-reset) or reboot";
         default: return "see that nvidia-smi works";
@@ -157,7 +161,8 @@ private:
         std::array<char, NVML_DEVICE_UUID_V2_BUFFER_SIZE> uuid{}, name{};
         if (code == NVML_SUCCESS) code = library_.uuid(device, uuid.data(), uuid.size());
         if (code != NVML_SUCCESS) {
-            notes_.push_back({"GPU " + std::to_string(index), library_.describe(code), remedy(code)});
+            notes_.push_back(
+                {"GPU " + std::to_string(index), library_.describe(code), remedy(code)});
             return;
         }
         if (library_.name) library_.name(device, name.data(), name.size());
@@ -165,8 +170,8 @@ private:
             {"uuid", uuid.data()}, {"model", name.data()}, {"index", std::to_string(index)}};
         const auto add = [&](const char* what, const char* quantity, const char* unit, double scale,
                              bool counter, const char* source) {
-            channels_.push_back({std::string(uuid.data()) + "/" + what, quantity, unit, scale, 0.0, counter,
-                                 source, labels});
+            channels_.push_back({std::string(uuid.data()) + "/" + what, quantity, unit, scale, 0.0,
+                                 counter, source, labels});
         };
 
         Gpu gpu{device, false, false, false, false, 0, {}};
@@ -177,7 +182,8 @@ private:
         gpu.energy = offers(library_.energy, device, &millijoules);
         if (gpu.energy) add("energy", "energy", "J", 1e-3, true, "nvml-energy");
         const auto fields = power_fields(device);
-        // PowerUsage repeats one of the two fields where they exist (which one, depends on the chip).
+        // PowerUsage repeats one of the two fields where they exist (which one, depends on the
+        // chip).
         gpu.power = fields.empty() && offers(library_.power, device, &milliwatts);
         if (gpu.power) add("power", "power", "W", 1e-3, false, "nvml-power");
         for (const Field& field : fields) {
@@ -185,7 +191,8 @@ private:
             add(field.name, "power", "W", 1e-3, false, field.source);
         }
         gpu.utilisation = offers(library_.utilisation, device, &rates);
-        if (gpu.utilisation) add("utilisation", "utilisation", "1", 0.01, false, "nvml-utilisation");
+        if (gpu.utilisation)
+            add("utilisation", "utilisation", "1", 0.01, false, "nvml-utilisation");
         gpu.memory = offers(library_.memory, device, &memory);
         if (gpu.memory) add("memory_used", "memory", "B", 1.0, false, "nvml-memory");
         if (!gpu.energy && !gpu.power && fields.empty())
@@ -195,8 +202,9 @@ private:
         gpus_.push_back(gpu);
     }
 
-    // Polled faster than its sensor refreshes, a driver may answer NOT_SUPPORTED once where the call
-    // works: only a repeated refusal counts. Any other failure may pass, and is kept as unknown.
+    // Polled faster than its sensor refreshes, a driver may answer NOT_SUPPORTED once where the
+    // call works: only a repeated refusal counts. Any other failure may pass, and is kept as
+    // unknown.
     template <typename Call, typename Value>
     static bool offers(Call call, nvmlDevice_t device, Value* value) {
         if (call == nullptr) return false;
@@ -234,8 +242,9 @@ private:
 
     double read_energy(nvmlDevice_t device) const noexcept {
         unsigned long long millijoules = 0;
-        return library_.energy(device, &millijoules) == NVML_SUCCESS ? static_cast<double>(millijoules)
-                                                                     : kUnknown;
+        return library_.energy(device, &millijoules) == NVML_SUCCESS
+                   ? static_cast<double>(millijoules)
+                   : kUnknown;
     }
     double read_power(nvmlDevice_t device) const noexcept {
         unsigned milliwatts = 0;
@@ -254,7 +263,8 @@ private:
     }
     double read_memory(nvmlDevice_t device) const noexcept {
         nvmlMemory_t memory{};
-        return library_.memory(device, &memory) == NVML_SUCCESS ? static_cast<double>(memory.used) : kUnknown;
+        return library_.memory(device, &memory) == NVML_SUCCESS ? static_cast<double>(memory.used)
+                                                                : kUnknown;
     }
 
     static constexpr int kAttempts = 3;
@@ -266,6 +276,8 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Sensor> open_nvml(const std::string& where) { return std::make_unique<Nvml>(where); }
+std::unique_ptr<Sensor> open_nvml(const std::string& where) {
+    return std::make_unique<Nvml>(where);
+}
 
 }  // namespace pepr

@@ -19,17 +19,19 @@ public:
     explicit Powercap(const fs::path& root) {
         std::error_code error;
         if (!fs::is_directory(root, error))
-            throw SensorError("no powercap at " + root.string(),
-                              "the kernel offers no RAPL zones here (a virtual machine, a container that masks "
-                              "/sys/class/powercap, or the intel_rapl_msr module is not loaded)",
-                              "on the host: sudo modprobe intel_rapl_msr; in a container: mount the "
-                              "host's /sys/class/powercap and pass --sensor powercap:PATH");
+            throw SensorError(
+                "no powercap at " + root.string(),
+                "the kernel offers no RAPL zones here (a virtual machine, a container that masks "
+                "/sys/class/powercap, or the intel_rapl_msr module is not loaded)",
+                "on the host: sudo modprobe intel_rapl_msr; in a container: mount the "
+                "host's /sys/class/powercap and pass --sensor powercap:PATH");
         find_zones(root);
         if (channels_.empty() && !notes_.empty())
-            throw SensorError("RAPL counters under " + root.string() + " cannot be read", notes_[0].why,
-                              notes_[0].fix);
+            throw SensorError("RAPL counters under " + root.string() + " cannot be read",
+                              notes_[0].why, notes_[0].fix);
         if (channels_.empty())
-            throw SensorError("no energy counter under " + root.string(), "no zone has a file energy_uj",
+            throw SensorError("no energy counter under " + root.string(),
+                              "no zone has a file energy_uj",
                               "load the driver (sudo modprobe intel_rapl_msr) or drop this sensor");
     }
 
@@ -58,7 +60,8 @@ private:
         for (const auto& entry : fs::directory_iterator(directory, error)) {
             const std::string name = entry.path().filename();
             // Zones are called TYPE:N…; "device", "subsystem" and "power" lead elsewhere.
-            if (!entry.is_directory(error) || (depth > 0 && name.find(':') == std::string::npos)) continue;
+            if (!entry.is_directory(error) || (depth > 0 && name.find(':') == std::string::npos))
+                continue;
             const fs::path real = fs::canonical(entry.path(), error);
             if (error) continue;
             if (fs::exists(real / "energy_uj", error) && !found.insert(real).second) continue;

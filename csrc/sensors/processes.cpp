@@ -48,7 +48,10 @@ struct Stat {
 class Processes final : public Sensor {
 public:
     explicit Processes(bool with_self)
-        : with_self_(with_self), self_(::getpid()), stat_("/proc/stat"), last_pid_("/proc/loadavg") {
+        : with_self_(with_self),
+          self_(::getpid()),
+          stat_("/proc/stat"),
+          last_pid_("/proc/loadavg") {
         if (!stat_ || !last_pid_ || !File("/proc/thread-self/children"))
             throw SensorError("the process tree cannot be followed",
                               "/proc is not mounted, or its kernel lacks CONFIG_PROC_CHILDREN",
@@ -58,10 +61,12 @@ public:
         const std::string scope = with_self ? "self" : "children";
         const auto add = [&](const char* name, const char* quantity, const char* unit, bool counter,
                              std::map<std::string, std::string> labels) {
-            channels_.push_back({name, quantity, unit, 1.0, 0.0, counter, "procfs", std::move(labels)});
+            channels_.push_back(
+                {name, quantity, unit, 1.0, 0.0, counter, "procfs", std::move(labels)});
         };
         add("job/cpu", "cpu_time", "s", true, {{"scope", "job"}, {"root", scope}});
-        add("job/rss", "memory", "B", false, {{"scope", "job"}, {"installed_bytes", std::to_string(memory)}});
+        add("job/rss", "memory", "B", false,
+            {{"scope", "job"}, {"installed_bytes", std::to_string(memory)}});
         add("job/processes", "count", "1", false, {{"scope", "job"}});
         add("system/busy", "cpu_time", "s", true, {{"scope", "system"}, {"cpus", cpus}});
         tree_.reserve(kMostProcesses);
@@ -98,7 +103,8 @@ public:
         }
         tree_.resize(kept);  // never grows: no allocation
         keep_lost(vanished_s, reaped_s);
-        // Dips: a child reaped while we read, and cutime cut off to ticks where it was exact before.
+        // Dips: a child reaped while we read, and cutime cut off to ticks where it was exact
+        // before.
         out[0] = job_cpu_s_ = std::max(job_cpu_s_, cpu_s + lost_s_);
         out[1] = static_cast<double>(rss_bytes);
         out[2] = static_cast<double>(living + kept);
@@ -153,9 +159,11 @@ private:
 
     void add(pid_t pid) noexcept {
         const auto known = [pid](const Process& p) { return p.pid == pid; };
-        if (std::any_of(tree_.begin(), tree_.end(), known) || tree_.size() == kMostProcesses) return;
+        if (std::any_of(tree_.begin(), tree_.end(), known) || tree_.size() == kMostProcesses)
+            return;
         Stat stat{};
-        if (read_stat(pid, stat)) tree_.push_back({pid, stat.start_ticks, stat.own_s, stat.waited_s});
+        if (read_stat(pid, stat))
+            tree_.push_back({pid, stat.start_ticks, stat.own_s, stat.waited_s});
     }
 
     bool read_stat(pid_t pid, Stat& stat) const noexcept {
@@ -172,13 +180,20 @@ private:
         for (int field = 4; field <= 24; ++field) {
             bool ok = true;
             long signed_value = 0;
-            if (field == 14) ok = parse_number(at, end, utime);
-            else if (field == 15) ok = parse_number(at, end, stime);
-            else if (field == 16) ok = parse_number(at, end, cutime);
-            else if (field == 17) ok = parse_number(at, end, cstime);
-            else if (field == 22) ok = parse_number(at, end, stat.start_ticks);
-            else if (field == 24) ok = parse_number(at, end, stat.rss_bytes);
-            else ok = parse_number(at, end, signed_value) || skip_word(at, end);
+            if (field == 14)
+                ok = parse_number(at, end, utime);
+            else if (field == 15)
+                ok = parse_number(at, end, stime);
+            else if (field == 16)
+                ok = parse_number(at, end, cutime);
+            else if (field == 17)
+                ok = parse_number(at, end, cstime);
+            else if (field == 22)
+                ok = parse_number(at, end, stat.start_ticks);
+            else if (field == 24)
+                ok = parse_number(at, end, stat.rss_bytes);
+            else
+                ok = parse_number(at, end, signed_value) || skip_word(at, end);
             if (!ok) return false;
         }
         stat.rss_bytes *= page_bytes_;
@@ -196,9 +211,9 @@ private:
     }
 
     // The time of a process that vanishes turns up with the parent that waited for it, at the next
-    // poll at the latest. The kernel drops it when the parent ignores SIGCHLD, and it goes elsewhere
-    // when we are no subreaper: then what was last seen of it is kept. Less than the rounding of
-    // cutime and cstime, a tick each, is none: kept child by child, that would add up.
+    // poll at the latest. The kernel drops it when the parent ignores SIGCHLD, and it goes
+    // elsewhere when we are no subreaper: then what was last seen of it is kept. Less than the
+    // rounding of cutime and cstime, a tick each, is none: kept child by child, that would add up.
     void keep_lost(double vanished_s, double reaped_s) noexcept {
         const double overdue_s = std::max(0.0, owed_s_ - reaped_s);
         if (overdue_s > 2 * tick_s_) lost_s_ += overdue_s;
@@ -238,7 +253,8 @@ private:
 std::unique_ptr<Sensor> open_processes(const std::string& where) {
     if (where != "self" && where != "children")
         throw SensorError("sensor 'processes:" + where + "' does not exist",
-                          "the tree to follow is not stated", "use processes:self or processes:children");
+                          "the tree to follow is not stated",
+                          "use processes:self or processes:children");
     return std::make_unique<Processes>(where == "self");
 }
 

@@ -48,8 +48,9 @@ public:
             try {
                 fields[0] == "channel" ? add_channel(fields) : add_row(fields);
             } catch (const std::exception& error) {
-                throw SensorError(path + ":" + std::to_string(number) + " is not a replay line", error.what(),
-                                  "lines are 'channel<TAB>…' or 'SECONDS<TAB>VALUE…', see the docs");
+                throw SensorError(
+                    path + ":" + std::to_string(number) + " is not a replay line", error.what(),
+                    "lines are 'channel<TAB>…' or 'SECONDS<TAB>VALUE…', see the docs");
             }
         }
         if (channels_.empty() || t_ns_.empty())
@@ -65,7 +66,8 @@ public:
         if (next_ == 0)
             std::fill_n(out, width, kUnknown);
         else
-            std::copy_n(values_.begin() + static_cast<std::ptrdiff_t>((next_ - 1) * width), width, out);
+            std::copy_n(values_.begin() + static_cast<std::ptrdiff_t>((next_ - 1) * width), width,
+                        out);
     }
 
 private:
@@ -89,7 +91,8 @@ private:
         const double t_s = number(f[0]);
         if (!(std::abs(t_s) < 1e9)) throw std::invalid_argument("a time is a number of seconds");
         const auto t_ns = static_cast<std::int64_t>(t_s * static_cast<double>(kNsPerS));
-        if (!t_ns_.empty() && t_ns <= t_ns_.back()) throw std::invalid_argument("times must increase");
+        if (!t_ns_.empty() && t_ns <= t_ns_.back())
+            throw std::invalid_argument("times must increase");
         for (std::size_t i = 1; i < f.size(); ++i) values_.push_back(number(f[i]));
         t_ns_.push_back(t_ns);
     }
@@ -103,6 +106,8 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Sensor> open_replay(const std::string& where) { return std::make_unique<Replay>(where); }
+std::unique_ptr<Sensor> open_replay(const std::string& where) {
+    return std::make_unique<Replay>(where);
+}
 
 }  // namespace pepr

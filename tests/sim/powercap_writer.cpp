@@ -59,7 +59,8 @@ public:
     void update(double t_s) {
         const auto now = [&](const char* effect) {
             for (const auto& fault : faults) {
-                if (fault.effect == effect && fault.start_s <= t_s && t_s < fault.end_s) return true;
+                if (fault.effect == effect && fault.start_s <= t_s && t_s < fault.end_s)
+                    return true;
             }
             return false;
         };
@@ -139,19 +140,24 @@ struct Tree {
             Line line(text);
             if (line.done()) continue;
             const auto key = line.word();
-            if (key == "epoch_ns") epoch_ns = line.number<long long>();
-            else if (key == "period_ns") period_ns = line.number<long long>();
-            else if (key == "class") links = line.rest();
+            if (key == "epoch_ns")
+                epoch_ns = line.number<long long>();
+            else if (key == "period_ns")
+                period_ns = line.number<long long>();
+            else if (key == "class")
+                links = line.rest();
             else if (key == "zone") {
                 const auto range_uj = line.number<long long>(), start_uj = line.number<long long>();
                 const fs::path path = line.rest();
                 zones.emplace_back(range_uj, start_uj, path, links / path.filename());
-            } else if (key == "power") zones.back().wave = Wave(line);
+            } else if (key == "power")
+                zones.back().wave = Wave(line);
             else if (key == "fault") {
                 auto effect = line.word();
                 const double start_s = line.number(), end_s = line.number();
                 zones.back().faults.push_back({std::move(effect), start_s, end_s});
-            } else throw std::runtime_error("no such directive: " + key);
+            } else
+                throw std::runtime_error("no such directive: " + key);
         }
     }
 

@@ -19,7 +19,8 @@ inline long long monotonic_ns() noexcept {
 }
 
 // Not strtod: that one follows the process's locale.
-template <class Number> Number parse(const std::string& text) {
+template <class Number>
+Number parse(const std::string& text) {
     Number value{};
     const auto* end = text.data() + text.size();
     const auto [stop, error] = std::from_chars(text.data(), end, value);
@@ -43,7 +44,10 @@ public:
         return found;
     }
 
-    template <class Number = double> Number number() { return parse<Number>(word()); }
+    template <class Number = double>
+    Number number() {
+        return parse<Number>(word());
+    }
 
     // A whole number, or -1 for `*`, any.
     int choice() {
@@ -76,10 +80,10 @@ public:
     explicit Wave(Line& line) : kind_(line.word()), p_() {
         while (!line.done()) p_.push_back(line.number());
         const bool fits = kind_ == "constant" ? p_.size() == 1
-                        : kind_ == "step"     ? p_.size() == 3
-                        : kind_ == "square"   ? p_.size() == 5
-                        : kind_ == "sine"     ? p_.size() == 4
-                        : kind_ == "points"   ? p_.size() >= 2 && p_.size() % 2 == 0
+                          : kind_ == "step"   ? p_.size() == 3
+                          : kind_ == "square" ? p_.size() == 5
+                          : kind_ == "sine"   ? p_.size() == 4
+                          : kind_ == "points" ? p_.size() >= 2 && p_.size() % 2 == 0
                                               : false;
         if (!fits) throw std::runtime_error("no such wave: " + kind_);
     }
@@ -108,7 +112,9 @@ public:
     double integral_j(double t_s) const {
         if (kind_ == "constant") return p_[0] * t_s;
         if (kind_ == "step") {
-            const auto after = [&](double t) { return t > p_[0] ? (p_[2] - p_[1]) * (t - p_[0]) : 0.0; };
+            const auto after = [&](double t) {
+                return t > p_[0] ? (p_[2] - p_[1]) * (t - p_[0]) : 0.0;
+            };
             return p_[1] * t_s + after(t_s) - after(0.0);
         }
         if (kind_ == "square") {

@@ -1,5 +1,5 @@
-// libnvidia-ml.so.1, simulated: NVML's ABI over a Scenario. Signatures and structs are nvml.h's own,
-// so that a wrong one does not compile. Semantics: nvml.h and MEASUREMENT.md, A and B.
+// libnvidia-ml.so.1, simulated: NVML's ABI over a Scenario. Signatures and structs are nvml.h's
+// own, so that a wrong one does not compile. Semantics: nvml.h and MEASUREMENT.md, A and B.
 #include <dlfcn.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -65,7 +65,8 @@ const Scenario* current() {
     return owner.load(std::memory_order_relaxed) == getpid() ? scenario : nullptr;
 }
 
-// A call in progress: initialised, its handle alive, its faults suffered; `code` says how far it got.
+// A call in progress: initialised, its handle alive, its faults suffered; `code` says how far it
+// got.
 struct Call {
     explicit Call(const char* function) : scenario(current()) {
         if (scenario == nullptr) return;
@@ -234,8 +235,8 @@ nvmlReturn_t nvmlDeviceGetTotalEnergyConsumption(nvmlDevice_t device, unsigned l
 nvmlReturn_t nvmlDeviceGetPowerUsage(nvmlDevice_t device, unsigned int* power) {
     const Call call(__func__, device, power != nullptr);
     if (!call.ok()) return call.code;
-    const auto field = call.gpu->sensor.averages ? NVML_FI_DEV_POWER_AVERAGE
-                                                 : NVML_FI_DEV_POWER_INSTANT;
+    const auto field =
+        call.gpu->sensor.averages ? NVML_FI_DEV_POWER_AVERAGE : NVML_FI_DEV_POWER_INSTANT;
     const auto code = power_of(*call.gpu, field, NVML_POWER_SCOPE_GPU, call.t_s, *power);
     if (call.zero) *power = 0;
     return code;
@@ -321,8 +322,8 @@ nvmlReturn_t nvmlDeviceGetProcessUtilization(nvmlDevice_t device,
         if (!process.runs(at_s) || at_us <= last_seen_us || percent(process.sm + process.mem) == 0)
             continue;
         if (*count < room) {
-            utilization[*count] = {process.pid, at_us, percent(process.sm), percent(process.mem),
-                                   0, 0};
+            utilization[*count] = {process.pid,          at_us, percent(process.sm),
+                                   percent(process.mem), 0,     0};
         }
         ++*count;
     }
@@ -334,7 +335,8 @@ nvmlReturn_t nvmlDeviceGetSamples(nvmlDevice_t device, nvmlSamplingType_t type,
                                   unsigned long long last_seen_us, nvmlValueType_t* value_type,
                                   unsigned int* count, nvmlSample_t* samples) {
     constexpr unsigned kBuffer = 120;  // MEASUREMENT.md, A (unverified there)
-    const bool fits = count != nullptr && value_type != nullptr && (samples == nullptr || *count > 0);
+    const bool fits =
+        count != nullptr && value_type != nullptr && (samples == nullptr || *count > 0);
     const Call call(__func__, device, fits);
     if (!call.ok()) return call.code;
     if (type != NVML_TOTAL_POWER_SAMPLES) return NVML_ERROR_NOT_SUPPORTED;

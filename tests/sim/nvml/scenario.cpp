@@ -13,7 +13,8 @@ void sleep_until_s(double t_s, const Scenario& scenario) {
     for (double left_s = t_s - scenario.now_s(); left_s > 0; left_s = t_s - scenario.now_s()) {
         const double nap_s = std::min(left_s, 1000.0);  // inf does not fit a timespec
         const double whole_s = std::floor(nap_s);
-        const timespec nap{static_cast<time_t>(whole_s), static_cast<long>((nap_s - whole_s) * 1e9)};
+        const timespec nap{static_cast<time_t>(whole_s),
+                           static_cast<long>((nap_s - whole_s) * 1e9)};
         clock_nanosleep(CLOCK_MONOTONIC, 0, &nap, nullptr);
     }
 }
@@ -119,10 +120,14 @@ void Scenario::directive(Line& line) {
         fault->field = line.choice();
         fault->every = line.number<unsigned>();
         const auto effect = line.word();
-        if (effect == "zero") fault->effect = Effect::kZero;
-        else if (effect == "hang") fault->effect = Effect::kHang;
-        else if (effect == "slow") fault->effect = Effect::kSlow;
-        else if (effect != "return") throw std::runtime_error("no such effect: " + effect);
+        if (effect == "zero")
+            fault->effect = Effect::kZero;
+        else if (effect == "hang")
+            fault->effect = Effect::kHang;
+        else if (effect == "slow")
+            fault->effect = Effect::kSlow;
+        else if (effect != "return")
+            throw std::runtime_error("no such effect: " + effect);
         if (effect == "return" || effect == "slow") fault->argument = line.number();
         if (fault->every == 0) throw std::runtime_error("`every` counts from 1");
         faults_.push_back(std::move(fault));
@@ -134,22 +139,29 @@ void Scenario::directive(Line& line) {
 }
 
 void Scenario::of_gpu(const std::string& key, Line& line, Gpu& gpu) {
-    if (key == "power") gpu.power = Wave(line);
-    else if (key == "module") gpu.module = std::make_unique<Wave>(line);
-    else if (key == "utilization") gpu.utilization = Wave(line);
-    else if (key == "memory_utilization") gpu.memory_utilization = Wave(line);
-    else if (key == "memory_used") gpu.memory_used_bytes = Wave(line);
+    if (key == "power")
+        gpu.power = Wave(line);
+    else if (key == "module")
+        gpu.module = std::make_unique<Wave>(line);
+    else if (key == "utilization")
+        gpu.utilization = Wave(line);
+    else if (key == "memory_utilization")
+        gpu.memory_utilization = Wave(line);
+    else if (key == "memory_used")
+        gpu.memory_used_bytes = Wave(line);
     else if (key == "sensor") {
         auto& sensor = gpu.sensor;
-        for (double* value : {&sensor.refresh_s, &sensor.window_s, &sensor.phase_s,
-                              &sensor.average_s}) *value = line.number();
+        for (double* value :
+             {&sensor.refresh_s, &sensor.window_s, &sensor.phase_s, &sensor.average_s})
+            *value = line.number();
         sensor.averages = line.word() == "average";
         sensor.counter_refresh_s = line.number();
         sensor.samples_refresh_s = line.number();
     } else if (key == "error") {
         auto& sensor = gpu.sensor;
-        for (double* value : {&sensor.gain, &sensor.offset_w, &sensor.counter_gain,
-                              &sensor.counter_offset_w}) *value = line.number();
+        for (double* value :
+             {&sensor.gain, &sensor.offset_w, &sensor.counter_gain, &sensor.counter_offset_w})
+            *value = line.number();
     } else if (key == "counter") {
         gpu.counter_start_mj = line.number();
         while (!line.done()) gpu.resets_s.push_back(line.number());

@@ -71,7 +71,7 @@ struct Fault {
     int gpu = -1, field = -1;  // -1: any
     unsigned every = 1;
     Effect effect = Effect::kReturn;
-    double argument = 0;  // the code, or the delay in seconds
+    double argument = 0;                     // the code, or the delay in seconds
     mutable std::atomic<unsigned> calls{0};  // relaxed: a count, it orders nothing
 
     bool concerns(const char* name, int on_gpu, int on_field) const;
@@ -90,7 +90,8 @@ public:
     explicit Scenario(const std::string& path);
 
     double now_s() const { return static_cast<double>(monotonic_ns() - epoch_ns_) * 1e-9; }
-    // The same instant in NVML's timestamps: µs since 1970. Fixed at init: equal instants stay equal.
+    // The same instant in NVML's timestamps: µs since 1970. Fixed at init: equal instants stay
+    // equal.
     long long unix_us(double t_s) const {
         return unix_epoch_us_ + static_cast<long long>(std::round(t_s * 1e6));
     }
