@@ -1,0 +1,1 @@
+"""Figures about pepr-profiler itself, each beside its goal; see README.md."""

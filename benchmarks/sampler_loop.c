@@ -1,0 +1,68 @@
+// The least that a sampler can do: the same reads and the same sleeps, and nothing kept but the
+// lateness. No parsing, no ring, no counters.
+//
+//     sampler_loop PERIOD_NS SECONDS FILE...      PERIOD_NS 0: reads without sleeping
+//
+// Prints: samples, CPU time of the loop (ns), time that it took (ns), lateness p50 and p99 (ns).
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/prctl.h>
+#include <time.h>
+#include <unistd.h>
+
+static const long long kNsPerS = 1000000000LL;
+static const size_t kMost = 1 << 20;
+
+static long long read_clock_ns(clockid_t clock) {
+    struct timespec ts;
+    clock_gettime(clock, &ts);
+    return (long long)ts.tv_sec * kNsPerS + ts.tv_nsec;
+}
+
+static int ascending(const void* a, const void* b) {
+    const long long x = *(const long long*)a, y = *(const long long*)b;
+    return (x > y) - (x < y);
+}
+
+int main(int argc, char** argv) {
+    if (argc < 4) return 2;
+    const long long period_ns = atoll(argv[1]);
+    const int files = argc - 3;
+    int* const fds = calloc((size_t)files, sizeof *fds);
+    const double periods = period_ns > 0 ? atof(argv[2]) * 1e9 / (double)period_ns : (double)kMost;
+    const size_t most = periods < (double)kMost ? (size_t)periods + 1 : kMost;
+    long long* const late_ns = malloc(most * sizeof *late_ns);
+    if (fds == NULL || late_ns == NULL) return 1;
+    for (size_t i = 0; i < most; ++i) late_ns[i] = 0;  // pages are touched before the loop
+    for (int i = 0; i < files; ++i)
+        if ((fds[i] = open(argv[i + 3], O_RDONLY | O_CLOEXEC)) < 0) return 1;
+    prctl(PR_SET_TIMERSLACK, 1);
+
+    const long long begin_ns = read_clock_ns(CLOCK_MONOTONIC);
+    const long long end_ns = begin_ns + (long long)(atof(argv[2]) * 1e9);
+    const long long cpu_ns = read_clock_ns(CLOCK_THREAD_CPUTIME_ID);
+    long long deadline_ns = begin_ns, now_ns = begin_ns;
+    size_t samples = 0;
+    while (samples < most && deadline_ns < end_ns) {
+        char text[32];
+        late_ns[samples++] = (now_ns = read_clock_ns(CLOCK_MONOTONIC)) - deadline_ns;
+        for (int i = 0; i < files; ++i)
+            if (pread(fds[i], text, sizeof text - 1, 0) <= 0) return 1;
+        if (period_ns == 0) {
+            deadline_ns = now_ns;
+            continue;
+        }
+        do deadline_ns += period_ns;
+        while (deadline_ns <= now_ns);
+        const struct timespec until = {deadline_ns / kNsPerS, deadline_ns % kNsPerS};
+        clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL);
+    }
+    const long long used_ns = read_clock_ns(CLOCK_THREAD_CPUTIME_ID) - cpu_ns;
+    const long long took_ns = read_clock_ns(CLOCK_MONOTONIC) - begin_ns;
+    qsort(late_ns, samples, sizeof *late_ns, ascending);
+    printf("%zu %lld %lld %lld %lld\n", samples, used_ns, took_ns, late_ns[samples / 2],
+           late_ns[samples * 99 / 100]);
+    return 0;
+}
