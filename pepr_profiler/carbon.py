@@ -5,10 +5,7 @@ The table is Ember's, through Our World in Data (CC BY 4.0); data/README.md says
 
 from __future__ import annotations
 
-import csv
-import difflib
 import functools
-import importlib.resources
 import math
 import re
 import unicodedata
@@ -115,6 +112,8 @@ def lookup(region: str) -> GridIntensity:
     if found is not None:
         return found
     # Four letters or fewer are a mistyped code: every other code would be "close".
+    import difflib  # only now: every summary loads this module
+
     close = difflib.get_close_matches(key, [k for k in by_key if len(k) > 3], n=3, cutoff=0.7)
     names = list(dict.fromkeys(f"{by_key[k].region} ({by_key[k].iso3})" for k in close))
     raise UsageError(
@@ -153,7 +152,10 @@ def estimate(energy_j: float, *, intensity: GridIntensity, pue: float) -> Carbon
 def _table() -> dict[str, GridIntensity]:
     """Every key that finds a country: both codes, the name and the aliases."""
     by_key: dict[str, GridIntensity] = {}
-    path = importlib.resources.files("pepr_profiler") / "data" / "grid_intensity.csv"
+    import csv
+    from importlib import resources
+
+    path = resources.files("pepr_profiler") / "data" / "grid_intensity.csv"
     for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
         entry = GridIntensity(
             float(row["g_per_kwh"]),

@@ -315,6 +315,12 @@ class _Counter(_Accumulator):
     _changes: int = 0
     _started: bool = False
 
+    def valid(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
+        known = np.isfinite(values)
+        # Polled too fast, some NVIDIA drivers answer 0 (zeus PR 186). Taken as a reset, all that
+        # the counter holds would be added when it reads right again. RAPL does pass through 0.
+        return known & (values != 0) if self.source.source == "nvml-energy" else known
+
     def add(self, t: NDArray[np.float64], values: NDArray[np.float64]) -> None:
         before = self._last
         changed = np.diff(values, prepend=before if not math.isnan(before) else values[0]) != 0

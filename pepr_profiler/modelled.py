@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 from pepr_profiler.errors import UsageError
@@ -152,6 +151,8 @@ def cpu_model(cpuinfo: CpuIdentity, *, vcpus: int, override: str | None = None) 
         return _given(override)
     what, figure, u_rel = _identify(cpuinfo)
     if figure is None:
+        from statistics import fmean  # 4 ms, which a known CPU need not pay
+
         idle_w, max_w = (fmean(figures) for figures in zip(*_W_PER_VCPU.values(), strict=True))
         basis = f"no published figure for {what}; the mean of {len(_W_PER_VCPU)} server CPUs"
     else:

@@ -7,9 +7,7 @@ import functools
 import itertools
 import json
 import os
-import socket
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -82,6 +80,7 @@ class Recorder:
         self._dropped = 0
         self._sampler_facts: dict[str, float] | None = None
         self._exit: dict[str, Any] | None = None
+        self._facts: dict[str, Any] = {}
         self._complete = False
         specs = [*(options.sensors or DETECTED), f"processes:{root}"]
         self._samplers = {
@@ -174,12 +173,13 @@ class Recorder:
         from pepr_profiler.summary import summarise
 
         self._complete = True
-        summary = {**summarise(self.directory), "complete": True}
+        summary = {**summarise(self.directory, run=self.facts()), "complete": True}
         try:
             write_json(self.directory / "run.json", summary)
         except OSError as error:
+            known = len(self.warnings)
             self._unwritable("run.json", error)
-            summary["warnings"] = [*summary["warnings"], self.warnings[-1]]
+            summary["warnings"] = [*summary["warnings"], *self.warnings[known:]]
         return summary
 
     def discard(self) -> None:
@@ -247,9 +247,12 @@ class Recorder:
     def _make_directory(self) -> Path:
         store = Store(self.options.store)
         try:
-            return store.create(self.options.name)
+            # Absolute: the program that records itself may change its working directory.
+            return store.create(self.options.name).absolute()
         except OSError as error:
             # The command must run all the same, and what it cost must not be lost.
+            import tempfile
+
             fallback = Path(tempfile.mkdtemp(prefix="pepr-"))
             self.add_warning(
                 "store-unwritable",
@@ -271,16 +274,21 @@ class Recorder:
         lanes_s = sum(sampler.stats()["cpu_s"] for sampler in self._samplers.values())
         return max(0.0, time.process_time() - lanes_s)
 
+    def facts(self) -> dict[str, Any]:
+        """What run.json says, or would where it cannot be written; a copy, as read from there."""
+        facts: dict[str, Any] = json.loads(json.dumps(self._facts))
+        return facts
+
     def _write_run(self) -> None:
         options = self.options
-        run = {
+        self._facts = {
             "schema": 1,
             "run_id": self.directory.name,
             "job": options.job,
             "name": options.name,
             "experiment": options.experiment,
             "command": self.command,
-            "host": socket.gethostname(),
+            "host": os.uname().nodename,
             "boot_id": _read_line("/proc/sys/kernel/random/boot_id"),
             "clock": self._clock,
             "started_at": _iso(self._clock[0], self._window_ns[0]),
@@ -304,7 +312,7 @@ class Recorder:
             },
         }
         try:
-            write_json(self.directory / "run.json", run)
+            write_json(self.directory / "run.json", self._facts)
         except OSError as error:
             self._unwritable("run.json", error)
 
@@ -350,6 +358,7 @@ def _cpu_identity() -> dict[str, Any]:
 
 # --- inside a program ----------------------------------------------------------------------------
 
+_numbers = itertools.count(1)  # of phases: all blocks of a process write to one file
 _current_phase: contextvars.ContextVar[int | None] = contextvars.ContextVar("phase", default=None)
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -362,7 +371,6 @@ class Run:
         self._synchronise = synchronise
         self._recorder: Recorder | None = None
         self._events: EventWriter | None = None
-        self._numbers = itertools.count(1)
         self._block: Phase | None = None
         self._window_ns: tuple[int, int | None] = (0, None)
         self._summary: dict[str, Any] | None = None
@@ -392,11 +400,11 @@ class Run:
         self._pid = os.getpid()
         outer = _outer_run()
         if outer is None:
-            self._record()
+            begin_ns = self._record()
         else:
-            self.directory = outer
+            self.directory, begin_ns = outer, time.monotonic_ns()
         self._events = EventWriter(self.directory)
-        self._window_ns = (time.monotonic_ns(), None)
+        self._window_ns = (begin_ns, None)
         if outer is not None:
             self._block = self.phase(self._options.name)
             self._block.__enter__()
@@ -415,7 +423,7 @@ class Run:
         self._window_ns = (self._window_ns[0], time.monotonic_ns())
         self._events.close()
         if self._recorder is not None:
-            self._finish(failed=error is not None)
+            self._finish(error)
 
     def phase(self, name: str) -> Phase:
         """A named part of the run: `with run.phase("train"):`, or a decorator. Phases nest."""
@@ -427,13 +435,18 @@ class Run:
         Accepts anything that `float()` takes (a torch or NumPy scalar too). Raises UsageError for
         what is not a number.
         """
-        if self._events is None:
+        events = self._writer("run.log()")
+        events.metrics({name: _number(name, value) for name, value in metrics.items()})
+
+    def _writer(self, what: str) -> EventWriter:
+        """Where marks and metrics go. Raises UsageError outside the block."""
+        if self._events is None or self._window_ns[1] is not None:
             raise UsageError(
-                "run.log() outside the block",
-                why="the run has not begun",
+                f"{what} outside the block",
+                why="the run has not begun" if self._events is None else "the run has ended",
                 fix="use it inside `with profile(...) as run:`",
             )
-        self._events.metrics({name: _number(name, value) for name, value in metrics.items()})
+        return self._events
 
     @property
     def energy_j(self) -> float | None:
@@ -442,7 +455,9 @@ class Run:
         Computed from the recording, so it costs milliseconds (more for a long run): read it once
         an epoch, not once a batch. In a joined run it may trail by the outer flush, 1 s at most.
         """
-        total_j = self._summarise(until_ns=time.monotonic_ns())["energy"]["total_j"]
+        until_ns = self._window_ns[1] or time.monotonic_ns()
+        so_far = self._summarise(until_ns=until_ns, marks=False)
+        total_j = so_far["energy"]["total_j"]
         return None if total_j is None else float(total_j)
 
     @property
@@ -463,24 +478,29 @@ class Run:
             self._summary = self._summarise(until_ns=end_ns)
         return self._summary
 
-    def _summarise(self, *, until_ns: int) -> dict[str, Any]:
+    def _summarise(self, *, until_ns: int, marks: bool = True) -> dict[str, Any]:
         from pepr_profiler.summary import summarise
 
         self._flush()
-        return summarise(self.directory, since_ns=self._window_ns[0], until_ns=until_ns)
+        since_ns = self._window_ns[0]
+        run = self._recorder.facts() if self._recorder is not None else None
+        return summarise(self.directory, since_ns=since_ns, until_ns=until_ns, marks=marks, run=run)
 
-    def _record(self) -> None:
+    def _record(self) -> int:
+        """Begins a recording of our own; when it began, ns."""
         recorder = Recorder(self._options, root="self", command=[sys.executable, *sys.argv])
         try:
             recorder.open()
         except SensorError:
             recorder.discard()
             raise
-        recorder.begin(time.monotonic_ns())
+        begin_ns = time.monotonic_ns()
+        recorder.begin(begin_ns)
         self._recorder, self.directory = recorder, recorder.directory
         os.environ[RUN_DIR_VARIABLE] = str(recorder.directory)
         self._thread = threading.Thread(target=self._keep_flushing, name="pepr-flush", daemon=True)
         self._thread.start()
+        return begin_ns
 
     def _keep_flushing(self) -> None:
         while not self._stop.wait(_FLUSH_S):
@@ -491,17 +511,17 @@ class Run:
             with self._lock:
                 self._recorder.flush()
 
-    def _finish(self, *, failed: bool) -> None:
+    def _finish(self, error: BaseException | None) -> None:
         recorder, end_ns = self._recorder, self._window_ns[1]
         assert recorder is not None and end_ns is not None and self._thread is not None
         self._stop.set()
         self._thread.join()
         if os.environ.get(RUN_DIR_VARIABLE) == str(recorder.directory):
             del os.environ[RUN_DIR_VARIABLE]
-        recorder.close(end_ns, exit_code=1 if failed else 0)
-        for warning in recorder.warnings:
-            warnings.warn(f"pepr: {warning['text']} ({warning['hint']})", stacklevel=3)
+        recorder.close(end_ns, exit_code=_exit_code(error))
         self._summary = recorder.summarise()
+        for warning in recorder.warnings:  # last: a warning may be an error (python -W error)
+            warnings.warn(f"pepr: {warning['text']} ({warning['hint']})", stacklevel=3)
 
 
 class Phase:
@@ -516,16 +536,11 @@ class Phase:
 
     def __enter__(self) -> Phase:
         run = self._run
-        if run._events is None:
-            raise UsageError(
-                f"phase '{self._name}' outside the block",
-                why="the run has not begun",
-                fix="use it inside `with profile(...) as run:`",
-            )
+        events = run._writer(f"phase '{self._name}'")
         if run._synchronise:
             _synchronise_cuda()
-        self._number = next(run._numbers)
-        run._events.begin(json.dumps(self._name), self._number, _current_phase.get())
+        self._number = next(_numbers)
+        events.begin(json.dumps(self._name), self._number, _current_phase.get())
         self._token = _current_phase.set(self._number)
         return self
 
@@ -613,7 +628,7 @@ def _outer_run() -> Path | None:
         return None
     directory = Path(value)
     try:
-        return None if read_run(directory)["complete"] else directory
+        return None if read_run(directory).get("complete") else directory
     except TraceError:
         return None
 
@@ -631,6 +646,13 @@ def _wait_for_rows(directory: Path, t_ns: int) -> None:
         if last and last[-1] >= t_ns:
             return
         time.sleep(0.05)
+
+
+def _exit_code(error: BaseException | None) -> int:
+    """The status that a program would end with if `error` ended it."""
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        return error.code or 0
+    return 0 if error is None else 1
 
 
 def _number(name: str, value: Any) -> float | int:

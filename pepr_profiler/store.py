@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ class Store:
         slug = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:40] or "run"
         self.runs_path.mkdir(parents=True, exist_ok=True)
         while True:
-            directory = self.runs_path / f"{slug}-{secrets.token_hex(3)}"
+            directory = self.runs_path / f"{slug}-{os.urandom(3).hex()}"
             try:
                 directory.mkdir()
             except FileExistsError:
@@ -82,14 +81,14 @@ class Store:
                 found.append((run.get("started_at") or "", directory, run))
         for _, directory, run in sorted(found, key=lambda item: item[:2]):
             try:
-                yield run if run["complete"] else summary_of(directory)
+                yield run if _has_summary(run) else summary_of(directory)
             except TraceError:
                 continue  # it ended before its first sample: there is nothing to tell
 
     def set_metrics(self, ref: str, values: Mapping[str, float]) -> dict[str, Any]:
         """Adds metrics to a run, as a new line of events, and summarises it anew."""
         directory = self.find(ref)
-        run = read_run(directory)
+        run = self.summary(ref)  # raises for what is no recording, before anything is written
         writer = EventWriter(directory)
         writer.metrics(dict(values), t_ns=run["clock"][-1]["t_ns"])
         writer.close()
@@ -104,18 +103,28 @@ class Store:
     def _directories(self) -> list[Path]:
         try:
             return [path for path in self.runs_path.iterdir() if path.is_dir()]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise PeprError(
+                f"the store {self.path} cannot be read",
+                why=error.strerror or str(error),
+                fix="give --store DIR (or PEPR_STORE) that you may read",
+            ) from error
 
 
 def summary_of(directory: Path) -> dict[str, Any]:
     """A run's summary: read if it is complete, else computed from what was flushed."""
     run = read_run(directory)
-    if run["complete"]:
+    if _has_summary(run):
         return run
     from pepr_profiler.summary import summarise
 
     return summarise(directory)
+
+
+def _has_summary(run: Mapping[str, Any]) -> bool:
+    return bool(run.get("complete")) and isinstance(run.get("energy"), dict)
 
 
 def refresh(directory: Path) -> dict[str, Any]:

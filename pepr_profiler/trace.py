@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -285,6 +286,10 @@ def _annotate(schema: Any, facts: dict[str, str]) -> Any:
     return na.c_schema(schema).modify(metadata=metadata)
 
 
+class _EmptyLaneError(TraceError):
+    """Not even a lane's schema was written whole."""
+
+
 class LaneReader:
     """Iterates the batches of one lane of a run directory, in time order, each row once.
 
@@ -299,7 +304,7 @@ class LaneReader:
         self._tail = _read_bytes(directory / f"{name}.tail.arrows")
         source = _open_stream(self._main) or _open_stream(self._tail)
         if source is None:
-            raise TraceError(
+            raise _EmptyLaneError(
                 f"lane '{name}' of {directory} is empty",
                 why="the recording ended before its first flush",
                 fix="nothing can be recovered from this lane",
@@ -327,8 +332,11 @@ class LaneReader:
 
 def read_lanes(directory: Path) -> dict[str, LaneReader]:
     """A reader for each lane that holds rows."""
-    held = {path.name.split(".")[0] for path in directory.glob("*.arrows") if path.stat().st_size}
-    return {name: LaneReader(directory, name) for name in sorted(held)}
+    readers = {}
+    for name in sorted({path.name.split(".")[0] for path in directory.glob("*.arrows")}):
+        with suppress(_EmptyLaneError):  # a crash before its first flush must not hide the others
+            readers[name] = LaneReader(directory, name)
+    return readers
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -514,6 +522,9 @@ def read_events(directory: Path) -> Events:
                 event = json.loads(line)
                 kind = event["event"]
                 if kind == "begin":
+                    # A program that replaced itself (exec) kept its pid and counts from 1 again.
+                    if event["id"] in open_phases:
+                        phases.append(_phase(open_phases[event["id"]], None))
                     open_phases[event["id"]] = event
                 elif kind == "end":
                     begin = open_phases.pop(event["id"], None)

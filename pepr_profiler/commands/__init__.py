@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from typing import TextIO
 
 import click
 
@@ -51,12 +55,31 @@ def cli() -> None:
 
 def complain(text: str) -> None:
     """Says something on stderr, in the profiler's name."""
-    click.echo(f"pepr-profile: {text}", err=True)
+    with whoever_listens(sys.stderr):
+        click.echo(f"pepr-profile: {text}", err=True)
+
+
+@contextmanager
+def whoever_listens(stream: TextIO) -> Iterator[None]:
+    """Within the block, nothing that cannot be said on `stream` fails or is tried again.
+
+    A reader that went away, a full disk or a hung-up terminal must not cost the child's status.
+    What is still buffered would fail at exit too, and turn the status into 120.
+    """
+    try:
+        yield
+        stream.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), stream.fileno())
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status (docs/design.md, Contract)."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by our caller: what we say goes nowhere
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
     if arguments and arguments[0] not in (*VERBS, "-h", "--help", "--version"):
         arguments = ["run", *arguments]
     try:
@@ -70,7 +93,4 @@ def main(arguments: list[str] | None = None) -> int:
     except click.Abort:
         complain("interrupted")
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away, as `| head` does
-        return 141
     return result if isinstance(result, int) else 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import IO, Any
@@ -41,7 +40,11 @@ def show(summary: dict[str, Any], *, file: IO[str]) -> None:
     from pepr_profiler.report.terminal import render_run
 
     tty = file.isatty()
-    width = min(shutil.get_terminal_size((80, 24)).columns, 120) if tty else 80
+    width = 80
+    if tty:
+        import shutil
+
+        width = min(shutil.get_terminal_size((80, 24)).columns, 120)
     color = tty and not os.environ.get("NO_COLOR")
     text = render_run(summary, width=width, color=color)
     click.echo(f"{text}\n", file=file, color=color)

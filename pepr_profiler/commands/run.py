@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands import complain
-from pepr_profiler.errors import UsageError
+from pepr_profiler.commands import complain, whoever_listens
+from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.profiler import RUN_DIR_VARIABLE, Options, Recorder, intensity_of
 from pepr_profiler.targets import Child, Exit, HeldSignals, Relay, hold_signals, resolve
 from pepr_profiler.units import parse_duration
@@ -153,6 +153,8 @@ def run(
     )
     with hold_signals() as held:
         recorder, ended = _measure(command, options, metrics, held, live=not quiet)
+        # NumPy's BLAS would start a thread a core that nothing uses: 0.1 s of CPU on two cores.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         summary = recorder.summarise()
         _show(summary, json_file=json_file, quiet=quiet)
     return ended.status
@@ -241,9 +243,14 @@ def _show(summary: dict[str, Any], *, json_file: str | None, quiet: bool) -> Non
     from pepr_profiler.commands.report import show, write_summary
 
     if json_file is not None:
-        write_summary(summary, json_file)
+        try:
+            with whoever_listens(sys.stdout):
+                write_summary(summary, json_file)
+        except PeprError as error:  # the command has run: its status stands
+            complain(str(error))
     if not quiet:
-        show(summary, file=sys.stderr)
+        with whoever_listens(sys.stderr):
+            show(summary, file=sys.stderr)
 
 
 def _name_of(command: tuple[str, ...]) -> str:
@@ -285,23 +292,26 @@ class _LiveLine:
         from pepr_profiler.report.terminal import render_live
         from pepr_profiler.summary import summarise
 
-        summary = summarise(directory)
+        summary = summarise(directory, marks=False)
         energy = summary["energy"]
         elapsed_s = (time.monotonic_ns() - started_ns) * 1e-9
         width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         text = render_live(
             elapsed_s, energy["total_j"], energy["mean_w"], energy["provenance"] or "", width - 1
         )
-        sys.stderr.write(f"\r\x1b[2K{text}\r")
-        sys.stderr.flush()
+        self._write(f"\r\x1b[2K{text}\r")
         self._shown = True
         self._next_s = now_s + max(1.0, _LIVE_SHARE * (time.monotonic() - now_s))
 
     def clear(self) -> None:
         if self._shown:
-            sys.stderr.write("\r\x1b[2K")
-            sys.stderr.flush()
+            self._write("\r\x1b[2K")
             self._shown = False
+
+    def _write(self, text: str) -> None:
+        with whoever_listens(sys.stderr):
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
     def beside(self, feed: Callable[[int, bytes, int], None]) -> Callable[[int, bytes, int], None]:
         """Keeps quiet for a while after the child has written something."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import math
@@ -244,6 +243,8 @@ class _Table:
     def require(self, wanted: Sequence[str]) -> None:
         for column in wanted:
             if column not in self.index:
+                import difflib
+
                 close = difflib.get_close_matches(column, self.columns, n=1, cutoff=0.5)
                 close += [known for known in self.columns if column.lower() in known.lower()]
                 raise UsageError(

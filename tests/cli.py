@@ -1,0 +1,136 @@
+"""The product as its users meet it: real processes, a store of their own, simulated hardware."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pepr_profiler
+
+REPOSITORY = Path(pepr_profiler.__file__).parents[1]
+SLOW_S = 60.0  # far beyond anything that works; only a hang takes that long
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished command left: its status and its two outputs."""
+
+    status: int
+    stdout: bytes
+    stderr: str
+
+
+@dataclass(frozen=True)
+class Cli:
+    """`pepr-profile` with a store in a folder of the test's."""
+
+    folder: Path
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("PEPR_")}
+        paths = [str(REPOSITORY), *kept.get("PYTHONPATH", "").split(os.pathsep)]
+        kept["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        kept["TMPDIR"] = str(self.folder)
+        return {**kept, "PEPR_STORE": str(self.store), **self.variables, **(extra or {})}
+
+    def start(
+        self, *arguments: str, env: Mapping[str, str] | None = None, **options: Any
+    ) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pepr_profiler", *arguments],
+            env=self.environment(env),
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+        )
+
+    def __call__(
+        self,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        stdin: bytes = b"",
+        **options: Any,
+    ) -> Result:
+        with self.start(*arguments, env=env, stdin=subprocess.PIPE, **options) as process:
+            try:
+                out, err = process.communicate(stdin, timeout=SLOW_S)
+            except BaseException:
+                process.kill()
+                raise
+        return Result(process.returncode, out or b"", (err or b"").decode())
+
+    def measure(self, *arguments: str, **options: Any) -> tuple[Result, dict[str, Any]]:
+        """Runs with `--json FILE`; its result and its summary."""
+        path = self.folder / "summary.json"
+        path.unlink(missing_ok=True)
+        result = self("--json", str(path), *arguments, **options)
+        assert path.exists(), result.stderr
+        return result, json.loads(path.read_text())
+
+    def runs(self, store: Path | None = None) -> list[Path]:
+        """The run directories, as they are on disk."""
+        return sorted(p for p in ((store or self.store) / "runs").glob("*") if p.is_dir())
+
+    def report(self, run: Path | str) -> dict[str, Any]:
+        result = self("report", str(run), "--json", "-")
+        assert result.status == 0, result.stderr
+        summary: dict[str, Any] = json.loads(result.stdout)
+        return summary
+
+
+def python(code: str, *arguments: str) -> list[str]:
+    """A child that runs `code`."""
+    return [sys.executable, "-c", code, *arguments]
+
+
+def until(condition: Callable[[], Any], *, within_s: float = SLOW_S) -> Any:
+    """The first true value of `condition`, where nothing wakes us when it changes."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"not within {within_s:g} s: {condition}")
+
+
+def component(summary: Mapping[str, Any], ident: str) -> dict[str, Any]:
+    """A component of a summary by its id."""
+    found = [c for c in summary["energy"]["components"] if c["id"] == ident]
+    assert len(found) == 1, [c["id"] for c in summary["energy"]["components"]]
+    return dict(found[0])
+
+
+def codes(summary: Mapping[str, Any], about: str = "") -> set[str]:
+    """The codes of a summary's warnings; those whose text mentions `about`."""
+    return {warning["code"] for warning in summary["warnings"] if about in warning["text"]}
+
+
+def write_replay(path: Path, channels: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
+    """A replay file of tab-separated channel lines; its sensor spec."""
+    lines = ["channel\t" + "\t".join(channel.split()) for channel in channels]
+    lines += ["\t".join(map(repr, row)) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return f"replay:{path}"
+
+
+@contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """Whatever happens, the process is gone afterwards and its pipes are closed."""
+    with process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()

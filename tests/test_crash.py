@@ -1,0 +1,281 @@
+"""What survives a killed profiler, torn and foreign files, an unwritable store, a full disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli import SLOW_S, Cli, codes, component, ended, python, until
+from sim.permissions import obey_permissions
+from sim.powercap import Tree, Zone
+from sim.waves import Constant
+
+from pepr_profiler.commands import main
+from pepr_profiler.errors import TraceError
+from pepr_profiler.store import Store
+from pepr_profiler.summary import summarise
+from pepr_profiler.trace import LaneReader
+
+BuildTree = Callable[..., Tree]
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    return Cli(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def killed(
+    tmp_path_factory: pytest.TempPathFactory, native_cache: Path
+) -> tuple[Path, Tree, int, list[str]]:
+    """A run whose profiler was killed by SIGKILL: its directory, truth, when, and what survived."""
+    from sim import native, powercap
+
+    cli = Cli(tmp_path_factory.mktemp("killed"))
+    try:
+        writer = powercap.build_writer(native_cache)
+    except native.UnavailableError as missing:
+        pytest.skip(str(missing))
+    tree = Tree(cli.folder, (Zone("intel-rapl:0", "package-0", Constant(100)),), writer=writer)
+    # The child marks and logs, waits for us, and goes on after the profiler's death.
+    code = """
+import os, sys
+from pepr_profiler import profile
+run = profile("inner").__enter__()
+with run.phase("before"):
+    run.log(accuracy=0.5)
+open(sys.argv[1], "w").write(str(os.getpid()))
+sys.stdin.read(1)
+run.log(accuracy=0.75)
+open(sys.argv[2], "w").write("alive")
+"""
+    marks, alive = cli.folder / "marks", cli.folder / "alive"
+    try:
+        child = python(code, str(marks), str(alive))
+        process = cli.start("-q", "--sensor", tree.spec, "--", *child, stdin=subprocess.PIPE)
+        with ended(process):
+            until(lambda: marks.exists() and marks.read_text())
+            (directory,) = cli.runs()
+            begin_ns = json.loads((directory / "run.json").read_text())["recording"]["window_ns"][0]
+            until(lambda: time.monotonic_ns() > begin_ns + 2_200_000_000)
+            killed_ns = time.monotonic_ns()
+            process.kill()
+            process.wait(SLOW_S)
+            before = sorted(p.name for p in directory.iterdir())
+            assert process.stdin is not None
+            process.stdin.write(b"x")
+            process.stdin.flush()
+            until(lambda: alive.exists() and alive.read_text())
+    finally:
+        tree.stop()
+    return directory, tree, killed_ns, before
+
+
+Killed = tuple[Path, Tree, int, list[str]]
+
+
+def test_child_and_recording_survive_kill_9_of_the_profiler(cli: Cli, killed: Killed) -> None:
+    directory, tree, killed_ns, files = killed
+    assert "powercap.tail.arrows" in files
+    result = cli("report", str(directory), "--json", "-")
+    assert result.status == 0
+    summary = json.loads(result.stdout)
+    assert (summary["complete"], summary["exit_code"]) == (False, None)
+    # at most the last flush is lost, and what is there is right
+    begin_ns = summary["recording"]["window_ns"][0]
+    end_ns = begin_ns + round(summary["duration_s"] * 1e9)
+    assert 0 < killed_ns - end_ns <= 1_200_000_000
+    measured_j = component(summary, "cpu:package-0")["device_j"]
+    assert measured_j == pytest.approx(tree.energy_j("intel-rapl:0", begin_ns, end_ns), abs=5)
+    # marks and metrics are there, those after the death too
+    assert [p["name"] for p in summary["phases"]] == ["inner", "before"]
+    assert summary["metrics"] == {"accuracy": 0.75}
+    shown = cli("report", str(directory)).stdout.decode()
+    assert "incomplete" in shown
+
+
+def test_recording_torn_anywhere_in_its_last_batch_keeps_the_rest(
+    killed: Killed, tmp_path: Path
+) -> None:
+    # given the tail with its last batches, cut at every byte
+    directory = tmp_path / "torn"
+    shutil.copytree(killed[0], directory)
+    tail = directory / "powercap.tail.arrows"
+    whole = tail.read_bytes()
+    rows = [len(batch.t_ns) for batch in LaneReader(directory, "powercap")]
+    assert len(rows) >= 3
+    start = whole.rindex(b"\xff\xff\xff\xff")  # where the last message begins
+    assert start > len(whole) // 2
+    for size in range(start, len(whole)):
+        os.truncate(tail, size) if size < tail.stat().st_size else tail.write_bytes(whole[:size])
+        kept = np.concatenate([batch.t_ns for batch in LaneReader(directory, "powercap")])
+        assert len(kept) == sum(rows[:-1]), size
+        assert np.all(np.diff(kept) > 0)
+    # then the summary holds at any size of the file
+    for size in range(0, len(whole), max(1, len(whole) // 25)):
+        tail.write_bytes(whole[:size])
+        summary = summarise(directory)
+        assert not summary["complete"]
+        package = [c for c in summary["energy"]["components"] if c["id"] == "cpu:package-0"]
+        assert not package or package[0]["device_j"] is None or package[0]["device_j"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"PK\x03\x04 a zip archive", "not an Arrow stream"),
+        (b"\xff" * 64, "Arrow stream"),
+        (b"t_ns,read_ns\n1,2\n", "not an Arrow stream"),
+    ],
+)
+def test_foreign_lane_is_refused_by_name(
+    killed: Killed,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes,
+    why: str,
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(killed[0], directory)
+    (directory / "powercap.arrows").write_bytes(content)
+    status = main(["report", str(directory)])
+    out, err = capsys.readouterr()
+    assert (status, out) == (125, "")
+    assert why in err
+    assert "powercap.arrows" in err
+    assert "fix: " in err
+
+
+@pytest.mark.parametrize("name", ["powercap", "processes"])
+def test_empty_lane_is_as_if_it_were_not_there(killed: Killed, tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(killed[0], directory)
+    for path in directory.glob(f"{name}*.arrows"):
+        path.write_bytes(b"")
+    summary = summarise(directory)
+    found = {c["id"]: c for c in summary["energy"]["components"]}
+    if name == "powercap":
+        assert "cpu:modelled" in found
+        assert "cpu:package-0" not in found
+    else:
+        assert found["cpu:package-0"]["device_j"] > 0
+    assert summary["duration_s"] > 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"\xff\xfe", b'{"schema": 1}', b'{"schema": 2, "complete": true}',
+     b'{"schema": 1, "complete": true}', b'{"schema": 1, "complete": false, "recording": {}}',
+     b'{"schema": 1, "complete": true, "recording": 5}', None],
+)  # fmt: skip
+def test_damaged_or_foreign_run_json_is_an_error_not_a_crash(
+    killed: Killed, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    # given a good run and a bad one in a store
+    store = tmp_path / "store"
+    shutil.copytree(killed[0], store / "runs" / "good-1")
+    shutil.copytree(killed[0], store / "runs" / "bad-1")
+    path = store / "runs" / "bad-1" / "run.json"
+    path.unlink()
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    for arguments in (["report", "bad-1"], ["runs", "set", "bad-1", "a=1"]):
+        status = main([*arguments, "--store", str(store)])
+        _, err = capsys.readouterr()
+        assert status == 125
+        assert "fix: " in err
+    assert main(["runs", "list", "--store", str(store)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    with pytest.raises(TraceError):
+        Store(store).summary("bad-1")
+
+
+# --- stores that take nothing ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("obstacle", ["a file in its place", "no permission"])
+def test_unwritable_store_is_said_and_the_run_is_kept_elsewhere(cli: Cli, obstacle: str) -> None:
+    options: dict[str, Any] = {}
+    if obstacle == "no permission":
+        cli.store.mkdir(mode=0o555)
+        options["preexec_fn"] = obey_permissions
+    else:
+        cli.store.write_text("")
+    result = cli("-q", "--", "sh", "-c", "echo ran; exit 7", **options)
+    assert (result.status, result.stdout) == (7, b"ran\n")
+    assert "cannot be written" in result.stderr
+    assert "--store" in result.stderr
+    (fallback,) = cli.folder.glob("pepr-*")
+    assert str(fallback) in result.stderr
+    (run,) = cli.runs(fallback)
+    summary = cli.report(run)
+    assert (summary["complete"], summary["exit_code"]) == (True, 7)
+    assert codes(summary) == {"store-unwritable"}
+
+
+@pytest.fixture
+def small_disk(cli: Cli) -> Iterator[Path]:
+    """A file system of 256 KiB at the place of the store."""
+    cli.store.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "pepr-test", str(cli.store)]
+    if shutil.which("mount") is None or subprocess.call(mount, stderr=subprocess.DEVNULL) != 0:
+        pytest.skip("may not mount a file system here (not root, or a container)")
+    yield cli.store
+    subprocess.run(["umount", "--lazy", str(cli.store)], check=True)
+
+
+FILL = """
+import os, sys, time
+fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+def fill():
+    for size in (4096, 1):
+        try:
+            while True: os.write(fd, b"x" * size)
+        except OSError: pass
+begin_s = time.monotonic()
+while time.monotonic() - begin_s < 1.8:  # through three flushes
+    fill()
+    time.sleep(0.01)
+os.ftruncate(fd, 0) if sys.argv[2] == "free" else None
+time.sleep(0.8)
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("then", ["free", "full"])
+def test_full_disk_costs_neither_the_child_nor_the_counters_energy(
+    cli: Cli, small_disk: Path, powercap_sim: BuildTree, then: str
+) -> None:
+    tree = powercap_sim(Zone("intel-rapl:0", "package-0", Constant(100)), live=True)
+    child = python(FILL, str(small_disk / "filler"), then)
+    written = ["--json", str(cli.folder / "summary.json")]
+    result = cli(*written, "--period", "2ms", "--sensor", tree.spec, "--", *child)
+    assert result.status == 3, result.stderr
+    assert "cannot be written" in result.stderr
+    assert "No space left" in result.stderr
+    assert "Traceback" not in result.stderr
+    summary = json.loads((cli.folder / "summary.json").read_text())
+    assert codes(summary) >= {"disk-full"}
+    assert summary["duration_s"] >= 2.5
+    assert summary["exit_code"] == 3
+    if then == "full":  # from before the first flush on: nothing is known, which is not 0
+        assert summary["sampler"]["dropped"] > 0
+        assert codes(summary) >= {"rows-lost", "unwritable"}
+        assert summary["energy"]["total_j"] is None
+        return
+    begin_ns, end_ns = summary["recording"]["window_ns"]
+    measured_j = component(summary, "cpu:package-0")["device_j"]
+    assert measured_j == pytest.approx(tree.energy_j("intel-rapl:0", begin_ns, end_ns), abs=5)
+    # every row waited in memory
+    assert summary["sampler"]["dropped"] == 0
+    assert "gap" not in codes(summary)

@@ -1,0 +1,494 @@
+"""`profile()`: phases, metrics and energy from inside a program, alone or in somebody's run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli import SLOW_S, Cli, component, ended, python, until, write_replay
+from sim.powercap import Tree, Zone
+from sim.waves import Constant
+
+import pepr_profiler
+from pepr_profiler import UsageError, profile
+from pepr_profiler.profiler import RUN_DIR_VARIABLE
+from pepr_profiler.trace import LaneReader
+
+BuildTree = Callable[..., Tree]
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    return Cli(tmp_path)
+
+
+@pytest.fixture
+def meter(tmp_path: Path) -> str:
+    """A sensor that says 100 W, of a device that is the job's alone."""
+    channel = "meter power W 1 0 gauge test kind=gpu component=gpu:meter"
+    return write_replay(tmp_path / "meter", [channel], [(0.0, 100.0)])
+
+
+@pytest.fixture(autouse=True)
+def on_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
+    monkeypatch.setenv("PEPR_STORE", str(tmp_path / "store"))
+
+
+def wait_s(duration_s: float) -> None:
+    """What is measured lasts this long."""
+    threading.Event().wait(duration_s)
+
+
+def script(cli: Cli, code: str, *arguments: str, **options: Any) -> str:
+    """Runs a program of a user's; what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *arguments],
+        env=cli.environment(options.pop("env", None)),
+        capture_output=True,
+        timeout=SLOW_S,
+        check=False,
+        **options,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stderr == b""
+    return done.stdout.decode()
+
+
+# --- a block of its own ---------------------------------------------------------------------------
+
+
+def test_phases_that_cover_the_run_have_all_of_its_energy(meter: str) -> None:
+    with profile("covered", sensors=[meter]) as run:
+        for _ in range(2):
+            with run.phase("train"):
+                wait_s(0.2)
+        with run.phase("test"):
+            wait_s(0.15)
+            with run.phase("inner"):
+                wait_s(0.15)
+    summary = run.summary
+    phases = {phase["name"]: phase for phase in summary["phases"]}
+    assert list(phases) == ["train", "test", "inner"]
+    assert [phases[name]["count"] for name in phases] == [2, 1, 1]
+    outer_s = phases["train"]["duration_s"] + phases["test"]["duration_s"]
+    assert 0.7 <= outer_s <= summary["duration_s"]
+    # truth: the meter's 100 W over each phase, and the modelled rest on top
+    parts = summary["energy"]["components"]
+    modelled_j = sum(c["job_j"] for c in parts if c["provenance"] == "modelled" and c["in_total"])
+    metered = component(summary, "gpu:meter")
+    assert metered["job_j"] == pytest.approx(100 * summary["duration_s"], rel=1e-6)
+    assert summary["energy"]["total_j"] == pytest.approx(metered["job_j"] + modelled_j)
+    for phase in phases.values():
+        metered_j = 100 * phase["duration_s"]
+        assert metered_j - 1e-6 <= phase["energy_j"] <= metered_j + modelled_j + 1e-6
+        assert phase["u_j"] > 0
+    left_j = summary["energy"]["total_j"] - phases["train"]["energy_j"] - phases["test"]["energy_j"]
+    left_s = summary["duration_s"] - outer_s
+    assert 100 * left_s - 1e-6 <= left_j <= 100 * left_s + modelled_j
+
+
+def test_decorated_function_is_a_phase_each_time_it_runs(meter: str) -> None:
+    with profile("decorated", sensors=[meter]) as run:
+
+        @run.phase("step")
+        def step(depth: int) -> int:
+            """Counts down."""
+            return depth if depth == 0 else step(depth - 1)
+
+        assert step(2) == 0
+        assert (step.__name__, step.__doc__) == ("step", "Counts down.")
+        with pytest.raises(ZeroDivisionError), run.phase("failing"):
+            1 / 0  # noqa: B018
+    assert [(p["name"], p["count"]) for p in run.summary["phases"]] == [("step", 3), ("failing", 1)]
+
+
+def test_log_takes_every_kind_of_number_and_the_last_one_counts(meter: str) -> None:
+    class Tensor:
+        """As torch's: no number, but float() takes it."""
+
+        def __float__(self) -> float:
+            return 0.5
+
+    with profile("logged", sensors=[meter], performance="accuracy") as run:
+        run.log(accuracy=0.1, epoch=1)
+        run.log(accuracy=np.float32(0.75), epoch=np.int64(2), zero_d=np.array(3.5), loss=Tensor())
+        run.log(diverged=math.nan, yes=True)
+        for value in ("high", None, [1.0], np.zeros(2), 1j):
+            with pytest.raises(UsageError, match="not a number"):
+                run.log(accuracy=value)
+    assert run.summary["metrics"] == {
+        "accuracy": 0.75, "epoch": 2.0, "zero_d": 3.5, "loss": 0.5, "diverged": None, "yes": 1.0,
+    }  # fmt: skip
+    assert run.summary["performance"] == {"metric": "accuracy", "value": 0.75}
+
+
+def test_energy_grows_while_running_and_the_summary_comes_after(meter: str) -> None:
+    with profile("growing", sensors=[meter]) as run:
+        with pytest.raises(UsageError, match="no summary yet"):
+            run.summary  # noqa: B018
+        wait_s(0.1)
+        first_j = run.energy_j
+        wait_s(0.2)
+        second_j = run.energy_j
+        assert first_j is not None
+        assert second_j is not None
+        assert first_j > 5
+        assert second_j - first_j >= 100 * 0.2 - 1e-6
+    assert run.summary["energy"]["total_j"] >= second_j
+    assert run.energy_j == pytest.approx(run.summary["energy"]["total_j"])
+    # what it says is what is on disk, and what `report` says
+    stored = json.loads((run.directory / "run.json").read_text())
+    assert stored == run.summary
+    assert (stored["complete"], stored["exit_code"], stored["name"]) == (True, 0, "growing")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("boom"), 1), (KeyboardInterrupt(), 1), (SystemExit(0), 0), (SystemExit(3), 3)],
+    ids=repr,
+)
+def test_exception_leaves_the_block_and_completes_the_run(
+    meter: str, error: BaseException, status: int
+) -> None:
+    run = profile("failing", sensors=[meter])
+    with pytest.raises(type(error)) as raised, run, run.phase("train"):
+        raise error
+    assert raised.value is error
+    assert (run.summary["complete"], run.summary["exit_code"]) == (True, status)
+    assert [phase["name"] for phase in run.summary["phases"]] == ["train"]
+
+
+def test_misuse_is_refused_with_a_remedy(meter: str, tmp_path: Path) -> None:
+    run = profile("misused", sensors=[meter])
+    with pytest.raises(UsageError, match="outside the block"):
+        run.log(a=1)
+    with pytest.raises(UsageError, match="outside the block"), run.phase("p"):
+        pass
+    with run, pytest.raises(UsageError, match="entered already"):
+        run.__enter__()
+    with pytest.raises(UsageError, match="entered already"), run:
+        pass
+    with pytest.raises(UsageError, match="the run has ended"):
+        run.log(a=1)
+    with pytest.raises(UsageError, match="the run has ended"), run.phase("p"):
+        pass
+    for options in ({"name": ""}, {"region": "Atlantis"}, {"region": "DK", "carbon_intensity": 1}):
+        with pytest.raises(UsageError):
+            profile(**{"name": "x", **options})
+    before = sorted(tmp_path.glob("store/runs/*"))
+    with pytest.raises(pepr_profiler.SensorError, match="no driver"), profile("x", sensors=["?"]):
+        raise AssertionError("not reached")
+    assert sorted(tmp_path.glob("store/runs/*")) == before
+    assert RUN_DIR_VARIABLE not in os.environ
+
+
+def test_no_thread_and_no_descriptor_stays(meter: str) -> None:
+    def held() -> tuple[int, set[str]]:
+        links = [link for link in Path("/proc/self/fd").iterdir() if os.path.lexists(link)]
+        files = {str(link.readlink()) for link in links if os.path.lexists(link)}
+        tasks = len(list(Path("/proc/self/task").iterdir()))
+        return tasks, {name for name in files if "pepr" in name or "runs" in name}
+
+    with profile("warm", sensors=[meter]):
+        pass
+    before = held()
+    for _ in range(3):
+        with profile("again", sensors=[meter]) as run, run.phase("p"):
+            run.log(a=1)
+    assert held() == before
+
+
+def test_phases_of_threads_are_kept_apart(meter: str) -> None:
+    meet = threading.Barrier(3, timeout=SLOW_S)
+    with profile("threads", sensors=[meter]) as run, run.phase("main"):
+
+        def work() -> None:
+            meet.wait()
+            with run.phase("work"):
+                meet.wait()  # all three are inside at once
+            run.log(done=1)
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert {p["name"]: p["count"] for p in run.summary["phases"]} == {"main": 1, "work": 3}
+
+
+def test_working_directory_may_change_inside_the_block(cli: Cli) -> None:
+    code = """
+import os, subprocess, sys
+from pepr_profiler import profile
+with profile("moved", store="here", cpu_power="1:2") as run:
+    os.chdir("/")
+    run.log(a=1)
+    child = "from pepr_profiler import profile\\nwith profile('child') as run: run.log(b=2)"
+    subprocess.run([sys.executable, "-c", child], check=True)
+    assert run.energy_j > 0
+print(run.directory, sorted(run.summary["metrics"].items()))
+"""
+    said = script(cli, code, cwd=cli.folder)
+    assert said.startswith(f"{cli.folder}/here/runs/moved-")
+    assert said.endswith("[('a', 1.0), ('b', 2.0)]\n")
+
+
+def test_warning_that_is_an_error_does_not_cost_the_run(cli: Cli) -> None:
+    (cli.folder / "file").write_text("")
+    code = """
+from pepr_profiler import profile
+try:
+    with profile("kept", store="file/store", cpu_power="1:2") as run:
+        run.log(a=1)
+except UserWarning as warning:
+    print(warning)
+print(run.summary["complete"], run.directory)
+"""
+    said = script(cli, code, cwd=cli.folder)
+    assert "cannot be written" in said
+    assert f"True {cli.folder}/pepr-" in said  # the fallback, in TMPDIR
+
+
+# --- joining --------------------------------------------------------------------------------------
+
+JOINING = """
+import os, sys, threading
+from pepr_profiler import profile
+with profile("inner", experiment="ignored") as run:
+    assert run.joined
+    with run.phase("train"):
+        threading.Event().wait(0.4)
+        with profile("deeper") as deeper:
+            assert deeper.run_id == run.run_id
+            deeper.log(depth=2)
+    run.log(accuracy=0.9)
+    assert run.energy_j >= 0
+tasks = [open(f"/proc/self/task/{t}/comm").read().strip() for t in os.listdir("/proc/self/task")]
+assert "pepr-sampler" not in tasks, tasks
+print(run.summary["energy"]["total_j"], run.summary["duration_s"], run.run_id)
+"""
+
+
+def test_block_in_a_wrapped_program_joins_its_run(cli: Cli, meter: str) -> None:
+    result, summary = cli.measure("--sensor", meter, "--experiment", "outer", "--",
+                                  *python(JOINING))  # fmt: skip
+    assert result.status == 0, result.stderr
+    # then there is one run with one recording, and phases and metrics are its
+    (directory,) = cli.runs()
+    assert summary["run_id"] == directory.name
+    assert sorted(p.stem for p in directory.glob("*.arrows")) == ["processes", "replay"]
+    assert summary["experiment"] == "outer"
+    assert summary["metrics"] == {"accuracy": 0.9, "depth": 2.0}
+    phases = {phase["name"]: phase for phase in summary["phases"]}
+    assert list(phases) == ["inner", "train", "deeper"]
+    # and the block's own summary is the outer run's over the block
+    energy_j, duration_s, run_id = result.stdout.split()
+    assert run_id.decode() == summary["run_id"]
+    assert float(duration_s) == pytest.approx(phases["inner"]["duration_s"], rel=0.05)
+    assert float(energy_j) >= 100 * 0.4
+    assert float(energy_j) == pytest.approx(phases["inner"]["energy_j"], rel=0.1)
+
+
+def test_nested_blocks_are_one_run(meter: str, tmp_path: Path) -> None:
+    with profile("outer", sensors=[meter]) as outer:
+        with profile("inner") as inner:
+            inner.log(a=1)
+            with inner.phase("p"):
+                wait_s(0.1)
+        assert inner.joined
+        assert not outer.joined
+        assert inner.summary["energy"]["total_j"] >= 10
+    assert [p["name"] for p in outer.summary["phases"]] == ["inner", "p"]
+    assert outer.summary["metrics"] == {"a": 1.0}
+    assert [p.name for p in tmp_path.glob("store/runs/*")] == [outer.run_id]
+    with profile("next", sensors=[meter]) as later:
+        assert not later.joined
+
+
+# --- fork, spawn, notebooks -----------------------------------------------------------------------
+
+FORKING = """
+import json, multiprocessing, os, sys, threading, warnings
+from pathlib import Path
+from pepr_profiler import profile
+
+def work(number):
+    run.log(**{f"worker_{number}": number})
+    with run.phase("worker"):
+        pass
+    run.energy_j
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    assert "pepr-sampler" not in names, names
+    assert threading.active_count() == 1
+
+with profile("forking", sensors=[sys.argv[1]]) as run:
+    run.log(parent=1)
+    warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork with threads
+    pid = os.fork()
+    if pid == 0:
+        work(1)
+        sys.exit(0)  # out through the block, as a careless program does
+    assert os.waitpid(pid, 0)[1] == 0
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=(number,)) for number in (2, 3)]
+    for worker in workers: worker.start()
+    for worker in workers: worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    while run.energy_j < 20: pass
+print(json.dumps([os.getpid(), run.summary]))
+"""
+
+
+def test_forked_children_neither_sample_nor_hang_nor_touch_the_parents_files(
+    cli: Cli, meter: str
+) -> None:
+    pid, summary = json.loads(script(cli, FORKING, meter))
+    (directory,) = cli.runs()
+    files = {int(p.stem.rsplit("-", 1)[1]): p for p in directory.glob("events-*.jsonl")}
+    assert len(files) == 4
+    assert files.pop(pid).read_text().count("\n") == 1
+    assert all(path.read_text().count("\n") == 3 for path in files.values())
+    assert summary["metrics"] == {"parent": 1, "worker_1": 1, "worker_2": 2, "worker_3": 3}
+    assert {p["name"]: p["count"] for p in summary["phases"]} == {"worker": 3}
+    assert summary["complete"]
+    # the lanes are whole: times rise, and the meter ran through
+    for lane in ("processes", "replay"):
+        times = np.concatenate([batch.t_ns for batch in LaneReader(directory, lane)])
+        assert np.all(np.diff(times) > 0)
+    assert component(summary, "gpu:meter")["job_j"] == pytest.approx(
+        100 * summary["duration_s"], rel=1e-6
+    )
+
+
+def test_spawned_workers_join(cli: Cli, meter: str) -> None:
+    program = cli.folder / "spawning.py"
+    program.write_text("""
+import multiprocessing, sys
+from pepr_profiler import profile
+
+def work(number):
+    with profile("worker") as run:
+        run.log(**{f"worker_{number}": number})
+
+if __name__ == "__main__":
+    with profile("spawning", sensors=[sys.argv[1]]) as run:
+        context = multiprocessing.get_context("spawn")
+        worker = context.Process(target=work, args=(1,))
+        worker.start()
+        worker.join()
+        assert worker.exitcode == 0
+    print(run.summary["metrics"], [p["name"] for p in run.summary["phases"]])
+""")
+    said = script(cli, "import runpy, sys; sys.argv = sys.argv[1:]; "
+                       "runpy.run_path(sys.argv[0], run_name='__main__')",
+                  str(program), meter)  # fmt: skip
+    assert said == "{'worker_1': 1.0} ['worker']\n"
+    assert len(cli.runs()) == 1
+
+
+def test_it_works_cell_by_cell_in_ipython(cli: Cli, meter: str) -> None:
+    pytest.importorskip("IPython")
+    code = """
+import sys, warnings
+warnings.simplefilter("default")
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+for cell in (
+    "from pepr_profiler import profile",
+    f"run = profile('cells', sensors=[{sys.argv[1]!r}]).__enter__()",
+    "with run.phase('train'):\\n    run.log(accuracy=0.5)",
+    "run.__exit__(None, None, None)",
+    "print(run.summary['metrics'], run.summary['phases'][0]['name'])",
+    "with profile('again', cpu_power='1:2') as run:\\n    pass",
+    "print(run.summary['complete'])",
+):
+    shell.run_cell(cell).raise_error()
+"""
+    said = script(cli, code, meter, env={"IPYTHONDIR": str(cli.folder / "ipython")})
+    assert said.splitlines() == ["{'accuracy': 0.5} train", "True"]
+
+
+# --- a program that dies, a program that never lets go --------------------------------------------
+
+
+def test_kill_9_of_the_program_loses_no_mark(cli: Cli, meter: str) -> None:
+    code = """
+import os, signal, sys
+from pepr_profiler import profile
+run = profile("killed", sensors=sys.argv[1:]).__enter__()
+with run.phase("done"):
+    run.log(accuracy=0.5)
+run.phase("open").__enter__()
+run.log(accuracy=0.75)
+print(run.directory, flush=True)
+sys.stdin.read(1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # given a program of its own that kills itself after its last mark
+    process = subprocess.Popen([sys.executable, "-c", code, meter], env=cli.environment(),
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    with ended(process):
+        assert process.stdout is not None
+        directory = Path(process.stdout.readline().decode().strip())
+        tail = directory / "replay.tail.arrows"
+        until(lambda: tail.exists() and tail.stat().st_size)  # its first flush
+        process.communicate(b"x", timeout=SLOW_S)
+    assert process.returncode == -signal.SIGKILL
+    summary = cli.report(directory)
+    assert (summary["complete"], summary["exit_code"]) == (False, None)
+    assert summary["metrics"] == {"accuracy": 0.75}
+    assert [(p["name"], p["count"]) for p in summary["phases"]] == [("done", 1), ("open", 1)]
+    # and the same in a wrapped program, whose run is then complete
+    result, summary = cli.measure("--sensor", meter, "--", *python(code), stdin=b"x")
+    assert result.status == 137
+    assert summary["complete"]
+    assert summary["metrics"] == {"accuracy": 0.75}
+    assert [p["name"] for p in summary["phases"]] == ["killed", "done", "open"]
+
+
+def test_lanes_sample_on_while_the_program_never_releases_the_gil(
+    cli: Cli, powercap_sim: BuildTree
+) -> None:
+    tree = powercap_sim(Zone("intel-rapl:0", "package-0", Constant(100)), live=True)
+    code = """
+import json, sys, threading, time
+from pepr_profiler import profile
+ticks = []
+stop = threading.Event()
+def tick():
+    while not stop.wait(0.01): ticks.append(time.monotonic_ns())
+with profile("held", sensors=[sys.argv[1]], period_s=0.005) as run:
+    thread = threading.Thread(target=tick)
+    thread.start()
+    size, held_s = 1 << 20, 0.0
+    while held_s < 0.7:  # until one call of C holds the GIL for long on this machine
+        begin_ns = time.monotonic_ns()
+        pow(3, size)
+        end_ns = time.monotonic_ns()
+        held_s, size = (end_ns - begin_ns) * 1e-9, size * 2
+    stop.set()
+    thread.join()
+inside = [t for t in ticks if begin_ns + 20_000_000 < t < end_ns - 20_000_000]
+print(json.dumps([begin_ns, end_ns, len(inside), str(run.directory), run.summary]))
+"""
+    begin_ns, end_ns, ticks, directory, summary = json.loads(script(cli, code, tree.spec))
+    held_s = (end_ns - begin_ns) * 1e-9
+    # a Python thread got nowhere, the lane kept its rate
+    assert ticks <= 2
+    times = np.concatenate([batch.t_ns for batch in LaneReader(Path(directory), "powercap")])
+    rows = np.count_nonzero((begin_ns < times) & (times < end_ns))
+    assert rows >= 0.5 * held_s / 0.005
+    assert summary["sampler"]["dropped"] == 0
+    measured_j = component(summary, "cpu:package-0")["device_j"]
+    assert measured_j == pytest.approx(100 * summary["duration_s"], abs=3)
