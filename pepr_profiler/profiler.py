@@ -628,9 +628,18 @@ def _outer_run() -> Path | None:
         return None
     directory = Path(value)
     try:
-        return None if read_run(directory).get("complete") else directory
+        run = read_run(directory)
+        return directory if not run.get("complete") and _recorder_lives(run) else None
     except TraceError:
         return None
+
+
+def _recorder_lives(run: dict[str, Any]) -> bool:
+    """Whether the profiler of an unfinished run may still be there; only one killed is not."""
+    if run.get("boot_id") != _read_line("/proc/sys/kernel/random/boot_id"):
+        return False
+    pid = run.get("recording", {}).get("profiler_pid")
+    return pid is None or Path(f"/proc/{pid}").exists()
 
 
 def _wait_for_rows(directory: Path, t_ns: int) -> None:

@@ -129,7 +129,7 @@ def _window(
         raise TraceError(
             f"run {facts.get('name', '')} never began",
             why="the profiler ended before it started the command",
-            fix="remove it: pepr-profile runs rm RUN",
+            fix="remove its directory",
         )
     if since_ns is not None:
         begin_ns = max(begin_ns, since_ns)

@@ -426,17 +426,19 @@ class Relay:
     """The child's stdout and stderr on their way through us, unmodified, at once, and read along.
 
     `sink(channel, data, t_ns)` sees each chunk after it has been written: `channel` is 1 or 2,
-    `t_ns` when it was read. It runs in the channel's thread. A pty stands in where our descriptor
-    is a terminal, a pipe elsewhere; where both of ours are one file the child gets one channel, so
-    that the order of its lines stays. stdin is not touched.
+    `t_ns` when it was read. It runs in the channel's thread, as does `before`, which is called
+    just before bytes are written and may take away what stands in their place. A pty stands in
+    where our descriptor is a terminal, a pipe elsewhere; where both of ours are one file the child
+    gets one channel, so that the order of its lines stays. stdin is not touched.
 
     Limits: output stops when this process is killed by SIGKILL (as with `| tee`), and a full-screen
     program that sets the terminal's modes through stdout sets the stand-in's.
     """
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, *, before: Callable[[], None] | None = None) -> None:
         self.warnings: list[dict[str, str]] = []
         self._sink: Sink | None = sink
+        self._before = before
         self._wake_fd, self._wake_writer = os.pipe()
         self._channels: list[_Channel] = []
         self._threads: list[threading.Thread] = []
@@ -541,6 +543,8 @@ class Relay:
             if not data:
                 channel.ended = True
                 return
+            if self._before is not None:
+                self._before()
             channel.write(data)
             if left_bytes is not None:
                 left_bytes -= len(data)

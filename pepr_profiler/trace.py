@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_BATCH_ROWS = 4096
+_BATCH_ROWS = 1024
 """Rows of a finished batch: large enough that its 400 bytes of header do not matter."""
 
 _MOST_PENDING_ROWS = 1 << 17

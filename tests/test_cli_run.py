@@ -162,14 +162,15 @@ def test_summary_that_cannot_be_written_at_the_end_is_said_and_costs_no_status(
 
 
 def test_hung_up_terminal_costs_neither_status_nor_run(cli: Cli, quiet_sensor: str) -> None:
-    # given a child that ignores SIGHUP, and a live line on the terminal after 2 s of quiet
+    # given a child that ignores SIGHUP, and a live line on the terminal after some quiet
     master, slave = pty.openpty()
     code = (
         "import signal, sys, time; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
         "sys.stdin.read(); time.sleep(2); sys.exit(5)"
     )
-    process = cli.start("--sensor", quiet_sensor, "--", *python(code), stdin=subprocess.PIPE,
-                        stdout=subprocess.DEVNULL, stderr=slave, start_new_session=True,
+    process = cli.start("--sensor", quiet_sensor, "--metric", "x=x: ([0-9]+)", "--", *python(code),
+                        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=slave,
+                        start_new_session=True,
                         preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0))  # fmt: skip
     os.close(slave)
     with ended(process):
@@ -591,3 +592,17 @@ def test_energy_of_a_sensor_that_never_answered_is_null_not_zero(cli: Cli, tmp_p
         assert codes(summary, ident) == {"unknown"}
     assert summary["energy"]["total_j"] > 0  # what is known: the modelled CPU
     assert summary["energy"]["provenance"] == "modelled"
+
+
+def test_ctrl_c_ends_us_as_it_ended_the_child(cli: Cli, quiet_sensor: str) -> None:
+    # given a child that dies of SIGINT
+    process = cli.start("--sensor", quiet_sensor, "--", "sh", "-c", "echo ready; exec sleep 600")
+    with ended(process):
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=SLOW_S)
+    # then a shell sees 130 and breaks off its loop, and the run is complete all the same
+    assert process.returncode == -signal.SIGINT
+    summary = cli.report(cli.runs()[0])
+    assert (summary["complete"], summary["exit_code"]) == (True, 130)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from pepr_profiler.metrics import Metrics
 
 _FLUSH_S = 0.5
+_QUIET_S = 3.0  # of silence, before the live line appears
 _LIVE_SHARE = 100  # the live line may take a hundredth of the time
 
 
@@ -157,6 +160,10 @@ def run(
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         summary = recorder.summarise()
         _show(summary, json_file=json_file, quiet=quiet)
+    if ended.signal == signal.SIGINT:
+        # A shell breaks off its loop only if we die of the Ctrl-C too; it sees 130 either way.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     return ended.status
 
 
@@ -173,7 +180,10 @@ def _measure(
 
     # Orphaned grandchildren become ours, so that their time is counted when they end.
     _core.set_child_subreaper()
-    line = _LiveLine() if live else None
+    relay = line = None
+    if metrics is not None and metrics.has_patterns:
+        line = _LiveLine(metrics.feed)
+        relay = Relay(line.sink, before=line.clear) if live else Relay(metrics.feed)
 
     def warn(code: str, text: str, hint: str) -> None:
         if line is not None:
@@ -184,11 +194,6 @@ def _measure(
     recorder = Recorder(options, root="children", command=command, warn=warn)
     try:
         recorder.open()
-        relay = (
-            Relay(metrics.feed if line is None else line.beside(metrics.feed))
-            if (metrics is not None and metrics.has_patterns)
-            else None
-        )
         environment = {RUN_DIR_VARIABLE: str(recorder.directory.absolute())}
         child = Child.spawn(command, held=held, env=environment, relay=relay)
     except BaseException:
@@ -199,10 +204,10 @@ def _measure(
     def tick() -> None:
         recorder.flush()
         _log(recorder, metrics)
-        if line is not None:
+        if line is not None and live:
             line.update(recorder.directory, child.started_ns)
 
-    ended = child.supervise(tick=tick, every_s=_FLUSH_S)
+    ended = _supervise(child, tick, recorder)
     if line is not None:
         line.clear()
     for warning in [*child.warnings, *(metrics.finish() if metrics else [])]:
@@ -227,7 +232,24 @@ def _measure(
     return recorder, ended
 
 
-_URGENT = frozenset({"disk-full", "store-unwritable", "unwritable", "slow-sensor"})
+def _supervise(child: Child, tick: Callable[[], None], recorder: Recorder) -> Exit:
+    """Waits for the child; a fault of ours on the way is told and does not cost its status."""
+    try:
+        return child.supervise(tick=tick, every_s=_FLUSH_S)
+    except Exception as error:
+        if child.exit is None:
+            raise
+        recorder.add_warning(
+            "profiler-fault",
+            f"the profiler stopped recording while the command ran: {error!r}",
+            "report this as a bug of pepr-profiler",
+        )
+        return child.exit
+
+
+_URGENT = frozenset(
+    {"disk-full", "profiler-fault", "slow-sensor", "store-unwritable", "unwritable"}
+)
 """Said when they happen; the rest is in the summary."""
 
 
@@ -278,49 +300,58 @@ def _require_writable(path: Path) -> None:
 
 
 class _LiveLine:
-    """One status line on our terminal while the child is quiet; gone before anything is said."""
+    """One status line on our terminal while the child is quiet; gone before anything is said.
 
-    def __init__(self) -> None:
+    It needs to see the child's output, or it would wipe out a line that the child has begun: only
+    a run with a metric pattern has one.
+    """
+
+    def __init__(self, feed: Callable[[int, bytes, int], None]) -> None:
+        self._feed = feed
         self._on = sys.stderr.isatty()
+        self._lock = threading.Lock()  # the child speaks in threads of the relay
         self._shown = False
-        self._next_s = time.monotonic() + 2.0
+        self._line_begun = False
+        self._next_s = time.monotonic() + _QUIET_S
+
+    def sink(self, channel: int, data: bytes, t_ns: int) -> None:
+        """Takes note of what the child has said, and passes it on."""
+        self._line_begun = not data.endswith(b"\n")
+        self._next_s = time.monotonic() + _QUIET_S
+        self._feed(channel, data, t_ns)
 
     def update(self, directory: Path, started_ns: int) -> None:
+        """Shows the line anew, if it is time and the child is quiet."""
         now_s = time.monotonic()
         if not self._on or now_s < self._next_s or not _in_foreground():
             return
         from pepr_profiler.report.terminal import render_live
         from pepr_profiler.summary import summarise
 
-        summary = summarise(directory, marks=False)
-        energy = summary["energy"]
+        energy = summarise(directory, marks=False)["energy"]
         elapsed_s = (time.monotonic_ns() - started_ns) * 1e-9
         width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         text = render_live(
             elapsed_s, energy["total_j"], energy["mean_w"], energy["provenance"] or "", width - 1
         )
-        self._write(f"\r\x1b[2K{text}\r")
-        self._shown = True
-        self._next_s = now_s + max(1.0, _LIVE_SHARE * (time.monotonic() - now_s))
+        with self._lock:
+            if time.monotonic() >= self._next_s and not self._line_begun:
+                self._write(f"\r\x1b[2K{text}\r")
+                self._shown = True
+        cost_s = time.monotonic() - now_s
+        self._next_s = max(self._next_s, now_s + max(1.0, _LIVE_SHARE * cost_s))
 
     def clear(self) -> None:
-        if self._shown:
-            self._write("\r\x1b[2K")
-            self._shown = False
+        """Takes the line away, if it is there."""
+        with self._lock:
+            if self._shown:
+                self._write("\r\x1b[2K")
+                self._shown = False
 
     def _write(self, text: str) -> None:
         with whoever_listens(sys.stderr):
             sys.stderr.write(text)
             sys.stderr.flush()
-
-    def beside(self, feed: Callable[[int, bytes, int], None]) -> Callable[[int, bytes, int], None]:
-        """Keeps quiet for a while after the child has written something."""
-
-        def sink(channel: int, data: bytes, t_ns: int) -> None:
-            feed(channel, data, t_ns)
-            self._next_s = time.monotonic() + 5.0
-
-        return sink
 
 
 def _in_foreground() -> bool:
