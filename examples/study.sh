@@ -7,10 +7,11 @@
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
-PATH=${VIRTUAL_ENV:-$here/../.venv}/bin:$PATH
+cd "$here/.."
+PATH=${VIRTUAL_ENV:-$PWD/.venv}/bin:$PATH
 if ! python -c 'import pepr_profiler._core, sklearn, torch' 2>/dev/null; then
     echo "study.sh: installing pepr-profiler, torch and scikit-learn (once)" >&2
-    venv=$("$here/../tools/setup.sh" examples)
+    venv=$(tools/setup.sh examples)
     PATH=$venv/bin:$PATH
 fi
 data=${1:-digits}
@@ -28,7 +29,7 @@ esac
 for model in $models; do
     pepr-profile --experiment "$experiment" --name "$model" \
         --metric accuracy='test acc: ([0-9.]+)' \
-        -- python "$here/train.py" --data "$data" --model "$model" --profile
+        -- python examples/train.py --data "$data" --model "$model" --profile
 done
 
 pepr-profile compare --experiment "$experiment"
