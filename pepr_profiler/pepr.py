@@ -150,15 +150,19 @@ def uncertainty(
     bounds: Bounds | None,
     *,
     u_performance: npt.ArrayLike | None = None,
+    shared: npt.ArrayLike = (),
 ) -> Floats:
     """u of every row's PePR (n,), with the k of the u that go in; `bounds` None: the cohort's own.
 
-    First-order propagation (GUM 5.1.2), every row's u independent of the others'. With
-    s = r_max - r_min:
+    `u_resource` (n,) holds what is each row's own. `shared` (m, n) holds errors that rows have in
+    common, one a line: how much each resource moves, all at once, when that error is one u. The
+    gain of a power sensor moves every energy measured with it in proportion; in a cohort's own
+    bounds such an error cancels. First-order propagation (GUM 5.1.2); with s = r_max - r_min:
 
         u(PePR)^2 = (P u(R) / (1 + R)^2)^2 + (u(P) / (1 + R))^2
-        u(R)      = u(r) / s                                                      fixed bounds
-        u(R)^2    = (u(r)^2 + (1 - R)^2 u(r_min)^2 + R^2 u(r_max)^2) / s^2        cohort's bounds
+        u(R)^2    = (u(r)^2 + sum c^2) / s^2                                      fixed bounds
+        u(R)^2    = (u(r)^2 + (1 - R)^2 u(r_min)^2 + R^2 u(r_max)^2
+                     + sum (c - (1 - R) c_min - R c_max)^2) / s^2                 cohort's bounds
 
     A row that is pinned has u(R) = 0: outside fixed bounds, or the very row that sets a bound of
     the cohort (its R is 0 or 1 whatever its resource is). Of rows that tie for a bound, the first
@@ -167,19 +171,19 @@ def uncertainty(
     """
     p, r = _checked(performance, resource, None)
     u_r = np.broadcast_to(np.asarray(u_resource, dtype=np.float64), r.shape)
+    common = np.asarray(shared, dtype=np.float64).reshape(-1, len(r))
     scores = score(p, r, bounds=bounds)
     low, high = scores.bounds
     if bounds is None:
         at_low, at_high = int(r.argmin()), int(r.argmax())
-        variance = (
-            u_r**2
-            + ((1.0 - scores.r_norm) * u_r[at_low]) ** 2
-            + (scores.r_norm * u_r[at_high]) ** 2
-        )
+        from_low, from_high = 1.0 - scores.r_norm, scores.r_norm
+        variance = u_r**2 + (from_low * u_r[at_low]) ** 2 + (from_high * u_r[at_high]) ** 2
+        common = common - from_low * common[:, [at_low]] - from_high * common[:, [at_high]]
         variance[[at_low, at_high]] = 0.0
     else:
         variance = np.where(scores.clamped, 0.0, u_r**2)
-    u_norm = np.sqrt(variance) / (high - low)
+        common = np.where(scores.clamped, 0.0, common)
+    u_norm = np.sqrt(variance + np.sum(common**2, axis=0)) / (high - low)
     u_p = np.zeros_like(p) if u_performance is None else np.asarray(u_performance, np.float64)
     denominator = 1.0 + scores.r_norm
     u_pepr: Floats = np.hypot(p * u_norm / denominator**2, u_p / denominator)

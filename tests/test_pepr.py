@@ -155,6 +155,36 @@ def test_uncertainty_equals_a_monte_carlo(bounds: tuple[float, float] | None) ->
     assert u == pytest.approx(spread, rel=0.01)
 
 
+@pytest.mark.parametrize("bounds", [(100.0, 1000.0), None], ids=["fixed", "cohort"])
+def test_errors_in_common_are_propagated_as_a_monte_carlo_does(
+    bounds: tuple[float, float] | None,
+) -> None:
+    # given two boards: rows 0-2 share one's gain (4 %), rows 2-5 the other's offset (5 J)
+    p = np.array([0.70, 0.80, 0.85, 0.90, 0.95, 0.60])
+    r = np.array([120.0, 300.0, 450.0, 700.0, 980.0, 250.0])
+    own = np.array([2.0, 3.0, 1.0, 4.0, 5.0, 3.0])
+    shared = np.zeros((2, 6))
+    shared[0, :3] = 0.04 * r[:3]
+    shared[1, 2:] = 5.0
+    # when
+    u = pepr.uncertainty(p, r, own, bounds, shared=shared)
+    # then the spread of draws in which the common errors are drawn once a cohort
+    rng = np.random.default_rng(7)
+    draws = rng.normal(r, own / 2, (200_000, 6))
+    draws += rng.normal(0, 0.5, (200_000, 2)) @ shared
+    low = np.full((200_000, 1), bounds[0]) if bounds else draws.min(axis=1, keepdims=True)
+    high = np.full((200_000, 1), bounds[1]) if bounds else draws.max(axis=1, keepdims=True)
+    spread = 2 * (p / (1 + (draws - low) / (high - low))).std(axis=0)
+    assert u == pytest.approx(spread, rel=0.01)
+
+
+def test_a_gain_that_all_runs_share_cancels_in_the_cohorts_own_bounds() -> None:
+    p, r = [0.5, 0.8, 0.9, 0.7], np.array([10.0, 20.0, 40.0, 30.0])
+    gain = 0.5 * r  # as of a power model that is 50 % off
+    assert pepr.uncertainty(p, r, 0.0, None, shared=[gain]) == pytest.approx(np.zeros(4))
+    assert pepr.uncertainty(p, r, 0.0, (5.0, 50.0), shared=[gain]).min() > 0.05
+
+
 def test_uncertainty_of_pinned_rows_is_that_of_their_performance_alone() -> None:
     p, r, u_r = [0.5, 0.8, 0.9], [10.0, 20.0, 40.0], [1.0, 2.0, 4.0]
     cohort = pepr.uncertainty(p, r, u_r, None, u_performance=[0.02, 0.02, 0.02])
