@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from sim import native, nvml, powercap
+
+
+def pytest_configure() -> None:
+    """Signals act as in a terminal.
+
+    Whoever is started by `nohup`, or in the background of a script, inherits some of them ignored,
+    and so would every program that a test starts.
+    """
+    for signo, action in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGQUIT, signal.SIG_DFL),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(signo) is signal.SIG_IGN:
+            signal.signal(signo, action)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
