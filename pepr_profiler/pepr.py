@@ -49,7 +49,8 @@ class Scores:
 class Cohort:
     """Runs that may be compared: arrays are (n,), `left_out` says (run, reason).
 
-    `u_resource` has k = 2 and is NaN where it is unknown.
+    `u_resource` has k = 2 and is NaN where it is unknown; `u_shared` (m, n), in it, is what errors
+    of a device that several runs used do to each of them (see `uncertainty`).
     """
 
     names: tuple[str, ...]
@@ -58,9 +59,16 @@ class Cohort:
     performance: Floats
     resource: Floats
     u_resource: Floats
+    u_shared: Floats
     resource_name: str
     unit: str
     left_out: tuple[tuple[str, str], ...]
+
+    @property
+    def u_own(self) -> Floats:
+        """What of `u_resource` is each run's own, (n,)."""
+        own: Floats = np.sqrt(np.maximum(self.u_resource**2 - np.sum(self.u_shared**2, axis=0), 0))
+        return own
 
     @property
     def u_known(self) -> bool:
@@ -253,6 +261,11 @@ def cohort_of_runs(
     if resource in ("energy", "carbon") and not mix_provenance:
         _same_provenance(runs)
     name, unit, values, u = _resources(runs, resource)
+    shared = (
+        _shared_errors_j(runs) if resource in ("energy", "carbon") else np.empty((0, len(runs)))
+    )
+    if resource == "carbon":
+        shared *= [_ratio(g, run["energy"]["total_j"]) for g, run in zip(values, runs, strict=True)]
     return Cohort(
         names=tuple(str(run["name"]) for run in runs),
         run_ids=tuple(str(run["run_id"]) for run in runs),
@@ -260,6 +273,7 @@ def cohort_of_runs(
         performance=np.array(performance, dtype=np.float64),
         resource=np.array(values, dtype=np.float64),
         u_resource=np.array(u, dtype=np.float64),
+        u_shared=shared,
         resource_name=name,
         unit=unit,
         left_out=tuple(left_out),
@@ -331,7 +345,7 @@ def _resources(
             "or rank by energy: --resource energy",
         )
         # Carbon is the energy times a constant: the relative u is the same.
-        relative = [_or_nan(e["u_j"]) / e["total_j"] if e["total_j"] else math.nan for e in energy]
+        relative = [_ratio(e["u_j"], e["total_j"]) for e in energy]
         return "carbon", "g", carbon, [g * u for g, u in zip(carbon, relative, strict=True)]
     if resource == "time":
         return "time", "s", [run["time_s"] for run in runs], unknown
@@ -346,6 +360,31 @@ def _resources(
         fix="profile again with the processes sensor, or rank by energy: --resource energy",
     )
     return "peak RSS", "B", rss, unknown
+
+
+_SHARED = {"gain_j": 1.0, "offset_j": 1.0, "model_j": 0.5}
+"""Causes of error that all runs on a device share, and how much of their variance. A sensor's gain
+and offset are fixed for its board; a power model is off by a part that is the machine's and a part
+that depends on the load (half each: a judgement)."""
+
+
+def _shared_errors_j(runs: Sequence[Mapping[str, Any]]) -> Floats:
+    """One line (n,) a device and cause: what one u (k = 2) of that error does to each run, J."""
+    lines: dict[tuple[str, str, str], list[float]] = {}
+    for index, run in enumerate(runs):
+        for component in run["energy"].get("components") or ():
+            budget = component.get("budget")
+            if not component["in_total"] or not budget:
+                continue  # recorded by an older version: all of its u counts as the run's own
+            for cause, part in _SHARED.items():
+                key = (str(run.get("host")), component["id"], cause)
+                line = lines.setdefault(key, [0.0] * len(runs))
+                line[index] = 2 * math.sqrt(part) * budget[cause]
+    return np.array(list(lines.values()), dtype=np.float64).reshape(-1, len(runs))
+
+
+def _ratio(value: float | None, total: float | None) -> float:
+    return _or_nan(value) / total if total else math.nan
 
 
 def _require(

@@ -256,6 +256,40 @@ def energy(total_j: float, *, provenance: str = "measured") -> dict[str, Any]:
     return {"total_j": total_j, "u_j": total_j / 20, "provenance": provenance}
 
 
+def on_board(board: str, total_j: float, *, gain_j: float, edges_j: float) -> dict[str, Any]:
+    """The energy of a run on one board, of k = 1 budget."""
+    budget = {"gain_j": gain_j, "offset_j": 0.0, "model_j": 0.0, "edges_j": edges_j}
+    component = {"id": f"gpu:{board}", "in_total": True, "budget": budget}
+    return energy(total_j) | {
+        "u_j": 2 * math.hypot(gain_j, edges_j),
+        "components": [component, {"id": "cpu:package-0/core", "in_total": False, "budget": None}],
+    }
+
+
+@pytest.mark.parametrize("resource", ["energy", "carbon"])
+def test_runs_on_one_board_share_its_gain_and_others_do_not(resource: str) -> None:
+    # given three runs on board A (4 % gain, 3 J of edges) and one on B; 0.01 g/J
+    runs = [
+        run_summary(name, energy=on_board(board, j, gain_j=0.04 * j, edges_j=3.0), host="n1",
+                    carbon={"g_co2e": 0.01 * j})
+        for name, board, j in (("a", "A", 500.0), ("b", "A", 900.0), ("c", "A", 2000.0),
+                               ("d", "B", 1000.0))
+    ]  # fmt: skip
+    unit = {"energy": 1.0, "carbon": 0.01}[resource]
+    # when
+    cohort = pepr.cohort_of_runs(runs, resource=resource)
+    # then A's gain moves a, b and c together, B's moves d, and 6 J (k = 2) are each one's own
+    used = cohort.u_shared[(cohort.u_shared > 0).any(axis=1)] / unit
+    assert used == pytest.approx(np.array([[40.0, 72.0, 160.0, 0.0], [0.0, 0.0, 0.0, 80.0]]))
+    assert cohort.u_own / unit == pytest.approx(np.full(4, 6.0))
+
+
+def test_runs_without_a_budget_count_as_independent() -> None:
+    cohort = pepr.cohort_of_runs([run_summary("a"), run_summary("b", energy=energy(2000.0))])
+    assert cohort.u_shared.shape == (0, 2)
+    assert cohort.u_own == pytest.approx([50.0, 100.0])
+
+
 def test_summaries_become_a_cohort() -> None:
     cohort = pepr.cohort_of_runs(
         [run_summary("a"), run_summary("b", energy=energy(3000.0), exit_code=None)]

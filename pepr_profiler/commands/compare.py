@@ -76,7 +76,7 @@ def compare(
         click.echo(f"pepr-profile: left out {who}: {why}", err=True)
     p = pepr.as_performance(cohort.performance, percent=percent, transform=transform)
     scores = pepr.score(p, cohort.resource, bounds=limits, names=cohort.names)
-    u_pepr = pepr.uncertainty(p, cohort.resource, cohort.u_resource, limits)
+    u_pepr = pepr.uncertainty(p, cohort.resource, cohort.u_own, limits, shared=cohort.u_shared)
     ranking = Ranking(
         label=f"PePR-{resource[0].upper()}",
         of="run",
