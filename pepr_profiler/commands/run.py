@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -235,6 +236,7 @@ def _measure(
 def _supervise(child: Child, tick: Callable[[], None], recorder: Recorder) -> Exit:
     """Waits for the child; a fault of ours on the way is told and does not cost its status."""
     try:
+        gc.enable()  # off since the start, and for the imports of the summary again
         return child.supervise(tick=tick, every_s=_FLUSH_S)
     except Exception as error:
         if child.exit is None:
@@ -245,6 +247,8 @@ def _supervise(child: Child, tick: Callable[[], None], recorder: Recorder) -> Ex
             "report this as a bug of pepr-profiler",
         )
         return child.exit
+    finally:
+        gc.disable()
 
 
 _URGENT = frozenset(

@@ -64,9 +64,6 @@ def render_run(summary: Mapping[str, Any], *, width: int = 80, color: bool = Fal
     No line is wider than `width` cells or ends in a space; there are no escape codes unless
     `color`. Names and commands are shown as they are, their control characters made visible.
     """
-    from rich.console import Console
-    from rich.text import Text
-
     energy = summary["energy"]
     sections = [
         [_headline(summary, width)],
@@ -76,22 +73,32 @@ def render_run(summary: Mapping[str, Any], *, width: int = 80, color: bool = Fal
         _fact_lines(summary, width),
         _saved_lines(summary, width),
     ]
+    lines: list[_Line] = []
+    for index, section in enumerate(filter(None, sections)):
+        lines += [[], *section] if index else section
+    if color:
+        return _colored(lines, width)
+    # The sections fit 80 columns by themselves; the cut holds the promise below that.
+    return "\n".join(_cut("".join(text for text, _ in line).rstrip(), width) for line in lines)
+
+
+def _colored(lines: Iterable[_Line], width: int) -> str:
+    from rich.console import Console
+    from rich.text import Text
+
     console = Console(
         file=io.StringIO(),
         width=width,
-        force_terminal=color,
-        color_system="standard" if color else None,
-        no_color=not color,
+        force_terminal=True,
+        color_system="standard",
         highlight=False,
     )
     with console.capture() as capture:
-        for index, section in enumerate(filter(None, sections)):
-            for line in [[], *section] if index else section:
-                text = Text.assemble(*line)
-                text.rstrip()
-                # The sections fit 80 columns by themselves; this holds the promise below that.
-                text.truncate(width, overflow="ellipsis")
-                console.print(text, soft_wrap=True)
+        for line in lines:
+            text = Text.assemble(*line)
+            text.rstrip()
+            text.truncate(width, overflow="ellipsis")
+            console.print(text, soft_wrap=True)
     return capture.get().removesuffix("\n")
 
 
@@ -526,6 +533,10 @@ def _cut(text: str, cells: int) -> str:
 
 def _wrap(text: str, cells: int) -> list[str]:
     """Lines of at most `cells` cells; a word longer than that is folded."""
+    if text.isascii():  # as the profiler's own texts are: spares a plain screen rich's 30 ms
+        from textwrap import wrap
+
+        return wrap(text, max(cells, 1), break_on_hyphens=False)
     from rich.console import Console
     from rich.text import Text
 
