@@ -14,8 +14,9 @@ namespace pepr {
 class File {
 public:
     File() = default;
+    explicit File(int fd) noexcept : fd_(fd) {}
     explicit File(const std::string& path) noexcept
-        : fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {}
+        : File(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {}
     File(File&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
     File& operator=(File&& other) noexcept {
         std::swap(fd_, other.fd_);

@@ -4,8 +4,11 @@
 
 namespace pepr {
 
-std::unique_ptr<Sensor> open_powercap(const std::string& where);
+std::unique_ptr<Sensor> open_hwmon(const std::string& where);
 std::unique_ptr<Sensor> open_nvml(const std::string& where);
+std::unique_ptr<Sensor> open_perf(const std::string& where);
+std::unique_ptr<Sensor> open_perf_core(const std::string& where);
+std::unique_ptr<Sensor> open_powercap(const std::string& where);
 std::unique_ptr<Sensor> open_processes(const std::string& where);
 std::unique_ptr<Sensor> open_replay(const std::string& where);
 
@@ -16,8 +19,11 @@ struct Driver {
     std::unique_ptr<Sensor> (*open)(const std::string& where);
 };
 
-constexpr std::array<Driver, 4> kDrivers{{
+constexpr std::array<Driver, 7> kDrivers{{
+    {"hwmon", open_hwmon},
     {"nvml", open_nvml},
+    {"perf", open_perf},
+    {"perf-core", open_perf_core},
     {"powercap", open_powercap},
     {"processes", open_processes},
     {"replay", open_replay},

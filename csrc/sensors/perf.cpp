@@ -1,0 +1,205 @@
+// RAPL through the kernel's perf events: 64-bit counters that do not wrap, one system call a
+// socket.
+//
+// `perf[:SYSFS]` reads the PMU `power`; `perf-core[:SYSFS]` the PMU `power_core` (AMD, one counter
+// a core). Which events exist, their encoding, scale and unit, and the CPUs to read them on are all
+// the kernel's to say, in SYSFS/bus/event_source/devices/PMU.
+
+#include <array>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <set>
+#include <sstream>
+
+#include <linux/perf_event.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "../file.h"
+#include "../sensor.h"
+
+namespace pepr {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+struct Event {
+    std::string name;  // "energy-pkg"
+    std::array<std::uint64_t, 3> config;
+    double scale;
+};
+
+// "0,2-4" as numbers, as cpumask and format files write them.
+std::vector<int> parse_list(const std::string& text) {
+    std::vector<int> numbers;
+    std::istringstream stream(text);
+    for (std::string part; std::getline(stream, part, ',');) {
+        char* rest = nullptr;
+        const long first = std::strtol(part.c_str(), &rest, 10);
+        const long last = *rest == '-' ? std::strtol(rest + 1, nullptr, 10) : first;
+        for (long n = first; n <= last; ++n) numbers.push_back(static_cast<int>(n));
+    }
+    return numbers;
+}
+
+class Perf final : public Sensor {
+public:
+    Perf(const std::string& pmu, const fs::path& sysfs)
+        : pmu_(pmu), sysfs_(sysfs), directory_(sysfs / "bus/event_source/devices" / pmu) {
+        const std::string type = read_text(directory_ / "type");
+        if (type.empty())
+            throw SensorError(
+                "no perf events for energy", "the kernel has no PMU '" + pmu + "'",
+                "load it (sudo modprobe rapl); virtual machines and containers may not have it");
+        const std::vector<Event> events = find_events();
+        if (events.empty())
+            throw SensorError(
+                "no perf events for energy",
+                "the PMU '" + pmu + "' has no energy events, as in most virtual machines",
+                "measure on the host");
+        const auto type_number =
+            static_cast<std::uint32_t>(std::strtoul(type.c_str(), nullptr, 10));
+        for (const int cpu : parse_list(read_text(directory_ / "cpumask")))
+            open_group(type_number, cpu, events);
+        if (channels_.empty()) {
+            const Note& why = notes_.empty()
+                                  ? Note{"", "its cpumask is empty", "check " + directory_.string()}
+                                  : notes_[0];
+            throw SensorError("energy perf events cannot be opened", why.why, why.fix);
+        }
+    }
+
+    void poll(double* out) noexcept override {
+        for (const Group& group : groups_) {
+            std::array<std::uint64_t, 1 + kMostEvents> values{};
+            const ssize_t wanted =
+                static_cast<ssize_t>((1 + group.files.size()) * sizeof values[0]);
+            const bool ok = ::read(group.files[0].fd(), values.data(), sizeof values) == wanted;
+            for (std::size_t i = 0; i < group.files.size(); ++i)
+                *out++ = ok ? static_cast<double>(values[1 + i]) : kUnknown;
+        }
+    }
+
+private:
+    static constexpr std::size_t kMostEvents = 16;
+
+    struct Group {
+        std::vector<File> files;  // the first leads and is read
+    };
+
+    std::vector<Event> find_events() const {
+        std::vector<Event> events;
+        std::set<fs::path> paths;  // sorted: channels keep their order from run to run
+        std::error_code error;
+        for (const auto& entry : fs::directory_iterator(directory_ / "events", error)) {
+            const std::string name = entry.path().filename();
+            if (name.rfind("energy-", 0) == 0 && name.find('.') == std::string::npos)
+                paths.insert(entry.path());
+        }
+        for (const fs::path& path : paths) {
+            const std::string unit = read_text(path.string() + ".unit");
+            if (events.size() == kMostEvents || (!unit.empty() && unit != "Joules")) continue;
+            const std::string scale = read_text(path.string() + ".scale");
+            events.push_back({path.filename(), encode(read_text(path)),
+                              scale.empty() ? 1.0 : std::strtod(scale.c_str(), nullptr)});
+        }
+        return events;
+    }
+
+    // "event=0x02,umask=1" by the bit ranges that format/event and format/umask give.
+    std::array<std::uint64_t, 3> encode(const std::string& text) const {
+        std::array<std::uint64_t, 3> config{};
+        std::istringstream stream(text);
+        for (std::string term; std::getline(stream, term, ',');) {
+            const auto equals = term.find('=');
+            std::uint64_t value = 1;
+            if (equals != std::string::npos)
+                value = std::strtoull(term.c_str() + equals + 1, nullptr, 0);
+            const std::string format = read_text(directory_ / "format" / term.substr(0, equals));
+            const auto colon = format.find(':');
+            if (colon == std::string::npos) continue;
+            const std::string word = format.substr(0, colon);
+            auto& target = config.at(word == "config1" ? 1 : word == "config2" ? 2 : 0);
+            for (const int bit : parse_list(format.substr(colon + 1))) {
+                if (bit >= 0 && bit < 64) target |= (value & 1) << bit;
+                value >>= 1;
+            }
+        }
+        return config;
+    }
+
+    void open_group(std::uint32_t type, int cpu, const std::vector<Event>& events) {
+        Group group;
+        std::vector<Channel> channels;
+        for (const Event& event : events) {
+            perf_event_attr attr{};
+            attr.size = sizeof attr;
+            attr.type = type;
+            attr.config = event.config[0];
+            attr.config1 = event.config[1];
+            attr.config2 = event.config[2];
+            attr.read_format = PERF_FORMAT_GROUP;
+            const int leader = group.files.empty() ? -1 : group.files[0].fd();
+            File file(static_cast<int>(
+                ::syscall(SYS_perf_event_open, &attr, -1, cpu, leader, PERF_FLAG_FD_CLOEXEC)));
+            if (!file) {
+                note_failure(event.name, cpu, errno);
+                continue;
+            }
+            group.files.push_back(std::move(file));
+            channels.push_back(describe(event, cpu));
+        }
+        if (group.files.empty()) return;
+        groups_.push_back(std::move(group));
+        channels_.insert(channels_.end(), channels.begin(), channels.end());
+    }
+
+    Channel describe(const Event& event, int cpu) const {
+        const fs::path topology =
+            sysfs_ / "devices/system/cpu" / ("cpu" + std::to_string(cpu)) / "topology";
+        Channel channel;
+        channel.name = "cpu" + std::to_string(cpu) + "/" + event.name;
+        channel.quantity = "energy";
+        channel.unit = "J";
+        channel.scale = event.scale;
+        channel.counter = true;
+        channel.source = "perf";
+        channel.labels = {{"pmu", pmu_},
+                          {"event", event.name},
+                          {"cpu", std::to_string(cpu)},
+                          {"package", read_text(topology / "physical_package_id")},
+                          {"die", read_text(topology / "die_id")}};
+        return channel;
+    }
+
+    void note_failure(const std::string& event, int cpu, int error) {
+        const bool denied = error == EACCES || error == EPERM;
+        const std::string paranoid = read_text("/proc/sys/kernel/perf_event_paranoid");
+        notes_.push_back(
+            {"perf event " + event + " on cpu " + std::to_string(cpu),
+             denied ? "not permitted: kernel.perf_event_paranoid is " + paranoid +
+                          ", and CAP_PERFMON is missing"
+                    : std::string("perf_event_open: ") + std::strerror(error),
+             denied ? "sudo sysctl kernel.perf_event_paranoid=0 (in a container: --cap-add PERFMON)"
+                    : "check dmesg; the event may not exist on this CPU"});
+    }
+
+    const std::string pmu_;
+    const fs::path sysfs_, directory_;
+    std::vector<Group> groups_;
+};
+
+}  // namespace
+
+std::unique_ptr<Sensor> open_perf(const std::string& where) {
+    return std::make_unique<Perf>("power", where.empty() ? "/sys" : where);
+}
+
+std::unique_ptr<Sensor> open_perf_core(const std::string& where) {
+    return std::make_unique<Perf>("power_core", where.empty() ? "/sys" : where);
+}
+
+}  // namespace pepr
