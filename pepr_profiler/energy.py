@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -89,7 +89,8 @@ def find_sources(lanes: Iterable[Lane], *, cpu_vendor: str = "") -> list[Source]
     """The energy sources of a recording; of each device the best one, and what adds up marked.
 
     RAPL's core and uncore lie inside package, psys contains it, and an mmio zone repeats the MSR's:
-    none of them is in the total. A GPU's counter is preferred to its power readings.
+    none of them is in the total. A GPU's counter is preferred to its power readings. What two lanes
+    both measure (perf and powercap read the same registers) counts once.
     """
     sources: list[Source] = []
     for lane in lanes:
@@ -97,8 +98,10 @@ def find_sources(lanes: Iterable[Lane], *, cpu_vendor: str = "") -> list[Source]
         for index, channel in enumerate(lane.channels):
             if channel.quantity not in ("energy", "power"):
                 continue
-            if channel.source == "powercap":
-                sources.append(_powercap_source(lane, index, cpu_vendor))
+            if channel.source in ("powercap", "perf"):
+                sources.append(_rapl_source(lane, index, cpu_vendor))
+            elif channel.source.startswith("hwmon"):
+                sources.append(_hwmon_source(lane, index))
             elif "uuid" in channel.labels:
                 by_device.setdefault(channel.labels["uuid"], []).append(index)
             else:
@@ -121,33 +124,86 @@ def _make(lane: Lane, index: int, **facts: object) -> Source:
     )
 
 
-def _powercap_source(lane: Lane, index: int, cpu_vendor: str) -> Source:
-    labels = lane.channels[index].labels
-    zone, name = labels["zone"], labels["name"]
-    parent = labels.get("parent_name", "")
+_PERF_DOMAINS = {
+    "energy-pkg": "",
+    "energy-ram": "dram",
+    "energy-cores": "core",
+    "energy-core": "core",
+    "energy-gpu": "uncore",
+}
+
+
+def _rapl_source(lane: Lane, index: int, cpu_vendor: str) -> Source:
+    """A RAPL domain, named alike whether powercap or perf read it: `package-0/dram`."""
+    channel = lane.channels[index]
+    labels = channel.labels
+    mmio = labels.get("zone", "").startswith("intel-rapl-mmio")
+    parent, name = _perf_domain(lane, index) if channel.source == "perf" else _zone_domain(labels)
     path = f"{parent}/{name}" if parent else name
-    mmio = zone.startswith("intel-rapl-mmio")
     vendor = "intel" if cpu_vendor == "GenuineIntel" else "other"
     excluded = ""
     kind, gain = "cpu", _RAPL_GAIN[vendor]
+    if name == "dram":
+        kind, gain = "dram", _RAPL_GAIN["dram"]
     if mmio:
         excluded = f"repeats {path}"
-    elif name == "dram":
-        kind, gain = "dram", _RAPL_GAIN["dram"]
     elif name == "psys":
         kind, excluded = "other", "contains the packages"
-    elif not _PACKAGE.match(name):
+    elif name != "dram" and not _PACKAGE.match(name):
         excluded = f"inside {parent}" if parent else "not a package or dram domain"
     return _make(
         lane,
         index,
-        id=f"{kind}:{path}" if not mmio else f"{kind}:{path}@{zone}",
+        id=f"{kind}:{path}" if not mmio else f"{kind}:{path}@{labels['zone']}",
         kind=kind,
         label=path,
         in_total=not excluded,
         excluded=excluded,
         gain=gain,
     )
+
+
+def _zone_domain(labels: Mapping[str, str]) -> tuple[str, str]:
+    return labels.get("parent_name", ""), labels["name"]
+
+
+def _perf_domain(lane: Lane, index: int) -> tuple[str, str]:
+    """Parent and name of a perf event as powercap would call them."""
+    labels = lane.channels[index].labels
+    if labels["event"] == "energy-psys":
+        return "", "psys"
+    package = f"package-{labels['package'] or labels['cpu']}"
+    dies = {c.labels.get("die") for c in lane.channels if c.labels["package"] == labels["package"]}
+    if len(dies) > 1:
+        package += f"-die-{labels['die']}"
+    domain = _PERF_DOMAINS.get(labels["event"], labels["event"])
+    if labels["event"] == "energy-core":  # one a core, told apart by the CPU that it is read on
+        domain += labels["cpu"]
+    return (package, domain) if domain else ("", package)
+
+
+_AMD_SOCKET = re.compile(r"Esocket(\d+)$")
+_GRACE_SOCKET = re.compile(r"Grace Power Socket (\d+)$")
+
+
+def _hwmon_source(lane: Lane, index: int) -> Source:
+    """What a chip's own labels say it is; supplies and rails contain or repeat other components."""
+    labels = lane.channels[index].labels
+    chip, label, device = labels["chip"], labels["label"], labels["device"]
+    name = f"{chip}@{device} {label or labels['input']}"
+    socket = _AMD_SOCKET.match(label) if chip == "amd_energy" else _GRACE_SOCKET.match(label)
+    facts: dict[str, Any] = {"id": f"other:{name}", "kind": "other", "label": name}
+    if socket:
+        facts = {"id": f"cpu:package-{socket[1]}", "kind": "cpu", "label": f"package-{socket[1]}"}
+        facts["gain"] = _RAPL_GAIN["other"]
+    elif chip == "amdgpu":
+        facts = {"id": f"gpu:{device}", "kind": "gpu", "label": f"gpu  AMD {device}"}
+        facts |= {"gain": _GPU_GAIN, "offset_w": _GPU_OFFSET_W}
+    elif chip == "amd_energy":
+        facts["excluded"] = "inside its socket"
+    else:
+        facts["excluded"] = "a supply or a rail: other components may be in it"
+    return _make(lane, index, in_total="excluded" not in facts, **facts)
 
 
 def _gpu_source(lane: Lane, indices: Sequence[int]) -> Source:
