@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.common import ROOT
 
-NAMES = ("startup", "sampler", "marks", "footprint")
+NAMES = ("startup", "sampler", "marks", "footprint", "accuracy")
 
 
 def main() -> int:

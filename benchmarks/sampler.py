@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import array
+import itertools
 import json
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -191,6 +193,53 @@ def _show_all(who: str, lanes: list[Lane], rate: int | None) -> None:
     show(f"{who}: lateness p99", Spread.of([x.late_p99_s for x in lanes]), "us", scale=1e6)
 
 
+def wasted(bench: Product, *, seconds: float) -> None:
+    """Reads that found nothing new, of a counter that is refreshed every 100 ms."""
+    script = "from benchmarks.sampler import wasted_reads; import sys; wasted_reads(*sys.argv[1:])"
+    replay = bench.folder / "refreshed-every-100ms"
+    rows = "".join(f"{0.1 * n:.1f}\t{n}\n" for n in range(int(10 * seconds) + 20))
+    channel = "channel\tgpu/energy\tenergy\tJ\t1\t0\tcounter\treplay\n"
+    replay.write_text(channel + rows)
+    print(f"  a counter that is refreshed every 100 ms, {seconds:g} s:")
+    for who, learns, goal in (("learnt cadence", "1", 0.30), ("fixed 1 kHz", "", None)):
+        found = json.loads(
+            run([sys.executable, "-c", script, f"replay:{replay}", learns, str(seconds)], bench.env)
+        )
+        if goal is not None:
+            judge(f"{who}: reads wasted", found["wasted"], "of all", most=goal)
+        else:
+            show(f"{who}: reads wasted", found["wasted"], "of all")
+        show(f"{who}: refreshes seen", found["seen"], "of all")
+
+
+def wasted_reads(spec: str, learns: str, seconds: str) -> None:
+    """Prints the share of reads that were wasted and of refreshes that were seen, after 2 s."""
+    from pepr_profiler import _core
+
+    period_ns = 10_000_000 if learns else 1_000_000
+    sampler = _core.Sampler(spec, period_ns, learn=bool(learns))
+    sampler.wait_ready(10.0)
+    times, values = array.array("q"), array.array("d")
+    end_s = time.monotonic() + float(seconds)
+    while time.monotonic() < end_s:
+        time.sleep(0.1)
+        while (batch := sampler.read()) is not None:
+            times.frombytes(batch[1])
+            values.frombytes(batch[3][0])
+    sampler.stop(1.0)
+    first = next(i for i, t_ns in enumerate(times) if t_ns - times[0] > 2e9)
+    later = values[first:]
+    changes = sum(a != b for a, b in itertools.pairwise(later))
+    print(
+        json.dumps(
+            {
+                "wasted": 1 - changes / (len(later) - 1),
+                "seen": changes / (later[-1] - later[0]),
+            }
+        )
+    )
+
+
 def measure() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sampler", description=__doc__)
     parser.add_argument("--pairs", type=int, default=7)
@@ -211,6 +260,7 @@ def measure() -> None:
         for rate in (1000, 100, 10):
             compare(bench, tree.spec, loop, files, rate=rate, pairs=pairs, seconds=seconds)
         back_to_back(bench, tree.spec, loop, files, pairs=pairs)
+        wasted(bench, seconds=5 * seconds)
         print(f"  1000 Hz while the main thread holds the GIL in one C call, {pairs} times:")
         held = [run_lane(bench, tree.spec, 1_000_000, seconds, hold_gil=True) for _ in range(pairs)]
         _show_all("lane", held, 1000)

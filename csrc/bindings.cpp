@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <string_view>
 #include <vector>
 
 #include <pybind11/pybind11.h>
@@ -11,8 +13,10 @@
 
 #include "clock.h"
 #include "sampler.h"
+#include "thin.h"
 
 namespace py = pybind11;
+using pepr::Budget;
 using pepr::Channel;
 using pepr::Note;
 using pepr::Sampler;
@@ -56,6 +60,10 @@ py::dict stats_of(const Sampler& sampler) {
     result["failed_reads"] = s.failed_reads;
     result["lost"] = s.lost;
     result["cpu_s"] = 1e-9 * static_cast<double>(s.cpu_ns);
+    result["settled"] = s.settled;
+    result["wasted"] = s.wasted;
+    result["refresh_s"] = 1e-9 * static_cast<double>(s.refresh_ns);
+    result["gap_s"] = 1e-9 * static_cast<double>(s.gap_ns);
     return result;
 }
 
@@ -67,6 +75,52 @@ std::string state_name(const Sampler& sampler) {
         case Sampler::State::kFailed: return "failed";
     }
     return "failed";
+}
+
+pepr::ThinRule rule_of(const std::pair<std::string, double>& rule) {
+    using Kind = pepr::ThinRule::Kind;
+    if (rule.first == "line") return {Kind::kLine, rule.second};
+    if (rule.first == "hold") return {Kind::kHold, rule.second};
+    if (rule.first == "level") return {Kind::kLevel, rule.second};
+    throw py::value_error("a rule is line, hold or level");
+}
+
+template <typename T>
+py::bytes pick(std::string_view column, const std::vector<std::size_t>& rows) {
+    std::vector<T> kept(rows.size());
+    for (std::size_t i = 0; i < rows.size(); ++i)
+        std::memcpy(&kept[i], column.data() + rows[i] * sizeof(T), sizeof(T));
+    return to_bytes(kept.data(), kept.size());
+}
+
+// Columns as LaneWriter keeps them: t_ns, read_ns, skipped, gap_ns, and a float64 a channel.
+py::list thin_columns(const std::vector<std::string_view>& columns,
+                      const std::vector<std::pair<std::string, double>>& rules, std::size_t whole) {
+    constexpr std::size_t kTimes = 4;
+    if (columns.size() != rules.size() + kTimes) throw py::value_error("a rule a channel");
+    const std::size_t n = columns[0].size() / sizeof(std::int64_t);
+    for (std::size_t c = 0; c < columns.size(); ++c)
+        if (columns[c].size() != n * (c == 0 || c >= kTimes ? 8 : 4))
+            throw py::value_error("columns differ in length");
+    std::vector<std::int64_t> t_ns(n);
+    std::vector<double> values(n * rules.size());
+    if (n > 0) std::memcpy(t_ns.data(), columns[0].data(), n * sizeof(std::int64_t));
+    for (std::size_t c = 0; n > 0 && c < rules.size(); ++c)
+        std::memcpy(&values[c * n], columns[kTimes + c].data(), n * sizeof(double));
+    std::vector<pepr::ThinRule> native;
+    for (const auto& rule : rules) native.push_back(rule_of(rule));
+    const auto rows = pepr::thin(native, t_ns.data(), values.data(), n, n, whole);
+    std::vector<std::uint32_t> skipped(rows.size());
+    for (std::size_t i = 1; i < rows.size(); ++i)
+        skipped[i] = static_cast<std::uint32_t>(rows[i] - rows[i - 1] - 1);
+    py::list result;
+    result.append(pick<std::int64_t>(columns[0], rows));
+    result.append(pick<std::uint32_t>(columns[1], rows));
+    result.append(to_bytes(skipped.data(), skipped.size()));
+    result.append(pick<std::uint32_t>(columns[3], rows));
+    for (std::size_t c = 0; c < rules.size(); ++c)
+        result.append(pick<double>(columns[kTimes + c], rows));
+    return result;
 }
 
 bool set_child_subreaper() { return ::prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0; }
@@ -102,13 +156,24 @@ PYBIND11_MODULE(_core, m) {
         .def_readonly("why", &Note::why)
         .def_readonly("fix", &Note::fix);
 
+    py::class_<Budget, std::shared_ptr<Budget>>(
+        m, "Budget", "CPU time that lanes may take together, as a share of one core.")
+        .def(py::init([](double share) {
+                 if (!(share > 0)) throw py::value_error("share must be positive");
+                 return std::make_shared<Budget>(share);
+             }),
+             py::arg("share"));
+
     py::class_<Sampler>(m, "Sampler",
                         "One lane: one driver, read by its own thread into its own ring.")
-        .def(py::init([](std::string spec, std::int64_t period_ns) {
+        .def(py::init([](std::string spec, std::int64_t period_ns, bool learn,
+                         std::shared_ptr<Budget> budget) {
                  if (period_ns <= 0) throw py::value_error("period_ns must be positive");
-                 return std::make_unique<Sampler>(std::move(spec), period_ns);
+                 return std::make_unique<Sampler>(std::move(spec), period_ns, learn,
+                                                  std::move(budget));
              }),
-             py::arg("spec"), py::arg("period_ns"))
+             py::arg("spec"), py::arg("period_ns"), py::arg("learn") = false,
+             py::arg("budget") = nullptr)
         .def(
             "wait_ready",
             [](const Sampler& s, double timeout_s) { return s.wait_ready(to_ns(timeout_s)); },
@@ -123,6 +188,8 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("notes", &Sampler::notes);
 
     m.def("now_ns", &pepr::now_ns, "CLOCK_MONOTONIC in ns, as time.monotonic_ns().");
+    m.def("thin", &thin_columns, py::arg("columns"), py::arg("rules"), py::arg("whole") = 0,
+          "The rows of a recording that must be kept, see thin.h.");
     m.def("set_child_subreaper", &set_child_subreaper,
           "Makes orphaned descendants of this process its children (prctl 36).");
 }

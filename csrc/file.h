@@ -1,8 +1,12 @@
 #pragma once
 
 #include <charconv>
+#include <cerrno>
 #include <cstddef>
+#include <filesystem>
+#include <set>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #include <fcntl.h>
@@ -47,6 +51,20 @@ inline std::string read_text(const std::string& path) {
     while (!result.empty() && (result.back() == '\n' || result.back() == ' ')) result.pop_back();
     return result;
 }
+
+// What lies in a directory, sorted: channels keep their order from run to run. Never throws for a
+// directory that goes away meanwhile; `error` says why the list is empty or short.
+inline std::set<std::filesystem::path> list_directory(const std::filesystem::path& directory,
+                                                      std::error_code& error) {
+    std::set<std::filesystem::path> paths;
+    std::filesystem::directory_iterator entry(directory, error);
+    for (const std::filesystem::directory_iterator end; !error && entry != end;
+         entry.increment(error))
+        paths.insert(entry->path());
+    return paths;
+}
+
+inline bool is_denied(int error) noexcept { return error == EACCES || error == EPERM; }
 
 // Parses an unsigned decimal number and moves `at` behind it; false if there is none.
 template <typename T>

@@ -9,6 +9,7 @@
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 
+#include "cadence.h"
 #include "clock.h"
 
 namespace pepr {
@@ -18,6 +19,8 @@ namespace {
 constexpr std::int64_t kRingNs = 60 * kNsPerS;  // what a stalled reader may miss without loss
 constexpr std::int64_t kMinRows = 1024;
 constexpr std::int64_t kMaxRows = 1 << 20;
+constexpr std::int64_t kDutyFactor =
+    3;  // a lane that learns is inside its driver a quarter at most
 
 // Sleeps until `word` differs from `expected` or CLOCK_MONOTONIC reaches `deadline_ns`. A futex is
 // the one sleep with both an absolute deadline and a predicate; it costs what clock_nanosleep does.
@@ -37,15 +40,19 @@ void wake_all(std::atomic<std::uint32_t>& word) noexcept {
 }  // namespace
 
 struct Sampler::Shared {
-    Shared(std::string spec_, std::int64_t period) : spec(std::move(spec_)), period_ns(period) {}
+    Shared(std::string spec_, std::int64_t period, bool learns, std::shared_ptr<Budget> budget)
+        : spec(std::move(spec_)), period_ns(period), learn(learns), throttle(std::move(budget)) {}
 
     const std::string spec;
     const std::int64_t period_ns;
+    const bool learn;
+    Throttle throttle;  // the thread's alone
     std::atomic<std::uint32_t> state{static_cast<std::uint32_t>(State::kOpening)};
     std::atomic<std::uint32_t> stop{0};
     // Counters with one writer, the thread; readers want recent values, not an order: relaxed.
     std::atomic<std::uint64_t> samples{0}, late{0}, skipped{0}, failed_reads{0};
-    std::atomic<std::int64_t> cpu_ns{0};
+    std::atomic<std::uint64_t> settled{0}, wasted{0};
+    std::atomic<std::int64_t> cpu_ns{0}, refresh_ns{0}, gap_ns{0};
     // Written by the thread before `state` leaves kOpening (release), read after (acquire).
     std::unique_ptr<Sensor> sensor;
     std::unique_ptr<Ring> ring;
@@ -75,50 +82,83 @@ struct Sampler::Shared {
             enter(State::kFailed);
             return;
         }
-        loop(row);
+        Cadence cadence(sensor->channels(), period_ns);
+        loop(row, learn && cadence.watches() ? &cadence : nullptr);
         enter(State::kStopped);
     }
 
-    void loop(std::vector<double>& row) noexcept {
-        std::int64_t deadline_ns = now_ns();
+    void loop(std::vector<double>& row, Cadence* cadence) noexcept {
+        std::int64_t deadline_ns = now_ns(), wait_ns = period_ns;
         for (bool first = true;; first = false) {
             const bool last = stop.load(std::memory_order_acquire) != 0;
             const std::int64_t begin_ns = now_ns();
             sensor->poll(row.data());
             const std::int64_t end_ns = now_ns();
             ring->push(begin_ns, end_ns - begin_ns, row.data());
-            count(row, begin_ns - deadline_ns);
-            if (first) enter(State::kRunning);
-            if (last) return;
-            deadline_ns += period_ns;
-            if (end_ns >= deadline_ns) {
-                const std::int64_t passed = (end_ns - deadline_ns) / period_ns + 1;
-                deadline_ns += passed * period_ns;
-                bump(skipped, static_cast<std::uint64_t>(passed));
+            count(row, begin_ns - deadline_ns, wait_ns);
+            if (throttle.read(end_ns)) meter(end_ns);
+            if (first) {
+                cpu_ns.store(read_clock_ns(CLOCK_THREAD_CPUTIME_ID), std::memory_order_relaxed);
+                enter(State::kRunning);
             }
+            if (last) return meter(end_ns);
+            const std::int64_t next_ns = cadence != nullptr
+                                             ? follow(*cadence, row.data(), begin_ns, end_ns)
+                                             : next_on_grid(deadline_ns, end_ns);
+            wait_ns = next_ns - begin_ns;
+            deadline_ns = next_ns;
             wait_while(stop, 0, deadline_ns);
         }
+    }
+
+    std::int64_t next_on_grid(std::int64_t deadline_ns, std::int64_t end_ns) noexcept {
+        const std::int64_t step_ns = std::max(period_ns, throttle.gap_ns());
+        deadline_ns += step_ns;
+        if (end_ns < deadline_ns) return deadline_ns;
+        const std::int64_t passed = (end_ns - deadline_ns) / step_ns + 1;
+        bump(skipped, static_cast<std::uint64_t>(passed));
+        return deadline_ns + passed * step_ns;
+    }
+
+    std::int64_t follow(Cadence& cadence, const double* row, std::int64_t begin_ns,
+                        std::int64_t end_ns) noexcept {
+        const bool settled_before = cadence.settled();
+        const bool changed = cadence.saw(begin_ns, row);
+        if (settled_before) {
+            bump(settled, 1);
+            if (!changed) bump(wasted, 1);
+        }
+        refresh_ns.store(cadence.refresh_ns(), std::memory_order_relaxed);
+        // Drivers hold locks while they read, which the program may be waiting for.
+        const std::int64_t free_ns = end_ns + kDutyFactor * (end_ns - begin_ns);
+        return std::max({cadence.next_ns(), begin_ns + throttle.gap_ns(), free_ns});
+    }
+
+    void meter(std::int64_t t_ns) noexcept {
+        const std::int64_t used_ns = read_clock_ns(CLOCK_THREAD_CPUTIME_ID);
+        cpu_ns.store(used_ns, std::memory_order_relaxed);
+        throttle.account(t_ns, used_ns);
+        gap_ns.store(throttle.gap_ns(), std::memory_order_relaxed);
     }
 
     static void bump(std::atomic<std::uint64_t>& counter, std::uint64_t by) noexcept {
         counter.store(counter.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
     }
 
-    void count(const std::vector<double>& row, std::int64_t lateness_ns) noexcept {
+    void count(const std::vector<double>& row, std::int64_t lateness_ns,
+               std::int64_t wait_ns) noexcept {
         bump(samples, 1);
-        if (2 * lateness_ns > period_ns) bump(late, 1);
+        if (2 * lateness_ns > wait_ns) bump(late, 1);
         const auto unknown =
             std::count_if(row.begin(), row.end(), [](double x) { return std::isnan(x); });
         if (unknown > 0) bump(failed_reads, static_cast<std::uint64_t>(unknown));
-        // One call in 64 rows keeps the self-metering itself negligible.
-        if (samples.load(std::memory_order_relaxed) % 64 == 1 ||
-            stop.load(std::memory_order_relaxed))
-            cpu_ns.store(read_clock_ns(CLOCK_THREAD_CPUTIME_ID), std::memory_order_relaxed);
     }
 };
 
-Sampler::Sampler(std::string spec, std::int64_t period_ns)
-    : shared_(std::make_shared<Shared>(std::move(spec), period_ns)), owner_pid_(::getpid()) {
+Sampler::Sampler(std::string spec, std::int64_t period_ns, bool learn,
+                 std::shared_ptr<Budget> budget)
+    : shared_(std::make_shared<Shared>(std::move(spec), period_ns, learn, std::move(budget))),
+      owner_pid_(::getpid()) {
     thread_.emplace([shared = shared_] { shared->run(); });
 }
 
@@ -183,7 +223,11 @@ Sampler::Stats Sampler::stats() const noexcept {
             shared_->skipped.load(relaxed),
             shared_->failed_reads.load(relaxed),
             lost_,
-            shared_->cpu_ns.load(relaxed)};
+            shared_->cpu_ns.load(relaxed),
+            shared_->settled.load(relaxed),
+            shared_->wasted.load(relaxed),
+            shared_->refresh_ns.load(relaxed),
+            shared_->gap_ns.load(relaxed)};
 }
 
 }  // namespace pepr

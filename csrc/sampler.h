@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "budget.h"
 #include "ring.h"
 #include "sensor.h"
 
@@ -26,9 +27,16 @@ public:
         std::uint64_t failed_reads;  // numbers that were unknown
         std::uint64_t lost;          // rows overwritten before this reader took them
         std::int64_t cpu_ns;         // CPU time of the thread
+        std::uint64_t settled;       // rows read since the cadence is known
+        std::uint64_t wasted;        // of these: no number that is watched had changed
+        std::int64_t refresh_ns;     // the shortest refresh period that was learnt, 0: none
+        std::int64_t gap_ns;         // what the budget puts between two reads now, 0: nothing
     };
 
-    Sampler(std::string spec, std::int64_t period_ns);
+    // `learn`: read when the numbers are refreshed, at period_ns only until that is known; else
+    // every period_ns, whatever they do. The budget stretches either.
+    Sampler(std::string spec, std::int64_t period_ns, bool learn = false,
+            std::shared_ptr<Budget> budget = nullptr);
     ~Sampler();
     Sampler(const Sampler&) = delete;
     Sampler& operator=(const Sampler&) = delete;

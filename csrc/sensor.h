@@ -29,6 +29,9 @@ struct Note {
     std::string what, why, fix;
 };
 
+// How a `why` begins where only permission is missing; whoever shows it knows what would unlock it.
+constexpr const char* kDenied = "Permission denied: ";
+
 class SensorError : public std::runtime_error {
 public:
     SensorError(const std::string& what, std::string why, std::string hint)

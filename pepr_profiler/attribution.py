@@ -28,6 +28,9 @@ _SHARING_U_REL = 0.10
 """Standard uncertainty of sharing by plain CPU time, of the part that others caused (judgement,
 wider than the 4.2 % that METRION reaches with a model of SMT and frequency)."""
 
+_TICK_S = 0.01
+"""The kernel counts the machine's busy time in these: two uniform edges a window, 10 ms/sqrt(6)."""
+
 
 @dataclass(frozen=True)
 class Activity:
@@ -128,6 +131,14 @@ class Shares:
     others_j: NDArray[np.float64]
     idle_j: NDArray[np.float64]
     u_rel: float
+    busy_rate: float = 0.0  # CPU seconds a second, of everybody; 0 where nothing was shared
+
+    def u_j(self, energy_j: float, *, duration_s: float, windows: int = 1) -> float:
+        """Standard uncertainty of the job's `energy_j` in some windows from the sharing alone."""
+        busy_s = self.busy_rate * duration_s
+        ticks_s = _TICK_S * math.sqrt(windows / 6) if self.u_rel else 0.0
+        tick_rel = min(1.0, ticks_s / busy_s) if busy_s > 0 else 0.0
+        return abs(energy_j) * math.hypot(self.u_rel, tick_rel)
 
 
 def share(curve: Curve, at_ns: NDArray[np.int64], activity: Activity | None) -> Shares:
@@ -147,12 +158,16 @@ def share(curve: Curve, at_ns: NDArray[np.int64], activity: Activity | None) -> 
         busy = job  # memory that is not the job's is nobody's in particular
     else:
         job, busy = _busy_shares(activity, at_ns)
+    busy_rate = 0.0
+    if shared and activity is not None:
+        busy_s, span_ns = np.ptp(activity.busy_s), np.ptp(activity.t_ns)
+        busy_rate = float(busy_s / span_ns * 1e9) if span_ns > 0 else 0.0
     job_j, device_j = np.cumsum(step_j * job), np.cumsum(step_j)
     idle_j = np.cumsum(step_j * (1.0 - busy))
     total_j = float(device_j[-1]) if len(device_j) else 0.0
     other = 1.0 - float(job_j[-1]) / total_j if total_j > 0 else 0.0
     u_rel = 0.0 if curve.source.provenance == "modelled" else _SHARING_U_REL * max(other, 0.0)
-    return Shares(job_j, device_j - job_j - idle_j, idle_j, u_rel)
+    return Shares(job_j, device_j - job_j - idle_j, idle_j, u_rel, busy_rate)
 
 
 def _busy_shares(

@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pepr_profiler import _core
+from pepr_profiler.detect import detect, place, remedy
 from pepr_profiler.errors import SensorError, TraceError, UsageError
 from pepr_profiler.store import Store
 from pepr_profiler.trace import EventWriter, Lane, LaneWriter, describe, read_run, write_json
@@ -28,9 +29,14 @@ if TYPE_CHECKING:
 RUN_DIR_VARIABLE = "PEPR_RUN_DIR"
 """Names the run that a process is already part of; `profile()` joins it."""
 
-DETECTED = ("nvml", "powercap")
-_PERIOD_NS = {"powercap": 20_000_000, "nvml": 50_000_000, "processes": 100_000_000}
+_PERIOD_NS = {"nvml": 10_000_000, "processes": 100_000_000}
 _OTHER_PERIOD_NS = 20_000_000
+"""How often a lane is read until it knows its sensor's refreshes, and where each read brings news:
+RAPL is refreshed each millisecond, which is more than a phase's edge is worth."""
+
+OVERHEAD = 0.005
+"""CPU time that all lanes together may take by default, as a share of one core."""
+
 _OPEN_TIMEOUT_S = 5.0  # waking an NVIDIA driver without persistence mode takes 1-3 s a GPU
 _STOP_TIMEOUT_S = 1.0
 _FLUSH_S = 0.5
@@ -41,7 +47,12 @@ Warn = Callable[[str, str, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a recording is asked to be. `period_ns` None: each driver's own."""
+    """What a recording is asked to be.
+
+    `period_ns` None: each sensor is read when it is refreshed. `overhead` is the CPU time that
+    reading may take, as a share of one core; lanes are stretched to keep it, all by one factor,
+    except those whose period was asked for.
+    """
 
     name: str
     experiment: str | None = None
@@ -49,6 +60,7 @@ class Options:
     store: Path | None = None
     sensors: tuple[str, ...] = ()
     period_ns: int | None = None
+    overhead: float = OVERHEAD
     intensity: GridIntensity | None = None
     pue: float = 1.0
     cpu_power: str | None = None
@@ -78,13 +90,20 @@ class Recorder:
         self._events: EventWriter | None = None
         self._full = False
         self._dropped = 0
-        self._sampler_facts: dict[str, float] | None = None
+        self._sampler_facts: dict[str, Any] | None = None
         self._exit: dict[str, Any] | None = None
         self._facts: dict[str, Any] = {}
         self._complete = False
-        specs = [*(options.sensors or DETECTED), f"processes:{root}"]
+        specs = [*(options.sensors or detect()), f"processes:{root}"]
+        budget = _core.Budget(options.overhead)
         self._samplers = {
-            name: _core.Sampler(spec, self._period_ns(spec)) for name, spec in _lane_names(specs)
+            name: _core.Sampler(
+                spec,
+                self._period_ns(spec),
+                learn=self._learns(spec),
+                budget=budget if options.period_ns is None or _kind(spec) == "processes" else None,
+            )
+            for name, spec in _lane_names(specs)
         }
         self._specs = dict(_lane_names(specs))
 
@@ -149,7 +168,8 @@ class Recorder:
         self.flush()
         if self._events is not None:
             self._events.close()
-        stats = [sampler.stats() for sampler in self._samplers.values()]
+        by_lane = {name: sampler.stats() for name, sampler in self._samplers.items()}
+        stats = by_lane.values()
         for writer in self._writers.values():
             writer.close()
             self._dropped += writer.dropped_rows
@@ -165,6 +185,13 @@ class Recorder:
             "cpu_s": sum(s["cpu_s"] for s in stats) + self._own_cpu_s(),
             "dropped": int(sum(s["lost"] for s in stats)) + self._dropped,
             "late": int(sum(s["late"] for s in stats)),
+            # None: every read brings news, or the sensor never moved.
+            "refresh_s": {name: s["refresh_s"] or None for name, s in by_lane.items()},
+            "wasted": {
+                name: s["wasted"] / s["settled"] if s["settled"] else None
+                for name, s in by_lane.items()
+            },
+            "overhead": self._overhead(by_lane),
         }
         self._write_run()
 
@@ -207,6 +234,19 @@ class Recorder:
 
     # --- parts ---
 
+    def _overhead(self, by_lane: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """The budget, what the lanes took of a core, and where reads had to be put off, s."""
+        elapsed_s = (self._clock[-1]["t_ns"] - self._clock[0]["t_ns"]) * 1e-9
+        used_s = sum(stats["cpu_s"] for stats in by_lane.values())
+        return {
+            "budget": self.options.overhead,
+            "used": used_s / elapsed_s if elapsed_s > 0 else None,
+            "gap_s": {name: s["gap_s"] for name, s in by_lane.items() if s["gap_s"]},
+        }
+
+    def _learns(self, spec: str) -> bool:
+        return self.options.period_ns is None and _kind(spec) != "processes"
+
     def _period_ns(self, spec: str) -> int:
         kind = _kind(spec)
         if self.options.period_ns is not None and kind != "processes":
@@ -223,10 +263,15 @@ class Recorder:
             if self.options.sensors and not self._window_ns[0]:
                 raise
             del self._samplers[name]
-            self.missing.append({"what": error.what, "why": error.why, "fix": error.fix})
+            self._add_missing(name, error)
             return True
-        self.missing += [{"what": n.what, "why": n.why, "fix": n.fix} for n in sampler.notes]
+        for note in sampler.notes:
+            self._add_missing(name, note)
         return True
+
+    def _add_missing(self, name: str, part: SensorError | _core.Note) -> None:
+        spec = self._specs[name]
+        self.missing.append(remedy(spec, what=part.what, why=part.why, fix=part.fix, where=place()))
 
     def _open_writer(self, name: str) -> bool:
         sampler = self._samplers[name]
@@ -326,7 +371,7 @@ def _lane_names(specs: Sequence[str]) -> list[tuple[str, str]]:
     names: list[tuple[str, str]] = []
     for spec in specs:
         kind = _kind(spec)
-        taken = sum(name.split("-")[0] == kind for name, _ in names)
+        taken = sum(_kind(other) == kind for _, other in names)
         names.append((f"{kind}-{taken + 1}" if taken else kind, spec))
     return names
 
@@ -573,6 +618,7 @@ def profile(
     store: str | os.PathLike[str] | None = None,
     sensors: Sequence[str] = (),
     period_s: float | None = None,
+    overhead: float = OVERHEAD,
     region: str | None = None,
     carbon_intensity: float | None = None,
     pue: float = 1.0,
@@ -589,12 +635,19 @@ def profile(
     """
     if not name:
         raise UsageError("a run needs a name", why="name is empty", fix='profile("resnet18")')
+    if not 0 < overhead <= 1:
+        raise UsageError(
+            f"an overhead of {overhead!r} is not possible",
+            why="it is the share of one core that reading the sensors may take",
+            fix="give a fraction in (0, 1], for example overhead=0.005",
+        )
     options = Options(
         name=name,
         experiment=experiment,
         store=Path(store) if store is not None else None,
         sensors=tuple(sensors),
         period_ns=None if period_s is None else round(period_s * 1e9),
+        overhead=overhead,
         intensity=intensity_of(region, carbon_intensity),
         pue=pue,
         cpu_power=cpu_power,

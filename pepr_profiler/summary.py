@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,16 @@ from pepr_profiler.attribution import (
     read_activity,
     share,
 )
-from pepr_profiler.energy import Curve, find_sources, integrate, uncertainty_j
+from pepr_profiler.energy import (
+    Budget,
+    CrossCheck,
+    Curve,
+    budget,
+    cross_check,
+    find_cross_sources,
+    find_sources,
+    integrate,
+)
 from pepr_profiler.errors import TraceError
 from pepr_profiler.trace import Batch, Events, LaneReader, Phase, read_events, read_lanes, read_run
 
@@ -35,6 +44,9 @@ TRACE_BUCKETS = 48
 
 _GAP_S = 1.0
 """Without a reading for longer than this (and 10 periods) a lane has a gap worth telling."""
+
+_CHECKED_NS = 2_000_000_000
+"""From this length on, a counter and power readings that disagree are worth a warning."""
 
 _STALL_S = 5.0
 """A device that computes changes its energy counter far more often than this."""
@@ -67,13 +79,16 @@ def summarise(
     grid = _Grid.over(begin_ns, end_ns, phases)
 
     gauges = _Gauges()
-    curves, activity = _curves(readers, facts, grid.at_ns, gauges)
-    parts = [_Part(curve, share(curve, grid.at_ns, activity)) for curve in curves]
+    curves, checks, activity = _curves(readers, facts, grid.at_ns, gauges)
+    parts = [
+        _Part(curve, share(curve, grid.at_ns, activity), checks.get(curve.source.id))
+        for curve in curves
+    ]
     counted = [part for part in parts if part.counted]
     duration_s = (end_ns - begin_ns) * 1e-9
 
     total_j: float | None = math.fsum(part.job_j for part in counted) if counted else None
-    u_j = math.sqrt(math.fsum(part.u_j(duration_s) ** 2 for part in counted))
+    u_j = math.hypot(*(part.whole(grid).u_j for part in counted))
     options = facts["options"]
     metrics = _metrics(events.metrics)
     exit_facts = facts.get("exit") or {}
@@ -169,15 +184,23 @@ class _Grid:
 
     def pick(self, values: NDArray[np.float64], at_ns: NDArray[np.int64]) -> NDArray[np.float64]:
         """The values, given on the grid, at instants that are on it."""
-        return np.asarray(values[np.searchsorted(self.at_ns, at_ns)])
+        return np.asarray(values[self.index(at_ns)])
+
+    def index(self, at_ns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where on the grid these instants of it are."""
+        return np.asarray(np.searchsorted(self.at_ns, at_ns))
+
+
+_FIGURES = ("device_j", "job_j", "others_j", "idle_j", "u_j", "mean_w", "max_w", "trace_w")
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One component with its shares."""
+    """One component with its shares, and what another sensor of the same device says."""
 
     curve: Curve
     shares: Shares
+    check: CrossCheck | None = None
 
     @property
     def known(self) -> bool:
@@ -191,13 +214,20 @@ class _Part:
     def job_j(self) -> float:
         return float(self.shares.job_j[-1])
 
-    def u_j(self, duration_s: float, *, energy_j: float | None = None, windows: int = 1) -> float:
-        """Standard uncertainty of the job's energy in some windows (all of it unless given)."""
-        energy_j = self.job_j if energy_j is None else energy_j
-        device_u_j = uncertainty_j(
-            self.curve, energy_j=energy_j, duration_s=duration_s, windows=windows
-        )
-        return math.hypot(device_u_j, self.shares.u_rel * energy_j)
+    def budget(
+        self, grid: _Grid, begins_ns: NDArray[np.int64], ends_ns: NDArray[np.int64]
+    ) -> Budget:
+        """The budget of the job's energy in some windows whose edges are on the grid."""
+        begins, ends = grid.index(begins_ns), grid.index(ends_ns)
+        energy_j = float(np.sum(self.shares.job_j[ends] - self.shares.job_j[begins]))
+        of_device = budget(self.curve, grid.at_ns, begins, ends, energy_j=energy_j)
+        duration_s = float(np.sum(ends_ns - begins_ns)) * 1e-9
+        u_j = self.shares.u_j(energy_j, duration_s=duration_s, windows=len(begins))
+        return replace(of_device, attribution_j=u_j)
+
+    def whole(self, grid: _Grid) -> Budget:
+        """The budget of the job's energy in all."""
+        return self.budget(grid, grid.at_ns[:1], grid.at_ns[-1:])
 
     def summary(self, grid: _Grid, duration_s: float) -> dict[str, Any]:
         source = self.curve.source
@@ -211,9 +241,10 @@ class _Part:
         }
         if source.excluded:
             result["excluded"] = source.excluded
-        names = ("device_j", "job_j", "others_j", "idle_j", "u_j", "mean_w", "max_w", "trace_w")
+        names = [*_FIGURES, "budget", "cross_check"]
         if not self.known:
             return {**result, **dict.fromkeys(names)}
+        whole = self.whole(grid)
         energy_j = self.curve.energy_j
         device_j = float(energy_j[-1] - energy_j[0])
         values = (
@@ -221,10 +252,12 @@ class _Part:
             self.job_j,
             float(self.shares.others_j[-1]),
             float(self.shares.idle_j[-1]),
-            2 * self.u_j(duration_s),
+            2 * whole.u_j,
             device_j / duration_s if duration_s > 0 else None,
             _largest(*_power_w(grid.pick(energy_j, grid.seconds_ns), grid.seconds_ns)),
             self._trace_w(grid),
+            vars(whole),
+            None if self.check is None else vars(self.check),
         )
         return {**result, **dict(zip(names, values, strict=True))}
 
@@ -249,10 +282,16 @@ def _curves(
     facts: Mapping[str, Any],
     at_ns: NDArray[np.int64],
     gauges: _Gauges,
-) -> tuple[list[Curve], Activity | None]:
-    """Measured curves of every lane, and modelled ones for the CPU and memory that have none."""
+) -> tuple[list[Curve], dict[str, CrossCheck], Activity | None]:
+    """Measured curves of every lane, and modelled ones for the CPU and memory that have none.
+
+    With them what the power readings of a device give whose counter is used, by component.
+    """
     cpu = modelled.CpuIdentity(**facts["cpu"])
-    sources = find_sources([r.lane for r in readers.values()], cpu_vendor=cpu.vendor or "")
+    lanes = [reader.lane for reader in readers.values()]
+    sources = find_sources(lanes, cpu_vendor=cpu.vendor or "")
+    others = find_cross_sources(lanes, sources)
+    checks: dict[str, CrossCheck] = {}
     curves: list[Curve] = []
     activity = None
     for name, reader in readers.items():
@@ -260,7 +299,13 @@ def _curves(
             activity = read_activity(reader.lane, gauges.watching(reader))
             continue
         own = [source for source in sources if source.lane == name]
-        curves += integrate(gauges.watching(reader), own, at_ns)
+        aside = [source for source in others if source.lane == name]
+        found = integrate(gauges.watching(reader), [*own, *aside], at_ns)
+        curves += found[: len(own)]
+        counters = {curve.source.id: curve for curve in found[: len(own)]}
+        for power in found[len(own) :]:
+            if check := cross_check(counters[power.source.id], power, at_ns):
+                checks[power.source.id] = check
     if activity is not None and len(activity.t_ns) > 1:
         model = modelled.cpu_model(cpu, vcpus=activity.cpus, override=facts["options"]["cpu_power"])
         measured = {c.source.kind for c in curves if c.source.in_total and c.first_ns >= 0}
@@ -268,7 +313,7 @@ def _curves(
             # RAPL packages without a DRAM domain: memory is then modelled beside a measured CPU.
             if curve.source.kind not in measured:
                 curves.append(curve)
-    return curves, activity
+    return curves, checks, activity
 
 
 class _Gauges:
@@ -287,10 +332,12 @@ class _Gauges:
             if channel.source == "nvml-memory"
         ]
         for batch in reader:
-            rows = len(batch.t_ns)
+            rows = batch.reads
             self.rows += rows
             self.rows_by_lane[reader.lane.name] = self.rows_by_lane.get(reader.lane.name, 0) + rows
-            self.unknown += int(np.count_nonzero(np.isnan(batch.values)))
+            unknown = np.count_nonzero(np.isnan(batch.values), axis=0)
+            self.unknown += int(unknown.sum() if batch.skipped is None
+                                else unknown @ (batch.skipped + 1))  # fmt: skip
             for index, channel in watched:
                 values = batch.values[index][np.isfinite(batch.values[index])] * channel.scale
                 if len(values):
@@ -318,19 +365,19 @@ def _phases(phases: Sequence[Phase], counted: Sequence[_Part], grid: _Grid) -> l
         begins = np.array([phase.begin_ns for phase in same], dtype=np.int64)
         ends = np.array([phase.end_ns for phase in same], dtype=np.int64)
         duration_s = float(np.sum(ends - begins)) * 1e-9
-        energies_j, variance = [], 0.0
+        energies_j, budgets = [], []
         for part in counted:
             job_j = part.shares.job_j
             energy_j = float(np.sum(grid.pick(job_j, ends) - grid.pick(job_j, begins)))
             energies_j.append(energy_j)
-            variance += part.u_j(duration_s, energy_j=energy_j, windows=len(same)) ** 2
+            budgets.append(part.budget(grid, begins, ends).u_j)
         result.append(
             {
                 "name": name,
                 "count": len(same),
                 "duration_s": duration_s,
                 "energy_j": math.fsum(energies_j) if counted else None,
-                "u_j": 2 * math.sqrt(variance) if counted else None,
+                "u_j": 2 * math.hypot(*budgets) if counted else None,
             }
         )
     return result
@@ -380,6 +427,9 @@ def _sampler(
             name: gauges.rows_by_lane.get(name, 0) / duration_s if duration_s > 0 else None
             for name in readers
         },
+        "refresh_s": stats.get("refresh_s"),
+        "wasted": stats.get("wasted"),
+        "overhead": stats.get("overhead"),
     }
 
 
@@ -399,6 +449,7 @@ def _warnings(
                 "run longer than a few refreshes of the sensor, or see: pepr-profile sensors",
             )
             continue
+        yield from _doubts(part, end_ns - begin_ns)
         if curve.resets:
             yield _warning(
                 "reset",
@@ -451,6 +502,26 @@ def _warnings(
             "torn-events",
             f"{torn_lines} line(s) of the events files could not be read and were left out",
             "a program was killed while it wrote, or the file was edited",
+        )
+
+
+def _doubts(part: _Part, duration_ns: int) -> Iterator[dict[str, str]]:
+    """What the readings themselves give reason to doubt."""
+    curve, check, name = part.curve, part.check, part.curve.source.id
+    if curve.aliased:
+        yield _warning(
+            "aliasing",
+            f"the load of {name} repeats nearly in step with its sensor's refreshes "
+            f"({curve.refresh_s * 1e3:.0f} ms), which may see only a part of it",
+            "vary the length of a step, or compare with another meter; u is widened to 40 %",
+        )
+    # Shorter windows are mostly edges (docs/measurement, B).
+    if check and abs(check.difference_j) > check.u_j and duration_ns >= _CHECKED_NS:
+        yield _warning(
+            "disagreement",
+            f"{name}: its power readings ({check.source}) give {check.energy_j:.0f} J, "
+            f"{check.difference_j:+.0f} J from its counter; {check.u_j:.0f} J would be usual",
+            "compare with an external meter; the counter's energy is in the total",
         )
 
 

@@ -1,10 +1,16 @@
 """A recording on disk: written while the run goes on, readable up to the last flush.
 
 A run directory holds one Arrow IPC stream a lane, `LANE.arrows`, with the columns `t_ns`
-(CLOCK_MONOTONIC when the read began), `read_ns` (how long it took, at most 4.29 s) and a float64 a
-channel; what a channel is stands in the schema's metadata. Small batches, one a flush, would cost
-more bytes than their numbers, so they go to `LANE.tail.arrows` and are rewritten as one large batch
-now and then. A crash between the two leaves rows in both; a reader drops those it has seen.
+(CLOCK_MONOTONIC when the read began), `read_ns` (how long it took, at most 4.29 s), `skipped`,
+`gap_ns` and a float64 a channel; what a channel is stands in the schema's metadata. Small batches,
+one a flush, would cost more bytes than their numbers, so they go to `LANE.tail.arrows` and are
+rewritten as one large batch now and then. A crash between the two leaves rows in both; a reader
+drops those it has seen.
+
+A large batch is stored more sparsely than it was read: rows between which every counter went
+straight, and every gauge stayed level, are left out (csrc/thin.h). `skipped` says how many lay just
+before a row, and `gap_ns` how long ago the last of them was read, so that a quiet stretch is never
+taken for a gap. Around a gap nothing is left out.
 
 Marks and metrics are lines of `events-HOST-PID.jsonl`, one writer a file, append only, written
 through at once: they survive `kill -9` of the program that made them.
@@ -15,12 +21,14 @@ from __future__ import annotations
 import json
 import os
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pepr_profiler import _core
 from pepr_profiler.errors import TraceError
 
 if TYPE_CHECKING:
@@ -29,6 +37,9 @@ if TYPE_CHECKING:
 
 _BATCH_ROWS = 1024
 """Rows of a finished batch: large enough that its 400 bytes of header do not matter."""
+
+_WHOLE_ROWS = 256
+"""Rows at the beginning of a lane that are all kept: refresh periods are learnt from them."""
 
 _MOST_PENDING_ROWS = 1 << 17
 """What a full disk may keep waiting in memory before rows are dropped: 2 min at 1 kHz."""
@@ -82,11 +93,31 @@ class Batch:
     """Rows of one lane: `t_ns`, `read_ns` int64 (n,), `values` float64 (channels, n) as recorded.
 
     A recorded value times its channel's `scale` is in the channel's unit; NaN is unknown.
+    `skipped` int64 (n,) rows were read just before a row and left out, the last of them `gap_ns`
+    before it; in them, the same channels were unknown as in the row. Where it is 0, `gap_ns` is the
+    time since the row before. None: nothing was left out.
     """
 
     t_ns: NDArray[np.int64]
     read_ns: NDArray[np.int64]
     values: NDArray[np.float64]
+    skipped: NDArray[np.int64] | None = None
+    gap_ns: NDArray[np.int64] | None = None
+
+    @property
+    def reads(self) -> int:
+        """Rows that were read, those left out too."""
+        return len(self.t_ns) + (0 if self.skipped is None else int(self.skipped.sum()))
+
+    def since(self, row: int) -> Batch:
+        """The rows from `row` on."""
+        return Batch(
+            self.t_ns[row:],
+            self.read_ns[row:],
+            self.values[:, row:],
+            None if self.skipped is None else self.skipped[row:],
+            None if self.gap_ns is None else self.gap_ns[row:],
+        )
 
 
 class LaneWriter:
@@ -102,11 +133,15 @@ class LaneWriter:
         self._main = _Stream(directory / f"{lane.name}.arrows", lane)
         self._tail = _Stream(directory / f"{lane.name}.tail.arrows", lane)
         self._rows = _Columns(len(lane.channels))
+        self._rules = _thin_rules(lane.channels)
+        self._whole = _WHOLE_ROWS
+        self._last_ns: int | None = None
         self._tail_rows = 0  # how many of them, from the first on, the tail holds
 
     def write(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:
         """Appends rows given as native-endian columns; on disk when it returns, unless `error`."""
-        self._rows.extend((t_ns, read_ns, *values))
+        rows = len(t_ns) // 8
+        self._rows.extend((t_ns, read_ns, bytes(4 * rows), self._gaps(t_ns), *values))
         if self._attempt(lambda: self._tail.append(self._rows.since(self._tail_rows))):
             self._tail_rows = len(self._rows)
         if len(self._rows) >= _BATCH_ROWS:
@@ -124,8 +159,23 @@ class LaneWriter:
         self._main.close()
         self._tail.close()
 
+    def _gaps(self, t_ns: bytes) -> bytes:
+        """How long before each row the one before it was read, uint32, at most 4.29 s."""
+        times = array("q", t_ns)
+        if not times:
+            return b""
+        before = [times[0] if self._last_ns is None else self._last_ns, *times[:-1]]
+        self._last_ns = times[-1]
+        longest = 2**32 - 1
+        gaps = (min(t - last, longest) for t, last in zip(times, before, strict=True))
+        return array("I", gaps).tobytes()
+
     def _consolidate(self) -> None:
-        if self._attempt(lambda: self._main.append(self._rows.since(0))):
+        def append() -> None:
+            self._main.append(_core.thin(self._rows.since(0), self._rules, self._whole))
+
+        if self._attempt(append):
+            self._whole = max(0, self._whole - len(self._rows))
             self._rows.cut(0)
             self._tail.clear()
             self._tail_rows = 0
@@ -147,11 +197,41 @@ class LaneWriter:
         return True
 
 
+def _thin_rules(channels: Sequence[Channel]) -> list[tuple[str, float]]:
+    """How sparsely each channel may be stored; the numbers are explained in docs/design.md."""
+    counted = {_device_of(c) for c in channels if c.quantity == "energy"}
+    return [
+        ("line", _LINE_STEPS if c.quantity == "energy" else _FINE_LINE_STEPS)
+        if c.counter
+        else ("hold", _HOLD)
+        if c.quantity == "power" and _device_of(c) not in counted
+        else ("level", _LEVEL_S)
+        for c in channels
+    ]
+
+
+def _device_of(channel: Channel) -> str:
+    return channel.name.rpartition("/")[0]
+
+
+_LINE_STEPS = 0.25
+"""A counter's energy at an instant is uncertain by 1/√12 = 0.29 of a refresh's energy (k = 1)."""
+
+_FINE_LINE_STEPS = 0.06
+"""CPU times are set against each other in windows of 1 s."""
+
+_HOLD = 0.01
+"""Power that is integrated, relative."""
+
+_LEVEL_S = 0.25
+"""A gauge that nothing is integrated from: a quarter of a second of its level."""
+
+
 class _Columns:
-    """Rows as growing byte columns: t_ns, read_ns and a float64 a channel."""
+    """Rows as growing byte columns: t_ns, read_ns, skipped, gap_ns and a float64 a channel."""
 
     def __init__(self, channels: int) -> None:
-        self._sizes = (8, 4, *[8] * channels)
+        self._sizes = (8, 4, 4, 4, *[8] * channels)
         self._columns = [bytearray() for _ in self._sizes]
 
     def __len__(self) -> int:
@@ -263,6 +343,8 @@ def _arrow_schema(lane: Lane) -> Any:
     fields = {
         "t_ns": _annotate(na.int64(nullable=False), {"unit": "ns", "clock": "CLOCK_MONOTONIC"}),
         "read_ns": _annotate(na.uint32(nullable=False), {"unit": "ns"}),
+        "skipped": _annotate(na.uint32(nullable=False), {"unit": "1"}),
+        "gap_ns": _annotate(na.uint32(nullable=False), {"unit": "ns"}),
     }
     for channel in lane.channels:
         facts = {
@@ -322,9 +404,7 @@ class LaneReader:
             for batch in _batches(stream):
                 fresh = int(np.searchsorted(batch.t_ns, seen_ns, side="right"))
                 if fresh:
-                    batch = Batch(  # noqa: PLW2901
-                        batch.t_ns[fresh:], batch.read_ns[fresh:], batch.values[:, fresh:]
-                    )
+                    batch = batch.since(fresh)  # noqa: PLW2901
                 if len(batch.t_ns):
                     seen_ns = int(batch.t_ns[-1])
                     yield batch
@@ -393,8 +473,10 @@ def _lane_of(stream: Any, path: Path) -> Lane:
             fix="update pepr-profiler, or point at a run directory that it wrote",
         )
     channels = []
-    for child in list(schema.children)[2:]:
+    for child in schema.children:
         about = _facts(child)
+        if "quantity" not in about:
+            continue  # a column that is about the row
         channels.append(
             Channel(
                 name=child.name,
@@ -422,13 +504,11 @@ def _batches(stream: Any) -> Iterator[Batch]:
 
     try:
         for array in stream:
-            columns = [np.asarray(child.buffer(1)) for child in array.iter_children()]
             rows = len(array)
-            yield Batch(
-                columns[0][:rows].astype(np.int64, copy=False),
-                columns[1][:rows].astype(np.int64, copy=False),
-                np.vstack([c[:rows] for c in columns[2:]]),
-            )
+            columns = [np.asarray(child.buffer(1))[:rows] for child in array.iter_children()]
+            times = [c.astype(np.int64, copy=False) for c in columns if c.dtype.kind in "iu"]
+            values = np.vstack([c for c in columns if c.dtype.kind == "f"])
+            yield Batch(times[0], times[1], values, *times[2:4])
     except NanoarrowException:
         return  # torn by a crash in mid-write: all that was flushed before has been yielded
 

@@ -11,6 +11,8 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <memory>
+#include <random>
 #include <string>
 #include <thread>
 #include <vector>
@@ -21,6 +23,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "budget.h"
+#include "cadence.h"
 #include "clock.h"
 #include "ring.h"
 #include "sampler.h"
@@ -218,6 +222,264 @@ void ring_drops_what_is_overwritten_during_a_copy() {
     CHECK(reader.read_count + reader.lost == pushed);
 }
 
+// --- the cadence ------------------------------------------------------------------------------
+
+// A sensor in virtual time: its refreshes are known, so what a reader missed is too.
+struct Refreshes {
+    double period_ms, jitter_ms, phase_ms;
+    double from_s = 1e9, then_ms = 0;           // the period from then on
+    double still_from_s = 1e9, still_to_s = 0;  // refreshes that change nothing
+    bool walks = true;                          // jitter adds up
+};
+
+struct Followed {
+    std::int64_t reads = 0, settled = 0, wasted = 0;  // wasted of the settled
+    std::int64_t seen = 0, missed = 0;                // of all devices, after learn_s
+    std::int64_t longest_ns = 0, late_ns = 0;         // the mean lag behind a refresh
+    std::int64_t refresh_ns = 0;
+    double wasted_share() const {
+        return settled > 0 ? static_cast<double>(wasted) / static_cast<double>(settled) : 0.0;
+    }
+};
+
+Followed follow(const std::vector<Refreshes>& devices, std::int64_t base_ns, double duration_s,
+                double learn_s, double modulus_j = 0) {
+    std::mt19937 random(7);
+    std::vector<pepr::Channel> channels;
+    std::vector<std::vector<std::int64_t>> edges;
+    for (const Refreshes& device : devices) {
+        pepr::Channel channel;
+        channel.name = "device" + std::to_string(channels.size()) + "/energy";
+        channel.quantity = "energy";
+        channel.counter = true;
+        channel.modulus = modulus_j;
+        channels.push_back(channel);
+        std::vector<std::int64_t>& at_ns = edges.emplace_back();
+        std::uniform_real_distribution<double> jitter(-device.jitter_ms, device.jitter_ms);
+        for (double t_ms = device.phase_ms, grid_ms = t_ms; t_ms < 1e3 * duration_s;) {
+            if (t_ms < 1e3 * device.still_from_s || t_ms >= 1e3 * device.still_to_s)
+                at_ns.push_back(static_cast<std::int64_t>(1e6 * t_ms));
+            grid_ms += t_ms > 1e3 * device.from_s ? device.then_ms : device.period_ms;
+            const double next_ms = grid_ms + jitter(random);
+            if (device.walks) grid_ms = next_ms;
+            t_ms = next_ms;
+        }
+    }
+    pepr::Cadence cadence(channels, base_ns);
+    std::exponential_distribution<double> lateness_ms(1 / 0.06);
+    std::vector<double> row(devices.size());
+    std::vector<std::size_t> counts(devices.size(), 0);
+    Followed result;
+    double lag_ns = 0;
+    const auto end_ns = static_cast<std::int64_t>(1e9 * duration_s);
+    for (std::int64_t t_ns = 0; t_ns < end_ns;) {
+        for (std::size_t i = 0; i < devices.size(); ++i) {
+            const std::size_t before = counts[i];
+            while (counts[i] < edges[i].size() && edges[i][counts[i]] <= t_ns) ++counts[i];
+            row[i] = 1000.0 + static_cast<double>(counts[i]);
+            if (counts[i] == before || static_cast<double>(t_ns) < 1e9 * learn_s) continue;
+            ++result.seen;
+            result.missed += static_cast<std::int64_t>(counts[i] - before) - 1;
+            lag_ns += static_cast<double>(t_ns - edges[i][counts[i] - 1]);
+        }
+        const bool settled = cadence.settled() && static_cast<double>(t_ns) >= 1e9 * learn_s;
+        const bool changed = cadence.saw(t_ns, row.data());
+        ++result.reads;
+        if (settled) {
+            ++result.settled;
+            if (!changed) ++result.wasted;
+        }
+        const std::int64_t next_ns =
+            cadence.next_ns() + static_cast<std::int64_t>(1e6 * lateness_ms(random));
+        result.longest_ns = std::max(result.longest_ns, next_ns - t_ns);
+        t_ns = next_ns;
+    }
+    result.refresh_ns = cadence.refresh_ns();
+    if (result.seen > 0)
+        result.late_ns = static_cast<std::int64_t>(lag_ns / static_cast<double>(result.seen));
+    return result;
+}
+
+bool near(std::int64_t value, std::int64_t expected, double by) {
+    return std::abs(static_cast<double>(value - expected)) <= by * static_cast<double>(expected);
+}
+
+void cadence_reads_just_after_each_refresh() {
+    const Refreshes kSensors[] = {
+        {100, 0, 37}, {101.5, 2.5, 37}, {20, 0.2, 3}, {33, 0.3, 3}, {500, 5, 3}};
+    for (const Refreshes& sensor : kSensors) {
+        const Followed found = follow({sensor}, 10 * kMs, 120, 5);
+        const auto period_ns = static_cast<std::int64_t>(1e6 * sensor.period_ms);
+        CHECK(found.missed == 0);
+        CHECK(found.wasted_share() <= 0.30);
+        CHECK(near(found.refresh_ns, period_ns, 0.01));
+        CHECK(found.late_ns < period_ns / 12);
+    }
+}
+
+void cadence_holds_against_jitter_about_a_clock() {
+    Refreshes sensor{100, 5, 37};
+    sensor.walks = false;
+    const Followed found = follow({sensor}, 10 * kMs, 120, 5);
+    CHECK(found.missed == 0 && found.wasted_share() <= 0.30);
+}
+
+void cadence_learns_anew_when_a_sensor_changes_its_pace() {
+    const struct {
+        double from_ms, to_ms;
+    } kChanges[] = {{100, 20}, {20, 100}, {100, 60}, {60, 100}, {100, 95}};
+    for (const auto& change : kChanges) {
+        Refreshes sensor{change.from_ms, change.from_ms / 100, 37};
+        sensor.from_s = 30;
+        sensor.then_ms = change.to_ms;
+        // a minute to notice, the next one judged
+        const Followed found = follow({sensor}, 10 * kMs, 150, 90);
+        CHECK(near(found.refresh_ns, static_cast<std::int64_t>(1e6 * change.to_ms), 0.02));
+        CHECK(found.missed == 0 && found.wasted_share() <= 0.30);
+    }
+}
+
+void cadence_reads_several_devices_once_a_refresh() {
+    std::vector<Refreshes> devices;
+    for (int i = 0; i < 8; ++i) devices.push_back({100 + 0.05 * i, 0.5, 12.3 * i + 3});
+    const Followed found = follow(devices, 10 * kMs, 120, 5);
+    CHECK(found.wasted_share() <= 0.30);
+    CHECK(found.missed * 1000 <= found.seen);
+    CHECK(found.reads < 120 * 15);  // 10 refreshes a second; each its own would be 80
+}
+
+void cadence_follows_the_fastest_of_unlike_devices() {
+    const Followed found = follow({{20, 0.1, 3}, {100, 1, 50}}, 10 * kMs, 120, 5);
+    CHECK(found.missed == 0 && found.wasted_share() <= 0.30);
+}
+
+void cadence_keeps_to_its_base_where_each_read_brings_news() {
+    const Followed found = follow({{1, 0, 0.3}}, 20 * kMs, 60, 5);
+    CHECK(near(found.reads, 60 * 50, 0.01));
+    CHECK(found.wasted == 0 && found.refresh_ns == 0);
+    // and a domain that never counts does not matter
+    Refreshes off{100, 0, 0.3};
+    off.still_from_s = 0;
+    off.still_to_s = 1e9;
+    const Followed beside = follow({{1, 0, 0.3}, off}, 20 * kMs, 60, 5);
+    CHECK(near(beside.reads, 60 * 50, 0.01));
+}
+
+void cadence_does_not_take_rest_for_a_slow_sensor() {
+    Refreshes sensor{100, 1, 37};
+    sensor.still_from_s = 20;
+    sensor.still_to_s = 3600;
+    const Followed found = follow({sensor}, 10 * kMs, 3660, 3600);
+    // the period is known when it moves again, from the first second on
+    CHECK(near(found.refresh_ns, 100 * kMs, 0.02));
+    CHECK(found.missed <= 1 && found.seen >= 590);
+    CHECK(found.reads < 3660 * 13);
+}
+
+void cadence_searches_a_dead_counter_for_a_while_only() {
+    Refreshes off{100, 0, 0.3};
+    off.still_from_s = 0;
+    off.still_to_s = 1e9;
+    const Followed found = follow({off}, 10 * kMs, 3600, 5);
+    CHECK(found.reads < 3600 * 2);
+    CHECK(found.longest_ns < kNsPerS);
+}
+
+void cadence_never_sleeps_through_half_a_range() {
+    Refreshes slow{5000, 0, 3};
+    CHECK(follow({slow}, 10 * kMs, 60, 5).longest_ns < kNsPerS);
+    // 8 kJ pass in 0.4 s at 20 kW
+    CHECK(follow({slow}, 10 * kMs, 60, 5, 8000).longest_ns < 205 * kMs);
+}
+
+void cadence_is_not_misled_by_unknown_values() {
+    pepr::Channel channel;
+    channel.name = "x/energy";
+    channel.quantity = "energy";
+    pepr::Cadence cadence({channel}, 10 * kMs);
+    std::int64_t t_ns = 0, unknown_reads = 0;
+    for (int i = 0; t_ns < 60 * kNsPerS; ++i) {
+        const bool unknown = t_ns > 20 * kNsPerS && t_ns < 40 * kNsPerS;
+        const double value = unknown ? pepr::kUnknown : static_cast<double>(t_ns / (100 * kMs));
+        if (unknown) ++unknown_reads;
+        cadence.saw(t_ns, &value);
+        CHECK(cadence.next_ns() > t_ns && cadence.next_ns() <= t_ns + kNsPerS);
+        t_ns = cadence.next_ns();
+    }
+    CHECK(near(cadence.refresh_ns(), 100 * kMs, 0.02));
+    CHECK(unknown_reads < 20 * 100);
+}
+
+// Lanes in virtual time, each read costing its CPU time: what they use together, from 10 s on.
+double used_share(pepr::Budget* budget_limits, const std::vector<std::pair<double, double>>& lanes,
+                  std::vector<double>* rates = nullptr) {
+    const std::shared_ptr<pepr::Budget> budget(budget_limits);
+    struct Lane {
+        std::unique_ptr<pepr::Throttle> throttle;
+        std::int64_t period_ns, cost_ns, next_ns = 0, cpu_ns = 0, counted_ns = 0, reads = 0;
+    };
+    std::vector<Lane> all;
+    for (const auto& [period_ms, cost_us] : lanes)
+        all.push_back({std::make_unique<pepr::Throttle>(budget),
+                       static_cast<std::int64_t>(1e6 * period_ms),
+                       static_cast<std::int64_t>(1e3 * cost_us)});
+    constexpr std::int64_t kEndNs = 60 * kNsPerS, kFromNs = 10 * kNsPerS;
+    for (;;) {
+        Lane& lane = *std::min_element(all.begin(), all.end(), [](const Lane& a, const Lane& b) {
+            return a.next_ns < b.next_ns;
+        });
+        if (lane.next_ns >= kEndNs) break;
+        const std::int64_t t_ns = lane.next_ns;
+        lane.cpu_ns += lane.cost_ns;
+        if (t_ns >= kFromNs) {
+            lane.counted_ns += lane.cost_ns;
+            ++lane.reads;
+        }
+        if (lane.throttle->read(t_ns)) lane.throttle->account(t_ns, lane.cpu_ns);
+        lane.next_ns = t_ns + std::max(lane.period_ns, lane.throttle->gap_ns());
+    }
+    double sum_ns = 0;
+    for (const Lane& lane : all) {
+        sum_ns += static_cast<double>(lane.counted_ns);
+        if (rates != nullptr) rates->push_back(static_cast<double>(lane.reads) / 50.0);
+    }
+    return sum_ns / static_cast<double>(kEndNs - kFromNs);
+}
+
+void budget_is_kept_by_stretching_all_lanes_alike() {
+    // given lanes that would take 2 %, 1 % and 0.1 % of a core
+    std::vector<double> rates;
+    const double used =
+        used_share(new pepr::Budget(0.005), {{20, 400}, {10, 100}, {100, 100}}, &rates);
+    CHECK(used <= 0.0051 && used > 0.004);
+    CHECK(std::abs(rates[1] / rates[0] - 2) < 0.3 && std::abs(rates[1] / rates[2] - 10) < 1.5);
+}
+
+void budget_that_suffices_stretches_nothing() {
+    std::vector<double> rates;
+    const double used = used_share(new pepr::Budget(0.005), {{20, 20}, {100, 100}}, &rates);
+    CHECK(std::abs(used - 0.002) < 1e-4);
+    CHECK(std::abs(rates[0] - 50) < 0.1 && std::abs(rates[1] - 10) < 0.1);
+}
+
+void budget_too_small_still_reads_before_a_gap() {
+    std::vector<double> rates;
+    used_share(new pepr::Budget(0.0001), {{20, 5000}}, &rates);
+    CHECK(rates[0] > 1.0);
+}
+
+void budget_does_not_count_the_start() {
+    const auto budget = std::make_shared<pepr::Budget>(0.005);
+    pepr::Throttle throttle(budget);
+    // 50 % of a core in the first second, next to nothing afterwards
+    for (std::int64_t t_ns = 0; t_ns <= 5 * kNsPerS; t_ns += 10 * kMs) {
+        const std::int64_t cpu_ns =
+            std::min(t_ns, kNsPerS) / 2 + std::max<std::int64_t>(0, t_ns - kNsPerS) / 1000;
+        if (throttle.read(t_ns)) throttle.account(t_ns, cpu_ns);
+        CHECK(throttle.gap_ns() == 0);
+    }
+}
+
 // --- the sampler ------------------------------------------------------------------------------
 
 class Folder {
@@ -322,6 +584,23 @@ void sampler_takes_its_last_sample_at_once() {
     CHECK(rows.columns[1] == std::vector<double>({2, 2}));
     CHECK(sampler.state() == Sampler::State::kStopped);
     CHECK(sampler.stop(0));  // again: nothing to do
+}
+
+void sampler_follows_what_it_reads() {
+    // given a counter that is refreshed every 50 ms, for 5 s
+    const Folder folder;
+    std::string text = "channel\ta/energy\tenergy\tJ\t1\t0\tcounter\treplay\n";
+    for (int i = 0; i < 100; ++i)
+        text += std::to_string(0.05 * i) + "\t" + std::to_string(i) + "\n";
+    Sampler sampler("replay:" + folder.write("steps", text), 5 * kMs, true,
+                    std::make_shared<pepr::Budget>(0.5));
+    CHECK(sampler.wait_ready(10 * kNsPerS));
+    Recorded rows;
+    while (sampler.stats().settled < 30 && sampler.stats().samples < 900) std::this_thread::yield();
+    CHECK(sampler.stop(10 * kNsPerS));
+    const Sampler::Stats stats = sampler.stats();
+    CHECK(near(stats.refresh_ns, 50 * kMs, 0.1));
+    CHECK(stats.settled >= 30 && stats.wasted * 2 < stats.settled);
 }
 
 void sampler_stopped_before_it_is_open_still_samples_once() {
@@ -542,6 +821,21 @@ constexpr Test kTests[] = {
     TEST(ring_without_channels_still_tells_times),
     TEST(ring_gives_whole_rows_to_slow_readers_of_a_fast_producer),
     TEST(ring_drops_what_is_overwritten_during_a_copy),
+    TEST(cadence_reads_just_after_each_refresh),
+    TEST(cadence_holds_against_jitter_about_a_clock),
+    TEST(cadence_learns_anew_when_a_sensor_changes_its_pace),
+    TEST(cadence_reads_several_devices_once_a_refresh),
+    TEST(cadence_follows_the_fastest_of_unlike_devices),
+    TEST(cadence_keeps_to_its_base_where_each_read_brings_news),
+    TEST(cadence_does_not_take_rest_for_a_slow_sensor),
+    TEST(cadence_searches_a_dead_counter_for_a_while_only),
+    TEST(cadence_never_sleeps_through_half_a_range),
+    TEST(cadence_is_not_misled_by_unknown_values),
+    TEST(budget_is_kept_by_stretching_all_lanes_alike),
+    TEST(budget_that_suffices_stretches_nothing),
+    TEST(budget_too_small_still_reads_before_a_gap),
+    TEST(budget_does_not_count_the_start),
+    TEST(sampler_follows_what_it_reads),
     TEST(sampler_takes_its_last_sample_at_once),
     TEST(sampler_stopped_before_it_is_open_still_samples_once),
     TEST(sampler_forgets_no_deadline),

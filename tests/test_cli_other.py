@@ -1,4 +1,4 @@
-"""The verbs that look at recorded runs: report, runs, compare, sensors."""
+"""The verbs that look at recorded runs: report, runs, compare."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cli import Cli, write_replay
-from sim.nvml import Gpu, NvmlSim, Scenario, default_uuid
-from sim.powercap import Tree, two_socket_server
-from sim.waves import Constant
+from sim.nvml import NvmlSim, Scenario
+from sim.powercap import Tree
 
 from pepr_profiler.commands import main
 
@@ -182,36 +180,3 @@ def test_output_into_a_closed_pipe_ends_without_a_trace_back(study: Cli) -> None
         ["sh", "-c", script], env=study.environment(), capture_output=True, check=False
     )
     assert shell.stderr == b""
-
-
-# --- sensors --------------------------------------------------------------------------------------
-
-
-def test_sensors_says_what_is_measured_and_what_adds_up(
-    study: Cli, nvml_sim: BuildNvml, powercap_sim: BuildTree
-) -> None:
-    sim = nvml_sim(Scenario(gpus=(Gpu(Constant(400)), Gpu(Constant(100)))))
-    tree = powercap_sim(*two_socket_server(), live=True)
-    result = study("sensors", "--sensor", sim.spec, "--sensor", tree.spec, "--json")
-    assert result.status == 0, result.stderr
-    said = json.loads(result.stdout)
-    counted = {c["component"] for c in said["channels"] if c["in_total"]}
-    assert counted == {
-        f"gpu:{default_uuid(0)}", f"gpu:{default_uuid(1)}", "cpu:package-0", "cpu:package-1",
-        "dram:package-0/dram", "dram:package-1/dram",
-    }  # fmt: skip
-    by_name: dict[str, Any] = {c["channel"]: c for c in said["channels"]}
-    assert by_name[f"{default_uuid(0)}/power_instant"]["value"] == pytest.approx(400)
-    assert by_name[f"{default_uuid(1)}/utilisation"]["value"] == pytest.approx(0.5)
-    assert said["missing"] == []
-    plain = study("sensors", "--sensor", sim.spec, "--sensor", tree.spec).stdout.decode()
-    assert plain.count("in the total") == 6
-    assert "contains the packages" in plain
-
-
-def test_sensors_that_are_absent_are_named_with_why_and_fix(study: Cli) -> None:
-    result = study("sensors", "--sensor", "powercap:/none", "--sensor", "nvml:/none", "--json")
-    said = json.loads(result.stdout)
-    assert (result.status, said["channels"]) == (0, [])
-    assert len(said["missing"]) == 2
-    assert all(note["what"] and note["why"] and note["fix"] for note in said["missing"])

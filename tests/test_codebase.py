@@ -23,12 +23,12 @@ RANKS = (
     ("trace",),
     ("energy", "modelled", "carbon"),
     ("attribution", "pepr"),
-    ("summary", "store", "profiler"),
+    ("summary", "store", "detect", "profiler"),
     ("daemon", "integrations", "report"),
     ("commands",),
     ("__init__", "__main__"),
 )
-PEERS = {"units": {"errors"}, "store": {"summary"}, "profiler": {"summary", "store"}}
+PEERS = {"units": {"errors"}, "store": {"summary"}, "profiler": {"summary", "store", "detect"}}
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -116,10 +116,16 @@ def test_native_files_include_only_what_they_may_see() -> None:
         "file.h": set[str](),
         "sensor.h": set[str](),
         "ring.h": set[str](),
-        "sampler.h": {"sensor.h", "ring.h"},
-        "sampler.cpp": {"sampler.h", "sensor.h", "ring.h", "clock.h"},
+        "cadence.h": {"sensor.h"},
+        "cadence.cpp": {"cadence.h"},
+        "budget.h": set[str](),
+        "budget.cpp": {"budget.h", "cadence.h"},
+        "thin.h": set[str](),
+        "thin.cpp": {"thin.h"},
+        "sampler.h": {"sensor.h", "ring.h", "budget.h"},
+        "sampler.cpp": {"sampler.h", "sensor.h", "ring.h", "clock.h", "cadence.h"},
         "registry.cpp": {"sensor.h"},
-        "bindings.cpp": {"sampler.h", "sensor.h", "ring.h", "clock.h"},
+        "bindings.cpp": {"sampler.h", "sensor.h", "ring.h", "clock.h", "thin.h"},
     }
     for path in NATIVE:
         of_sensors = path.parent.name == "sensors"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from pepr_profiler.energy import Curve, Source, find_sources, integrate, uncertainty_j
+from pepr_profiler.energy import Curve, Source, budget, find_sources, integrate
 from pepr_profiler.trace import Batch, Channel, Lane
 
 S = 1_000_000_000
@@ -295,20 +296,188 @@ def test_the_same_component_from_two_lanes_is_counted_once() -> None:
     assert sources[1].excluded == "repeats package-0 of powercap"
 
 
+def perf(*events: tuple[str, int, int, int], name: str = "perf") -> Lane:
+    """Perf events, each with the CPU, package and die that it is counted on."""
+    channels = tuple(
+        Channel(
+            f"cpu{cpu}/{event}", "energy", "J", 2.0**-32, 0.0, True, "perf",
+            {"pmu": "power", "event": event, "cpu": str(cpu), "package": str(package),
+             "die": str(die)},
+        )
+        for event, cpu, package, die in events
+    )  # fmt: skip
+    return Lane(name, name, 20_000_000, channels)
+
+
+def hwmon(*sensors: tuple[str, str, str], **labels: str) -> Lane:
+    """Hwmon inputs, each with chip, label and device."""
+    channels = tuple(
+        Channel(
+            f"{chip}@{device}/power{n}", "power", "W", 1e-6, 0.0, False, "hwmon-power",
+            {"chip": chip, "label": label, "device": device, "input": f"power{n}", **labels},
+        )
+        for n, (chip, label, device) in enumerate(sensors)
+    )  # fmt: skip
+    return Lane("hwmon", "hwmon", 20_000_000, channels)
+
+
+SERVER = rapl(
+    ("intel-rapl:0", "package-0", ""),
+    ("intel-rapl:0:0", "dram", "package-0"),
+    ("intel-rapl:1", "package-1", ""),
+    ("intel-rapl:1:0", "dram", "package-1"),
+    ("intel-rapl:2", "psys", ""),
+    ("intel-rapl-mmio:0", "package-0", ""),
+)
+SERVER_PERF = perf(
+    *((e, cpu, cpu // 32, 0) for e in ("energy-pkg", "energy-ram") for cpu in (0, 32)),
+    ("energy-psys", 0, 0, 0),
+)
+DIES = rapl(*((f"intel-rapl:{n}", f"package-0-die-{n}", "") for n in range(4)))
+DIES_PERF = perf(*(("energy-pkg", 8 * n, 0, n) for n in range(4)))
+AMD_PERF = perf(("energy-pkg", 0, 0, 0))
+AMD_HWMON = hwmon(("amd_energy", "Esocket0", "amd_energy.0"), ("amd_energy", "Ecore000", "a.0"))
+APU = hwmon(("amdgpu", "PPT", "0000:04:00.0"), part_of="processor")
+
+
+@pytest.mark.parametrize(
+    ("lanes", "counted"),
+    [
+        ([SERVER_PERF], 4),
+        ([SERVER_PERF, SERVER], 4),
+        ([SERVER, SERVER_PERF], 4),
+        ([SERVER, SERVER, SERVER_PERF], 4),
+        ([DIES], 4),
+        ([DIES_PERF], 4),
+        ([DIES_PERF, DIES], 4),
+        # kernels differ: one counter a die, or one a package; amd_energy has one a socket
+        ([AMD_PERF, DIES], 1),
+        ([DIES, AMD_PERF], 4),
+        ([AMD_PERF, AMD_HWMON], 1),
+        ([AMD_HWMON, AMD_PERF], 1),
+        ([DIES, AMD_HWMON], 4),
+        ([AMD_HWMON], 1),
+        # the power of an integrated GPU is its processor's
+        ([AMD_PERF, APU], 1),
+        ([APU], 1),
+    ],
+)
+def test_no_combination_of_lanes_counts_a_package_twice(lanes: list[Lane], counted: int) -> None:
+    # given lanes of one machine, as the kernel's three ways to RAPL show it
+    named = [replace(lane, name=f"{lane.name}-{n}") for n, lane in enumerate(lanes)]
+    sources = find_sources(named)
+    # then each package and memory is in the total once, and all ids differ
+    total = [source.id for source in sources if source.in_total]
+    assert len(total) == counted
+    assert len({source.id for source in sources}) == len(sources)
+    dies = {i for i in total if "-die-" in i}
+    assert dies == set() or dies == {i for i in total if i.startswith("cpu:")}
+    assert all(bool(source.excluded) != source.in_total for source in sources)
+
+
+def test_hwmon_adds_boards_and_sockets_but_no_supplies() -> None:
+    lane = hwmon(
+        ("power_meter", "Grace Power Socket 0", "ACPI000D:00"),
+        ("power_meter", "CPU Power Socket 0", "ACPI000D:01"),
+        ("power_meter", "Module Power Socket 0", "ACPI000D:02"),
+        ("power_meter", "Grace Power Socket 1", "ACPI000D:03"),
+        ("amdgpu", "PPT", "0000:03:00.0"),
+        ("amdgpu", "PPT", "0000:83:00.0"),
+        ("corsairpsu", "power total", "0003:1B1C:1C05"),
+        ("ina3221", "VDD_GPU_SOC", "1-0040"),
+        ("ina3221", "VDD_CPU_CV", "1-0040"),
+        ("ina3221", "VIN_SYS_5V0", "1-0040"),
+        ("ina3221", "VDD_CPU_GPU_CV", "1-0041"),
+    )
+    total = {(s.id, s.kind) for s in find_sources([lane]) if s.in_total}
+    assert total == {
+        ("cpu:package-0", "cpu"),
+        ("cpu:package-1", "cpu"),
+        ("gpu:0000:03:00.0", "gpu"),
+        ("gpu:0000:83:00.0", "gpu"),
+        ("gpu:VDD_GPU_SOC", "gpu"),
+        ("cpu:VDD_CPU_CV", "cpu"),
+        ("cpu:VDD_CPU_GPU_CV", "cpu"),  # a modelled CPU beside it would count twice
+    }
+
+
+def test_a_module_is_told_beside_the_gpu_that_it_contains() -> None:
+    labels = {"uuid": "GPU-1", "model": "NVIDIA GH200 480GB", "index": "0", "mig": "on"}
+    facts = (("nvml-energy", "energy"), ("nvml-module-average", "power"))
+    channels = tuple(
+        Channel(f"GPU-1/{s}", quantity, "W", 1e-3, 0.0, quantity == "energy", s, labels)
+        for s, quantity in facts
+    )
+    module, gpu = find_sources([Lane("nvml", "nvml", 50_000_000, channels)])
+    assert (gpu.in_total, module.in_total, module.excluded) == (True, False, "contains the GPU")
+    # and what a MIG instance is charged with is said to be the board's
+    assert gpu.label == "gpu:0  GH200 480GB, MIG: whole board"
+
+
+@pytest.mark.parametrize("lane", [DIES, DIES_PERF], ids=["powercap", "perf"])
+@pytest.mark.parametrize("rows", [7, 1000])
+def test_dies_that_mirror_one_counter_are_counted_once(lane: Lane, rows: int) -> None:
+    # given four dies read every 20 ms; 0 and 2 show one counter, refreshed each ms and read 30 us
+    # apart, from different starts; 1 and 3 are like them in power but are counters of their own
+    random = np.random.default_rng(3)
+    t = np.arange(0, 4, 0.02) + random.uniform(0, 1e-3, 200)
+    joule = 1 / lane.channels[0].scale
+
+    def walk(read_at_s: np.ndarray) -> np.ndarray:
+        ticks = random.normal(0.05, 0.003, 4100).cumsum() * joule
+        return np.floor(ticks[(read_at_s * 1000).astype(int)])
+
+    state = random.bit_generator.state
+    zero = walk(t)
+    random.bit_generator.state = state
+    two = walk(t + 30e-6) + 4711
+    assert np.count_nonzero(zero + 4711 != two) > 0  # some reads lie on either side of a refresh
+    columns = [zero, walk(t), two, walk(t)]
+    sources = find_sources([lane])
+    at_ns = np.array([0, 4 * S])
+    # when they are integrated
+    curves = integrate(batches(t, *columns, rows=rows), sources, at_ns)
+    # then the third is no longer in the total, and says why
+    assert [curve.source.in_total for curve in curves] == [True, True, False, True]
+    assert curves[2].source.excluded == "mirrors package-0-die-0: one counter"
+
+
+def test_two_packages_alike_are_no_mirrors() -> None:
+    # given two packages of exactly the same power, as a simulation may have them
+    t = np.arange(0, 4, 0.02)
+    lane = rapl(("intel-rapl:0", "package-0", ""), ("intel-rapl:1", "package-1", ""))
+    curves = integrate(batches(t, 1e8 * t, 1e8 * t), find_sources([lane]), np.array([0, 4 * S]))
+    assert all(curve.source.in_total for curve in curves)
+
+
 # --- uncertainty ----------------------------------------------------------------------------------
 
 
 def test_the_budget_adds_gain_offset_and_edges_in_squares() -> None:
-    # given 250 W for 20 s on a board of 4 % gain and 6 W offset, refreshed every 0.1 s
+    # given 250 W for 20 s on a board of 4 % gain and 6 W offset, each edge known to 7 J
     source = power(gain=0.04, offset_w=6.0, period_s=0.05)
-    curve = Curve(source, np.array([0.0, 5000.0]), 0, 20 * S, refresh_s=0.1)
-    # then gain is 200 J, offset 120 J, edges 25/sqrt(6) J
-    u_j = uncertainty_j(curve, energy_j=5000.0, duration_s=20.0)
-    assert u_j == pytest.approx(math.sqrt(200**2 + 120**2 + 625 / 6), rel=1e-12)
+    at_ns = np.array([0, 20 * S])
+    curve = Curve(source, np.array([0.0, 5000.0]), 0, 20 * S, edge_j2=np.array([49.0, 49.0]))
+    # then gain is 200 J, offset 120 J, edges 7 sqrt(2) J
+    terms = budget(curve, at_ns, np.array([0]), np.array([1]))
+    assert (terms.gain_j, terms.offset_j) == (200.0, 120.0)
+    assert terms.u_j == pytest.approx(math.sqrt(200**2 + 120**2 + 98), rel=1e-12)
 
 
-def test_edges_count_once_a_window() -> None:
-    curve = Curve(counter(period_s=0.02), np.array([0.0, 1.0]), 0, S)
-    one = uncertainty_j(curve, energy_j=100.0, duration_s=1.0)
-    many = uncertainty_j(curve, energy_j=100.0, duration_s=1.0, windows=25)
-    assert many == pytest.approx(5 * one)
+def test_edges_count_once_a_window_and_offsets_with_time() -> None:
+    source = power(offset_w=6.0, gain=0.01)
+    at_ns = S * np.arange(10)
+    curve = Curve(source, 100.0 * np.arange(10), 0, 9 * S, edge_j2=np.full(10, 2.0))
+    one = budget(curve, at_ns, np.array([0]), np.array([1]))
+    many = budget(curve, at_ns, np.array([0, 2, 4, 6]), np.array([1, 3, 5, 7]))
+    assert many.edges_j == pytest.approx(2 * one.edges_j)
+    assert (many.offset_j, many.gain_j) == pytest.approx((4 * one.offset_j, 4 * one.gain_j))
+
+
+def test_a_part_of_a_device_has_that_part_of_its_uncertainty() -> None:
+    source = counter(gain=0.03)
+    curve = Curve(source, np.array([0.0, 1000.0]), 0, S, edge_j2=np.array([8.0, 8.0]))
+    ends = np.array([0]), np.array([1])
+    all_of_it = budget(curve, np.array([0, S]), *ends)
+    quarter = budget(curve, np.array([0, S]), *ends, energy_j=250.0)
+    assert quarter.u_j == pytest.approx(all_of_it.u_j / 4)

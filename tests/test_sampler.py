@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from sim.nvml import H100, Gpu, NvmlSim, Scenario
+from sim.waves import Constant
 
-from pepr_profiler import _core
+from pepr_profiler import _core, profile
+from pepr_profiler.commands.run import run
+from pepr_profiler.errors import UsageError
 
 CHANNEL = "channel\tx\tpower\tW\t1\t0\tgauge\treplay\n"
 MS = 1_000_000
@@ -92,3 +99,77 @@ def test_lanes_are_independent(spec: str) -> None:
 
     assert len(times_of(slow)) == 2
     assert len(times_of(fast)) >= 12
+
+
+# --- cadence and budget; the rest of it is in core_test.cpp, in virtual time ----------------------
+
+
+def repeated(sampler: _core.Sampler) -> list[bool]:
+    """For each row but the first, whether its first channel reads as in the row before."""
+    values = array("d")
+    while (batch := sampler.read()) is not None:
+        values.frombytes(batch[3][0])
+    return [a == b for a, b in itertools.pairwise(values)]
+
+
+def test_a_lane_that_learns_wastes_few_reads_and_one_that_does_not_most(
+    nvml_sim: Callable[[Scenario], NvmlSim],
+) -> None:
+    # given an energy counter that is refreshed every 100 ms
+    sim = nvml_sim(Scenario(gpus=(Gpu(Constant(300.0), sensor=H100),)))
+    learning, fixed = _core.Sampler(sim.spec, 10 * MS, learn=True), _core.Sampler(sim.spec, MS)
+    assert learning.wait_ready(10) and fixed.wait_ready(10)
+    deadline_s = time.monotonic() + 30
+    while learning.stats()["settled"] < 40 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert learning.stop(10) and fixed.stop(10)
+    stats = learning.stats()
+    assert stats["refresh_s"] == pytest.approx(0.1, rel=0.05)
+    assert stats["wasted"] / stats["settled"] <= 0.30
+    # then the rows say the same as the lane does of itself
+    assert sum(repeated(learning)[-30:]) <= 0.4 * 30
+    same = repeated(fixed)
+    assert sum(same) >= 0.90 * len(same)
+
+
+def test_a_budget_is_kept_by_reading_less_often(spec: str) -> None:
+    # given a lane that would take far more than a thousandth of a core
+    budget = _core.Budget(0.001)
+    sampler = _core.Sampler(spec, 200_000, budget=budget)
+    assert sampler.wait_ready(10)
+    deadline_s = time.monotonic() + 30
+    while not sampler.stats()["gap_s"] and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    gap_s = sampler.stats()["gap_s"]
+    assert sampler.stop(10)
+    assert 0.0002 < gap_s <= 0.8
+
+
+def test_the_summary_says_what_reading_cost_and_wasted(tmp_path: Path) -> None:
+    ramp = "".join(f"{0.05 * n:.2f}\t{n}\n" for n in range(100))
+    (tmp_path / "ramp").write_text(f"channel\tx/energy\tenergy\tJ\t1\t0\tcounter\treplay\n{ramp}")
+    with profile("x", store=tmp_path, sensors=[f"replay:{tmp_path / 'ramp'}"], overhead=0.2) as p:
+        deadline_s = time.monotonic() + 1.5
+        while time.monotonic() < deadline_s:
+            time.sleep(0.01)
+    sampler = p.summary["sampler"]
+    assert sampler["refresh_s"]["replay"] == pytest.approx(0.05, rel=0.1)
+    assert sampler["refresh_s"]["processes"] is None
+    assert 0 <= sampler["wasted"]["replay"] < 0.5
+    overhead = sampler["overhead"]
+    assert overhead["budget"] == 0.2
+    assert 0 < overhead["used"] < 0.2
+    assert sampler["rate_hz"]["replay"] > 15
+
+
+@pytest.mark.parametrize("overhead", [0.0, -1.0, 1.5, float("nan")])
+def test_an_impossible_overhead_is_refused(overhead: float) -> None:
+    with pytest.raises(UsageError, match="overhead"):
+        profile("x", overhead=overhead)
+
+
+@pytest.mark.parametrize("text", ["0", "0%", "101%", "much", "", "%"])
+def test_an_impossible_overhead_is_refused_before_the_command_starts(text: str) -> None:
+    done = CliRunner().invoke(run, ["--overhead", text, "--", "true"])
+    assert isinstance(done.exception, UsageError)
+    assert "overhead" in str(done.exception)

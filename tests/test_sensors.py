@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 from sim.nvml import A100, H100, PASCAL, Fault, Gpu, NvmlSim, Scenario, default_uuid
-from sim.permissions import obeying_permissions
+from sim.permissions import obeying_permissions, without_perf
 from sim.powercap import RANGE_UJ, Tree, Zone, ZoneFault, two_socket_server
+from sim.sysfs import JOULE, Event, grace, hwmon_chip, perf_tree, tsc, why_no_tsc
 from sim.waves import Constant, Sine, Square
 
 from pepr_profiler._core import Channel, Sampler
@@ -137,7 +138,22 @@ def wrapping_replay(folder: Path) -> str:
     return replay(folder, COUNTER, GAUGE, *rows)
 
 
-KINDS = "nvml powercap-still powercap-live processes-self processes-children replay"
+def perf_spec(sysfs: Path, kind: str = "perf") -> str:
+    """The spec of a perf tree, if this machine lets us count."""
+    spec = f"{kind}:{sysfs}"
+    sampler = Sampler(spec, HOUR_NS)
+    try:
+        sampler.wait_ready(PATIENCE_S)
+    except SensorError as error:
+        if "perf_event_open" in error.why or "Permission" in error.why:
+            pytest.skip(f"perf events cannot be had here: {error.why}")
+        raise
+    finally:
+        sampler.stop(PATIENCE_S)
+    return spec
+
+
+KINDS = "nvml perf hwmon powercap-still powercap-live processes-self processes-children replay"
 
 
 @pytest.fixture(params=KINDS.split())
@@ -148,6 +164,14 @@ def spec(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         gpus = (Gpu(Square(0.2, 100, 300)), Gpu(Constant(70), sensor=A100))
         nvml: NvmlFactory = request.getfixturevalue("nvml")
         return nvml(Scenario(gpus)).spec
+    if kind == "perf" and (reason := why_no_tsc()):
+        pytest.skip(reason)
+    if kind == "perf":
+        return perf_spec(perf_tree(tmp_path, [Event("energy-pkg"), Event("energy-ram")]))
+    if kind == "hwmon":
+        hwmon_chip(tmp_path, "amd_energy", {"energy1_input": 5_000_000})
+        hwmon_chip(tmp_path, "amdgpu", {"power1_average": 30_000_000}, device="0000:03:00.0")
+        return f"hwmon:{tmp_path}/class/hwmon"
     if kind.startswith("powercap"):
         powercap: PowercapFactory = request.getfixturevalue("powercap_sim")
         # 10 J before the wrap: psys, at 260 W, is there after 38 ms, a package after 100 ms.
@@ -368,6 +392,292 @@ def test_powercap_survives_garbage_and_a_zone_that_vanishes(powercap_sim: Powerc
     assert all(map(math.isnan, vanished[first_unknown:]))
 
 
+def test_powercap_notes_a_counter_whose_range_is_not_told(powercap_sim: PowercapFactory) -> None:
+    tree = powercap_sim(Zone("intel-rapl:0", "package-0"))
+    (tree.path("intel-rapl:0") / "max_energy_range_uj").unlink()
+
+    with lane(tree.spec, HOUR_NS) as opened:
+        assert opened.channels["intel-rapl:0"].modulus == 0
+        (note,) = opened.sampler.notes
+    assert "max_energy_range_uj" in note.why and "reset" in note.why
+
+
+def test_powercap_notes_a_directory_that_it_may_not_enter(powercap_sim: PowercapFactory) -> None:
+    tree = powercap_sim(*two_socket_server())
+    closed = tree.path("intel-rapl:1")
+    closed.chmod(0)
+
+    try:
+        with obeying_permissions(), lane(tree.spec, HOUR_NS) as opened:
+            assert {"intel-rapl:0", "intel-rapl:0:1"} <= set(opened.channels)
+            assert "intel-rapl:1" not in opened.channels
+            assert any(str(closed) in note.fix for note in opened.sampler.notes)
+    finally:
+        closed.chmod(0o755)
+
+
+def test_powercap_that_may_not_be_entered_at_all_says_how(powercap_sim: PowercapFactory) -> None:
+    tree = powercap_sim(*two_socket_server())
+    tree.where.chmod(0)
+
+    try:
+        with obeying_permissions():
+            error = why_not(tree.spec)
+    finally:
+        tree.where.chmod(0o755)
+    assert error.why.startswith("Permission denied") and str(tree.where) in error.fix
+
+
+@pytest.mark.parametrize("kind", ["powercap", "hwmon"])
+def test_a_tree_that_changes_while_it_is_read_ends_in_an_error_or_a_sensor(
+    kind: str, tmp_path: Path
+) -> None:
+    program = """
+import os, sys
+root = sys.argv[1]
+print(flush=True)
+while os.getppid() == int(sys.argv[2]):
+    for n in range(40):
+        os.makedirs(f"{root}/x:{n}", exist_ok=True)
+        for name in ("name", "energy_uj", "energy1_input"):
+            with open(f"{root}/x:{n}/{name}", "w") as file:
+                file.write("7")
+    for n in range(40):
+        for name in ("name", "energy_uj", "energy1_input"):
+            os.unlink(f"{root}/x:{n}/{name}")
+        os.rmdir(f"{root}/x:{n}")
+"""
+    arguments = [sys.executable, "-c", program, str(tmp_path), str(os.getpid())]
+    outcomes = set()
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as churn:
+        try:
+            assert churn.stdout is not None
+            churn.stdout.readline()
+            for _ in range(100):
+                sampler = Sampler(f"{kind}:{tmp_path}", HOUR_NS)
+                try:
+                    outcomes.add(sampler.wait_ready(PATIENCE_S))
+                except SensorError as error:
+                    outcomes.add(bool(error.why and error.fix))
+                sampler.stop(PATIENCE_S)
+        finally:
+            churn.kill()
+    assert outcomes == {True}
+
+
+# --- perf -----------------------------------------------------------------------------------------
+
+
+def test_perf_counts_what_the_kernel_counts(tmp_path: Path) -> None:
+    if reason := why_no_tsc():
+        pytest.skip(reason)
+    spec = perf_spec(perf_tree(tmp_path, [Event("energy-pkg"), Event("energy-ram", scale="2e-9")]))
+
+    begin_ns, begin = time.monotonic_ns(), tsc()
+    with lane(spec) as opened:
+        rows = opened.until(lambda rows: rows.t_ns[-1:] > [begin_ns + 300_000_000])
+        channels = opened.channels
+    hertz = (tsc() - begin) / (time.monotonic_ns() - begin_ns) * 1e9
+
+    assert set(channels) == {"cpu0/energy-pkg", "cpu0/energy-ram"}
+    span_s = (rows.t_ns[-1] - rows.t_ns[0]) * 1e-9
+    for name, scale in (("cpu0/energy-pkg", float(JOULE)), ("cpu0/energy-ram", 2e-9)):
+        assert channels[name].scale == scale and channels[name].modulus == 0
+        rise = rows.columns[name][-1] - rows.columns[name][0]
+        assert rise * channels[name].scale / span_s == pytest.approx(hertz * scale, rel=0.01)
+    # one read for the group: both are of one instant (a second system call takes longer)
+    package, ram = (rows.columns[name] for name in channels)
+    apart = sorted(b - a for a, b in zip(package, ram, strict=True))
+    middle = len(apart) // 4
+    assert apart[-middle] - apart[middle] < 2e-6 * hertz
+
+
+def test_perf_reads_each_socket_on_a_cpu_of_its_mask(tmp_path: Path) -> None:
+    if reason := why_no_tsc():
+        pytest.skip(reason)
+    if os.cpu_count() == 1:
+        pytest.skip("one CPU is no two sockets")
+    tree = perf_tree(tmp_path, cpus={0: (0, 0), 1: (1, 0)}, cpumask="0-1")
+
+    with lane(perf_spec(tree)) as opened:
+        rows = opened.take(5)
+        labels = {name: channel.labels for name, channel in opened.channels.items()}
+    assert {name: (known["package"], known["cpu"]) for name, known in labels.items()} == {
+        "cpu0/energy-pkg": ("0", "0"),
+        "cpu1/energy-pkg": ("1", "1"),
+    }
+    for column in rows.columns.values():
+        assert all(b > a for a, b in pairwise(column))
+
+
+def test_perf_core_is_a_pmu_of_its_own(tmp_path: Path) -> None:
+    if reason := why_no_tsc():
+        pytest.skip(reason)
+    tree = perf_tree(tmp_path, [Event("energy-core")], pmu="power_core")
+
+    with lane(perf_spec(tree, "perf-core")) as opened:
+        (channel,) = opened.channels.values()
+    assert (channel.labels["pmu"], channel.labels["event"]) == ("power_core", "energy-core")
+
+
+def test_perf_puts_bits_where_the_format_says(tmp_path: Path) -> None:
+    if reason := why_no_tsc():
+        pytest.skip(reason)
+    perf_spec(perf_tree(tmp_path / "right"))
+    # given an event whose number lies in bits 0-1 and 62-63: 3 ends up as 3, not as the counter 0
+    right = perf_tree(tmp_path / "low", [Event("energy-pkg", "far=0x0")])
+    wrong = perf_tree(tmp_path / "high", [Event("energy-pkg", "far=0x4")])
+    with lane(f"perf:{right}") as opened:
+        assert opened.take(3).columns["cpu0/energy-pkg"][-1] > 0
+    # then 4 is bit 62 of the configuration, which the kernel does not know
+    assert "perf_event_open: " in why_not(f"perf:{wrong}").why
+
+
+def test_perf_ignores_what_is_no_energy(tmp_path: Path) -> None:
+    if reason := why_no_tsc():
+        pytest.skip(reason)
+    events = [
+        Event("energy-pkg"),
+        Event("energy-cores", unit="Watts"),
+        Event("energy-gpu", unit=None),
+        Event("cycles"),
+    ]
+    with lane(perf_spec(perf_tree(tmp_path, events))) as opened:
+        assert set(opened.channels) == {"cpu0/energy-pkg"}
+
+
+def test_perf_without_events_or_without_a_pmu_is_no_sensor(tmp_path: Path) -> None:
+    if reason := why_no_tsc():
+        pytest.skip(reason)
+    empty = why_not(f"perf:{perf_tree(tmp_path / 'vm', [])}")
+    absent = why_not(f"perf:{tmp_path}")
+    no_cpu = why_not(f"perf:{perf_tree(tmp_path / 'none', cpus={}, cpumask=' ')}")
+
+    assert "virtual machine" in empty.why
+    assert "no PMU 'power'" in absent.why and "modprobe rapl" in absent.fix
+    assert "cpumask" in no_cpu.why
+
+
+def test_perf_that_is_not_permitted_names_the_switch(tmp_path: Path) -> None:
+    if reason := why_no_tsc():
+        pytest.skip(reason)
+    if int(Path("/proc/sys/kernel/perf_event_paranoid").read_text()) <= 0:
+        pytest.skip("everybody may count here")
+    tree = perf_tree(tmp_path)
+
+    with without_perf():
+        error = why_not(f"perf:{tree}")
+
+    assert error.why.startswith("Permission denied: kernel.perf_event_paranoid is ")
+    assert error.fix == "sudo sysctl kernel.perf_event_paranoid=0"
+
+
+# --- hwmon ----------------------------------------------------------------------------------------
+
+
+def test_hwmon_names_a_channel_by_chip_device_and_input(tmp_path: Path) -> None:
+    gpu = hwmon_chip(
+        tmp_path, "amdgpu",
+        {"power1_average": 31_000_000, "power1_input": 9, "power1_cap": 1, "power1_label": "PPT"},
+        device="0000:03:00.0",
+    )  # fmt: skip
+    (tmp_path / "devices/0000:03:00.0/product_name").write_text("Instinct MI210\n")
+    socket: dict[str, int | str] = {
+        "energy1_input": 10,
+        "energy1_label": "Ecore000",
+        "energy9_input": 2**63 - 1,
+    }
+    hwmon_chip(tmp_path, "amd_energy", {**socket, "energy9_label": "Esocket0"})
+    hwmon_chip(tmp_path, "nvme", {"temp1_input": 40_000})
+
+    with lane(f"hwmon:{tmp_path}/class/hwmon", HOUR_NS) as opened:
+        gpu.set("power1_average", 250_000_000)
+        rows = opened.finish()
+        channels = opened.channels
+
+    # then the average was taken, not the instant, and nothing that is no energy
+    assert rows.columns == {
+        "amdgpu@0000:03:00.0/power1": [31e6, 250e6],
+        "amd_energy@hwmon1/energy1": [10, 10],
+        "amd_energy@hwmon1/energy9": [float(2**63 - 1)] * 2,
+    }
+    power = channels["amdgpu@0000:03:00.0/power1"]
+    assert (power.quantity, power.unit, power.scale, power.counter) == ("power", "W", 1e-6, False)
+    assert power.labels == {
+        "chip": "amdgpu", "device": "0000:03:00.0", "input": "power1", "label": "PPT",
+        "model": "Instinct MI210",
+    }  # fmt: skip
+    energy = channels["amd_energy@hwmon1/energy9"]
+    assert energy.counter and energy.unit == "J" and energy.labels["label"] == "Esocket0"
+
+
+def test_hwmon_finds_what_an_old_driver_leaves_with_its_device(tmp_path: Path) -> None:
+    grace(tmp_path, 0, module=True)
+
+    with lane(f"hwmon:{tmp_path}/class/hwmon", HOUR_NS) as opened:
+        rows = opened.finish()
+        read_w = {
+            channel.labels["label"]: rows.columns[name][-1] * channel.scale
+            for name, channel in opened.channels.items()
+        }
+    assert read_w == pytest.approx(
+        {"Grace Power Socket 0": 200, "CPU Power Socket 0": 150, "SysIO Power Socket 0": 20,
+         "Module Power Socket 0": 700}
+    )  # fmt: skip
+
+
+def test_hwmon_multiplies_volts_and_amperes_where_there_is_no_power(tmp_path: Path) -> None:
+    rails: dict[str, int | str] = {
+        "in1_input": 4_980,
+        "curr1_input": 1_500,
+        "in1_label": "VDD_GPU_SOC",
+    }
+    other: dict[str, int | str] = {
+        "in2_input": 5_000,
+        "in2_label": "VDD_CPU_CV",
+        "in7_input": 1,
+        "in7_label": "sum",
+    }
+    chip = hwmon_chip(tmp_path, "ina3221", {**rails, **other, "curr2_input": 100})
+
+    with lane(f"hwmon:{chip.where}", HOUR_NS) as opened:
+        chip.set("curr1_input", 2_000)
+        rows = opened.finish()
+        scale = opened.channels["ina3221@hwmon0/in1"].scale
+    truth_w = {"in1": [4.98 * 1.5, 4.98 * 2.0], "in2": [0.5, 0.5]}
+    for rail, powers_w in truth_w.items():
+        column = rows.columns[f"ina3221@hwmon0/{rail}"]
+        assert [value * scale for value in column] == pytest.approx(powers_w)
+    assert len(rows.columns) == 2  # no current, no power
+
+
+def test_hwmon_of_one_chip_is_that_chip_alone(tmp_path: Path) -> None:
+    hwmon_chip(tmp_path, "psu", {"power1_input": 5})
+    chip = hwmon_chip(tmp_path, "psu", {"power1_input": 6})
+
+    with lane(f"hwmon:{chip.where}", HOUR_NS) as opened:
+        assert [column[0] for column in opened.finish().columns.values()] == [6]
+
+
+def test_hwmon_that_may_not_be_read_names_the_file(tmp_path: Path) -> None:
+    chip = hwmon_chip(tmp_path, "amd_energy", {"energy1_input": 5})
+    chip.path("energy1_input").chmod(0)
+
+    with obeying_permissions():
+        error = why_not(f"hwmon:{tmp_path}/class/hwmon")
+    assert error.why.startswith("Permission denied")
+    assert error.fix == f"sudo chmod o+r {chip.path('energy1_input')}"
+
+
+@pytest.mark.parametrize("chips", [(), ("nvme",)])
+def test_hwmon_without_energy_or_power_is_no_sensor(tmp_path: Path, chips: tuple[str]) -> None:
+    (tmp_path / "class/hwmon").mkdir(parents=True)
+    for name in chips:
+        hwmon_chip(tmp_path, name, {"temp1_input": 40_000})
+
+    assert f"none of {len(chips)} chips" in why_not(f"hwmon:{tmp_path}/class/hwmon").why
+
+
 # --- nvml -----------------------------------------------------------------------------------------
 
 
@@ -443,6 +753,11 @@ def test_nvml_takes_what_an_older_board_or_driver_offers(nvml: NvmlFactory) -> N
         (Scenario((Gpu(Constant(90), sensor=PASCAL),)), {"power_instant"} | rest),
         (Scenario((Gpu(Constant(90), sensor=H100),), absent=(fields,)), {"energy", "power"} | rest),
         (Scenario((Gpu(Constant(90), sensor=H100),), absent=(fields, counter)), {"power"} | rest),
+        (Scenario((Gpu(Constant(90), sensor=H100),), absent=(counter,)),
+         {"energy", "power_instant", "power_average"} | rest),
+        (Scenario((Gpu(Constant(90), module=Constant(90)),)),
+         {"energy", "power_instant", "power_average", "module_power_instant",
+          "module_power_average"} | rest),
         (Scenario((Gpu(Constant(90)),), absent=("nvmlDeviceGetMemoryInfo", "nvmlErrorString")),
          {"energy", "power_instant", "power_average", "utilisation"}),
     )  # fmt: skip
@@ -549,6 +864,66 @@ def test_nvml_is_not_put_off_by_a_spurious_refusal(nvml: NvmlFactory) -> None:
     values = [v for name, c in rows.columns.items() if "/energy" in name for v in c]
     assert any(map(math.isnan, values))  # unknown for once, never 0
     assert min(value for value in values if not math.isnan(value)) >= 1_000_000
+
+
+def test_nvml_keeps_the_power_of_the_module_apart(nvml: NvmlFactory) -> None:
+    sim = nvml(Scenario((Gpu(Constant(300), module=Constant(450)),)))
+
+    with lane(sim.spec, HOUR_NS) as opened:
+        rows = opened.finish()
+    read_w = {name.partition("/")[2]: c[-1] * 1e-3 for name, c in rows.columns.items()}
+    assert (read_w["power_average"], read_w["module_power_average"]) == (300, 450)
+    assert (read_w["power_instant"], read_w["module_power_instant"]) == (300, 450)
+
+
+def test_nvml_says_that_mig_energy_is_the_boards(nvml: NvmlFactory) -> None:
+    sim = nvml(Scenario((Gpu(Constant(300), mig=True), Gpu(Constant(100), mig=None))))
+
+    with lane(sim.spec, HOUR_NS) as opened:
+        (note,) = opened.sampler.notes
+        energies = {n: c for n, c in opened.channels.items() if n.endswith("/energy")}
+        assert "utilisation" not in gpu_channels(opened, 0)
+    assert [c.labels.get("mig") for c in energies.values()] == ["on", None]
+    assert "MIG" in note.what and "whole board" in note.why and "-i 0 -mig 0" in note.fix
+
+
+def test_nvml_uses_what_is_permitted_and_names_what_is_not(nvml: NvmlFactory) -> None:
+    denied = (
+        Fault("nvmlDeviceGetTotalEnergy", "NO_PERMISSION"),
+        Fault("nvmlDeviceGetFieldValues", "NO_PERMISSION", field=83),
+    )
+    sim = nvml(Scenario((Gpu(Constant(300)),), denied))
+
+    with lane(sim.spec, HOUR_NS) as opened:
+        assert "energy" not in gpu_channels(opened, 0)
+        assert "power_average" in gpu_channels(opened, 0)
+        notes = opened.sampler.notes
+    assert {note.what for note in notes} == {"energy of GPU 0"}
+    assert all(n.why.startswith("Permission denied") and "/dev/nvidia" in n.fix for n in notes)
+
+
+@pytest.mark.parametrize("code", ["NO_PERMISSION", "GPU_IS_LOST", "NOT_SUPPORTED", "TIMEOUT"])
+def test_nvml_reading_that_fails_later_is_unknown_alone(nvml: NvmlFactory, code: str) -> None:
+    fault = Fault("nvmlDeviceGetFieldValues", code, start_s=0.25, field=186)
+    sim = nvml(Scenario((Gpu(Constant(300)),), (fault,)))
+
+    with lane(sim.spec) as opened:
+        key = f"{default_uuid(0)}/power_instant"
+        rows = opened.until(lambda rows: any(map(math.isnan, rows.columns[key])))
+    for name, column in rows.columns.items():
+        assert name == key or not any(map(math.isnan, column))
+
+
+def test_nvml_asks_again_without_keeping_the_run_waiting(nvml: NvmlFactory) -> None:
+    # given eight boards that lack a counter and average power (each refused three times)
+    boards = tuple(Gpu(Constant(100), sensor=PASCAL) for _ in range(8))
+    sim = nvml(Scenario(boards))
+
+    begin_s = time.monotonic()
+    with lane(sim.spec, HOUR_NS):
+        opened_s = time.monotonic() - begin_s
+    # then the pauses (two of 5 ms) are shared by all: apart they would be 8 x 2 x 10 ms
+    assert opened_s < 0.1
 
 
 # --- processes ------------------------------------------------------------------------------------

@@ -8,12 +8,14 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pepr_profiler.errors import TraceError
 from pepr_profiler.trace import (
+    Batch,
     Channel,
     EventWriter,
     Lane,
@@ -36,13 +38,21 @@ LANE = Lane(
 )
 
 
+def uneven(n: int) -> int:
+    """Rises by 9 and by 1 in turn: no row lies on a line through others, so all are stored."""
+    return 5 * n + 4 * (n % 2)
+
+
 def columns(first: int, count: int) -> tuple[bytes, bytes, list[bytes]]:
-    """Rows number `first` on: row n is (n ms, n ns, n, -n)."""
+    """Rows number `first` on: row n is (n ms, n ns, uneven(n), -n)."""
     rows = range(first, first + count)
     return (
         struct.pack(f"{count}q", *(n * 1_000_000 for n in rows)),
         struct.pack(f"{count}I", *rows),
-        [struct.pack(f"{count}d", *rows), struct.pack(f"{count}d", *(-n for n in rows))],
+        [
+            struct.pack(f"{count}d", *map(uneven, rows)),
+            struct.pack(f"{count}d", *(-n for n in rows)),
+        ],
     )
 
 
@@ -59,8 +69,8 @@ def numbers(directory: Path) -> list[int]:
     """The row numbers that a reader sees, each row checked to be whole."""
     seen: list[int] = []
     for batch in LaneReader(directory, "demo"):
-        n = batch.values[0]
-        assert (batch.values[1] == -n).all()
+        n = -batch.values[1]
+        assert batch.values[0].tolist() == [uneven(i) for i in n.astype(int).tolist()]
         assert (batch.t_ns == n * 1_000_000).all()
         assert (batch.read_ns == n).all()
         seen += n.astype(int).tolist()
@@ -92,8 +102,8 @@ def test_the_file_explains_itself_to_any_arrow_reader(tmp_path: Path) -> None:
     ipc = pytest.importorskip("pyarrow.ipc")
     record(tmp_path, [100, 5000]).close()
     table = ipc.open_stream(str(tmp_path / "demo.arrows")).read_all()
-    assert table.column_names == ["t_ns", "read_ns", "a", "b/ä 2"]
-    assert table.column("a").to_pylist() == [float(n) for n in range(5100)]
+    assert table.column_names == ["t_ns", "read_ns", "skipped", "gap_ns", "a", "b/ä 2"]
+    assert table.column("a").to_pylist() == [float(uneven(n)) for n in range(5100)]
     about = table.schema.field("a").metadata
     assert (about[b"unit"], about[b"scale"]) == (b"J", b"1e-06")
     assert json.loads(about[b"labels"]) == {"zone": "intel-rapl:0"}
@@ -192,6 +202,165 @@ def test_an_empty_lane_is_no_lane(tmp_path: Path) -> None:
     assert read_lanes(tmp_path) == {}
     with pytest.raises(TraceError, match="empty"):
         LaneReader(tmp_path, "demo")
+
+
+# --- what is left out ----------------------------------------------------------------------------
+
+SECOND = 10**9
+GPU = (
+    Channel("g/energy", "energy", "J", 1e-3, 0.0, True, "nvml-energy", {"kind": "gpu"}),
+    Channel("g/power", "power", "W", 1e-3, 0.0, False, "nvml-power"),
+    Channel("g/memory", "memory", "B", 1.0, 0.0, False, "nvml-memory"),
+)
+
+
+def stored(directory: Path, channels: tuple[Channel, ...], t_ns: Any, values: list[Any]) -> Batch:
+    """Writes rows as one lane and reads them back as one batch."""
+    writer = LaneWriter(directory, Lane("demo", "replay:x", 100_000_000, channels))
+    for first in range(0, len(t_ns), 500):
+        now = slice(first, first + 500)
+        times = np.asarray(t_ns[now], np.int64)
+        columns = [np.asarray(v[now], np.float64).tobytes() for v in values]
+        writer.write(times.tobytes(), np.full(len(times), 1000, np.uint32).tobytes(), columns)
+    writer.close()
+    batches = list(LaneReader(directory, "demo"))
+    skipped = [b.skipped for b in batches if b.skipped is not None]
+    gaps = [b.gap_ns for b in batches if b.gap_ns is not None]
+    return Batch(
+        np.concatenate([b.t_ns for b in batches]),
+        np.concatenate([b.read_ns for b in batches]),
+        np.concatenate([b.values for b in batches], axis=1),
+        np.concatenate(skipped),
+        np.concatenate(gaps),
+    )
+
+
+def training(rows: int, *, seed: int = 3) -> tuple[Any, Any, list[Any]]:
+    """Refreshes of 100 ms: 500 W with 3 % of noise for 50 s, 100 W for 10 s, in turn."""
+    noise = np.random.default_rng(seed)
+    t_ns = np.arange(1, rows + 1, dtype=np.int64) * 100_000_000 + noise.integers(0, 50_000, rows)
+    busy = (t_ns // SECOND) % 60 < 50
+    power_w = np.where(busy, 500.0, 100.0) * (1 + 0.03 * noise.standard_normal(rows))
+    energy_mj = np.floor(np.cumsum(power_w * 0.1) * 1e3)
+    memory = np.where(busy, 6e10, 2e10)
+    return t_ns, power_w, [energy_mj, np.floor(power_w * 1e3), memory]
+
+
+def test_a_quiet_lane_is_stored_sparsely_and_every_phase_keeps_its_energy(tmp_path: Path) -> None:
+    # given half an hour in two phases
+    t_ns, _, values = training(18_000)
+    batch = stored(tmp_path, GPU, t_ns, values)
+    assert len(batch.t_ns) < 18_000 / 8
+    assert batch.reads == 18_000
+    # then any stretch has its energy within a quarter of a refresh's at each of its ends
+    edges = np.arange(40, 1790, 1.37) * SECOND
+    true_j = np.interp(edges, t_ns, values[0]) * 1e-3
+    energy_j = np.interp(edges, batch.t_ns, batch.values[0]) * 1e-3
+    assert np.max(np.abs(energy_j - true_j)) <= 0.25 * 500 * 0.1 * 1.1
+    # and what is left out adds up: the gaps and the rows that were skipped tell all reads
+    spans = np.diff(batch.t_ns)
+    assert batch.skipped is not None and batch.gap_ns is not None
+    assert (np.diff(np.searchsorted(t_ns, batch.t_ns)) - 1 == batch.skipped[1:]).all()
+    direct = batch.skipped[1:] == 0
+    assert (batch.gap_ns[1:][direct] == spans[direct]).all()
+    assert (batch.gap_ns[1:] < 0.2 * SECOND).all()
+
+
+def test_extremes_and_both_ends_of_a_gauge_are_kept(tmp_path: Path) -> None:
+    t_ns, _, values = training(9_000)
+    values[2][4321] = 7.9e10  # one row alone
+    values[1][6543] = 1.0
+    batch = stored(tmp_path, GPU, t_ns, values)
+    assert batch.values[2].max() == 7.9e10
+    assert batch.values[1].min() == 1.0
+    assert (batch.t_ns[0], batch.t_ns[-1]) == (t_ns[0], t_ns[-1])
+
+
+def test_nothing_is_left_out_around_what_is_unknown_or_not_read(tmp_path: Path) -> None:
+    t_ns, _, values = training(9_000)
+    values[0][5000:5400] = np.nan
+    t_ns[7000:] += 30 * SECOND
+    batch = stored(tmp_path, GPU, t_ns, values)
+    for edge in (4999, 5000, 5399, 5400, 6999, 7000):
+        assert t_ns[edge] in batch.t_ns
+    assert batch.skipped is not None
+    unknown = np.isnan(batch.values[0])
+    # then the rows that are left out were known or not as the row behind them
+    assert int(unknown.sum() + batch.skipped[unknown].sum()) == 400
+    gap = int(np.argmax(np.diff(batch.t_ns))) + 1
+    assert (batch.t_ns[gap], batch.skipped[gap]) == (t_ns[7000], 0)
+
+
+def test_a_wrap_and_a_standstill_keep_their_rows(tmp_path: Path) -> None:
+    channel = Channel("z/energy", "energy", "J", 1e-6, 1e9, True, "powercap")
+    t_ns = np.arange(9000, dtype=np.int64) * 20_000_000
+    energy = np.arange(9000) * 2e5
+    energy[4000:4500] = energy[4000]
+    batch = stored(tmp_path, (channel,), t_ns, [energy % 1e9])
+    steps = np.diff(batch.values[0])
+    assert int((steps < 0).sum()) == int(energy[-1] // 1e9)
+    assert steps[steps < 0].tolist() == [2e5 - 1e9] * int((steps < 0).sum())
+    assert {t_ns[4499], t_ns[4500]} <= set(batch.t_ns.tolist())
+
+
+def test_power_without_a_counter_is_held_between_the_rows_that_are_kept(tmp_path: Path) -> None:
+    channel = Channel("p/power", "power", "W", 1e-3, 0.0, False, "nvml-power")
+    t_ns, power_w, _ = training(9_000, seed=5)
+    steady = np.where(power_w > 300, 500_000.0, 100_000.0) + np.arange(9000) % 3 * 200.0
+    batch = stored(tmp_path, (channel,), t_ns, [steady])
+    assert len(batch.t_ns) < 9000 / 5
+    held = batch.values[0][np.searchsorted(batch.t_ns, t_ns, side="right") - 1]
+    assert np.max(np.abs(held / steady - 1)) <= 0.0101
+    assert abs(float(held.sum() / steady.sum()) - 1) < 0.002
+
+
+def test_a_day_of_eight_gpus_and_two_sockets_is_small(tmp_path: Path) -> None:
+    # given a tenth of a day at default settings: 8 GPUs refreshed every 0.1 s, RAPL read at 50 Hz
+    hours = 2.4
+    gpus = [
+        Channel(f"GPU-{g}/{what}", quantity, unit, 1.0, 0.0, counter, f"nvml-{what}")
+        for g in range(8)
+        for what, quantity, unit, counter in (
+            ("energy", "energy", "mJ", True), ("power", "power", "mW", False),
+            ("average", "power", "mW", False), ("utilisation", "utilisation", "1", False),
+            ("memory", "memory", "B", False),
+        )
+    ]  # fmt: skip
+    zones = [
+        Channel(f"z{i}/energy", "energy", "J", 1e-6, 2.6e11, True, "powercap") for i in range(4)
+    ]
+    rows = int(hours * 36_000)
+    columns: list[Any] = []
+    for g in range(8):
+        t_ns, power_w, values = training(rows, seed=g)
+        noise = np.random.default_rng(99 + g)
+        percent = np.clip(np.floor(97 + 2 * noise.standard_normal(rows)), 0, 100)
+        columns += [values[0], values[1], np.floor(power_w) * 1e3, percent, values[2]]
+    batch = stored(tmp_path, tuple(gpus), t_ns, columns)
+    nvml_bytes = (tmp_path / "demo.arrows").stat().st_size
+    for g in range(8):
+        total_j = (columns[5 * g][-1] - columns[5 * g][0]) * 1e-3
+        assert batch.values[5 * g][-1] - batch.values[5 * g][0] == pytest.approx(1e3 * total_j)
+    noise = np.random.default_rng(7)
+    rows = int(hours * 180_000)
+    t_ns = np.arange(rows, dtype=np.int64) * 20_000_000
+    power_w = np.where((t_ns // SECOND) % 60 < 50, 150.0, 60.0)
+    energy_uj = [
+        np.floor(np.cumsum(power_w * (1 + 0.03 * noise.standard_normal(rows)) * 2e4)) % 2.6e11
+        for _ in zones
+    ]
+    stored(tmp_path, tuple(zones), t_ns, energy_uj)
+    rapl_bytes = (tmp_path / "demo.arrows").stat().st_size
+    assert (nvml_bytes + rapl_bytes) * 24 / hours < 100e6  # a process lane and noisier loads: 200
+
+
+def test_a_lane_of_an_older_version_reads_as_it_did() -> None:
+    # given a lane written before rows were left out, without the columns that tell of it
+    (batch,) = LaneReader(Path(__file__).parent / "data" / "lane-without-skipped", "demo")
+    assert batch.skipped is None and batch.gap_ns is None
+    assert batch.t_ns.tolist() == [n * 1_000_000 for n in range(300)]
+    assert batch.values[0].tolist() == list(range(300))
+    assert batch.reads == 300
 
 
 # --- events ---------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
-#include <set>
 
 #include "../file.h"
 #include "../sensor.h"
@@ -18,13 +17,15 @@ namespace fs = std::filesystem;
 class Hwmon final : public Sensor {
 public:
     explicit Hwmon(const fs::path& root) {
-        std::set<fs::path> chips;
         std::error_code error;
-        for (const auto& entry : fs::directory_iterator(root, error)) chips.insert(entry.path());
+        std::set<fs::path> chips = list_directory(root, error);
         if (error)
-            throw SensorError(
-                "no hwmon at " + root.string(), error.message(),
-                "virtual machines and containers may not have it; on the host see: sensors");
+            throw SensorError("no hwmon at " + root.string(),
+                              is_denied(error.value()) ? kDenied + root.string() : error.message(),
+                              is_denied(error.value())
+                                  ? "sudo chmod o+rx " + root.string()
+                                  : "virtual machines have none; on the machine itself: sensors");
+        if (chips.count(root / "name") > 0) chips = {root};  // one chip of many was asked for
         for (const fs::path& chip : chips) open_chip(chip);
         if (channels_.empty() && !notes_.empty())
             throw SensorError("hwmon sensors cannot be read", notes_[0].why, notes_[0].fix);
@@ -36,50 +37,82 @@ public:
     }
 
     void poll(double* out) noexcept override {
-        for (std::size_t i = 0; i < files_.size(); ++i) {
-            char text[32];
-            const char* at = text;
-            const char* const end = text + files_[i].read(text, sizeof text);
-            std::uint64_t value = 0;
-            out[i] = parse_number(at, end, value) ? static_cast<double>(value) : kUnknown;
+        for (const Reading& reading : readings_) {
+            double value = number(reading.file);
+            if (reading.times) value *= number(reading.times);
+            *out++ = value;
         }
     }
 
 private:
+    struct Reading {
+        File file;
+        File times;  // a second factor: current, where a chip has no power
+    };
+
+    static double number(const File& file) noexcept {
+        char text[32];
+        const char* at = text;
+        const char* const end = text + file.read(text, sizeof text);
+        std::uint64_t value = 0;
+        return parse_number(at, end, value) ? static_cast<double>(value) : kUnknown;
+    }
+
     void open_chip(const fs::path& chip) {
-        std::set<fs::path> files;
         std::error_code error;
-        for (const auto& entry : fs::directory_iterator(chip, error)) files.insert(entry.path());
+        std::set<fs::path> files = list_directory(chip, error);
+        // Old drivers, acpi_power_meter (Grace) among them, leave their files with the device.
+        for (const fs::path& file : list_directory(chip / "device", error))
+            if (files.count(chip / file.filename()) == 0) files.insert(file);
+        const auto has = [&](const fs::path& file) { return files.count(file) > 0; };
+        std::string name = read_text(chip / "name");
+        if (name.empty()) name = read_text(chip / "device/name");
+        // amdgpu offers no power cap where the GPU is a part of the processor (amdgpu_pm.c), except
+        // on one whose power is labelled so. The power is then the whole processor's.
+        const bool processor = name == "amdgpu" && (!has(chip / "power1_cap") ||
+                                                    read_text(chip / "power1_label") == "slowPPT");
         for (const fs::path& file : files) {
-            const std::string name = file.filename();
-            const auto underscore = name.find('_');
-            const std::string base = name.substr(0, underscore);  // "power1"
-            const std::string what = underscore == std::string::npos ? "" : name.substr(underscore);
-            if (base.rfind("energy", 0) == 0 && what == "_input") open_file(chip, file, base, true);
-            // The average covers the time between two reads, the input an instant of it.
-            const bool average = what == "_average";
-            const bool input = what == "_input" && files.count(chip / (base + "_average")) == 0;
-            if (base.rfind("power", 0) == 0 && (average || input))
-                open_file(chip, file, base, false);
+            const std::string stem = file.filename();
+            const auto underscore = stem.find('_');
+            if (underscore == std::string::npos) continue;
+            const std::string base = stem.substr(0, underscore);  // "power1"
+            const std::string what = stem.substr(underscore);
+            const fs::path path = file.parent_path() / base;
+            // The average covers the time between two readings, the input an instant of it.
+            const bool power =
+                base.rfind("power", 0) == 0 &&
+                (what == "_average" || (what == "_input" && !has(path.string() + "_average")));
+            const bool energy = base.rfind("energy", 0) == 0 && what == "_input";
+            // Jetson's monitors know volts and amperes of a rail: mV times mA is microwatts.
+            const fs::path current = file.parent_path() / ("curr" + base.substr(2) + "_input");
+            const bool rail = name == "ina3221" && base.rfind("in", 0) == 0 && what == "_input" &&
+                              has(current) && has(path.string() + "_label");
+            if (power || energy || rail)
+                open_file(chip, name, path, file, rail ? current : "", energy, processor);
         }
     }
 
-    void open_file(const fs::path& chip, const fs::path& path, const std::string& base,
-                   bool energy) {
-        const std::string name = read_text(chip / "name");
-        const std::string label = read_text(chip / (base + "_label"));
-        File file(path);
-        if (!file) {
-            notes_.push_back({"hwmon " + name + " " + base, std::strerror(errno),
-                              "sudo chmod o+r " + path.string() + ", or run as root"});
+    void open_file(const fs::path& chip, const std::string& name, const fs::path& base,
+                   const fs::path& path, const fs::path& times, bool energy, bool processor) {
+        const std::string input = base.filename();
+        Reading reading{File(path), times.empty() ? File() : File(times)};
+        if (!reading.file || (!times.empty() && !reading.times)) {
+            const int error = errno;
+            notes_.push_back(
+                {"hwmon " + name + " " + input,
+                 is_denied(error) ? kDenied + path.filename().string() + " is for root only"
+                                  : std::strerror(error),
+                 is_denied(error) ? "sudo chmod o+r " + path.string() : "check " + path.string()});
             return;
         }
+        std::string label = read_text(base.string() + "_label");
+        if (label.empty()) label = read_text(base.string() + "_oem_info");
         std::error_code error;
         const fs::path device = fs::canonical(chip / "device", error);
         // hwmonN is numbered anew at every boot; the device's own name stays.
         const std::string owner = error ? chip.filename().string() : device.filename().string();
         Channel channel;
-        channel.name = name + "@" + owner + "/" + base;
+        channel.name = name + "@" + owner + "/" + input;
         channel.quantity = energy ? "energy" : "power";
         channel.unit = energy ? "J" : "W";
         channel.scale = 1e-6;
@@ -87,14 +120,15 @@ private:
         channel.source = energy ? "hwmon-energy" : "hwmon-power";
         channel.labels = {{"chip", name},
                           {"device", owner},
-                          {"input", base},
+                          {"input", input},
                           {"label", label},
                           {"model", read_text(chip / "device/product_name")}};
+        if (processor) channel.labels["part_of"] = "processor";
         channels_.push_back(std::move(channel));
-        files_.push_back(std::move(file));
+        readings_.push_back(std::move(reading));
     }
 
-    std::vector<File> files_;
+    std::vector<Reading> readings_;
 };
 
 }  // namespace

@@ -3,7 +3,6 @@
 
 #include <array>
 #include <chrono>
-#include <optional>
 #include <thread>
 
 #include <dlfcn.h>
@@ -28,18 +27,6 @@ struct Library {
                               "install the NVIDIA driver; in a container, start it with GPU access "
                               "(docker run --gpus all)");
         }
-        find(init, "nvmlInit_v2");
-        find(shutdown, "nvmlShutdown");
-        find(error_string, "nvmlErrorString");
-        find(count, "nvmlDeviceGetCount_v2");
-        find(by_index, "nvmlDeviceGetHandleByIndex_v2");
-        find(uuid, "nvmlDeviceGetUUID");
-        find(name, "nvmlDeviceGetName");
-        find(energy, "nvmlDeviceGetTotalEnergyConsumption");
-        find(power, "nvmlDeviceGetPowerUsage");
-        find(fields, "nvmlDeviceGetFieldValues");
-        find(utilisation, "nvmlDeviceGetUtilizationRates");
-        find(memory, "nvmlDeviceGetMemoryInfo");
         if (!init || !shutdown || !count || !by_index || !uuid)
             throw SensorError(path + " is not a usable NVML",
                               "it lacks calls that every driver since 2013 has",
@@ -52,30 +39,37 @@ struct Library {
     Library(const Library&) = delete;
     Library& operator=(const Library&) = delete;
 
-    template <typename F>
-    void find(F& function, const char* symbol) {
-        function = reinterpret_cast<F>(::dlsym(handle, symbol));
-    }
+    struct Symbol {
+        void* address;
+        template <typename F>
+        operator F*() const {
+            return reinterpret_cast<F*>(address);
+        }
+    };
+    Symbol find(const char* symbol) const { return {handle ? ::dlsym(handle, symbol) : nullptr}; }
 
     std::string describe(nvmlReturn_t code) const {
         const char* const text = error_string ? error_string(code) : "NVML error";
-        return std::string(text) + " (" + std::to_string(static_cast<int>(code)) + ")";
+        return std::string(code == NVML_ERROR_NO_PERMISSION ? kDenied : "") + text + " (" +
+               std::to_string(static_cast<int>(code)) + ")";
     }
 
     void* handle = nullptr;
     bool started = false;
-    decltype(&nvmlInit_v2) init;
-    decltype(&nvmlShutdown) shutdown;
-    decltype(&nvmlErrorString) error_string;
-    decltype(&nvmlDeviceGetCount_v2) count;
-    decltype(&nvmlDeviceGetHandleByIndex_v2) by_index;
-    decltype(&nvmlDeviceGetUUID) uuid;
-    decltype(&nvmlDeviceGetName) name;
-    decltype(&nvmlDeviceGetTotalEnergyConsumption) energy;
-    decltype(&nvmlDeviceGetPowerUsage) power;
-    decltype(&nvmlDeviceGetFieldValues) fields;
-    decltype(&nvmlDeviceGetUtilizationRates) utilisation;
-    decltype(&nvmlDeviceGetMemoryInfo) memory;
+    decltype(&nvmlInit_v2) init = find("nvmlInit_v2");
+    decltype(&nvmlShutdown) shutdown = find("nvmlShutdown");
+    decltype(&nvmlErrorString) error_string = find("nvmlErrorString");
+    decltype(&nvmlDeviceGetCount_v2) count = find("nvmlDeviceGetCount_v2");
+    decltype(&nvmlDeviceGetHandleByIndex_v2) by_index = find("nvmlDeviceGetHandleByIndex_v2");
+    decltype(&nvmlDeviceGetUUID) uuid = find("nvmlDeviceGetUUID");
+    decltype(&nvmlDeviceGetName) name = find("nvmlDeviceGetName");
+    decltype(&nvmlDeviceGetTotalEnergyConsumption) energy =
+        find("nvmlDeviceGetTotalEnergyConsumption");
+    decltype(&nvmlDeviceGetPowerUsage) power = find("nvmlDeviceGetPowerUsage");
+    decltype(&nvmlDeviceGetFieldValues) fields = find("nvmlDeviceGetFieldValues");
+    decltype(&nvmlDeviceGetUtilizationRates) utilisation = find("nvmlDeviceGetUtilizationRates");
+    decltype(&nvmlDeviceGetMemoryInfo) memory = find("nvmlDeviceGetMemoryInfo");
+    decltype(&nvmlDeviceGetMigMode) mig = find("nvmlDeviceGetMigMode");
 };
 
 std::string remedy(nvmlReturn_t code) {
@@ -92,8 +86,8 @@ std::string remedy(nvmlReturn_t code) {
     }
 }
 
-std::optional<double> field_value(const nvmlFieldValue_t& field) noexcept {
-    if (field.nvmlReturn != NVML_SUCCESS) return std::nullopt;
+double field_value(const nvmlFieldValue_t& field) noexcept {
+    if (field.nvmlReturn != NVML_SUCCESS) return kUnknown;
     switch (field.valueType) {
         case NVML_VALUE_TYPE_DOUBLE: return field.value.dVal;
         case NVML_VALUE_TYPE_UNSIGNED_INT: return field.value.uiVal;
@@ -101,8 +95,47 @@ std::optional<double> field_value(const nvmlFieldValue_t& field) noexcept {
         case NVML_VALUE_TYPE_UNSIGNED_LONG_LONG: return static_cast<double>(field.value.ullVal);
         case NVML_VALUE_TYPE_SIGNED_LONG_LONG: return static_cast<double>(field.value.sllVal);
         case NVML_VALUE_TYPE_SIGNED_INT: return field.value.siVal;
-        default: return std::nullopt;
+        default: return kUnknown;
     }
+}
+
+enum class Call { kEnergy, kPower, kUtilisation, kMemory, kField };
+
+struct Reading {
+    Call call;
+    unsigned field, scope;
+    const char *name, *quantity, *unit;
+    double scale;
+    bool counter;
+    const char* source;
+};
+
+// clang-format off
+constexpr std::array<Reading, 9> kReadings{{
+    {Call::kEnergy, 0, 0, "energy", "energy", "J", 1e-3, true, "nvml-energy"},
+    {Call::kPower, 0, 0, "power", "power", "W", 1e-3, false, "nvml-power"},
+    {Call::kUtilisation, 0, 0, "utilisation", "utilisation", "1", 0.01, false, "nvml-utilisation"},
+    {Call::kMemory, 0, 0, "memory_used", "memory", "B", 1.0, false, "nvml-memory"},
+    {Call::kField, NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION, 0,
+     "energy", "energy", "J", 1e-3, true, "nvml-energy"},
+    {Call::kField, NVML_FI_DEV_POWER_INSTANT, NVML_POWER_SCOPE_GPU,
+     "power_instant", "power", "W", 1e-3, false, "nvml-power-instant"},
+    {Call::kField, NVML_FI_DEV_POWER_AVERAGE, NVML_POWER_SCOPE_GPU,
+     "power_average", "power", "W", 1e-3, false, "nvml-power-average"},
+    // The module of a Grace Hopper is the GPU with its CPU and memory.
+    {Call::kField, NVML_FI_DEV_POWER_INSTANT, NVML_POWER_SCOPE_MODULE,
+     "module_power_instant", "power", "W", 1e-3, false, "nvml-module-instant"},
+    {Call::kField, NVML_FI_DEV_POWER_AVERAGE, NVML_POWER_SCOPE_MODULE,
+     "module_power_average", "power", "W", 1e-3, false, "nvml-module-average"},
+}};
+// clang-format on
+enum : std::size_t { kEnergyCall, kPowerCall, kEnergyField = 4, kInstant, kAverage, kModule };
+
+nvmlFieldValue_t request(const Reading& reading) noexcept {
+    nvmlFieldValue_t field{};
+    field.fieldId = reading.field;
+    field.scopeId = reading.scope;
+    return field;
 }
 
 class Nvml final : public Sensor {
@@ -112,7 +145,9 @@ public:
         library_.started = true;
         unsigned count = 0;
         check(library_.count(&count), "NVML does not count its GPUs");
-        for (unsigned index = 0; index < count; ++index) open_gpu(index);
+        for (unsigned index = 0; index < count; ++index) find_gpu(index);
+        probe();
+        for (Gpu& gpu : gpus_) describe(gpu);
         if (channels_.empty() && !notes_.empty())
             throw SensorError(notes_[0].what, notes_[0].why, notes_[0].fix);
         if (channels_.empty())
@@ -121,150 +156,130 @@ public:
     }
 
     void poll(double* out) noexcept override {
-        for (const Gpu& gpu : gpus_) {
-            if (gpu.energy) *out++ = read_energy(gpu.device);
-            if (gpu.power) *out++ = read_power(gpu.device);
-            if (gpu.n_fields > 0) {
-                read_fields(gpu, out);
-                out += gpu.n_fields;
-            }
-            if (gpu.utilisation) *out++ = read_utilisation(gpu.device);
-            if (gpu.memory) *out++ = read_memory(gpu.device);
+        for (Gpu& gpu : gpus_) {
+            for (const Reading* reading : gpu.calls) ask(*reading, gpu.device, *out++);
+            if (gpu.fields.empty()) continue;
+            const nvmlReturn_t code =
+                library_.fields(gpu.device, static_cast<int>(gpu.fields.size()), gpu.fields.data());
+            for (const nvmlFieldValue_t& field : gpu.fields)
+                *out++ = code == NVML_SUCCESS ? field_value(field) : kUnknown;
         }
     }
 
 private:
-    struct Field {
-        unsigned id;
-        const char* name;
-        const char* source;
-    };
-    static constexpr std::array<Field, 2> kPowerFields{{
-        {NVML_FI_DEV_POWER_INSTANT, "power_instant", "nvml-power-instant"},
-        {NVML_FI_DEV_POWER_AVERAGE, "power_average", "nvml-power-average"},
-    }};
-
     struct Gpu {
         nvmlDevice_t device;
-        bool energy, power, utilisation, memory;
-        int n_fields;
-        std::array<unsigned, kPowerFields.size()> field_ids;
+        std::map<std::string, std::string> labels;
+        std::array<nvmlReturn_t, kReadings.size()> answers;
+        std::vector<const Reading*> calls;  // what poll() reads, in the order of the channels
+        std::vector<nvmlFieldValue_t> fields;
     };
 
     void check(nvmlReturn_t code, const std::string& what) const {
         if (code != NVML_SUCCESS) throw SensorError(what, library_.describe(code), remedy(code));
     }
 
-    void open_gpu(unsigned index) {
-        nvmlDevice_t device{};
-        nvmlReturn_t code = library_.by_index(index, &device);
-        std::array<char, NVML_DEVICE_UUID_V2_BUFFER_SIZE> uuid{}, name{};
-        if (code == NVML_SUCCESS) code = library_.uuid(device, uuid.data(), uuid.size());
-        if (code != NVML_SUCCESS) {
-            notes_.push_back(
-                {"GPU " + std::to_string(index), library_.describe(code), remedy(code)});
-            return;
-        }
-        if (library_.name) library_.name(device, name.data(), name.size());
-        const std::map<std::string, std::string> labels{
-            {"uuid", uuid.data()}, {"model", name.data()}, {"index", std::to_string(index)}};
-        const auto add = [&](const char* what, const char* quantity, const char* unit, double scale,
-                             bool counter, const char* source) {
-            channels_.push_back({std::string(uuid.data()) + "/" + what, quantity, unit, scale, 0.0,
-                                 counter, source, labels});
-        };
+    void note(const std::string& what, nvmlReturn_t code) {
+        notes_.push_back({what, library_.describe(code), remedy(code)});
+    }
 
-        Gpu gpu{device, false, false, false, false, 0, {}};
-        unsigned long long millijoules = 0;
-        unsigned milliwatts = 0;
-        nvmlUtilization_t rates{};
-        nvmlMemory_t memory{};
-        gpu.energy = offers(library_.energy, device, &millijoules);
-        if (gpu.energy) add("energy", "energy", "J", 1e-3, true, "nvml-energy");
-        const auto fields = power_fields(device);
-        // PowerUsage repeats one of the two fields where they exist (which one, depends on the
-        // chip).
-        gpu.power = fields.empty() && offers(library_.power, device, &milliwatts);
-        if (gpu.power) add("power", "power", "W", 1e-3, false, "nvml-power");
-        for (const Field& field : fields) {
-            gpu.field_ids.at(static_cast<std::size_t>(gpu.n_fields++)) = field.id;
-            add(field.name, "power", "W", 1e-3, false, field.source);
+    void find_gpu(unsigned index) {
+        Gpu gpu{};
+        nvmlReturn_t code = library_.by_index(index, &gpu.device);
+        std::array<char, NVML_DEVICE_UUID_V2_BUFFER_SIZE> uuid{}, name{};
+        if (code == NVML_SUCCESS) code = library_.uuid(gpu.device, uuid.data(), uuid.size());
+        const std::string number = std::to_string(index);
+        if (code != NVML_SUCCESS) return note("GPU " + number, code);
+        if (library_.name) library_.name(gpu.device, name.data(), name.size());
+        gpu.labels = {{"uuid", uuid.data()}, {"model", name.data()}, {"index", number}};
+        unsigned mig = NVML_DEVICE_MIG_DISABLE, pending = 0;
+        if (library_.mig && library_.mig(gpu.device, &mig, &pending) == NVML_SUCCESS &&
+            mig == NVML_DEVICE_MIG_ENABLE) {
+            gpu.labels["mig"] = "on";
+            notes_.push_back({"energy of each MIG instance of GPU " + number,
+                              "NVIDIA measures the whole board only",
+                              "to have it undivided: sudo nvidia-smi -i " + number + " -mig 0"});
         }
-        gpu.utilisation = offers(library_.utilisation, device, &rates);
-        if (gpu.utilisation)
-            add("utilisation", "utilisation", "1", 0.01, false, "nvml-utilisation");
-        gpu.memory = offers(library_.memory, device, &memory);
-        if (gpu.memory) add("memory_used", "memory", "B", 1.0, false, "nvml-memory");
-        if (!gpu.energy && !gpu.power && fields.empty())
-            notes_.push_back({"energy of " + std::string(name.data()) + " " + uuid.data(),
-                              "this GPU reports neither an energy counter nor power",
-                              "none: its board has no sensor that the driver reads"});
-        gpus_.push_back(gpu);
+        gpu.answers.fill(NVML_ERROR_NOT_SUPPORTED);
+        gpus_.push_back(std::move(gpu));
     }
 
     // Polled faster than its sensor refreshes, a driver may answer NOT_SUPPORTED once where the
-    // call works: only a repeated refusal counts. Any other failure may pass, and is kept as
-    // unknown.
-    template <typename Call, typename Value>
-    static bool offers(Call call, nvmlDevice_t device, Value* value) {
-        if (call == nullptr) return false;
+    // call works (zeus PR 186): only a repeated refusal counts. All are asked before any is asked
+    // again, so that the pauses do not add up over calls and GPUs.
+    void probe() {
         for (int attempt = 0; attempt < kAttempts; ++attempt) {
-            if (call(device, value) != NVML_ERROR_NOT_SUPPORTED) return true;
-            std::this_thread::sleep_for(kRetryAfter);
-        }
-        return false;
-    }
-
-    std::vector<Field> power_fields(nvmlDevice_t device) const {
-        std::vector<Field> found;
-        if (library_.fields == nullptr) return found;
-        for (const Field& field : kPowerFields) {
-            const auto call = [&](nvmlDevice_t gpu, nvmlFieldValue_t* value) {
-                value->fieldId = field.id;
-                const nvmlReturn_t code = library_.fields(gpu, 1, value);
-                const nvmlReturn_t own = code == NVML_SUCCESS ? value->nvmlReturn : code;
-                // A driver that does not know the field says so in one of these ways.
-                return own == NVML_ERROR_INVALID_ARGUMENT || own == NVML_ERROR_FUNCTION_NOT_FOUND
-                           ? NVML_ERROR_NOT_SUPPORTED
-                           : own;
-            };
-            for (int attempt = 0; attempt < kAttempts; ++attempt) {
-                nvmlFieldValue_t value{};
-                if (call(device, &value) != NVML_ERROR_NOT_SUPPORTED) {
-                    found.push_back(field);
-                    break;
+            bool refused = false;
+            for (Gpu& gpu : gpus_) {
+                // Few boards are a module, and its power is in no total: once is enough.
+                const std::size_t asked = attempt == 0 ? kReadings.size() : kModule;
+                for (std::size_t i = 0; i < asked; ++i) {
+                    double value;
+                    if (gpu.answers[i] == NVML_ERROR_NOT_SUPPORTED)
+                        gpu.answers[i] = ask(kReadings[i], gpu.device, value);
+                    refused |= i < kModule && gpu.answers[i] == NVML_ERROR_NOT_SUPPORTED;
                 }
-                std::this_thread::sleep_for(kRetryAfter);
             }
+            if (!refused) return;
+            if (attempt + 1 < kAttempts) std::this_thread::sleep_for(kRetryAfter);
         }
-        return found;
     }
 
-    double read_energy(nvmlDevice_t device) const noexcept {
-        unsigned long long millijoules = 0;
-        return library_.energy(device, &millijoules) == NVML_SUCCESS
-                   ? static_cast<double>(millijoules)
-                   : kUnknown;
+    // Failures that may pass (a GPU that is lost, a time-out) are kept: unknown until they do.
+    static bool offered(nvmlReturn_t answer) {
+        return answer != NVML_ERROR_NOT_SUPPORTED && answer != NVML_ERROR_FUNCTION_NOT_FOUND &&
+               answer != NVML_ERROR_INVALID_ARGUMENT && answer != NVML_ERROR_NO_PERMISSION;
     }
-    double read_power(nvmlDevice_t device) const noexcept {
-        unsigned milliwatts = 0;
-        return library_.power(device, &milliwatts) == NVML_SUCCESS ? milliwatts : kUnknown;
+
+    void describe(Gpu& gpu) {
+        const auto has = [&](std::size_t i) { return offered(gpu.answers[i]); };
+        // PowerUsage repeats one of the fields where they exist; which one, depends on the chip.
+        const bool fields = has(kInstant) || has(kAverage);
+        for (std::size_t i = 0; i < kReadings.size(); ++i) {
+            const Reading& reading = kReadings[i];
+            if (gpu.answers[i] == NVML_ERROR_NO_PERMISSION)
+                note(std::string(reading.name) + " of GPU " + gpu.labels["index"], gpu.answers[i]);
+            if (!has(i) || (i == kPowerCall && fields) || (i == kEnergyField && has(kEnergyCall)))
+                continue;
+            if (reading.call == Call::kField)
+                gpu.fields.push_back(request(reading));
+            else
+                gpu.calls.push_back(&reading);
+            channels_.push_back({gpu.labels["uuid"] + "/" + reading.name, reading.quantity,
+                                 reading.unit, reading.scale, 0.0, reading.counter, reading.source,
+                                 gpu.labels});
+        }
+        if (!fields && !has(kEnergyCall) && !has(kEnergyField) && !has(kPowerCall))
+            notes_.push_back({"energy of GPU " + gpu.labels["index"] + ", " + gpu.labels["model"],
+                              "it reports neither an energy counter nor power",
+                              "none: its board has no sensor that the driver reads"});
     }
-    void read_fields(const Gpu& gpu, double* out) const noexcept {
-        std::array<nvmlFieldValue_t, kPowerFields.size()> values{};
-        for (std::size_t i = 0; i < values.size(); ++i) values[i].fieldId = gpu.field_ids[i];
-        const nvmlReturn_t code = library_.fields(gpu.device, gpu.n_fields, values.data());
-        for (std::size_t i = 0; i < static_cast<std::size_t>(gpu.n_fields); ++i)
-            out[i] = code == NVML_SUCCESS ? field_value(values[i]).value_or(kUnknown) : kUnknown;
+
+    template <typename Raw, typename ToDouble>
+    static nvmlReturn_t read(nvmlReturn_t (*function)(nvmlDevice_t, Raw*), nvmlDevice_t device,
+                             double& value, ToDouble to_double) noexcept {
+        Raw raw{};
+        const nvmlReturn_t code =
+            function != nullptr ? function(device, &raw) : NVML_ERROR_FUNCTION_NOT_FOUND;
+        value = code == NVML_SUCCESS ? static_cast<double>(to_double(raw)) : kUnknown;
+        return code;
     }
-    double read_utilisation(nvmlDevice_t device) const noexcept {
-        nvmlUtilization_t rates{};
-        return library_.utilisation(device, &rates) == NVML_SUCCESS ? rates.gpu : kUnknown;
-    }
-    double read_memory(nvmlDevice_t device) const noexcept {
-        nvmlMemory_t memory{};
-        return library_.memory(device, &memory) == NVML_SUCCESS ? static_cast<double>(memory.used)
-                                                                : kUnknown;
+
+    nvmlReturn_t ask(const Reading& reading, nvmlDevice_t device, double& value) const noexcept {
+        const auto plain = [](auto number) { return number; };
+        const auto percent = [](const nvmlUtilization_t& rates) { return rates.gpu; };
+        const auto used = [](const nvmlMemory_t& memory) { return memory.used; };
+        switch (reading.call) {
+            case Call::kEnergy: return read(library_.energy, device, value, plain);
+            case Call::kPower: return read(library_.power, device, value, plain);
+            case Call::kUtilisation: return read(library_.utilisation, device, value, percent);
+            case Call::kMemory: return read(library_.memory, device, value, used);
+            case Call::kField: break;
+        }
+        nvmlFieldValue_t field = request(reading);
+        if (library_.fields == nullptr) return NVML_ERROR_FUNCTION_NOT_FOUND;
+        const nvmlReturn_t code = library_.fields(device, 1, &field);
+        return code == NVML_SUCCESS ? field.nvmlReturn : code;
     }
 
     static constexpr int kAttempts = 3;

@@ -10,7 +10,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
-#include <set>
 #include <sstream>
 
 #include <linux/perf_event.h>
@@ -51,15 +50,13 @@ public:
         : pmu_(pmu), sysfs_(sysfs), directory_(sysfs / "bus/event_source/devices" / pmu) {
         const std::string type = read_text(directory_ / "type");
         if (type.empty())
-            throw SensorError(
-                "no perf events for energy", "the kernel has no PMU '" + pmu + "'",
-                "load it (sudo modprobe rapl); virtual machines and containers may not have it");
+            throw SensorError("no perf events for energy", "the kernel has no PMU '" + pmu + "'",
+                              "load it: sudo modprobe rapl; virtual machines have none");
         const std::vector<Event> events = find_events();
         if (events.empty())
-            throw SensorError(
-                "no perf events for energy",
-                "the PMU '" + pmu + "' has no energy events, as in most virtual machines",
-                "measure on the host");
+            throw SensorError("no perf events for energy",
+                              "the PMU '" + pmu + "' counts no joules, as in virtual machines",
+                              "measure on the machine that hosts this one");
         const auto type_number =
             static_cast<std::uint32_t>(std::strtoul(type.c_str(), nullptr, 10));
         for (const int cpu : parse_list(read_text(directory_ / "cpumask")))
@@ -68,7 +65,7 @@ public:
             const Note& why = notes_.empty()
                                   ? Note{"", "its cpumask is empty", "check " + directory_.string()}
                                   : notes_[0];
-            throw SensorError("energy perf events cannot be opened", why.why, why.fix);
+            throw SensorError("perf events for energy cannot be opened", why.why, why.fix);
         }
     }
 
@@ -92,16 +89,12 @@ private:
 
     std::vector<Event> find_events() const {
         std::vector<Event> events;
-        std::set<fs::path> paths;  // sorted: channels keep their order from run to run
         std::error_code error;
-        for (const auto& entry : fs::directory_iterator(directory_ / "events", error)) {
-            const std::string name = entry.path().filename();
-            if (name.rfind("energy-", 0) == 0 && name.find('.') == std::string::npos)
-                paths.insert(entry.path());
-        }
-        for (const fs::path& path : paths) {
-            const std::string unit = read_text(path.string() + ".unit");
-            if (events.size() == kMostEvents || (!unit.empty() && unit != "Joules")) continue;
+        for (const fs::path& path : list_directory(directory_ / "events", error)) {
+            const std::string name = path.filename();
+            if (name.rfind("energy-", 0) != 0 || name.find('.') != std::string::npos) continue;
+            if (events.size() == kMostEvents || read_text(path.string() + ".unit") != "Joules")
+                continue;
             const std::string scale = read_text(path.string() + ".scale");
             events.push_back({path.filename(), encode(read_text(path)),
                               scale.empty() ? 1.0 : std::strtod(scale.c_str(), nullptr)});
@@ -176,15 +169,14 @@ private:
     }
 
     void note_failure(const std::string& event, int cpu, int error) {
-        const bool denied = error == EACCES || error == EPERM;
         const std::string paranoid = read_text("/proc/sys/kernel/perf_event_paranoid");
-        notes_.push_back(
-            {"perf event " + event + " on cpu " + std::to_string(cpu),
-             denied ? "not permitted: kernel.perf_event_paranoid is " + paranoid +
-                          ", and CAP_PERFMON is missing"
-                    : std::string("perf_event_open: ") + std::strerror(error),
-             denied ? "sudo sysctl kernel.perf_event_paranoid=0 (in a container: --cap-add PERFMON)"
-                    : "check dmesg; the event may not exist on this CPU"});
+        notes_.push_back({"perf event " + event + " on cpu " + std::to_string(cpu),
+                          is_denied(error)
+                              ? kDenied + std::string("kernel.perf_event_paranoid is ") + paranoid +
+                                    ", and CAP_PERFMON is missing"
+                              : std::string("perf_event_open: ") + std::strerror(error),
+                          is_denied(error) ? "sudo sysctl kernel.perf_event_paranoid=0"
+                                           : "check dmesg; the event may not exist on this CPU"});
     }
 
     const std::string pmu_;

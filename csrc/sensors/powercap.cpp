@@ -25,10 +25,15 @@ public:
                 "/sys/class/powercap, or the intel_rapl_msr module is not loaded)",
                 "on the host: sudo modprobe intel_rapl_msr; in a container: mount the "
                 "host's /sys/class/powercap and pass --sensor powercap:PATH");
-        find_zones(root);
-        if (channels_.empty() && !notes_.empty())
-            throw SensorError("RAPL counters under " + root.string() + " cannot be read",
-                              notes_[0].why, notes_[0].fix);
+        std::set<fs::path> zones;
+        collect(root, 0, zones);
+        for (const fs::path& zone : zones) open_zone(zone);
+        if (channels_.empty() && !notes_.empty()) {
+            const bool files = notes_[0].fix.find("/energy_uj") != std::string::npos;
+            throw SensorError(
+                "RAPL counters under " + root.string() + " cannot be read", notes_[0].why,
+                files ? "sudo chmod o+r " + root.string() + "/*/energy_uj" : notes_[0].fix);
+        }
         if (channels_.empty())
             throw SensorError("no energy counter under " + root.string(),
                               "no zone has a file energy_uj",
@@ -48,39 +53,41 @@ public:
 private:
     // The class directory lists children flat beside their parents and again inside them, through
     // symbolic links that also lead back up: zones are told apart by their resolved path.
-    void find_zones(const fs::path& root) {
-        std::set<fs::path> directories;
-        collect(root, 0, directories);
-        for (const fs::path& directory : directories) open_zone(directory);
-    }
-
-    static void collect(const fs::path& directory, int depth, std::set<fs::path>& found) {
+    void collect(const fs::path& directory, int depth, std::set<fs::path>& found) {
         constexpr int kDeepest = 4;  // control type, package, domain, and one to spare
         std::error_code error;
-        for (const auto& entry : fs::directory_iterator(directory, error)) {
-            const std::string name = entry.path().filename();
+        const auto entries = list_directory(directory, error);
+        if (is_denied(error.value())) note_denied("powercap " + directory.string(), directory);
+        for (const fs::path& entry : entries) {
             // Zones are called TYPE:N…; "device", "subsystem" and "power" lead elsewhere.
-            if (!entry.is_directory(error) || (depth > 0 && name.find(':') == std::string::npos))
-                continue;
-            const fs::path real = fs::canonical(entry.path(), error);
+            if (depth > 0 && entry.filename().string().find(':') == std::string::npos) continue;
+            if (!fs::is_directory(entry, error)) continue;
+            const fs::path real = fs::canonical(entry, error);
             if (error) continue;
             if (fs::exists(real / "energy_uj", error) && !found.insert(real).second) continue;
             if (depth < kDeepest) collect(real, depth + 1, found);
         }
     }
 
+    void note_denied(const std::string& what, const fs::path& path) {
+        std::error_code error;
+        const char* const bits = fs::is_directory(path, error) ? "o+rx " : "o+r ";
+        notes_.push_back(
+            {what, kDenied + path.filename().string() + " is for root only, since CVE-2020-8694",
+             std::string("sudo chmod ") + bits + path.string()});
+    }
+
     void open_zone(const fs::path& directory) {
         const std::string zone = directory.filename();
         const std::string name = read_text(directory / "name");
+        const std::string what = "powercap zone " + zone + (name.empty() ? "" : " (" + name + ")");
         File file(directory / "energy_uj");
         if (!file) {
             const int error = errno;
-            const bool denied = error == EACCES || error == EPERM;
-            notes_.push_back({"powercap zone " + zone + (name.empty() ? "" : " (" + name + ")"),
+            if (is_denied(error)) return note_denied(what, directory / "energy_uj");
+            notes_.push_back({what,
                               std::string("energy_uj cannot be read: ") + std::strerror(error),
-                              denied ? "sudo chmod o+r " + (directory / "energy_uj").string() +
-                                           " (root only since CVE-2020-8694), or run as root"
-                                     : "check " + directory.string()});
+                              "check " + directory.string()});
             return;
         }
         Channel channel;
@@ -99,6 +106,12 @@ private:
         // One unit (61 µJ) short of the true modulus, which sysfs does not tell: negligible a wrap.
         const std::string range = read_text(directory / "max_energy_range_uj");
         if (!range.empty()) channel.modulus = std::strtod(range.c_str(), nullptr);
+        if (channel.modulus <= 0)
+            notes_.push_back(
+                {"the range of " + what,
+                 "it has no max_energy_range_uj, so that a wrap looks like a reset and "
+                 "loses what was counted since the reading before",
+                 "none: the driver does not tell; keep --period short"});
         channels_.push_back(std::move(channel));
         files_.push_back(std::move(file));
     }

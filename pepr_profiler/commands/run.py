@@ -87,7 +87,14 @@ _LIVE_SHARE = 100  # the live line may take a hundredth of the time
     "--period",
     envvar="PEPR_PERIOD",
     metavar="TIME",
-    help="Sample this often [each sensor's own]: 10ms.",
+    help="Read every sensor this often [just after each of its refreshes]: 10ms.",
+)
+@click.option(
+    "--overhead",
+    envvar="PEPR_OVERHEAD",
+    default="0.5%",
+    metavar="SHARE",
+    help="CPU time that reading sensors may take, of one core; kept by reading less often [0.5%].",
 )
 @click.option(
     "--store",
@@ -112,6 +119,7 @@ def run(
     cpu_power: str | None,
     sensors: tuple[str, ...],
     period: str | None,
+    overhead: str,
     store: Path | None,
     json_file: str | None,
     quiet: bool,
@@ -150,6 +158,7 @@ def run(
         store=store,
         sensors=sensors,
         period_ns=parse_duration(period) if period else None,
+        overhead=_share_of(overhead),
         intensity=intensity_of(region, carbon_intensity),
         pue=pue,
         cpu_power=cpu_power,
@@ -277,6 +286,22 @@ def _show(summary: dict[str, Any], *, json_file: str | None, quiet: bool) -> Non
     if not quiet:
         with whoever_listens(sys.stderr):
             show(summary, file=sys.stderr)
+
+
+def _share_of(text: str) -> float:
+    """0.5% or 0.005 as a fraction. Raises UsageError for what is none in (0, 1]."""
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise UsageError(
+            f"an overhead of '{text}' is not possible",
+            why="it is the share of one core that reading the sensors may take",
+            fix="give more than 0% and at most 100%, for example --overhead 0.5%",
+        )
+    return share
 
 
 def _name_of(command: tuple[str, ...]) -> str:

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import textwrap
 import time
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
-_LOOK_S = 0.3
-_PERIOD_NS = 10_000_000
+if TYPE_CHECKING:
+    from pepr_profiler._core import Sampler
+    from pepr_profiler.trace import Lane
+
+_LOOK_S = 0.6
+"""Six refreshes of the slowest sensors in common use (100 ms)."""
+
+_PERIOD_NS = {"perf": 200_000, "powercap": 200_000}
+_OTHER_PERIOD_NS = 5_000_000
+"""RAPL is refreshed each millisecond. A call of a GPU's driver may take milliseconds itself."""
+
+_OPEN_S = 5.0
+_ENOUGH_CHANGES = 3
+_WIDTH = 80
+_LABEL = 30
 
 
 @click.command()
@@ -17,75 +34,179 @@ _PERIOD_NS = 10_000_000
 @click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
 def sensors(*, specs: tuple[str, ...], as_json: bool) -> None:
     """Open each sensor, read it for a moment, and say what it gives."""
-    from pepr_profiler import _core
-    from pepr_profiler.profiler import DETECTED
+    from pepr_profiler import detect
 
-    chosen = specs or DETECTED
-    lanes = {spec: _core.Sampler(spec, _PERIOD_NS) for spec in chosen}
-    time.sleep(_LOOK_S)  # what it looks at is the passing of time
-    found: list[dict[str, Any]] = []
-    missing: list[dict[str, str]] = []
-    for spec, sampler in lanes.items():
-        channels, notes = _look(spec, sampler)
-        found += channels
-        missing += notes
+    where = detect.place()
+    recorded = specs or detect.detect()
+    # What detection left out is looked at too: it is there, or there is a reason why not.
+    kinds = {spec.partition(":")[0] for spec in recorded}
+    others = () if specs else tuple(kind for kind in detect.KINDS if kind not in kinds)
+    channels, missing = _look((*recorded, *others), recorded, where)
     if as_json:
-        click.echo(json.dumps({"channels": found, "missing": missing}, indent=1))
+        found = {"place": asdict(where), "recorded": recorded}
+        click.echo(json.dumps({**found, "channels": channels, "missing": missing}, indent=1))
         return
-    _print(found, missing)
+    click.echo(f"sensors of {os.uname().nodename}, seen by {where}\n")
+    click.echo("\n".join([*_measured(channels), *_missing(missing)]).rstrip())
 
 
-def _look(spec: str, sampler: Any) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    import numpy as np
-
+def _look(
+    specs: tuple[str, ...], recorded: tuple[str, ...], where: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """The channels of all sensors with what they read, and what is missing."""
+    from pepr_profiler import _core, modelled
+    from pepr_profiler.detect import remedy
     from pepr_profiler.energy import find_sources
     from pepr_profiler.errors import SensorError
     from pepr_profiler.trace import Lane, describe
 
-    try:
-        if not sampler.wait_ready(5.0):
-            why = "its driver has not answered for 5 s"
-            return [], [{"what": spec, "why": why, "fix": "see dmesg for its driver"}]
-    except SensorError as error:
-        return [], [{"what": error.what, "why": error.why, "fix": error.fix}]
-    sampler.stop(1.0)
-    lane = Lane(spec.partition(":")[0], spec, _PERIOD_NS, describe(sampler.channels))
-    rows = sampler.read()
-    read_us = float(np.median(np.frombuffer(rows[2], dtype=np.uint32))) / 1e3
-    used = {source.channel: source for source in find_sources([lane])}
+    periods_ns = [_PERIOD_NS.get(spec.partition(":")[0], _OTHER_PERIOD_NS) for spec in specs]
+    samplers = [_core.Sampler(s, p) for s, p in zip(specs, periods_ns, strict=True)]
+    deadline = time.monotonic() + _OPEN_S
+    opened: list[tuple[Lane, Sampler]] = []
+    missing = []
+    kinds: list[str] = []
+    for spec, period_ns, sampler in zip(specs, periods_ns, samplers, strict=True):
+        try:
+            if not sampler.wait_ready(max(0.0, deadline - time.monotonic())):
+                why = f"its driver has not answered for {_OPEN_S:.0f} s"
+                missing.append({"what": spec, "why": why, "fix": "see dmesg for its driver"})
+                continue
+        except SensorError as e:
+            missing.append(remedy(spec, what=e.what, why=e.why, fix=e.fix, where=where))
+            continue
+        kind = spec.partition(":")[0]
+        kinds.append(kind)
+        name = kind if kinds.count(kind) == 1 else f"{kind}-{kinds.count(kind)}"
+        opened.append((Lane(name, spec, period_ns, describe(sampler.channels)), sampler))
+        missing += [
+            remedy(spec, what=n.what, why=n.why, fix=n.fix, where=where) for n in sampler.notes
+        ]
+    if opened:
+        time.sleep(_LOOK_S)  # what it looks at is the passing of time
+    vendor = modelled.read_cpu_identity().vendor or ""
+    sources = find_sources([lane for lane, _ in opened], cpu_vendor=vendor)
+    by_channel = {(source.lane, source.channel): source for source in sources}
     channels = []
-    for index, (channel, column) in enumerate(zip(lane.channels, rows[3], strict=True)):
-        source = used.get(index)
-        last = np.frombuffer(column)[-1] * channel.scale
-        channels.append(
+    for lane, sampler in opened:
+        sampler.stop(1.0)
+        for index, facts in enumerate(_read(lane, sampler)):
+            source = by_channel.get((lane.name, index))
+            used = source is not None and source.in_total and lane.spec in recorded
+            facts["component"] = source.id if source else None
+            facts["label"] = source.label if source else None
+            facts["in_total"] = used
+            facts["excluded"] = source.excluded if source else ""
+            if source and source.in_total and not used:
+                facts["excluded"] = "not recorded: what is recorded covers it"
+            channels.append(facts)
+    return channels, missing
+
+
+def _read(lane: Lane, sampler: Sampler) -> list[dict[str, Any]]:
+    """What each channel of a lane read, how often it changed and what a read took."""
+    import numpy as np
+
+    batches = []
+    while (batch := sampler.read()) is not None:
+        batches.append(batch)
+    t_s = np.concatenate([np.frombuffer(b[1], dtype=np.int64) for b in batches]) * 1e-9
+    read_s = np.concatenate([np.frombuffer(b[2], dtype=np.uint32) for b in batches]) * 1e-9
+    result = []
+    for index, channel in enumerate(lane.channels):
+        values = np.concatenate([np.frombuffer(b[3][index]) for b in batches])
+        known = np.isfinite(values)
+        values, at_s = values[known] * channel.scale, t_s[known]
+        steps = np.diff(values)
+        moved_s = at_s[1:][steps != 0]
+        refresh_s = power_w = None
+        if len(moved_s) >= _ENOUGH_CHANGES:
+            refresh_s = float(np.median(np.diff(moved_s)))
+        if channel.quantity == "power" and len(values):
+            power_w = float(values[-1])
+        elif channel.quantity == "energy" and len(moved_s) > 1:
+            steps = np.where(steps < 0, steps + channel.modulus * channel.scale, steps)
+            # From change to change: a counter says nothing about the time since.
+            power_w = float(steps[steps != 0][1:].sum() / (moved_s[-1] - moved_s[0]))
+        result.append(
             {
-                "sensor": spec,
+                "sensor": lane.spec,
                 "channel": channel.name,
+                "source": channel.source,
                 "quantity": channel.quantity,
-                "value": float(last) if np.isfinite(last) else None,
+                "value": float(values[-1]) if len(values) else None,
                 "unit": channel.unit,
-                "component": source.id if source else None,
-                "in_total": source.in_total if source else False,
-                "excluded": source.excluded if source else "",
-                "lane_read_us": read_us,
+                "power_w": power_w,
+                "refresh_s": refresh_s,
+                "looked_every_s": lane.period_ns * 1e-9,
+                "lane_read_us": float(np.median(read_s)) * 1e6,
             }
         )
-    notes = [{"what": n.what, "why": n.why, "fix": n.fix} for n in sampler.notes]
-    return channels, notes
+    return result
 
 
-def _print(found: list[dict[str, Any]], missing: list[dict[str, str]]) -> None:
+def _measured(channels: list[dict[str, Any]]) -> list[str]:
+    """By sensor: what a read costs, then two lines a component: its power and its use, its id."""
     from pepr_profiler.units import format_quantity
 
-    for channel in found:
-        value = format_quantity(channel["value"], channel["unit"])
-        if channel["unit"] == "1" and channel["value"] is not None:
-            value = f"{channel['value']:.0%}"
-        use = "in the total" if channel["in_total"] else channel["excluded"] or "recorded beside"
-        click.echo(f"{channel['channel']:<32} {channel['quantity']:<12} {value:>12}  {use}")
-    if not found:
-        click.echo("no energy sensor: CPU and memory energy will be modelled from utilisation")
-    for note in missing:
-        click.echo(f"missing  {note['what']}: {note['why']}")
-        if note["fix"]:
-            click.echo(f"         fix: {note['fix']}")
+    lines = []
+    for spec, group in itertools.groupby(channels, key=lambda channel: channel["sensor"]):
+        found = list(group)
+        cost = format_quantity(found[0]["lane_read_us"] * 1e-6, "s")
+        lines += _wrapped(f"{spec}  one read of all takes {cost}", "  ", " " * 6)
+        beside = []
+        for c in found:
+            value = format_quantity(c["value"], c["unit"])
+            if c["unit"] == "1" and c["value"] is not None:
+                value = f"{c['value']:.0%}"
+            if c["component"] is None:
+                beside.append(f"{c['source']} {value}")
+                continue
+            use = "in the total" if c["in_total"] else f"not added: {c['excluded']}"
+            label = c["label"]
+            if len(label) > _LABEL:
+                lines.append(f"    {label}")
+                label = ""
+            now = format_quantity(c["power_w"], "W")
+            row = f"    {label:<{_LABEL}} {now:>9} {_refresh(c):>9}  "
+            first, *rest = textwrap.wrap(use, _WIDTH - len(row))
+            lines += [row + first, *(" " * len(row) + more for more in rest)]
+            lines += _wrapped(f"{c['component']}  ({c['source']})", " " * 6)
+        lines += _wrapped("recorded beside: " + ", ".join(beside), " " * 4) if beside else []
+        lines.append("")
+    if any(c["in_total"] for c in channels):
+        heads = f"    {'measured':<{_LABEL}} {'now':>9} {'refresh':>9}  use"
+        return [heads, "", *lines]
+    return [*lines, "  no energy sensor: CPU and memory energy are modelled from utilisation", ""]
+
+
+def _refresh(channel: dict[str, Any]) -> str:
+    """The refresh period, or that it was too short or too long to be seen."""
+    from pepr_profiler.units import format_quantity
+
+    refresh_s, step_s = channel["refresh_s"], channel["looked_every_s"]
+    if refresh_s is None:
+        return "not seen"
+    if refresh_s < 1.5 * step_s:
+        return f"< {1e3 * step_s:.1f} ms"
+    return str(format_quantity(refresh_s, "s"))
+
+
+def _missing(missing: list[dict[str, str]]) -> list[str]:
+    lines = []
+    for item in missing:
+        lines += _wrapped(f"missing  {item['what']}", "  ", " " * 11)
+        lines += _wrapped(f"why  {item['why']}", " " * 11, " " * 16)
+        lines += [*_wrapped(f"fix  {item['fix']}", " " * 11, " " * 16), ""]
+    return lines
+
+
+def _wrapped(text: str, indent: str, rest: str | None = None) -> list[str]:
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent if rest is None else rest,
+        break_on_hyphens=False,
+        break_long_words=False,  # a command must stay one that can be copied
+    )

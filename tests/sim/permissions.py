@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 # linux/capability.h, linux/prctl.h; the syscalls have no wrapper in libc's headers, but in libc.
 _DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2
+_SYS_ADMIN, _PERFMON = 21, 38
 _VERSION_3 = 0x20080522
 _PR_CAPBSET_DROP = 24
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -28,18 +29,33 @@ def _check(status: int) -> None:
 
 
 @contextmanager
-def obeying_permissions() -> Iterator[None]:
-    """Within the block, this thread cannot read past file modes. No effect on children."""
+def _without(*capabilities: int) -> Iterator[None]:
     header, sets = _Header(_VERSION_3, 0), (_Sets * 2)()
     _check(_libc.capget(ctypes.byref(header), sets))
-    before = sets[0].effective
-    sets[0].effective = before & ~(1 << _DAC_OVERRIDE | 1 << _DAC_READ_SEARCH)
+    before = [words.effective for words in sets]
+    for capability in capabilities:
+        sets[capability // 32].effective &= ~(1 << capability % 32)
     _check(_libc.capset(ctypes.byref(header), sets))
     try:
         yield
     finally:
-        sets[0].effective = before
+        for words, effective in zip(sets, before, strict=True):
+            words.effective = effective
         _check(_libc.capset(ctypes.byref(header), sets))
+
+
+@contextmanager
+def obeying_permissions() -> Iterator[None]:
+    """Within the block, this thread cannot read past file modes. No effect on children."""
+    with _without(_DAC_OVERRIDE, _DAC_READ_SEARCH):
+        yield
+
+
+@contextmanager
+def without_perf() -> Iterator[None]:
+    """Within the block, this thread counts what kernel.perf_event_paranoid lets any user count."""
+    with _without(_SYS_ADMIN, _PERFMON):
+        yield
 
 
 def obey_permissions() -> None:

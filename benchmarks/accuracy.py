@@ -1,0 +1,214 @@
+"""Energy and its uncertainty against exact truth, over simulated sensors in virtual time."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.common import ROOT, header, judge, main, show
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+from sim import virtual
+from sim.waves import Constant, Square
+
+from pepr_profiler.energy import Budget, Curve, budget, find_sources, integrate
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Table = dict[str, list[tuple[float, float, float, float]]]
+"""By load: error against truth, error beside gain and offset, standard uncertainty, truth; J."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Some runs of one class of sensor."""
+
+    name: str
+    runs: int
+    seconds: float
+    cadenced: bool
+    seed: int
+
+
+def measured(run: virtual.Run, edges_s: Sequence[float]) -> tuple[Curve, NDArray[np.int64]]:
+    """The product's own way from a lane to a curve, at the edges."""
+    (source,) = find_sources([run.lane], cpu_vendor="GenuineIntel")
+    at_ns = np.array([virtual.instant_ns(edge_s) for edge_s in edges_s])
+    return integrate(run.batches, [source], at_ns)[0], at_ns
+
+
+def whole(curve: Curve, at_ns: NDArray[np.int64]) -> Budget:
+    """The budget from the first edge to the last."""
+    return budget(curve, at_ns, np.array([0]), np.array([len(at_ns) - 1]))
+
+
+def simulate(task: Task) -> Table:
+    """Every load once a run, each on a board of its own."""
+    random = np.random.default_rng([task.seed, *task.name.encode()])
+    table: Table = {}
+    for _ in range(task.runs):
+        for load, wave in virtual.loads(random, task.seconds):
+            kind = virtual.CLASSES[task.name]
+            run = virtual.record(kind, wave, random, end_s=task.seconds, cadenced=task.cadenced)
+            curve, at_ns = measured(run, (0.0, task.seconds))
+            energy_j = float(curve.energy_j[1] - curve.energy_j[0])
+            truth_j, u_j = run.truth_j(), whole(curve, at_ns).u_j
+            row = (energy_j - truth_j, energy_j - run.board_j(), u_j, truth_j)
+            table.setdefault(load, []).append(row)
+    return table
+
+
+def many(pool: ProcessPoolExecutor, tasks: Sequence[Task]) -> Iterator[tuple[str, Table]]:
+    """Tasks of one class put together, in order of the classes."""
+    by_name: dict[str, Table] = {}
+    for task, part in zip(tasks, pool.map(simulate, tasks), strict=True):
+        table = by_name.setdefault(task.name, {})
+        for load, rows in part.items():
+            table.setdefault(load, []).extend(rows)
+    yield from by_name.items()
+
+
+def split(name: str, runs: int, seconds: float) -> list[Task]:
+    """A class's runs as tasks: half read at a fixed period, half at the learnt cadence."""
+    half = runs // 2
+    return [
+        Task(name, half, seconds, cadenced=False, seed=1),
+        Task(name, runs - half, seconds, cadenced=True, seed=2),
+    ]
+
+
+def coverage(rows: Sequence[tuple[float, ...]]) -> tuple[float, float, float, float]:
+    """Median and 95th percentile of |error| beside gain and offset, coverage, width ratio.
+
+    The width ratio is that of the k = 2 intervals to those that, all scaled alike, hold 95 % of the
+    truths.
+    """
+    errors_j, beside_j, u_j, truth_j = np.array(rows).T
+    relative = np.abs(beside_j) / truth_j
+    distance = np.abs(errors_j) / (2 * u_j)
+    covered = float(np.mean(distance <= 1))
+    width = 1 / float(np.quantile(distance, 0.95))
+    return float(np.median(relative)), float(np.quantile(relative, 0.95)), covered, width
+
+
+def intervals(pool: ProcessPoolExecutor, runs: int) -> None:
+    """Coverage and width of the interval for every class and load."""
+    print(f"\n  k = 2 intervals over {runs} runs of 20 s each, gain and offset drawn per board")
+    print("  error is beside the board's gain and offset; goal: covered 93 to 99 %, width <= 1.5")
+    print(f"  {'class':<16}{'load':<10}{'median':>9}{'p95':>9}{'covered':>9}{'width':>7}")
+    tasks = [task for name in virtual.CLASSES for task in split(name, runs, 20.0)]
+    for name, table in many(pool, tasks):
+        every = [row for rows in table.values() for row in rows]
+        for load, rows in [*table.items(), ("all", every)]:
+            median, p95, covered, width = coverage(rows)
+            reached = 0.93 <= covered <= 0.99 and width <= 1.5
+            figures = f"{median:>9.3%}{p95:>9.3%}{covered:>9.1%}{width:>7.2f}"
+            verdict = "reached" if reached else "MISSED"
+            print(f"  {name:<16}{load:<10}{figures}   {verdict}", flush=True)
+
+
+def counters(pool: ProcessPoolExecutor, runs: int) -> None:
+    """Windows of 2 s and phases of 200 ms behind counters."""
+    print("\n  energy counters beside their gain, windows of 2 s, 95th percentile of |error|")
+    names = [name for name, kind in virtual.CLASSES.items() if kind.counter]
+    for name, table in many(pool, [Task(n, runs, 2.0, cadenced=True, seed=3) for n in names]):
+        for load, rows in table.items():
+            p95 = coverage(rows)[1]
+            judge(f"{name}, {load}", p95, "%", scale=100, most=0.5)
+    print("\n  phases of 200 ms, constant load, every alignment: the worst error")
+    for name in names:
+        judge(name, worst_phase(virtual.CLASSES[name], runs), "%", scale=100, most=5)
+
+
+def worst_phase(kind: virtual.SensorClass, runs: int) -> float:
+    """The largest relative error over phases of 200 ms that begin anywhere."""
+    random = np.random.default_rng(4)
+    worst = 0.0
+    for _ in range(runs // 10):
+        run = virtual.record(kind, Constant(300.0), random, end_s=6.0, gain_u=0.0, cadenced=True)
+        begins_s = random.uniform(0.0, 5.8, 50)
+        edges_s = np.sort(np.concatenate((begins_s, begins_s + 0.2)))
+        curve, _ = measured(run, edges_s.tolist())
+        ends_j = curve.energy_j[np.searchsorted(edges_s, begins_s + 0.2)]
+        error_j = ends_j - curve.energy_j[np.searchsorted(edges_s, begins_s)] - 60.0
+        worst = max(worst, float(np.max(np.abs(error_j))) / 60.0)
+    return worst
+
+
+def quarter_duty(pool: ProcessPoolExecutor, runs: int) -> None:
+    """Power only, a window of 25 of 100 ms, random bursts of 20 s."""
+    print("\n  power only, 25 ms of each 100 ms seen, random bursts of 20 s")
+    for name, table in many(
+        pool, [t for n in ("a100", "h100 instant") for t in split(n, runs, 20)]
+    ):
+        judge(f"{name}, median |error|", coverage(table["bursty"])[0], "%", scale=100, most=3)
+
+
+def aliasing(runs: int) -> None:
+    """How often a load in step with the refreshes is told, and one that is not is suspected."""
+    print("\n  aliasing, 25 ms of each 100 ms seen, runs of 20 s: warned")
+    random = np.random.default_rng(5)
+    kind = virtual.CLASSES["a100"]
+
+    def warned(draw: Any) -> float:
+        hits = 0
+        for _ in range(runs // 10):
+            run = virtual.record(kind, draw(), random, end_s=20.0, gain_u=0.0)
+            hits += measured(run, (0.0, 20.0))[0].aliased
+        return hits / (runs // 10)
+
+    def in_step(refreshes: float) -> Any:
+        return lambda: Square(refreshes * 0.1015, 100.0, 350.0, 0.4, random.uniform(0, 0.3))
+
+    for refreshes in (2, 3, 1):
+        show(
+            f"a step of {refreshes} refreshes, within 2.5 %", warned(in_step(refreshes)), "of runs"
+        )
+    slow = [wave for _ in range(runs // 50) for _, wave in virtual.loads(random, 20.0)]
+    judge("training-like loads", warned(iter(slow).__next__), "of runs", most=0.01)
+
+
+def fixed() -> None:
+    """Wraps and sums."""
+    print("\n  exact sums")
+    times_s = np.arange(0, 657.01, 0.01)
+    raw = virtual.rapl_uj(Constant(100.0), times_s, range_uj=65.7e6)
+    lane = virtual.rapl_lane(range_uj=65.7e6, period_s=0.01)
+    (source,) = find_sources([lane], cpu_vendor="GenuineIntel")
+    edges_ns = np.array([virtual.instant_ns(t) for t in np.arange(0.5, 656.4, 0.25)])
+    (curve,) = integrate([virtual.batch(times_s, raw)], [source], edges_ns)
+    off = np.abs(np.diff(curve.energy_j) - 25.0) > 1.0
+    judge(f"{curve.wraps} wraps: windows negative or off", float(off.sum()), "windows", most=0)
+    random = np.random.default_rng(6)
+    total_j = 0.0
+    for _ in range(4):
+        kind = virtual.CLASSES["counter 100 ms"]
+        run = virtual.record(kind, Constant(400.0), random, end_s=10.0, gain_u=0.0, cadenced=True)
+        curve, _ = measured(run, (0.0, 10.0))
+        total_j += float(curve.energy_j[1] - curve.energy_j[0])
+    judge("4 GPUs at 400 W for 10 s, off 16,000 J by", abs(total_j - 16_000), "J", most=80)
+
+
+def measure() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
+    parser.add_argument("--runs", type=int, default=2000, help="runs a class and load")
+    runs = parser.parse_args().runs
+    header("accuracy: energy and its uncertainty against exact truth")
+    with ProcessPoolExecutor() as pool:
+        intervals(pool, runs)
+        counters(pool, min(runs, 500))
+        quarter_duty(pool, min(runs, 500))
+    aliasing(min(runs, 1000))
+    fixed()
+
+
+if __name__ == "__main__":
+    main(measure)

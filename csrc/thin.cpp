@@ -1,0 +1,172 @@
+#include "thin.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+namespace pepr {
+
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kStandstills = 8;  // usual times between changes, from which on it is one
+
+// One column on its way from the row that was kept last.
+struct Column {
+    ThinRule rule;
+    const double* values;
+    double usual_s = 0.0;  // between two changes
+    double changed_s = 0.0;
+
+    double t_s = 0.0, first = 0.0;                // of the row kept last
+    double least = -kInfinity, most = kInfinity;  // slopes of lines through all that came since
+    double integral = 0.0, largest = 0.0;
+    bool moved = false, fresh = true, holds = true;
+
+    void begin(std::size_t row, double at_s) {
+        t_s = at_s;
+        first = values[row];
+        least = -kInfinity;
+        most = kInfinity;
+        integral = largest = 0.0;
+        moved = false;
+        fresh = holds = true;
+    }
+
+    // Takes in a row. False: no row from here on can follow the one kept last.
+    bool takes(std::size_t row, double at_s, double before_s) {
+        const double value = values[row];
+        if (std::isnan(value)) return true;
+        const double since_s = at_s - t_s;
+        switch (rule.kind) {
+            case ThinRule::Kind::kLine: {
+                const bool changes = value != values[row - 1];
+                fresh = changes || !moved;
+                holds = true;
+                if (!changes) return true;
+                moved = true;
+                const double slope = (value - first) / since_s;
+                holds = slope >= least && slope <= most;
+                const double off = rule.tolerance * slope * usual_s;
+                narrow(slope, off / since_s);
+                return least <= most;
+            }
+            case ThinRule::Kind::kHold: {
+                const double allowed = rule.tolerance * std::abs(first);
+                const bool within = std::abs(value - first) <= allowed;
+                integral += (value - first) * (at_s - before_s);
+                return within && std::abs(integral) <= 20 * allowed * usual_s;
+            }
+            case ThinRule::Kind::kLevel: {
+                integral += value * (at_s - before_s);
+                largest = std::max({largest, std::abs(value), std::abs(first)});
+                narrow(integral / since_s, rule.tolerance * largest / since_s);
+                return least <= most;
+            }
+        }
+        return false;
+    }
+
+    bool ends_well() const { return fresh && holds; }
+
+    // What makes this row and the one before it worth keeping, whatever the rest says.
+    bool breaks(std::size_t row, double at_s) {
+        const double value = values[row], before = values[row - 1];
+        if (std::isnan(value) != std::isnan(before)) return true;
+        if (rule.kind != ThinRule::Kind::kLine || value == before) return false;
+        const double still_s = at_s - changed_s;
+        changed_s = at_s;
+        return value < before || still_s > kStandstills * usual_s;
+    }
+
+private:
+    void narrow(double slope, double by) {
+        least = std::max(least, slope - std::abs(by));
+        most = std::min(most, slope + std::abs(by));
+    }
+};
+
+double usual_interval_s(const double* values, const std::int64_t* t_ns, std::size_t n) {
+    std::int64_t sum_ns = 0, count = 0, last_ns = -1;
+    for (std::size_t i = 1; i < n; ++i) {
+        if (values[i] == values[i - 1] || std::isnan(values[i])) continue;
+        if (last_ns >= 0 && t_ns[i] - last_ns < kThinGapNs) {
+            sum_ns += t_ns[i] - last_ns;
+            ++count;
+        }
+        last_ns = t_ns[i];
+    }
+    if (count > 0) return 1e-9 * static_cast<double>(sum_ns) / static_cast<double>(count);
+    return n > 1 ? 1e-9 * static_cast<double>(t_ns[n - 1] - t_ns[0]) / static_cast<double>(n - 1)
+                 : 0.0;
+}
+
+std::pair<std::size_t, std::size_t> extremes(const double* values, std::size_t n) {
+    std::size_t lowest = 0, highest = 0;
+    for (std::size_t i = 1; i < n; ++i) {
+        if (!(values[i] >= values[lowest]) && !std::isnan(values[i])) lowest = i;
+        if (!(values[i] <= values[highest]) && !std::isnan(values[i])) highest = i;
+    }
+    return {lowest, highest};
+}
+
+}  // namespace
+
+std::vector<std::size_t> thin(const std::vector<ThinRule>& rules, const std::int64_t* t_ns,
+                              const double* values, std::size_t stride, std::size_t n,
+                              std::size_t whole) {
+    std::vector<std::size_t> kept;
+    if (n == 0) return kept;
+    std::vector<Column> columns;
+    for (std::size_t c = 0; c < rules.size(); ++c) {
+        Column column{};
+        column.rule = rules[c];
+        column.values = values + c * stride;
+        column.usual_s = usual_interval_s(column.values, t_ns, n);
+        columns.push_back(column);
+    }
+    const auto at_s = [&](std::size_t row) {
+        return 1e-9 * static_cast<double>(t_ns[row] - t_ns[0]);
+    };
+
+    std::vector<bool> must(n, false);
+    must[0] = must[n - 1] = true;
+    std::fill_n(must.begin(), std::min(whole, n), true);
+    for (std::size_t i = 1; i < n; ++i) {
+        if (t_ns[i] - t_ns[i - 1] > kThinGapNs) must[i - 1] = must[i] = true;
+        for (Column& column : columns)
+            if (column.breaks(i, at_s(i))) must[i - 1] = must[i] = true;
+    }
+    for (const Column& column : columns) {
+        if (column.rule.kind == ThinRule::Kind::kLine) continue;
+        const auto [lowest, highest] = extremes(column.values, n);
+        must[lowest] = must[highest] = true;
+    }
+
+    const auto keep = [&](std::size_t row) {
+        kept.push_back(row);
+        for (Column& column : columns) column.begin(row, at_s(row));
+    };
+    keep(0);
+    std::size_t candidate = 0;  // the last row that could follow the one kept last
+    for (std::size_t i = 1; i < n; ++i) {
+        bool goes_on = t_ns[i] - t_ns[kept.back()] <= kThinLongestNs, ends_well = true;
+        for (Column& column : columns) {
+            goes_on &= column.takes(i, at_s(i), at_s(i - 1));
+            ends_well &= column.ends_well();
+        }
+        if (goes_on && ends_well) candidate = i;
+        const bool lost = !goes_on || (must[i] && candidate != i);
+        if (lost && kept.back() + 1 < i) {
+            // Back to the last row that would do; without one, to the row after the last kept one.
+            i = candidate > kept.back() ? candidate : kept.back() + 1;
+            keep(i);
+        } else if (lost || must[i]) {
+            keep(i);
+        }
+    }
+    return kept;
+}
+
+}  // namespace pepr

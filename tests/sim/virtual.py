@@ -1,0 +1,326 @@
+"""Sensors in virtual time: what they would have shown at given instants, computed at once.
+
+The waves and boards are those of the live kit, so that a recording of an hour takes milliseconds
+and its truth is exact. Arrays of times are seconds since the epoch (n,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pepr_profiler.trace import Batch, Channel, Lane
+from sim.nvml import Gpu, Sensor
+from sim.waves import Constant, Points, Sine, Square, Step, Wave
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Times = NDArray[np.float64]
+
+READ_NS = 40_000
+"""How long a read takes; its value is from the middle of it."""
+
+
+def cumulative_j(wave: Wave, t_s: Times) -> Times:
+    """The energy from some fixed instant to each of `t_s`; only differences mean anything."""
+    t_s = np.asarray(t_s, dtype=np.float64)
+    if isinstance(wave, Constant):
+        return wave.level_w * t_s
+    if isinstance(wave, Step):
+        since_s = t_s - wave.at_s
+        return wave.before_w * np.minimum(since_s, 0) + wave.after_w * np.maximum(since_s, 0)
+    if isinstance(wave, Square):
+        whole, rest_s = np.divmod(t_s - wave.shift_s, wave.period_s)
+        high_s = wave.duty * wave.period_s
+        high_s = whole * high_s + np.minimum(rest_s, high_s)
+        return wave.low_w * t_s + (wave.high_w - wave.low_w) * high_s
+    if isinstance(wave, Sine):
+        turn = 2 * np.pi / wave.period_s
+        swing_j = -wave.amplitude_w / turn * np.cos(turn * (t_s - wave.shift_s))
+        return wave.mean_w * t_s + swing_j
+    if isinstance(wave, Points):
+        knots_s, power_w = np.array(wave.points).T
+        energy_j = np.append(0.0, np.cumsum(np.diff(knots_s) * (power_w[1:] + power_w[:-1]) / 2))
+        left = np.clip(np.searchsorted(knots_s, t_s, side="right") - 1, 0, None)
+        inside_s = np.clip(t_s, knots_s[0], knots_s[-1]) - knots_s[left]
+        slope = np.append(np.diff(power_w) / np.diff(knots_s), 0.0)[left]
+        result = energy_j[left] + inside_s * (power_w[left] + slope * inside_s / 2)
+        result += np.minimum(t_s - knots_s[0], 0) * power_w[0]
+        return result + np.maximum(t_s - knots_s[-1], 0) * power_w[-1]
+    raise TypeError(f"no vectorised integral of {type(wave).__name__}")
+
+
+def bursts(
+    random: np.random.Generator,
+    t0_s: float,
+    t1_s: float,
+    *,
+    idle_w: float = 60.0,
+    busy_w: tuple[float, float] = (150.0, 400.0),
+    seconds: tuple[float, float] = (0.05, 0.8),
+) -> Points:
+    """Random work: bursts of random power and rests, each of random length, edges of 1 us."""
+    count = int((t1_s - t0_s) / seconds[0]) + 2
+    ends_s = t0_s + np.cumsum(random.uniform(*seconds, count))
+    ends_s = ends_s[: int(np.searchsorted(ends_s, t1_s)) + 1]
+    level_w = np.where(np.arange(len(ends_s)) % 2, idle_w, random.uniform(*busy_w, len(ends_s)))
+    begins_s = np.append(t0_s, ends_s[:-1] + 1e-6)
+    knots_s = np.stack((begins_s, ends_s), axis=1).ravel()
+    return Points(tuple(zip(knots_s.tolist(), np.repeat(level_w, 2).tolist(), strict=True)))
+
+
+def _refreshed(t_s: Times, period_s: float, phase_s: float) -> Times:
+    return np.floor((t_s - phase_s) / period_s) * period_s + phase_s
+
+
+def _window_w(gpu: Gpu, t_s: Times, window_s: float) -> Times:
+    at_s = _refreshed(t_s, gpu.sensor.refresh_s, gpu.sensor.phase_s)
+    energy_j = cumulative_j(gpu.wave, at_s) - cumulative_j(gpu.wave, at_s - window_s)
+    return gpu.gain * energy_j / window_s + gpu.offset_w
+
+
+def instant_mw(gpu: Gpu, t_s: Times) -> Times:
+    """The instant power readings, whole mW."""
+    return np.floor(1e3 * _window_w(gpu, t_s, gpu.sensor.window_s))
+
+
+def average_mw(gpu: Gpu, t_s: Times) -> Times:
+    """The averaged power readings, whole mW."""
+    return np.floor(1e3 * _window_w(gpu, t_s, gpu.sensor.average_s))
+
+
+_RISE = np.append(0.0, np.geomspace(0.02, 6.0, 24))
+_RISE_WEIGHTS = np.diff(-np.exp(-_RISE)) / (1 - np.exp(-_RISE[-1]))
+
+
+def filtered_mw(gpu: Gpu, t_s: Times, *, time_constant_s: float) -> Times:
+    """Readings that approach the power exponentially, as Kepler's do: a mean of past means."""
+    at_s = _refreshed(t_s, gpu.sensor.refresh_s, gpu.sensor.phase_s)[:, np.newaxis]
+    back_s = _RISE * time_constant_s
+    energy_j = -np.diff(cumulative_j(gpu.wave, at_s - back_s), axis=1)
+    power_w = energy_j / np.diff(back_s) @ _RISE_WEIGHTS
+    return np.floor(1e3 * (gpu.gain * power_w + gpu.offset_w))
+
+
+def counter_mj(gpu: Gpu, t_s: Times) -> Times:
+    """The energy counter, whole mJ; without resets."""
+    if gpu.sensor.counter_refresh_s is None:
+        raise ValueError("this board has no energy counter")
+    at_s = _refreshed(t_s, gpu.sensor.counter_refresh_s, gpu.sensor.phase_s)
+    true_j = cumulative_j(gpu.wave, at_s) - cumulative_j(gpu.wave, np.zeros(1))
+    seen_j = gpu.counter_gain * true_j + gpu.counter_offset_w * at_s
+    return np.floor(gpu.counter_start_mj + 1e3 * seen_j)
+
+
+def rapl_uj(
+    wave: Wave,
+    t_s: Times,
+    *,
+    gain: float = 1.0,
+    refresh_s: float = 1e-3,
+    unit_j: float = 2.0**-14,
+    range_uj: float = 262_143_328_850.0,
+    start_uj: float = 0.0,
+) -> Times:
+    """A RAPL zone's `energy_uj`: refreshed each ms, in the register's unit, wrapped."""
+    at_s = _refreshed(t_s, refresh_s, 0.0)
+    energy_j = gain * (cumulative_j(wave, at_s) - cumulative_j(wave, np.zeros(1)))
+    return np.floor(start_uj + 1e6 * unit_j * np.floor(energy_j / unit_j)) % range_uj
+
+
+def read_times_s(
+    random: np.random.Generator, begin_s: float, end_s: float, *, period_s: float
+) -> Times:
+    """When a lane of a fixed period reads from `begin_s` to `end_s`, included; a little late."""
+    t_s = np.arange(begin_s, end_s, period_s)
+    late_s = np.minimum(random.exponential(1e-4, len(t_s)), period_s / 2)
+    t_s = t_s + late_s
+    return np.append(t_s[t_s < end_s - 1e-3], end_s)
+
+
+def cadenced_times_s(
+    random: np.random.Generator,
+    begin_s: float,
+    end_s: float,
+    *,
+    refresh_s: float,
+    phase_s: float,
+    wasted: float = 0.2,
+) -> Times:
+    """When a lane reads that follows the refreshes: just after each, and too early now and then."""
+    first, last = np.ceil((begin_s - phase_s) / refresh_s), np.floor((end_s - phase_s) / refresh_s)
+    at_s = phase_s + refresh_s * np.arange(first, last + 1)
+    after_s = at_s + 1e-3 + np.minimum(random.exponential(1e-3, len(at_s)), refresh_s / 4)
+    early_s = (at_s - 1e-3)[random.uniform(size=len(at_s)) < wasted]
+    t_s = np.sort(np.concatenate((after_s, early_s)))
+    return np.concatenate(([begin_s], t_s[(t_s > begin_s) & (t_s < end_s - 1e-3)], [end_s]))
+
+
+def batch(t_s: Times, *columns: Times) -> Batch:
+    """Reads around `t_s` as a lane's rows, one column a channel, in raw units."""
+    t_ns = np.round(np.asarray(t_s) * 1e9).astype(np.int64) + EPOCH_NS - READ_NS // 2
+    return Batch(t_ns, np.full(len(t_ns), READ_NS, np.int64), np.array(columns, np.float64))
+
+
+EPOCH_NS = 1_000_000_000_000
+"""The kit's epoch in CLOCK_MONOTONIC time."""
+
+
+def instant_ns(t_s: float) -> int:
+    """A time of the kit as the recording has it."""
+    return EPOCH_NS + round(t_s * 1e9)
+
+
+_NVML = {
+    "nvml-energy": ("energy", "J", True),
+    "nvml-power": ("power", "W", False),
+    "nvml-power-average": ("power", "W", False),
+    "nvml-power-instant": ("power", "W", False),
+}
+
+
+def nvml_lane(*sources: str, model: str = "NVIDIA GPU", period_s: float = 0.05) -> Lane:
+    """A lane with these readings of one board."""
+    labels = {"uuid": "GPU-1", "model": model, "index": "0"}
+    channels = tuple(
+        Channel(f"GPU-1/{name}", *_NVML[name][:2], 1e-3, 0.0, _NVML[name][2], name, dict(labels))
+        for name in sources
+    )
+    return Lane("nvml", "nvml", round(period_s * 1e9), channels)
+
+
+def rapl_lane(*, range_uj: float = 262_143_328_850.0, period_s: float = 0.02) -> Lane:
+    """A lane with one package."""
+    labels = {"zone": "intel-rapl:0", "name": "package-0"}
+    channel = Channel("p", "energy", "J", 1e-6, range_uj, True, "powercap", labels)
+    return Lane("powercap", "powercap", round(period_s * 1e9), (channel,))
+
+
+@dataclass(frozen=True)
+class SensorClass:
+    """A class of MEASUREMENT.md, B: the source it is recorded as, and how it looks at power."""
+
+    source: str
+    sensor: Sensor | None
+    rise_s: tuple[float, float] | None = None
+    counter: bool = False
+
+
+CLASSES: Mapping[str, SensorClass] = {
+    "kepler": SensorClass("nvml-power", Sensor(0.1, 0.001), rise_s=(0.09, 0.48)),
+    "pascal, volta": SensorClass("nvml-power", Sensor(0.02, 0.01)),
+    "turing": SensorClass("nvml-power", Sensor(0.1, 0.1)),
+    "ampere instant": SensorClass("nvml-power-instant", Sensor(0.1, 0.1)),
+    "ampere average": SensorClass("nvml-power-average", Sensor(0.1, 0.1)),
+    "a100": SensorClass("nvml-power", Sensor(0.1, 0.025)),
+    "h100 instant": SensorClass("nvml-power-instant", Sensor(0.1, 0.025)),
+    "h100 average": SensorClass("nvml-power-average", Sensor(0.1, 0.025)),
+    "counter 20 ms": SensorClass("nvml-energy", Sensor(counter_refresh_s=0.02), counter=True),
+    "counter 100 ms": SensorClass("nvml-energy", Sensor(counter_refresh_s=0.1), counter=True),
+    "rapl": SensorClass("powercap", None, counter=True),
+}
+
+LEAD_S, TAIL_S = 0.3, 0.0
+"""A lane begins to read this long before the window and reads until it ends."""
+
+GAIN, OFFSET_W = 0.037, 5.9
+"""Spread of GPU boards against an external meter (SC24): gradient and offset."""
+
+RAPL_GAIN = 0.03
+"""Of Intel server packages (judgement)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recording of one source in virtual time, and its truth."""
+
+    lane: Lane
+    batches: tuple[Batch, ...]
+    wave: Wave
+    begin_s: float
+    end_s: float
+    gain: float
+    offset_w: float
+
+    def truth_j(self, t0_s: float | None = None, t1_s: float | None = None) -> float:
+        """The energy that was really taken, in the whole window or a part of it."""
+        begin_s = self.begin_s if t0_s is None else t0_s
+        end_s = self.end_s if t1_s is None else t1_s
+        return float(np.diff(cumulative_j(self.wave, np.array([begin_s, end_s])))[0])
+
+    def board_j(self, t0_s: float | None = None, t1_s: float | None = None) -> float:
+        """What a perfect integration of this board's readings gives: gain and offset included."""
+        seconds = (self.end_s if t1_s is None else t1_s) - (self.begin_s if t0_s is None else t0_s)
+        return self.gain * self.truth_j(t0_s, t1_s) + self.offset_w * seconds
+
+
+def record(
+    kind: SensorClass,
+    wave: Wave,
+    random: np.random.Generator,
+    *,
+    begin_s: float = 0.0,
+    end_s: float = 20.0,
+    gain_u: float | None = None,
+    cadenced: bool = False,
+    period_s: float | None = None,
+) -> Run:
+    """One run on a board drawn at random: gain and offset, refresh period and phase."""
+    first_s, last_s = begin_s - LEAD_S, end_s + TAIL_S
+    if gain_u is None:
+        gain_u = RAPL_GAIN if kind.sensor is None else GAIN
+    gain = 1 + gain_u * random.standard_normal()
+    if kind.sensor is None:
+        wave_t = read_times_s(random, first_s, last_s, period_s=period_s or 0.02)
+        start_uj = random.uniform(0, 262e9)
+        column = rapl_uj(wave, wave_t, gain=gain, start_uj=start_uj)
+        lane = rapl_lane(period_s=period_s or 0.02)
+        return Run(lane, (batch(wave_t, column),), wave, begin_s, end_s, gain, 0.0)
+    offset_w = 0.0 if kind.counter else OFFSET_W * random.standard_normal()
+    stretch = random.uniform(0.99, 1.04)  # SC24: 99 to 104 ms
+    sensor = kind.sensor
+    refresh_s = sensor.refresh_s * stretch
+    counter_s = (sensor.counter_refresh_s or 0.1) * stretch
+    shown_s = counter_s if kind.counter else refresh_s
+    phase_s = random.uniform(0, shown_s)
+    gpu = Gpu(
+        wave,
+        sensor=Sensor(refresh_s, sensor.window_s, counter_refresh_s=counter_s, phase_s=phase_s),
+        gain=gain,
+        offset_w=offset_w,
+        counter_gain=gain,
+    )
+    if cadenced:
+        t_s = cadenced_times_s(random, first_s, last_s, refresh_s=shown_s, phase_s=phase_s)
+    else:
+        t_s = read_times_s(random, first_s, last_s, period_s=period_s or 0.05)
+    show: Callable[[Gpu, Times], Times] = instant_mw
+    if kind.rise_s:
+        # 10 to 90 % of an exponential rise are 2.2 time constants.
+        column = filtered_mw(gpu, t_s, time_constant_s=random.uniform(*kind.rise_s) / 2.2)
+    else:
+        if kind.counter:
+            show = counter_mj
+        elif kind.source == "nvml-power-average":
+            show = average_mw
+        column = show(gpu, t_s)
+    lane = nvml_lane(kind.source, period_s=period_s or 0.05)
+    return Run(lane, (batch(t_s, column),), wave, begin_s, end_s, gain, offset_w)
+
+
+def loads(random: np.random.Generator, end_s: float) -> Iterator[tuple[str, Wave]]:
+    """One wave of each kind, drawn at random: what a training's power may look like."""
+    low_w, high_w = sorted(random.uniform(60, 420, 2).tolist())
+    yield "constant", Constant(high_w)
+    before_w, after_w = random.permutation([low_w, high_w]).tolist()
+    yield "step", Step(random.uniform(0.1, 0.9) * end_s, before_w, after_w)
+    period_s = float(np.exp(random.uniform(np.log(0.35), np.log(5.0))))
+    shift_s = random.uniform(0, period_s)
+    yield "square", Square(period_s, low_w, high_w, random.uniform(0.2, 0.8), shift_s)
+    half_w = (high_w - low_w) / 2
+    yield "sine", Sine(low_w + half_w, half_w, period_s, shift_s)
+    yield "bursty", bursts(random, -2.0, end_s + 1)
