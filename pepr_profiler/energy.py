@@ -36,6 +36,12 @@ _NARROW = 0.15
 _UNIFORM = math.sqrt(12)
 """Width of a uniform distribution over its standard deviation."""
 
+_JITTER = 0.03
+"""A refresh may come this part of its period early (A100: 99 to 104 ms, docs/measurement, B)."""
+
+_COUNTED_REFRESHES = 50
+"""Over so many refreshes without a read the period, known to a hundredth, still tells the phase."""
+
 _PERIOD_GAIN = 0.02
 """How fast a refresh period follows where refreshes contradict it (settles in some 30 of them)."""
 
@@ -541,15 +547,15 @@ class _Accumulator:
         """When the refreshes were that these changes show.
 
         A change happened between two reads. Where these are close together against the refresh
-        period, refreshes are taken to be equally spaced as far as the reads allow; where they are
-        not, each read is as fresh as one can know.
+        period, refreshes are taken to be equally spaced as far as the reads allow, over a gap in
+        the reads too; where they are not, each read is as fresh as one can know.
         """
         t, gap = changes.t_ns, changes.gap_ns
         period = self.refresh_s * _NS_PER_S
         if not len(t):
             return t
         alone = np.where(gap < _DENSE * period, t - gap / 2, t)
-        known = (gap < _NARROW * period) | (gap >= _DENSE * period)
+        known = gap < _NARROW * period
         if not self.dense or known.all():
             self._placed_ns = float(alone[-1])
             return alone
@@ -558,6 +564,12 @@ class _Accumulator:
         for latest, width, best, certain in zip(*columns, strict=True):
             if certain or math.isnan(last):
                 last = best
+            elif width >= _DENSE * period:  # reads were put off: the last refresh before this one
+                count = max(1, math.floor((latest - last) / period + _JITTER))
+                expected = last + count * period
+                if count > _COUNTED_REFRESHES:
+                    expected = latest - period / 2
+                last = min(max(expected, latest - width), latest)
             else:
                 expected = last + max(1, round((best - last) / period)) * period
                 last = min(max(expected, latest - width), latest)

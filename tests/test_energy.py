@@ -481,3 +481,19 @@ def test_a_part_of_a_device_has_that_part_of_its_uncertainty() -> None:
     all_of_it = budget(curve, np.array([0, S]), *ends)
     quarter = budget(curve, np.array([0, S]), *ends, energy_j=250.0)
     assert quarter.u_j == pytest.approx(all_of_it.u_j / 4)
+
+
+def test_reads_that_are_put_off_for_a_while_do_not_shift_the_counters_refreshes() -> None:
+    # given 400 W behind a refresh of 100 ms: read every 15 ms for 2.2 s, then about every 95 ms
+    random = np.random.default_rng(5)
+    errors_j = []
+    for _ in range(100):
+        sparse = 2.2 + np.cumsum(random.uniform(0.05, 0.19, 12))
+        t = np.concatenate((np.arange(0, 2.2, 0.015), sparse))
+        raw = refreshed(t, 400.0, 0.1, random.uniform(-0.1, 0))
+        end_s = float(t[-1]) - 0.005
+        curve = curve_of(counter(), batches(t, raw, rows=40), [0.0, end_s])
+        errors_j.append(between(curve) - 400 * end_s)
+    # then the ends are as sharp as ever: a refresh is 40 J
+    assert np.mean(errors_j) == pytest.approx(0.0, abs=4.0)
+    assert np.percentile(np.abs(errors_j), 90) < 15

@@ -154,13 +154,15 @@ def _measured(channels: list[dict[str, Any]]) -> list[str]:
         found = list(group)
         cost = format_quantity(found[0]["lane_read_us"] * 1e-6, "s")
         lines += _wrapped(f"{spec}  one read of all takes {cost}", "  ", " " * 6)
-        beside = []
+        beside: list[str] = []
+        names: list[str] = []
         for c in found:
             value = format_quantity(c["value"], c["unit"])
             if c["unit"] == "1" and c["value"] is not None:
                 value = f"{c['value']:.0%}"
             if c["component"] is None:
                 beside.append(f"{c['source']} {value}")
+                names.append(c["source"])
                 continue
             use = "in the total" if c["in_total"] else f"not added: {c['excluded']}"
             label = c["label"]
@@ -172,6 +174,8 @@ def _measured(channels: list[dict[str, Any]]) -> list[str]:
             first, *rest = textwrap.wrap(use, _WIDTH - len(row))
             lines += [row + first, *(" " * len(row) + more for more in rest)]
             lines += _wrapped(f"{c['component']}  ({c['source']})", " " * 6)
+        if len(beside) > len(set(names)):  # several devices give the same: their values say little
+            beside = list(dict.fromkeys(names))
         lines += _wrapped("recorded beside: " + ", ".join(beside), " " * 4) if beside else []
         lines.append("")
     if any(c["in_total"] for c in channels):
