@@ -439,6 +439,12 @@ def _warnings(
     for part in parts:
         curve, name = part.curve, part.curve.source.id
         source = curve.source
+        if source.excluded.startswith("mirrors"):
+            yield _warning(
+                "mirrored",
+                f"{name} is not in the total: it {source.excluded}",
+                "nothing; some AMD processors show one socket's counter on each die",
+            )
         if not source.in_total or source.provenance == "modelled":
             continue
         gap_s = max(_GAP_S, 10 * source.period_s)

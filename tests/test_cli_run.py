@@ -606,3 +606,15 @@ def test_ctrl_c_ends_us_as_it_ended_the_child(cli: Cli, quiet_sensor: str) -> No
     assert process.returncode == -signal.SIGINT
     summary = cli.report(cli.runs()[0])
     assert (summary["complete"], summary["exit_code"]) == (True, 130)
+
+
+def test_a_die_that_mirrors_another_is_told_and_not_added(
+    cli: Cli, powercap_sim: BuildTree
+) -> None:
+    dies = [Zone(f"intel-rapl:{i}", f"package-0-die-{i}", Constant(90)) for i in range(2)]
+    tree = powercap_sim(*dies, live=True)
+    _, summary = cli.measure("--sensor", tree.spec, "--", "sleep", "1.5")
+    first, second = (component(summary, f"cpu:package-0-die-{i}") for i in range(2))
+    assert (first["in_total"], second["in_total"]) == (True, False)
+    assert first["device_j"] == pytest.approx(90 * summary["duration_s"], abs=5)
+    assert "mirrored" in codes(summary)
