@@ -1067,13 +1067,21 @@ _CROSS_ORDER = ("nvml-power-average", "nvml-power", "nvml-power-instant")
 
 
 def cross_check(counter: Curve, power: Curve, at_ns: NDArray[np.int64]) -> CrossCheck | None:
-    """Holds the integral of power against the counter, over the whole grid; None if one is unknown.
+    """Holds the integral of power against the counter; None if one is unknown.
+
+    Over the part of the grid in which both were read: past its last reading a source is held, each
+    for its own while.
 
     Their gains are taken to agree in part (_GAIN_CORRELATION), so of the two gains' variance
     2 (1 - correlation) is left; all other terms of both are in the difference.
     """
-    ends = np.array([0]), np.array([len(at_ns) - 1])
-    energies_j = [float(curve.energy_j[-1] - curve.energy_j[0]) for curve in (counter, power)]
+    begin_ns, end_ns = max(counter.first_ns, power.first_ns), min(counter.last_ns, power.last_ns)
+    first = int(np.searchsorted(at_ns, begin_ns, side="left"))
+    last = int(np.searchsorted(at_ns, end_ns, side="right")) - 1
+    if last <= first:
+        return None
+    ends = np.array([first]), np.array([last])
+    energies_j = [float(curve.energy_j[last] - curve.energy_j[first]) for curve in (counter, power)]
     if not all(math.isfinite(energy_j) for energy_j in energies_j):
         return None
     ours, theirs = (budget(curve, at_ns, *ends) for curve in (counter, power))
