@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pepr_profiler import _core
 from pepr_profiler.errors import TraceError
@@ -67,19 +67,6 @@ class Lane:
     spec: str
     period_ns: int
     channels: tuple[Channel, ...]
-
-
-class NativeChannel(Protocol):
-    """A channel as the native core describes it (`_core.Channel`)."""
-
-    name: str
-    quantity: str
-    unit: str
-    scale: float
-    modulus: float
-    counter: bool
-    source: str
-    labels: dict[str, str]
 
 
 def describe(channels: Iterable[Any]) -> tuple[Channel, ...]:
