@@ -207,7 +207,8 @@ def test_options_come_from_flags_else_from_the_environment(cli: Cli, quiet_senso
     carbon, energy_j = summary["carbon"], summary["energy"]["total_j"]
     assert (carbon["intensity_g_per_kwh"], carbon["pue"]) == (250, 1.5)
     assert carbon["g_co2e"] == pytest.approx(energy_j / 3.6e6 * 250 * 1.5)
-    assert 10 <= component(summary, "cpu:modelled")["mean_w"] <= 50
+    # An idle machine draws 10 W to the last bit but one of a sum.
+    assert 10 * (1 - 1e-9) <= component(summary, "cpu:modelled")["mean_w"] <= 50
 
 
 def test_region_states_its_source_and_year_and_without_one_carbon_is_unknown(
