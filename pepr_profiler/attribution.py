@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pepr_profiler import modelled
-from pepr_profiler.energy import Curve, Source
+from pepr_profiler.curve import Curve
+from pepr_profiler.sources import Source
 from pepr_profiler.trace import Batch, Lane
 
 if TYPE_CHECKING:
@@ -174,7 +175,11 @@ def _busy_shares(
     activity: Activity, at_ns: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """For each grid interval: the job's share of busy time, and 1 where anything was busy."""
-    edges = _window_edges(activity.t_ns)
+    # What ran before and after the grid is not its own: the profiler's start and summary.
+    begin_ns, end_ns = np.clip(activity.t_ns[[0, -1]], at_ns[0], at_ns[-1]).tolist()
+    if begin_ns == end_ns:  # nothing was sampled during it
+        begin_ns, end_ns = activity.t_ns[[0, -1]].tolist()
+    edges = _window_edges(begin_ns, end_ns)
     job_s = np.diff(np.interp(edges, activity.t_ns, activity.job_cpu_s))
     # The machine's ticks may lag the job's own clock: it was at least as busy as the job.
     busy_s = np.maximum(np.diff(np.interp(edges, activity.t_ns, activity.busy_s)), job_s)
@@ -186,7 +191,7 @@ def _busy_shares(
     return job_share[window], (busy_s > 0).astype(np.float64)[window]
 
 
-def _window_edges(t_ns: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Edges of equal windows of about SHARE_WINDOW_NS over the samples' span."""
-    count = max(1, math.floor((t_ns[-1] - t_ns[0]) / SHARE_WINDOW_NS))
-    return np.linspace(t_ns[0], t_ns[-1], count + 1)
+def _window_edges(begin_ns: float, end_ns: float) -> NDArray[np.float64]:
+    """Edges of equal windows of about SHARE_WINDOW_NS from one instant to another."""
+    count = max(1, math.floor((end_ns - begin_ns) / SHARE_WINDOW_NS))
+    return np.linspace(begin_ns, end_ns, count + 1)

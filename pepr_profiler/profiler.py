@@ -39,6 +39,7 @@ OVERHEAD = 0.005
 
 _OPEN_TIMEOUT_S = 5.0  # waking an NVIDIA driver without persistence mode takes 1-3 s a GPU
 _STOP_TIMEOUT_S = 1.0
+_REFRESHES_AFTER, _LINGER_S = 2.1, 0.25  # lanes go on for so long behind the end, at most
 _FLUSH_S = 0.5
 
 Missing = dict[str, str]
@@ -157,6 +158,7 @@ class Recorder:
         """Takes the last samples, ends the lanes and completes the files."""
         self._window_ns[1] = end_ns
         self._exit = {**(exit_facts or {}), "code": exit_code}
+        self._linger(end_ns)
         for name, sampler in self._samplers.items():
             if not sampler.stop(_STOP_TIMEOUT_S):
                 self.add_warning(
@@ -233,6 +235,17 @@ class Recorder:
             self._warn(code, text, hint)
 
     # --- parts ---
+
+    def _linger(self, end_ns: int) -> None:
+        """Lets the lanes see the two refreshes after the end: it lies before the first of them.
+
+        What flowed up to the end is told by the one, where power jumped in between by the other.
+        """
+        from pepr_profiler import summary  # noqa: F401  its imports take as long as a refresh
+
+        refreshes_s = [sampler.stats()["refresh_s"] for sampler in self._samplers.values()]
+        linger_s = min(_REFRESHES_AFTER * max(refreshes_s, default=0.0), _LINGER_S)
+        time.sleep(max(0.0, linger_s - (time.monotonic_ns() - end_ns) * 1e-9))
 
     def _overhead(self, by_lane: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """The budget, what the lanes took of a core, and where reads had to be put off, s."""

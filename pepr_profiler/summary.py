@@ -23,18 +23,12 @@ from pepr_profiler.attribution import (
     read_activity,
     share,
 )
-from pepr_profiler.energy import (
-    Budget,
-    CrossCheck,
-    Curve,
-    budget,
-    cross_check,
-    find_cross_sources,
-    find_sources,
-    integrate,
-)
+from pepr_profiler.curve import Curve
+from pepr_profiler.energy import integrate
 from pepr_profiler.errors import TraceError
+from pepr_profiler.sources import find_cross_sources, find_sources
 from pepr_profiler.trace import Batch, Events, LaneReader, Phase, read_events, read_lanes, read_run
+from pepr_profiler.uncertainty import Budget, CrossCheck, budget, cross_check
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,6 +41,10 @@ _GAP_S = 1.0
 
 _CHECKED_NS = 2_000_000_000
 """From this length on, a counter and power readings that disagree are worth a warning."""
+
+_PART_TIME, _STEADY = ("nvml-power", "nvml-power-instant"), 1e-3
+"""Readings that may look at a part of each refresh period only, and below which part of an energy
+their spread says nothing any more about what they did not see."""
 
 _STALL_S = 5.0
 """A device that computes changes its energy counter far more often than this."""
@@ -521,6 +519,14 @@ def _doubts(part: _Part, duration_ns: int) -> Iterator[dict[str, str]]:
             f"({curve.refresh_s * 1e3:.0f} ms), which may see only a part of it",
             "vary the length of a step, or compare with another meter; u is widened to 40 %",
         )
+    elif curve.source.source in _PART_TIME and duration_ns >= _CHECKED_NS and _steady(curve):
+        yield _warning(
+            "part-time",
+            f"{name} has power readings only, which may see no more than a quarter of the time: "
+            "a load exactly in step with them would look as steady as these; u does not cover it",
+            "nothing if the load is steady; else vary the length of a step, or compare with "
+            "another meter",
+        )
     # Shorter windows are mostly edges (docs/measurement, B).
     if check and abs(check.difference_j) > check.u_j and duration_ns >= _CHECKED_NS:
         yield _warning(
@@ -529,6 +535,15 @@ def _doubts(part: _Part, duration_ns: int) -> Iterator[dict[str, str]]:
             f"{check.difference_j:+.0f} J from its counter; {check.u_j:.0f} J would be usual",
             "compare with an external meter; the counter's energy is in the total",
         )
+
+
+def _steady(curve: Curve) -> bool:
+    """Whether readings hardly change: what the sensor does not see then adds no uncertainty."""
+    energy_j = float(curve.energy_j[-1] - curve.energy_j[0])
+    if curve.duty_j2 is None or not energy_j > 0:
+        return False
+    duty_j2 = float(curve.duty_j2[-1] - curve.duty_j2[0])
+    return math.sqrt(max(0.0, duty_j2)) < _STEADY * energy_j
 
 
 def _warning(code: str, text: str, hint: str) -> dict[str, str]:

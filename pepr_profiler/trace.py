@@ -188,7 +188,7 @@ def _thin_rules(channels: Sequence[Channel]) -> list[tuple[str, float]]:
     """How sparsely each channel may be stored; the numbers are explained in docs/design.md."""
     counted = {_device_of(c) for c in channels if c.quantity == "energy"}
     return [
-        ("line", _LINE_STEPS if c.quantity == "energy" else _FINE_LINE_STEPS)
+        ("line", LINE_STEPS if c.quantity == "energy" else _FINE_LINE_STEPS)
         if c.counter
         else ("hold", _HOLD)
         if c.quantity == "power" and _device_of(c) not in counted
@@ -201,8 +201,8 @@ def _device_of(channel: Channel) -> str:
     return channel.name.rpartition("/")[0]
 
 
-_LINE_STEPS = 0.25
-"""A counter's energy at an instant is uncertain by 1/√12 = 0.29 of a refresh's energy (k = 1)."""
+LINE_STEPS = 0.25
+"""What a counter's stored line may be off by, in parts of a refresh's energy; u takes it in."""
 
 _FINE_LINE_STEPS = 0.06
 """CPU times are set against each other in windows of 1 s."""

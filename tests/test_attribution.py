@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pepr_profiler.attribution import Activity, modelled_curves, read_activity, share
-from pepr_profiler.energy import Curve, Source
+from pepr_profiler.curve import Curve
 from pepr_profiler.modelled import CpuModel, RamModel
+from pepr_profiler.sources import Source
 from pepr_profiler.trace import Batch, Channel, Lane
 
 S = 1_000_000_000

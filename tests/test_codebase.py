@@ -21,14 +21,23 @@ RANKS = (
     ("errors", "units"),
     ("_core", "targets", "metrics"),
     ("trace",),
-    ("energy", "modelled", "carbon"),
+    ("sources", "curve", "counter", "power", "energy", "uncertainty", "modelled", "carbon"),
     ("attribution", "pepr"),
     ("summary", "store", "detect", "profiler"),
     ("daemon", "integrations", "report"),
     ("commands",),
     ("__init__", "__main__"),
 )
-PEERS = {"units": {"errors"}, "store": {"summary"}, "profiler": {"summary", "store", "detect"}}
+PEERS = {
+    "units": {"errors"},
+    "curve": {"sources"},
+    "counter": {"curve"},
+    "power": {"curve"},
+    "energy": {"sources", "curve", "counter", "power"},
+    "uncertainty": {"curve"},
+    "store": {"summary"},
+    "profiler": {"summary", "store", "detect"},
+}
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

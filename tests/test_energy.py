@@ -9,8 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pepr_profiler.energy import Curve, Source, budget, find_sources, integrate
+from pepr_profiler.counter import within_piece
+from pepr_profiler.curve import Curve
+from pepr_profiler.energy import integrate
+from pepr_profiler.sources import Source, find_sources
 from pepr_profiler.trace import Batch, Channel, Lane
+from pepr_profiler.uncertainty import budget
 
 S = 1_000_000_000
 
@@ -166,6 +170,80 @@ def test_a_counter_read_little_faster_than_it_refreshes_is_not_biased() -> None:
     # then the mean error is nil (a refresh is 40 J), and each is well within one
     assert np.mean(errors_j) == pytest.approx(0.0, abs=2.0)
     assert np.max(np.abs(errors_j)) < 40
+
+
+def test_reads_that_come_too_early_now_and_then_tell_when_the_others_were_late() -> None:
+    # given 300 W behind a refresh of 100 ms; reads 1 to 6 ms after it, a fifth 1 ms before it too
+    random = np.random.default_rng(22)
+    errors_j = []
+    for _ in range(100):
+        refreshes_s = random.uniform(1.0, 1.1) + 0.1 * np.arange(40)
+        late_s = refreshes_s + random.uniform(1e-3, 6e-3, 40)
+        early_s = (refreshes_s - 1e-3)[random.uniform(size=40) < 0.2]
+        t = np.sort(np.concatenate((late_s, early_s)))
+        raw = refreshed(t, 300.0, 0.1, refreshes_s[0])
+        begin_s = random.uniform(1.5, 2.5)
+        errors_j.append(between(curve_of(counter(), batches(t, raw), [begin_s, begin_s + 2])) - 600)
+    # then edges are sharper than the reads are late: those alone would make it 0.6 J
+    assert np.sqrt(np.mean(np.square(errors_j))) <= 0.4
+
+
+@pytest.mark.parametrize("jump_at", [0.1, 0.5, 0.83])
+@pytest.mark.parametrize("levels_w", [(60.0, 400.0), (400.0, 60.0)])
+def test_a_jump_between_two_refreshes_is_found_by_the_energy_it_left(
+    jump_at: float, levels_w: tuple[float, float]
+) -> None:
+    # given a counter that shows its energy of every 100 ms, and a jump somewhere in between
+    before_w, after_w = levels_w
+    t = np.arange(0, 4.01, 0.1)
+    jump_s = 2.0 + 0.1 * jump_at
+
+    def truth_j(at_s: np.ndarray) -> np.ndarray:
+        return before_w * np.minimum(at_s, jump_s) + after_w * np.maximum(at_s - jump_s, 0)
+
+    at = np.concatenate(([1.0], np.linspace(2.0, 2.1, 11), [3.0]))
+    curve = curve_of(counter(), batches(t, truth_j(t)), at)
+    # then the energy up to any instant around it is the truth
+    assert np.diff(curve.energy_j) == pytest.approx(np.diff(truth_j(at)), abs=1e-6)
+
+
+def test_smooth_power_between_two_refreshes_follows_its_neighbours() -> None:
+    # given 200 W that swings by 100 W once in 0.8 s behind a refresh of 100 ms
+    turn = 2 * np.pi / 0.8
+    t = np.arange(0, 6.01, 0.1)
+
+    def truth_j(at_s: np.ndarray) -> np.ndarray:
+        return 200 * at_s - 100 / turn * np.cos(turn * at_s)
+
+    at = np.sort(np.random.default_rng(23).uniform(1, 5, 500))
+    curve = curve_of(counter(), batches(t, truth_j(t)), at)
+    off_j = np.diff(curve.energy_j) - np.diff(truth_j(at))
+    line_j = np.diff(np.interp(at, t, truth_j(t))) - np.diff(truth_j(at))
+    # then it is off by little more than half of what straight lines are, at most
+    assert np.sqrt(np.mean(off_j**2)) <= 0.6 * np.sqrt(np.mean(line_j**2))
+
+
+def test_what_is_put_between_refreshes_keeps_their_energy() -> None:
+    # given power of all kinds, pieces of uneven length, some neighbours missing
+    random = np.random.default_rng(24)
+    power_w = random.choice([50.0, 51.0, 200.0, 400.0], (5, 2000)) + random.normal(0, 5, (5, 2000))
+    power_w[0, ::7] = power_w[4, ::5] = power_w[1, ::11] = power_w[3, ::13] = math.nan
+    span_s = random.choice([0.1, 0.11, 0.3, 3.0], (5, 2000))
+
+    def beside_j(x: float) -> np.ndarray:
+        return within_piece(power_w, span_s, np.full(2000, x), longest_s=0.35)[0]
+
+    # then nothing is added at its ends
+    assert beside_j(0.0) == pytest.approx(np.zeros(2000), abs=1e-9)
+    assert beside_j(1.0) == pytest.approx(np.zeros(2000), abs=1e-9)
+    # nor anywhere in one that is too long, or alone
+    line = (span_s[2] > 0.35) | np.isnan(power_w[1]) | np.isnan(power_w[3])
+    assert (beside_j(0.4)[line] == 0).all()
+    assert np.count_nonzero(beside_j(0.4)[~line]) > 200
+    # and the power there is what the energy grows by
+    middle_w = within_piece(power_w, span_s, np.full(2000, 0.4), longest_s=0.35)[1]
+    slope_w = power_w[2] + (beside_j(0.4 + 1e-7) - beside_j(0.4 - 1e-7)) / (2e-7 * span_s[2])
+    assert middle_w == pytest.approx(slope_w, rel=1e-4, abs=0.1)
 
 
 # --- power ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import functools
 import importlib.util
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +33,7 @@ from sim.nvml import (
 )
 from sim.permissions import obey_permissions, obeying_permissions
 from sim.powercap import RANGE_UJ, Tree, Zone, ZoneFault, two_socket_server
-from sim.waves import Constant, Points, Sine, Square, Step, Wave
+from sim.waves import TRAINING_LOAD, Constant, Points, Sine, Square, Step, Wave, recorded
 
 BuildNvml = Callable[[Scenario], NvmlSim]
 BuildTree = Callable[..., Tree]
@@ -46,6 +48,7 @@ WAVES: dict[str, Wave] = {
     "square": Square(0.173, 100.0, 300.0, duty=0.3, shift_s=0.02),
     "sine": Sine(200.0, 90.0, 0.7, shift_s=0.1),
     "points": Points(((-1.0, 50.0), (0.5, 250.0), (0.6, 90.0), (40.0, 120.0))),
+    "recorded": recorded(60.0, 400.0, begin_s=4.0),
 }
 
 
@@ -155,6 +158,21 @@ def test_a_waves_integral_is_the_sum_of_its_power(kind: str) -> None:
 
     assert wave.energy_j(start_s, end_s) == pytest.approx(summed_j, abs=0.1)
     assert wave.energy_j(0.3, 0.3) == 0
+
+
+def test_a_recorded_wave_is_its_table() -> None:
+    # given the table as any other program reads it
+    with TRAINING_LOAD.open() as file:
+        file.readline()
+        rows = [(float(row["t_s"]), float(row["cpus"])) for row in csv.DictReader(file)]
+    busiest = max(cpus for _, cpus in rows)
+    trapezia = [(b - a) * (x + y) / 2 for (a, x), (b, y) in pairwise(rows)]
+    # then its energy is idle power and the load's part, to the last row
+    wave = recorded(60.0, 400.0, begin_s=2.5)
+    begin_s, end_s = rows[0][0], rows[-1][0]
+    expected_j = 60.0 * (end_s - begin_s) + 340.0 / busiest * math.fsum(trapezia)
+    assert wave.energy_j(begin_s - 2.5, end_s - 2.5) == pytest.approx(expected_j, rel=1e-9)
+    assert wave.power_w(rows[100][0] - 2.5) == pytest.approx(60 + 340 * rows[100][1] / busiest)
 
 
 def test_waves_that_cannot_be_are_refused() -> None:

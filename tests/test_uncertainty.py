@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from sim import virtual
 from sim.nvml import A100, Gpu, Scenario
-from sim.waves import Constant, Points, Sine, Square, Step, Wave
+from sim.waves import Constant, Points, Sine, Square, Step, Wave, recorded
 
-from pepr_profiler.energy import (
-    Budget,
-    Curve,
-    Source,
-    budget,
-    combine,
-    cross_check,
-    difference,
-    duty_coefficient,
-    find_cross_sources,
-    find_sources,
-    integrate,
-)
+from pepr_profiler.curve import Curve
+from pepr_profiler.energy import integrate
+from pepr_profiler.power import duty_coefficient
+from pepr_profiler.sources import Source, find_cross_sources, find_sources
+from pepr_profiler.trace import LaneReader, LaneWriter
+from pepr_profiler.uncertainty import Budget, budget, combine, cross_check, difference
 
 S = 1_000_000_000
 
@@ -55,6 +50,7 @@ def energy_j(curve: Curve) -> float:
         Sine(200.0, 90.0, 0.8, 0.2),
         Points(((0.2, 50.0), (0.9, 300.0), (2.0, 120.0))),
         virtual.bursts(np.random.default_rng(2), -1.0, 6.0),
+        recorded(60.0, 400.0, begin_s=3.0),
     ],
 )
 def test_virtual_time_integrates_waves_exactly(wave: Wave) -> None:
@@ -129,6 +125,66 @@ def test_bursts_seen_a_quarter_of_the_time_are_within_3_percent() -> None:
         curve, _ = measured(run, 0.0, 20.0)
         errors.append(abs(energy_j(curve) - run.board_j()) / run.truth_j())
     assert np.median(errors) <= 0.03
+
+
+def test_phases_of_a_thinned_recording_are_as_sure_as_they_say(tmp_path: Path) -> None:
+    # given ten minutes of long steps, unsteady by 4 % each 0.3 s, behind a counter of 100 ms
+    random = np.random.default_rng(20)
+    knots_s = np.arange(-2.0, 602.0, 0.3)
+    level_w = np.where(np.floor(knots_s / 17) % 2 == 0, 400.0, 90.0)
+    watts = level_w * (1 + 0.04 * random.standard_normal(len(knots_s)))
+    wave = Points(tuple(zip(knots_s.tolist(), watts.tolist(), strict=True)))
+    kind = virtual.CLASSES["counter 100 ms"]
+    run = virtual.record(kind, wave, random, end_s=600.0, gain_u=0.0, cadenced=True)
+    # when it is written, and read back with most rows left out
+    writer = LaneWriter(tmp_path, run.lane)
+    (rows,) = run.batches
+    writer.write(
+        rows.t_ns.tobytes(), rows.read_ns.astype(np.uint32).tobytes(), [rows.values[0].tobytes()]
+    )
+    writer.close()
+    thinned = tuple(LaneReader(tmp_path, run.lane.name))
+    assert sum(len(batch.t_ns) for batch in thinned) < 0.5 * len(rows.t_ns)
+    # then phases anywhere in it are known as well as they say
+    begins_s = np.sort(random.uniform(30.0, 590.0, 400))
+    ends_s = begins_s + random.uniform(0.2, 5.0, 400)
+    edges_s = np.sort(np.concatenate((begins_s, ends_s)))
+    curve, at_ns = measured(replace(run, batches=thinned), *edges_s)
+    begins, ends = np.searchsorted(edges_s, begins_s), np.searchsorted(edges_s, ends_s)
+    inside = []
+    for begin, end in zip(begins, ends, strict=True):
+        terms = budget(curve, at_ns, np.array([begin]), np.array([end]))
+        error_j = curve.energy_j[end] - curve.energy_j[begin]
+        error_j -= run.truth_j(edges_s[begin], edges_s[end])
+        inside.append(abs(error_j) <= 2 * replace(terms, gain_j=0.0).u_j)
+    assert np.mean(inside) >= 0.93
+
+
+@pytest.mark.parametrize("name", ["counter 20 ms", "counter 100 ms"])
+def test_phases_that_follow_each_other_are_as_sure_as_the_whole(name: str) -> None:
+    # given bursts, and a phase of 130 ms that follows itself 20 times, beside gain
+    random = np.random.default_rng([19, *name.encode()])
+    inside, narrower = [], []
+    for _ in range(200):
+        wave = virtual.bursts(random, -2.0, 5.0)
+        run = virtual.record(
+            virtual.CLASSES[name], wave, random, end_s=4.0, gain_u=0.0, cadenced=True
+        )
+        begin_s = random.uniform(0.5, 0.7)
+        edges_s = begin_s + 0.13 * np.arange(21)
+        curve, at_ns = measured(run, *edges_s)
+        together = budget(curve, at_ns, np.arange(20), np.arange(1, 21)).u_j
+        # when they are taken together
+        together = budget(curve, at_ns, np.arange(20), np.arange(1, 21))
+        error_j = energy_j(curve) - run.truth_j(edges_s[0], edges_s[-1])
+        inside.append(abs(error_j) <= 2 * replace(together, gain_j=0.0).u_j)
+        # then only the first and the last edge count
+        assert together.edges_j == pytest.approx(whole(curve, at_ns).edges_j)
+        # and every other one, whose edges are all its own, is less sure
+        apart = budget(curve, at_ns, np.arange(0, 20, 2), np.arange(1, 21, 2))
+        narrower.append(together.edges_j / apart.edges_j)
+    assert np.mean(inside) >= 0.93
+    assert np.median(narrower) <= 0.5
 
 
 @pytest.mark.parametrize("name", [n for n, kind in virtual.CLASSES.items() if kind.counter])
@@ -212,7 +268,7 @@ def test_training_like_loads_are_not_suspected_of_aliasing() -> None:
             for cadenced in (False, True):
                 run = virtual.record(virtual.CLASSES["a100"], wave, random, cadenced=cadenced)
                 told += measured(run, 0.0, 20.0)[0].aliased
-    assert told <= 3  # of 300
+    assert told <= 3  # of 360
 
 
 def test_a_gap_in_power_readings_widens_u_and_one_in_a_counter_does_not() -> None:

@@ -56,8 +56,8 @@ def _look(
     """The channels of all sensors with what they read, and what is missing."""
     from pepr_profiler import _core, modelled
     from pepr_profiler.detect import remedy
-    from pepr_profiler.energy import find_sources
     from pepr_profiler.errors import SensorError
+    from pepr_profiler.sources import find_sources
     from pepr_profiler.trace import Lane, describe
 
     periods_ns = [_PERIOD_NS.get(spec.partition(":")[0], _OTHER_PERIOD_NS) for spec in specs]

@@ -14,7 +14,7 @@ import numpy as np
 
 from pepr_profiler.trace import Batch, Channel, Lane
 from sim.nvml import Gpu, Sensor
-from sim.waves import Constant, Points, Sine, Square, Step, Wave
+from sim.waves import Constant, Points, Sine, Square, Step, Wave, recorded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -224,8 +224,9 @@ CLASSES: Mapping[str, SensorClass] = {
     "rapl": SensorClass("powercap", None, counter=True),
 }
 
-LEAD_S, TAIL_S = 0.3, 0.0
-"""A lane begins to read this long before the window and reads until it ends."""
+LEAD_S, TAIL_S = 0.3, 0.21
+"""A lane begins to read this long before the window. One that follows refreshes goes on for two of
+them behind its end, one of a fixed period ends with it."""
 
 GAIN, OFFSET_W = 0.037, 5.9
 """Spread of GPU boards against an external meter (SC24): gradient and offset."""
@@ -270,7 +271,7 @@ def record(
     period_s: float | None = None,
 ) -> Run:
     """One run on a board drawn at random: gain and offset, refresh period and phase."""
-    first_s, last_s = begin_s - LEAD_S, end_s + TAIL_S
+    first_s, last_s = begin_s - LEAD_S, end_s + (TAIL_S if cadenced else 0.0)
     if gain_u is None:
         gain_u = RAPL_GAIN if kind.sensor is None else GAIN
     gain = 1 + gain_u * random.standard_normal()
@@ -324,3 +325,4 @@ def loads(random: np.random.Generator, end_s: float) -> Iterator[tuple[str, Wave
     half_w = (high_w - low_w) / 2
     yield "sine", Sine(low_w + half_w, half_w, period_s, shift_s)
     yield "bursty", bursts(random, -2.0, end_s + 1)
+    yield "recorded", recorded(low_w, high_w, begin_s=random.uniform(1.0, 9.0))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from bisect import bisect_right
 from dataclasses import astuple, dataclass
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Protocol
 
 
@@ -124,14 +127,38 @@ class Points:
         return " ".join(["points", *map(str, chain.from_iterable(self.points))])
 
     def power_w(self, t_s: float) -> float:
-        if t_s <= self.points[0][0]:
-            return self.points[0][1]
-        for (a_s, a_w), (b_s, b_w) in pairwise(self.points):
-            if t_s < b_s:
-                return a_w + (b_w - a_w) * (t_s - a_s) / (b_s - a_s)
-        return self.points[-1][1]
+        after = bisect_right(self.points, (t_s, math.inf))
+        if after in (0, len(self.points)):
+            return self.points[max(0, after - 1)][1]
+        (a_s, a_w), (b_s, b_w) = self.points[after - 1 : after + 1]
+        return a_w + (b_w - a_w) * (t_s - a_s) / (b_s - a_s)
 
     def energy_j(self, t0_s: float, t1_s: float) -> float:
         # Between two neighbouring knots the trapezoid is exact.
         knots = sorted({t0_s, t1_s, *(t for t, _ in self.points if t0_s < t < t1_s)})
         return sum((b - a) * (self.power_w(a) + self.power_w(b)) / 2 for a, b in pairwise(knots))
+
+
+TRAINING_LOAD = Path(__file__).parent / "data" / "training_load.csv"
+"""CPUs that a small training kept busy, every 20 ms for 30 s (data/record_load.py recorded it)."""
+
+
+def recorded(
+    low_w: float, high_w: float, *, begin_s: float = 0.0, table: Path = TRAINING_LOAD
+) -> Points:
+    """A recorded load as power: from `low_w` where nothing ran to `high_w` at its busiest.
+
+    `table` has rows of seconds and load, between which power is linear; `begin_s` of it is at 0.
+    """
+    times_s, loads = _rows(table)
+    scale_w = (high_w - low_w) / max(loads)
+    watts = (low_w + scale_w * load for load in loads)
+    return Points(tuple(zip((t_s - begin_s for t_s in times_s), watts, strict=True)))
+
+
+@functools.cache
+def _rows(table: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    lines = [line for line in table.read_text().splitlines() if not line.startswith("#")]
+    rows = [tuple(map(float, line.split(","))) for line in lines[1:]]
+    times_s, loads = zip(*rows, strict=True)
+    return times_s, loads
