@@ -6,6 +6,7 @@ namespace pepr {
 
 std::unique_ptr<Sensor> open_hwmon(const std::string& where);
 std::unique_ptr<Sensor> open_nvml(const std::string& where);
+std::unique_ptr<Sensor> open_nvml_processes(const std::string& where);
 std::unique_ptr<Sensor> open_perf(const std::string& where);
 std::unique_ptr<Sensor> open_perf_core(const std::string& where);
 std::unique_ptr<Sensor> open_powercap(const std::string& where);
@@ -19,9 +20,10 @@ struct Driver {
     std::unique_ptr<Sensor> (*open)(const std::string& where);
 };
 
-constexpr std::array<Driver, 7> kDrivers{{
+constexpr std::array<Driver, 8> kDrivers{{
     {"hwmon", open_hwmon},
     {"nvml", open_nvml},
+    {"nvml-processes", open_nvml_processes},
     {"perf", open_perf},
     {"perf-core", open_perf_core},
     {"powercap", open_powercap},

@@ -92,6 +92,7 @@ struct Sampler::Shared {
         for (bool first = true;; first = false) {
             const bool last = stop.load(std::memory_order_acquire) != 0;
             const std::int64_t begin_ns = now_ns();
+            if (last) sensor->finish();
             sensor->poll(row.data());
             const std::int64_t end_ns = now_ns();
             ring->push(begin_ns, end_ns - begin_ns, row.data());

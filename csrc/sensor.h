@@ -47,6 +47,9 @@ public:
     // Writes one number a channel to `out`, kUnknown where a read failed.
     virtual void poll(double* out) noexcept = 0;
 
+    // Comes before the last poll: what was put off from poll to poll is due.
+    virtual void finish() noexcept {}
+
     const std::vector<Channel>& channels() const noexcept { return channels_; }
     const std::vector<Note>& notes() const noexcept { return notes_; }
 

@@ -15,17 +15,33 @@ TYPE_CHECKING = False  # typing's own, which type checkers know by name, costs 1
 if TYPE_CHECKING:
     from typing import Any
 
-    from pepr_profiler.errors import PeprError, SensorError, TraceError, UsageError
+    from pepr_profiler.errors import (
+        PeprError,
+        SensorError,
+        TargetError,
+        TraceError,
+        UsageError,
+    )
     from pepr_profiler.pepr import score
     from pepr_profiler.profiler import Run, profile
 
 __version__ = "0.1.0"
 
-__all__ = ["PeprError", "Run", "SensorError", "TraceError", "UsageError", "profile", "score"]
+__all__ = [
+    "PeprError",
+    "Run",
+    "SensorError",
+    "TargetError",
+    "TraceError",
+    "UsageError",
+    "profile",
+    "score",
+]
 
 _HOMES = {
     "PeprError": "errors",
     "SensorError": "errors",
+    "TargetError": "errors",
     "TraceError": "errors",
     "UsageError": "errors",
     "Run": "profiler",

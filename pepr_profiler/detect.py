@@ -6,6 +6,7 @@ Decided from the names of a few files and one attempt to open perf: a run waits 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,16 @@ def detect(sysfs: Path = Path("/sys")) -> tuple[str, ...]:
     return (*specs, *_hwmon_specs(sysfs, cpu_covered=covered))
 
 
+def with_process_lists(specs: Sequence[str]) -> tuple[str, ...]:
+    """The specs, and a lane beside each NVML for who uses its GPUs; it may hang without harm."""
+    lists = ["nvml-processes" + spec.removeprefix("nvml") for spec in specs if _is_nvml(spec)]
+    return (*specs, *(spec for spec in dict.fromkeys(lists) if spec not in specs))
+
+
+def _is_nvml(spec: str) -> bool:
+    return spec.partition(":")[0] == "nvml"
+
+
 def remedy(spec: str, *, what: str, why: str, fix: str, where: Place) -> dict[str, str]:
     """What is missing, why, and the exact command that unlocks it for whoever runs here.
 
@@ -96,6 +107,8 @@ def _permit(kind: str, fix: str, where: Place) -> str:
         "perf": "docker run --cap-add PERFMON --security-opt seccomp=unconfined …, or on the host: "
         "sudo sysctl kernel.perf_event_paranoid=0",
         "nvml": "docker run --gpus all …, as a user who may open /dev/nvidia*",
+        "processes": "docker run --cap-add PERFMON …, and on the host: "
+        "sudo sysctl kernel.perf_event_paranoid=2",
     }.get(kind, f"on the host: {fix}")
 
 

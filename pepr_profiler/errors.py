@@ -39,6 +39,10 @@ class TraceError(PeprError):
     """A recording cannot be read: foreign, empty or of a newer schema."""
 
 
+class TargetError(PeprError):
+    """A running process cannot be attached to."""
+
+
 class CommandError(PeprError):
     """The command to profile cannot be executed (126) or is not found (127)."""
 

@@ -3,7 +3,8 @@
     metrics = Metrics(["accuracy=test acc: ([0-9.]+)"], ["results.json:test.f1:f1"])
     relay = Relay(metrics.feed) if metrics.has_patterns else None
     …                                # while the child runs, on every tick:
-    for point in metrics.take(): …   # every match in order: a curve; the last one counts
+    metrics.watch()                  # the files that were written meanwhile
+    for point in metrics.take(): …   # every value in order: a curve; the last one counts
     …                                # after it has ended:
     warnings = metrics.finish()      # then take() once more
 
@@ -22,6 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +37,7 @@ _ESCAPES = re.compile(
 )
 # A child that never ends its line must not grow our memory; the end of the line is kept.
 _LINE_BYTES = 64 * 1024
+_WATCH_SHARE = 200  # watching files may take a two-hundredth of the time
 
 _PATTERN_FIX = "--metric accuracy='test acc: ([0-9.]+)'"
 _FILE_FIX = "--metric-file results.json:accuracy, or FILE:KEY:NAME"
@@ -72,6 +75,7 @@ class Metrics:
         self._points: deque[MetricPoint] = deque()
         self._lines: dict[int, _Lines] = {}
         self._lock = threading.Lock()
+        self._next_look_s = 0.0
 
     @property
     def names(self) -> list[str]:
@@ -98,6 +102,23 @@ class Metrics:
             points.append(self._points.popleft())
         return points
 
+    def watch(self) -> None:
+        """Read the files that have changed; one that is just being written waits for the next look.
+
+        A look that takes long puts the next one off.
+        """
+        now_s = time.monotonic()
+        if not self._files or now_s < self._next_look_s:
+            return
+        for file in self._files:
+            if file.is_news():
+                with suppress(_UnusableError):  # said by finish(), if it stays so
+                    self._read(file)
+        self._next_look_s = now_s + _WATCH_SHARE * (time.monotonic() - now_s)
+
+    def _read(self, file: _MetricFile) -> None:
+        self._points.append(MetricPoint(time.monotonic_ns(), file.name, file.read()))
+
     def finish(self) -> list[dict[str, str]]:
         """Search what has no line end, read the files; the warnings of everything that failed."""
         with self._lock:
@@ -106,12 +127,12 @@ class Metrics:
                     self._search(line)
         warnings = [warning for pattern in self._patterns for warning in pattern.warnings()]
         for file in self._files:
+            if file.is_read():
+                continue
             try:
-                value = file.read()
+                self._read(file)
             except _UnusableError as problem:
                 warnings.append(problem.warning)
-            else:
-                self._points.append(MetricPoint(time.monotonic_ns(), file.name, value))
         return warnings
 
     def _search(self, line: _Line) -> None:
@@ -259,7 +280,16 @@ class _MetricFile:
         self.path = Path(parts[0]).absolute()
         self.key = parts[1]
         self.name = _checked_name(parts[-1], f"--metric-file {text!r}", fix=_FILE_FIX)
-        self._before = self._fingerprint()
+        self._before = self._seen = self._fingerprint()
+
+    def is_news(self) -> bool:
+        """Whether it is there and not as it was when it was last read, or at the start."""
+        # A FIFO is not even opened: its writer would take us for the reader that it waits for.
+        return self.path.is_file() and self._fingerprint() != self._seen
+
+    def is_read(self) -> bool:
+        """Whether it has been read as it is now."""
+        return self._seen != self._before and self._fingerprint() == self._seen
 
     def _fingerprint(self) -> tuple[int, ...] | None:
         # Compared with itself only, so that the clock of a file server does not matter.
@@ -285,6 +315,7 @@ class _MetricFile:
                         f"its {self.key!r} is not used",
                         hint,
                     )
+                seen = self._fingerprint()
                 text = file.read()
         except FileNotFoundError:
             raise _UnusableError(
@@ -318,6 +349,7 @@ class _MetricFile:
                 f"{self.key!r} in {self.path} is not a finite number: {str(found)[:80]!r}",
                 hint,
             )
+        self._seen = seen
         return value
 
     def _look_up(self, text: str) -> Any:

@@ -11,15 +11,18 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pepr_profiler import _core
-from pepr_profiler.detect import detect, place, remedy
+from pepr_profiler.detect import detect, place, remedy, with_process_lists
 from pepr_profiler.errors import SensorError, TraceError, UsageError
+from pepr_profiler.following import Targets, hold
+from pepr_profiler.neighbours import Neighbours, cuda_environments, last_pids, run_around
 from pepr_profiler.store import Store
 from pepr_profiler.trace import EventWriter, Lane, LaneWriter, describe, read_run, write_json
 
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
 RUN_DIR_VARIABLE = "PEPR_RUN_DIR"
 """Names the run that a process is already part of; `profile()` joins it."""
 
-_PERIOD_NS = {"nvml": 10_000_000, "processes": 100_000_000}
+_PERIOD_NS = {"nvml": 10_000_000, "processes": 100_000_000, "nvml-processes": 500_000_000}
+_OWN_PERIOD = ("processes", "nvml-processes")  # whatever is asked for or could be learnt
 _OTHER_PERIOD_NS = 20_000_000
 """How often a lane is read until it knows its sensor's refreshes, and where each read brings news:
 RAPL is refreshed each millisecond, which is more than a phase's edge is worth."""
@@ -37,10 +41,14 @@ RAPL is refreshed each millisecond, which is more than a phase's edge is worth."
 OVERHEAD = 0.005
 """CPU time that all lanes together may take by default, as a share of one core."""
 
+SCOPES = ("job", "device")
+"""What a run's total can be: the job's share of its devices, or all that they took."""
+
 _OPEN_TIMEOUT_S = 5.0  # waking an NVIDIA driver without persistence mode takes 1-3 s a GPU
 _STOP_TIMEOUT_S = 1.0
 _REFRESHES_AFTER, _LINGER_S = 2.1, 0.25  # lanes go on for so long behind the end, at most
 _FLUSH_S = 0.5
+_WORKS_S = 0.01  # a tenth of the process lane's period
 
 Missing = dict[str, str]
 Warn = Callable[[str, str, str], None]
@@ -66,23 +74,38 @@ class Options:
     pue: float = 1.0
     cpu_power: str | None = None
     performance: str | None = None
+    scope: str = "job"
 
 
 class Recorder:
     """Lanes, their files and the facts of one run, from the first sample to the summary.
 
-    `root` is "children" for a wrapper, which does not charge itself to its child, and "self" for a
-    program that profiles itself. Everything is done by the caller's thread except sampling.
+    `root` is "children" for a wrapper, which does not charge itself to its child, "self" for a
+    program that profiles itself, and "pids=…" for processes that already run, which `attached`
+    describes. `dedicated` says that this process only records: its CPU time is the profiler's.
+    Everything is done by the caller's thread except sampling.
     """
 
     def __init__(
-        self, options: Options, *, root: str, command: Sequence[str], warn: Warn | None = None
+        self,
+        options: Options,
+        *,
+        root: str,
+        command: Sequence[str],
+        attached: Sequence[Mapping[str, Any]] = (),
+        dedicated: bool = False,
+        warn: Warn | None = None,
     ) -> None:
         self.options = options
         self.command = list(command)
+        self.attached = [dict(target) for target in attached]
         self.warnings: list[dict[str, str]] = []
         self.missing: list[Missing] = []
         self.directory = Path()
+        self.deserted_ns: int | None = None  # since when all that is attached to has ended
+        self._empty_ns: int | None = None
+        self._seen_cpu_s = 0.0
+        self._dedicated = dedicated
         self._warn = warn
         self._pid = os.getpid()
         self._window_ns: list[int | None] = [None, None]
@@ -95,14 +118,19 @@ class Recorder:
         self._exit: dict[str, Any] | None = None
         self._facts: dict[str, Any] = {}
         self._complete = False
-        specs = [*(options.sensors or detect()), f"processes:{root}"]
+        self._root = root
+        self._around: dict[str, Any] = {}
+        self._neighbours: Neighbours | None = None
+        self._notes: EventWriter | None = None
+        self._on_gpu: dict[str, set[int]] = {}
+        specs = [*with_process_lists(options.sensors or detect()), f"processes:{root}"]
         budget = _core.Budget(options.overhead)
         self._samplers = {
             name: _core.Sampler(
                 spec,
                 self._period_ns(spec),
                 learn=self._learns(spec),
-                budget=budget if options.period_ns is None or _kind(spec) == "processes" else None,
+                budget=budget if options.period_ns is None or _kind(spec) in _OWN_PERIOD else None,
             )
             for name, spec in _lane_names(specs)
         }
@@ -119,6 +147,8 @@ class Recorder:
         self.directory = self._make_directory()
         deadline = time.monotonic() + _OPEN_TIMEOUT_S
         for name in list(self._samplers):
+            if _kind(self._specs[name]) == "nvml-processes":
+                continue  # it joins when it is ready: who uses a GPU is no reason to wait
             if not self._ready(name, max(0.0, deadline - time.monotonic())):
                 self.add_warning(
                     "slow-sensor",
@@ -130,6 +160,18 @@ class Recorder:
     def begin(self, t_ns: int) -> None:
         """The measured window begins; from here on the run is on disk."""
         self._window_ns[0] = t_ns
+        self._notes = EventWriter(self.directory, "processes")
+        self._neighbours = Neighbours(
+            self._root,
+            self._note,
+            dedicated=self._dedicated,
+            marker=(RUN_DIR_VARIABLE, str(self.directory)),
+        )
+        self._around = {
+            "root": self._root,
+            "cuda": cuda_environments(self._root),
+            "outer": _outer_facts(self._root),
+        }
         self._write_run()
 
     def flush(self) -> None:
@@ -142,6 +184,17 @@ class Recorder:
             writer = self._writers[name]
             while (rows := sampler.read()) is not None:
                 writer.write(*rows[1:])
+                if name == "processes" and self.attached:
+                    names = [channel.name for channel in sampler.channels]
+                    columns = (rows[3][names.index(n)] for n in ("job/processes", "job/cpu"))
+                    self._note_living(array("q", rows[1]), *(array("d", c) for c in columns))
+                if _kind(self._specs[name]) == "nvml-processes":
+                    listed = enumerate(writer.lane.channels)
+                    pids = [i for i, c in listed if c.name.rpartition("/")[2].startswith("pid")]
+                    self._on_gpu[name] = last_pids(rows[3], pids)
+        if self._neighbours is not None:
+            self._neighbours.on_gpu(set().union(*self._on_gpu.values()))
+            self._neighbours.tick()
         error = next((w.error for w in self._writers.values() if w.error is not None), None)
         if error is not None and not self._full:
             self.add_warning(
@@ -151,6 +204,11 @@ class Recorder:
                 "free some space: what is pending is kept in memory for a while",
             )
         self._full = error is not None
+
+    @property
+    def anyone_lives(self) -> bool:
+        """Whether anything that is followed has run until now, as far as has been flushed."""
+        return self.deserted_ns is None and "processes" in self._writers
 
     def close(
         self, end_ns: int, *, exit_code: int | None, exit_facts: dict[str, Any] | None = None
@@ -168,8 +226,13 @@ class Recorder:
                     "see dmesg for its driver",
                 )
         self.flush()
-        if self._events is not None:
-            self._events.close()
+        if self._neighbours is not None:
+            self._neighbours.end()
+        if self._root == "self":  # a program may choose its GPUs inside the block
+            self._around["cuda"] = cuda_environments(self._root)
+        for events in (self._events, self._notes):
+            if events is not None:
+                events.close()
         by_lane = {name: sampler.stats() for name, sampler in self._samplers.items()}
         stats = by_lane.values()
         for writer in self._writers.values():
@@ -247,6 +310,24 @@ class Recorder:
         linger_s = min(_REFRESHES_AFTER * max(refreshes_s, default=0.0), _LINGER_S)
         time.sleep(max(0.0, linger_s - (time.monotonic_ns() - end_ns) * 1e-9))
 
+    def _note(self, facts: dict[str, Any]) -> None:
+        assert self._notes is not None
+        self._notes.write(json.dumps(facts))
+
+    def _note_living(
+        self, t_ns: Iterable[int], living: Iterable[float], cpu_s: Iterable[float]
+    ) -> None:
+        for at_ns, count, used_s in zip(t_ns, living, cpu_s, strict=True):
+            # A daemon whose parents ended between two samples is known by its work alone.
+            works = used_s - self._seen_cpu_s > _WORKS_S
+            self._seen_cpu_s = used_s
+            if count != 0:  # or unknown
+                self._empty_ns = self.deserted_ns = None
+            elif self._empty_ns is None or works:
+                self._empty_ns, self.deserted_ns = at_ns, None
+            else:
+                self.deserted_ns = self._empty_ns
+
     def _overhead(self, by_lane: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """The budget, what the lanes took of a core, and where reads had to be put off, s."""
         elapsed_s = (self._clock[-1]["t_ns"] - self._clock[0]["t_ns"]) * 1e-9
@@ -258,11 +339,11 @@ class Recorder:
         }
 
     def _learns(self, spec: str) -> bool:
-        return self.options.period_ns is None and _kind(spec) != "processes"
+        return self.options.period_ns is None and _kind(spec) not in _OWN_PERIOD
 
     def _period_ns(self, spec: str) -> int:
         kind = _kind(spec)
-        if self.options.period_ns is not None and kind != "processes":
+        if self.options.period_ns is not None and kind not in _OWN_PERIOD:
             return self.options.period_ns
         return _PERIOD_NS.get(kind, _OTHER_PERIOD_NS)
 
@@ -273,14 +354,21 @@ class Recorder:
             if not sampler.wait_ready(timeout_s):
                 return False
         except SensorError as error:
-            if self.options.sensors and not self._window_ns[0]:
+            asked = self.options.sensors or (self.attached and name == "processes")
+            if asked and not self._window_ns[0]:
                 raise
+            spec = self._specs[name]
             del self._samplers[name]
-            self._add_missing(name, error)
+            # Without a driver its energy is missing, and that is said once.
+            if spec.replace("nvml-processes", "nvml") in (spec, *self._living_specs()):
+                self._add_missing(name, error)
             return True
         for note in sampler.notes:
             self._add_missing(name, note)
         return True
+
+    def _living_specs(self) -> list[str]:
+        return [self._specs[name] for name in self._samplers]
 
     def _add_missing(self, name: str, part: SensorError | _core.Note) -> None:
         spec = self._specs[name]
@@ -327,7 +415,7 @@ class Recorder:
 
     def _own_cpu_s(self) -> float:
         """A wrapper's CPU time besides its lanes. A program's own belongs to its job."""
-        if self._specs["processes"] != "processes:children":
+        if not self._dedicated:
             return 0.0
         lanes_s = sum(sampler.stats()["cpu_s"] for sampler in self._samplers.values())
         return max(0.0, time.process_time() - lanes_s)
@@ -363,7 +451,10 @@ class Recorder:
                     "pue": options.pue,
                     "cpu_power": options.cpu_power,
                     "performance": options.performance,
+                    "scope": options.scope,
                 },
+                "attached": self.attached,
+                **self._around,
                 "exit": self._exit,
                 "sampler": self._sampler_facts,
                 "warnings": self.warnings,
@@ -373,6 +464,41 @@ class Recorder:
             write_json(self.directory / "run.json", self._facts)
         except OSError as error:
             self._unwritable("run.json", error)
+
+
+def attach(
+    options: Options, targets: Targets, *, dedicated: bool = False, warn: Warn | None = None
+) -> Recorder:
+    """A recording of running processes, opened: its lanes sample, and all of `targets` are in it.
+
+    Those that exit before are let go of. Raises TargetError if none is left, else as `open` does.
+    """
+    while True:
+        roots = targets.roots
+        recorder = Recorder(
+            options,
+            root=f"pids={','.join(str(target.pid) for target in roots)}",
+            command=roots[0].command,
+            attached=[{"pid": t.pid, "command": t.command} for t in roots],
+            dedicated=dedicated,
+            warn=warn,
+        )
+        try:
+            recorder.open()
+            # Who lives now has lived all the while: the lane met no later owner of a PID.
+            if not targets.drop_ended():
+                for warning in targets.warnings:
+                    recorder.add_warning(**warning)
+                return recorder
+        except SensorError:
+            recorder.discard()
+            if not targets.drop_ended():
+                raise
+        except BaseException:
+            recorder.discard()
+            raise
+        else:
+            recorder.discard()
 
 
 def _kind(spec: str) -> str:
@@ -424,8 +550,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 class Run:
     """A profiled block: marks phases, logs metrics, knows its energy. Made by `profile()`."""
 
-    def __init__(self, options: Options, *, synchronise: bool) -> None:
+    def __init__(self, options: Options, *, pids: Sequence[int] | None, synchronise: bool) -> None:
         self._options = options
+        self._pids = None if pids is None else tuple(pids)
         self._synchronise = synchronise
         self._recorder: Recorder | None = None
         self._events: EventWriter | None = None
@@ -456,7 +583,8 @@ class Run:
                 fix="call profile() again for a new run",
             )
         self._pid = os.getpid()
-        outer = _outer_run()
+        # Whatever run we are part of covers us, not those that we look at.
+        outer = _outer_run() if self._pids is None else None
         if outer is None:
             begin_ns = self._record()
         else:
@@ -546,16 +674,21 @@ class Run:
 
     def _record(self) -> int:
         """Begins a recording of our own; when it began, ns."""
-        recorder = Recorder(self._options, root="self", command=[sys.executable, *sys.argv])
-        try:
-            recorder.open()
-        except SensorError:
-            recorder.discard()
-            raise
+        if self._pids is not None:
+            with hold(self._pids) as targets:
+                recorder = attach(self._options, targets)
+        else:
+            recorder = Recorder(self._options, root="self", command=[sys.executable, *sys.argv])
+            try:
+                recorder.open()
+            except SensorError:
+                recorder.discard()
+                raise
         begin_ns = time.monotonic_ns()
         recorder.begin(begin_ns)
         self._recorder, self.directory = recorder, recorder.directory
-        os.environ[RUN_DIR_VARIABLE] = str(recorder.directory)
+        if self._pids is None:
+            os.environ[RUN_DIR_VARIABLE] = str(recorder.directory)
         self._thread = threading.Thread(target=self._keep_flushing, name="pepr-flush", daemon=True)
         self._thread.start()
         return begin_ns
@@ -576,7 +709,7 @@ class Run:
         self._thread.join()
         if os.environ.get(RUN_DIR_VARIABLE) == str(recorder.directory):
             del os.environ[RUN_DIR_VARIABLE]
-        recorder.close(end_ns, exit_code=_exit_code(error))
+        recorder.close(end_ns, exit_code=_exit_code(error) if self._pids is None else None)
         self._summary = recorder.summarise()
         for warning in recorder.warnings:  # last: a warning may be an error (python -W error)
             warnings.warn(f"pepr: {warning['text']} ({warning['hint']})", stacklevel=3)
@@ -637,14 +770,19 @@ def profile(
     pue: float = 1.0,
     cpu_power: str | None = None,
     performance: str | None = None,
+    scope: str = "job",
+    pids: Sequence[int] | None = None,
     synchronise: bool = True,
 ) -> Run:
     """Profiles a `with` block: `with profile("resnet18") as run:`.
 
     Inside a program that `pepr-profile` wraps (or another block) it joins that run: its phases and
     metrics land there and nothing is sampled twice; the other arguments are then the outer run's.
+    With `pids` it measures those running processes and all that they start, instead of this one,
+    as long as the block lasts; that is a run of its own, whatever is around it.
+    `scope` says what the total is: "job", its share of the devices, or "device", all they took.
     Where torch is loaded and uses CUDA, phase edges wait for the GPU unless `synchronise` is False.
-    Raises UsageError or SensorError before anything starts.
+    Raises UsageError, TargetError or SensorError before anything starts.
     """
     if not name:
         raise UsageError("a run needs a name", why="name is empty", fix='profile("resnet18")')
@@ -653,6 +791,12 @@ def profile(
             f"an overhead of {overhead!r} is not possible",
             why="it is the share of one core that reading the sensors may take",
             fix="give a fraction in (0, 1], for example overhead=0.005",
+        )
+    if scope not in SCOPES:
+        raise UsageError(
+            f"a scope of {scope!r} is not possible",
+            why="it says what the total is",
+            fix='scope="job" for the job\'s share, scope="device" for the whole devices',
         )
     options = Options(
         name=name,
@@ -665,8 +809,9 @@ def profile(
         pue=pue,
         cpu_power=cpu_power,
         performance=performance,
+        scope=scope,
     )
-    return Run(options, synchronise=synchronise)
+    return Run(options, pids=pids, synchronise=synchronise)
 
 
 def intensity_of(region: str | None, carbon_intensity: float | None) -> GridIntensity | None:
@@ -698,6 +843,20 @@ def _outer_run() -> Path | None:
         return directory if not run.get("complete") and _recorder_lives(run) else None
     except TraceError:
         return None
+
+
+def _outer_facts(root: str) -> dict[str, Any] | None:
+    """The run that another profiler records around the roots of this one, if any."""
+    around = run_around(RUN_DIR_VARIABLE, root)
+    if around is None:
+        return None
+    try:
+        run = read_run(Path(around))
+    except TraceError:
+        return None
+    if run.get("complete") or not _recorder_lives(run):
+        return None
+    return {"run_id": run["run_id"], "pid": run["recording"]["profiler_pid"]}
 
 
 def _recorder_lives(run: dict[str, Any]) -> bool:

@@ -18,16 +18,29 @@ from pepr_profiler import carbon as carbon_model
 from pepr_profiler import modelled
 from pepr_profiler.attribution import (
     Activity,
+    Gpus,
     Shares,
+    cpu_neighbours,
     modelled_curves,
     read_activity,
     share,
+    warning,
 )
 from pepr_profiler.curve import Curve
 from pepr_profiler.energy import integrate
 from pepr_profiler.errors import TraceError
 from pepr_profiler.sources import find_cross_sources, find_sources
-from pepr_profiler.trace import Batch, Events, LaneReader, Phase, read_events, read_lanes, read_run
+from pepr_profiler.tenants import Tenants, read_tenants
+from pepr_profiler.trace import (
+    Batch,
+    Events,
+    LaneReader,
+    Phase,
+    read_events,
+    read_lanes,
+    read_neighbours,
+    read_run,
+)
 from pepr_profiler.uncertainty import Budget, CrossCheck, budget, cross_check
 
 if TYPE_CHECKING:
@@ -77,17 +90,33 @@ def summarise(
     grid = _Grid.over(begin_ns, end_ns, phases)
 
     gauges = _Gauges()
-    curves, checks, activity = _curves(readers, facts, grid.at_ns, gauges)
+    notes = read_neighbours(directory)
+    tenants = _tenants(readers, notes, gauges, begin_ns, end_ns)
+    curves, checks, activity, idle_w = _curves(readers, facts, grid.at_ns, gauges)
+    options = facts["options"]
+    scope = options.get("scope", "job")
+    labels = [channel.labels for r in readers.values() for channel in r.lane.channels]
+    gpus = Gpus.of(facts, labels, tenants, busy=gauges.busy)
     parts = [
-        _Part(curve, share(curve, grid.at_ns, activity), checks.get(curve.source.id))
+        _Part(
+            gpus.judged(curve),
+            share(
+                curve,
+                grid.at_ns,
+                activity,
+                gpus.tenants_of(curve),
+                idle_w=idle_w.get(curve.source.id),
+            ),
+            checks.get(curve.source.id),
+            scope,
+        )
         for curve in curves
     ]
     counted = [part for part in parts if part.counted]
     duration_s = (end_ns - begin_ns) * 1e-9
 
-    total_j: float | None = math.fsum(part.job_j for part in counted) if counted else None
+    total_j = _sum(part.counted_j for part in counted)
     u_j = math.hypot(*(part.whole(grid).u_j for part in counted))
-    options = facts["options"]
     metrics = _metrics(events.metrics)
     exit_facts = facts.get("exit") or {}
     run.update(
@@ -98,6 +127,9 @@ def summarise(
             "u_j": 2 * u_j if counted else None,
             "mean_w": total_j / duration_s if total_j is not None and duration_s > 0 else None,
             "provenance": _provenance(counted),
+            "scope": scope,
+            "others_j": _sum(part.others_j for part in counted),
+            "idle_j": _sum(part.idle_j for part in counted),
             "components": [part.summary(grid, duration_s) for part in parts],
         },
         phases=_phases(phases, counted, grid),
@@ -105,7 +137,7 @@ def summarise(
             "peak_rss_bytes": _largest(
                 activity.peak_rss_bytes if activity else None, exit_facts.get("max_rss_bytes")
             ),
-            "gpu_peak_bytes": gauges.peak_sum("nvml-memory"),
+            "gpu_peak_bytes": gpus.peak_bytes(gauges.peak_sum("nvml-memory")),
         },
         carbon=_carbon(total_j, options),
         metrics=metrics,
@@ -114,6 +146,8 @@ def summarise(
         warnings=[
             *facts.get("warnings", []),
             *_warnings(parts, events.torn_lines, begin_ns, end_ns),
+            *gpus.warnings([part.curve for part in counted], begin_ns, end_ns),
+            *_cpu_neighbours(counted, notes, activity, (begin_ns, end_ns)),
         ],
     )
     return run
@@ -189,16 +223,23 @@ class _Grid:
         return np.asarray(np.searchsorted(self.at_ns, at_ns))
 
 
-_FIGURES = ("device_j", "job_j", "others_j", "idle_j", "u_j", "mean_w", "max_w", "trace_w")
+_FIGURES = (
+    *("device_j", "job_j", "others_j", "idle_j", "idle_w", "job_idle_j"),
+    *("u_j", "mean_w", "max_w", "trace_w"),
+)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One component with its shares, and what another sensor of the same device says."""
+    """One component with its shares, and what another sensor of the same device says.
+
+    `scope` says what of it is counted: "job", the job's share, or "device", all.
+    """
 
     curve: Curve
     shares: Shares
     check: CrossCheck | None = None
+    scope: str = "job"
 
     @property
     def known(self) -> bool:
@@ -209,22 +250,47 @@ class _Part:
         return self.curve.source.in_total and self.known
 
     @property
+    def device_j(self) -> float:
+        return float(self.curve.energy_j[-1] - self.curve.energy_j[0])
+
+    @property
     def job_j(self) -> float:
         return float(self.shares.job_j[-1])
+
+    @property
+    def others_j(self) -> float:
+        return float(self.shares.others_j[-1])
+
+    @property
+    def idle_j(self) -> float:
+        return float(self.shares.idle_j[-1])
+
+    @property
+    def counted_j(self) -> float:
+        return float(self.counting_j[-1])
+
+    @property
+    def counting_j(self) -> NDArray[np.float64]:
+        """What of it is counted, cumulative at the grid."""
+        if self.scope == "job":
+            return self.shares.job_j
+        return np.asarray(self.curve.energy_j - self.curve.energy_j[0])
 
     def budget(
         self, grid: _Grid, begins_ns: NDArray[np.int64], ends_ns: NDArray[np.int64]
     ) -> Budget:
-        """The budget of the job's energy in some windows whose edges are on the grid."""
+        """The budget of what is counted in some windows whose edges are on the grid."""
         begins, ends = grid.index(begins_ns), grid.index(ends_ns)
-        energy_j = float(np.sum(self.shares.job_j[ends] - self.shares.job_j[begins]))
+        energy_j = float(np.sum(self.counting_j[ends] - self.counting_j[begins]))
         of_device = budget(self.curve, grid.at_ns, begins, ends, energy_j=energy_j)
+        if self.scope != "job":
+            return of_device
         duration_s = float(np.sum(ends_ns - begins_ns)) * 1e-9
         u_j = self.shares.u_j(energy_j, duration_s=duration_s, windows=len(begins))
         return replace(of_device, attribution_j=u_j)
 
     def whole(self, grid: _Grid) -> Budget:
-        """The budget of the job's energy in all."""
+        """The budget of what is counted in all."""
         return self.budget(grid, grid.at_ns[:1], grid.at_ns[-1:])
 
     def summary(self, grid: _Grid, duration_s: float) -> dict[str, Any]:
@@ -244,14 +310,15 @@ class _Part:
             return {**result, **dict.fromkeys(names)}
         whole = self.whole(grid)
         energy_j = self.curve.energy_j
-        device_j = float(energy_j[-1] - energy_j[0])
         values = (
-            device_j,
+            self.device_j,
             self.job_j,
-            float(self.shares.others_j[-1]),
-            float(self.shares.idle_j[-1]),
+            self.others_j,
+            self.idle_j,
+            self.shares.idle_w,
+            self.shares.job_idle_j,
             2 * whole.u_j,
-            device_j / duration_s if duration_s > 0 else None,
+            self.device_j / duration_s if duration_s > 0 else None,
             _largest(*_power_w(grid.pick(energy_j, grid.seconds_ns), grid.seconds_ns)),
             self._trace_w(grid),
             vars(whole),
@@ -280,10 +347,11 @@ def _curves(
     facts: Mapping[str, Any],
     at_ns: NDArray[np.int64],
     gauges: _Gauges,
-) -> tuple[list[Curve], dict[str, CrossCheck], Activity | None]:
+) -> tuple[list[Curve], dict[str, CrossCheck], Activity | None, dict[str, float]]:
     """Measured curves of every lane, and modelled ones for the CPU and memory that have none.
 
-    With them what the power readings of a device give whose counter is used, by component.
+    With them what the power readings of a device give whose counter is used, and the idle draw, W,
+    where it is known; both by component.
     """
     cpu = modelled.CpuIdentity(**facts["cpu"])
     lanes = [reader.lane for reader in readers.values()]
@@ -292,7 +360,10 @@ def _curves(
     checks: dict[str, CrossCheck] = {}
     curves: list[Curve] = []
     activity = None
+    idle_w: dict[str, float] = {}
     for name, reader in readers.items():
+        if _lists_processes(reader):
+            continue
         if name == "processes":
             activity = read_activity(reader.lane, gauges.watching(reader))
             continue
@@ -306,12 +377,38 @@ def _curves(
                 checks[power.source.id] = check
     if activity is not None and len(activity.t_ns) > 1:
         model = modelled.cpu_model(cpu, vcpus=activity.cpus, override=facts["options"]["cpu_power"])
+        idle_w["cpu:modelled"] = model.idle_w
         measured = {c.source.kind for c in curves if c.source.in_total and c.first_ns >= 0}
         for curve in modelled_curves(activity, at_ns, cpu=model, ram=modelled.RamModel()):
             # RAPL packages without a DRAM domain: memory is then modelled beside a measured CPU.
             if curve.source.kind not in measured:
                 curves.append(curve)
-    return curves, checks, activity
+    return curves, checks, activity, idle_w
+
+
+def _lists_processes(reader: LaneReader) -> bool:
+    return reader.lane.spec.partition(":")[0] == "nvml-processes"
+
+
+def _tenants(
+    readers: Mapping[str, LaneReader],
+    notes: Sequence[Mapping[str, Any]],
+    gauges: _Gauges,
+    begin_ns: int,
+    end_ns: int,
+) -> dict[str, Tenants]:
+    """Who computed on each GPU, by UUID."""
+    found: dict[str, Tenants] = {}
+    for reader in filter(_lists_processes, readers.values()):
+        batches = gauges.watching(reader)
+        found |= read_tenants(reader.lane, batches, notes, begin_ns=begin_ns, end_ns=end_ns)
+    return found
+
+
+def _sum(values: Iterable[float]) -> float | None:
+    """The sum; None of nothing."""
+    listed = list(values)
+    return math.fsum(listed) if listed else None
 
 
 class _Gauges:
@@ -321,6 +418,7 @@ class _Gauges:
         self.rows = 0
         self.rows_by_lane: dict[str, int] = {}
         self.unknown = 0
+        self.busy: set[str] = set()
         self.peaks: dict[str, dict[int, float]] = {}
 
     def watching(self, reader: LaneReader) -> Iterator[Batch]:
@@ -329,6 +427,11 @@ class _Gauges:
             for index, channel in enumerate(reader.lane.channels)
             if channel.source == "nvml-memory"
         ]
+        utilised = [
+            (index, channel)
+            for index, channel in enumerate(reader.lane.channels)
+            if channel.source == "nvml-utilisation"
+        ]
         for batch in reader:
             rows = batch.reads
             self.rows += rows
@@ -336,6 +439,9 @@ class _Gauges:
             unknown = np.count_nonzero(np.isnan(batch.values), axis=0)
             self.unknown += int(unknown.sum() if batch.skipped is None
                                 else unknown @ (batch.skipped + 1))  # fmt: skip
+            for index, channel in utilised:
+                if np.nanmax(batch.values[index], initial=0.0) * channel.scale > _BUSY:
+                    self.busy.add(channel.labels["uuid"])
             for index, channel in watched:
                 values = batch.values[index][np.isfinite(batch.values[index])] * channel.scale
                 if len(values):
@@ -346,6 +452,10 @@ class _Gauges:
     def peak_sum(self, source: str) -> int | None:
         peaks = self.peaks.get(source)
         return int(sum(peaks.values())) if peaks else None
+
+
+_BUSY = 0.05
+"""GPU utilisation from which on somebody computes."""
 
 
 def _provenance(counted: Sequence[_Part]) -> str | None:
@@ -365,8 +475,8 @@ def _phases(phases: Sequence[Phase], counted: Sequence[_Part], grid: _Grid) -> l
         duration_s = float(np.sum(ends - begins)) * 1e-9
         energies_j, budgets = [], []
         for part in counted:
-            job_j = part.shares.job_j
-            energy_j = float(np.sum(grid.pick(job_j, ends) - grid.pick(job_j, begins)))
+            so_far_j = part.counting_j
+            energy_j = float(np.sum(grid.pick(so_far_j, ends) - grid.pick(so_far_j, begins)))
             energies_j.append(energy_j)
             budgets.append(part.budget(grid, begins, ends).u_j)
         result.append(
@@ -438,7 +548,7 @@ def _warnings(
         curve, name = part.curve, part.curve.source.id
         source = curve.source
         if source.excluded.startswith("mirrors"):
-            yield _warning(
+            yield warning(
                 "mirrored",
                 f"{name} is not in the total: it {source.excluded}",
                 "nothing; some AMD processors show one socket's counter on each die",
@@ -447,7 +557,7 @@ def _warnings(
             continue
         gap_s = max(_GAP_S, 10 * source.period_s)
         if not part.known:
-            yield _warning(
+            yield warning(
                 "unknown",
                 f"{name} gave no usable reading; its energy is not in the total",
                 "run longer than a few refreshes of the sensor, or see: pepr-profile sensors",
@@ -455,7 +565,7 @@ def _warnings(
             continue
         yield from _doubts(part, end_ns - begin_ns)
         if curve.resets:
-            yield _warning(
+            yield warning(
                 "reset",
                 f"{name} was reset {curve.resets}x; what it had counted since the last reading "
                 "is lost",
@@ -466,14 +576,14 @@ def _warnings(
             mean_w = energy_j * 1e9 / max(end_ns - begin_ns, 1)
             half_range_s = source.modulus * source.scale / 2 / max(mean_w, 1e-9)
             if curve.longest_gap_s > half_range_s:
-                yield _warning(
+                yield warning(
                     "ambiguous-wrap",
                     f"{name} was not read for {curve.longest_gap_s:.1f} s, time enough to wrap "
                     "unseen; its energy may be a multiple of its range too low",
                     "keep the profiler from being stopped, or sample more often (--period)",
                 )
         if curve.longest_stall_s > max(_STALL_S, 50 * curve.refresh_s) and source.counter:
-            yield _warning(
+            yield warning(
                 "stalled",
                 f"{name} stood still for {curve.longest_stall_s:.1f} s while it was read",
                 "check the driver; its energy is a lower bound",
@@ -481,14 +591,14 @@ def _warnings(
         late_s = (curve.first_ns - begin_ns) * 1e-9
         early_s = (end_ns - curve.last_ns) * 1e-9
         if late_s > gap_s:
-            yield _warning(
+            yield warning(
                 "late-start",
                 f"{name} gave its first reading {late_s:.1f} s after the start; "
                 "its energy before is not in the total",
                 "NVIDIA: enable persistence mode (sudo nvidia-smi -pm 1)",
             )
         if early_s > gap_s:
-            yield _warning(
+            yield warning(
                 "ended-early",
                 f"{name} gave no reading in the last {early_s:.1f} s; its energy since is not in "
                 "the total",
@@ -496,31 +606,45 @@ def _warnings(
             )
         elif curve.longest_gap_s > gap_s:
             kept = "the counter kept its energy" if source.counter else "its power is interpolated"
-            yield _warning(
+            yield warning(
                 "gap",
                 f"{name} has a gap of {curve.longest_gap_s:.1f} s: {kept}",
                 "check the load of the machine and the driver",
             )
     if torn_lines:
-        yield _warning(
+        yield warning(
             "torn-events",
             f"{torn_lines} line(s) of the events files could not be read and were left out",
             "a program was killed while it wrote, or the file was edited",
         )
 
 
+def _cpu_neighbours(
+    counted: Iterable[_Part],
+    notes: Iterable[Mapping[str, Any]],
+    activity: Activity | None,
+    window_ns: tuple[int, int],
+) -> list[dict[str, str]]:
+    cpus = [part for part in counted if part.curve.source.kind == "cpu"]
+    device_j = math.fsum(part.device_j for part in cpus)
+    if activity is None or device_j <= 0:
+        return []
+    part = math.fsum(part.others_j for part in cpus) / device_j
+    return cpu_neighbours(notes, activity, part, window_ns)
+
+
 def _doubts(part: _Part, duration_ns: int) -> Iterator[dict[str, str]]:
     """What the readings themselves give reason to doubt."""
     curve, check, name = part.curve, part.check, part.curve.source.id
     if curve.aliased:
-        yield _warning(
+        yield warning(
             "aliasing",
             f"the load of {name} repeats nearly in step with its sensor's refreshes "
             f"({curve.refresh_s * 1e3:.0f} ms), which may see only a part of it",
             "vary the length of a step, or compare with another meter; u is widened to 40 %",
         )
     elif curve.source.source in _PART_TIME and duration_ns >= _CHECKED_NS and _steady(curve):
-        yield _warning(
+        yield warning(
             "part-time",
             f"{name} has power readings only, which may see no more than a quarter of the time: "
             "a load exactly in step with them would look as steady as these; u does not cover it",
@@ -529,7 +653,7 @@ def _doubts(part: _Part, duration_ns: int) -> Iterator[dict[str, str]]:
         )
     # Shorter windows are mostly edges (docs/measurement, B).
     if check and abs(check.difference_j) > check.u_j and duration_ns >= _CHECKED_NS:
-        yield _warning(
+        yield warning(
             "disagreement",
             f"{name}: its power readings ({check.source}) give {check.energy_j:.0f} J, "
             f"{check.difference_j:+.0f} J from its counter; {check.u_j:.0f} J would be usual",
@@ -544,10 +668,6 @@ def _steady(curve: Curve) -> bool:
         return False
     duty_j2 = float(curve.duty_j2[-1] - curve.duty_j2[0])
     return math.sqrt(max(0.0, duty_j2)) < _STEADY * energy_j
-
-
-def _warning(code: str, text: str, hint: str) -> dict[str, str]:
-    return {"code": code, "text": text, "hint": hint}
 
 
 def _largest(*values: float | None) -> Any:

@@ -190,6 +190,8 @@ def _thin_rules(channels: Sequence[Channel]) -> list[tuple[str, float]]:
     return [
         ("line", LINE_STEPS if c.quantity == "energy" else _FINE_LINE_STEPS)
         if c.counter
+        else ("hold", 0.0)
+        if c.quantity == "identity"  # a PID is no quantity: the next number is another process
         else ("hold", _HOLD)
         if c.quantity == "power" and _device_of(c) not in counted
         else ("level", _LEVEL_S)
@@ -510,8 +512,9 @@ class EventWriter:
     open: a line that cannot be written is counted in `lost`.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, kind: str = "events") -> None:
         self._directory = directory
+        self._kind = kind
         self._pid = 0
         self._fd = -1
         self.lost = 0
@@ -550,7 +553,8 @@ class EventWriter:
         if self._fd >= 0:
             os.close(self._fd)  # inherited through fork; the parent keeps its own
         self._pid = os.getpid()
-        path = self._directory / f"events-{os.uname().nodename}-{self._pid}.jsonl"
+        name = f"{self._kind}-{os.uname().nodename}-{self._pid}.jsonl"
+        path = self._directory / name
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             self._fd = os.open(path, flags, 0o644)
@@ -605,6 +609,22 @@ def read_events(directory: Path) -> Events:
     phases.sort(key=lambda phase: phase.begin_ns)
     metrics.sort(key=lambda item: item[0])
     return Events(tuple(phases), tuple(metrics), torn)
+
+
+def read_neighbours(directory: Path) -> list[dict[str, Any]]:
+    """What was written down of processes while they lived (neighbours.py), in time order.
+
+    In a file of its own: whoever only looks at a run in progress need not read its marks. A torn
+    line is left out.
+    """
+    notes: list[dict[str, Any]] = []
+    for path in sorted(directory.glob("processes-*.jsonl")):
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError):
+                note = json.loads(line)
+                if isinstance(note, dict) and isinstance(note.get("t_ns"), int):
+                    notes.append(note)
+    return sorted(notes, key=lambda note: int(note["t_ns"]))
 
 
 def _phase(begin: dict[str, Any], end_ns: int | None) -> Phase:

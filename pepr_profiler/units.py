@@ -21,7 +21,7 @@ _PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T",
 _SCALES = {"n": 1e-9, "u": 1e-6, "µ": 1e-6, "μ": 1e-6, "m": 1e-3, "": 1.0}
 _SCALES |= {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _NS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "": 10**9}
-_NS |= {"min": 60 * 10**9, "h": 3600 * 10**9}
+_NS |= {"m": 60 * 10**9, "min": 60 * 10**9, "h": 3600 * 10**9}
 _NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
 # Beyond this many digits a reader gains nothing, however small the uncertainty is.
 _MAX_DIGITS = 6
@@ -104,9 +104,9 @@ def format_duration(duration_s: float | None) -> str:
 
 
 def parse_duration(text: str) -> int:
-    """A positive duration in integer ns, from "10ms", "2s", "1.5min" or "0.5" (seconds)."""
+    """A positive duration in integer ns, from "10ms", "2s", "5m" (minutes) or "0.5" (seconds)."""
     match = re.fullmatch(rf"\s*{_NUMBER}\s*([a-zµμ]*)\s*", text)
-    why = "a number and one of ns, us, ms, s, min, h is expected"
+    why = "a number and one of ns, us, ms, s, m (minutes), h is expected"
     if match and match[2] in _NS:
         duration_ns = float(match[1]) * _NS[match[2]]
         if math.isfinite(duration_ns) and round(duration_ns) > 0:

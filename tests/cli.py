@@ -70,11 +70,13 @@ class Cli:
                 raise
         return Result(process.returncode, out or b"", (err or b"").decode())
 
-    def measure(self, *arguments: str, **options: Any) -> tuple[Result, dict[str, Any]]:
-        """Runs with `--json FILE`; its result and its summary."""
+    def measure(
+        self, *arguments: str, verb: str = "run", **options: Any
+    ) -> tuple[Result, dict[str, Any]]:
+        """Runs or attaches with `--json FILE`; its result and its summary."""
         path = self.folder / "summary.json"
         path.unlink(missing_ok=True)
-        result = self("--json", str(path), *arguments, **options)
+        result = self(verb, "--json", str(path), *arguments, **options)
         assert path.exists(), result.stderr
         return result, json.loads(path.read_text())
 

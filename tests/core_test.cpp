@@ -684,7 +684,8 @@ void sampler_left_behind_outlives_its_owner() {
 
 void sampler_rethrows_why_it_failed() {
     for (const char* spec : {"replay:/nowhere/at/all", "powercap:/nowhere", "nvml:/nowhere.so",
-                             "magic", "processes:", "processes:parents"}) {
+                             "magic", "processes:", "processes:parents", "processes:pids=",
+                             "processes:pids=0", "processes:pids=1;2", "processes:pids=12345678"}) {
         Sampler sampler(spec, kMs);
         CHECK(explains_itself([&] { sampler.wait_ready(10 * kNsPerS); }));
         CHECK(sampler.state() == Sampler::State::kFailed);
@@ -792,7 +793,50 @@ void processes_children_leave_us_out() {
     const auto children = pepr::open_sensor("processes:children");
     const double before_s = poll_cpu_s(*children);
     burn(CLOCK_PROCESS_CPUTIME_ID, 100 * kMs);
-    CHECK(poll_cpu_s(*children) == before_s);
+    CHECK(poll_cpu_s(*children) - before_s < 0.002);  // two clocks, one after the other
+}
+
+void processes_pids_count_from_the_open_on() {
+    int clocks[2], go[2];
+    CHECK(::pipe(clocks) == 0 && ::pipe(go) == 0);
+    const pid_t child = ::fork();
+    if (child == 0) {
+        const pid_t grandchild = ::fork();
+        const auto burn_and_tell = [&] {
+            burn(CLOCK_PROCESS_CPUTIME_ID, 100 * kMs);
+            const std::int64_t ns = pepr::read_clock_ns(CLOCK_PROCESS_CPUTIME_ID);
+            if (::write(clocks[1], &ns, sizeof ns) != sizeof ns) ::_exit(1);
+        };
+        ::close(go[1]);
+        burn_and_tell();
+        char byte = 0;
+        if (::read(go[0], &byte, 1) != 0) ::_exit(1);
+        burn_and_tell();
+        int status = 0;
+        if (grandchild > 0) ::waitpid(grandchild, &status, 0);
+        ::_exit(status);
+    }
+    const auto sum_of_two = [&] {
+        std::int64_t ns[2] = {};
+        for (std::int64_t& value : ns)
+            CHECK(::read(clocks[0], &value, sizeof value) == sizeof value);
+        return 1e-9 * static_cast<double>(ns[0] + ns[1]);
+    };
+    const double before_s = sum_of_two();
+    const auto sensor = pepr::open_sensor("processes:pids=" + std::to_string(child));
+    std::vector<double> row(sensor->channels().size());
+    sensor->poll(row.data());
+    CHECK(row[0] < 0.01 && row[2] == 2.0);
+    ::close(go[1]);
+    const double used_s = sum_of_two() - before_s;
+    int status = -1;
+    CHECK(::waitpid(child, &status, 0) == child && status == 0);
+    sensor->finish();
+    sensor->poll(row.data());
+    if (sensor->notes().empty()) CHECK(row[0] > used_s - 0.005);  // perf
+    CHECK(row[0] < used_s + 0.1);  // the rest is what it takes to end
+    CHECK(row[2] == 0.0);
+    for (const int fd : {clocks[0], clocks[1], go[0]}) ::close(fd);
 }
 
 void replay_names_the_bad_line() {
@@ -848,6 +892,7 @@ constexpr Test kTests[] = {
     TEST(processes_self_counts_threads),
     TEST(processes_count_children_that_were_waited_for),
     TEST(processes_children_leave_us_out),
+    TEST(processes_pids_count_from_the_open_on),
     TEST(replay_names_the_bad_line),
 };
 

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from pepr_profiler.attribution import Activity, modelled_curves, read_activity, share
+from pepr_profiler.attribution import (
+    Activity,
+    Gpus,
+    Shares,
+    cpu_neighbours,
+    lowest_power_w,
+    modelled_curves,
+    read_activity,
+    share,
+)
 from pepr_profiler.curve import Curve
 from pepr_profiler.modelled import CpuModel, RamModel
 from pepr_profiler.sources import Source
+from pepr_profiler.tenants import Neighbour, Tenants, Use
 from pepr_profiler.trace import Batch, Channel, Lane
 
 S = 1_000_000_000
@@ -114,3 +127,155 @@ def test_rows_with_an_unknown_number_are_left_out_of_the_activity() -> None:
     assert did is not None
     assert did.job_cpu_s.tolist() == [0.0, 2.0]
     assert (did.cpus, did.peak_rss_bytes) == (8, 6)
+
+
+# --- one rule for every device ----------------------------------------------------------------
+
+
+def uses(random: np.random.Generator, owners: int, intervals: int) -> list[Use]:
+    """What several jobs on one device see of it, each of itself and the rest."""
+    edges = np.sort(random.uniform(0, 30 * S, intervals + 1))
+    of = random.uniform(0, 0.6, (owners, intervals)) * (random.random((owners, intervals)) < 0.6)
+    held = random.uniform(0, 1, (owners, intervals))
+    held /= np.maximum(held.sum(axis=0), 1.0)
+    return [
+        Use(edges, of[i], of.sum(axis=0) - of[i], held[i], held.sum(axis=0) - held[i])
+        for i in range(owners)
+    ]
+
+
+def shares_of(curve: Curve, at_ns: np.ndarray, use: Use, *, idle_w: float) -> Shares:
+    seen = Tenants(use, 0, 0, 1.0, 1.0, 0.0, "", (), None, 0.5, 0, 2)
+    return share(curve, at_ns, None, seen, idle_w=idle_w)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_shares_of_all_jobs_and_idle_make_the_device_whatever_happens(seed: int) -> None:
+    # given three jobs that share a device at random, each with a profiler of its own
+    random = np.random.default_rng(seed)
+    curve, at_ns = device(100.0, 30, kind="gpu")
+    energy_j = np.concatenate(([0.0], np.cumsum(random.exponential(20.0, len(at_ns) - 1))))
+    curve = replace(curve, energy_j=energy_j)
+    jobs = uses(random, owners=3, intervals=int(random.integers(1, 90)))
+    each = [shares_of(curve, at_ns, use, idle_w=random.uniform(0, 120)) for use in jobs[:1]]
+    idle_w = each[0].idle_w or 0.0
+    each += [shares_of(curve, at_ns, use, idle_w=idle_w) for use in jobs[1:]]
+    for one in each:
+        # then each one's view is whole at every instant, and nobody's part ever shrinks
+        whole_j = one.job_j + one.others_j + one.idle_j
+        assert whole_j == pytest.approx(energy_j, rel=1e-9, abs=1e-9)
+        for part in (one.job_j, one.others_j, one.idle_j):
+            assert np.diff(part).min() > -1e-9
+        # and they agree on what was nobody's
+        assert one.idle_j == pytest.approx(each[0].idle_j, rel=1e-6, abs=1e-6)
+    # and together they have what is not idle
+    jobs_j = sum(one.job_j[-1] for one in each)
+    assert jobs_j + each[0].idle_j[-1] == pytest.approx(energy_j[-1], rel=1e-9)
+
+
+def test_the_idle_draw_is_nobodys_for_as_long_as_nobody_works() -> None:
+    # given 50 W idle; for 4 s each: the job busy on one of four CPUs at 80 W; a daemon that takes
+    # 2 % of a CPU at 50 W
+    did = activity(8, job=[1.0] * 4 + [0.0] * 4, busy=[1.0] * 4 + [0.02] * 4)
+    curve, at_ns = device(80.0, 8)
+    curve = replace(curve, energy_j=np.interp(at_ns, [0, 4 * S, 8 * S], [0.0, 320.0, 520.0]))
+    shares = share(curve, at_ns, did)
+    assert shares.idle_w == pytest.approx(50.0)
+    assert shares.job_j[-1] == pytest.approx(320.0)
+    assert shares.job_idle_j == pytest.approx(200.0)
+    assert shares.others_j[-1] == pytest.approx(200.0 * 0.02)
+    assert shares.idle_j[-1] == pytest.approx(200.0 * 0.98)
+
+
+def test_above_the_idle_draw_use_decides_and_below_it_presence_too() -> None:
+    # given a GPU at 260 W, 60 W of it idle draw, where the job uses 0.1 and another 0.3 of it
+    use = Use(np.array([0.0, 4.0 * S]), *(np.array([x]) for x in (0.1, 0.3, 0.5, 0.5)))
+    curve, at_ns = device(260.0, 4, kind="gpu")
+    shares = shares_of(curve, at_ns, use, idle_w=60.0)
+    # then 200 W by use, and 60 W by use for 0.4 of the time, by halves for the rest
+    job_w = 200 / 4 + 60 * (0.4 / 4 + 0.6 / 2)
+    assert shares.job_j[-1] == pytest.approx(4 * job_w)
+    assert shares.others_j[-1] == pytest.approx(4 * (260 - job_w))
+
+
+def test_a_counter_that_stands_still_is_no_idle_draw() -> None:
+    curve, at_ns = device(100.0, 6)
+    stalled = np.interp(at_ns, [0, 2 * S, 4 * S, 6 * S], [0, 200, 200, 500])
+    assert lowest_power_w(replace(curve, energy_j=stalled), at_ns) == pytest.approx(100.0)
+    assert lowest_power_w(replace(curve, first_ns=-1), at_ns) is None
+
+
+# --- who else was here ------------------------------------------------------------------------
+
+
+def look(*processes: tuple[int, float], profiler_s: float = 0.0) -> dict[str, Any]:
+    listed = [{"pid": p, "cpu_s": s, "command": f"run {p}", "user": "ann"} for p, s in processes]
+    times = {"t_ns": 10 * S, "since_ns": 0, "profiler_s": profiler_s}
+    return {"event": "cpu", **times, "processes": listed}
+
+
+def test_others_on_the_cpu_are_named_with_their_part_of_its_use() -> None:
+    # given 10 s of two busy CPUs: the job 10 s, two others 5 s and 2 s, the rest unseen
+    did = activity(10, job=[1.0] * 10, busy=[2.0] * 10)
+    (told,) = cpu_neighbours([look((8, 5.0), (9, 2.0))], did, 0.5, (0, 10 * S))
+    assert told["code"] == "shared-device"
+    assert "50% of the CPU time" in told["text"]
+    assert "PID 8 run 8 (25%), PID 9 run 9 (10%)" in told["text"]
+    assert "came and went (15%)" in told["text"]
+
+
+def test_a_few_are_named_and_the_rest_counted() -> None:
+    did = activity(10, job=[1.0] * 10, busy=[2.0] * 10)
+    (told,) = cpu_neighbours([look(*((p, 2.0) for p in range(5)))], did, 0.5, (0, 10 * S))
+    assert told["text"].count("PID") == 3 and told["text"].endswith(" and 2 more")
+
+
+def test_the_profiler_is_nobody_to_be_warned_of() -> None:
+    did = activity(10, job=[1.0] * 10, busy=[1.3] * 10)
+    assert cpu_neighbours([look(profiler_s=2.8)], did, 0.23, (0, 10 * S)) == []
+    assert cpu_neighbours([look(profiler_s=0.0)], did, 0.23, (0, 10 * S)) != []
+    assert cpu_neighbours([look()], did, 0.04, (0, 10 * S)) == []  # 4 % of the energy
+    assert cpu_neighbours([], did, 0.5, (0, 10 * S)) == []  # nobody has looked
+
+
+def gpus(of: Tenants, **more: Any) -> Gpus:
+    board = {"uuid": "GPU-1", "index": "0", "model": "H100"}
+    facts = {"root": "children", "cuda": [{}], **more}
+    return Gpus.of(facts, [board], {"GPU-1": of}, busy=[])
+
+
+def seen(*, job_s: float, others_s: float = 0.0, unknown_s: float = 0.0, last_s: float = 60) -> Any:
+    use = Use(np.array([0.0, 60.0 * S]), *(np.array([x]) for x in (0.5, 0.5, 0.5, 0.5)))
+    others = tuple(Neighbour(p, "train.py", "ann", others_s, 0.2) for p in range(5))[
+        : int(others_s)
+    ]
+    last_ns = int(last_s * S)
+    return Tenants(use, 0, last_ns, job_s, others_s, unknown_s, "why", others, None, 0.5, 0, 120)
+
+
+@pytest.mark.parametrize(
+    ("of", "told"),
+    [
+        (seen(job_s=60.0), []),
+        (seen(job_s=60.0, others_s=2.9), []),  # less than 5 % of 60 s
+        (seen(job_s=60.0, others_s=3.1), ["shared-device"]),
+        (seen(job_s=60.0, unknown_s=2.9), []),
+        (seen(job_s=60.0, unknown_s=3.1), ["whole-device"]),
+        (seen(job_s=60.0, last_s=54.0), ["processes-gap"]),
+        (seen(job_s=60.0, last_s=56.0), []),
+    ],
+)
+def test_a_gpu_is_warned_of_when_it_matters(of: Tenants, told: list[str]) -> None:
+    curve, _ = device(100.0, 60, kind="gpu")
+    curve = replace(curve, source=replace(curve.source, id="gpu:GPU-1"))
+    assert [w["code"] for w in gpus(of).warnings([curve], 0, 60 * S)] == told
+
+
+def test_a_recording_that_never_listed_processes_stays_as_it_was() -> None:
+    # given a trace from before there were lists: no facts about the root, no lane
+    board = {"uuid": "GPU-1", "index": "0", "model": "H100"}
+    old = Gpus.of({}, [board], {}, busy=["GPU-1"])
+    curve, _ = device(100.0, 60, kind="gpu")
+    curve = replace(curve, source=replace(curve.source, id="gpu:GPU-1"))
+    assert old.judged(curve) is curve and old.tenants_of(curve) is None
+    assert list(old.warnings([curve], 0, 60 * S)) == []

@@ -364,6 +364,42 @@ def test_file_of_an_earlier_run_is_stale_until_it_is_written_again(tmp_path: Pat
     assert [(point.name, point.value) for point in rewritten.take()] == [("acc", 0.9)]
 
 
+def test_watched_file_gives_a_curve_and_each_value_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pepr_profiler.metrics._WATCH_SHARE", 0)  # no look is put off
+    # given a file that is written again and again, and one that is none
+    path = tmp_path / "results.json"
+    os.mkfifo(tmp_path / "fifo")
+    metrics = Metrics([], [f"{path}:acc", f"{tmp_path / 'fifo'}:acc:fifo"])
+    metrics.watch()
+    for text in (
+        '{"acc": 0.5}',
+        '{"acc": 0.5, "lo',
+        '{"acc": 0.75}',
+        '{"loss": 1}',
+        '{"acc": 1.0}',
+    ):
+        path.write_text(text)
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # however coarse its clock is
+        metrics.watch()
+    # then half a file and one without the key are nothing, and the end adds only what is new
+    assert [point.value for point in metrics.take()] == [0.5, 0.75, 1.0]
+    assert codes(metrics.finish()) == ["metric-file-unreadable"]
+    assert metrics.take() == []
+    path.write_text('{"acc": 0.25}')
+    metrics.finish()
+    assert [point.value for point in metrics.take()] == [0.25]
+
+
+def test_watching_a_fifo_does_not_let_its_writer_go_on(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    metrics = Metrics([], [f"{tmp_path / 'fifo'}:acc"])
+    metrics.watch()
+    with pytest.raises(OSError, match="No such device"):  # ENXIO: nobody reads
+        os.open(tmp_path / "fifo", os.O_WRONLY | os.O_NONBLOCK)
+
+
 def test_relative_path_means_the_folder_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1085,6 +1085,35 @@ sys.stdin.buffer.raw.read(1)
     assert rows.columns["job/rss"][-1] == pytest.approx(truth_bytes, abs=2 << 20)
 
 
+def test_processes_follow_those_that_are_named_and_nobody_else() -> None:
+    program = "print(flush=True)\nsys.stdin.readline()\nburn(0.3)"
+    children = [start(program, piped=True) for _ in range(3)]
+    for child in children:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdout.readline()
+    with lane(f"processes:pids={children[0].pid},{children[1].pid}", 10_000_000) as opened:
+        for child in children:
+            child.communicate(b"\n")
+        opened.until(lambda rows: rows.columns["job/processes"][-1] == 0)
+        rows = opened.finish()
+
+    assert rows.columns["job/processes"][0] == 2
+    assert rows.columns["job/cpu"][0] < 0.01
+    assert growth_s(rows) == pytest.approx(0.6, rel=0.05)
+
+
+def test_processes_say_who_has_exited_before_they_are_followed() -> None:
+    gone, zombie = start(""), start("")
+    gone.wait()
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+    try:
+        for pid in (gone.pid, zombie.pid):
+            error = why_not(f"processes:pids={os.getpid()},{pid}")
+            assert str(pid) in error.what and "exited" in error.why
+    finally:
+        zombie.wait()
+
+
 def test_processes_know_how_busy_the_machine_is() -> None:
     with lane("processes:self", 10_000_000) as opened:
         cpus = int(opened.channels["system/busy"].labels["cpus"])

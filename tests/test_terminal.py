@@ -35,7 +35,7 @@ def component(id_: str, label: str, **values: Any) -> dict[str, Any]:
 def package(n: int, **values: Any) -> dict[str, Any]:
     # u: sqrt(2) of it is the 2.1 kJ of the two
     power = {"mean_w": 59.45, "max_w": 82.1}
-    energy = {"job_j": 50_350.0, "u_j": 1_485.0}
+    energy = {"job_j": 50_370.0, "u_j": 1_485.0}
     return component(f"cpu:package-{n}", f"package-{n}", **(power | energy | values))
 
 
@@ -43,7 +43,7 @@ def dram(n: int) -> dict[str, Any]:
     return component(
         f"dram:package-{n}/dram",
         f"package-{n}/dram",
-        job_j=9_000.0,
+        job_j=9_010.0,
         u_j=636.4,
         mean_w=10.65,
         max_w=12.4,
@@ -80,7 +80,7 @@ def measured() -> dict[str, Any]:
                 component(
                     "gpu:GPU-8f2a",
                     "gpu:0  H100",
-                    job_j=252_800.0,
+                    job_j=252_840.0,
                     u_j=9_000.0,
                     mean_w=298.4,
                     max_w=611.0,
@@ -209,6 +209,57 @@ pepr > python train.py   exit 0   14 min 07 s
 
   saved train-20417                        next: pepr-profile report train-20417
 """,
+    )
+
+
+@pytest.mark.parametrize(
+    ("attached", "headline"),
+    [
+        ({4121: "train.py"}, "pepr > attach 4121 (python train.py)   14 min 07 s"),
+        (
+            {4121: "train.py", 4122: "train.py"},
+            "pepr > attach 4121 4122 (python train.py)   14 min 07 s",
+        ),
+        (
+            {4121: "a b.py", 7: "eval.py"},
+            "pepr > attach 4121 (python 'a b.py'), 7 (python eval.py)   14 min 07 s",
+        ),
+        (
+            {4121: "train.py", 7: f"{'x' * 80}.py"},
+            f"pepr > attach 4121 (python train.py), 7 (python {'x' * 17}…   14 min 07 s",
+        ),
+    ],
+)
+def test_attached_processes_are_named_and_have_no_exit_status(
+    measured: dict[str, Any], attached: dict[int, str], headline: str
+) -> None:
+    measured["recording"] = {
+        "attached": [{"pid": pid, "command": ["python", file]} for pid, file in attached.items()]
+    }
+    measured["exit_code"] = None
+    assert render_run(measured).split("\n")[0] == headline
+
+
+def test_scope_device_shows_what_the_devices_took_and_still_whose_it_was(
+    measured: dict[str, Any],
+) -> None:
+    # given a whole GPU and a whole socket, of which others took a part
+    gpu = measured["energy"]["components"][4] | {"device_j": 265_940.0}
+    socket = package(0, device_j=60_370.0, others_j=8_000.0, idle_j=2_000.0)
+    measured["energy"] |= {
+        "total_j": 326_310.0, "u_j": 9_121.0, "scope": "device", "components": [gpu, socket],
+    }  # fmt: skip
+    lines = render_run(measured).split("\n")
+    assert lines[2:4] == [
+        "  Energy   326.3 ± 9.1 kJ   (90.64 Wh)   mean 438.6 W   measured",
+        "           all that the devices took, whoever used them (--scope device)",
+    ]
+    assert [line[:44] for line in lines[6:8]] == [
+        "  gpu:0  H100          265.9 ± 9.0 kJ   81.5",
+        "  cpu    package-0      60.4 ± 1.5 kJ   18.5",
+    ]
+    assert (
+        "  scope    this job 303.2 kJ, others 10.10 kJ, idle 13.00 kJ on the same devices" in lines
     )
 
 

@@ -179,6 +179,7 @@ def test_a_duration_reads_as_a_person_says_it(duration_s: float, text: str) -> N
         (" 250 us ", 250_000),
         ("250µs", 250_000),
         ("1.5min", 90_000_000_000),
+        ("5m", 300_000_000_000),
         ("1e-3", 1_000_000),
         ("1ns", 1),
     ],

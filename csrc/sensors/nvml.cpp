@@ -5,86 +5,11 @@
 #include <chrono>
 #include <thread>
 
-#include <dlfcn.h>
-#include <nvml.h>
-
-#include "../sensor.h"
+#include "nvml_library.h"
 
 namespace pepr {
 
 namespace {
-
-constexpr const char* kLibrary = "libnvidia-ml.so.1";
-
-// nvml.h renames calls to their newest version by macro; a symbol is looked up by its real name,
-// and one that the driver is too old for stays null.
-struct Library {
-    explicit Library(const std::string& path)
-        : handle(::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
-        if (handle == nullptr) {
-            const char* const reason = ::dlerror();
-            throw SensorError("no NVIDIA driver library", reason != nullptr ? reason : path,
-                              "install the NVIDIA driver; in a container, start it with GPU access "
-                              "(docker run --gpus all)");
-        }
-        if (!init || !shutdown || !count || !by_index || !uuid)
-            throw SensorError(path + " is not a usable NVML",
-                              "it lacks calls that every driver since 2013 has",
-                              "check the path after nvml:, or update the driver");
-    }
-    ~Library() {
-        if (started) shutdown();
-        if (handle != nullptr) ::dlclose(handle);
-    }
-    Library(const Library&) = delete;
-    Library& operator=(const Library&) = delete;
-
-    struct Symbol {
-        void* address;
-        template <typename F>
-        operator F*() const {
-            return reinterpret_cast<F*>(address);
-        }
-    };
-    Symbol find(const char* symbol) const { return {handle ? ::dlsym(handle, symbol) : nullptr}; }
-
-    std::string describe(nvmlReturn_t code) const {
-        const char* const text = error_string ? error_string(code) : "NVML error";
-        return std::string(code == NVML_ERROR_NO_PERMISSION ? kDenied : "") + text + " (" +
-               std::to_string(static_cast<int>(code)) + ")";
-    }
-
-    void* handle = nullptr;
-    bool started = false;
-    decltype(&nvmlInit_v2) init = find("nvmlInit_v2");
-    decltype(&nvmlShutdown) shutdown = find("nvmlShutdown");
-    decltype(&nvmlErrorString) error_string = find("nvmlErrorString");
-    decltype(&nvmlDeviceGetCount_v2) count = find("nvmlDeviceGetCount_v2");
-    decltype(&nvmlDeviceGetHandleByIndex_v2) by_index = find("nvmlDeviceGetHandleByIndex_v2");
-    decltype(&nvmlDeviceGetUUID) uuid = find("nvmlDeviceGetUUID");
-    decltype(&nvmlDeviceGetName) name = find("nvmlDeviceGetName");
-    decltype(&nvmlDeviceGetTotalEnergyConsumption) energy =
-        find("nvmlDeviceGetTotalEnergyConsumption");
-    decltype(&nvmlDeviceGetPowerUsage) power = find("nvmlDeviceGetPowerUsage");
-    decltype(&nvmlDeviceGetFieldValues) fields = find("nvmlDeviceGetFieldValues");
-    decltype(&nvmlDeviceGetUtilizationRates) utilisation = find("nvmlDeviceGetUtilizationRates");
-    decltype(&nvmlDeviceGetMemoryInfo) memory = find("nvmlDeviceGetMemoryInfo");
-    decltype(&nvmlDeviceGetMigMode) mig = find("nvmlDeviceGetMigMode");
-};
-
-std::string remedy(nvmlReturn_t code) {
-    switch (code) {
-        case NVML_ERROR_DRIVER_NOT_LOADED: return "load it: sudo modprobe nvidia";
-        case NVML_ERROR_NO_PERMISSION:
-            return "give this user access to /dev/nvidia* (group video or render)";
-        case NVML_ERROR_LIB_RM_VERSION_MISMATCH:
-            return "the library is newer than the loaded kernel module: reboot, or reload the "
-                   "nvidia modules";
-        case NVML_ERROR_GPU_IS_LOST:
-        case NVML_ERROR_RESET_REQUIRED: return "reset the GPU (nvidia-smi --gpu-reset) or reboot";
-        default: return "see that nvidia-smi works";
-    }
-}
 
 double field_value(const nvmlFieldValue_t& field) noexcept {
     if (field.nvmlReturn != NVML_SUCCESS) return kUnknown;
@@ -140,11 +65,8 @@ nvmlFieldValue_t request(const Reading& reading) noexcept {
 
 class Nvml final : public Sensor {
 public:
-    explicit Nvml(const std::string& path) : library_(path.empty() ? kLibrary : path) {
-        check(library_.init(), "NVML does not start");
-        library_.started = true;
-        unsigned count = 0;
-        check(library_.count(&count), "NVML does not count its GPUs");
+    explicit Nvml(const std::string& where) : library_(where) {
+        const unsigned count = library_.start();
         for (unsigned index = 0; index < count; ++index) find_gpu(index);
         probe();
         for (Gpu& gpu : gpus_) describe(gpu);
@@ -167,39 +89,25 @@ public:
     }
 
 private:
-    struct Gpu {
-        nvmlDevice_t device;
-        std::map<std::string, std::string> labels;
+    struct Gpu : nvml::Board {
         std::array<nvmlReturn_t, kReadings.size()> answers;
         std::vector<const Reading*> calls;  // what poll() reads, in the order of the channels
         std::vector<nvmlFieldValue_t> fields;
     };
 
-    void check(nvmlReturn_t code, const std::string& what) const {
-        if (code != NVML_SUCCESS) throw SensorError(what, library_.describe(code), remedy(code));
-    }
-
     void note(const std::string& what, nvmlReturn_t code) {
-        notes_.push_back({what, library_.describe(code), remedy(code)});
+        notes_.push_back(library_.note(what, code));
     }
 
     void find_gpu(unsigned index) {
         Gpu gpu{};
-        nvmlReturn_t code = library_.by_index(index, &gpu.device);
-        std::array<char, NVML_DEVICE_UUID_V2_BUFFER_SIZE> uuid{}, name{};
-        if (code == NVML_SUCCESS) code = library_.uuid(gpu.device, uuid.data(), uuid.size());
         const std::string number = std::to_string(index);
+        const nvmlReturn_t code = nvml::open_board(library_, index, gpu);
         if (code != NVML_SUCCESS) return note("GPU " + number, code);
-        if (library_.name) library_.name(gpu.device, name.data(), name.size());
-        gpu.labels = {{"uuid", uuid.data()}, {"model", name.data()}, {"index", number}};
-        unsigned mig = NVML_DEVICE_MIG_DISABLE, pending = 0;
-        if (library_.mig && library_.mig(gpu.device, &mig, &pending) == NVML_SUCCESS &&
-            mig == NVML_DEVICE_MIG_ENABLE) {
-            gpu.labels["mig"] = "on";
+        if (gpu.mig)
             notes_.push_back({"energy of each MIG instance of GPU " + number,
                               "NVIDIA measures the whole board only",
                               "to have it undivided: sudo nvidia-smi -i " + number + " -mig 0"});
-        }
         gpu.answers.fill(NVML_ERROR_NOT_SUPPORTED);
         gpus_.push_back(std::move(gpu));
     }
@@ -285,7 +193,7 @@ private:
     static constexpr int kAttempts = 3;
     static constexpr std::chrono::milliseconds kRetryAfter{5};
 
-    Library library_;
+    nvml::Library library_;
     std::vector<Gpu> gpus_;
 };
 

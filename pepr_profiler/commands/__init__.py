@@ -15,6 +15,7 @@ from pepr_profiler.errors import PeprError
 
 VERBS = {
     "run": "Run a command and measure it; `pepr-profile -- CMD…` is short for it.",
+    "attach": "Measure running processes and all that they start.",
     "report": "Show a recorded run again, computed from its trace.",
     "compare": "Rank recorded runs by PePR.",
     "score": "Rank the rows of any table by PePR.",
@@ -49,6 +50,7 @@ def cli() -> None:
     \b
     pepr-profile -- python train.py
     pepr-profile --experiment sizes --metric acc='test acc: ([0-9.]+)' -- python train.py
+    pepr-profile attach 4121
     pepr-profile compare --experiment sizes
     """
 

@@ -35,7 +35,9 @@ def list_runs(*, experiment: str | None, store: Path | None) -> None:
     for summary in found.runs(experiment=experiment):
         count += 1
         energy, performance = summary["energy"], summary["performance"]
-        state = "incomplete" if not summary["complete"] else f"exit {summary['exit_code']}"
+        code = summary["exit_code"]
+        state = "attached" if code is None else f"exit {code}"  # whose end is not ours to know
+        state = state if summary["complete"] else "incomplete"
         joules = format_quantity(None, "J")
         if energy["total_j"] is not None:
             joules = format_with_u(energy["total_j"], energy["u_j"], "J")

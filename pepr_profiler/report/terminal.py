@@ -112,16 +112,26 @@ def _headline(summary: Mapping[str, Any], width: int) -> _Line:
         status, style = _exit_text(code), "green" if code == 0 else "red"
     status = f"{_GAP}{status}" if status else ""
     duration = f"{_GAP}{format_duration(summary.get('duration_s'))}"
-    command = summary.get("command")
-    what = shlex.join(command) if command else str(summary.get("name") or "")
     head = "pepr > "
     room = max(8, width - len(head) - len(status) - len(duration))
     return [
         (head, "bold cyan"),
-        (_cut(_clean(what), room), "bold"),
+        (_cut(_clean(_subject(summary)), room), "bold"),
         (status, style),
         (duration, ""),
     ]
+
+
+def _subject(summary: Mapping[str, Any]) -> str:
+    """What was measured: the command, or "attach 4121 4122 (python train.py)"."""
+    by_command: dict[str, list[str]] = {}
+    for target in (summary.get("recording") or {}).get("attached") or []:
+        by_command.setdefault(shlex.join(target["command"]), []).append(str(target["pid"]))
+    if by_command:
+        parts = (f"{' '.join(pids)} ({command})" for command, pids in by_command.items())
+        return f"attach {', '.join(parts)}"
+    command = summary.get("command")
+    return shlex.join(command) if command else str(summary.get("name") or "")
 
 
 def _exit_text(code: int) -> str:
@@ -153,6 +163,8 @@ def _energy_lines(summary: Mapping[str, Any], width: int) -> list[_Line]:
             )
         elif provenance == "mixed":
             notes.append(("modelled rows are estimates: no sensor for them, see missing", "yellow"))
+    if energy.get("scope") == "device":
+        notes.append(("all that the devices took, whoever used them (--scope device)", ""))
     if not summary.get("complete"):
         note = "incomplete: the profiler died or still runs; figures are those so far"
         notes.append((note, "bold red"))
@@ -173,7 +185,9 @@ class _Row:
     trace_w: Sequence[float | None] | None
 
 
-def _rows(components: Iterable[Mapping[str, Any]]) -> list[_Row]:
+def _rows(components: Iterable[Mapping[str, Any]], key: str) -> list[_Row]:
+    """The rows of the table; `key` is what of a component is in the total, "job_j" by default."""
+
     def kind_of(component: Mapping[str, Any]) -> str:
         return component["kind"] if component.get("kind") in _KINDS else "other"
 
@@ -185,17 +199,17 @@ def _rows(components: Iterable[Mapping[str, Any]]) -> list[_Row]:
         parts = list(group)
         if kind in ("cpu", "dram"):
             name = f"cpu    {len(parts)} packages" if kind == "cpu" else kind
-            rows.append(_merged(parts, name if len(parts) > 1 else None))
+            rows.append(_merged(parts, name if len(parts) > 1 else None, key))
         else:
-            rows.extend(_merged([part], None) for part in parts)
+            rows.extend(_merged([part], None, key) for part in parts)
     return rows
 
 
-def _merged(parts: Sequence[Mapping[str, Any]], name: str | None) -> _Row:
+def _merged(parts: Sequence[Mapping[str, Any]], name: str | None, key: str) -> _Row:
     """The sum of `parts`: unknown if one is; their u adds in squares, being per board."""
 
-    def total(key: str) -> float | None:
-        values = [_known(part.get(key)) for part in parts]
+    def total(figure: str) -> float | None:
+        values = [_known(part.get(figure)) for part in parts]
         return None if None in values else math.fsum(v for v in values if v is not None)
 
     if name is None:
@@ -211,7 +225,7 @@ def _merged(parts: Sequence[Mapping[str, Any]], name: str | None) -> _Row:
     return _Row(
         name=_clean(name),
         provenance=provenances.pop() if len(provenances) == 1 else "mixed",
-        energy_j=total("job_j"),
+        energy_j=total(key),
         u_j=None if None in uncertainties else math.hypot(*filter(None, uncertainties)),
         mean_w=total("mean_w"),
         max_w=total("max_w"),
@@ -226,7 +240,7 @@ def _label(component: Mapping[str, Any]) -> str:
 
 def _component_lines(energy: Mapping[str, Any], width: int) -> list[_Line]:
     components = energy.get("components") or []
-    rows = _rows(components)
+    rows = _rows(components, "device_j" if energy.get("scope") == "device" else "job_j")
     lines: list[_Line] = []
     if rows:
         total = energy.get("total_j"), energy.get("u_j")
@@ -383,8 +397,8 @@ def _scope(energy: Mapping[str, Any]) -> str:
         at_least = "at least " if len(values) < len(added) else ""
         return at_least + format_quantity(math.fsum(values), "J")
 
-    job = format_quantity(energy.get("total_j"), "J")
-    return f"this job {job}, others {total('others_j')}, idle {total('idle_j')} on the same devices"
+    shares = f"this job {total('job_j')}, others {total('others_j')}, idle {total('idle_j')}"
+    return f"{shares} on the same devices"
 
 
 def _quality(summary: Mapping[str, Any]) -> str:

@@ -64,7 +64,10 @@ _HALF, _QUARTER, _ONE_GIB = Constant(0.5), Constant(0.25), Constant(2**30)
 
 @dataclass(frozen=True)
 class Process:
-    """A compute process on a GPU, alive in [start_s, end_s); `sm` and `mem` are fractions."""
+    """A compute process on a GPU, alive in [start_s, end_s); `sm` and `mem` are fractions.
+
+    `pid` STARTED stands for every process that the asking program has started.
+    """
 
     pid: int
     used_bytes: int
@@ -72,6 +75,10 @@ class Process:
     mem: float = 0.0
     start_s: float = -math.inf
     end_s: float = math.inf
+    instance: int | None = None
+
+
+STARTED = 0
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,8 @@ class Gpu:
     memory_used_bytes: Wave = _ONE_GIB
     memory_total_bytes: int = 80 * 2**30
     memory_reserved_bytes: int = 2**29
-    processes: tuple[Process, ...] = ()
+    processes: tuple[Process, ...] = (Process(STARTED, 2**30, sm=0.5, mem=0.25),)
+    processes_file: Path | None = None
     module: Wave | None = None
     mig: bool | None = False
 
@@ -115,7 +123,11 @@ class Gpu:
         if self.module is not None:
             lines.append(f"module {self.module.words()}")
         for p in self.processes:
-            lines.append(f"process {p.pid} {p.used_bytes} {p.sm} {p.mem} {p.start_s} {p.end_s}")
+            instance = "" if p.instance is None else f" {p.instance}"
+            span = f"{p.start_s} {p.end_s}{instance}"
+            lines.append(f"process {p.pid} {p.used_bytes} {p.sm} {p.mem} {span}")
+        if self.processes_file is not None:
+            lines.append(f"processes_file {self.processes_file}")
         return "\n  ".join(lines)
 
 

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <mutex>
 
 #include "nvml/scenario.h"
@@ -297,10 +298,10 @@ nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t device, unsign
     if (!call.ok()) return call.code;
     const unsigned room = *count;
     *count = 0;
-    for (const auto& process : call.gpu->processes) {
+    for (const auto& process : call.gpu->present()) {
         if (!process.runs(call.t_s)) continue;
         if (*count < room && infos != nullptr) {
-            infos[*count] = {process.pid, process.used_bytes, 0xFFFFFFFF, 0xFFFFFFFF};
+            infos[*count] = {process.pid, process.used_bytes, process.instance, process.instance};
         }
         ++*count;
     }
@@ -315,16 +316,25 @@ nvmlReturn_t nvmlDeviceGetProcessUtilization(nvmlDevice_t device,
     if (call.gpu->mig == NVML_DEVICE_MIG_ENABLE) return NVML_ERROR_NOT_SUPPORTED;
     const double at_s = call.gpu->sensor.last_refresh_s(call.t_s, kUtilizationPeriod_s);
     const auto at_us = static_cast<unsigned long long>(call.scenario->unix_us(at_s));
+    const double from_s = std::max(call.scenario->since_epoch_s(last_seen_us),
+                                   at_s - kUtilizationMemory * kUtilizationPeriod_s);
+    // Means over the time since then; a process may be in the scenario several times, one after
+    // the other.
+    std::map<unsigned, std::pair<double, double>> used;
+    for (const auto& process : call.gpu->present()) {
+        const double overlap_s = std::min(at_s, process.end_s) - std::max(from_s, process.start_s);
+        if (at_us <= last_seen_us || overlap_s <= 0) continue;
+        auto& [sm, mem] = used[process.pid];
+        sm += process.sm * overlap_s / (at_s - from_s);
+        mem += process.mem * overlap_s / (at_s - from_s);
+    }
     const unsigned room = utilization == nullptr ? 0 : *count;
     *count = 0;
-    for (const auto& process : call.gpu->processes) {
+    for (const auto& [pid, parts] : used) {
         const auto percent = [](double part) { return static_cast<unsigned>(100 * part + 0.5); };
-        if (!process.runs(at_s) || at_us <= last_seen_us || percent(process.sm + process.mem) == 0)
-            continue;
-        if (*count < room) {
-            utilization[*count] = {process.pid,          at_us, percent(process.sm),
-                                   percent(process.mem), 0,     0};
-        }
+        const auto [sm, mem] = parts;
+        if (percent(sm + mem) == 0) continue;
+        if (*count < room) utilization[*count] = {pid, at_us, percent(sm), percent(mem), 0, 0};
         ++*count;
     }
     if (*count == 0) return NVML_ERROR_NOT_FOUND;

@@ -1,7 +1,9 @@
 #include "nvml/scenario.h"
 
 #include <cstring>
+#include <filesystem>
 #include <fstream>
+#include <sstream>
 
 namespace pepr::sim {
 
@@ -50,6 +52,31 @@ unsigned long long Gpu::counter_mj(double t_s) const {
 
 unsigned long long Gpu::used_bytes(double t_s) const {
     return static_cast<unsigned long long>(std::max(0.0, memory_used_bytes.value(t_s)));
+}
+
+std::vector<Process> Gpu::present() const {
+    std::vector<Process> all;
+    for (const auto& process : processes) {
+        if (process.pid != 0) {
+            all.push_back(process);
+            continue;
+        }
+        std::error_code gone;
+        for (const auto& task : std::filesystem::directory_iterator("/proc/self/task", gone)) {
+            std::ifstream children(task.path() / "children");
+            for (unsigned pid; children >> pid;) {
+                all.push_back(process);
+                all.back().pid = pid;
+            }
+        }
+    }
+    std::ifstream file(processes_file);
+    for (std::string text; std::getline(file, text);) {
+        std::istringstream words(text);
+        Process process;
+        if (words >> process.pid >> process.used_bytes >> process.sm) all.push_back(process);
+    }
+    return all;
 }
 
 unsigned Gpu::percent(const Wave& fraction, double t_s) const {
@@ -174,7 +201,10 @@ void Scenario::of_gpu(const std::string& key, Line& line, Gpu& gpu) {
         process.used_bytes = line.number<unsigned long long>();
         for (double* value : {&process.sm, &process.mem, &process.start_s, &process.end_s})
             *value = line.number();
+        if (!line.done()) process.instance = line.number<unsigned>();
         gpu.processes.push_back(process);
+    } else if (key == "processes_file") {
+        gpu.processes_file = line.rest();
     } else if (key == "mig") {
         const auto mode = line.word();
         gpu.mig = mode == "on" ? NVML_DEVICE_MIG_ENABLE : mode == "off" ? 0 : -1;

@@ -14,13 +14,16 @@ namespace pepr::sim {
 
 // The shortest sample period that nvml.h names for utilization.
 inline constexpr double kUtilizationPeriod_s = 1.0 / 6.0;
+// How many sample periods the driver remembers (a choice: nvml.h does not say).
+inline constexpr double kUtilizationMemory = 20;
 inline constexpr double kForever_s = std::numeric_limits<double>::infinity();
 
 struct Process {
-    unsigned pid = 0;
+    unsigned pid = 0;  // 0: whatever the program that asks has started
     unsigned long long used_bytes = 0;
     double sm = 0, mem = 0;  // fractions
     double start_s = -kForever_s, end_s = kForever_s;
+    unsigned instance = 0xFFFFFFFF;  // of MIG
 
     bool runs(double t_s) const { return start_s <= t_s && t_s < end_s; }
 };
@@ -48,7 +51,8 @@ struct Gpu {
     Wave utilization, memory_utilization, memory_used_bytes;
     unsigned long long memory_total_bytes = 0, memory_reserved_bytes = 0;
     std::vector<Process> processes;
-    int mig = 0;  // NVML_DEVICE_MIG_*, or -1: this board has no MIG
+    std::string processes_file;  // more of them, looked up at each call
+    int mig = 0;                 // NVML_DEVICE_MIG_*, or -1: this board has no MIG
 
     unsigned instant_mw(const Wave& wave, double t_s) const;
     unsigned average_mw(const Wave& wave, double t_s) const;
@@ -56,6 +60,8 @@ struct Gpu {
     unsigned sample_mw(double at_s) const;
     unsigned long long counter_mj(double t_s) const;
     unsigned long long used_bytes(double t_s) const;
+    // Each process of its own, those of the file and the asking program's children included.
+    std::vector<Process> present() const;
     // Percent over the last sample period.
     unsigned percent(const Wave& fraction, double t_s) const;
 
@@ -94,6 +100,9 @@ public:
     // equal.
     long long unix_us(double t_s) const {
         return unix_epoch_us_ + static_cast<long long>(std::round(t_s * 1e6));
+    }
+    double since_epoch_s(unsigned long long unix_us) const {
+        return 1e-6 * static_cast<double>(static_cast<long long>(unix_us) - unix_epoch_us_);
     }
     // Suffers the delays and hangs of every fault that matches, then says what remains.
     Verdict consult(const char* function, int gpu = -1, int field = -1) const;

@@ -1,0 +1,292 @@
+#include "process_tree.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include <dirent.h>
+#include <sys/resource.h>
+
+#include "../clock.h"
+
+namespace pepr {
+
+namespace {
+
+constexpr std::size_t kMostProcesses = 1 << 16;  // reserved, touched only when used
+constexpr pid_t kFirstPid = 300;                 // after a turn: RESERVED_PIDS of kernel/pid.c
+
+// The clock of a process, as clock_getcpuclockid makes it but without its system call:
+// MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED) of include/linux/posix-timers.h. There is none for the
+// pid of a thread.
+clockid_t cpu_clock_of(pid_t pid) noexcept {
+    return static_cast<clockid_t>(~static_cast<unsigned>(pid) << 3 | 2u);
+}
+
+double seconds(const timeval& t) noexcept {
+    return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec);
+}
+
+// All of a file that may be long. What changes meanwhile may be missed, or told twice.
+std::string read_whole(const std::string& path) {
+    const File file(path);
+    std::string text;
+    char chunk[1 << 14];
+    for (ssize_t n;
+         (n = ::pread(file.fd(), chunk, sizeof chunk, static_cast<off_t>(text.size()))) > 0;)
+        text.append(chunk, static_cast<std::size_t>(n));
+    return text;
+}
+
+// The entries of a directory whose names are numbers.
+std::vector<pid_t> numbers_in(const std::string& path) {
+    std::vector<pid_t> numbers;
+    DIR* const directory = ::opendir(path.c_str());
+    if (directory == nullptr) return numbers;
+    while (const dirent* const entry = ::readdir(directory))
+        if (const int number = std::atoi(entry->d_name); number > 0) numbers.push_back(number);
+    ::closedir(directory);
+    return numbers;
+}
+
+pid_t read_pid_max() {
+    const long value = std::strtol(read_text("/proc/sys/kernel/pid_max").c_str(), nullptr, 10);
+    return value > 0 ? static_cast<pid_t>(value) : 1 << 22;  // PID_MAX_LIMIT
+}
+
+// A number below 0, which none of ours is.
+bool skip_word(const char*& at, const char* end) noexcept {
+    while (at < end && *at != ' ') ++at;
+    return at < end;
+}
+
+}  // namespace
+
+ProcessTree::ProcessTree(const std::vector<pid_t>& roots, pid_t left_out)
+    : self_(::getpid()),
+      left_out_(left_out),
+      pid_max_(read_pid_max()),
+      tick_s_(1.0 / static_cast<double>(::sysconf(_SC_CLK_TCK))),
+      page_bytes_(static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE))),
+      last_pid_("/proc/loadavg"),
+      looked_until_(last_pid()),
+      looked_before_(looked_until_) {
+    processes_.reserve(kMostProcesses);
+    gone_.reserve(kMostProcesses);
+    for (const pid_t root : roots)
+        if (Stat stat{}; read_stat(root, stat) && stat.living) add(root, stat);
+}
+
+// --- who is of the tree --------------------------------------------------------------------------
+
+std::vector<ProcessTree::Thread> ProcessTree::search() {
+    std::vector<Thread> threads;
+    std::vector<std::pair<pid_t, pid_t>> left;  // to look at: process, parent
+    for (const Process& process : processes_) left.emplace_back(process.pid, process.seen.parent);
+    while (!left.empty()) {
+        const auto [process, parent] = left.back();
+        left.pop_back();
+        const std::string tasks = "/proc/" + std::to_string(process) + "/task/";
+        for (const pid_t thread : numbers_in(tasks)) {  // none: it has exited
+            threads.push_back({thread, process, thread == process ? parent : process});
+            const std::string text = read_whole(tasks + std::to_string(thread) + "/children");
+            const char* at = text.data();
+            for (pid_t child = 0; parse_number(at, text.data() + text.size(), child);)
+                if (Stat stat{}; read_stat(child, stat) && add(child, stat))
+                    left.emplace_back(child, stat.parent);
+        }
+    }
+    return threads;
+}
+
+bool ProcessTree::follow() noexcept {
+    // Each pid is looked at twice: a process gets its pid a moment before it can be found by it.
+    const pid_t last = last_pid();
+    pid_t pid = looked_before_;
+    looked_before_ = looked_until_;
+    looked_until_ = last;
+    if (pid == last || pid < 0 || last < 0) return false;
+    for (pid_t tries = 0; pid != last && tries < pid_max_; ++tries) {
+        if (++pid >= pid_max_) pid = std::min(kFirstPid, last);
+        Stat stat{};
+        if (read_clock_ns(cpu_clock_of(pid)) >= 0 && read_stat(pid, stat) &&
+            find(stat.parent) != nullptr)
+            add(pid, stat);
+    }
+    return true;
+}
+
+pid_t ProcessTree::last_pid() const noexcept {
+    char text[128];
+    const std::size_t length = last_pid_.read(text, sizeof text);
+    const char* at = static_cast<const char*>(memrchr(text, ' ', length));
+    pid_t pid = -1;
+    return at != nullptr && parse_number(at, text + length, pid) ? pid : -1;
+}
+
+bool ProcessTree::born_after(pid_t pid, pid_t other) const noexcept {
+    const pid_t distance = (pid - other + pid_max_) % pid_max_;
+    return distance > 0 && distance < pid_max_ / 2;
+}
+
+std::vector<Process>::iterator ProcessTree::position_of(pid_t pid) noexcept {
+    return std::lower_bound(processes_.begin(), processes_.end(), pid,
+                            [](const Process& process, pid_t p) { return process.pid < p; });
+}
+
+Process* ProcessTree::find(pid_t pid) noexcept {
+    const auto at = position_of(pid);
+    return at != processes_.end() && at->pid == pid ? &*at : nullptr;
+}
+
+bool ProcessTree::add(pid_t pid, const Stat& stat) noexcept {
+    if (processes_.size() == kMostProcesses || find(pid) != nullptr) return false;
+    processes_.insert(position_of(pid), Process{pid, stat});  // within what is reserved
+    return true;
+}
+
+// --- what they use -------------------------------------------------------------------------------
+
+void ProcessTree::begin() noexcept {
+    refresh();
+    for (Process& process : processes_) {
+        process = Process{process.pid, process.seen};
+        process.before_own_s = process.seen.own_s;
+        process.before_waited_s = process.seen.waited_s;
+    }
+    ended_s_ = 0.0;
+}
+
+std::size_t ProcessTree::read_clocks() noexcept {
+    std::size_t vanished = 0;
+    for (Process& process : processes_) {
+        const std::int64_t own_ns = read_clock_ns(cpu_clock_of(process.pid));
+        // A pid that is in use again has a clock that runs behind; refresh will tell them apart.
+        process.seen.own_s = std::max(process.seen.own_s, 1e-9 * static_cast<double>(own_ns));
+        if (own_ns >= 0) continue;
+        ++vanished;
+        process.seen.living = false;
+        process.seen.rss_bytes = 0;
+    }
+    return vanished;
+}
+
+bool ProcessTree::refresh(std::size_t most) noexcept {
+    bool any_gone = false;
+    std::size_t read = 0;
+    for (std::size_t tried = 0; tried < processes_.size() && read < most; ++tried) {
+        if (next_ >= processes_.size()) next_ = 0;
+        Process& process = processes_[next_++];
+        Stat stat{};
+        if (!read_stat(process.pid, stat) || stat.start_ticks != process.seen.start_ticks) {
+            process.gone = any_gone = true;
+            continue;
+        }
+        stat.own_s = std::max(stat.own_s, process.seen.own_s);  // may be in ticks
+        process.seen = stat;
+        process.overdue_s = process.owed_s;
+        ++read;
+    }
+    // Who was waited for after we had read it, but before we read its parent, would count twice.
+    for (Process& process : processes_) {
+        if (process.gone || read_clock_ns(cpu_clock_of(process.pid)) >= 0) continue;
+        process.gone = any_gone = true;
+    }
+    if (any_gone) drop_gone();
+    return any_gone;
+}
+
+void ProcessTree::drop_gone() noexcept {
+    gone_.clear();
+    for (Process& process : processes_)
+        if (process.gone) gone_.push_back(&process);
+    // Children first: what they hand up goes on with their parents, unless these were told of it.
+    std::sort(gone_.begin(), gone_.end(), [this](const Process* a, const Process* b) {
+        const std::uint64_t a_start = a->seen.start_ticks, b_start = b->seen.start_ticks;
+        return a_start != b_start ? a_start > b_start : born_after(a->pid, b->pid);
+    });
+    for (const Process* process : gone_) hand_up(*process);
+    const auto kept = std::remove_if(processes_.begin(), processes_.end(),
+                                     [](const Process& process) { return process.gone; });
+    processes_.erase(kept, processes_.end());
+}
+
+// The time of a process that vanishes turns up with the parent that waited for it, at the next read
+// at the latest. The kernel drops it when the parent ignores SIGCHLD, and it goes elsewhere when an
+// orphan's new parent is not of the tree: then what was last seen of it is kept. cutime and cstime
+// are cut off to ticks, so that two ticks a parent may stay owed for ever.
+void ProcessTree::hand_up(const Process& process) noexcept {
+    const double grown_s = process.grown_s();
+    const double lost_s = std::max(0.0, process.overdue_s - 2 * tick_s_ - grown_s);
+    const double late_s = std::max(0.0, process.owed_s - 2 * tick_s_ - grown_s - lost_s);
+    const double total_s = process.seen.own_s + process.seen.waited_s + late_s;
+    const double foreign_s = process.before_own_s + process.before_waited_s + process.foreign_s;
+    ended_s_ += lost_s;
+    if (Process* const parent = find(process.seen.parent)) {
+        parent->owed_s += total_s;
+        parent->foreign_s += foreign_s;
+    } else {
+        ended_s_ += total_s - foreign_s;
+    }
+}
+
+double ProcessTree::accounted_s(const Process& process) const noexcept {
+    const double own_s = process.pid == left_out_ ? 0.0 : process.seen.own_s - process.before_own_s;
+    const double waited_s = std::max(process.grown_s(), process.overdue_s - 2 * tick_s_);
+    return own_s + waited_s - process.foreign_s;
+}
+
+double ProcessTree::accounted_s() const noexcept {
+    double sum_s = ended_s_;
+    for (const Process& process : processes_) sum_s += accounted_s(process);
+    return sum_s;
+}
+
+std::size_t ProcessTree::living() const noexcept {
+    return static_cast<std::size_t>(
+        std::count_if(processes_.begin(), processes_.end(), [this](const Process& process) {
+            return process.seen.living && process.pid != left_out_;
+        }));
+}
+
+std::uint64_t ProcessTree::rss_bytes() const noexcept {
+    std::uint64_t sum_bytes = 0;
+    for (const Process& process : processes_)
+        if (process.pid != left_out_) sum_bytes += process.seen.rss_bytes;
+    return sum_bytes;
+}
+
+bool ProcessTree::read_stat(pid_t pid, Stat& stat) const noexcept {
+    char path[32], text[1024];
+    std::snprintf(path, sizeof path, "/proc/%d/stat", pid);
+    const std::size_t length = File(path).read(text, sizeof text);
+    // Field 2, the command, may hold spaces and parentheses: the last ) ends it.
+    const char* at = static_cast<const char*>(memrchr(text, ')', length));
+    if (at == nullptr || length < static_cast<std::size_t>(at - text) + 4) return false;
+    const char state = at[2];
+    at += 4;  // ") S "
+    const char* const end = text + length;
+    std::array<std::uint64_t, 25> fields{};  // proc(5) counts from 1
+    for (std::size_t field = 4; field < fields.size(); ++field)
+        if (!parse_number(at, end, fields[field]) && !skip_word(at, end)) return false;
+    stat.parent = static_cast<pid_t>(fields[4]);
+    // The main thread may have ended before the others.
+    stat.living = (state != 'Z' && state != 'X') || fields[20] > 1;
+    stat.start_ticks = fields[22];
+    stat.rss_bytes = fields[24] * page_bytes_;
+    stat.waited_s = static_cast<double>(fields[16] + fields[17]) * tick_s_;
+    // Its own clock counts ns; the ticks are for kernels that refuse it.
+    const std::int64_t own_ns = read_clock_ns(cpu_clock_of(pid));
+    stat.own_s = own_ns >= 0 ? 1e-9 * static_cast<double>(own_ns)
+                             : static_cast<double>(fields[14] + fields[15]) * tick_s_;
+    if (pid == self_) {  // the same without cutting off to ticks
+        rusage waited{};
+        ::getrusage(RUSAGE_CHILDREN, &waited);
+        stat.waited_s = seconds(waited.ru_utime) + seconds(waited.ru_stime);
+    }
+    return true;
+}
+
+}  // namespace pepr

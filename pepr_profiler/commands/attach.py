@@ -1,0 +1,125 @@
+"""`pepr-profile attach PID…`: measure what already runs, and leave it alone."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from pepr_profiler.commands import complain
+from pepr_profiler.commands.recording import (
+    FLUSH_S,
+    LiveLine,
+    Request,
+    collecting_garbage,
+    log,
+    recording_options,
+    say_urgent,
+)
+from pepr_profiler.errors import UsageError
+from pepr_profiler.following import StopSignals, Targets, hold
+from pepr_profiler.profiler import Options, Recorder
+from pepr_profiler.profiler import attach as open_recording
+from pepr_profiler.units import parse_duration
+
+if TYPE_CHECKING:
+    from pepr_profiler.metrics import Metrics
+
+
+@click.command()
+@click.argument("words", nargs=-1, metavar="PID...")
+@click.option("--pid", "pids", type=int, multiple=True, metavar="PID", help="The same; repeatable.")
+@click.option(
+    "--duration", metavar="TIME", help="Measure this long [until all have exited]: 30s, 5m."
+)
+@click.option("--metric", "patterns", multiple=True, hidden=True)
+@recording_options
+def attach(
+    words: tuple[str, ...],
+    *,
+    pids: tuple[int, ...],
+    duration: str | None,
+    patterns: tuple[str, ...],
+    request: Request,
+) -> int:
+    """Measure the processes PID and all that they start, now and later.
+
+    It lasts until all of them have exited, --duration is over, or Ctrl-C: any of these is its
+    regular end, with exit status 0. The processes do not notice: nothing is sent to them.
+    """
+    if patterns:
+        raise UsageError(
+            f"--metric {patterns[0]} cannot be read",
+            why="the output of a process that already runs does not pass by here",
+            fix="--metric-file results.json:KEY, or afterwards: pepr-profile runs set RUN "
+            "NAME=VALUE",
+        )
+    duration_ns = parse_duration(duration) if duration else None
+    with StopSignals() as stop, hold([*map(_pid, words), *pids]) as targets:
+        metrics = request.metrics()
+        options = request.options(targets.roots[0].command, metrics)
+        recorder = _measure(
+            options, targets, metrics, stop=stop, duration_ns=duration_ns, quiet=request.quiet
+        )
+        if recorder is None:
+            return 130
+        request.finish(recorder)
+    return 0
+
+
+def _measure(
+    options: Options,
+    targets: Targets,
+    metrics: Metrics | None,
+    *,
+    stop: StopSignals,
+    duration_ns: int | None,
+    quiet: bool,
+) -> Recorder | None:
+    """The closed recording; None if it was broken off before it began."""
+    line = LiveLine()
+
+    def warn(code: str, text: str, hint: str) -> None:
+        line.clear()
+        say_urgent(code, text, hint)
+
+    recorder = open_recording(options, targets, dedicated=True, warn=warn)
+    begin_ns = time.monotonic_ns()
+    if stop.received is not None:
+        recorder.discard()
+        complain("interrupted before the first sample")
+        return None
+    recorder.begin(begin_ns)
+    if not quiet:
+        who = " and ".join(str(target) for target in targets.roots)
+        complain(f"measuring {who} and what they start; Ctrl-C ends that, they run on")
+
+    def tick() -> bool:
+        recorder.flush()
+        log(recorder, metrics)
+        if not quiet:
+            line.update(recorder.directory, begin_ns)
+        return recorder.anyone_lives
+
+    until_ns = None if duration_ns is None else begin_ns + duration_ns
+    with collecting_garbage():
+        ended_by = targets.watch(tick=tick, every_s=FLUSH_S, stop=stop, until_ns=until_ns)
+    now_ns = time.monotonic_ns()
+    end_ns = {"duration": until_ns, "exit": recorder.deserted_ns}.get(ended_by) or now_ns
+    line.clear()
+    for warning in metrics.finish() if metrics else []:
+        recorder.add_warning(**warning)
+    log(recorder, metrics)
+    recorder.close(end_ns, exit_code=None, exit_facts={"ended_by": ended_by})
+    return recorder
+
+
+def _pid(word: str) -> int:
+    if word.isdecimal():
+        return int(word)
+    raise UsageError(
+        f"{word!r} is not a PID",
+        why="attach takes the numbers of running processes",
+        fix="see: ps -eo pid,user,args; to start a program under it: pepr-profile -- CMD",
+    )

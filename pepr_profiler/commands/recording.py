@@ -1,0 +1,335 @@
+"""What `run` and `attach` share: the options of a recording, its live line and its end."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pepr_profiler.commands import complain, whoever_listens
+from pepr_profiler.errors import PeprError, UsageError
+from pepr_profiler.profiler import SCOPES, Options, Recorder, intensity_of
+from pepr_profiler.units import parse_duration
+
+if TYPE_CHECKING:
+    from pepr_profiler.metrics import Metrics
+
+FLUSH_S = 0.5
+
+_QUIET_S = 3.0  # of silence, before the live line appears
+_LIVE_SHARE = 100  # the live line may take a hundredth of the time
+_URGENT = frozenset(
+    {"disk-full", "profiler-fault", "slow-sensor", "store-unwritable", "unwritable"}
+)
+"""Said when they happen; the rest is in the summary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the options that every recording takes ask for, as they were given."""
+
+    name: str | None
+    experiment: str | None
+    job: str | None
+    files: tuple[str, ...]
+    region: str | None
+    carbon_intensity: float | None
+    pue: float
+    cpu_power: str | None
+    scope: str
+    sensors: tuple[str, ...]
+    period: str | None
+    overhead: str
+    store: Path | None
+    json_file: str | None
+    quiet: bool
+
+    def metrics(self, patterns: Sequence[str] = ()) -> Metrics | None:
+        """The metrics that are asked for. Raises UsageError for one that cannot work."""
+        if not patterns and not self.files:
+            return None
+        from pepr_profiler.metrics import Metrics
+
+        return Metrics(patterns, self.files)
+
+    def options(self, command: Sequence[str], metrics: Metrics | None) -> Options:
+        """The recording of `command` that is asked for. Raises UsageError for what cannot be."""
+        if not (self.pue >= 1.0 and self.pue < float("inf")):
+            raise UsageError(
+                f"a PUE of {self.pue:g} is not possible",
+                why="a data centre draws at least what its machines draw",
+                fix="give 1.0 (the machines alone) or more, for example --pue 1.2",
+            )
+        if self.cpu_power is not None:
+            from pepr_profiler.modelled import CpuIdentity, cpu_model
+
+            # A bad one fails here, not at the end.
+            cpu_model(CpuIdentity(), vcpus=1, override=self.cpu_power)
+        if self.json_file is not None and self.json_file != "-":
+            _require_writable(Path(self.json_file))
+        return Options(
+            name=self.name or name_of(command),
+            experiment=self.experiment,
+            job=self.job,
+            store=self.store,
+            sensors=self.sensors,
+            period_ns=parse_duration(self.period) if self.period else None,
+            overhead=_share_of(self.overhead),
+            intensity=intensity_of(self.region, self.carbon_intensity),
+            pue=self.pue,
+            cpu_power=self.cpu_power,
+            performance=metrics.names[0] if metrics else None,
+            scope=self.scope,
+        )
+
+    def finish(self, recorder: Recorder) -> None:
+        """Computes the summary of a closed recording and says it where it was asked for."""
+        # NumPy's BLAS would start a thread a core that nothing uses: 0.1 s of CPU on two cores.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        summary = recorder.summarise()
+        from pepr_profiler.commands.report import show, write_summary
+
+        if self.json_file is not None:
+            try:
+                with whoever_listens(sys.stdout):
+                    write_summary(summary, self.json_file)
+            except PeprError as error:  # what was measured has happened: the status stands
+                complain(str(error))
+        if not self.quiet:
+            with whoever_listens(sys.stderr):
+                show(summary, file=sys.stderr)
+
+
+_OPTIONS = (
+    click.option("--name", metavar="NAME", help="What the run is called [the command's name]."),
+    click.option(
+        "--experiment",
+        envvar="PEPR_EXPERIMENT",
+        metavar="NAME",
+        help="Runs to be compared share one.",
+    ),
+    click.option("--job", envvar="PEPR_JOB", metavar="ID", help="Recordings of one job share one."),
+    click.option(
+        "--metric-file",
+        "files",
+        multiple=True,
+        metavar="FILE:KEY[:NAME]",
+        help="Read a metric from a JSON or CSV file that the command writes.",
+    ),
+    click.option(
+        "--region", envvar="PEPR_REGION", metavar="COUNTRY", help="Whose grid: DK, DNK, Denmark."
+    ),
+    click.option(
+        "--carbon-intensity",
+        envvar="PEPR_CARBON_INTENSITY",
+        type=float,
+        metavar="G_PER_KWH",
+        help="The grid's carbon intensity, instead of --region.",
+    ),
+    click.option(
+        "--pue",
+        envvar="PEPR_PUE",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="The data centre's power usage effectiveness, for carbon [1.0].",
+    ),
+    click.option(
+        "--cpu-power",
+        envvar="PEPR_CPU_POWER",
+        metavar="IDLE:MAX",
+        help="The machine's power in W, where the CPU has no sensor.",
+    ),
+    click.option(
+        "--scope",
+        envvar="PEPR_SCOPE",
+        type=click.Choice(SCOPES),
+        default="job",
+        help="What the total is: the job's share of its devices, or all that they took [job].",
+    ),
+    click.option(
+        "--sensor",
+        "sensors",
+        envvar="PEPR_SENSOR",
+        multiple=True,
+        metavar="KIND[:WHERE]",
+        help="Read this sensor instead of what is found: nvml, powercap, replay:FILE …",
+    ),
+    click.option(
+        "--period",
+        envvar="PEPR_PERIOD",
+        metavar="TIME",
+        help="Read every sensor this often [just after each of its refreshes]: 10ms.",
+    ),
+    click.option(
+        "--overhead",
+        envvar="PEPR_OVERHEAD",
+        default="0.5%",
+        metavar="SHARE",
+        help="CPU time that reading sensors may take, of one core; kept by reading less often "
+        "[0.5%].",
+    ),
+    click.option(
+        "--store",
+        type=click.Path(path_type=Path),
+        envvar="PEPR_STORE",
+        metavar="DIR",
+        help="Where runs live [PEPR_STORE, else the user's data directory].",
+    ),
+    click.option(
+        "--json", "json_file", metavar="FILE", help="Write the summary as JSON; - is stdout."
+    ),
+    click.option("-q", "--quiet", is_flag=True, help="No summary and no live line; warnings stay."),
+)
+
+
+def recording_options(verb: Callable[..., int]) -> Callable[..., int]:
+    """Gives a verb the options of every recording, as its argument `request`."""
+
+    @functools.wraps(verb)
+    def with_request(**parameters: Any) -> int:
+        asked = {field.name: parameters.pop(field.name) for field in fields(Request)}
+        return verb(**parameters, request=Request(**asked))
+
+    decorated: Callable[..., int] = with_request
+    for option in reversed(_OPTIONS):
+        decorated = option(decorated)
+    return decorated
+
+
+def name_of(command: Sequence[str]) -> str:
+    """The script's name where an interpreter runs one, else the program's."""
+    program = Path(command[0]).name
+    if program.startswith(("python", "torchrun", "bash", "sh")):
+        for i, argument in enumerate(command[1:], start=1):
+            if argument == "-m" and i + 1 < len(command):
+                return command[i + 1].rsplit(".", 1)[-1]
+            if not argument.startswith("-"):
+                return Path(argument).stem
+            if argument == "-c":
+                break
+    return program
+
+
+def say_urgent(code: str, text: str, hint: str) -> None:
+    """Says those warnings at once that cannot wait for the summary."""
+    if code in _URGENT:
+        complain(f"{text}\n  fix: {hint}")
+
+
+def log(recorder: Recorder, metrics: Metrics | None) -> None:
+    """Moves the metrics found so far, also in files, to the recording."""
+    if metrics is None:
+        return
+    metrics.watch()
+    for point in metrics.take():
+        recorder.log(point.name, point.value, t_ns=point.t_ns)
+
+
+@contextmanager
+def collecting_garbage() -> Iterator[None]:
+    """For the long part of a recording; it is off since the start, and for the summary again."""
+    gc.enable()
+    try:
+        yield
+    finally:
+        gc.disable()
+
+
+def _share_of(text: str) -> float:
+    """0.5% or 0.005 as a fraction. Raises UsageError for what is none in (0, 1]."""
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise UsageError(
+            f"an overhead of '{text}' is not possible",
+            why="it is the share of one core that reading the sensors may take",
+            fix="give more than 0% and at most 100%, for example --overhead 0.5%",
+        )
+    return share
+
+
+def _require_writable(path: Path) -> None:
+    directory = path.parent
+    if path.is_dir() or not os.access(path if path.exists() else directory, os.W_OK):
+        raise UsageError(
+            f"the summary cannot be written to {path}",
+            why="it is a directory" if path.is_dir() else f"{directory} is missing or not writable",
+            fix="give --json FILE in a directory that you may write",
+        )
+
+
+class LiveLine:
+    """One status line on our terminal while nobody else speaks; gone before anything is said.
+
+    A child that shares the terminal must be heard (`feed` sees its output after `sink`), or the
+    line would wipe out one that the child has begun. Without a child the terminal is ours.
+    """
+
+    def __init__(self, feed: Callable[[int, bytes, int], None] | None = None) -> None:
+        self._feed = feed
+        self._on = sys.stderr.isatty()
+        self._lock = threading.Lock()  # the child speaks in threads of the relay
+        self._shown = False
+        self._line_begun = False
+        self._next_s = time.monotonic() + _QUIET_S
+
+    def sink(self, channel: int, data: bytes, t_ns: int) -> None:
+        """Takes note of what the child has said, and passes it on."""
+        self._line_begun = not data.endswith(b"\n")
+        self._next_s = time.monotonic() + _QUIET_S
+        if self._feed is not None:
+            self._feed(channel, data, t_ns)
+
+    def update(self, directory: Path, started_ns: int) -> None:
+        """Shows the line anew, if it is time and the child is quiet."""
+        now_s = time.monotonic()
+        if not self._on or now_s < self._next_s or not _in_foreground():
+            return
+        from pepr_profiler.report.terminal import render_live
+        from pepr_profiler.summary import summarise
+
+        energy = summarise(directory, marks=False)["energy"]
+        elapsed_s = (time.monotonic_ns() - started_ns) * 1e-9
+        width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        text = render_live(
+            elapsed_s, energy["total_j"], energy["mean_w"], energy["provenance"] or "", width - 1
+        )
+        with self._lock:
+            if time.monotonic() >= self._next_s and not self._line_begun:
+                self._write(f"\r\x1b[2K{text}\r")
+                self._shown = True
+        cost_s = time.monotonic() - now_s
+        self._next_s = max(self._next_s, now_s + max(1.0, _LIVE_SHARE * cost_s))
+
+    def clear(self) -> None:
+        """Takes the line away, if it is there."""
+        with self._lock:
+            if self._shown:
+                self._write("\r\x1b[2K")
+                self._shown = False
+
+    def _write(self, text: str) -> None:
+        with whoever_listens(sys.stderr):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+def _in_foreground() -> bool:
+    try:
+        return os.tcgetpgrp(sys.stderr.fileno()) == os.getpgrp()
+    except OSError:
+        return False

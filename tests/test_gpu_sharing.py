@@ -1,0 +1,373 @@
+"""A GPU's energy goes to whoever used it: the command line, real processes, a simulated driver."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli import Cli, codes, component, ended, python
+from sim.nvml import STARTED, Fault, Gpu, NvmlSim, Process, Scenario, default_uuid
+from sim.waves import Constant, Step
+
+from pepr_profiler.jobs import merge_jobs
+
+BuildNvml = Callable[[Scenario], NvmlSim]
+
+NO_SUCH_PID = 4_194_303  # below pid_max of 64-bit kernels, and given out last of all
+
+# Waits until instants after the epoch; at each, says who computes on GPU 0: "pid bytes sm" a line.
+ACTOR = """
+import os, sys, time
+epoch_ns, file, *script = sys.argv[1:]
+for step in script:
+    at_s, _, lines = step.partition(" ")
+    time.sleep(max(0.0, (int(epoch_ns) - time.monotonic_ns()) * 1e-9 + float(at_s)))
+    with open(file + ".new", "w") as new:
+        new.write(lines.replace("ME", str(os.getpid())).replace(";", "\\n"))
+    os.replace(file + ".new", file)
+"""
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    return Cli(tmp_path)
+
+
+@pytest.fixture
+def stranger() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is not the job's."""
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()", "stranger"]
+    with ended(subprocess.Popen(command, stdin=subprocess.PIPE)) as process:
+        yield process
+        process.communicate()
+
+
+def gpu(summary: dict[str, Any], index: int) -> dict[str, Any]:
+    return component(summary, f"gpu:{default_uuid(index)}")
+
+
+def adds_up(part: dict[str, Any]) -> bool:
+    owners_j = part["job_j"] + part["others_j"] + part["idle_j"]
+    return bool(owners_j == pytest.approx(part["device_j"], rel=1e-9))
+
+
+def test_each_gpu_is_shared_by_what_its_driver_tells(
+    cli: Cli, nvml_sim: BuildNvml, stranger: subprocess.Popen[bytes]
+) -> None:
+    # given GPUs with: the job; the job and another; another; nobody; a PID that is not of this
+    # machine; the job on a divided board; the job and another on one; a board that is busy though
+    # nobody is listed, and a divided one where nobody is
+    job = Process(STARTED, 2**30, sm=0.4)
+    other = Process(stranger.pid, 2**31, sm=0.4)
+    half = Constant(0.5)
+    gpus = (
+        Gpu(Constant(400), processes=(job,)),
+        Gpu(Constant(400), processes=(job, other)),
+        Gpu(Constant(300), processes=(other,)),
+        Gpu(Constant(60), processes=(), utilization=Constant(0)),
+        Gpu(Constant(200), processes=(Process(NO_SUCH_PID, 2**30, sm=0.5),)),
+        Gpu(Constant(100), processes=(job,), mig=True),
+        Gpu(Constant(100), processes=(job, other), mig=True, utilization=half),
+        Gpu(Constant(80), processes=(), utilization=half),
+        Gpu(Constant(80), processes=(), mig=True),
+    )
+    sim = nvml_sim(Scenario(gpus=gpus))
+    _, summary = cli.measure("--sensor", sim.spec, "--", "sleep", "2.2")
+    parts = [gpu(summary, index) for index in range(len(gpus))]
+    alone, shared, others, unused, foreign, divided, crowded, *silent = parts
+
+    # then who is alone has all of it, idle draw included, and equal users have halves
+    assert alone["job_j"] == pytest.approx(alone["device_j"])
+    assert shared["job_j"] == pytest.approx(shared["device_j"] / 2, rel=1e-3)
+    assert shared["others_j"] == pytest.approx(shared["device_j"] / 2, rel=1e-3)
+    assert all(adds_up(part) for part in parts)
+    # what the job did not use is listed, and not added
+    assert (others["job_j"], others["in_total"]) == (0.0, False)
+    assert others["others_j"] == pytest.approx(others["device_j"])
+    assert (unused["job_j"], unused["in_total"]) == (0.0, False)
+    assert unused["idle_j"] == pytest.approx(unused["device_j"])
+    assert others["excluded"] == unused["excluded"] == "was not used by the job"
+    # and where nobody can tell, the whole board is counted, and said to be
+    for part in (foreign, divided, crowded, *silent):
+        assert part["job_j"] == pytest.approx(part["device_j"])
+    assert codes(summary, "gpu:0") == set()
+    assert codes(summary, "gpu:1") == {"shared-device"}
+    assert codes(summary, "gpu:4") == {"whole-device"}
+    assert codes(summary, f"PID {NO_SUCH_PID}") == {"whole-device"}
+    assert codes(summary, "gpu:5") == set()
+    assert codes(summary, "gpu:6") == {"whole-device", "shared-device"}
+    assert codes(summary, "gpu:7") == codes(summary, "gpu:8") == {"whole-device"}
+    assert codes(summary, f"PID {stranger.pid} {sys.executable}"[:40]) == {"shared-device"}
+
+    # and a report years later, when nobody lives any more, says the same
+    again = cli.report(cli.runs()[0])
+    assert again["energy"] == summary["energy"]
+    assert again["warnings"] == summary["warnings"]
+
+
+def test_idle_draw_is_measured_and_use_is_followed(
+    cli: Cli, nvml_sim: BuildNvml, tmp_path: Path, stranger: subprocess.Popen[bytes]
+) -> None:
+    # given a board that draws 60 W until the job computes on it at 5 s, and 360 W from then on:
+    # the job alone, from 7 s with another at 30 % against 70 %, from 9 s at 90 % against 10 %
+    file = tmp_path / "processes"
+    file.touch()
+    board = Gpu(Step(5.0, 60, 360), processes=(), processes_file=file)
+    sim = nvml_sim(Scenario(gpus=(board,), epoch_ns=time.monotonic_ns()))
+    who = stranger.pid
+    script = [
+        "5 ME 1000 0.8", f"7 ME 1000 0.3;{who} 1000 0.7", f"9 ME 1000 0.9;{who} 1000 0.1", "11 ",
+    ]  # fmt: skip
+    epoch = str(sim.scenario.epoch_ns)
+    _, summary = cli.measure("--sensor", sim.spec, "--", *python(ACTOR, epoch, str(file), *script))
+    part = gpu(summary, 0)
+
+    # then the idle draw is known, and what flowed before was nobody's
+    begin_s = (summary["recording"]["window_ns"][0] - sim.scenario.epoch_ns) * 1e-9
+    assert part["idle_w"] == pytest.approx(60, rel=0.05)
+    assert part["idle_j"] == pytest.approx(60 * (5 - begin_s), abs=60 * 1.2)
+    # and the rest is shared by use: a change is seen up to half a second late
+    others_j = 360 * 2 * (0.7 + 0.1)
+    assert part["others_j"] == pytest.approx(others_j, abs=360 * 0.6 * 0.7)
+    assert part["job_j"] == pytest.approx(360 * 6 - others_j, abs=360 * 0.6 * 0.7 + 60)
+    assert adds_up(part)
+    assert codes(summary, f"PID {who}") == {"shared-device"}
+
+
+def test_two_jobs_at_once_have_shares_that_add_up(
+    cli: Cli, nvml_sim: BuildNvml, tmp_path: Path
+) -> None:
+    # given two wrapped jobs on one board, each of whose children enters itself
+    file = tmp_path / "processes"
+    enter = (
+        "import os, sys, time\n"
+        "open(sys.argv[1], 'a').write(f'{os.getpid()} 1000 {sys.argv[2]}\\n')\n"
+        "while open(sys.argv[1]).read().count('\\n') < 2: time.sleep(0.01)\n"
+        "time.sleep(4)"
+    )
+    sim = nvml_sim(Scenario(gpus=(Gpu(Constant(400), processes=(), processes_file=file),)))
+    paths = [tmp_path / f"{name}.json" for name in "ab"]
+    started = [
+        cli.start(
+            *("--json", str(path), "--sensor", sim.spec, "--job", "two"),
+            *("--", *python(enter, str(file), use)),
+        )
+        for path, use in zip(paths, ("0.75", "0.25"), strict=True)
+    ]
+    for process in started:
+        with ended(process):
+            process.communicate(timeout=60)
+    summaries = [_read(path) for path in paths]
+    first, second = (gpu(summary, 0) for summary in summaries)
+    # then each is the other's neighbour, and three quarters and one quarter are one
+    assert first["job_j"] / first["device_j"] == pytest.approx(0.75, abs=0.06)
+    assert second["job_j"] / second["device_j"] == pytest.approx(0.25, abs=0.06)
+    assert adds_up(first) and adds_up(second)
+    shares = [part["job_j"] / part["device_j"] for part in (first, second)]
+    assert sum(shares) == pytest.approx(1.0, abs=0.08)  # they start and end at other instants
+    # and as one job they have the whole board, once
+    (merged,) = merge_jobs(summaries)
+    both = gpu(merged, 0)
+    assert both["device_j"] == pytest.approx(400 * merged["duration_s"], rel=0.03)
+    assert both["job_j"] == pytest.approx(both["device_j"], rel=0.08)
+    assert adds_up(both)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import json
+
+    summary: dict[str, Any] = json.loads(path.read_text())
+    return summary
+
+
+def test_a_process_list_that_hangs_costs_no_joule(cli: Cli, nvml_sim: BuildNvml) -> None:
+    # given a driver whose process list hangs from 1.5 s after the first lane opens
+    hang = Fault("nvmlDeviceGetComputeRunningProcesses", "HANG", start_s=3.0, end_s=90.0)
+    sim = nvml_sim(Scenario(gpus=(Gpu(Constant(300)),), faults=(hang,)))
+    _, summary = cli.measure("--sensor", sim.spec, "--", "sleep", "5")
+    part = gpu(summary, 0)
+    begin_ns, end_ns = summary["recording"]["window_ns"]
+    # then the energy is whole
+    truth_j = sim.scenario.energy_j(begin_ns, end_ns)
+    assert part["device_j"] == pytest.approx(truth_j, abs=300 * 0.1)
+    assert not codes(summary) & {"gap", "ended-early", "unknown"}
+    # and who used it goes on as before, which is said, as is the lane that ended
+    assert part["job_j"] == pytest.approx(part["device_j"])
+    assert codes(summary, "nvml-processes") == {"hung-sensor"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [("NOT_SUPPORTED", "processes of GPU 0"), (None, "processes of GPU 0")],
+    ids=["refused", "absent"],
+)
+def test_a_driver_without_process_lists_leaves_the_board_whole(
+    cli: Cli, nvml_sim: BuildNvml, answer: str | None, told: str
+) -> None:
+    name = "nvmlDeviceGetComputeRunningProcesses_v3"
+    faults = () if answer is None else (Fault(name, answer),)
+    absent = (name,) if answer is None else ()
+    sim = nvml_sim(Scenario(gpus=(Gpu(Constant(300)),), faults=faults, absent=absent))
+    _, summary = cli.measure("--sensor", sim.spec, "--", "sleep", "1.8")
+    part = gpu(summary, 0)
+    assert part["job_j"] == pytest.approx(part["device_j"])
+    assert codes(summary, "gpu:0") == {"whole-device"}
+    assert [item["what"] for item in summary["missing"] if item["what"] == told] == [told]
+
+
+def test_a_driver_that_is_not_there_is_missed_once(cli: Cli, tmp_path: Path) -> None:
+    library = tmp_path / "libnvidia-ml.so.1"
+    result = cli("--sensor", f"nvml:{library}", "--", "true")
+    assert result.stderr.count("no NVIDIA driver library") == 1
+
+
+@pytest.mark.parametrize(
+    ("listed", "used"),
+    [
+        ("0,2", {0, 2}),
+        ("2", {2}),
+        (f"{default_uuid(1)}", {1}),
+        ("GPU-00000000-0000-4000-8000-000000000003", {3}),
+        ("-1", set()),
+        ("", set()),
+    ],
+)
+def test_gpus_that_the_job_cannot_use_are_listed_not_added(
+    cli: Cli, nvml_sim: BuildNvml, listed: str, used: set[int]
+) -> None:
+    # given four boards of which nobody tells who uses them, and a job that may use some
+    absent = ("nvmlDeviceGetComputeRunningProcesses_v3",)
+    sim = nvml_sim(Scenario(gpus=(Gpu(Constant(100)),) * 4, absent=absent))
+    _, summary = cli.measure(
+        "--sensor", sim.spec, "--", "sleep", "0.7", env={"CUDA_VISIBLE_DEVICES": listed}
+    )
+    for index in range(4):
+        part = gpu(summary, index)
+        assert part["in_total"] == (index in used)
+        assert part["device_j"] == pytest.approx(70, rel=0.4)
+        assert (part["job_j"] > 0) == (index in used)
+        assert adds_up(part)
+        if index not in used:
+            assert part["excluded"].endswith(f"(CUDA_VISIBLE_DEVICES={listed})")
+
+
+def test_what_is_seen_on_a_gpu_outweighs_what_was_announced(cli: Cli, nvml_sim: BuildNvml) -> None:
+    # given a launcher that may use no GPU by its own environment, whose worker computes on one
+    sim = nvml_sim(Scenario(gpus=(Gpu(Constant(100)), Gpu(Constant(100), processes=()))))
+    _, summary = cli.measure(
+        "--sensor", sim.spec, "--", "sleep", "1.2", env={"CUDA_VISIBLE_DEVICES": "1"}
+    )
+    assert gpu(summary, 0)["in_total"] and gpu(summary, 0)["job_j"] > 0
+
+
+def test_scope_device_counts_whole_devices(cli: Cli, nvml_sim: BuildNvml) -> None:
+    # given a run of which the job has a quarter of a board, summarised both ways from one trace
+    from pepr_profiler.summary import summarise
+    from pepr_profiler.trace import read_run
+
+    me = Process(os.getpid(), 2**30, sm=0.75)
+    board = Gpu(Constant(200), processes=(Process(STARTED, 2**30, sm=0.25), me))
+    sim = nvml_sim(Scenario(gpus=(board,)))
+    _, by_job = cli.measure("--sensor", sim.spec, "--", "sleep", "1.5")
+    run = read_run(cli.runs()[0])
+    run["recording"]["options"]["scope"] = "device"
+    by_device = summarise(cli.runs()[0], run=run)
+    job, device = by_job["energy"], by_device["energy"]
+    assert (job["scope"], device["scope"]) == ("job", "device")
+    assert gpu(by_job, 0)["job_j"] == pytest.approx(gpu(by_job, 0)["device_j"] / 4, rel=0.02)
+    counted = [c for c in device["components"] if c["in_total"]]
+    assert device["total_j"] == pytest.approx(sum(c["device_j"] for c in counted))
+    assert device["total_j"] == pytest.approx(
+        job["total_j"] + job["others_j"] + job["idle_j"], rel=1e-9
+    )
+
+
+def test_an_attached_process_is_found_on_its_gpu(
+    cli: Cli, nvml_sim: BuildNvml, tmp_path: Path, stranger: subprocess.Popen[bytes]
+) -> None:
+    # given a program that computes on the second board, the only one that it may use, with a
+    # stranger, where the lists of the first and the third tell nothing
+    file = tmp_path / "processes"
+    boards = (
+        Gpu(Constant(100)),
+        Gpu(Constant(400), processes=(), processes_file=file),
+        Gpu(Constant(100)),
+    )
+    name = "nvmlDeviceGetComputeRunningProcesses"
+    refused = tuple(Fault(name, "NOT_SUPPORTED", gpu=index) for index in (0, 2))
+    sim = nvml_sim(Scenario(gpus=boards, faults=refused))
+    target = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": default_uuid(1)},
+    )
+    with ended(target):
+        file.write_text(f"{target.pid} 1000 0.6\n{stranger.pid} 1000 0.4\n")
+        path = tmp_path / "attached.json"
+        result = cli(
+            *("attach", str(target.pid), "--duration", "2"),
+            *("--sensor", sim.spec, "--json", str(path)),
+        )
+        target.communicate()
+    assert result.status == 0, result.stderr
+    summary = _read(path)
+    used = gpu(summary, 1)
+    assert used["job_j"] == pytest.approx(0.6 * used["device_j"], rel=0.01)
+    assert adds_up(used)
+    assert codes(summary, f"PID {stranger.pid}") == {"shared-device"}
+    assert not gpu(summary, 0)["in_total"] and not gpu(summary, 2)["in_total"]
+
+
+def test_a_daemon_of_the_job_is_the_jobs(cli: Cli, nvml_sim: BuildNvml, tmp_path: Path) -> None:
+    # given a command that leaves its work to a daemon: forked twice, in a session of its own
+    file = tmp_path / "processes"
+    daemon = (
+        "import os, sys, time\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    if os.fork() == 0:\n"
+        "        open(sys.argv[1], 'w').write(f'{os.getpid()} 1000 0.5\\n')\n"
+        "        time.sleep(1.5)\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+        "while not os.path.exists(sys.argv[1]): time.sleep(0.01)\n"
+        "time.sleep(1.2)"
+    )
+    sim = nvml_sim(Scenario(gpus=(Gpu(Constant(200), processes=(), processes_file=file),)))
+    _, summary = cli.measure("--sensor", sim.spec, "--", *python(daemon, str(file)))
+    part = gpu(summary, 0)
+    assert part["others_j"] == 0.0 and part["job_j"] > 200.0
+    assert "whole-device" not in codes(summary)
+
+
+def test_an_index_among_unlike_gpus_is_said_to_tell_nothing(cli: Cli, nvml_sim: BuildNvml) -> None:
+    # given a slow and a fast board, and a job that may use "0", whichever that is, and uses the
+    # slow one
+    slow = Gpu(Constant(50), name="NVIDIA T4")
+    fast = Gpu(Constant(300), processes=(), utilization=Constant(0))
+    sim = nvml_sim(Scenario(gpus=(slow, fast)))
+    listed = {"CUDA_VISIBLE_DEVICES": "0"}
+    _, summary = cli.measure("--sensor", sim.spec, "--", "sleep", "1.2", env=listed)
+    assert codes(summary, "CUDA_VISIBLE_DEVICES=0") == {"cuda-order"}
+    assert gpu(summary, 0)["in_total"] and not gpu(summary, 1)["in_total"]
+
+
+def test_the_jobs_own_memory_is_told_where_its_processes_are(
+    cli: Cli, nvml_sim: BuildNvml, stranger: subprocess.Popen[bytes]
+) -> None:
+    # given a board that holds 3 GiB, 1 GiB of it the job's, and another's board
+    other = Process(stranger.pid, 2**31)
+    held = Constant(3 * 2**30)
+    boards = (
+        Gpu(Constant(1), processes=(Process(STARTED, 2**30), other), memory_used_bytes=held),
+        Gpu(Constant(1), processes=(other,), memory_used_bytes=held),
+    )
+    sim = nvml_sim(Scenario(gpus=boards))
+    _, summary = cli.measure("--sensor", sim.spec, "--", "sleep", "1.2")
+    assert summary["memory"]["gpu_peak_bytes"] == 2**30

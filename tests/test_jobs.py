@@ -1,0 +1,221 @@
+"""Recordings of one job put together: each device's time counts once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli import Cli, component, python, write_replay
+from sim.waves import Constant, Square
+
+from pepr_profiler.jobs import merge_jobs
+
+S = 1_000_000_000
+GPU, CPU = "gpu:GPU-1", "cpu:package-0"
+Part = dict[str, Any]
+
+
+def part(
+    ident: str,
+    wave: Constant | Square,
+    begin_s: float,
+    end_s: float,
+    *,
+    job: float,
+    idle: float = 0.0,
+    in_total: bool = True,
+) -> Part:
+    """What a recording from `begin_s` to `end_s` says of a device that draws `wave`."""
+    device_j = wave.energy_j(begin_s, end_s)
+    step_s = (end_s - begin_s) / 48
+    edges = [begin_s + i * step_s for i in range(48)]
+    return {
+        "id": ident, "kind": ident[:3], "label": ident, "source": "x", "provenance": "measured",
+        "in_total": in_total, **({} if in_total else {"excluded": "was not used by the job"}),
+        "device_j": device_j, "job_j": job * device_j, "idle_j": idle * device_j,
+        "others_j": (1 - job - idle) * device_j, "idle_w": 10.0, "job_idle_j": 1.0,
+        "u_j": 0.1 * job * device_j, "mean_w": device_j / (end_s - begin_s), "max_w": 1.0,
+        "trace_w": [wave.energy_j(at, at + step_s) / step_s for at in edges],
+        "budget": {"gain_j": 0.05 * job * device_j}, "cross_check": None,
+    }  # fmt: skip
+
+
+def run(
+    name: str,
+    begin_s: float,
+    end_s: float,
+    *parts: Part,
+    job: str | None = "j",
+    boot: str = "b",
+    outer: str | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    energies = [p["job_j"] for p in parts if p["in_total"]]
+    return {
+        "schema": 1, "run_id": name, "job": job, "name": name, "boot_id": boot, "host": boot,
+        "clock": [{"t_ns": 0, "unix_ns": 1_700_000_000 * S}], "started_at": f"{begin_s:09.3f}",
+        "duration_s": end_s - begin_s, "exit_code": 0, "signal": None, "complete": True,
+        "energy": {"total_j": sum(energies), "scope": "job", "components": list(parts)},
+        "recording": {
+            "window_ns": [int(begin_s * S), int(end_s * S)],
+            "outer": None if outer is None else {"run_id": outer, "pid": 1},
+        },
+        **more,
+    }  # fmt: skip
+
+
+def one(*runs: dict[str, Any]) -> dict[str, Any]:
+    (merged,) = merge_jobs(runs)
+    for c in merged["energy"]["components"]:
+        assert c["job_j"] + c["others_j"] + c["idle_j"] == pytest.approx(c["device_j"])
+        assert min(c["job_j"], c["others_j"], c["idle_j"]) >= -1e-9
+    return merged
+
+
+def test_ranks_of_one_node_count_its_devices_once_and_their_shares_together() -> None:
+    # given two ranks at 100 W, one second apart, with 30 % and 40 % of it
+    power = Constant(100)
+    merged = one(
+        run("a", 0, 10, part(CPU, power, 0, 10, job=0.3, idle=0.1)),
+        run("b", 1, 11, part(CPU, power, 1, 11, job=0.4, idle=0.1)),
+    )
+    cpu = component(merged, CPU)
+    assert (cpu["device_j"], cpu["job_j"]) == (pytest.approx(1100), pytest.approx(700))
+    assert cpu["idle_j"] == pytest.approx(110)
+    assert merged["energy"]["total_j"] == pytest.approx(700)
+    assert (merged["duration_s"], merged["runs"]) == (pytest.approx(11), ["a", "b"])
+    # one device's errors add up as they stand
+    assert cpu["u_j"] == pytest.approx(70) and cpu["budget"]["gain_j"] == pytest.approx(35)
+
+
+def test_the_power_over_time_decides_what_the_second_look_adds() -> None:
+    # given a device at 100 W, and 500 W from 10 s on, in looks of [0, 12] and [8, 20]
+    power = Square(40.0, 100, 500, duty=0.5, shift_s=10.0)
+    truth_j = power.energy_j(0, 20)
+    assert truth_j == pytest.approx(10 * 100 + 10 * 500)
+    looks = [(0, 12), (8, 20)]
+    runs = [run(f"{b}", b, e, part(GPU, power, b, e, job=0.5)) for b, e in looks]
+    merged = component(one(*runs), GPU)
+    assert merged["device_j"] == pytest.approx(truth_j, rel=0.01)
+    trace_w = merged["trace_w"]
+    assert (trace_w[0], trace_w[-1]) == (pytest.approx(100), pytest.approx(500))
+
+
+def test_jobs_that_each_claim_a_whole_device_share_it_once() -> None:
+    power = Constant(300)
+    whole = [run(name, 0, 10, part(GPU, power, 0, 10, job=1.0)) for name in "abcd"]
+    assert component(one(*whole), GPU)["job_j"] == pytest.approx(3000)
+    assert one(*whole)["energy"]["total_j"] == pytest.approx(3000)
+
+
+def test_what_one_recording_did_not_use_another_may_have() -> None:
+    power = Constant(100)
+    merged = one(
+        run("a", 0, 10, part(GPU, power, 0, 10, job=0.0, in_total=False)),
+        run("b", 0, 10, part(GPU, power, 0, 10, job=1.0)),
+    )
+    gpu = component(merged, GPU)
+    assert gpu["in_total"] and "excluded" not in gpu
+    assert merged["energy"]["total_j"] == pytest.approx(1000)
+
+
+def test_a_recording_inside_another_is_a_part_of_it() -> None:
+    # given a launcher with 80 % of a device, inside it a script with 50 % and inside that a third
+    power = Constant(100)
+    merged = one(
+        run("inner", 4, 6, part(CPU, power, 4, 6, job=0.3), job=None, outer="middle"),
+        run("launcher", 0, 10, part(CPU, power, 0, 10, job=0.8), job=None),
+        run("middle", 2, 8, part(CPU, power, 2, 8, job=0.5), job=None, outer="launcher"),
+    )
+    assert component(merged, CPU)["job_j"] == pytest.approx(800)
+    assert component(merged, CPU)["device_j"] == pytest.approx(1000)
+    assert merged["run_id"] == "launcher"
+
+
+def test_a_device_that_only_the_inner_recording_saw_counts_with_it() -> None:
+    power = Constant(100)
+    merged = one(
+        run("outer", 0, 10, part(CPU, power, 0, 10, job=0.8), job=None),
+        run("inner", 2, 8, part(GPU, power, 2, 8, job=1.0), job=None, outer="outer"),
+    )
+    assert merged["energy"]["total_j"] == pytest.approx(800 + 600)
+
+
+def test_nodes_add_up_but_for_the_gpu_they_share() -> None:
+    # given two boots with a CPU each of the same name, and a GPU that both see
+    power = Constant(100)
+    merged = one(
+        *(
+            run(boot, 0, 10, part(CPU, power, 0, 10, job=1.0), part(GPU, power, 0, 10, job=0.5),
+                boot=boot)
+            for boot in ("b1", "b2")
+        )
+    )  # fmt: skip
+    ids = sorted(c["id"] for c in merged["energy"]["components"])
+    assert ids == [CPU, CPU, GPU]
+    assert merged["energy"]["total_j"] == pytest.approx(2000 + 1000)
+
+
+def test_recordings_one_after_the_other_add_up() -> None:
+    power = Constant(100)
+    runs = [run(str(b), b, b + 5, part(CPU, power, b, b + 5, job=1.0)) for b in (0, 20)]
+    merged = one(*runs)
+    assert component(merged, CPU)["device_j"] == pytest.approx(1000)
+    assert merged["duration_s"] == pytest.approx(10)  # nothing ran in between
+    assert component(merged, CPU)["trace_w"][24] is None
+
+
+def test_what_is_not_one_job_stays_as_it_is() -> None:
+    alone = [run(name, 0, 1, job=None) for name in "abc"]
+    assert merge_jobs(alone) == alone
+    other = run("d", 0, 1, job="k")
+    same = [run("e", 0, 1), run("f", 0, 1)]
+    merged = merge_jobs([*same[:1], other, *same[1:], other])
+    assert [m["run_id"] for m in merged] == ["e", "d"]
+    assert merged[0]["runs"] == ["e", "f"]
+
+
+def test_the_rest_of_a_job_is_put_together_too() -> None:
+    phase = {"name": "train", "count": 2, "duration_s": 4.0, "energy_j": 10.0, "u_j": 1.0}
+    carbon = {"g_co2e": 5.0, "intensity_g_per_kwh": 100.0, "pue": 1.0, "source": "x", "year": 2023}
+    power = Constant(100)
+    common = {"phases": [phase], "carbon": carbon, "memory": {"peak_rss_bytes": 7}}
+    warning = {"code": "gap", "text": "gap", "hint": "x"}
+    merged = one(
+        run("a", 0, 10, part(CPU, power, 0, 10, job=0.5), metrics={"acc": 0.9}, exit_code=0,
+            warnings=[warning], sampler={"cpu_s": 1.0}, **common),
+        run("b", 0, 10, part(CPU, power, 0, 10, job=0.5), metrics={"loss": 1.0}, exit_code=3,
+            warnings=[warning], sampler={"cpu_s": 2.0}, **common),
+    )  # fmt: skip
+    assert merged["metrics"] == {"acc": 0.9, "loss": 1.0}
+    assert merged["phases"] == [{**phase, "energy_j": 20.0, "u_j": 2.0}]
+    assert merged["carbon"]["g_co2e"] == pytest.approx(10.0)
+    assert merged["memory"]["peak_rss_bytes"] == 14
+    assert merged["exit_code"] == 3
+    assert merged["warnings"] == [warning]
+    assert merged["sampler"]["cpu_s"] == 3.0
+    assert merged["sampler"]["cpu_fraction"] == pytest.approx(0.3)
+    assert json.loads(json.dumps(merged)) == merged
+
+
+def test_a_wrapped_script_in_a_wrapped_launcher_is_one_job(tmp_path: Path) -> None:
+    # given a meter at 50 W, a launcher under one profiler, and in it a script under another
+    meter = write_replay(
+        tmp_path / "meter", ["m power W 1 0 gauge test kind=cpu component=cpu:meter"],
+        [(0.0, 50.0)],
+    )  # fmt: skip
+    cli = Cli(tmp_path)
+    inner = ["-m", "pepr_profiler", "--sensor", meter, "--", "sleep", "1"]
+    start = f"import subprocess, sys; subprocess.run([sys.executable, *{inner!r}], check=True)"
+    result = cli("--sensor", meter, "--", *python(start))
+    assert result.status == 0, result.stderr
+    runs = [json.loads((path / "run.json").read_text()) for path in cli.runs()]
+    outer, nested = sorted(runs, key=lambda summary: -summary["duration_s"])
+    assert nested["recording"]["outer"]["run_id"] == outer["run_id"]
+    # then it took what the launcher took
+    (merged,) = merge_jobs([nested, outer])
+    device_j = component(outer, "cpu:meter")["device_j"]
+    assert component(merged, "cpu:meter")["device_j"] == pytest.approx(device_j)
+    assert merged["energy"]["total_j"] == pytest.approx(outer["energy"]["total_j"])

@@ -1,0 +1,189 @@
+"""Whose a process is, found out from real ones while they live."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli import ended, until
+
+from pepr_profiler.neighbours import Neighbours, cuda_environments, last_pids, run_around
+
+NO_SUCH_PID = 4_194_303
+
+# A parent that starts a child, says both PIDs and waits; "orphan": it ends, and the child lives on.
+FAMILY = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"])
+print(child.pid, flush=True)
+if sys.argv[1] != "orphan": sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], int]]]:
+    """Starts a family; the parent, and its child's PID. All end with their stdin."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def family(kind: str = "stay", **env: str) -> tuple[subprocess.Popen[bytes], int]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", FAMILY, kind],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **env},
+        )
+        running.append(process)
+        assert process.stdout is not None
+        return process, int(process.stdout.readline())
+
+    yield family
+    for process in running:
+        with ended(process):
+            process.communicate()
+
+
+def owners(notes: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    return [(note["pid"], note["owner"]) for note in notes if note["event"] == "process"]
+
+
+def test_descendants_of_a_wrapper_are_the_jobs_and_it_is_not(start: Any) -> None:
+    # given a wrapper, which is this process: its children and theirs are the job
+    parent, child = start()
+    notes: list[dict[str, Any]] = []
+    seen = Neighbours("children", notes.append)
+    seen.on_gpu([parent.pid, child, os.getpid(), 1])
+    assert sorted(owners(notes)) == sorted(
+        [(parent.pid, "job"), (child, "job"), (os.getpid(), "profiler"), (1, "other")]
+    )
+    # and each is told once, with what it was
+    seen.on_gpu([parent.pid, child, os.getpid(), 1])
+    assert len(notes) == 4
+    told = next(note for note in notes if note["pid"] == parent.pid)
+    assert told["command"].startswith(f"{sys.executable} -c") and told["user"]
+    assert all(json.dumps(note) for note in notes)
+
+
+def test_a_program_that_profiles_itself_is_the_job(start: Any) -> None:
+    _, child = start()
+    notes: list[dict[str, Any]] = []
+    Neighbours("self", notes.append).on_gpu([os.getpid(), child, 1])
+    assert dict(owners(notes)) == {os.getpid(): "job", child: "job", 1: "other"}
+
+
+def test_an_attached_process_and_its_children_are_the_job(start: Any) -> None:
+    target, child = start()
+    stranger, _ = start()
+    notes: list[dict[str, Any]] = []
+    seen = Neighbours(f"pids={target.pid}", notes.append)
+    seen.on_gpu([target.pid, child, stranger.pid])
+    assert dict(owners(notes)) == {target.pid: "job", child: "job", stranger.pid: "other"}
+
+
+def test_who_was_the_jobs_stays_so_when_its_parent_has_gone(start: Any) -> None:
+    # given an attached parent whose child was looked at, and then is an orphan
+    target, child = start()
+    notes: list[dict[str, Any]] = []
+    seen = Neighbours(f"pids={target.pid}", notes.append)
+    seen.tick()
+    orphaned = Path(f"/proc/{child}/stat")
+    target.kill()
+    target.wait()
+    until(lambda: int(orphaned.read_text().rpartition(")")[2].split()[1]) != target.pid)
+    seen.on_gpu([child])
+    assert owners(notes) == [(child, "job")]
+
+
+def test_an_orphan_that_bears_the_runs_mark_is_the_jobs(start: Any) -> None:
+    # given orphans that nobody looked at before, one of them started within the run
+    marked, plain = start("orphan", PEPR_RUN_DIR="/runs/a"), start("orphan")
+    for parent, _ in (marked, plain):
+        parent.wait()
+    notes: list[dict[str, Any]] = []
+    seen = Neighbours("self", notes.append, marker=("PEPR_RUN_DIR", "/runs/a"))
+    seen.on_gpu([marked[1], plain[1]])
+    assert dict(owners(notes)) == {marked[1]: "job", plain[1]: "other"}
+
+
+def test_a_pid_that_is_listed_again_and_again_but_not_here_is_hidden() -> None:
+    notes: list[dict[str, Any]] = []
+    seen = Neighbours("children", notes.append)
+    seen.on_gpu([NO_SUCH_PID])
+    assert notes == []
+    seen.on_gpu([NO_SUCH_PID])
+    seen.on_gpu([NO_SUCH_PID])
+    assert owners(notes) == [(NO_SUCH_PID, "hidden")]
+
+
+def test_one_that_ended_before_it_was_looked_up_has_gone() -> None:
+    notes: list[dict[str, Any]] = []
+    seen = Neighbours("children", notes.append)
+    seen.on_gpu([NO_SUCH_PID])
+    seen.on_gpu([])
+    assert owners(notes) == [(NO_SUCH_PID, "gone")]
+
+
+def test_others_are_known_by_the_cpu_time_they_took(start: Any) -> None:
+    # given a program that computes for half a second beside an attached job, and has ended since
+    target, _ = start()
+    notes: list[dict[str, Any]] = []
+    seen = Neighbours(f"pids={target.pid}", notes.append)
+    seen.tick()
+    burn = (
+        "import sys, time\nwhile time.process_time() < 0.5: pass\n"
+        "print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", burn]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with ended(subprocess.Popen(command, **pipes)) as burner:  # type: ignore[call-overload]
+        burner.stdout.readline()
+        seen._scan()
+        burner.communicate()
+    seen.end()
+    last = [note for note in notes if note["event"] == "cpu"][-1]
+    took = {process["pid"]: process for process in last["processes"]}
+    assert took[burner.pid]["cpu_s"] == pytest.approx(0.5, abs=0.1)
+    assert took[burner.pid]["command"].startswith(sys.executable)
+    assert target.pid not in took and os.getpid() not in took
+    assert last["profiler_s"] >= 0 and last["since_ns"] < last["t_ns"] <= time.monotonic_ns()
+
+
+def test_a_run_that_was_never_looked_at_is_not_looked_at_in_the_end() -> None:
+    notes: list[dict[str, Any]] = []
+    Neighbours("children", notes.append).end()
+    assert notes == []
+
+
+def test_the_roots_say_which_gpus_they_may_use(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    one, _ = start(CUDA_VISIBLE_DEVICES="0,1", CUDA_DEVICE_ORDER="PCI_BUS_ID")
+    two, _ = start(CUDA_VISIBLE_DEVICES="")
+    assert cuda_environments("children") == [{"CUDA_VISIBLE_DEVICES": "5"}]
+    assert cuda_environments(f"pids={one.pid},{two.pid},{NO_SUCH_PID}") == [
+        {"CUDA_VISIBLE_DEVICES": "0,1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+        {"CUDA_VISIBLE_DEVICES": ""},
+    ]
+
+
+def test_the_run_around_is_found_in_an_ancestor(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PEPR_RUN_DIR", raising=False)
+    _, child = start(PEPR_RUN_DIR="/runs/outer")
+    assert run_around("PEPR_RUN_DIR", f"pids={child}") == "/runs/outer"
+    monkeypatch.setenv("PEPR_RUN_DIR", "/runs/mine")
+    assert run_around("PEPR_RUN_DIR", "children") == "/runs/mine"
+
+
+def test_the_pids_of_a_row_are_its_last_ones() -> None:
+    from array import array
+
+    columns = [array("d", values).tobytes() for values in ([1, 2], [7, 0], [0, float("nan")])]
+    assert last_pids(columns, [0, 1, 2]) == {2}
