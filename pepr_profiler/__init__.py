@@ -18,10 +18,21 @@ if TYPE_CHECKING:
     from pepr_profiler.errors import PeprError, SensorError, TraceError, UsageError
     from pepr_profiler.pepr import score
     from pepr_profiler.profiler import Run, profile
+    from pepr_profiler.study import Study, load
 
 __version__ = "0.1.0"
 
-__all__ = ["PeprError", "Run", "SensorError", "TraceError", "UsageError", "profile", "score"]
+__all__ = [
+    "PeprError",
+    "Run",
+    "SensorError",
+    "Study",
+    "TraceError",
+    "UsageError",
+    "load",
+    "profile",
+    "score",
+]
 
 _HOMES = {
     "PeprError": "errors",
@@ -29,6 +40,8 @@ _HOMES = {
     "TraceError": "errors",
     "UsageError": "errors",
     "Run": "profiler",
+    "Study": "study",
+    "load": "study",
     "profile": "profiler",
     "score": "pepr",
 }

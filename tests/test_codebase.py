@@ -23,12 +23,18 @@ RANKS = (
     ("trace",),
     ("energy", "modelled", "carbon"),
     ("attribution", "pepr"),
-    ("summary", "store", "detect", "profiler"),
+    ("progress", "summary", "store", "study", "detect", "profiler"),
     ("daemon", "integrations", "report"),
     ("commands",),
     ("__init__", "__main__"),
 )
-PEERS = {"units": {"errors"}, "store": {"summary"}, "profiler": {"summary", "store", "detect"}}
+PEERS = {
+    "units": {"errors"},
+    "summary": {"progress"},
+    "store": {"summary"},
+    "study": {"store"},
+    "profiler": {"summary", "store", "detect"},
+}
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

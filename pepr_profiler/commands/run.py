@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands import complain, whoever_listens
+from pepr_profiler.commands import complain, store_option, whoever_listens
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.profiler import RUN_DIR_VARIABLE, Options, Recorder, intensity_of
 from pepr_profiler.targets import Child, Exit, HeldSignals, Relay, hold_signals, resolve
@@ -96,13 +96,7 @@ _LIVE_SHARE = 100  # the live line may take a hundredth of the time
     metavar="SHARE",
     help="CPU time that reading sensors may take, of one core; kept by reading less often [0.5%].",
 )
-@click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    envvar="PEPR_STORE",
-    metavar="DIR",
-    help="Where runs live [PEPR_STORE, else the user's data directory].",
-)
+@store_option
 @click.option("--json", "json_file", metavar="FILE", help="Write the summary as JSON; - is stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No summary and no live line; warnings stay.")
 def run(
