@@ -7,7 +7,9 @@ import sys
 
 from benchmarks.common import ROOT
 
-NAMES = ("startup", "sampler", "marks", "footprint", "accuracy", "attach", "follow")
+NAMES = (
+    "startup", "sampler", "marks", "footprint", "accuracy", "attach", "follow", "store", "report",
+)  # fmt: skip
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 DATA = {"digits": load_digits, "breast_cancer": load_breast_cancer}
-MODELS = ("logistic", "mlp_small", "mlp_large", "resmlp", "cnn")
+MODELS = ("logistic", "mlp_tiny", "mlp_small", "mlp_large", "resmlp", "resmlp_deep", "cnn")
 BATCH = 32
 
 
@@ -42,18 +42,20 @@ class Residual(nn.Module):
 def make_model(name: str, *, features: int, classes: int) -> nn.Module:
     if name == "logistic":
         return nn.Linear(features, classes)
-    if name == "mlp_small":
-        return nn.Sequential(nn.Linear(features, 64), nn.ReLU(), nn.Linear(64, classes))
+    if name in ("mlp_tiny", "mlp_small"):
+        width = 16 if name == "mlp_tiny" else 64
+        return nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, classes))
     if name == "mlp_large":
         return nn.Sequential(
             nn.Linear(features, 512), nn.ReLU(), nn.Dropout(0.3),
             nn.Linear(512, 512), nn.ReLU(), nn.Dropout(0.3),
             nn.Linear(512, classes),
         )  # fmt: skip
-    if name == "resmlp":
+    if name in ("resmlp", "resmlp_deep"):
+        width, blocks = (256, 3) if name == "resmlp" else (384, 8)
         return nn.Sequential(
-            nn.Linear(features, 256), *(Residual(256) for _ in range(3)),
-            nn.LayerNorm(256), nn.Linear(256, classes),
+            nn.Linear(features, width), *(Residual(width) for _ in range(blocks)),
+            nn.LayerNorm(width), nn.Linear(width, classes),
         )  # fmt: skip
     side = round(features**0.5)
     return nn.Sequential(
@@ -151,7 +153,7 @@ def main() -> None:
             reached = accuracy(model, *data["test"])
         print(f"test acc: {reached:.4f}")
         if run:
-            run.log(accuracy=reached)
+            run.log(accuracy=reached, parameters=size)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from pepr_profiler.pepr import score
     from pepr_profiler.profiler import Run, profile
+    from pepr_profiler.study import Study, load
 
 __version__ = "0.1.0"
 
@@ -31,9 +32,11 @@ __all__ = [
     "PeprError",
     "Run",
     "SensorError",
+    "Study",
     "TargetError",
     "TraceError",
     "UsageError",
+    "load",
     "profile",
     "score",
 ]
@@ -45,6 +48,8 @@ _HOMES = {
     "TraceError": "errors",
     "UsageError": "errors",
     "Run": "profiler",
+    "Study": "study",
+    "load": "study",
     "profile": "profiler",
     "score": "pepr",
 }

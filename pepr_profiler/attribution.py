@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pepr_profiler import modelled
-from pepr_profiler.curve import Curve
+from pepr_profiler.curve import Curve, gap_limit_s
 from pepr_profiler.sources import Source
 from pepr_profiler.tenants import (
     Neighbour,
@@ -141,7 +141,11 @@ def _from_power(
     curve_j = np.interp(at, t_ns, energy_j)
     curve_j += np.minimum(at - t_ns[0], 0.0) * 1e-9 * power_w[0]
     curve_j += np.maximum(at - t_ns[-1], 0.0) * 1e-9 * power_w[-1]
-    return Curve(source, curve_j, int(t_ns[0]), int(t_ns[-1]))
+    apart_ns = np.diff(t_ns)
+    period_s = float(np.sort(apart_ns)[len(apart_ns) // 2]) * 1e-9
+    long = np.flatnonzero(apart_ns > gap_limit_s(period_s) * 1e9)
+    gaps = tuple((int(t_ns[i]), int(t_ns[i + 1])) for i in long)
+    return Curve(source, curve_j, int(t_ns[0]), int(t_ns[-1]), gaps_ns=gaps)
 
 
 def cpu_use(activity: Activity, begin_ns: float, end_ns: float) -> Use:

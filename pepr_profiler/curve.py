@@ -40,6 +40,9 @@ _PERIOD_GAIN = 0.02
 _STEPS = (1e9, 1e8, 1e7, 1e6, 1e5, 1e4, 1e3, 100, 10, 1)
 """Resolutions that are looked for, in units of the raw number."""
 
+GAP_S = 1.0
+"""Without a reading for longer than this (and 10 periods) a lane has a gap worth telling."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -47,6 +50,7 @@ class Curve:
 
     Only differences mean anything. Outside [first_ns, last_ns] nothing was recorded.
 
+    `gaps_ns` are the spans without a reading that are longer than GAP_S and 10 periods.
     `power_w` is the power at those instants, `edge_j2` the variance of the energy up to there,
     `duty_j2` and `gap_j2` cumulative variances; None is none. `quantum` is the resolution, J or W,
     `lag_u_s` the standard uncertainty of how far the readings trail, `aliased` whether the load
@@ -70,6 +74,12 @@ class Curve:
     quantum: float = 0.0
     lag_u_s: float = 0.0
     aliased: bool = False
+    gaps_ns: tuple[tuple[int, int], ...] = ()
+
+
+def gap_limit_s(period_s: float) -> float:
+    """After so long without a reading, a lane that is read every `period_s` has a gap."""
+    return max(GAP_S, 10 * period_s)
 
 
 def _reads(rows: NDArray[np.bool_], batch: Batch) -> int:
@@ -124,6 +134,7 @@ class Accumulator:
     _placed_ns: float = math.nan  # the refresh that the last change is from
     _sure_ns: float = math.nan  # the last one that was seen within a narrow gap
     _filled: int = 0
+    _gaps: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._cumulative = np.zeros((3, len(self.at_ns)))  # energy; duty cycle and gaps, J²
@@ -149,6 +160,8 @@ class Accumulator:
             # Rows were left out because nothing happened in them: they were read all the same.
             gap_ns = np.where(batch.skipped[good] > 0, batch.gap_ns[good], gap_ns)
         self.longest_gap_s = max(self.longest_gap_s, float(np.max(gap_ns)) / NS_PER_S)
+        long = np.flatnonzero(gap_ns > gap_limit_s(self.source.period_s) * NS_PER_S)
+        self._gaps += [(int(t[i] - gap_ns[i]), int(t[i])) for i in long]
         known = values[good] * self.source.scale
         changed = np.diff(known, prepend=self._value) != 0  # of the first, which follows NaN, too
         changed |= gap_ns > self.notable_gap_s() * NS_PER_S
@@ -338,6 +351,7 @@ class Accumulator:
             duty_j2=duty_j2,
             gap_j2=gap_j2,
             quantum=self.quantum,
+            gaps_ns=tuple(self._gaps),
             **facts,
         )
 

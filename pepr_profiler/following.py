@@ -449,7 +449,7 @@ def _link(path: str) -> str:
 
 
 def _who(pid: int, command: Sequence[str]) -> str:
-    text = " ".join(command)
+    text = " ".join(" ".join(command).split())
     shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
     return f"{pid} ({shown})" if shown else str(pid)
 

@@ -23,13 +23,13 @@ _SUMS = ("cpu_s", "samples", "dropped", "late", "failed_reads")
 def merge_jobs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     """One summary a job (docs/design.md, Contract), in the order of each one's first recording.
 
-    Recordings are of one job if they share `job`, or if one was made inside another
-    (`recording.outer`). A recording that stands alone comes back as it is; one that is given twice
-    counts once. Of each device: `device_j` is its energy over the union of the recordings' times,
-    each instant once; the job's shares of the recordings add up, except that one inside another is
-    part of it, and never exceed the device. What is not the job's or idle is others'. The result
-    has the summaries' keys, those that describe a recording from the longest one, and `runs`: the
-    ids of all.
+    Recordings are of one job if they share `job` and were made at the same time, as ranks are and
+    the steps of a sweep are not, or if one was made inside another (`recording.outer`). A recording
+    that stands alone comes back as it is; one that is given twice counts once. Of each device:
+    `device_j` is its energy over the union of the recordings' times, each instant once; the job's
+    shares of the recordings add up, except that one inside another is part of it, and never exceed
+    the device. What is not the job's or idle is others'. The result has the summaries' keys, those
+    that describe a recording from the longest one, and `runs`: the ids of all.
     """
     unique: dict[tuple[Any, str], Summary] = {}
     for summary in summaries:
@@ -49,7 +49,9 @@ def merge_jobs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
 
 def _related(one: Summary, other: Summary) -> bool:
     if one.get("job") is not None and one["job"] == other.get("job"):
-        return True
+        begin, end = _overlap(*_spans([one, other]))
+        if end > begin:
+            return True
     return _inside(one, other) or _inside(other, one)
 
 

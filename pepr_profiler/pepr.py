@@ -7,10 +7,11 @@ NLDL 2025, arXiv 2403.12562. P lies in [0, 1], higher is better.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,16 @@ TRANSFORMS: Mapping[str, Callable[[Floats], Floats]] = {
 
 _NAMED = 5  # offending rows that an error spells out before it only counts
 
+COVERAGE = math.erf(math.sqrt(2.0))
+"""95.45 %: what an interval of k = 2 covers of a normal distribution, and every u here states."""
+
+
+class NoCohortError(UsageError):
+    """Resources without a span, so that R is 0/0."""
+
+
+_INTERVAL_ROWS = 2_000  # all pairs of more rows would cost seconds; nobody reads that many ranks
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -45,35 +56,90 @@ class Scores:
     clamped: Mask
 
 
-@dataclass(frozen=True, eq=False)
-class Cohort:
-    """Runs that may be compared: arrays are (n,), `left_out` says (run, reason).
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Errors:
+    """What is uncertain in the performance P and resource r of n rows, as variances (k = 1).
 
-    `u_resource` has k = 2 and is NaN where it is unknown; `u_shared` (m, n), in it, is what errors
-    of a device that several runs used do to each of them (see `uncertainty`).
+    `var_p`, `var_r` and their covariance `cov` (n,) are what is each row's own, known with `dof`
+    (n,) degrees of freedom: inf where it was known beforehand, a row's repeats - 1 where it was
+    seen in them. NaN is unknown. `shared` (m, n) holds errors that rows have in common, one a
+    line: how far each resource moves, all at once, for one standard uncertainty of that error. The
+    gain of a power sensor moves every energy measured with it in proportion.
     """
 
-    names: tuple[str, ...]
-    run_ids: tuple[str, ...]
-    metric: str
+    var_p: Floats
+    var_r: Floats
+    cov: Floats
+    dof: Floats
+    shared: Floats
+
+    @classmethod
+    def of(
+        cls,
+        n: int,
+        *,
+        u_r: npt.ArrayLike = 0.0,
+        u_p: npt.ArrayLike = 0.0,
+        shared: npt.ArrayLike = (),
+    ) -> Errors:
+        """Of n rows, from independent standard uncertainties (k = 1) that are known beforehand."""
+        zeros = np.zeros(n)
+        return cls(
+            var_p=zeros + np.asarray(u_p, dtype=np.float64) ** 2,
+            var_r=zeros + np.asarray(u_r, dtype=np.float64) ** 2,
+            cov=zeros,
+            dof=np.full(n, np.inf),
+            shared=np.asarray(shared, dtype=np.float64).reshape(-1, n),
+        )
+
+    @property
+    def u_p(self) -> Floats:
+        """The u of every performance (n,), at COVERAGE."""
+        u: Floats = coverage_factor(self.dof) * np.sqrt(self.var_p)
+        return u
+
+    @property
+    def u_r(self) -> Floats:
+        """The u of every resource (n,), at COVERAGE, with what it shares."""
+        common = np.sum(self.shared**2, axis=0)
+        total = self.var_r + common
+        dof = _effective_dof([(self.var_r, self.dof)], total)
+        u: Floats = coverage_factor(dof) * np.sqrt(total)
+        return u
+
+
+@dataclass(frozen=True, eq=False)
+class Means:
+    """Repeats made one row a model; arrays are (m,), by the number of the model.
+
+    `sd_p` and `sd_r` are sample standard deviations, NaN where one run (`n` = 1) shows none. There
+    `errors` has only what is known without repeats, and 0 for the performance: it holds for that
+    very run, and is a lower bound for the model.
+    """
+
+    n: npt.NDArray[np.intp]
     performance: Floats
     resource: Floats
-    u_resource: Floats
-    u_shared: Floats
-    resource_name: str
-    unit: str
-    left_out: tuple[tuple[str, str], ...]
+    sd_p: Floats
+    sd_r: Floats
+    errors: Errors
 
-    @property
-    def u_own(self) -> Floats:
-        """What of `u_resource` is each run's own, (n,)."""
-        own: Floats = np.sqrt(np.maximum(self.u_resource**2 - np.sum(self.u_shared**2, axis=0), 0))
-        return own
 
-    @property
-    def u_known(self) -> bool:
-        """Whether any run's resource has an uncertainty."""
-        return not bool(np.isnan(self.u_resource).all())
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """How sure a ranking of n rows is; arrays are (n,), in the order of the input.
+
+    `u_pepr` covers with COVERAGE. `best` and `worst` are the ranks that a row can have: 1 + how
+    many rows are surely better, n - how many are surely worse; two rows are told apart if their
+    scores' difference exceeds its own u. None for more than 2,000 rows. `swap` is the probability
+    that the row and the next in the ranking are in the other order, NaN for the last. NaN is
+    unknown, and a row of unknown u cannot be told from any other.
+    """
+
+    u_pepr: Floats
+    swap: Floats
+    best: npt.NDArray[np.intp] | None
+    worst: npt.NDArray[np.intp] | None
 
 
 def as_performance(
@@ -102,11 +168,11 @@ def score(
     that differ, no rows, a performance outside [0, 1], a resource that is negative or not finite,
     bounds that do not rise, and without bounds a cohort whose resources are all equal (0/0).
     """
-    p, r = _checked(performance, resource, names)
+    p, r = checked(performance, resource, names=names)
     if bounds is None:
         low, high = float(r.min()), float(r.max())
         if low == high:
-            raise UsageError(
+            raise NoCohortError(
                 "one row is no cohort" if len(r) == 1 else "all resources are equal",
                 why=f"r_min = r_max = {low:g}, so R = (r - r_min) / (r_max - r_min) is 0/0",
                 fix="add rows that cost more or less, or fix the bounds: --bounds MIN:MAX",
@@ -151,260 +217,315 @@ def pareto_front(performance: npt.ArrayLike, resource: npt.ArrayLike) -> Mask:
     return front
 
 
-def uncertainty(
+def average(
+    model: npt.ArrayLike,
     performance: npt.ArrayLike,
     resource: npt.ArrayLike,
-    u_resource: npt.ArrayLike,
-    bounds: Bounds | None,
     *,
-    u_performance: npt.ArrayLike | None = None,
+    u_r: npt.ArrayLike = math.nan,
     shared: npt.ArrayLike = (),
-) -> Floats:
-    """u of every row's PePR (n,), with the k of the u that go in; `bounds` None: the cohort's own.
+) -> Means:
+    """One row a model of n runs: means, spreads, and how well the means are known.
 
-    `u_resource` (n,) holds what is each row's own. `shared` (m, n) holds errors that rows have in
-    common, one a line: how much each resource moves, all at once, when that error is one u. The
-    gain of a power sensor moves every energy measured with it in proportion; in a cohort's own
-    bounds such an error cancels. First-order propagation (GUM 5.1.2); with s = r_max - r_min:
-
-        u(PePR)^2 = (P u(R) / (1 + R)^2)^2 + (u(P) / (1 + R))^2
-        u(R)^2    = (u(r)^2 + sum c^2) / s^2                                      fixed bounds
-        u(R)^2    = (u(r)^2 + (1 - R)^2 u(r_min)^2 + R^2 u(r_max)^2
-                     + sum (c - (1 - R) c_min - R c_max)^2) / s^2                 cohort's bounds
-
-    A row that is pinned has u(R) = 0: outside fixed bounds, or the very row that sets a bound of
-    the cohort (its R is 0 or 1 whatever its resource is). Of rows that tie for a bound, the first
-    sets it. A resource whose u is NaN (unknown) makes the scores that depend on it NaN. First order
-    holds while s and the distance of the runner-up to each bound are several u(r).
+    `model` (n,) numbers the model of each run from 0. `u_r` (n,) is each run's own standard
+    uncertainty of the resource (k = 1, NaN: unknown), `shared` (m, n) as in Errors. A mean of n
+    repeats has the variance s^2 / n with n - 1 degrees of freedom (GUM 4.2.3), s^2 their sample
+    variance; runs' own errors are part of what scatters, so that s^2 is at least their mean square.
+    What runs share does not average out.
     """
-    p, r = _checked(performance, resource, None)
-    u_r = np.broadcast_to(np.asarray(u_resource, dtype=np.float64), r.shape)
-    common = np.asarray(shared, dtype=np.float64).reshape(-1, len(r))
+    index = np.asarray(model, dtype=np.intp)
+    p, r = np.asarray(performance, dtype=np.float64), np.asarray(resource, dtype=np.float64)
+    own = np.broadcast_to(np.asarray(u_r, dtype=np.float64), p.shape)
+    common = np.asarray(shared, dtype=np.float64).reshape(-1, len(p))
+    n = np.bincount(index)
+
+    def mean(values: Floats) -> Floats:
+        result: Floats = np.bincount(index, weights=values, minlength=len(n)) / n
+        return result
+
+    mean_p, mean_r = mean(p), mean(r)
+    off_p, off_r = p - mean_p[index], r - mean_r[index]
+    repeated = n > 1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        unbias = np.where(repeated, n / (n - 1.0), np.nan)
+    var_p, var_r, cov = (unbias * mean(x) for x in (off_p**2, off_r**2, off_p * off_r))
+    own_var = mean(own**2)
+    return Means(
+        n=n,
+        performance=mean_p,
+        resource=mean_r,
+        sd_p=np.sqrt(var_p),
+        sd_r=np.sqrt(var_r),
+        errors=Errors(
+            var_p=np.where(repeated, var_p / n, 0.0),
+            # fmax: an unknown own error is in the scatter, and without repeats it stays unknown.
+            var_r=np.fmax(var_r, own_var) / n,
+            cov=np.where(repeated, cov / n, 0.0),
+            dof=np.where(repeated, n - 1.0, np.inf),
+            shared=np.array([mean(line) for line in common]).reshape(-1, len(n)),
+        ),
+    )
+
+
+def standing(
+    performance: npt.ArrayLike,
+    resource: npt.ArrayLike,
+    errors: Errors,
+    *,
+    bounds: Bounds | None = None,
+) -> Standing:
+    """How sure every row's PePR and rank are; `bounds` None: the cohort's own.
+
+    First-order propagation, J Cov J^T (GUM 5.2.2). With s = r_max - r_min and D = P / (1 + R)^2 / s
+    the score moves by 1 / (1 + R) per unit of its P, by -D per unit of its r and, in the cohort's
+    own bounds, by D (1 - R) per unit of r_min and D R per unit of r_max. So a gain that all rows
+    share cancels there. A row that is pinned has an R without error: outside fixed bounds, or the
+    very row that sets a bound (its R is 0 or 1 whatever its resource is), unless a runner-up is so
+    near that it may in truth be the bound. Of rows that tie for a bound, the first sets it. First
+    order holds while s is several u(r).
+
+    Variances seen in few repeats are wide by Student's t, with the effective degrees of freedom of
+    Welch and Satterthwaite (GUM G.4.1). For rows a above b with the difference d and its standard
+    uncertainty u_d, the probability that they are in the other order is that of t < -d / u_d.
+    """
+    p, r = checked(performance, resource)
+    moves = _Moves.of(p, r, errors, bounds)
     scores = score(p, r, bounds=bounds)
-    low, high = scores.bounds
-    if bounds is None:
-        at_low, at_high = int(r.argmin()), int(r.argmax())
-        from_low, from_high = 1.0 - scores.r_norm, scores.r_norm
-        variance = u_r**2 + (from_low * u_r[at_low]) ** 2 + (from_high * u_r[at_high]) ** 2
-        common = common - from_low * common[:, [at_low]] - from_high * common[:, [at_high]]
-        variance[[at_low, at_high]] = 0.0
-    else:
-        variance = np.where(scores.clamped, 0.0, u_r**2)
-        common = np.where(scores.clamped, 0.0, common)
-    u_norm = np.sqrt(variance + np.sum(common**2, axis=0)) / (high - low)
-    u_p = np.zeros_like(p) if u_performance is None else np.asarray(u_performance, np.float64)
-    denominator = 1.0 + scores.r_norm
-    u_pepr: Floats = np.hypot(p * u_norm / denominator**2, u_p / denominator)
-    return u_pepr
+    variance, dof = moves.total()
+    order = rank(scores)
+    swap = np.full(len(p), np.nan)
+    swap[order[:-1]] = tail(
+        *_in_sigmas(scores.pepr[order[:-1]] - scores.pepr[order[1:]], *moves.neighbours(order))
+    )
+    best, worst = None, None
+    if len(p) <= _INTERVAL_ROWS:
+        lead = scores.pepr[:, None] - scores.pepr
+        in_sigmas, dofs = _in_sigmas(lead, *moves.pairs())
+        surely = in_sigmas > coverage_factor(dofs)  # False where it is unknown
+        best, worst = 1 + surely.sum(axis=0), len(p) - surely.sum(axis=1)
+    return Standing(
+        u_pepr=coverage_factor(dof) * np.sqrt(variance), swap=swap, best=best, worst=worst
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Moves:
+    """How the scores of n rows move: `own` (n,) variances, and for what moves several at once a
+    list of (moves (q, n), degrees of freedom), q independent standard moves each. `pinned` (n,) is
+    what a row that sets a bound may move if in truth another one does; see `_usurped`."""
+
+    own: Floats
+    dof: Floats
+    common: list[tuple[Floats, float]]
+    pinned: Floats
+
+    @classmethod
+    def of(cls, p: Floats, r: Floats, errors: Errors, bounds: Bounds | None) -> _Moves:
+        scores = score(p, r, bounds=bounds)
+        low, high = scores.bounds
+        per_p = 1.0 / (1.0 + scores.r_norm)
+        slope = p * per_p**2 / (high - low)
+        per_r = np.where(scores.clamped, 0.0, -slope)
+        shared, common, pinned = errors.shared, [], np.zeros_like(p)
+        if bounds is None:
+            at_low, at_high = int(r.argmin()), int(r.argmax())
+            per_r[[at_low, at_high]] = 0.0
+            per_low, per_high = slope * (1.0 - scores.r_norm), slope * scores.r_norm
+            per_low[at_low] = per_high[at_high] = 0.0
+            moved = per_r * shared + per_low * shared[:, [at_low]] + per_high * shared[:, [at_high]]
+        else:
+            moved = per_r * shared
+        own = (
+            per_p**2 * errors.var_p
+            + _times(per_r**2, errors.var_r)
+            + 2.0 * per_p * _times(per_r, errors.cov)
+        )
+        if bounds is None:
+            # The row that sets a bound moves all others with its resource, and itself with its P.
+            for at, per_bound in ((at_low, per_low), (at_high, per_high)):
+                own[at] = 0.0
+                pinned[at] = (slope[at] * _usurped(at, r, errors)) ** 2
+                per_own_p = np.zeros_like(p)
+                per_own_p[at] = per_p[at]
+                u_p = math.sqrt(errors.var_p[at])
+                along = float(errors.cov[at]) / u_p if u_p > 0 else 0.0
+                across = math.sqrt(max(float(errors.var_r[at]) - along**2, 0.0))
+                if math.isnan(errors.var_r[at]):
+                    across = math.nan
+                pair = [u_p * per_own_p + along * per_bound, _times(per_bound, across)]
+                common.append((np.array(pair), float(errors.dof[at])))
+        common.append((moved, math.inf))
+        return cls(np.maximum(own, 0.0), errors.dof, common, pinned)
+
+    def total(self) -> tuple[Floats, Floats]:
+        """The variance of every score (n,) and its degrees of freedom."""
+        parts = [(self.own, self.dof), (self.pinned, np.asarray(math.inf))]
+        parts += [(np.sum(moves**2, axis=0), np.asarray(dof)) for moves, dof in self.common]
+        return _summed(parts)
+
+    def neighbours(self, order: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
+        """The same of the difference of each row to the next in `order`, (n - 1,)."""
+        a, b = order[:-1], order[1:]
+        parts = [(self.own[a], self.dof[a]), (self.own[b], self.dof[b])]
+        parts += [
+            (np.sum((moves[:, a] - moves[:, b]) ** 2, axis=0), np.asarray(dof))
+            for moves, dof in self.common
+        ]
+        return _summed(parts)
+
+    def pairs(self) -> tuple[Floats, Floats]:
+        """The same of the difference of every two rows, (n, n)."""
+        n = len(self.own)
+        own, dof = np.tile(self.own, (n, 1)), np.tile(self.dof, (n, 1))
+        parts = [(own, dof), (own.T, dof.T)]
+        for moves, of_moves in self.common:
+            squares = np.sum(moves**2, axis=0)
+            between = squares[:, None] + squares - 2.0 * moves.T @ moves
+            parts.append((np.maximum(between, 0.0), np.asarray(of_moves)))
+        return _summed(parts)
+
+
+def _usurped(at: int, r: Floats, errors: Errors) -> float:
+    """How far from its bound the row that sets it may be in truth, as a standard uncertainty.
+
+    A runner-up at the distance d, whose difference has the uncertainty u, is the true bound by up
+    to 2 u - d (one-sided, k = 2). Without this, a row that seems cheapest would claim an R of just
+    0 although the next is as cheap within their errors, and be wrong half of the time.
+    """
+    apart = errors.var_r + errors.var_r[at]
+    apart = apart + np.sum((errors.shared - errors.shared[:, [at]]) ** 2, axis=0)
+    reach = np.sqrt(apart) - np.abs(r - r[at]) / 2
+    reach[at] = 0.0
+    return float(np.fmax.reduce(reach, initial=0.0))
+
+
+def _times(factor: Floats, value: Floats | float) -> Floats:
+    """The product, with 0 where the factor is: what has no effect may be unknown."""
+    return np.where(factor == 0.0, 0.0, factor * value)
+
+
+def _summed(parts: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
+    total = np.asarray(sum(variance for variance, _ in parts), dtype=np.float64)
+    return total, _effective_dof(parts, total)
+
+
+def _effective_dof(parts: Sequence[tuple[Floats, Floats]], total: Floats) -> Floats:
+    """Welch and Satterthwaite: the degrees of freedom of a sum of variances."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        dof = total**2 / np.asarray(sum(variance**2 / dof for variance, dof in parts))
+    return np.where(np.isnan(dof), np.inf, dof)
+
+
+def _in_sigmas(lead: Floats, variance: Floats, dof: Floats) -> tuple[Floats, Floats]:
+    """How many standard uncertainties a lead is; no lead is 0 of them, even of no uncertainty."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        in_sigmas = np.where(lead == 0.0, 0.0 * variance, lead / np.sqrt(variance))
+    return in_sigmas, dof
+
+
+# cos(phi)^(dof - 1) is smooth, so that few points do; 40 give 6 digits, at one degree or a million.
+_POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(40)
+_MANY = 1e6  # degrees of freedom at which Student's t is normal to 6 digits
+
+
+def tail(t: Floats, dof: Floats) -> Floats:
+    """The probability (n,) that Student's t with `dof` (n,), inf for a normal, exceeds `t` (n,).
+
+    With t = sqrt(dof) tan(phi) the density is that of cos(phi)^(dof - 1), from -pi/2 to pi/2.
+    """
+    nu = np.minimum(np.asarray(dof, dtype=np.float64), _MANY)
+    start = np.arctan(np.abs(t) / np.sqrt(nu))
+    known, at = np.unique(nu, return_inverse=True)  # a cohort has few
+    half = _beyond(np.zeros_like(known), known)[at].reshape(nu.shape)
+    mass = 0.5 * _beyond(start, nu) / half
+    return np.where(np.asarray(t) < 0, 1.0 - mass, mass)
+
+
+def _beyond(start: Floats, nu: Floats) -> Floats:
+    """The integral of cos^(nu - 1) from `start` (n,) to pi/2, cut where nothing is left of it."""
+    end = np.minimum(start + 9.0 / np.sqrt(nu), math.pi / 2)
+    half = (end - start) / 2
+    phi = (start + half)[..., None] + half[..., None] * _POINTS
+    with np.errstate(divide="ignore"):
+        logarithm = (nu - 1.0)[..., None] * np.log(np.cos(phi))
+    total: Floats = half * (np.exp(logarithm) @ _WEIGHTS)
+    return total
+
+
+def coverage_factor(dof: npt.ArrayLike) -> Floats:
+    """The k of COVERAGE: 2 for infinite degrees of freedom, 13.97, 4.53, 3.31 … for 1, 2, 3 …
+
+    Broken ones are rounded down (GUM G.4.1): interpolated, the intervals of two or three repeats
+    would cover 1 % less than they say.
+    """
+    inverse, factors = _coverage_factors()
+    # What is whole but for rounding stays so.
+    nu = np.floor(np.maximum(np.asarray(dof, dtype=np.float64), 1.0) * (1.0 + 1e-9))
+    return np.asarray(np.interp(1.0 / nu, inverse, factors))
+
+
+@functools.lru_cache(maxsize=1)
+def _coverage_factors() -> tuple[Floats, Floats]:
+    """1 / dof, rising, and the k that belongs to each, found by bisection.
+
+    In 1 / dof, k is nearly a line from 64 degrees of freedom on.
+    """
+    inverse = np.concatenate(([0.0], 1.0 / np.arange(64.0, 0.0, -1.0)))
+    with np.errstate(divide="ignore"):
+        nu = 1.0 / inverse
+    low, high = np.full_like(nu, 1.9), np.full_like(nu, 14.0)
+    for _ in range(50):
+        middle = (low + high) / 2
+        too_low = tail(middle, nu) > (1.0 - COVERAGE) / 2
+        low, high = np.where(too_low, middle, low), np.where(too_low, high, middle)
+    high[0] = 2.0  # by the definition of COVERAGE
+    return inverse, high
 
 
 def out_of_proportion(
-    resource: npt.ArrayLike, companion: npt.ArrayLike, *, jump: float = 3.0
-) -> Mask | None:
-    """Rows (n,) whose resource is not in the others' proportion to `companion`, or None.
+    resource: npt.ArrayLike, companion: npt.ArrayLike | None = None, *, jump: float = 3.0
+) -> Mask:
+    """Rows (n,) whose resource is not in the others' proportion to `companion`.
 
     For two resources that grow together (energy and time: their ratio is a mean power), faulty
     readings stand apart: the sorted ratios of the rows have a jump of `jump` or more. The side with
-    fewer rows is returned, if the other has at least 8 and there the two really grow together
-    (correlation of the logarithms 0.8 or more). A hint for a person to look at, not a proof. The
-    jump is a judgement: in the paper's tables good rows stay below 2.3, and 35 wrong energies of
-    pneumonia_small, 10 times the power of the server, make one of 9.
+    fewer rows is marked, if the other has at least 8 and there the two really grow together
+    (correlation of the logarithms 0.8 or more); then the rest is looked at again. Without a
+    companion the resource itself is sorted. A 0 beside such rows is marked too. A hint for a person
+    to look at, not a proof. The jump is a judgement: in the paper's tables good rows stay below
+    2.3, and 35 wrong energies of pneumonia_small, 10 times the power of the server, make one of 9.
     """
-    a, b = np.asarray(resource, dtype=np.float64), np.asarray(companion, dtype=np.float64)
-    if len(a) < 9 or not ((a > 0).all() and (b > 0).all()):
-        return None
-    ratio = np.log(a / b)
-    order = np.argsort(ratio, kind="stable")
-    gaps = np.diff(ratio[order])
-    cut = int(gaps.argmax()) + 1
-    if gaps[cut - 1] < math.log(jump):
-        return None
-    few, many = sorted((order[:cut], order[cut:]), key=len)
-    x, y = np.log(a[many]), np.log(b[many])
-    if len(many) < 8 or x.std() == 0 or y.std() == 0 or np.corrcoef(x, y)[0, 1] < 0.8:
-        return None
-    mask = np.zeros(len(a), dtype=np.bool_)
-    mask[few] = True
-    return mask
+    a = np.asarray(resource, dtype=np.float64)
+    b = np.ones_like(a) if companion is None else np.asarray(companion, dtype=np.float64)
+    odd = np.zeros(len(a), dtype=np.bool_)
+    rest = np.flatnonzero((a > 0) & (b > 0))
+    rest = rest[np.argsort(a[rest] / b[rest], kind="stable")]
+    while len(rest) > _SOUND:
+        gaps = np.diff(np.log(a[rest] / b[rest]))
+        cut = int(gaps.argmax()) + 1
+        if gaps[cut - 1] < math.log(jump):
+            break
+        few, rest = sorted((rest[:cut], rest[cut:]), key=len)
+        odd[few] = True
+    zero = (a == 0) & (b > 0)
+    if zero.sum() < len(rest):
+        odd |= zero
+    sound = len(rest) >= _SOUND and (companion is None or _grow_together(a[rest], b[rest]))
+    return odd if sound else np.zeros_like(odd)
 
 
-def cohort_of_runs(
-    summaries: Iterable[Mapping[str, Any]],
-    *,
-    resource: str = "energy",
-    metric: str | None = None,
-    mix_provenance: bool = False,
-) -> Cohort:
-    """Summaries of runs as the arrays that `score` takes; performance as the run logged it.
-
-    Runs that failed or are incomplete are left out and named. UsageError for a run without the
-    metric or the resource, for runs whose own performance is not the same metric, for measured
-    beside modelled energy (unless `mix_provenance`), and when nothing is left.
-    """
-    runs: list[Mapping[str, Any]] = []
-    left_out: list[tuple[str, str]] = []
-    for run in summaries:
-        if not run["complete"]:
-            left_out.append((_who(run), "incomplete: it was killed or still runs"))
-        elif run["exit_code"]:
-            left_out.append((_who(run), f"failed with exit status {run['exit_code']}"))
-        else:
-            runs.append(run)
-    if not runs:
-        raise UsageError(
-            "there is no run to compare",
-            why="; ".join(f"{who} {reason}" for who, reason in left_out[:_NAMED])
-            or "none was found",
-            fix="record one: pepr-profile --experiment NAME -- CMD (see: pepr-profile runs list)",
-        )
-    metric, performance = _performances(runs, metric)
-    if resource in ("energy", "carbon") and not mix_provenance:
-        _same_provenance(runs)
-    name, unit, values, u = _resources(runs, resource)
-    shared = (
-        _shared_errors_j(runs) if resource in ("energy", "carbon") else np.empty((0, len(runs)))
-    )
-    if resource == "carbon":
-        shared *= [_ratio(g, run["energy"]["total_j"]) for g, run in zip(values, runs, strict=True)]
-    return Cohort(
-        names=tuple(str(run["name"]) for run in runs),
-        run_ids=tuple(str(run["run_id"]) for run in runs),
-        metric=metric,
-        performance=np.array(performance, dtype=np.float64),
-        resource=np.array(values, dtype=np.float64),
-        u_resource=np.array(u, dtype=np.float64),
-        u_shared=shared,
-        resource_name=name,
-        unit=unit,
-        left_out=tuple(left_out),
-    )
+_SOUND = 8  # rows that have to agree before another one looks wrong beside them
 
 
-def _performances(runs: Sequence[Mapping[str, Any]], metric: str | None) -> tuple[str, list[float]]:
-    """The metric's name and one value a run: the named metric, or the runs' own performance."""
-    found: list[tuple[str, float] | None] = []
-    for run in runs:
-        own = run["performance"]
-        if metric is not None and metric in run["metrics"]:
-            found.append((metric, float(run["metrics"][metric])))
-        elif own is not None and metric in (None, own["metric"]):
-            found.append((str(own["metric"]), float(own["value"])))
-        else:
-            found.append(None)
-    without = [run for run, value in zip(runs, found, strict=True) if value is None]
-    if without:
-        known = sorted({name for run in runs for name in run["metrics"]})
-        first = without[0]["run_id"]
-        others = f"; or --metric with one of: {', '.join(known)}" if known else ""
-        raise UsageError(
-            f"no {metric or 'performance'} is known of {_listed([_who(run) for run in without])}",
-            why="a score needs the performance of every run of the cohort",
-            fix=f"pepr-profile runs set {first} {metric or 'accuracy'}=0.91{others}; "
-            "or name the runs to compare: pepr-profile compare RUN RUN",
-        )
-    values = [value for value in found if value is not None]
-    names = sorted({name for name, _ in values})
-    if len(names) > 1:
-        raise UsageError(
-            "the runs' performances are not the same metric",
-            why=f"they are {', '.join(names)}",
-            fix=f"say which one to compare: --metric {names[0]}",
-        )
-    return names[0], [value for _, value in values]
+def _grow_together(a: Floats, b: Floats) -> bool:
+    x, y = np.log(a), np.log(b)
+    return bool(x.std() > 0 and y.std() > 0 and np.corrcoef(x, y)[0, 1] >= 0.8)
 
 
-def _same_provenance(runs: Sequence[Mapping[str, Any]]) -> None:
-    groups: dict[str, list[str]] = {}
-    for run in runs:
-        groups.setdefault(str(run["energy"]["provenance"]), []).append(_who(run))
-    if len(groups) > 1:
-        raise UsageError(
-            f"{' and '.join(sorted(groups))} energies are not comparable",
-            why="; ".join(f"{kind}: {_listed(names)}" for kind, names in sorted(groups.items())),
-            fix="compare runs of one kind by naming them, or ask for it: --mix-provenance",
-        )
-
-
-def _resources(
-    runs: Sequence[Mapping[str, Any]], resource: str
-) -> tuple[str, str, list[float], list[float]]:
-    """The resource's name and unit, and value and u (k = 2, NaN: unknown) of every run."""
-    unknown = [math.nan] * len(runs)
-    energy = [run["energy"] for run in runs]
-    if resource == "energy":
-        total = [e["total_j"] for e in energy]
-        _require(runs, total, what="energy", fix="pepr-profile sensors says what can be measured")
-        return "energy", "J", total, [_or_nan(e["u_j"]) for e in energy]
-    if resource == "carbon":
-        carbon = [run["carbon"] and run["carbon"]["g_co2e"] for run in runs]
-        _require(
-            runs,
-            carbon,
-            what="carbon",
-            fix="profile with --region CODE or --carbon-intensity G_PER_KWH, "
-            "or rank by energy: --resource energy",
-        )
-        # Carbon is the energy times a constant: the relative u is the same.
-        relative = [_ratio(e["u_j"], e["total_j"]) for e in energy]
-        return "carbon", "g", carbon, [g * u for g, u in zip(carbon, relative, strict=True)]
-    if resource == "time":
-        return "time", "s", [run["time_s"] for run in runs], unknown
-    gpu = [run["memory"]["gpu_peak_bytes"] for run in runs]
-    if all(gpu):
-        return "GPU memory", "B", gpu, unknown
-    rss = [run["memory"]["peak_rss_bytes"] for run in runs]
-    _require(
-        runs,
-        rss,
-        what="peak memory",
-        fix="profile again with the processes sensor, or rank by energy: --resource energy",
-    )
-    return "peak RSS", "B", rss, unknown
-
-
-_SHARED = {"gain_j": 1.0, "offset_j": 1.0, "model_j": 0.5}
-"""Causes of error that all runs on a device share, and how much of their variance. A sensor's gain
-and offset are fixed for its board; a power model is off by a part that is the machine's and a part
-that depends on the load (half each: a judgement)."""
-
-
-def _shared_errors_j(runs: Sequence[Mapping[str, Any]]) -> Floats:
-    """One line (n,) a device and cause: what one u (k = 2) of that error does to each run, J."""
-    lines: dict[tuple[str, str, str], list[float]] = {}
-    for index, run in enumerate(runs):
-        for component in run["energy"].get("components") or ():
-            budget = component.get("budget")
-            if not component["in_total"] or not budget:
-                continue  # recorded by an older version: all of its u counts as the run's own
-            for cause, part in _SHARED.items():
-                key = (str(run.get("host")), component["id"], cause)
-                line = lines.setdefault(key, [0.0] * len(runs))
-                line[index] = 2 * math.sqrt(part) * budget[cause]
-    return np.array(list(lines.values()), dtype=np.float64).reshape(-1, len(runs))
-
-
-def _ratio(value: float | None, total: float | None) -> float:
-    return _or_nan(value) / total if total else math.nan
-
-
-def _require(
-    runs: Sequence[Mapping[str, Any]], values: Sequence[float | None], *, what: str, fix: str
-) -> None:
-    """UsageError that names the runs whose value is unknown (None, or NaN)."""
-    lacking = [
-        _who(run) for run, value in zip(runs, values, strict=True) if math.isnan(_or_nan(value))
-    ]
-    if lacking:
-        raise UsageError(
-            f"no {what} is known of {_listed(lacking)}",
-            why="an unknown resource is not 0, and the cohort's bounds depend on every run",
-            fix=fix,
-        )
-
-
-def _checked(
-    performance: npt.ArrayLike, resource: npt.ArrayLike, names: Sequence[str] | None
+def checked(
+    performance: npt.ArrayLike, resource: npt.ArrayLike, *, names: Sequence[str] | None = None
 ) -> tuple[Floats, Floats]:
+    """Both as arrays (n,) that can be scored; UsageError as `score`."""
     p, r = np.asarray(performance, dtype=np.float64), np.asarray(resource, dtype=np.float64)
     if p.ndim != 1 or p.shape != r.shape:
         raise UsageError(
@@ -443,12 +564,3 @@ def _listed(items: Sequence[str], *, total: int | None = None) -> str:
     total = len(items) if total is None else total
     more = f" and {total - _NAMED} more" if total > _NAMED else ""
     return ", ".join(items[:_NAMED]) + more
-
-
-def _who(run: Mapping[str, Any]) -> str:
-    name, run_id = str(run["name"]), str(run["run_id"])
-    return run_id if run_id.startswith(name) else f"{name} ({run_id})"
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else float(value)

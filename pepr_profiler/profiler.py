@@ -23,7 +23,7 @@ from pepr_profiler.detect import detect, place, remedy, with_process_lists
 from pepr_profiler.errors import SensorError, TraceError, UsageError
 from pepr_profiler.following import Targets, hold
 from pepr_profiler.neighbours import Neighbours, cuda_environments, last_pids, run_around
-from pepr_profiler.store import Store
+from pepr_profiler.store import Store, recorder_lives
 from pepr_profiler.trace import EventWriter, Lane, LaneWriter, describe, read_run, write_json
 
 if TYPE_CHECKING:
@@ -840,7 +840,7 @@ def _outer_run() -> Path | None:
     directory = Path(value)
     try:
         run = read_run(directory)
-        return directory if not run.get("complete") and _recorder_lives(run) else None
+        return directory if not run.get("complete") and recorder_lives(run) else None
     except TraceError:
         return None
 
@@ -854,17 +854,9 @@ def _outer_facts(root: str) -> dict[str, Any] | None:
         run = read_run(Path(around))
     except TraceError:
         return None
-    if run.get("complete") or not _recorder_lives(run):
+    if run.get("complete") or not recorder_lives(run):
         return None
     return {"run_id": run["run_id"], "pid": run["recording"]["profiler_pid"]}
-
-
-def _recorder_lives(run: dict[str, Any]) -> bool:
-    """Whether the profiler of an unfinished run may still be there; only one killed is not."""
-    if run.get("boot_id") != _read_line("/proc/sys/kernel/random/boot_id"):
-        return False
-    pid = run.get("recording", {}).get("profiler_pid")
-    return pid is None or Path(f"/proc/{pid}").exists()
 
 
 def _wait_for_rows(directory: Path, t_ns: int) -> None:

@@ -26,9 +26,10 @@ from pepr_profiler.attribution import (
     share,
     warning,
 )
-from pepr_profiler.curve import Curve
+from pepr_profiler.curve import Curve, gap_limit_s
 from pepr_profiler.energy import integrate
 from pepr_profiler.errors import TraceError
+from pepr_profiler.progress import Logged, finite
 from pepr_profiler.sources import find_cross_sources, find_sources
 from pepr_profiler.tenants import Tenants, read_tenants
 from pepr_profiler.trace import (
@@ -36,6 +37,7 @@ from pepr_profiler.trace import (
     Events,
     LaneReader,
     Phase,
+    joined,
     read_events,
     read_lanes,
     read_neighbours,
@@ -49,8 +51,51 @@ if TYPE_CHECKING:
 TRACE_BUCKETS = 48
 """Points of the power-over-time line in a summary."""
 
-_GAP_S = 1.0
-"""Without a reading for longer than this (and 10 periods) a lane has a gap worth telling."""
+_STEPS, _SHORTEST_STEP_S = 480, 0.05
+"""Steps of a timeline: two pixels of a page each, unless the run is short."""
+
+_BANDED_S = 2.0
+"""Steps this long or longer hold seconds to take the lowest and highest of."""
+
+_BAND_POINTS = 120
+"""Instants at which the uncertainty of the energy so far is told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimelineComponent:
+    """One component's power in each step (n,), W; NaN where it was not read.
+
+    `job_w` is the job's share of `device_w`. `low_w` and `high_w` are the lowest and the highest
+    mean over one second in the step, of the device; None where the steps are shorter.
+    """
+
+    id: str
+    kind: str
+    label: str
+    provenance: str
+    in_total: bool
+    job_w: NDArray[np.float64]
+    device_w: NDArray[np.float64]
+    low_w: NDArray[np.float64] | None
+    high_w: NDArray[np.float64] | None
+    gaps_s: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """A run over time, s since its begin: `edges_s` (n + 1,) of n steps that are equally long.
+
+    `energy_j` and `u_j` (m,) are the job's energy up to `at_s` (m,), and its u (k = 2). `phases`
+    are (name, begin, end).
+    """
+
+    edges_s: NDArray[np.float64]
+    components: tuple[TimelineComponent, ...]
+    at_s: NDArray[np.float64]
+    energy_j: NDArray[np.float64]
+    u_j: NDArray[np.float64]
+    phases: tuple[tuple[str, float, float], ...]
+
 
 _CHECKED_NS = 2_000_000_000
 """From this length on, a counter and power readings that disagree are worth a warning."""
@@ -78,6 +123,22 @@ def summarise(
     Without `marks` there are neither phases nor metrics, and a look costs no 17 µs a mark.
     Raises TraceError if the directory is not a recording.
     """
+    return _examine(directory, since_ns, until_ns, marks, run)[0]
+
+
+def with_timeline(directory: Path) -> tuple[dict[str, Any], Timeline]:
+    """The summary of a run directory, and the run over time, from one pass over its trace."""
+    summary, parts, grid, phases = _examine(directory)
+    return summary, _timeline(parts, grid, phases)
+
+
+def _examine(
+    directory: Path,
+    since_ns: int | None = None,
+    until_ns: int | None = None,
+    marks: bool = True,
+    run: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], list[_Part], _Grid, list[Phase]]:
     run = read_run(directory) if run is None else dict(run)
     facts = _recording(run, directory)
     readers = read_lanes(directory)
@@ -87,7 +148,8 @@ def summarise(
     phases = [
         phase for phase in phases if phase.end_ns is not None and phase.end_ns >= phase.begin_ns
     ]
-    grid = _Grid.over(begin_ns, end_ns, phases)
+    logged = Logged.within(events.metrics, begin_ns, end_ns, cut=until_ns is not None)
+    grid = _Grid.over(begin_ns, end_ns, phases, logged.at_ns)
 
     gauges = _Gauges()
     notes = read_neighbours(directory)
@@ -141,6 +203,7 @@ def summarise(
         },
         carbon=_carbon(total_j, options),
         metrics=metrics,
+        progress=_progress(logged, counted, grid),
         performance=_performance(metrics, options.get("performance")),
         sampler=_sampler(facts, readers, gauges, duration_s),
         warnings=[
@@ -150,7 +213,7 @@ def summarise(
             *_cpu_neighbours(counted, notes, activity, (begin_ns, end_ns)),
         ],
     )
-    return run
+    return run, parts, grid, phases
 
 
 def _recording(run: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
@@ -197,22 +260,27 @@ def _clip(phase: Phase, begin_ns: int, end_ns: int) -> Phase:
 
 @dataclass(frozen=True)
 class _Grid:
-    """The instants at which energy is needed: seconds, buckets, phase edges, both ends."""
+    """The instants at which energy is needed: seconds, buckets, steps, marks, both ends."""
 
     at_ns: NDArray[np.int64]
     seconds_ns: NDArray[np.int64]
     buckets_ns: NDArray[np.int64]
+    steps_ns: NDArray[np.int64]
 
     @classmethod
-    def over(cls, begin_ns: int, end_ns: int, phases: Iterable[Phase]) -> _Grid:
+    def over(
+        cls, begin_ns: int, end_ns: int, phases: Iterable[Phase], logged_ns: NDArray[np.int64]
+    ) -> _Grid:
         seconds = max(1, (end_ns - begin_ns) // 1_000_000_000)
         seconds_ns = np.linspace(begin_ns, end_ns, seconds + 1).astype(np.int64)
         buckets_ns = np.linspace(begin_ns, end_ns, TRACE_BUCKETS + 1).astype(np.int64)
+        steps = int(min(_STEPS, max(TRACE_BUCKETS, (end_ns - begin_ns) * 1e-9 / _SHORTEST_STEP_S)))
+        steps_ns = np.linspace(begin_ns, end_ns, steps + 1).astype(np.int64)
         edges = [edge for phase in phases for edge in (phase.begin_ns, phase.end_ns)]
         edges_ns = np.array(edges, dtype=np.int64)
-        at_ns = np.sort(np.concatenate((seconds_ns, buckets_ns, edges_ns)))
+        at_ns = np.sort(np.concatenate((seconds_ns, buckets_ns, steps_ns, edges_ns, logged_ns)))
         at_ns = at_ns[np.diff(at_ns, prepend=at_ns[0] - 1) > 0]  # np.unique loads numpy.ma: 15 ms
-        return cls(at_ns, seconds_ns, buckets_ns)
+        return cls(at_ns, seconds_ns, buckets_ns, steps_ns)
 
     def pick(self, values: NDArray[np.float64], at_ns: NDArray[np.int64]) -> NDArray[np.float64]:
         """The values, given on the grid, at instants that are on it."""
@@ -335,6 +403,72 @@ class _Part:
         ]
 
 
+def _timeline(parts: Sequence[_Part], grid: _Grid, phases: Sequence[Phase]) -> Timeline:
+    begin_ns = int(grid.steps_ns[0])
+
+    def since_begin_s(t_ns: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.asarray((t_ns - begin_ns) * 1e-9)
+
+    apart = max(1, (len(grid.steps_ns) - 1) // _BAND_POINTS)
+    at_ns = np.append(grid.steps_ns[:-1:apart], grid.steps_ns[-1])
+    counted = [part for part in parts if part.counted]
+    energy_j, variance_j2 = np.zeros(len(at_ns)), np.zeros(len(at_ns))
+    for part in counted:
+        energy_j += grid.pick(part.shares.job_j, at_ns)
+        whole = [part.budget(grid, at_ns[:1], at_ns[i : i + 1]).u_j for i in range(len(at_ns))]
+        variance_j2 += np.square(whole)
+    return Timeline(
+        edges_s=since_begin_s(grid.steps_ns),
+        components=tuple(_over_time(part, grid) for part in parts if part.known),
+        at_s=since_begin_s(at_ns),
+        energy_j=energy_j,
+        u_j=2 * np.sqrt(variance_j2),
+        phases=tuple(
+            (phase.name, (phase.begin_ns - begin_ns) * 1e-9, (phase.end_ns - begin_ns) * 1e-9)
+            for phase in phases
+            if phase.end_ns is not None
+        ),
+    )
+
+
+def _over_time(part: _Part, grid: _Grid) -> TimelineComponent:
+    curve, steps_ns = part.curve, grid.steps_ns
+    begin_ns, end_ns = int(steps_ns[0]), int(steps_ns[-1])
+    span_s = np.maximum(np.diff(steps_ns) * 1e-9, 1e-9)
+    unread = (steps_ns[1:] < curve.first_ns) | (steps_ns[:-1] > curve.last_ns)
+
+    def mean_w(energy_j: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.where(unread, np.nan, np.diff(grid.pick(energy_j, steps_ns)) / span_s)
+
+    low_w = high_w = None
+    if span_s[0] >= _BANDED_S:
+        seconds_ns = grid.seconds_ns
+        second_w = np.diff(grid.pick(curve.energy_j, seconds_ns)) / (np.diff(seconds_ns) * 1e-9)
+        first = np.searchsorted(seconds_ns[:-1], steps_ns[:-1])
+        low_w = np.where(unread, np.nan, np.minimum.reduceat(second_w, first))
+        high_w = np.where(unread, np.nan, np.maximum.reduceat(second_w, first))
+    # What lies beyond the first and the last reading is as little known as a gap between two.
+    limit_ns = gap_limit_s(curve.source.period_s) * 1e9
+    ends = [(begin_ns, curve.first_ns), (curve.last_ns, end_ns)]
+    gaps_ns = [*curve.gaps_ns, *(gap for gap in ends if gap[1] - gap[0] > limit_ns)]
+    return TimelineComponent(
+        id=curve.source.id,
+        kind=curve.source.kind,
+        label=curve.source.label,
+        provenance=curve.source.provenance,
+        in_total=curve.source.in_total,
+        job_w=mean_w(part.shares.job_j),
+        device_w=mean_w(curve.energy_j),
+        low_w=low_w,
+        high_w=high_w,
+        gaps_s=tuple(
+            ((max(one, begin_ns) - begin_ns) * 1e-9, (min(two, end_ns) - begin_ns) * 1e-9)
+            for one, two in sorted(gaps_ns)
+            if two > begin_ns and one < end_ns
+        ),
+    )
+
+
 def _power_w(energy_j: NDArray[np.float64], at_ns: NDArray[np.int64]) -> list[float | None]:
     span_s = np.diff(at_ns) * 1e-9
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -432,7 +566,7 @@ class _Gauges:
             for index, channel in enumerate(reader.lane.channels)
             if channel.source == "nvml-utilisation"
         ]
-        for batch in reader:
+        for batch in joined(reader):
             rows = batch.reads
             self.rows += rows
             self.rows_by_lane[reader.lane.name] = self.rows_by_lane.get(reader.lane.name, 0) + rows
@@ -491,15 +625,31 @@ def _phases(phases: Sequence[Phase], counted: Sequence[_Part], grid: _Grid) -> l
     return result
 
 
+def _progress(logged: Logged, counted: Sequence[_Part], grid: _Grid) -> dict[str, Any] | None:
+    """The job's energy from the beginning to the instants that were logged at; None: to none."""
+    if not logged.rows:
+        return None
+    at_ns, begin_ns = logged.at_ns, grid.at_ns[:1]
+    energies_j = [grid.pick(part.shares.job_j, at_ns) for part in counted]
+    us_j = [
+        2 * math.hypot(*(part.budget(grid, begin_ns, at_ns[i : i + 1]).u_j for part in counted))
+        for i in range(len(at_ns))
+    ]
+    return {
+        "t_s": [float(t) for t in (at_ns - begin_ns) * 1e-9],
+        "energy_j": [math.fsum(at) for at in zip(*energies_j, strict=True)] or None,
+        "u_j": us_j if counted else None,
+        "metrics": logged.columns(),
+        "left_out": logged.left_out,
+    }
+
+
 def _metrics(logged: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, float | None]:
     """The last value of each metric; None for one that is no finite number."""
     last: dict[str, Any] = {}
     for _, values in logged:
         last.update(values)
-    return {
-        name: float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-        for name, value in last.items()
-    }
+    return {name: finite(value) for name, value in last.items()}
 
 
 def _performance(metrics: Mapping[str, float | None], wanted: str | None) -> dict[str, Any] | None:
@@ -555,7 +705,7 @@ def _warnings(
             )
         if not source.in_total or source.provenance == "modelled":
             continue
-        gap_s = max(_GAP_S, 10 * source.period_s)
+        gap_s = gap_limit_s(source.period_s)
         if not part.known:
             yield warning(
                 "unknown",

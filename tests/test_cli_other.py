@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from cli import Cli, write_replay
+from cli import Cli, ended, until, write_replay
+from pyarrow import parquet
 from sim.nvml import NvmlSim, Scenario
 from sim.powercap import Tree
 
 from pepr_profiler.commands import main
+from pepr_profiler.commands.runs import _instant
 
 BuildNvml = Callable[[Scenario], NvmlSim]
 BuildTree = Callable[..., Tree]
@@ -151,6 +157,161 @@ def test_runs_lists_every_run_oldest_first(study: Cli, say: Say) -> None:
     assert say("runs", "list", "--experiment", "other")[1] == ""
 
 
+def test_runs_are_listed_by_what_they_are_and_when(study: Cli, say: Say) -> None:
+    names = ids(study)
+    for arguments, listed in (
+        (("--name", "m*"), ["middle"]),
+        (("--name", "[bs]*", "--experiment", "sizes"), ["small", "big"]),
+        (("--host", os.uname().nodename, "--experiment", "sizes"), ["small", "middle", "big"]),
+        (("--host", "elsewhere"), []),
+        (("--since", "2099-01-01"), []),
+        (("--since", "1h", "--until", "2099-01-01T00:00Z", "--name", "big"), ["big"]),
+        (("--until", "1h"), []),
+        (("--state", "failed"), []),
+        (("--state", "done", "--provenance", "mixed", "--name", "small"), ["small"]),
+    ):
+        status, out, _ = say("runs", "list", *arguments)
+        assert status == 0
+        assert [line.split()[0] for line in out.splitlines()] == [names[name] for name in listed]
+        found = json.loads(say("runs", "list", "--json", *arguments)[1])
+        assert [run["name"] for run in found["runs"]] == listed
+        assert found["damaged"] == []
+    for when in ("yesterday", "", "-", "3x", "2026-13-01"):
+        status, out, err = say("runs", "list", "--since", when)
+        assert (status, out) == (2, "")
+        assert "--since" in err and "fix:" in err
+
+
+def test_times_without_a_zone_are_utc_as_they_are_listed() -> None:
+    assert _instant("2026-11-20", option="") == "2026-11-20T00:00:00.000+00:00"
+    assert _instant("2026-11-20T12:30", option="") == "2026-11-20T12:30:00.000+00:00"
+    assert _instant("2026-11-20T12:30+02:00", option="") == "2026-11-20T10:30:00.000+00:00"
+    assert _instant("2026-11-20T12:30Z", option="") == "2026-11-20T12:30:00.000+00:00"
+    week_ago = datetime.now(timezone.utc) - timedelta(days=7)
+    told = datetime.fromisoformat(_instant("7d", option=""))
+    assert abs(told - week_ago) < timedelta(minutes=1)
+
+
+def test_damaged_runs_are_named_wherever_runs_are_taken_together(study: Cli, say: Say) -> None:
+    first = study.store / "runs" / ids(study)["small"]
+    copy, torn = first.with_name("small-copy"), first.with_name("torn\x1b[2J")
+    shutil.copytree(first, copy)
+    shutil.copytree(first, torn)
+    (torn / "run.json").write_text("{")
+    try:
+        status, out, _ = say("runs", "list")
+        bad = [line for line in out.splitlines() if " damaged: " in line]
+        assert status == 0
+        assert len(bad) == 2
+        assert bad[0].startswith("small-copy") and first.name in bad[0]
+        assert bad[1].startswith(r"torn\x1b[2J")
+        for arguments in (
+            ("compare", "--experiment", "sizes", "--mix-provenance"),
+            ("runs", "export", "-", "--format", "csv"),
+        ):
+            status, out, err = say(*arguments)
+            assert status == 0
+            assert "small-copy" in err and "torn" in err
+            assert "small-copy" not in out
+    finally:
+        shutil.rmtree(copy)
+        shutil.rmtree(torn)
+
+
+def test_show_tells_the_facts_of_one_run(study: Cli, say: Say) -> None:
+    run = ids(study)["big"]
+    summary = json.loads((study.store / "runs" / run / "run.json").read_text())
+    status, out, _ = say("runs", "show", "big")
+    assert status == 0
+    facts = [line.split(maxsplit=1) for line in out.splitlines()]
+    assert ["run", run] in facts
+    assert ["experiment", "sizes"] in facts
+    assert ["metric", "acc = 0.95"] in facts
+    assert ["directory", str(study.store / "runs" / run)] in facts
+    assert sum("gpu:big" in line for line in out.splitlines()) == 1
+    assert json.loads(say("runs", "show", "big", "--json")[1]) == summary
+
+
+def test_export_has_a_row_a_run_whatever_its_form(study: Cli, say: Say, tmp_path: Path) -> None:
+    wanted = ("--experiment", "sizes")
+    for form in ("csv", "json", "jsonl", "parquet"):
+        path = tmp_path / f"runs.{form}"
+        assert say("runs", "export", str(path), *wanted)[0] == 0
+    # each form by a reader of its own
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    full = json.loads((tmp_path / "runs.json").read_text())
+    assert [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()] == full
+    assert parquet.read_table(tmp_path / "runs.parquet").to_pylist() == full
+    assert [{k: "" if v is None else str(v) for k, v in row.items()} for row in full] == rows
+    # truth: the runs' own files
+    assert [row["name"] for row in full] == ["small", "middle", "big"]
+    for row in full:
+        told = json.loads((study.store / "runs" / row["run_id"] / "run.json").read_text())
+        assert row["energy_j"] == told["energy"]["total_j"]
+        assert row["energy_u_j"] == told["energy"]["u_j"]
+        assert row["metric_acc"] == told["metrics"]["acc"]
+        parts = (row["energy_gpu_j"], row["energy_cpu_j"], row["energy_dram_j"])
+        assert sum(parts) == pytest.approx(row["energy_j"])
+        assert row["carbon_g_co2e"] is None
+    status, out, err = say("runs", "export", str(tmp_path / "runs.xls"), *wanted)
+    assert (status, out) == (2, "")
+    assert "csv" in err and "fix:" in err
+    assert say("runs", "export", "-", "--format", "csv", *wanted)[0] == 0
+
+
+def test_run_is_renamed_and_moved_to_another_experiment(study: Cli) -> None:
+    _, run = study.measure("--name", "draft", "--experiment", "first", "--", "true")
+    said = study("runs", "set", "draft", "name=final", "experiment=second", "f1=0.5")
+    assert (said.status, said.stdout) == (0, b"")
+    after = study.report(run["run_id"])
+    assert (after["name"], after["experiment"]) == ("final", "second")
+    assert after["metrics"] == {"f1": 0.5}
+    study("runs", "set", "draft", "experiment=")
+    assert study.report(run["run_id"])["experiment"] is None
+    assert study("runs", "set", "draft", "name=").status == 2
+
+
+def test_runs_are_removed_only_where_it_was_meant(study: Cli, tmp_path: Path) -> None:
+    def record(name: str) -> Path:
+        _, run = study.measure("--name", name, "--", "true")
+        return study.store / "runs" / run["run_id"]
+
+    one, two, three = record("spare-one"), record("spare-two"), record("spare-three")
+    # without a terminal it does not ask, and does not guess
+    refused = study("runs", "rm", one.name)
+    assert refused.status == 2
+    assert "--yes" in refused.stderr
+    # a hostile id among good ones: nothing at all is removed
+    shutil.copytree(one, tmp_path / "elsewhere")
+    for ref in ("../../elsewhere", str(tmp_path / "elsewhere"), "..", "/"):
+        assert study("runs", "rm", "--yes", one.name, ref).status == 2
+    assert one.is_dir() and (tmp_path / "elsewhere").is_dir()
+    assert study("runs", "rm", "--yes", one.name, "spare-tw").status == 0
+    assert not one.exists() and not two.exists()
+    # on a terminal it asks
+    for answer, left in ((b"n\n", True), (b"y\n", False)):
+        master, slave = os.openpty()
+        with study.start("runs", "rm", three.name, stdin=slave) as process:
+            os.write(master, answer)
+            _, err = process.communicate()
+        os.close(slave)
+        os.close(master)
+        assert three.name.encode() in err
+        assert (process.returncode == 0, three.exists()) == (not left, left)
+
+
+def test_run_in_progress_is_not_removed(study: Cli) -> None:
+    with ended(study.start("--name", "busy", "--", "cat", stdin=subprocess.PIPE)) as process:
+        (directory,) = until(lambda: list((study.store / "runs").glob("busy-*/run.json")))
+        refused = study("runs", "rm", "--yes", "busy")
+        assert refused.status == 2
+        assert "--force" in refused.stderr
+        process.communicate(b"")
+    assert study("runs", "rm", "--yes", "busy").status == 0
+    assert not directory.exists()
+
+
 def test_metric_set_afterwards_is_the_runs_and_changes_nothing_else(study: Cli) -> None:
     spec = write_replay(study.folder / "g", ["fan count 1 1 0 gauge test"], [(0.0, 1.0)])
     _, before = study.measure("--sensor", spec, "--experiment", "later", "--", "sleep", "0.2")
@@ -161,7 +322,9 @@ def test_metric_set_afterwards_is_the_runs_and_changes_nothing_else(study: Cli) 
     assert after["metrics"] == {"accuracy": 0.91, "epoch": 3.0}
     assert after["performance"] == {"metric": "accuracy", "value": 0.91}
     changed = {key for key in after if after[key] != before[key]}
-    assert changed == {"metrics", "performance"}
+    assert changed == {"metrics", "performance", "progress"}
+    # what is set afterwards holds at the end of the run
+    assert after["progress"]["t_s"] == [after["duration_s"]]
     study("runs", "set", before["run_id"], "accuracy=0.5")
     assert study.report(before["run_id"])["performance"]["value"] == 0.5
 

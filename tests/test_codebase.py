@@ -33,7 +33,7 @@ RANKS = (
         "tenants",
     ),
     ("attribution", "pepr"),
-    ("summary", "jobs", "store", "detect", "profiler"),
+    ("progress", "summary", "jobs", "store", "study", "detect", "profiler"),
     ("daemon", "integrations", "report"),
     ("commands",),
     ("__init__", "__main__"),
@@ -45,7 +45,9 @@ PEERS = {
     "power": {"curve"},
     "energy": {"sources", "curve", "counter", "power"},
     "uncertainty": {"curve"},
+    "summary": {"progress"},
     "store": {"summary"},
+    "study": {"jobs", "store"},
     "profiler": {"summary", "store", "detect"},
 }
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

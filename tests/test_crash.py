@@ -195,9 +195,11 @@ def test_damaged_or_foreign_run_json_is_an_error_not_a_crash(
         assert status == 125
         assert "fix: " in err
     assert main(["runs", "list", "--store", str(store)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    good, bad = capsys.readouterr().out.splitlines()
+    assert good.startswith("good-1")
+    assert bad.startswith("bad-1") and "damaged: " in bad
     with pytest.raises(TraceError):
-        Store(store).summary("bad-1")
+        Store(store).load("bad-1")
 
 
 # --- stores that take nothing ---------------------------------------------------------------------

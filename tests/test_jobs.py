@@ -11,6 +11,7 @@ from cli import Cli, component, python, write_replay
 from sim.waves import Constant, Square
 
 from pepr_profiler.jobs import merge_jobs
+from pepr_profiler.study import Study
 
 S = 1_000_000_000
 GPU, CPU = "gpu:GPU-1", "cpu:package-0"
@@ -57,7 +58,10 @@ def run(
         "schema": 1, "run_id": name, "job": job, "name": name, "boot_id": boot, "host": boot,
         "clock": [{"t_ns": 0, "unix_ns": 1_700_000_000 * S}], "started_at": f"{begin_s:09.3f}",
         "duration_s": end_s - begin_s, "exit_code": 0, "signal": None, "complete": True,
-        "energy": {"total_j": sum(energies), "scope": "job", "components": list(parts)},
+        "energy": {
+            "total_j": sum(energies), "u_j": 1.0, "scope": "job", "provenance": "measured",
+            "components": list(parts),
+        },
         "recording": {
             "window_ns": [int(begin_s * S), int(end_s * S)],
             "outer": None if outer is None else {"run_id": outer, "pid": 1},
@@ -158,13 +162,21 @@ def test_nodes_add_up_but_for_the_gpu_they_share() -> None:
     assert merged["energy"]["total_j"] == pytest.approx(2000 + 1000)
 
 
-def test_recordings_one_after_the_other_add_up() -> None:
+def test_steps_of_a_job_that_follow_each_other_stay_runs_of_their_own() -> None:
     power = Constant(100)
-    runs = [run(str(b), b, b + 5, part(CPU, power, b, b + 5, job=1.0)) for b in (0, 20)]
-    merged = one(*runs)
-    assert component(merged, CPU)["device_j"] == pytest.approx(1000)
-    assert merged["duration_s"] == pytest.approx(10)  # nothing ran in between
-    assert component(merged, CPU)["trace_w"][24] is None
+    runs = [run(str(b), b, b + 5, part(CPU, power, b, b + 5, job=1.0)) for b in (0, 5, 20)]
+    assert merge_jobs(runs) == runs
+
+
+def test_a_rank_that_overlaps_two_joins_them() -> None:
+    # given two ranks with a pause of 10 s between them, and a third from the one into the other
+    power = Constant(100)
+    spans = [(0, 10), (20, 30), (8, 22)]
+    merged = one(*(run(f"{b}", b, e, part(CPU, power, b, e, job=0.25)) for b, e in spans))
+    # then the device counts once over the 30 s, and the shares of all add up
+    assert component(merged, CPU)["device_j"] == pytest.approx(3000)
+    assert merged["energy"]["total_j"] == pytest.approx(0.25 * 100 * (10 + 10 + 14))
+    assert merged["duration_s"] == pytest.approx(30)
 
 
 def test_what_is_not_one_job_stays_as_it_is() -> None:
@@ -219,3 +231,26 @@ def test_a_wrapped_script_in_a_wrapped_launcher_is_one_job(tmp_path: Path) -> No
     device_j = component(outer, "cpu:meter")["device_j"]
     assert component(merged, "cpu:meter")["device_j"] == pytest.approx(device_j)
     assert merged["energy"]["total_j"] == pytest.approx(outer["energy"]["total_j"])
+
+
+def test_a_study_counts_ranks_once_and_leaves_a_sweep_beside_its_runs() -> None:
+    # given two ranks of one training that share a device, each claiming half of it, and a sweep
+    # around two trainings one after the other
+    power = Constant(100)
+    facts = {
+        "time_s": 10.0, "memory": {"peak_rss_bytes": 1, "gpu_peak_bytes": None},
+        "metrics": {"accuracy": 0.9}, "performance": {"metric": "accuracy", "value": 0.9},
+    }  # fmt: skip
+
+    def trained(name: str, begin_s: float, share: float, **more: Any) -> dict[str, Any]:
+        device = part(CPU, power, begin_s, begin_s + 10, job=share)
+        return {**run(name, begin_s, begin_s + 10, device, **more), **facts}
+
+    ranks = [trained(f"rank{i}", 0, 0.5, job="train") for i in range(2)]
+    sweep = {**run("sweep", 20, 50, part(CPU, power, 20, 50, job=1.0), job=None), **facts}
+    steps = [trained(f"step{i}", 20 + 15 * i, 1 - i / 4, job=None, outer="sweep") for i in range(2)]
+    # when they are compared
+    (ranking,) = Study.from_runs([*ranks, sweep, *steps]).rankings
+    # then the ranks are one run, and the trainings of the sweep are still two
+    joules = dict(zip(ranking.names, ranking.resource, strict=True))
+    assert joules == pytest.approx({"rank0": 1000, "sweep": 3000, "step0": 1000, "step1": 750})

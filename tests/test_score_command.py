@@ -132,7 +132,7 @@ def test_rows_outside_fixed_bounds_are_clamped_flagged_and_named(
     assert [row["kwh_clamped"] for row in rows] == ["0", "0", "1", "0"]
     assert "outside the bounds" in result.stderr and "large" in result.stderr
     (ranking,) = json.loads(result.stdout)["rankings"]
-    assert ranking["bounds"] == {"min": 1.0, "max": 3.0, "set_by": "given"}
+    assert ranking["bounds"] == {"min": 1.0, "max": 3.0, "set_by": "given", "source": None}
     assert [row["name"] for row in ranking["rows"] if row["clamped"]] == ["large"]
 
 
@@ -141,18 +141,24 @@ def test_json_has_the_whole_ranking(models: Path, tmp_path: Path) -> None:
     result = scored(models, *COLUMNS, "--json", target)
     assert result.stdout == ""
     (ranking,) = json.loads(target.read_text())["rankings"]
-    assert ranking["bounds"] == {"min": 1.0, "max": 5.0, "set_by": "cohort"}
-    assert ranking["rows"][1] == {
+    assert ranking["bounds"] == {"min": 1.0, "max": 5.0, "set_by": "cohort", "source": None}
+    known = {
         "rank": 2,
         "name": "middle",
+        "n": 1,
         "performance": 0.9,
         "resource": 2.0,
         "r_norm": 0.25,
         "pepr": 0.72,
-        "u_pepr": None,
         "pareto": True,
         "clamped": False,
+        "doubtful": False,
+        "spread_known": False,
+        "runs": [],
     }
+    unknown = {"rank_best", "rank_worst", "u_performance", "sd_performance", "u_resource"}
+    unknown |= {"sd_resource", "u_pepr", "swap_with_next"}
+    assert ranking["rows"][1] == {**known, **dict.fromkeys(unknown)}
 
 
 def test_percent_and_lower_is_better_are_declared(tmp_path: Path) -> None:
@@ -262,6 +268,16 @@ def test_loading_the_commands_loads_neither_numpy_nor_rich() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
+def energy(total_j: float, u_j: float) -> dict[str, Any]:
+    return {
+        "total_j": total_j,
+        "u_j": u_j,
+        "mean_w": total_j / 60.0,
+        "provenance": "measured",
+        "components": [],
+    }
+
+
 def stored_run(store: Path, name: str, **changes: Any) -> None:
     """A finished run on disk, as DESIGN's contract describes run.json."""
     summary: dict[str, Any] = {
@@ -278,7 +294,7 @@ def stored_run(store: Path, name: str, **changes: Any) -> None:
         "duration_s": 60.0,
         "exit_code": 0,
         "complete": True,
-        "energy": {"total_j": 1000.0, "u_j": 50.0, "provenance": "measured", "components": []},
+        "energy": energy(1000.0, 50.0),
         "phases": [],
         "time_s": 60.0,
         "memory": {"peak_rss_bytes": 2_000_000_000, "gpu_peak_bytes": None},
@@ -302,8 +318,7 @@ def run_compare(*args: object) -> Result:
 def store(tmp_path: Path) -> Path:
     """Three runs that R = 0, 0.5, 1 and one that failed."""
     for name, total_j, exit_code in (("a", 1e3, 0), ("b", 3e3, 0), ("c", 5e3, 0), ("d", 9e3, 3)):
-        energy = {"total_j": total_j, "u_j": 100.0, "provenance": "measured", "components": []}
-        stored_run(tmp_path, name, energy=energy, exit_code=exit_code)
+        stored_run(tmp_path, name, energy=energy(total_j, 100.0), exit_code=exit_code)
     return tmp_path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
@@ -21,6 +22,7 @@ from pepr_profiler.trace import (
     Lane,
     LaneReader,
     LaneWriter,
+    joined,
     read_events,
     read_lanes,
     read_run,
@@ -447,3 +449,23 @@ def test_a_batch_is_float64_and_int64_whatever_was_stored(tmp_path: Path) -> Non
     (batch,) = LaneReader(tmp_path, "demo")
     assert (batch.t_ns.dtype, batch.read_ns.dtype) == (np.int64, np.int64)
     assert (batch.values.dtype, batch.values.shape) == (np.float64, (2, 3))
+
+
+def test_joined_batches_hold_the_same_rows_in_order() -> None:
+    ends = [0, 3, 40_000, 40_001, 90_000]
+    t_ns = np.arange(90_000, dtype=np.int64)
+    values = np.stack((t_ns * 2.0, np.where(t_ns % 7, 1.0, np.nan)))
+    whole = Batch(t_ns, t_ns // 3, values, t_ns % 5, t_ns % 11)
+    cut = [
+        Batch(*(column[..., a:b] for column in vars(whole).values()))
+        for a, b in itertools.pairwise(ends)
+    ]
+    without = [Batch(batch.t_ns, batch.read_ns, batch.values) for batch in cut]
+
+    together = list(joined(cut))
+
+    assert len(together) < len(cut)
+    for name, column in vars(whole).items():
+        parts = [getattr(batch, name) for batch in together]
+        np.testing.assert_array_equal(np.concatenate(parts, axis=-1), column)
+    assert all(batch.skipped is None for batch in joined(without))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
 from typing import TextIO
 
 import click
@@ -19,9 +20,19 @@ VERBS = {
     "report": "Show a recorded run again, computed from its trace.",
     "compare": "Rank recorded runs by PePR.",
     "score": "Rank the rows of any table by PePR.",
-    "runs": "List recorded runs, set their metrics.",
+    "runs": "List, filter, change, remove and export recorded runs.",
     "sensors": "Say what can be measured here, and why the rest cannot.",
 }
+
+
+store_option = click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    envvar="PEPR_STORE",
+    metavar="DIR",
+    help="Where runs live [PEPR_STORE, else the user's data directory].",
+)
+"""Every verb that has to do with recorded runs has it; the parameter is `store: Path | None`."""
 
 
 class _Verbs(click.Group):

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
 
-from pepr_profiler.commands.score import publish
-from pepr_profiler.units import parse_bounds
+from pepr_profiler.commands import store_option
+from pepr_profiler.commands.score import (
+    bounds_files,
+    forms_of,
+    limits_of,
+    output_option,
+    publish,
+)
+from pepr_profiler.errors import UsageError
 
 
 @click.command()
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
 @click.option("--experiment", metavar="NAME", help="The runs of this experiment.")
-@click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    envvar="PEPR_STORE",
-    metavar="DIR",
-    help="Where runs live [PEPR_STORE].",
-)
+@store_option
 @click.option(
     "--resource",
-    type=click.Choice(["energy", "carbon", "time", "memory"]),
-    default="energy",
+    "resources",
+    multiple=True,
+    default=("energy",),
     show_default=True,
-    help="What the performance is weighed against.",
+    metavar="NAME[,NAME]...",
+    help="What the performance is weighed against: energy, carbon, time, memory (the GPU's peak "
+    "where all runs have one, else the host's), memory:gpu, memory:host, cost, or a metric that "
+    "was logged (parameters). Several stand side by side.",
+)
+@click.option("--price", metavar="PER_KWH", help="What a kWh costs, for --resource cost: 0.30EUR.")
+@click.option(
+    "--group",
+    type=click.Choice(["experiment", "host", "none"]),
+    help="Make each a cohort of its own [experiment, unless runs are named].",
 )
 @click.option("--metric", metavar="NAME", help="The performance [the run's own].")
 @click.option("--bounds", metavar="MIN:MAX", help="Fixed bounds, in J, g, s or bytes: 151k:1.94M.")
+@bounds_files
 @click.option("--percent", is_flag=True, help="The metric is in percent.")
 @click.option(
     "--transform",
@@ -39,55 +52,66 @@ from pepr_profiler.units import parse_bounds
     "--mix-provenance", is_flag=True, help="Let measured and modelled energies share a cohort."
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write the ranking as JSON; - is stdout.")
+@output_option
 def compare(
     runs: tuple[str, ...],
     *,
     experiment: str | None,
     store: Path | None,
-    resource: str,
+    resources: tuple[str, ...],
+    price: str | None,
+    group: str | None,
     metric: str | None,
     bounds: str | None,
+    bounds_from: Path | None,
+    save_bounds: Path | None,
     percent: bool,
     transform: str | None,
     mix_provenance: bool,
     json_file: str | None,
+    outputs: tuple[Path, ...],
 ) -> None:
     """Rank runs by PePR = P / (1 + R): RUNs by id or prefix, an experiment's, or all of the store.
 
-    The score belongs to the cohort: another run can change every R, unless --bounds fixes them.
-    Runs that failed or are incomplete are left out and named on stderr.
-    """
-    from pepr_profiler import pepr
-    from pepr_profiler.report.ranking import Ranking
-    from pepr_profiler.store import Store
+    Runs of one name are repeats of a model, and ranked by their means. The score belongs to the
+    cohort: another run can change every R, unless --bounds or --bounds-from fixes them. Runs that
+    failed or are incomplete are left out and named on stderr. Runs whose energy is out of
+    proportion to their time are named too, and the ranking is given with and without them.
 
-    limits = parse_bounds(bounds) if bounds else None
+    \b
+    -o study.html         a page: figures, and tables that rank again without a run
+    -o figure.pdf         performance against the resource (also .png, .svg)
+    -o table.csv          the rankings (also .parquet, .json, .tex)
+    """
+    from pepr_profiler.store import Store
+    from pepr_profiler.study import Study
+
+    forms = forms_of(outputs)
+    wanted = [name.strip() for text in resources for name in text.split(",") if name.strip()]
     recorded = Store(store)
-    if runs:
-        # One run named twice, or by two prefixes, is one run.
-        found = {s["run_id"]: s for s in map(recorded.summary, runs)}
-        summaries = [s for s in found.values() if experiment in (None, s["experiment"])]
-    else:
-        summaries = list(recorded.runs(experiment=experiment))
-    cohort = pepr.cohort_of_runs(
-        summaries, resource=resource, metric=metric, mix_provenance=mix_provenance
+    study = Study.from_store(
+        recorded,
+        runs=runs,
+        experiment=experiment,
+        resources=wanted or ["energy"],
+        metric=metric,
+        group=group,
+        bounds=limits_of(bounds, bounds_from, dict.fromkeys(wanted)),
+        percent=percent,
+        transform=transform,
+        mix_provenance=mix_provenance,
+        price=parse_price(price) if price else None,
     )
-    for who, why in cohort.left_out:
-        click.echo(f"pepr-profile: left out {who}: {why}", err=True)
-    p = pepr.as_performance(cohort.performance, percent=percent, transform=transform)
-    scores = pepr.score(p, cohort.resource, bounds=limits, names=cohort.names)
-    u_pepr = pepr.uncertainty(p, cohort.resource, cohort.u_own, limits, shared=cohort.u_shared)
-    ranking = Ranking(
-        label=f"PePR-{resource[0].upper()}",
-        of="run",
-        names=cohort.names,
-        metric=cohort.metric,
-        resource_name=cohort.resource_name,
-        unit=cohort.unit,
-        performance=p,
-        resource=cohort.resource,
-        scores=scores,
-        bounds_given=limits is not None,
-        u_pepr=u_pepr if cohort.u_known else None,
+    publish(study, json_file=json_file, save_bounds=save_bounds, forms=forms, load=recorded.load)
+
+
+def parse_price(text: str) -> tuple[float, str]:
+    """A price and its currency, from "0.30", "0.30EUR", "0.30 EUR" or "€0.30"."""
+    match = re.fullmatch(r"\s*([^\d\s.,+-]{0,8})\s*(\d+\.?\d*|\.\d+)\s*([^\d\s.,+-]{0,8})\s*", text)
+    if match and not (match[1] and match[3]):
+        return float(match[2]), match[1] or match[3]
+    raise UsageError(
+        f"--price {text!r} cannot be read",
+        why="a number and a currency are expected",
+        fix="write for example --price 0.30EUR",
     )
-    publish([ranking], json_file=json_file, left_out=cohort.left_out)

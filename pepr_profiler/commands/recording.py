@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands import complain, whoever_listens
+from pepr_profiler.commands import complain, store_option, whoever_listens
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.profiler import SCOPES, Options, Recorder, intensity_of
 from pepr_profiler.units import parse_duration
@@ -179,13 +179,7 @@ _OPTIONS = (
         help="CPU time that reading sensors may take, of one core; kept by reading less often "
         "[0.5%].",
     ),
-    click.option(
-        "--store",
-        type=click.Path(path_type=Path),
-        envvar="PEPR_STORE",
-        metavar="DIR",
-        help="Where runs live [PEPR_STORE, else the user's data directory].",
-    ),
+    store_option,
     click.option(
         "--json", "json_file", metavar="FILE", help="Write the summary as JSON; - is stdout."
     ),

@@ -5,38 +5,108 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands.score import write_text
+from pepr_profiler.commands import store_option
+from pepr_profiler.commands.score import forms_of, output_option, write_text
+from pepr_profiler.errors import UsageError
+
+if TYPE_CHECKING:
+    from pepr_profiler.summary import Timeline
 
 
 @click.command()
 @click.argument("run")
-@click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    envvar="PEPR_STORE",
-    metavar="DIR",
-    help="Where runs live [PEPR_STORE].",
-)
+@store_option
 @click.option("--json", "json_file", metavar="FILE", help="Write the summary as JSON; - is stdout.")
-def report(run: str, *, store: Path | None, json_file: str | None) -> None:
-    """Show RUN (an id, a unique prefix of one, or a run directory), finished or not."""
-    from pepr_profiler.store import Store
-    from pepr_profiler.summary import summarise
+@output_option
+@click.option("--metric", metavar="NAME", help="What to show over the energy [the performance].")
+@click.option("--percent", is_flag=True, help="It is in percent.")
+@click.option(
+    "--transform",
+    type=click.Choice(["one-minus", "exp-neg"]),
+    help="It is lower-is-better: turn it into 1-x or exp(-x).",
+)
+def report(
+    run: str,
+    *,
+    store: Path | None,
+    json_file: str | None,
+    outputs: tuple[Path, ...],
+    metric: str | None,
+    percent: bool,
+    transform: str | None,
+) -> None:
+    """Show RUN (an id, a unique prefix of one, or a run directory), finished or not.
 
-    summary = summarise(Store(store).find(run))
+    \b
+    -o run.html           a page: figures, tables, method; one file, no network
+    -o power.pdf          power over time, for a paper (also .png, .svg)
+    -o table.csv          total, components and phases (also .parquet, .tex)
+    -o run.json           the summary, as --json writes it
+    """
+    from pepr_profiler.store import Store
+
+    forms = forms_of(outputs)
+    directory = Store(store).directory(run)
+    if forms:
+        from pepr_profiler.summary import with_timeline
+
+        summary, timeline = with_timeline(directory)
+        for path, form in forms:
+            write_text(path, _rendered(summary, timeline, form))
+            click.echo(f"pepr-profile: wrote {path}", err=True)
+    else:
+        from pepr_profiler.summary import summarise
+
+        summary = summarise(directory)
     if json_file is not None:
         write_summary(summary, json_file)
-    else:
-        show(summary, file=sys.stdout)
+    elif not forms:
+        if metric is not None:
+            _require_logged(summary, metric)
+        curve = {"metric": metric, "percent": percent, "transform": transform}
+        show(summary, file=sys.stdout, curve=curve)
 
 
-def show(summary: dict[str, Any], *, file: IO[str]) -> None:
-    """Prints a summary: in colour and as wide as a terminal is, else plain at 80 columns."""
+def _rendered(summary: dict[str, Any], timeline: Timeline, form: str) -> str | bytes:
+    if form == "json":
+        return json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    if form == "html":
+        from pepr_profiler.report.html import run_page
+
+        return run_page(summary, timeline)
+    if form in ("png", "svg", "pdf"):
+        from pepr_profiler.report import figures
+
+        with figures.style():
+            figure = figures.power_over_time(timeline)
+        return figures.save(figure, form)
+    from pepr_profiler.report.export import run_table
+
+    return run_table(summary, form)
+
+
+def _require_logged(summary: Mapping[str, Any], metric: str) -> None:
+    """UsageError if a metric was not logged on the run's way."""
+    logged = (summary["progress"] or {"metrics": {}})["metrics"]
+    if metric not in logged:
+        raise UsageError(
+            f"run {summary['run_id']} logged no {metric}",
+            why=f"it logged {', '.join(logged)}" if logged else "it logged nothing on its way",
+            fix="log it in the program, run.log(accuracy=…, epoch=…), or with --metric NAME=REGEX",
+        )
+
+
+def show(summary: dict[str, Any], *, file: IO[str], curve: Mapping[str, Any] | None = None) -> None:
+    """Prints a summary: in colour and as wide as a terminal is, else plain at 80 columns.
+
+    `curve` says what to show over the energy, as in `render_run`.
+    """
     from pepr_profiler.report.terminal import render_run
 
     tty = file.isatty()
@@ -46,7 +116,7 @@ def show(summary: dict[str, Any], *, file: IO[str]) -> None:
 
         width = min(shutil.get_terminal_size((80, 24)).columns, 120)
     color = tty and not os.environ.get("NO_COLOR")
-    text = render_run(summary, width=width, color=color)
+    text = render_run(summary, width=width, color=color, curve=curve)
     click.echo(f"{text}\n", file=file, color=color)
 
 

@@ -2,77 +2,284 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from pepr_profiler.commands import complain, store_option
 from pepr_profiler.errors import UsageError
+from pepr_profiler.store import STATES, Filter, Store, state_of
+from pepr_profiler.units import format_duration, format_quantity, format_with_u
 
-_store = click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    envvar="PEPR_STORE",
-    metavar="DIR",
-    help="Where runs live [PEPR_STORE].",
-)
+if TYPE_CHECKING:
+    from pepr_profiler.store import Damaged
+
+_FACTS = ("name", "experiment")
+_UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_SHOWN = 5  # damaged runs that are named before they are only counted
 
 
 @click.group()
 def runs() -> None:
-    """List recorded runs, set their metrics."""
+    """List recorded runs, change, remove and export them.
+
+    RUN is a run's id, the beginning of one that no other has, its directory, or `last`.
+    """
+
+
+def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options that say which runs are wanted; the parameter is `wanted: Filter`."""
+
+    @functools.wraps(command)
+    def with_filter(*arguments: Any, **options: Any) -> Any:
+        given = {name: options.pop(name) for name in Filter.__dataclass_fields__}
+        for name in ("since", "until"):
+            if given[name] is not None:
+                given[name] = _instant(given[name], option=f"--{name}")
+        return command(*arguments, wanted=Filter(**given), **options)
+
+    for option in reversed(_FILTERS):
+        with_filter = option(with_filter)
+    return with_filter
+
+
+_FILTERS = (
+    click.option("--experiment", metavar="NAME", help="Only this experiment's."),
+    click.option("--name", metavar="GLOB", help="Only with such a name: 'resnet*'."),
+    click.option("--host", metavar="GLOB", help="Only recorded on such a host."),
+    click.option("--since", metavar="WHEN", help="Only begun at or after: 2026-11-20, 7d (ago)."),
+    click.option("--until", metavar="WHEN", help="Only begun before: 2026-11-20T12:00 (UTC), 12h."),
+    click.option(
+        "--provenance",
+        type=click.Choice(["measured", "modelled", "mixed"]),
+        help="Only with such an energy.",
+    ),
+    click.option("--state", type=click.Choice(STATES), help="Only those that ended so."),
+)
+
+
+def _instant(text: str, *, option: str) -> str:
+    """ISO-8601 in UTC, as `started_at`, from a date, a time (UTC unless it says), or an age."""
+    number = text.rstrip("smindhw")
+    unit = text[len(number) :]
+    try:
+        if unit in _UNITS:
+            at = datetime.now(timezone.utc) - timedelta(seconds=float(number) * _UNITS[unit])
+        else:
+            # Python 3.10 does not know the Z.
+            at = datetime.fromisoformat(text.removesuffix("Z"))
+            at = at.replace(tzinfo=timezone.utc) if at.tzinfo is None else at
+        return at.astimezone(timezone.utc).isoformat(timespec="milliseconds")
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"{option} {text!r} is no time",
+            why="a date, a time or an age (s, min, h, d, w) is expected",
+            fix=f"write for example {option} 2026-11-20, 2026-11-20T12:30 (UTC) or 7d",
+        ) from None
+
+
+def complain_of_damaged(damaged: tuple[Damaged, ...]) -> None:
+    """Names directories of a store that cannot be read as runs, on stderr."""
+    for run in damaged[:_SHOWN]:
+        complain(f"left out {run.run_id}: {run.why}\n  fix: {run.fix}")
+    if len(damaged) > _SHOWN:
+        more = len(damaged) - _SHOWN
+        complain(f"left out {more} more damaged runs; see: pepr-profile runs list")
 
 
 @runs.command("list")
-@click.option("--experiment", metavar="NAME", help="Only this experiment's.")
-@_store
-def list_runs(*, experiment: str | None, store: Path | None) -> None:
-    """One line a run, oldest first."""
-    from pepr_profiler.store import Store
-    from pepr_profiler.units import format_duration, format_quantity, format_with_u
+@filter_options
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with the damaged ones beside.")
+@store_option
+def list_runs(*, wanted: Filter, as_json: bool, store: Path | None) -> None:
+    """One line a run, oldest first; those that cannot be read last, each with its reason."""
+    found = Store(store).find(wanted)
+    if as_json:
+        sys.stdout.write('{"runs": [')
+        for index, run in enumerate(found):
+            sys.stdout.write(f"{',' * bool(index)}\n{json.dumps(run)}")
+        damaged = [vars(run) for run in found.damaged]
+        sys.stdout.write(f'\n], "damaged": {json.dumps(damaged)}}}\n')
+        return
+    for run in found:
+        sys.stdout.write(f"{_line(run)}\n")
+    for bad in found.damaged:
+        sys.stdout.write(f"{_plain(bad.run_id):<28} damaged: {_plain(bad.why)}\n")
+    if not len(found) and not found.damaged:
+        all_of_them = wanted == Filter()
+        complain(f"no {'' if all_of_them else 'such '}runs in {Store(store).path}")
 
-    found = Store(store)
-    count = 0
-    for summary in found.runs(experiment=experiment):
-        count += 1
-        energy, performance = summary["energy"], summary["performance"]
-        code = summary["exit_code"]
-        state = "attached" if code is None else f"exit {code}"  # whose end is not ours to know
-        state = state if summary["complete"] else "incomplete"
-        joules = format_quantity(None, "J")
-        if energy["total_j"] is not None:
-            joules = format_with_u(energy["total_j"], energy["u_j"], "J")
-        metric = f"{performance['metric']} {performance['value']:g}" if performance else ""
-        began, duration = summary["started_at"][:16], format_duration(summary["duration_s"])
-        row = f"{summary['run_id']:<28} {began}  {duration:>11}  {joules:>18}  {state:<10} {metric}"
-        click.echo(row.rstrip())
-    if not count:
-        click.echo(f"no runs in {found.path}", err=True)
+
+def _line(run: dict[str, Any]) -> str:
+    energy, performance = run["energy"], run["performance"]
+    code = run["exit_code"]
+    state = "attached" if code is None else f"exit {code}"  # whose end is not ours to know
+    state = state if run["complete"] else "incomplete"
+    joules = format_with_u(energy["total_j"], energy["u_j"], "J")
+    metric = f"{performance['metric']} {performance['value']:g}" if performance else ""
+    began, duration = run["started_at"][:16], format_duration(run["duration_s"])
+    row = f"{run['run_id']:<28} {began}  {duration:>11}  {joules:>18}  {state:<10} {metric}"
+    return _plain(row).rstrip()
+
+
+def _plain(text: str) -> str:
+    """Names come from anywhere: what would move a cursor or break a line is shown escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+@runs.command("show")
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="The whole summary, as JSON.")
+@store_option
+def show_run(run: str, *, as_json: bool, store: Path | None) -> None:
+    """The facts of one run, as its recorder wrote them; `report` computes them anew."""
+    recorded = Store(store)
+    directory, facts = recorded.directory(run), recorded.load(run)
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return
+    for key, value in _facts(facts, directory):
+        click.echo(f"{key:<12} {_plain(value)}")
+
+
+def _facts(run: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
+    energy, carbon, memory = run["energy"], run["carbon"], run["memory"]
+    ended = f" with status {run['exit_code']}" if run["exit_code"] is not None else ""
+    rows: list[tuple[str, str | None]] = [
+        ("run", run["run_id"]),
+        ("name", run["name"]),
+        ("experiment", run["experiment"]),
+        ("job", run["job"]),
+        ("command", shlex.join(run["command"])),
+        ("host", run["host"]),
+        ("began", run["started_at"]),
+        ("lasted", format_duration(run["duration_s"])),
+        ("state", state_of(run) + ended),
+        ("energy", format_with_u(energy["total_j"], energy["u_j"], "J")),
+        ("provenance", energy["provenance"]),
+        *(
+            (
+                "  " + ("" if part["in_total"] else "not added "),
+                f"{part['id']}  {format_with_u(part['job_j'], part['u_j'], 'J')}  {part['source']}",
+            )
+            for part in energy["components"]
+        ),
+        ("carbon", carbon and f"{format_quantity(carbon['g_co2e'], 'g')} CO2e, {carbon['source']}"),
+        ("memory", format_quantity(memory["peak_rss_bytes"], "B")),
+        ("GPU memory", _quantity(memory["gpu_peak_bytes"], "B")),
+        *(("metric", f"{name} = {_number(value)}") for name, value in run["metrics"].items()),
+        *(("warning", warning["text"]) for warning in run["warnings"]),
+        ("directory", str(directory)),
+    ]
+    return [(key, value) for key, value in rows if value is not None]
+
+
+def _quantity(value: float | None, unit: str) -> str | None:
+    return None if value is None else format_quantity(value, unit)
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:g}"
 
 
 @runs.command("set")
 @click.argument("run")
-@click.argument("metrics", nargs=-1, required=True, metavar="NAME=VALUE...")
-@_store
-def set_metrics(run: str, metrics: tuple[str, ...], *, store: Path | None) -> None:
-    """Add metrics to a run after it has ended: `runs set RUN accuracy=0.91`."""
-    import math
+@click.argument("values", nargs=-1, required=True, metavar="NAME=VALUE...")
+@store_option
+def set_values(run: str, values: tuple[str, ...], *, store: Path | None) -> None:
+    """Add metrics to a run after it has ended: `runs set RUN accuracy=0.91`.
 
-    from pepr_profiler.store import Store
-
-    values = {}
-    for text in metrics:
-        name, equals, number = text.partition("=")
+    `name=TEXT` and `experiment=TEXT` change what it is called and belongs to (`experiment=`:
+    nothing); its id stays.
+    """
+    metrics: dict[str, float] = {}
+    facts: dict[str, str | None] = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        if equals and name in _FACTS and (value or name == "experiment"):
+            facts[name] = value or None
+            continue
         try:
-            values[name] = float(number)
+            metrics[name] = float(value)
         except ValueError:
-            values[name] = math.nan
-        if not equals or not name or not math.isfinite(values[name]):
+            metrics[name] = math.nan
+        if not equals or not name or not math.isfinite(metrics[name]):
             raise UsageError(
                 f"cannot read {text!r}",
-                why="a metric is NAME=VALUE with a finite number",
+                why="a metric is NAME=VALUE with a finite number; a name is name=TEXT",
                 fix=f"pepr-profile runs set {run} accuracy=0.91",
             )
-    summary = Store(store).set_metrics(run, values)
-    click.echo(
-        f"{summary['run_id']}: {', '.join(f'{k}={v:g}' for k, v in values.items())}", err=True
-    )
+    summary = Store(store).set(run, metrics=metrics, facts=facts)
+    said = [f"{k}={v or ''}" for k, v in facts.items()]
+    said += [f"{k}={v:g}" for k, v in metrics.items()]
+    click.echo(_plain(f"{summary['run_id']}: {', '.join(said)}"), err=True)
+
+
+@runs.command("rm")
+@click.argument("refs", nargs=-1, required=True, metavar="RUN...")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("--force", is_flag=True, help="Also one that may still be recorded.")
+@store_option
+def remove_runs(refs: tuple[str, ...], *, yes: bool, force: bool, store: Path | None) -> None:
+    """Remove runs of the store for good; asks first. Nothing outside the store is touched."""
+    recorded = Store(store)
+    doomed = list(dict.fromkeys(recorded.removable(ref, force=force) for ref in refs))
+    names = ", ".join(_plain(directory.name) for directory in doomed)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError(
+                f"nothing was removed of {names}",
+                why="there is no terminal to ask on",
+                fix="say that you mean it: --yes",
+            )
+        click.confirm(f"Remove {names} for good?", abort=True, err=True)
+    for directory in doomed:
+        recorded.remove(directory)
+    click.echo(f"removed {names}", err=True)
+
+
+@runs.command("export")
+@click.argument("file", type=click.Path(path_type=Path))
+@filter_options
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["csv", "json", "jsonl", "parquet"]),
+    help="How to write it [the extension of FILE].",
+)
+@store_option
+def export_runs(file: Path, *, wanted: Filter, form: str | None, store: Path | None) -> None:
+    """Write runs to FILE (- is stdout), one flat row each, oldest first.
+
+    The units are in the names of the columns. Metrics are columns called metric_NAME; what is not
+    known is empty.
+    """
+    from pepr_profiler.report.table import FORMATS, encode, flat_run
+
+    form = form or file.suffix.removeprefix(".")
+    if form not in FORMATS:
+        raise UsageError(
+            f"{file} does not say how to write it",
+            why=f"its extension is none of {', '.join(FORMATS)}",
+            fix="name it so, or give --format csv",
+        )
+    found = Store(store).find(wanted)
+    data = encode([flat_run(run) for run in found], form)
+    if str(file) == "-":
+        sys.stdout.buffer.write(data)
+    else:
+        from pepr_profiler.commands.score import write_text
+
+        write_text(file, data)
+        complain(f"wrote {len(found)} runs to {file}")
+    complain_of_damaged(found.damaged)

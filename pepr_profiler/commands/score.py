@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,46 @@ from pepr_profiler.units import parse_bounds
 
 if TYPE_CHECKING:
     from pepr_profiler import pepr
-    from pepr_profiler.report.ranking import Ranking
+    from pepr_profiler.study import Limits, Study
 
 # A resource divided by one of these columns is a rate (energy: a mean power), which rows of one
-# cohort share to within a small factor.
+# cohort share to within a small factor. Only where --time does not say which.
 _DURATION = re.compile(r"time|duration|seconds|(^|_)s$", re.IGNORECASE)
+
+
+def bounds_files(command: Any) -> Any:
+    """The options --bounds-from and --save-bounds; see `limits_of` and `publish`."""
+    for flag, text in (
+        ("--save-bounds", "Write the bounds that were used, for --bounds-from of others."),
+        ("--bounds-from", "Take the bounds that another study saved."),
+    ):
+        kind = click.Path(path_type=Path)
+        command = click.option(flag, type=kind, metavar="FILE", help=text)(command)
+    return command
+
+
+def limits_of(
+    bounds: str | None, bounds_from: Path | None, resources: Collection[str]
+) -> pepr.Bounds | tuple[Limits, ...] | None:
+    """The bounds that were given, by value or as a file. UsageError where they cannot be used."""
+    if bounds and bounds_from:
+        raise UsageError(
+            "both --bounds and --bounds-from were given",
+            why="a resource has one pair of bounds",
+            fix="leave one of them out",
+        )
+    if bounds_from:
+        from pepr_profiler.study import read_bounds
+
+        return read_bounds(bounds_from)
+    limits = parse_bounds(bounds) if bounds else None
+    if limits and len(resources) > 1:
+        raise UsageError(
+            "--bounds with several resources",
+            why="bounds have the unit of one resource",
+            fix="score the resources one by one, each with its --bounds",
+        )
+    return limits
 
 
 @click.command()
@@ -41,7 +76,14 @@ _DURATION = re.compile(r"time|duration|seconds|(^|_)s$", re.IGNORECASE)
 )
 @click.option("--name", metavar="COL", help="Column of the names [first column of text].")
 @click.option("--group", metavar="COL", help="Score inside each value of this column.")
+@click.option(
+    "--repeats", is_flag=True, help="Rows of one name are repeats of a model: rank their means."
+)
+@click.option(
+    "--time", metavar="COL", help="Column of the time a row took, to find faulty resources by."
+)
 @click.option("--bounds", metavar="MIN:MAX", help="Fixed bounds, in the resource's unit.")
+@bounds_files
 @click.option("--percent", is_flag=True, help="The performance is in percent.")
 @click.option(
     "--transform",
@@ -59,7 +101,11 @@ def score(
     resources: tuple[str, ...],
     name: str | None,
     group: str | None,
+    repeats: bool,
+    time: str | None,
     bounds: str | None,
+    bounds_from: Path | None,
+    save_bounds: Path | None,
     percent: bool,
     transform: str | None,
     output: Path | None,
@@ -69,67 +115,104 @@ def score(
 
     PePR = P / (1 + R): the performance per resource, R running from 0 to 1 between the bounds. The
     ranking goes to stdout unless -o or --json says where. -o adds the columns COL_n (R) and
-    pepr_COL for every resource; with --bounds, COL_clamped too.
+    pepr_COL for every resource; with given bounds, COL_clamped too. Rows whose resource is out of
+    proportion to their time are named, and ranked with and without.
     """
-    from pepr_profiler import pepr
+    from pepr_profiler.study import Study
 
     resources = tuple(dict.fromkeys(resources))
-    limits = parse_bounds(bounds) if bounds else None
-    if limits and len(resources) > 1:
+    limits = limits_of(bounds, bounds_from, resources)
+    if repeats and output:
         raise UsageError(
-            "--bounds with several resources",
-            why="bounds have the unit of one resource",
-            fix="score the resources one by one, each with its --bounds",
+            "-o with --repeats",
+            why="-o adds a score to every row, and --repeats scores the means of several",
+            fix="leave one of them out; --json FILE has the scores of the means",
         )
     rows = _Table.read(table)
-    wanted = (performance, *resources, *filter(None, (name, group)))
+    wanted = (performance, *resources, *filter(None, (name, group, time)))
     rows.require(wanted)
     if output:
         rows.refuse_existing(_added(resources, limits is not None))
     labels = rows.labels(name, taken=wanted)
-    p = pepr.as_performance(rows.numbers(performance, labels), percent=percent, transform=transform)
-    amounts = {column: rows.numbers(column, labels) for column in resources}
-
-    rankings: list[Ranking] = []
-    columns: dict[str, list[Any]] = {
-        c: [None] * len(labels) for c in _added(resources, bool(bounds))
+    numeric = dict.fromkeys((performance, *resources))
+    times = (time,) if time else tuple(rows.durations())
+    columns: dict[str, Any] = {
+        column: rows.numbers(column, labels) for column in (*numeric, *times)
     }
-    for value, members in rows.groups(group).items():
-        names = [labels[i] for i in members]
-        for column in resources:
-            ranked = _ranked(
-                column, names, p[members], amounts[column][members], metric=performance,
-                bounds=limits, group=value,
-            )  # fmt: skip
-            rankings.append(ranked)
-            scores = ranked.scores
-            for at, i in enumerate(members):
-                columns[f"{column}_n"][i] = repr(float(scores.r_norm[at]))
-                columns[f"pepr_{column}"][i] = repr(float(scores.pepr[at]))
-                if limits:
-                    columns[f"{column}_clamped"][i] = int(scores.clamped[at])
-    for column in resources:
-        _warn_out_of_proportion(rows, column, labels)
+    # Names of our own: a column may have any name.
+    columns["\0name"] = labels
+    if group is not None:
+        columns["\0group"] = rows.cells(group)
+    study = Study.from_table(
+        columns,
+        performance=performance,
+        resources=resources,
+        name="\0name",
+        group=None if group is None else "\0group",
+        time=times,
+        bounds=limits,
+        percent=percent,
+        transform=transform,
+        repeats=repeats,
+    )
     if output:
-        write_text(output, rows.text_with(columns, output))
+        added = _scores_by_row(study, rows.groups(group), resources, clamped=limits is not None)
+        write_text(output, rows.text_with(added, output))
         click.echo(f"pepr-profile: wrote {output}", err=True)
-    publish(rankings, json_file=json_file, screen=output is None)
+    publish(study, json_file=json_file, screen=output is None, save_bounds=save_bounds)
+
+
+def _scores_by_row(
+    study: Study,
+    groups: dict[str | None, list[int]],
+    resources: Sequence[str],
+    *,
+    clamped: bool,
+) -> dict[str, list[Any]]:
+    """The columns that -o adds, in the order of the table."""
+    n = sum(map(len, groups.values()))
+    added: dict[str, list[Any]] = {column: [None] * n for column in _added(resources, clamped)}
+    for resource in resources:
+        for group, members in groups.items():
+            scores = study.rank(resource, group).scores
+            cells = zip(members, scores.r_norm.tolist(), scores.pepr.tolist(), strict=True)
+            for i, r_norm, value in cells:
+                added[f"{resource}_n"][i] = repr(r_norm)
+                added[f"pepr_{resource}"][i] = repr(value)
+            if clamped:
+                for i, outside in zip(members, scores.clamped.tolist(), strict=True):
+                    added[f"{resource}_clamped"][i] = int(outside)
+    return added
 
 
 def publish(
-    rankings: Sequence[Ranking],
+    study: Study,
     *,
     json_file: str | None,
     screen: bool = True,
-    left_out: Sequence[tuple[str, str]] = (),
+    save_bounds: Path | None = None,
+    forms: Sequence[tuple[Path, str]] = (),
+    load: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> None:
     """The rankings as JSON to a file or stdout, else (where `screen`) as tables on stdout.
 
-    Rows that fixed bounds clamp are named on stderr.
+    With `forms` (of `forms_of`) they go to those files instead; `load` is `study_page`'s. What was
+    left out, looks wrong, or lies outside given bounds is named on stderr.
     """
-    from pepr_profiler.report.ranking import ranking_data, render_ranking
-
-    for ranking in rankings:
+    for who, why in study.left_out:
+        click.echo(f"pepr-profile: left out {_line(who)}: {_line(why)}", err=True)
+    for ranking in study.rankings:
+        for doubt in ranking.doubts:
+            click.echo(
+                f"pepr-profile: warning: {len(doubt.names)} of {_counted(ranking.n, ranking.names)}"
+                f" {'runs' if ranking.run_ids else 'rows'} are out of proportion in "
+                f"{_line(doubt.what)}: {_some(doubt.names)}"
+                f"\n  why: {doubt.why}; readings that are wrong set the bounds and flatten every"
+                " other R, so the ranking is also given without them"
+                "\n  fix: check these rows and leave wrong ones out, or fix the bounds with"
+                " --bounds MIN:MAX",
+                err=True,
+            )
         clamped = [n for n, c in zip(ranking.names, ranking.scores.clamped, strict=True) if c]
         if clamped:
             click.echo(
@@ -137,36 +220,99 @@ def publish(
                 + _some(clamped),
                 err=True,
             )
-    if json_file:
-        data = {
-            "schema": 1,
-            "rankings": [ranking_data(ranking) for ranking in rankings],
-            "left_out": [{"run": run, "why": why} for run, why in left_out],
-        }
-        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        if json_file == "-":
-            click.echo(text, nl=False)
-        else:
-            write_text(Path(json_file), text)
-    elif screen:
+    if save_bounds:
+        write_text(save_bounds, json.dumps(study.bounds_data(), indent=2) + "\n")
+        click.echo(f"pepr-profile: wrote {save_bounds}", err=True)
+    for path, form in forms:
+        write_text(path, _as_json(study) if form == "json" else _rendered(study, form, load))
+        click.echo(f"pepr-profile: wrote {path}", err=True)
+    if json_file == "-":
+        click.echo(_as_json(study), nl=False)
+    elif json_file:
+        write_text(Path(json_file), _as_json(study))
+    elif screen and not forms:
         tty = sys.stdout.isatty()
         width = max(60, min(100, shutil.get_terminal_size().columns)) if tty else 80
         color = tty and not os.environ.get("NO_COLOR")
-        screens = [render_ranking(ranking, width=width, color=color) for ranking in rankings]
-        click.echo("\n".join(screens), nl=False, color=color)
+        click.echo("\n".join(_screens(study, width=width, color=color)), nl=False, color=color)
 
 
-def write_text(path: Path, text: str) -> None:
+def _as_json(study: Study) -> str:
+    from pepr_profiler.report.ranking import ranking_data
+
+    data = {
+        "schema": 1,
+        "rankings": [ranking_data(ranking) for ranking in study.rankings],
+        "left_out": [{"run": run, "why": why} for run, why in study.left_out],
+    }
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _rendered(
+    study: Study, form: str, load: Callable[[str], Mapping[str, Any]] | None
+) -> str | bytes:
+    if form == "html":
+        from pepr_profiler.report.html import study_page
+
+        return study_page(study, load=load)
+    if form in ("png", "svg", "pdf"):
+        from pepr_profiler.report.html import study_figure
+
+        return study_figure(study, form)
+    from pepr_profiler.report.export import ranking_table
+
+    return ranking_table(study.rows(), form)
+
+
+def _screens(study: Study, *, width: int, color: bool) -> Iterator[str]:
+    """One a group: its ranking, and again without what looks wrong; or several side by side."""
+    from pepr_profiler.report.ranking import render_ranking, render_side_by_side
+
+    groups: dict[str | None, list[Any]] = {}
+    for ranking in study.rankings:
+        groups.setdefault(ranking.group, []).append(ranking)
+    for rankings in groups.values():
+        if len(rankings) > 1:
+            yield render_side_by_side(rankings, width=width, color=color)
+            continue
+        yield render_ranking(rankings[0], width=width, color=color)
+        if rankings[0].without is not None:
+            screen = render_ranking(rankings[0].without, width=width, color=color)
+            doubtful = sum(len(doubt.names) for doubt in rankings[0].doubts)
+            yield f"Without the {doubtful} that are out of proportion:\n\n{screen}"
+
+
+output_option = click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a file of the form that its extension says: .html, .png, .svg, .pdf, .csv, "
+    ".parquet, .json, .tex (repeatable).",
+)
+
+
+def forms_of(outputs: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Each file of -o with its form. UsageError, before anything is computed, if one cannot be."""
+    from pepr_profiler.report.export import form_of
+
+    return [(path, form_of(path)) for path in outputs]
+
+
+def write_text(path: Path, text: str | bytes) -> None:
     """Write `path` whole or not at all; what is not a regular file (a pipe) is written directly."""
+    data = text.encode() if isinstance(text, str) else text
     try:
         # A rename onto /dev/stdout or a named pipe would replace the device, not fill it.
         if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(data)
             return
         path = path.resolve()  # through a link, so that the link stays one
         draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            draft.write_text(text, encoding="utf-8", newline="")
+            draft.write_bytes(data)
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
@@ -269,7 +415,7 @@ class _Table:
             name = next((column for column in free if not self._is_numeric(column)), None)
         if name is None:
             return [f"row {number}" for number in range(1, len(self.rows) + 1)]
-        return [row[self.index[name]] for row in self.rows]
+        return self.cells(name)
 
     def numbers(self, column: str, labels: Sequence[str]) -> pepr.Floats:
         """The column as (n,) floats; UsageError names the first cell that is no finite number."""
@@ -288,13 +434,16 @@ class _Table:
                 )
         return np.array(values, dtype=np.float64)
 
+    def cells(self, column: str) -> list[str]:
+        return [row[self.index[column]] for row in self.rows]
+
     def groups(self, column: str | None) -> dict[str | None, list[int]]:
         """The row numbers of each value of the column, in the order of the table."""
         if column is None:
             return {None: list(range(len(self.rows)))}
         members: dict[str | None, list[int]] = {}
-        for i, row in enumerate(self.rows):
-            members.setdefault(row[self.index[column]], []).append(i)
+        for i, cell in enumerate(self.cells(column)):
+            members.setdefault(cell, []).append(i)
         return members
 
     def durations(self) -> list[str]:
@@ -313,61 +462,6 @@ class _Table:
     def _is_numeric(self, column: str) -> bool:
         at = self.index[column]
         return all(_number(row[at]) is not None for row in self.rows)
-
-
-def _ranked(
-    column: str,
-    names: list[str],
-    p: pepr.Floats,
-    r: pepr.Floats,
-    *,
-    metric: str,
-    bounds: pepr.Bounds | None,
-    group: str | None,
-) -> Ranking:
-    from pepr_profiler import pepr
-    from pepr_profiler.report.ranking import Ranking
-
-    try:
-        scores = pepr.score(p, r, bounds=bounds, names=names)
-    except UsageError as error:
-        where = column if group is None else f"{column}, group {group!r}"
-        raise UsageError(f"{where}: {error.what}", why=error.why, fix=error.fix) from error
-    return Ranking(
-        label="PePR",
-        of="row",
-        names=tuple(names),
-        metric=metric,
-        resource_name=column,
-        unit="",
-        performance=p,
-        resource=r,
-        scores=scores,
-        bounds_given=bounds is not None,
-        group=group,
-    )
-
-
-def _warn_out_of_proportion(rows: _Table, column: str, labels: list[str]) -> None:
-    """Say which rows' resource per time is far from the others': they may set the bounds."""
-    from pepr_profiler import pepr
-
-    if _DURATION.search(column):
-        return
-    for duration in rows.durations():
-        odd = pepr.out_of_proportion(rows.numbers(column, labels), rows.numbers(duration, labels))
-        if odd is not None:
-            click.echo(
-                f"pepr-profile: warning: {int(odd.sum())} of {len(labels)} rows are out of "
-                f"proportion in {column} per {duration}: "
-                + _some([label for label, is_odd in zip(labels, odd, strict=True) if is_odd])
-                + "\n  why: the others lie together, a factor of 3 or more away; readings that are"
-                " wrong set the bounds and flatten every other R"
-                "\n  fix: check these rows and leave wrong ones out, or fix the bounds with"
-                " --bounds MIN:MAX",
-                err=True,
-            )
-            return
 
 
 def _added(resources: Sequence[str], clamped: bool) -> list[str]:
@@ -389,4 +483,15 @@ def _delimiter(path: Path) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(_line, names[:5])) + more
+
+
+def _line(text: str) -> str:
+    """A name as part of one line of a terminal: nothing that moves its cursor, and not pages."""
+    text = "".join(c if c.isprintable() else "?" for c in text[:201])
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+def _counted(n: Any, names: Sequence[str]) -> int:
+    return len(names) if n is None else int(n.sum())

@@ -58,9 +58,16 @@ def render_live(
     return f"pepr  {clock}  {energy}  {power}  {provenance}"[:width].rstrip()
 
 
-def render_run(summary: Mapping[str, Any], *, width: int = 80, color: bool = False) -> str:
+def render_run(
+    summary: Mapping[str, Any],
+    *,
+    width: int = 80,
+    color: bool = False,
+    curve: Mapping[str, Any] | None = None,
+) -> str:
     """The screen of a run from its summary (DESIGN's contract), without a final line end.
 
+    `curve` are the options of `progress.curve_of`: which metric over the energy, how to read it.
     No line is wider than `width` cells or ends in a space; there are no escape codes unless
     `color`. Names and commands are shown as they are, their control characters made visible.
     """
@@ -70,7 +77,7 @@ def render_run(summary: Mapping[str, Any], *, width: int = 80, color: bool = Fal
         _energy_lines(summary, width),
         _component_lines(energy, width),
         _phase_lines(summary.get("phases") or [], energy, width),
-        _fact_lines(summary, width),
+        _fact_lines(summary, width, curve or {}),
         _saved_lines(summary, width),
     ]
     lines: list[_Line] = []
@@ -315,11 +322,14 @@ def _phase_lines(
     return lines
 
 
-def _fact_lines(summary: Mapping[str, Any], width: int) -> list[_Line]:
+def _fact_lines(
+    summary: Mapping[str, Any], width: int, curve_options: Mapping[str, Any]
+) -> list[_Line]:
     components = summary["energy"].get("components") or []
     facts = [
         ("carbon", _carbon(summary.get("carbon"))),
         ("metrics", _metrics(summary)),
+        *_progress(summary, curve_options),
         ("memory", _memory(summary.get("memory") or {}, components)),
         ("scope", _scope(summary["energy"])),
         ("quality", _quality(summary)),
@@ -375,6 +385,64 @@ def _metrics(summary: Mapping[str, Any]) -> str:
         metrics.pop(performance["metric"], None)
         parts = [f"{performance['metric']} {_number(performance['value'])} (performance)"]
     return ", ".join([*parts, *(f"{name} {_number(value)}" for name, value in metrics.items())])
+
+
+_CURVE_CELLS = 24
+
+
+def _progress(
+    summary: Mapping[str, Any], curve_options: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """The performance over the run's energy as a line of blocks, and where PePR along it is best.
+
+    Without a cohort the bounds are the run's own (`progress.scores_along`).
+    """
+    if not summary.get("progress"):
+        return []
+    from pepr_profiler.progress import best_stop, curve_of
+
+    curve = curve_of(summary, **curve_options)
+    if curve is None or len(curve.t_s) < 2:
+        return []
+    values = [float(value) for value in curve.performance]
+    first, last, text = values[0], values[-1], ""
+    blocks = _curve_line([float(e) for e in curve.energy_j], values, curve.total_j)
+    form = {"one-minus": "1 - {}", "exp-neg": "exp(-{})"}.get(str(curve_options.get("transform")))
+    name = (form or "{}").format(curve.metric)
+    shown = f"{name} {first:.4g} {blocks} {last:.4g} over the energy"
+    if not all(0 <= value <= 1 for value in values):
+        text = (
+            "PePR along it needs a performance from 0 to 1: pepr-profile report --percent, "
+            "or --transform if lower is better"
+        )
+    elif last < first:
+        text = "it falls; if lower is better: pepr-profile report --transform one-minus|exp-neg"
+    elif curve.total_j > 0:
+        stop = best_stop(curve)
+        where = f"after {format_duration(stop.t_s)}"
+        if stop.epoch is not None:
+            where = f"at epoch {stop.epoch:g}"
+        text = (
+            f"PePR is best {where}: stopping there keeps {stop.performance_share:.1%} of the "
+            f"{name} for {stop.energy_share:.0%} of the energy (bounds: 0 … this run's)"
+        )
+        if stop.index == len(values) - 1:
+            text = "PePR is best at the end (bounds: 0 … this run's energy)"
+    return [("progress", shown), ("", text)]
+
+
+def _curve_line(energy_j: Sequence[float], values: Sequence[float], total_j: float) -> str:
+    """The values over the energy in eighth blocks, from lowest to highest; " " before the first."""
+    low, span = min(values), max(values) - min(values)
+    line = ""
+    for cell in range(_CURVE_CELLS):
+        reached = [v for e, v in zip(energy_j, values, strict=True)
+                   if e * _CURVE_CELLS <= total_j * (cell + 1)]  # fmt: skip
+        if not reached:
+            line += " "
+        else:
+            line += _BLOCKS[min(7, int((reached[-1] - low) / span * 8)) if span > 0 else 7]
+    return line
 
 
 def _memory(memory: Mapping[str, Any], components: Iterable[Mapping[str, Any]]) -> str:

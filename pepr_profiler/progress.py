@@ -1,0 +1,273 @@
+"""Performance over resource: what a run had reached when it had spent so much energy.
+
+A summary keeps the instants at which metrics were logged, and the energy up to each (`progress`,
+docs/design.md, Contract). A curve is one metric of them. PePR along it is that of the run as if it
+had been stopped there; its bounds are a cohort's, or 0 and the run's own energy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pepr_profiler import pepr
+
+_COUNTERS = ("epoch", "step")
+"""What says when a metric was logged, and is none itself."""
+
+
+_MOST_POINTS = 200
+"""Instants that are kept of a run: what a figure can show, in 20 kB of run.json."""
+
+
+@dataclass(frozen=True, eq=False)
+class Logged:
+    """Instants `at_ns` (n,) at which metrics were logged, in time order, and what: finite numbers.
+
+    With each stand the epoch and the step that held then. Instants beyond _MOST_POINTS are
+    `left_out`.
+    """
+
+    at_ns: npt.NDArray[np.int64]
+    rows: tuple[Mapping[str, float], ...]
+    left_out: int
+
+    @classmethod
+    def within(
+        cls,
+        logged: Iterable[tuple[int, Mapping[str, Any]]],
+        begin_ns: int,
+        end_ns: int,
+        *,
+        cut: bool,
+    ) -> Logged:
+        """What was logged (in time order) in a window; what came later at its end, unless `cut`.
+
+        The last lines of a program are read after its end, and metrics may be set after it.
+        """
+        counters: dict[str, float] = {}
+        by_instant: dict[int, dict[str, float]] = {}
+        for t_ns, values in logged:
+            if t_ns < begin_ns or (cut and t_ns > end_ns):
+                continue
+            known = {name: x for name, value in values.items() if (x := finite(value)) is not None}
+            counters.update((name, known[name]) for name in _COUNTERS if name in known)
+            row = by_instant.setdefault(min(t_ns, end_ns), {})
+            row.update(counters)
+            row.update(known)
+        instants = [(t_ns, row) for t_ns, row in by_instant.items() if row.keys() - _COUNTERS]
+        kept = sorted(_chosen([row for _, row in instants]))
+        return cls(
+            at_ns=np.array([instants[i][0] for i in kept], dtype=np.int64),
+            rows=tuple(instants[i][1] for i in kept),
+            left_out=len(instants) - len(kept),
+        )
+
+    def columns(self) -> dict[str, list[float | None]]:
+        """A list (n,) for each metric, None where it was not logged."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        return {name: [row.get(name) for row in self.rows] for name in names}
+
+
+def _chosen(rows: Sequence[Mapping[str, float]]) -> set[int]:
+    """Which rows stay, _MOST_POINTS at most, shared among the metrics; the rarest choose first.
+
+    Of a metric's rows in one epoch the last stays. Where that is too many: the last, the highest,
+    the lowest and the first, and others evenly between.
+    """
+    of_metric: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        for name in row.keys() - _COUNTERS:
+            own = of_metric.setdefault(name, [])
+            epoch = row.get("epoch")
+            if own and epoch is not None and rows[own[-1]].get("epoch") == epoch:
+                own[-1] = index
+            else:
+                own.append(index)
+    chosen: set[int] = set()
+    ranked = sorted(of_metric.items(), key=lambda item: (len(item[1]), item[0]))
+    for number, (name, own) in enumerate(ranked):
+        room = (_MOST_POINTS - len(chosen)) // (len(ranked) - number)
+        if len(set(own) - chosen) <= room:
+            chosen.update(own)
+            continue
+        values = [rows[i][name] for i in own]
+        ends = (len(own) - 1, int(np.argmax(values)), int(np.argmin(values)), 0)
+        between = np.linspace(0, len(own) - 1, max(0, room - len(ends))).astype(int)
+        picks = dict.fromkeys([*ends, *(int(i) for i in between)])
+        chosen.update([own[i] for i in picks][:room])
+    return chosen
+
+
+def finite(value: Any) -> float | None:
+    """A finite number as float; None for all else."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Curve:
+    """A run's performance where it was logged; arrays are (n,), in time order, n >= 1.
+
+    `energy_j` is the job's energy from the beginning of the run on, `u_j` its uncertainty (k = 2);
+    `total_j` is that of the whole run. `epoch` is the epoch of each point, NaN if none was logged.
+    """
+
+    run_id: str
+    name: str
+    metric: str
+    t_s: pepr.Floats
+    energy_j: pepr.Floats
+    u_j: pepr.Floats
+    epoch: pepr.Floats
+    performance: pepr.Floats
+    total_j: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """A point of a curve at which the run could have been stopped.
+
+    The shares are fractions of what the run has at the last point (performance), and of its whole
+    energy; `epoch` is None where none was logged.
+    """
+
+    index: int
+    epoch: float | None
+    t_s: float
+    energy_j: float
+    performance: float
+    pepr: float
+    performance_share: float
+    energy_share: float
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Envelope:
+    """The best performance at any energy budget, a step function; arrays are (m,).
+
+    From `energy_j[i]` (included) up to `energy_j[i + 1]` it is `performance[i]`, by the point
+    `point[i]` of the curve `curve[i]`; below `energy_j[0]` no curve has one. Both rise strictly.
+    """
+
+    energy_j: pepr.Floats
+    performance: pepr.Floats
+    curve: npt.NDArray[np.intp]
+    point: npt.NDArray[np.intp]
+
+
+def metric_of(summary: Mapping[str, Any]) -> str | None:
+    """The metric that a run's curve is of unless another is named: its performance, or its only."""
+    progress = summary.get("progress")
+    if not progress:
+        return None
+    performance = summary.get("performance")
+    if performance and performance["metric"] in progress["metrics"]:
+        return str(performance["metric"])
+    names = [name for name in progress["metrics"] if name not in _COUNTERS]
+    return str(names[0]) if len(names) == 1 else None
+
+
+def curve_of(
+    summary: Mapping[str, Any],
+    *,
+    metric: str | None = None,
+    percent: bool = False,
+    transform: str | None = None,
+) -> Curve | None:
+    """A run's curve of `metric`; None where it has none, or its energy is unknown.
+
+    `percent` and `transform` as in `pepr.as_performance`. Values that are no number are left out.
+    Of several values in a row of one epoch the last is the epoch's: ranks that log the same,
+    batches. An epoch that is run again, after a restart, counts again where it was run again.
+    """
+    metric = metric or metric_of(summary)
+    progress = summary.get("progress")
+    if metric is None or not progress or metric not in progress["metrics"]:
+        return None
+    total_j = summary["energy"]["total_j"]
+    if total_j is None or progress["energy_j"] is None:
+        return None
+
+    def column(values: Sequence[float | None]) -> pepr.Floats:
+        return np.array([math.nan if v is None else v for v in values], dtype=np.float64)
+
+    values = column(progress["metrics"][metric])
+    epochs = progress["metrics"].get("epoch")
+    epoch = np.full(len(values), math.nan) if epochs is None else column(epochs)
+    known = np.flatnonzero(np.isfinite(values))
+    if not len(known):
+        return None
+    last = np.append(epoch[known][1:] != epoch[known][:-1], True)  # NaN differs from NaN
+    rows = known[last]
+    return Curve(
+        run_id=str(summary["run_id"]),
+        name=str(summary["name"]),
+        metric=metric,
+        t_s=column(progress["t_s"])[rows],
+        energy_j=column(progress["energy_j"])[rows],
+        u_j=column(progress["u_j"])[rows],
+        epoch=epoch[rows],
+        performance=pepr.as_performance(values[rows], percent=percent, transform=transform),
+        total_j=float(total_j),
+    )
+
+
+def scores_along(curve: Curve, bounds: pepr.Bounds | None = None) -> pepr.Scores:
+    """PePR of the run as if it had been stopped at each point.
+
+    `bounds` are those of a cohort, J. Within one run there is no cohort: R is then the energy so
+    far over all of the run's, so that no run at all has R = 0 and the whole one R = 1. UsageError
+    for a performance outside [0, 1], and a run without energy.
+    """
+    return pepr.score(
+        curve.performance,
+        curve.energy_j,
+        bounds=bounds or (0.0, curve.total_j),
+        names=[f"point {i + 1} of {curve.run_id}" for i in range(len(curve.t_s))],
+    )
+
+
+def best_stop(curve: Curve, bounds: pepr.Bounds | None = None) -> Stop:
+    """Where PePR along a curve is highest, the earliest of equals; see `scores_along`."""
+    scores = scores_along(curve, bounds)
+    best = int(scores.pepr.argmax())
+    final = float(curve.performance[-1])
+    return Stop(
+        index=best,
+        epoch=None if math.isnan(curve.epoch[best]) else float(curve.epoch[best]),
+        t_s=float(curve.t_s[best]),
+        energy_j=float(curve.energy_j[best]),
+        performance=float(curve.performance[best]),
+        pepr=float(scores.pepr[best]),
+        performance_share=float(curve.performance[best]) / final if final else math.nan,
+        energy_share=float(curve.energy_j[best]) / curve.total_j,
+    )
+
+
+def envelope(curves: Sequence[Curve]) -> Envelope:
+    """The best performance that any of the runs had reached within an energy budget.
+
+    Of points that are equal in both the first curve's counts. O(n log n) in the points of all.
+    """
+    if not curves:
+        none = np.empty(0)
+        nowhere = np.empty(0, dtype=np.intp)
+        return Envelope(energy_j=none, performance=none, curve=nowhere, point=nowhere)
+    energy_j = np.concatenate([curve.energy_j for curve in curves])
+    performance = np.concatenate([curve.performance for curve in curves])
+    number = np.repeat(np.arange(len(curves)), [len(curve.t_s) for curve in curves])
+    point = np.concatenate([np.arange(len(curve.t_s)) for curve in curves])
+    order = np.lexsort((-performance, energy_j))  # stable: curves stay in their order
+    best = np.maximum.accumulate(np.concatenate(([-np.inf], performance[order])))
+    rows = order[performance[order] > best[:-1]]
+    return Envelope(
+        energy_j=energy_j[rows],
+        performance=performance[rows],
+        curve=number[rows],
+        point=point[rows],
+    )

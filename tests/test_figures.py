@@ -1,0 +1,147 @@
+"""Figures: what they draw is what was measured, and their SVG fits into a page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from benchmarks.report import gpu_lane, make_run, rapl_lane, rows_of
+from pepr_profiler.report import figures
+from pepr_profiler.summary import Timeline, TimelineComponent, summarise, with_timeline
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 min on 8 GPUs and two sockets, epochs of 10 min."""
+    directory = tmp_path_factory.mktemp("run") / "twenty-minutes"
+    make_run(directory, hours=1 / 3, period_s=0.01)
+    return directory
+
+
+def test_a_timeline_holds_the_energy_of_the_summary(run: Path) -> None:
+    summary, timeline = with_timeline(run)
+
+    assert summary == summarise(run)
+    assert timeline.energy_j[-1] == pytest.approx(summary["energy"]["total_j"], rel=1e-12)
+    assert timeline.u_j[-1] == pytest.approx(summary["energy"]["u_j"], rel=1e-9)
+    assert timeline.energy_j[0] == 0
+    step_s = np.diff(timeline.edges_s)
+    by_id = {c["id"]: c for c in summary["energy"]["components"]}
+    for component in timeline.components:
+        drawn_j = float(np.sum(component.device_w * step_s))
+        assert drawn_j == pytest.approx(by_id[component.id]["device_j"], rel=1e-6)
+
+
+def test_steps_and_bands_are_the_power_that_was_recorded(run: Path) -> None:
+    """Against the lane's own rows: the counter at the edges of a step and of its seconds."""
+    _, timeline = with_timeline(run)
+    lane = rapl_lane(10_000_000)
+    rng = np.random.default_rng(20261122)
+    rows = list(rows_of(lane, 10**15, 1200, rng))
+    t_s = np.concatenate([t for t, _ in rows]) * 1e-9 - 10**6
+    package_uj = np.concatenate([v[0] for _, v in rows])
+    package_uj = np.unwrap(package_uj, period=lane.channels[0].modulus)
+    component = next(c for c in timeline.components if c.id == "cpu:package-0")
+    assert component.low_w is not None and component.high_w is not None
+    for step in (10, 100, 230, 300):
+        begin, end = timeline.edges_s[step : step + 2]
+        drawn_w = np.diff(np.interp([begin, end], t_s, package_uj))[0] * 1e-6 / (end - begin)
+        assert component.device_w[step] == pytest.approx(drawn_w, rel=0.01)
+        seconds = np.arange(np.ceil(begin), np.floor(end) + 1)
+        means_w = np.diff(np.interp(seconds, t_s, package_uj)) * 1e-6
+        assert component.low_w[step] <= means_w.min() * 1.01
+        assert component.high_w[step] >= means_w.max() * 0.99
+
+
+def test_a_gap_is_hatched_and_named() -> None:
+    nothing = np.array([np.nan, np.nan])
+    watts = np.array([10.0, 10.0])
+    parts = {"kind": "gpu", "label": "gpu:0", "provenance": "measured", "in_total": True}
+    whole = TimelineComponent(id="gpu:0", job_w=watts, device_w=watts, low_w=None, high_w=None,
+                              gaps_s=(), **parts)  # fmt: skip
+    torn = TimelineComponent(id="gpu:1", job_w=nothing, device_w=nothing, low_w=None, high_w=None,
+                             gaps_s=((0.5, 1.5),), **parts)  # fmt: skip
+    for component, hatches in ((whole, 0), (torn, 1)):
+        timeline = timeline_of(component)
+        drawn = figures.chart("a", "t", "d", lambda w, t=timeline: figures.power_over_time(t, w))
+        assert drawn.wide.count("<pattern") == hatches
+        assert ("no reading" in drawn.wide) == bool(hatches)
+
+
+def timeline_of(
+    *components: TimelineComponent, phases: tuple[tuple[str, float, float], ...] = ()
+) -> Timeline:
+    return Timeline(
+        edges_s=np.array([0.0, 1.0, 2.0]),
+        components=components,
+        at_s=np.array([0.0, 2.0]),
+        energy_j=np.array([0.0, 20.0]),
+        u_j=np.array([0.0, 1.0]),
+        phases=phases,
+    )
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "$\\frac{1}{0$",
+    "]]>",
+    '" onload="x',
+    "🦜" * 9,
+    "\x00\x07\n",
+    "n" * 10_000,
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_names_stay_text_in_a_figure(name: str) -> None:
+    watts = np.array([1.0, 2.0])
+    component = TimelineComponent(
+        id="x", kind="other", label=name, provenance="measured", in_total=True,
+        job_w=watts, device_w=watts, low_w=None, high_w=None, gaps_s=(),
+    )  # fmt: skip
+    timeline = timeline_of(component, phases=((name, 0.0, 1.0),))
+    for draw in (figures.power_over_time, figures.devices_over_time, figures.energy_over_time):
+        drawn = figures.chart("a", name, name, lambda w, draw=draw: draw(timeline, w))
+        tags = {element.tag.rpartition("}")[2] for element in ET.fromstring(drawn.wide).iter()}
+        assert tags <= {
+            "svg",
+            "g",
+            "defs",
+            "path",
+            "text",
+            "title",
+            "desc",
+            "use",
+            "clipPath",
+            "rect",
+            "style",
+            "pattern",
+        }
+        assert len(drawn.wide) < 60_000
+
+
+def test_svg_of_a_page_has_ids_of_its_own_and_only_the_pages_colours(run: Path) -> None:
+    _, timeline = with_timeline(run)
+    drawn = figures.chart("a", "t", "d", lambda w: figures.power_over_time(timeline, w))
+    wide, narrow = (set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (drawn.wide, drawn.narrow))
+    assert wide and not wide & narrow
+    for svg in (drawn.wide, drawn.narrow):
+        ids = re.findall(r'\bid="([^"]+)"', svg)
+        assert len(ids) == len(set(ids))
+        used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
+        assert used <= set(ids)
+        assert set(re.findall(r"#[0-9a-f]{6}\b", svg)) <= {"#000000"}
+        root = ET.fromstring(svg)
+        assert root.attrib["role"] == "img"
+        assert root.attrib["aria-labelledby"].split()[0] in ids
+
+
+def test_the_lanes_of_the_benchmark_are_what_it_says() -> None:
+    assert len(rapl_lane(1).channels) == 4
+    assert sum(c.quantity == "energy" for c in gpu_lane(1).channels) == 8

@@ -1,0 +1,409 @@
+"""The store: what is listed is what the run directories say, whatever the index holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli import Cli, write_replay
+from sim.permissions import obey_permissions
+
+from pepr_profiler.errors import UsageError
+from pepr_profiler.store import Filter, Store, _map
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was really recorded."""
+    cli = Cli(tmp_path_factory.mktemp("recorded"))
+    spec = write_replay(
+        cli.folder / "m",
+        ["meter power W 1 0 gauge test kind=gpu component=gpu:x"],
+        [(0.0, 50.0)],
+    )
+    cli.measure("--sensor", spec, "--name", "net", "--", "sleep", "0.2")
+    return cli.runs()[0]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def make(store: Store, recorded: Path) -> Make:
+    """Puts a copy of the recorded run into the store, with facts of its own."""
+
+    def copy(name: str, /, **facts: Any) -> Path:
+        directory = store.runs_path / name
+        shutil.copytree(recorded, directory)
+        change(directory, **{"run_id": name, **facts})
+        return directory
+
+    return copy
+
+
+def change(directory: Path, **facts: Any) -> None:
+    """Changes a run.json as another program would: a new file in place of the old one."""
+    path = directory / "run.json"
+    run = {**json.loads(path.read_text()), **facts}
+    draft = directory / "draft"
+    draft.write_text(json.dumps(run))
+    draft.replace(path)
+
+
+def began(day: int) -> str:
+    return f"2026-01-{day:02d}T00:00:00.000+00:00"
+
+
+# --- the index ------------------------------------------------------------------------------------
+
+
+def test_index_tells_nothing_else_than_the_runs_do(store: Store, make: Make) -> None:
+    for day in range(1, 6):
+        make(f"net-{day}", started_at=began(day), metrics={"accuracy": day / 10})
+    fresh = list(store.find())
+    assert store.index_path.exists()
+    assert list(store.find()) == fresh
+    # truth: the files themselves, without our reader
+    for run in fresh:
+        told = json.loads((store.runs_path / run["run_id"] / "run.json").read_text())
+        for key in set(run) - {"energy"}:
+            assert run[key] == told[key], key
+        assert run["energy"]["total_j"] == told["energy"]["total_j"]
+        added = [c for c in told["energy"]["components"] if c["in_total"]]
+        assert [c["id"] for c in run["energy"]["components"]] == [c["id"] for c in added]
+        for component, whole in zip(run["energy"]["components"], added, strict=True):
+            assert component["job_j"] == whole["job_j"]
+            assert component["budget"].items() <= whole["budget"].items()
+            # what a comparison needs of it: what is fixed for the device
+            assert {"gain_j", "offset_j", "model_j"} <= component["budget"].keys()
+
+
+def test_new_changed_and_removed_runs_are_seen_at_once(store: Store, make: Make) -> None:
+    a, b = make("a-1", started_at=began(1)), make("b-1", started_at=began(2))
+    assert store.find().ids == ["a-1", "b-1"]
+    change(a, name="other")
+    shutil.rmtree(b)
+    make("c-1", started_at=began(3))
+    found = store.find()
+    assert [(run["run_id"], run["name"]) for run in found] == [("a-1", "other"), ("c-1", "net")]
+
+
+def test_change_that_leaves_size_and_time_as_they_were_is_seen(store: Store, make: Make) -> None:
+    a = make("a-1", name="one")
+    before = (a / "run.json").stat()
+    assert [run["name"] for run in store.find()] == ["one"]
+    change(a, name="two")
+    os.utime(a / "run.json", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (a / "run.json").stat().st_size == before.st_size
+    assert [run["name"] for run in store.find()] == ["two"]
+
+
+def test_index_of_many_is_not_written_again_for_a_single_new_run(store: Store, make: Make) -> None:
+    for number in range(101):
+        directory = store.runs_path / f"n-{number}"
+        if number == 0:
+            make("n-0")
+            continue
+        directory.mkdir()
+        shutil.copy(store.runs_path / "n-0" / "run.json", directory)
+        change(directory, run_id=directory.name, started_at=began(1 + number % 28))
+    assert len(store.find()) == 101
+    written = store.index_path.stat().st_ino
+    make("late-1")
+    assert len(store.find()) == 102
+    assert store.index_path.stat().st_ino == written
+    make("late-2")
+    assert len(store.find()) == 103
+    assert store.index_path.stat().st_ino != written
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00" * 100,
+        b'{"form":1}',
+        b'{"form":1,"rows":[[1]]}\nnull',
+        b'{"form":2,"rows":[]}',
+        b'{"form":1,"rows":[["a-1",[0,0,0]]]}',
+        b"[]",
+    ],
+)
+def test_damaged_index_costs_nothing_but_time(store: Store, make: Make, content: bytes) -> None:
+    make("a-1")
+    store.find()
+    store.index_path.write_bytes(content)
+    assert store.find().ids == ["a-1"]
+    store.index_path.unlink()
+    store.index_path.mkdir()  # nor can it be written
+    assert store.find().ids == ["a-1"]
+    assert sorted(path.name for path in store.path.iterdir()) == ["index", "runs"]
+
+
+LIST = "import sys; from pathlib import Path; from pepr_profiler.store import Store; "
+
+
+def test_store_that_may_only_be_read_is_listed(store: Store, make: Make) -> None:
+    make("a-1")
+    store.path.chmod(0o555)
+    program = LIST + "print(Store(Path(sys.argv[1])).find().ids)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(store.path)],
+        capture_output=True, text=True, check=True, preexec_fn=obey_permissions,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    store.path.chmod(0o755)
+    assert done.stdout == "['a-1']\n"
+    assert not store.index_path.exists()
+
+
+WRITE = LIST + (
+    "store = Store(Path(sys.argv[1]));\n"
+    "for _ in range(20):\n"
+    "    store.index_path.unlink(missing_ok=True)\n"
+    "    assert len(store.find()) == 8, store.find().ids\n"
+)
+
+
+def test_writers_at_once_never_see_less_than_there_is(store: Store, make: Make) -> None:
+    for number in range(8):
+        make(f"n-{number}", started_at=began(1 + number))
+    command = [sys.executable, "-c", WRITE, str(store.path)]
+    writers = [subprocess.Popen(command, cwd=Path(__file__).parents[1]) for _ in range(4)]
+    assert [writer.wait() for writer in writers] == [0] * 4
+    assert [path.name for path in store.path.iterdir() if path.name[0] == "."] == []
+    assert len(store.find()) == 8
+
+
+def test_draft_of_a_killed_writer_is_swept_up_when_it_is_old(store: Store, make: Make) -> None:
+    make("a-1")
+    old, young = store.path / ".index-host-1-aa.tmp", store.path / ".index-host-2-bb.tmp"
+    for draft in (old, young):
+        draft.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    store.find()
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_calls_that_wait_as_over_a_network_are_done_side_by_side_and_in_order() -> None:
+    names = [str(number) for number in range(64 + 4 * 64)]
+    together = threading.Barrier(4)
+
+    def slow(name: str) -> str:
+        if int(name) < 64:
+            threading.Event().wait(0.001)  # a file server's answer
+        elif int(name) % 64 == 0:
+            together.wait(60)  # passes only where four are under way at once
+        return name * 2
+
+    assert list(_map(slow, names)) == [name * 2 for name in names]
+    assert list(_map(str.upper, ["a", "b"])) == ["A", "B"]
+
+
+# --- filters --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ids"),
+    [
+        ({}, ["a-1", "b-1", "c-1", "d-1"]),
+        ({"experiment": "e"}, ["a-1", "b-1"]),
+        ({"name": "res*"}, ["b-1", "c-1"]),
+        ({"name": "res[!n]*"}, []),
+        ({"host": "node1?"}, ["a-1", "d-1"]),
+        ({"since": began(2)}, ["b-1", "c-1", "d-1"]),
+        ({"until": began(2)}, ["a-1"]),
+        ({"since": began(2), "until": began(3)}, ["b-1"]),
+        ({"state": "failed"}, ["c-1"]),
+        ({"state": "incomplete"}, ["d-1"]),
+        ({"state": "done", "experiment": "e", "name": "resnet"}, ["b-1"]),
+        ({"provenance": "modelled"}, []),
+    ],
+    ids=str,
+)
+def test_filters_pick_what_they_say(
+    store: Store, make: Make, wanted: dict[str, str], ids: list[str]
+) -> None:
+    make("a-1", name="cnn", experiment="e", host="node10", started_at=began(1))
+    make("b-1", name="resnet", experiment="e", host="node20", started_at=began(2))
+    make("c-1", name="resnext", experiment="f", host="node2", started_at=began(3), exit_code=1)
+    make("d-1", name="vit", experiment=None, host="node11", started_at=began(4), complete=False)
+    for _ in ("read", "from the index"):
+        assert store.find(Filter(**wanted)).ids == ids
+
+
+# --- runs from elsewhere --------------------------------------------------------------------------
+
+
+def test_copied_run_just_works_and_is_called_what_its_directory_is(
+    store: Store, make: Make, recorded: Path
+) -> None:
+    make("a-1")
+    shutil.copytree(recorded, store.runs_path / "from-afar")
+    (run,) = [run for run in store.find() if run["run_id"] == "from-afar"]
+    assert store.load("from-a")["run_id"] == "from-afar"
+    assert run["energy"]["total_j"] == store.load("from-afar")["energy"]["total_j"]
+
+
+def test_what_cannot_be_read_is_named_with_its_reason(store: Store, make: Make) -> None:
+    make("good-1")
+    make("again-1", run_id="good-1")
+    change(make("newer-1"), schema=2)
+    (make("torn-1") / "run.json").write_text('{"schema": 1,')
+    (make("bare-1") / "run.json").unlink()
+    change(make("odd-1"), energy={"total_j": "much"})
+    (make("list-1") / "run.json").write_text("[1]")
+    (make("deep-1") / "run.json").write_text("[" * 100_000)
+    (store.runs_path / "empty-1").mkdir()  # one that is being made
+    (store.runs_path / "note.txt").write_text("no run")
+    for _ in ("read", "from the index"):
+        found = store.find()
+        assert found.ids == ["good-1"]
+        why = {bad.run_id: bad.why for bad in found.damaged}
+        assert list(why) == sorted(
+            ["again-1", "bare-1", "deep-1", "list-1", "newer-1", "odd-1", "torn-1"]
+        )
+        assert "good-1" in why["again-1"]
+        assert "schema 2" in why["newer-1"]
+        assert "no run.json" in why["bare-1"]
+        assert "not a summary" in why["odd-1"]
+        assert all(bad.fix for bad in found.damaged)
+    # and one that is repaired is a run again
+    shutil.copy(store.runs_path / "good-1" / "run.json", store.runs_path / "torn-1")
+    change(store.runs_path / "torn-1", run_id="torn-1", host="elsewhere")
+    assert set(store.find().ids) == {"good-1", "torn-1"}
+
+
+def test_original_is_the_run_whatever_its_copy_is_called(store: Store, make: Make) -> None:
+    for copy in ("a-copy", "z-copy"):
+        make(copy, run_id="net-1")
+    make("net-1")
+    found = store.find()
+    assert found.ids == ["net-1"]
+    assert [bad.run_id for bad in found.damaged] == ["a-copy", "z-copy"]
+
+
+@pytest.mark.parametrize(
+    "name", ["<script>alert(1)</script>", "../../etc", "n" * 10_000, "🔋\n\x1b[2J", "\udcff"]
+)
+def test_hostile_names_are_names(store: Store, make: Make, name: str) -> None:
+    make("a-1", name=name, experiment=name, host=name)
+    store.find()
+    (run,) = store.find()
+    kept = name.encode("utf-8", "replace").decode()
+    assert (run["name"], run["experiment"]) in {(name, name), (kept, kept)}
+
+
+def test_directory_name_that_is_no_text_is_listed(store: Store, make: Make) -> None:
+    make("a-1")
+    os.rename(store.runs_path / "a-1", os.fsencode(store.runs_path) + b"/\xff-1")  # noqa: PTH104
+    for _ in range(2):
+        assert len(store.find()) == 1
+
+
+def test_unfinished_run_is_read_again_when_it_has_grown(store: Store, make: Make) -> None:
+    directory = make("a-1", complete=False)
+    assert next(iter(store.find()))["metrics"] == {}
+    begin_ns = json.loads((directory / "run.json").read_text())["recording"]["window_ns"][0]
+    line = {"event": "metrics", "t_ns": begin_ns + 1, "metrics": {"accuracy": 0.5}}
+    (directory / "events-host-1.jsonl").write_text(json.dumps(line) + "\n")
+    assert next(iter(store.find()))["metrics"] == {"accuracy": 0.5}
+
+
+# --- by name --------------------------------------------------------------------------------------
+
+
+def test_run_is_found_by_id_prefix_path_and_as_the_last(store: Store, make: Make) -> None:
+    a, b = make("net-1", started_at=began(2)), make("net-12", started_at=began(1))
+    assert store.directory("net-1") == a  # an id, though another begins with it
+    assert store.directory("net-12") == b
+    assert store.directory(str(a)) == a
+    assert store.directory("last") == a
+    for ref in ("net", "", "..", "../runs", "net-3", "a\0b"):
+        with pytest.raises(UsageError, match=r"ambiguous|no run"):
+            store.directory(ref)
+
+
+def test_last_of_an_empty_store_is_none(store: Store) -> None:
+    with pytest.raises(UsageError, match="no run 'last'"):
+        store.directory("last")
+
+
+# --- removing -------------------------------------------------------------------------------------
+
+
+def test_removed_run_is_gone_and_nothing_else_is(store: Store, make: Make) -> None:
+    make("a-1")
+    make("b-1")
+    store.remove(store.removable("a-1"))
+    assert store.find().ids == ["b-1"]
+    assert [path.name for path in store.runs_path.iterdir()] == ["b-1"]
+
+
+def test_nothing_outside_the_store_can_be_removed(
+    store: Store, make: Make, recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make("a-1")
+    (store.path / "outside").mkdir()
+    shutil.copy(recorded / "run.json", store.path / "outside" / "run.json")
+    shutil.copy(recorded / "run.json", store.runs_path / "run.json")  # runs/ itself looks like one
+    monkeypatch.chdir(store.runs_path)
+    for ref in (str(recorded), "../outside", "../../store/outside", ".", "a-1/..", "..", "/"):
+        with pytest.raises(UsageError):
+            store.remove(store.removable(ref))
+    assert (store.path / "outside" / "run.json").exists()
+    assert (store.runs_path / "a-1" / "run.json").exists()
+    assert recorded.is_dir()
+
+
+def test_of_a_linked_run_only_the_link_is_removed(store: Store, recorded: Path) -> None:
+    store.runs_path.mkdir(parents=True)
+    (store.runs_path / "linked-1").symlink_to(recorded)
+    assert store.find().ids == ["linked-1"]
+    store.remove(store.removable("linked-1"))
+    assert list(store.runs_path.iterdir()) == []
+    assert (recorded / "run.json").exists()
+
+
+def test_run_that_may_still_be_recorded_is_removed_only_by_force(store: Store, make: Make) -> None:
+    # its recorder is this very process
+    facts = json.loads((make("gone-1") / "run.json").read_text())
+    own = {**facts["recording"], "profiler_pid": os.getpid()}
+    live = make("live-1", complete=False, recording=own)
+    # one of another machine, that changed just now, and one that nobody has touched for an hour
+    make("afar-1", complete=False, boot_id="another")
+    old = make("old-1", complete=False, boot_id="another")
+    for path in [live, old, *live.iterdir(), *old.iterdir()]:
+        os.utime(path, (1e9, 1e9))
+    for ref in ("live-1", "afar-1"):
+        with pytest.raises(UsageError, match="may still be recorded"):
+            store.removable(ref)
+        assert store.removable(ref, force=True).is_dir()
+    store.remove(store.removable("old-1"))
+    with pytest.raises(UsageError, match="may still be recorded"):
+        store.set("live-1", facts={"name": "x"})
+
+
+# --- changing -------------------------------------------------------------------------------------
+
+
+def test_name_and_experiment_are_changed_and_the_rest_is_not(store: Store, make: Make) -> None:
+    make("a-1")
+    before = store.load("a-1")
+    store.find()
+    store.set("a-1", facts={"name": "better", "experiment": "late"})
+    assert store.find(Filter(experiment="late", name="better")).ids == ["a-1"]
+    after = store.load("a-1")
+    assert {key for key in after if after[key] != before[key]} == {"name", "experiment"}

@@ -1,0 +1,721 @@
+"""Studies: cohorts of runs and tables; repeats, groups, resources, bounds, doubts, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import pepr_profiler
+from pepr_profiler import pepr
+from pepr_profiler.commands.compare import compare, parse_price
+from pepr_profiler.commands.score import score
+from pepr_profiler.errors import PeprError, TraceError, UsageError
+from pepr_profiler.report.ranking import ranking_data, render_ranking
+from pepr_profiler.study import Study, load, read_bounds
+
+PAPER = Path(__file__).resolve().parents[2] / "shared" / "paper"
+
+
+def energy(
+    total_j: float, *, provenance: str = "measured", u_j: float | None = None
+) -> dict[str, Any]:
+    return {
+        "total_j": total_j,
+        "u_j": total_j / 20 if u_j is None else u_j,
+        "mean_w": total_j / 60,
+        "provenance": provenance,
+        "components": [],
+    }
+
+
+def on_board(board: str, total_j: float, *, gain_j: float, own_j: float) -> dict[str, Any]:
+    """The energy of a run on one board, of k = 1 budget."""
+    budget = {"gain_j": gain_j, "offset_j": 0.0, "model_j": 0.0}
+    component = {
+        "id": f"gpu:{board}",
+        "kind": "gpu",
+        "source": "nvml-energy",
+        "provenance": "measured",
+        "in_total": True,
+        "job_j": total_j,
+        "u_j": None,
+        "budget": budget,
+    }
+    inside = {**component, "id": "cpu:package-0/core", "in_total": False, "budget": None}
+    u_j = 2 * math.hypot(gain_j, own_j)
+    return {**energy(total_j, u_j=u_j), "components": [component, inside]}
+
+
+def run_summary(name: str, seed: int = 1, **changes: Any) -> dict[str, Any]:
+    """What a summary of docs/design.md has, as far as a comparison reads it."""
+    summary: dict[str, Any] = {
+        "schema": 1,
+        "run_id": f"{name}-{seed}",
+        "job": None,
+        "name": name,
+        "experiment": "study",
+        "command": ["python", "train.py", "--seed", str(seed)],
+        "host": "node",
+        "started_at": f"2025-03-01T12:00:{seed:02d}Z",
+        "duration_s": 60.0,
+        "exit_code": 0,
+        "complete": True,
+        "energy": energy(1000.0),
+        "time_s": 60.0,
+        "memory": {"peak_rss_bytes": 2_000_000_000, "gpu_peak_bytes": None},
+        "carbon": {"g_co2e": 4.0},
+        "metrics": {"accuracy": 0.9, "f1": 0.8},
+        "performance": {"metric": "accuracy", "value": 0.9},
+    }
+    return summary | changes
+
+
+def measured(name: str, seed: int, total_j: float, accuracy: float, **changes: Any) -> Any:
+    return run_summary(
+        name,
+        seed,
+        energy=energy(total_j),
+        metrics={"accuracy": accuracy},
+        performance={"metric": "accuracy", "value": accuracy},
+        carbon={"g_co2e": total_j * 1e-4},
+        **changes,
+    )
+
+
+def small_study() -> list[dict[str, Any]]:
+    """Three models: two, three and one runs."""
+    return [
+        measured("small", 1, 990.0, 0.80),
+        measured("small", 2, 1010.0, 0.82),
+        measured("large", 1, 2900.0, 0.90),
+        measured("large", 2, 3000.0, 0.91),
+        measured("large", 3, 3100.0, 0.92),
+        measured("huge", 1, 5000.0, 0.95),
+    ]
+
+
+# --- repeats -------------------------------------------------------------------------------------
+
+
+def test_runs_of_one_name_are_one_row_of_their_means() -> None:
+    # when
+    ranking = Study.from_runs(small_study()).rank()
+    # then bounds, R and PePR are those of the means: 1000, 3000, 5000 J
+    assert ranking.names == ("small", "large", "huge") and ranking.of == "model"
+    assert ranking.n is not None and ranking.n.tolist() == [2, 3, 1]
+    assert ranking.scores.bounds == (1000.0, 5000.0)
+    assert ranking.performance == pytest.approx([0.81, 0.91, 0.95])
+    assert ranking.scores.pepr == pytest.approx([0.81, 0.91 / 1.5, 0.95 / 2])
+    assert ranking.run_ids[0] == ("small-1", "small-2")
+
+
+def test_the_spread_that_one_run_does_not_show_is_unknown_and_said() -> None:
+    ranking = Study.from_runs(small_study()).rank()
+    small, large, huge = ranking_data(ranking)["rows"]
+    assert (small["n"], large["n"], huge["n"]) == (2, 3, 1)
+    assert small["sd_performance"] == pytest.approx(0.02 / math.sqrt(2))
+    assert huge["sd_performance"] is huge["u_performance"] is huge["sd_resource"] is None
+    assert huge["spread_known"] is False and large["spread_known"] is True
+    screen = render_ranking(ranking)
+    assert "0.950 ± ?" in screen and "n = 1: the spread over repeats is unknown" in screen
+
+
+def test_the_uncertainty_of_a_mean_is_student_ts() -> None:
+    # given fixed bounds, in which large's PePR is P / (1 + (r - 1000) / 9000), three seeds whose
+    # P and r rise together, and sensors of no gain and a u below what the seeds scatter
+    runs = small_study()
+    for run in runs:
+        run["energy"]["u_j"] = 1.0
+    large = Study.from_runs(runs, bounds=(1000.0, 10000.0)).rank()
+    # then u is t(2 degrees) s / sqrt(3) of the linearised score of each seed
+    one_r = 1 + 2000 / 9000
+    linear = [
+        p / one_r - 0.91 / one_r**2 * r / 9000
+        for p, r in ((0.90, 2900.0), (0.91, 3000.0), (0.92, 3100.0))
+    ]
+    expected = 4.527 * np.std(linear, ddof=1) / math.sqrt(3)
+    assert large.u_pepr is not None
+    assert large.u_pepr[1] == pytest.approx(expected, rel=1e-3)
+
+
+def test_runs_without_a_name_of_their_own_are_repeats_only_if_their_commands_are() -> None:
+    # given runs that are called as their script is, of two sizes and two seeds each
+    runs = [
+        measured(
+            "train",
+            number,
+            1000.0 * size + seed,
+            0.8,
+            command=["python", "src/train.py", f"--width={size}", "--seed", str(seed)],
+        )
+        for number, (size, seed) in enumerate([(1, 7), (1, 8), (2, 7), (2, 8)])
+    ]
+    # when
+    ranking = Study.from_runs(runs).rank()
+    # then
+    assert ranking.names == ("train --width=1", "train --width=2")
+    assert ranking.n is not None and ranking.n.tolist() == [2, 2]
+    # and a name that was given is believed
+    named = [{**run, "name": "mine"} for run in runs]
+    with pytest.raises(UsageError, match="one row is no cohort"):
+        Study.from_runs(named)
+
+
+@pytest.mark.parametrize("resource", ["energy", "carbon", "cost"])
+def test_runs_on_one_board_share_its_gain_and_others_do_not(resource: str) -> None:
+    # given three runs on board A (4 % gain, 3 J of their own) and one on B; 0.01 g/J
+    boards = [("a", "A", 500.0), ("b", "A", 900.0), ("c", "A", 2000.0), ("d", "B", 1000.0)]
+    runs = [
+        run_summary(
+            name,
+            energy=on_board(board, j, gain_j=0.04 * j, own_j=3.0),
+            carbon={"g_co2e": 0.01 * j},
+        )
+        for name, board, j in boards
+    ]
+    # when
+    study = Study.from_runs(runs, resources=[resource], price=(0.3, "EUR"))
+    # then u is the spread of draws in which each board has one gain for all its runs
+    rng = np.random.default_rng(11)
+    r = np.array([j for _, _, j in boards])
+    gain = rng.normal(1, 0.04, (200_000, 2))[:, [0, 0, 0, 1]]
+    drawn = r * gain + rng.normal(0, 3.0, (200_000, 4))
+    low, high = drawn.min(axis=1, keepdims=True), drawn.max(axis=1, keepdims=True)
+    spread = 2 * (0.9 / (1 + (drawn - low) / (high - low))).std(axis=0)
+    assert study.rank().u_pepr == pytest.approx(spread, rel=0.02, abs=1e-9)
+    relative = np.hypot(0.08 * r, 6.0) / r
+    assert study.rank().u_resource == pytest.approx(relative * study.rank().resource)
+
+
+# --- resources -----------------------------------------------------------------------------------
+
+
+def test_summaries_become_a_ranking() -> None:
+    ranking = Study.from_runs([run_summary("a"), run_summary("b", energy=energy(3000.0))]).rank()
+    assert ranking.names == ("a", "b") and ranking.of == "run"
+    assert (ranking.metric, ranking.resource_name, ranking.unit) == ("accuracy", "energy", "J")
+    assert ranking.resource.tolist() == [1000.0, 3000.0]
+    assert ranking.u_resource == pytest.approx([50.0, 150.0])
+    assert (ranking.label, ranking.provenance) == ("PePR-E", "measured")
+
+
+def test_a_named_metric_replaces_the_runs_own() -> None:
+    runs = [run_summary("a"), run_summary("b", energy=energy(2000.0))]
+    ranking = Study.from_runs(runs, metric="f1").rank()
+    assert ranking.metric == "f1" and ranking.performance.tolist() == [0.8, 0.8]
+
+
+def test_memory_is_the_gpus_where_every_run_has_it_and_says_which() -> None:
+    def with_gpu(name: str, rss: int, gpu: int | None) -> dict[str, Any]:
+        return run_summary(name, memory={"peak_rss_bytes": rss, "gpu_peak_bytes": gpu})
+
+    both = [with_gpu("a", 10, 7_000_000), with_gpu("b", 20, 8_000_000)]
+    some = [*both, with_gpu("c", 30, None)]
+    for runs, asked, name, label, values in (
+        (both, "memory", "GPU memory", "PePR-M", [7e6, 8e6]),
+        (some, "memory", "peak RSS", "PePR-M", [10.0, 20.0, 30.0]),
+        (both, "memory:host", "peak RSS", "PePR-M host", [10.0, 20.0]),
+        (both, "memory:gpu", "GPU memory", "PePR-M gpu", [7e6, 8e6]),
+    ):
+        ranking = Study.from_runs(runs, resources=[asked]).rank()
+        assert (ranking.resource_name, ranking.resource.tolist()) == (name, values)
+        assert ranking.label == label and ranking.u_pepr is None
+    with pytest.raises(UsageError, match="no peak memory is known of c-1"):
+        Study.from_runs(some, resources=["memory:gpu"])
+
+
+def test_cost_carbon_and_logged_numbers_are_resources() -> None:
+    runs = [
+        run_summary(
+            name,
+            energy=energy(j),
+            carbon={"g_co2e": j / 1000},
+            metrics={"accuracy": 0.9, "parameters": j * 7},
+        )
+        for name, j in (("a", 3.6e6), ("b", 7.2e6))
+    ]
+    study = Study.from_runs(runs, resources=["cost", "carbon", "parameters"], price=(0.3, "EUR"))
+    cost, carbon, parameters = study.rankings
+    assert cost.resource == pytest.approx([0.3, 0.6]) and cost.unit == "EUR"
+    assert carbon.resource == pytest.approx([3600.0, 7200.0]) and carbon.unit == "g"
+    assert carbon.u_resource == pytest.approx([180.0, 360.0])
+    assert parameters.resource == pytest.approx([3.6e6 * 7, 7.2e6 * 7])
+    assert [r.label for r in study.rankings] == ["PePR-cost", "PePR-C", "PePR-parameters"]
+
+
+@pytest.mark.parametrize(
+    ("text", "price"),
+    [("0.3", (0.3, "")), ("0.30EUR", (0.3, "EUR")), ("2 kr", (2.0, "kr")), ("€.31", (0.31, "€"))],
+)
+def test_a_price_has_a_currency(text: str, price: tuple[float, str]) -> None:
+    assert parse_price(text) == price
+
+
+@pytest.mark.parametrize("text", ["EUR", "-1EUR", "1,5", "nan", "€1€", "1e400", ""])
+def test_a_price_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--price"):
+        parse_price(text)
+
+
+# --- groups --------------------------------------------------------------------------------------
+
+
+def two_experiments() -> list[dict[str, Any]]:
+    return [
+        measured("a", 1, 1000.0, 0.9, experiment="digits"),
+        measured("b", 1, 2000.0, 0.9, experiment="digits"),
+        measured("a", 2, 10.0, 0.5, experiment="iris", host="other"),
+        measured("b", 2, 30.0, 0.6, experiment="iris", host="other"),
+        measured("lonely", 1, 5.0, 0.6, experiment="one"),
+    ]
+
+
+def test_each_experiment_is_a_cohort_of_its_own_and_what_is_none_is_named() -> None:
+    study = Study.from_runs(two_experiments())
+    assert study.bounds == {
+        ("digits", "energy"): (1000.0, 2000.0),
+        ("iris", "energy"): (10.0, 30.0),
+    }
+    assert [who for who, _ in study.left_out] == ["one, by energy"]
+    assert study.rank(group="iris").scores.pepr.tolist() == [0.5, 0.3]
+
+
+def test_runs_of_many_experiments_are_one_cohort_when_asked_for() -> None:
+    study = Study.from_runs(two_experiments(), group="none")
+    assert study.rank().names == ("a", "b", "lonely") and study.rank().group is None
+    by_host = Study.from_runs(two_experiments(), group="host")
+    assert [ranking.group for ranking in by_host.rankings] == ["node", "other"]
+    with pytest.raises(UsageError, match="cannot be grouped by 'luck'"):
+        Study.from_runs(two_experiments(), group="luck")
+
+
+# --- doubts --------------------------------------------------------------------------------------
+
+
+def paper_columns(name: str) -> dict[str, list[str]]:
+    import csv
+
+    path = PAPER / f"{name}.csv"
+    if not path.exists():
+        pytest.skip(f"the paper's table is not beside the repository: {path}")
+    with path.open(newline="") as file:
+        table = list(csv.DictReader(file))
+    return {column: [row[column] for row in table] for column in table[0]}
+
+
+@pytest.mark.parametrize(("dataset", "wrong"), [("derma_pt", 0), ("pneumonia_small", 35)])
+def test_the_papers_wrong_energies_are_named_and_ranked_without(dataset: str, wrong: int) -> None:
+    columns = paper_columns(dataset)
+    numbers = {c: np.array(columns[c], dtype=float) for c in ("test_09", "energy", "train_time")}
+    # when
+    study = Study.from_table(
+        {**numbers, "model": columns["model"]}, performance="test_09", resources=["energy"],
+        name="model", time="train_time",
+    )  # fmt: skip
+    # then named are the rows of a power (energy in kWh is of ten epochs) that no such server draws
+    watts = numbers["energy"] * 3.6e6 / (10 * numbers["train_time"])
+    impossible = {m for m, w in zip(columns["model"], watts, strict=True) if w > 1500}
+    assert len(impossible) == wrong
+    ranking = study.rank()
+    named = {name for doubt in ranking.doubts for name in doubt.names}
+    assert named == impossible
+    assert len(ranking.names) == 131  # the ranking that was asked for has them
+    if not wrong:
+        assert ranking.without is None
+        return
+    # and the one without them has the bounds and the scores of the rest
+    rest = watts <= 1500
+    alone = pepr.score(numbers["test_09"][rest], numbers["energy"][rest])
+    assert ranking.without is not None and len(ranking.without.names) == 96
+    assert ranking.without.scores.pepr.tolist() == alone.pepr.tolist()
+    assert sum(row["doubtful"] for row in study.rows()) == 35
+
+
+def test_a_run_of_impossible_power_is_named_and_the_ranking_given_both_ways() -> None:
+    # given 12 models of two seeds at 200 W, one run of which reads 30 times its energy
+    runs = []
+    for model in range(12):
+        for seed in range(2):
+            seconds = 60.0 * (model + 1) + seed
+            faulty = (model, seed) == (4, 1)
+            watts = 6000.0 if faulty else 200.0
+            runs.append(measured(f"m{model}", seed, seconds * watts, 0.9, time_s=seconds))
+    # when
+    ranking = Study.from_runs(runs).rank()
+    # then
+    (doubt,) = ranking.doubts
+    assert doubt.names == ("m4-1",) and ranking.names[doubt.rows[0]] == "m4"
+    assert doubt.what == "energy per time" and "6.000 kW" in doubt.why and "200.0 W" in doubt.why
+    assert ranking.scores.bounds[1] == pytest.approx((300 * 200 + 301 * 6000) / 2)
+    without = ranking.without
+    assert without is not None and without.scores.bounds[1] == pytest.approx(720.5 * 200)
+    assert without.n is not None and without.n[without.names.index("m4")] == 1
+    data = ranking_data(ranking)
+    assert data["doubts"][0]["names"] == ["m4-1"]
+    assert data["without_doubtful"]["bounds"]["max"] == pytest.approx(720.5 * 200)
+
+
+# --- bounds of another study ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    for run in small_study():
+        stored(tmp_path, run)
+    return tmp_path
+
+
+def stored(store: Path, run: dict[str, Any], **changes: Any) -> None:
+    """A finished run on disk."""
+    whole = {
+        "boot_id": "b",
+        "clock": [{"t_ns": 1, "unix_ns": 2}, {"t_ns": 60_000_000_001, "unix_ns": 60_000_000_002}],
+        "phases": [],
+        "sampler": {"cpu_s": 0.1, "samples": 10, "dropped": 0, "late": 0, "rate_hz": {}},
+        "missing": [],
+        "warnings": [],
+    }
+    directory = store / "runs" / run["run_id"]
+    directory.mkdir(parents=True)
+    (directory / "run.json").write_text(json.dumps({**whole, **run, **changes}))
+
+
+def run_compare(*args: object) -> Result:
+    return CliRunner().invoke(compare, [str(arg) for arg in args], catch_exceptions=True)
+
+
+def compared(*args: object) -> dict[str, Any]:
+    result = run_compare(*args, "--json", "-")
+    assert result.exit_code == 0, result.exception
+    data: dict[str, Any] = json.loads(result.stdout)
+    return data
+
+
+def test_a_new_model_is_scored_against_a_saved_study(store: Path, tmp_path: Path) -> None:
+    # given the bounds of a study
+    file = tmp_path / "study.json"
+    first = compared("--store", store, "--save-bounds", file)
+    saved = json.loads(file.read_text())
+    assert saved["made_at"] and saved["bounds"][0]["n"] == 3
+    assert (saved["bounds"][0]["unit"], saved["bounds"][0]["provenance"]) == ("J", "measured")
+    # when one model alone is compared within them, and another that is outside
+    new = tmp_path / "new"
+    stored(new, measured("new", 1, 4000.0, 0.93))
+    stored(new, measured("giant", 1, 9000.0, 0.98))
+    (ranking,) = compared("--store", new, "--bounds-from", file)["rankings"]
+    # then the bounds are the study's, and what is outside is clamped and flagged
+    assert ranking["bounds"] == {
+        **{key: first["rankings"][0]["bounds"][key] for key in ("min", "max")},
+        "set_by": "given",
+        "source": "study.json",
+    }
+    assert [(row["name"], row["pepr"], row["clamped"]) for row in ranking["rows"]] == [
+        ("new", pytest.approx(0.93 / 1.75), False),
+        ("giant", pytest.approx(0.98 / 2), True),
+    ]
+    screen = run_compare("--store", new, "--bounds-from", file)
+    assert "(of study.json)" in screen.stdout and "giant" in screen.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--resource", "time"], "study.json has no bounds of time"),
+        (["--bounds", "1:2"], "both --bounds and --bounds-from"),
+        (["--resource", "energy,time", "--bounds", "1:2"], "both --bounds and --bounds-from"),
+    ],
+)
+def test_bounds_of_something_else_are_refused(
+    store: Path, tmp_path: Path, arguments: list[str], what: str
+) -> None:
+    file = tmp_path / "study.json"
+    compared("--store", store, "--save-bounds", file)
+    result = run_compare("--store", store, "--bounds-from", file, *arguments)
+    assert isinstance(result.exception, UsageError) and result.exception.fix
+    assert what in result.exception.what and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"unit": "kWh"}, "bounds of energy in kWh"),
+        ({"name": "GPU memory"}, "bounds of GPU memory"),
+        ({"provenance": "modelled"}, "bounds of modelled energies, these are measured"),
+    ],
+)
+def test_bounds_in_another_unit_or_of_another_kind_are_refused(
+    store: Path, tmp_path: Path, changed: dict[str, Any], what: str
+) -> None:
+    file = tmp_path / "study.json"
+    compared("--store", store, "--save-bounds", file)
+    saved = json.loads(file.read_text())
+    saved["bounds"][0].update(changed)
+    file.write_text(json.dumps(saved))
+    with pytest.raises(UsageError, match=what):
+        Study.from_store(store, bounds=read_bounds(file))
+    if "provenance" in changed:  # asked for by name
+        asked = Study.from_store(store, bounds=read_bounds(file), mix_provenance=True)
+        assert asked.rank().bounds_given
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"kind": "pepr-bounds", "schema": 2}', '{"kind": "pepr-bounds"}',
+             '{"kind": "pepr-bounds", "schema": 1, "bounds": [{}]}', "\x00"]
+)  # fmt: skip
+def test_a_file_without_bounds_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "study.json"
+    file.write_text(text)
+    with pytest.raises(UsageError) as refused:
+        read_bounds(file)
+    assert refused.value.why and refused.value.fix
+    with pytest.raises(UsageError, match=r"none\.json"):
+        read_bounds(tmp_path / "none.json")
+
+
+def test_one_run_alone_is_scored_within_bounds() -> None:
+    ranking = Study.from_runs([measured("a", 1, 2000.0, 0.9)], bounds=(1000.0, 3000.0)).rank()
+    assert ranking.scores.pepr.tolist() == [0.6]
+    # u(R) = 100 J / 2000 J, u(PePR) = 0.9 u(R) / 1.5^2
+    assert ranking.u_pepr is not None and ranking.u_pepr[0] == pytest.approx(0.02)
+    assert "0.600 ± 0.020" in render_ranking(ranking)
+
+
+def test_bounds_of_a_grouped_study_go_to_the_group_of_their_name(tmp_path: Path) -> None:
+    study = Study.from_runs(two_experiments())
+    file = tmp_path / "study.json"
+    file.write_text(json.dumps(study.bounds_data()))
+    again = Study.from_runs(two_experiments()[:4], bounds=read_bounds(file))
+    assert again.bounds == study.bounds
+    with pytest.raises(UsageError, match="no bounds of energy for a cohort without a group"):
+        Study.from_runs(two_experiments()[:2], bounds=read_bounds(file))
+    named = Study.from_runs(two_experiments()[2:4], bounds=read_bounds(file), group="experiment")
+    assert named.rank().scores.bounds == (10.0, 30.0)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_several_resources_are_one_table_a_row_a_model(store: Path) -> None:
+    result = run_compare("--store", store, "--resource", "energy,carbon", "--resource", "cost",
+                         "--price", "0.3EUR")  # fmt: skip
+    assert result.exit_code == 0, result.exception
+    heading = next(line for line in result.stdout.splitlines() if line.startswith("  #"))
+    assert heading.split() == ["#", "model", "accuracy", "PePR-E", "PePR-C", "PePR-cost"]
+    assert len([line for line in result.stdout.splitlines() if " large " in line]) == 1
+    free = run_compare("--store", store, "--resource", "energy,cost")
+    assert isinstance(free.exception, UsageError) and "--price" in free.exception.fix
+    # and one that all models took alike is missing, and said to be
+    alike = run_compare("--store", store, "--resource", "energy,time")
+    assert "left out the ranking by time: all resources are equal" in alike.stderr
+    assert alike.stdout.startswith("PePR-E   3 models")
+
+
+def test_transforms_are_declared_and_recorded(tmp_path: Path) -> None:
+    for name, total_j, error in (("a", 1000.0, 20.0), ("b", 2000.0, 10.0)):
+        stored(tmp_path, measured(name, 1, total_j, error))
+    (ranking,) = compared("--store", tmp_path, "--percent", "--transform", "one-minus")["rankings"]
+    assert (ranking["percent"], ranking["transform"]) == (True, "one-minus")
+    assert [row["performance"] for row in ranking["rows"]] == pytest.approx([0.8, 0.9])
+    refused = run_compare("--store", tmp_path).exception
+    assert isinstance(refused, UsageError) and "--percent" in refused.fix
+
+
+def test_hostile_names_stay_text_on_the_screen_and_whole_in_the_data(tmp_path: Path) -> None:
+    names = [
+        "<script>alert(1)</script>",
+        "../../etc/passwd",
+        "x" * 10_000,
+        "😀" * 40,
+        "a\nb\x1b[2J",
+    ]
+    for i, name in enumerate(names):
+        run = measured("m", i, 1000.0 * (i + 1), 0.9)
+        stored(tmp_path, {**run, "name": name})
+    stored(tmp_path, {**measured("m", 9, 1.0, 0.9), "name": "bad\x1b[2J" * 99, "exit_code": 3})
+    result = run_compare("--store", tmp_path)
+    assert result.exit_code == 0, result.exception
+    for line in result.stdout.splitlines():
+        assert sum(2 if ord(c) > 0x2E80 else 1 for c in line) <= 80
+    assert "\x1b" not in result.stdout + result.stderr
+    assert max(map(len, result.stderr.splitlines())) < 500
+    rows = compared("--store", tmp_path)["rankings"][0]["rows"]
+    assert {row["name"] for row in rows} == set(names)
+
+
+def test_score_checks_against_the_column_of_time_and_averages_repeats(tmp_path: Path) -> None:
+    # given 10 sound rows at 200 and one at 4000 per unit of "took"
+    table = tmp_path / "t.csv"
+    rows = [f"m{i // 2},0.9,{(i + 1) * (4000 if i == 6 else 200)},{i + 1}" for i in range(11)]
+    table.write_text("model,acc,joules,took\n" + "\n".join(rows) + "\n")
+    columns = [str(table), "--performance", "acc", "--resource", "joules"]
+    silent = CliRunner().invoke(score, columns)
+    assert "out of proportion" not in silent.stderr
+    # when
+    both = CliRunner().invoke(score, [*columns, "--time", "took"])
+    assert "1 of 11 rows are out of proportion in joules per took: m3" in both.stderr
+    assert "Without the 1 that are out of proportion" in both.stdout
+    repeats = CliRunner().invoke(score, [*columns, "--repeats", "--json", "-"])
+    data = json.loads(repeats.stdout)["rankings"][0]["rows"]
+    assert {row["name"]: row["n"] for row in data}["m0"] == 2 and len(data) == 6
+    refused = CliRunner().invoke(score, [*columns, "--repeats", "-o", str(tmp_path / "o.csv")])
+    assert isinstance(refused.exception, UsageError)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_runs_that_cannot_be_ranked_are_left_out_by_name() -> None:
+    study = Study.from_runs(
+        [
+            run_summary("ok"),
+            run_summary("fine", energy=energy(2000.0)),
+            run_summary("crashed", exit_code=139),
+            run_summary("killed", complete=False, exit_code=None),
+            run_summary("shot", exit_code=None, signal=9),
+            run_summary("future", schema=2),
+            {"run_id": "odd", "schema": 1},
+        ]
+    )
+    assert study.rank().names == ("ok", "fine")
+    why = dict(study.left_out)
+    assert "signal 9" in why["shot-1"]
+    assert "139" in why["crashed-1"] and "incomplete" in why["killed-1"]
+    assert "update pepr-profiler" in why["future-1"]
+    assert "no summary" in why["odd"]
+
+
+def test_a_run_given_twice_counts_once_and_two_of_one_id_count_twice() -> None:
+    run, other = run_summary("a"), run_summary("b", energy=energy(2000.0))
+    same = Study.from_runs([run, dict(run), other]).rank()
+    assert same.n is not None and same.n.tolist() == [1, 1]
+    elsewhere = {**run, "host": "another", "energy": energy(1100.0)}
+    two = Study.from_runs([run, elsewhere, other]).rank()
+    assert two.n is not None and two.n.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("runs", "options", "what", "fix"),
+    [
+        (
+            [run_summary("a"), run_summary("b", energy=energy(9.0, provenance="modelled"))],
+            {},
+            "measured and modelled energies",
+            "--mix-provenance",
+        ),
+        (
+            [run_summary("a"), run_summary("b", metrics={}, performance=None)],
+            {},
+            "no performance is known of b-1",
+            "pepr-profile runs set b-1 accuracy=0.91",
+        ),
+        ([run_summary("a")], {"metric": "auc"}, "no auc is known of a-1", "set a-1 auc=0.91"),
+        (
+            [run_summary("a", metrics={"f1": None})],
+            {"metric": "f1"},
+            "no f1 is known of a-1",
+            "set a-1 f1=0.91",
+        ),
+        (
+            [run_summary("a"), run_summary("b", performance={"metric": "f1", "value": 0.8})],
+            {},
+            "not the same metric",
+            "--metric accuracy",
+        ),
+        ([run_summary("a", carbon=None)], {"resources": ["carbon"]}, "no carbon", "--region"),
+        (
+            [run_summary("a", memory={"peak_rss_bytes": None, "gpu_peak_bytes": None})],
+            {"resources": ["memory"]},
+            "no peak memory is known of a-1",
+            "--resource energy",
+        ),
+        ([run_summary("a")], {"resources": ["luck"]}, "no resource 'luck'", "--resource"),
+        ([run_summary("a")], {"resources": ["memory:luck"]}, "no resource", "--resource"),
+        ([run_summary("a")], {"resources": ["cost"]}, "needs the price", "--price"),
+        ([run_summary("a")], {}, "one row is no cohort", "--bounds"),
+        (
+            [measured("a", 1, 1.0, 0.5), measured("a", 2, 1.0, 1.4), measured("b", 1, 2.0, 0.5)],
+            {},
+            r"performance outside \[0, 1\] in a \(1.4\)",
+            "--percent",
+        ),
+        ([run_summary("a", exit_code=1)], {}, "no run to compare", "pepr-profile runs"),
+        ([], {}, "no run to compare", "pepr-profile runs"),
+    ],
+)
+def test_runs_that_may_not_be_compared_are_refused(
+    runs: list[dict[str, Any]], options: dict[str, Any], what: str, fix: str
+) -> None:
+    with pytest.raises(UsageError, match=what) as refused:
+        Study.from_runs(runs, **options)
+    assert refused.value.why and fix in refused.value.fix
+
+
+def test_mixed_provenance_is_compared_when_asked_for_and_never_matters_for_time() -> None:
+    runs = [
+        run_summary("a"),
+        run_summary("b", energy=energy(9.0, provenance="modelled"), time_s=90.0),
+    ]
+    assert Study.from_runs(runs, mix_provenance=True).rank().provenance == "mixed"
+    assert Study.from_runs(runs, resources=["time"]).rank().resource.tolist() == [60.0, 90.0]
+
+
+# --- in code -------------------------------------------------------------------------------------
+
+
+def test_a_run_is_loaded_by_id_directory_file_or_as_it_is(store: Path, tmp_path: Path) -> None:
+    by_id = pepr_profiler.load("large-2", store=store)
+    assert by_id["name"] == "large" and by_id["energy"]["total_j"] == 3000.0
+    directory = store / "runs" / "large-2"
+    assert load(directory) == load(directory / "run.json") == load(by_id) == by_id
+    with pytest.raises(UsageError, match="no run"):
+        load("none", store=store)
+    with pytest.raises(UsageError, match="no summary"):
+        load({"schema": 3})
+    (tmp_path / "text.json").write_text("not JSON")
+    with pytest.raises(PeprError, match=r"text\.json"):
+        load(tmp_path / "text.json")
+    stored(store, run_summary("future"), schema=9)
+    with pytest.raises(TraceError, match="schema"):
+        load("future-1", store=store)
+
+
+def test_a_study_of_a_store_has_flat_rows_for_a_data_frame(store: Path) -> None:
+    study = pepr_profiler.Study.from_store(store, experiment="study")
+    rows = study.rows()
+    assert [row["name"] for row in rows] == ["small", "large", "huge"]
+    assert all(set(row) == set(rows[0]) for row in rows)
+    assert all(
+        value is None or isinstance(value, str | int | float | bool)
+        for row in rows
+        for value in row.values()
+    )
+    assert rows[0]["resource_key"] == "energy" and rows[0]["unit"] == "J"
+    assert study.scores[None, "energy"].bounds == study.bounds[None, "energy"] == (1000.0, 5000.0)
+    with pytest.raises(UsageError, match="no ranking by time"):
+        study.rank("time")
+
+
+def test_a_table_of_arrays_is_a_study() -> None:
+    columns = {"acc": np.array([0.8, 0.9, 0.7]), "j": [1.0, 2.0, 3.0], "set": ["x", "x", "y"]}
+    study = Study.from_table(columns, performance="acc", resources=["j"])
+    assert study.rank().names == ("row 1", "row 2", "row 3")
+    assert study.rank().scores.pepr.tolist() == [0.8, 0.6, 0.35]
+    with pytest.raises(UsageError, match="j, group 'y': one row is no cohort"):
+        Study.from_table(columns, performance="acc", resources=["j"], group="set")
+
+
+def test_importing_the_package_does_not_import_what_a_study_needs() -> None:
+    code = (
+        "import sys, pepr_profiler; assert 'numpy' not in sys.modules; "
+        "pepr_profiler.Study, pepr_profiler.load, pepr_profiler.score; "
+        "assert 'rich' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
