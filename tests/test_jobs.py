@@ -39,7 +39,8 @@ def part(
         "others_j": (1 - job - idle) * device_j, "idle_w": 10.0, "job_idle_j": 1.0,
         "u_j": 0.1 * job * device_j, "mean_w": device_j / (end_s - begin_s), "max_w": 1.0,
         "trace_w": [wave.energy_j(at, at + step_s) / step_s for at in edges],
-        "budget": {"gain_j": 0.05 * job * device_j}, "cross_check": None,
+        "budget": {"gain_j": 0.05 * job * device_j, "offset_j": 0.0, "model_j": 0.0},
+        "cross_check": None,
     }  # fmt: skip
 
 
