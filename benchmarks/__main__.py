@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.common import ROOT
 
-NAMES = ("startup", "sampler", "marks", "footprint", "accuracy")
+NAMES = ("startup", "sampler", "marks", "footprint", "accuracy", "daemon")
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ VERBS = {
     "score": "Rank the rows of any table by PePR.",
     "runs": "List recorded runs, set their metrics.",
     "sensors": "Say what can be measured here, and why the rest cannot.",
+    "daemon": "Read root's counters for all users of this machine.",
 }
 
 

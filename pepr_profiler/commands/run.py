@@ -158,7 +158,7 @@ def run(
         store=store,
         sensors=sensors,
         period_ns=parse_duration(period) if period else None,
-        overhead=_share_of(overhead),
+        overhead=share_of(overhead),
         intensity=intensity_of(region, carbon_intensity),
         pue=pue,
         cpu_power=cpu_power,
@@ -288,7 +288,7 @@ def _show(summary: dict[str, Any], *, json_file: str | None, quiet: bool) -> Non
             show(summary, file=sys.stderr)
 
 
-def _share_of(text: str) -> float:
+def share_of(text: str) -> float:
     """0.5% or 0.005 as a fraction. Raises UsageError for what is none in (0, 1]."""
     number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
     try:
