@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <pybind11/pybind11.h>
@@ -12,6 +14,8 @@
 #include <sys/prctl.h>
 
 #include "clock.h"
+#include "privileges.h"
+#include "ring.h"
 #include "sampler.h"
 #include "thin.h"
 
@@ -19,6 +23,7 @@ namespace py = pybind11;
 using pepr::Budget;
 using pepr::Channel;
 using pepr::Note;
+using pepr::RingView;
 using pepr::Sampler;
 
 namespace {
@@ -34,7 +39,38 @@ py::bytes to_bytes(const T* data, std::size_t count) {
     return {reinterpret_cast<const char*>(data), count * sizeof(T)};
 }
 
-py::object read_batch(Sampler& sampler) {
+// Another process's ring, from the last row that began before `since_ns`.
+class RingReader {
+public:
+    RingReader(int fd, std::int64_t since_ns) : ring_(fd), cursor_(ring_.find(since_ns)) {}
+    std::size_t width() const noexcept { return ring_.width(); }
+    std::size_t read(const RingView::Columns& out) noexcept {
+        return ring_.read(cursor_, out, lost);
+    }
+    // The newest row, seen by nobody's cursor.
+    std::size_t latest(const RingView::Columns& out) const noexcept {
+        std::uint64_t cursor = ring_.head(), passed = 0;
+        if (cursor == 0) return 0;
+        --cursor;
+        return ring_.read(cursor, out, passed);
+    }
+    std::uint64_t lost = 0;
+
+private:
+    RingView ring_;
+    std::uint64_t cursor_;
+};
+
+py::object latest_row(const RingReader& reader) {
+    std::int64_t t_ns = 0, read_ns = 0;
+    std::vector<double> values(reader.width());
+    if (reader.latest({&t_ns, &read_ns, values.data(), 1}) == 0) return py::none();
+    return py::make_tuple(t_ns, values);
+}
+
+// Of a Sampler or a RingReader: both have rows of `width` numbers and a cursor.
+template <typename Source>
+py::object read_batch(Source& sampler) {
     const std::size_t width = sampler.width();
     std::vector<std::int64_t> t_ns(kBatchRows), read_ns(kBatchRows);
     std::vector<double> values(kBatchRows * width);
@@ -167,13 +203,17 @@ PYBIND11_MODULE(_core, m) {
     py::class_<Sampler>(m, "Sampler",
                         "One lane: one driver, read by its own thread into its own ring.")
         .def(py::init([](std::string spec, std::int64_t period_ns, bool learn,
-                         std::shared_ptr<Budget> budget) {
+                         std::shared_ptr<Budget> budget,
+                         std::optional<std::pair<std::int64_t, double>> coarse, bool relinquish) {
                  if (period_ns <= 0) throw py::value_error("period_ns must be positive");
+                 std::optional<pepr::Coarse> how;
+                 if (coarse) how = pepr::Coarse{coarse->first, coarse->second};
                  return std::make_unique<Sampler>(std::move(spec), period_ns, learn,
-                                                  std::move(budget));
+                                                  std::move(budget), how, relinquish);
              }),
              py::arg("spec"), py::arg("period_ns"), py::arg("learn") = false,
-             py::arg("budget") = nullptr)
+             py::arg("budget") = nullptr, py::arg("coarse") = py::none(),
+             py::arg("relinquish") = false)
         .def(
             "wait_ready",
             [](const Sampler& s, double timeout_s) { return s.wait_ready(to_ns(timeout_s)); },
@@ -181,12 +221,26 @@ PYBIND11_MODULE(_core, m) {
         .def(
             "stop", [](Sampler& s, double timeout_s) { return s.stop(to_ns(timeout_s)); },
             py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>())
-        .def("read", &read_batch)
+        .def("share", &Sampler::share, py::arg("coarse") = false)
+        .def("read", &read_batch<Sampler>)
         .def("stats", &stats_of)
         .def_property_readonly("state", &state_name)
         .def_property_readonly("channels", &Sampler::channels)
         .def_property_readonly("notes", &Sampler::notes);
 
+    py::class_<RingReader>(m, "RingReader", "The ring of another process, read-only.")
+        .def(py::init<int, std::int64_t>(), py::arg("fd"), py::arg("since_ns"))
+        .def("read", &read_batch<RingReader>)
+        .def("latest", &latest_row)
+        .def_property_readonly("width", &RingReader::width)
+        .def_readonly("lost", &RingReader::lost);
+
+    m.def("keep_capabilities", &pepr::keep_capabilities, py::arg("mask"),
+          "Leaves this thread those of its capabilities that are in the mask.");
+    m.def("keep_across_setuid", &pepr::keep_across_setuid, py::arg("keep"),
+          "Whether a change of the user keeps the permitted capabilities (prctl 8).");
+    m.def("forbid_privileges", &pepr::forbid_privileges,
+          "Nothing that is executed from here on gains a privilege (prctl 24, 38).");
     m.def("now_ns", &pepr::now_ns, "CLOCK_MONOTONIC in ns, as time.monotonic_ns().");
     m.def("thin", &thin_columns, py::arg("columns"), py::arg("rules"), py::arg("whole") = 0,
           "The rows of a recording that must be kept, see thin.h.");

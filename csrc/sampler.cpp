@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <exception>
+#include <stdexcept>
 
 #include <linux/futex.h>
 #include <pthread.h>
@@ -11,6 +12,7 @@
 
 #include "cadence.h"
 #include "clock.h"
+#include "privileges.h"
 
 namespace pepr {
 
@@ -40,12 +42,19 @@ void wake_all(std::atomic<std::uint32_t>& word) noexcept {
 }  // namespace
 
 struct Sampler::Shared {
-    Shared(std::string spec_, std::int64_t period, bool learns, std::shared_ptr<Budget> budget)
-        : spec(std::move(spec_)), period_ns(period), learn(learns), throttle(std::move(budget)) {}
+    Shared(std::string spec_, std::int64_t period, bool learns, std::shared_ptr<Budget> budget,
+           std::optional<Coarse> coarse_, bool relinquish_)
+        : spec(std::move(spec_)),
+          period_ns(period),
+          learn(learns),
+          relinquish(relinquish_),
+          coarse(coarse_),
+          throttle(std::move(budget)) {}
 
     const std::string spec;
     const std::int64_t period_ns;
-    const bool learn;
+    const bool learn, relinquish;
+    const std::optional<Coarse> coarse;
     Throttle throttle;  // the thread's alone
     std::atomic<std::uint32_t> state{static_cast<std::uint32_t>(State::kOpening)};
     std::atomic<std::uint32_t> stop{0};
@@ -55,7 +64,8 @@ struct Sampler::Shared {
     std::atomic<std::int64_t> cpu_ns{0}, refresh_ns{0}, gap_ns{0};
     // Written by the thread before `state` leaves kOpening (release), read after (acquire).
     std::unique_ptr<Sensor> sensor;
-    std::unique_ptr<Ring> ring;
+    std::unique_ptr<Ring> ring, coarse_ring;
+    std::unique_ptr<Coarsener> coarsener;
     std::exception_ptr error;
 
     State now_in() const noexcept {
@@ -74,9 +84,13 @@ struct Sampler::Shared {
         std::vector<double> row;
         try {
             sensor = open_sensor(spec);
+            if (relinquish) keep_capabilities(0);
             row.assign(sensor->channels().size(), kUnknown);
-            const auto rows = std::clamp(kRingNs / period_ns, kMinRows, kMaxRows);
-            ring = std::make_unique<Ring>(row.size(), static_cast<std::size_t>(rows));
+            ring = make_ring(period_ns);
+            if (coarse) {
+                coarse_ring = make_ring(std::max(period_ns, coarse->period_ns));
+                coarsener = std::make_unique<Coarsener>(sensor->channels(), *coarse);
+            }
         } catch (...) {
             error = std::current_exception();
             enter(State::kFailed);
@@ -85,6 +99,11 @@ struct Sampler::Shared {
         Cadence cadence(sensor->channels(), period_ns);
         loop(row, learn && cadence.watches() ? &cadence : nullptr);
         enter(State::kStopped);
+    }
+
+    std::unique_ptr<Ring> make_ring(std::int64_t gap_ns) const {
+        const auto rows = std::clamp(kRingNs / gap_ns, kMinRows, kMaxRows);
+        return std::make_unique<Ring>(sensor->channels().size(), static_cast<std::size_t>(rows));
     }
 
     void loop(std::vector<double>& row, Cadence* cadence) noexcept {
@@ -96,6 +115,9 @@ struct Sampler::Shared {
             sensor->poll(row.data());
             const std::int64_t end_ns = now_ns();
             ring->push(begin_ns, end_ns - begin_ns, row.data());
+            if (coarsener != nullptr)
+                if (const double* told = coarsener->take(begin_ns, row))
+                    coarse_ring->push(begin_ns, end_ns - begin_ns, told);
             count(row, begin_ns - deadline_ns, wait_ns);
             if (throttle.read(end_ns)) meter(end_ns);
             if (first) {
@@ -157,8 +179,9 @@ struct Sampler::Shared {
 };
 
 Sampler::Sampler(std::string spec, std::int64_t period_ns, bool learn,
-                 std::shared_ptr<Budget> budget)
-    : shared_(std::make_shared<Shared>(std::move(spec), period_ns, learn, std::move(budget))),
+                 std::shared_ptr<Budget> budget, std::optional<Coarse> coarse, bool relinquish)
+    : shared_(std::make_shared<Shared>(std::move(spec), period_ns, learn, std::move(budget), coarse,
+                                       relinquish)),
       owner_pid_(::getpid()) {
     thread_.emplace([shared = shared_] { shared->run(); });
 }
@@ -213,6 +236,11 @@ const Sampler::Shared& Sampler::opened() const {
 const std::vector<Channel>& Sampler::channels() const { return opened().sensor->channels(); }
 const std::vector<Note>& Sampler::notes() const { return opened().sensor->notes(); }
 std::size_t Sampler::width() const { return opened().ring->width(); }
+int Sampler::share(bool coarse) const {
+    const Shared& shared = opened();
+    if (coarse && !shared.coarse_ring) throw std::logic_error("this lane is not told coarsely");
+    return (coarse ? shared.coarse_ring : shared.ring)->share();
+}
 std::size_t Sampler::read(const Ring::Columns& out) {
     return opened().ring->read(cursor_, out, lost_);
 }

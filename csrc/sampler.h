@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "budget.h"
+#include "coarse.h"
 #include "ring.h"
 #include "sensor.h"
 
@@ -34,9 +35,12 @@ public:
     };
 
     // `learn`: read when the numbers are refreshed, at period_ns only until that is known; else
-    // every period_ns, whatever they do. The budget stretches either.
+    // every period_ns, whatever they do. The budget stretches either. `coarse`: what is read is
+    // also told coarsely, in a second ring. `relinquish`: the thread gives up every capability that
+    // it was started with as soon as the sensor is open.
     Sampler(std::string spec, std::int64_t period_ns, bool learn = false,
-            std::shared_ptr<Budget> budget = nullptr);
+            std::shared_ptr<Budget> budget = nullptr, std::optional<Coarse> coarse = {},
+            bool relinquish = false);
     ~Sampler();
     Sampler(const Sampler&) = delete;
     Sampler& operator=(const Sampler&) = delete;
@@ -54,6 +58,7 @@ public:
     const std::vector<Note>& notes() const;
     std::size_t read(const Ring::Columns& out);
     std::size_t width() const;
+    int share(bool coarse) const;  // a reader's descriptor of the ring, or of the coarse one
     Stats stats() const noexcept;
 
 private:

@@ -51,6 +51,23 @@ def place(root: Path = Path("/")) -> Place:
     )
 
 
+def is_denied(why: str) -> bool:
+    """Whether only permission is missing, by the reason that a driver gives."""
+    return why.startswith(_DENIED)
+
+
+def detect_lasting(sysfs: Path = Path("/sys")) -> tuple[str, ...]:
+    """As `detect`, for a reader that may be restarted: counters that go on without it come first.
+
+    perf counts from when it is opened, so that a restart loses what was used meanwhile; powercap
+    shows the processor's own counter. Who is asking has privileges, so permission does not count.
+    """
+    zones = {domain for domain, _ in _zones(sysfs)}
+    rapl = "perf" if not zones and _perf_offers(sysfs) else "powercap"
+    hwmon = _hwmon_specs(sysfs, cpu_covered="package" in zones)
+    return ("nvml", _spec(rapl, sysfs), *hwmon)
+
+
 def detect(sysfs: Path = Path("/sys")) -> tuple[str, ...]:
     """The specs that a recording should open here; none is opened that only repeats another.
 
@@ -91,7 +108,7 @@ def remedy(spec: str, *, what: str, why: str, fix: str, where: Place) -> dict[st
     `what`, `why` and `fix` are the driver's, which knows the file but not who is asking.
     """
     kind, _, path = spec.partition(":")
-    if why.startswith(_DENIED):
+    if is_denied(why):
         fix = _permit(kind, fix, where)
     elif not path:  # a place that was named by hand is checked by hand
         why, fix = _provide(kind, why, fix, where)
@@ -102,11 +119,16 @@ def remedy(spec: str, *, what: str, why: str, fix: str, where: Place) -> dict[st
 
 def _permit(kind: str, fix: str, where: Place) -> str:
     if not where.container:
+        # The daemon first: what is opened to all is open to everybody's side channels too.
+        if kind in ("perf", "powercap") and not where.root:
+            return f"sudo pepr-profile daemon (or, to open it to everybody: {fix})"
         return fix
     return {
         "perf": "docker run --cap-add PERFMON --security-opt seccomp=unconfined …, or on the host: "
         "sudo sysctl kernel.perf_event_paranoid=0",
         "nvml": "docker run --gpus all …, as a user who may open /dev/nvidia*",
+        "powercap": "on the host: sudo pepr-profile daemon, and docker run "
+        f"-v /run/pepr-profiler:/run/pepr-profiler … (or, to open it to everybody: {fix})",
         "processes": "docker run --cap-add PERFMON …, and on the host: "
         "sudo sysctl kernel.perf_event_paranoid=2",
     }.get(kind, f"on the host: {fix}")

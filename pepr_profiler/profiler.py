@@ -19,10 +19,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pepr_profiler import _core
-from pepr_profiler.detect import detect, place, remedy, with_process_lists
+from pepr_profiler.detect import detect, is_denied, place, remedy, with_process_lists
 from pepr_profiler.errors import SensorError, TraceError, UsageError
 from pepr_profiler.following import Targets, hold
 from pepr_profiler.neighbours import Neighbours, cuda_environments, last_pids, run_around
+from pepr_profiler.node import Node, RemoteLane
 from pepr_profiler.store import Store, recorder_lives
 from pepr_profiler.trace import EventWriter, Lane, LaneWriter, describe, read_run, write_json
 
@@ -125,16 +126,17 @@ class Recorder:
         self._on_gpu: dict[str, set[int]] = {}
         specs = [*with_process_lists(options.sensors or detect()), f"processes:{root}"]
         budget = _core.Budget(options.overhead)
-        self._samplers = {
+        self._node = Node()
+        self._samplers: dict[str, _core.Sampler | RemoteLane] = {
             name: _core.Sampler(
                 spec,
                 self._period_ns(spec),
                 learn=self._learns(spec),
                 budget=budget if options.period_ns is None or _kind(spec) in _OWN_PERIOD else None,
             )
-            for name, spec in _lane_names(specs)
+            for name, spec in lane_names(specs)
         }
-        self._specs = dict(_lane_names(specs))
+        self._specs = dict(lane_names(specs))
 
     # --- the life of a recording ---
 
@@ -156,6 +158,7 @@ class Recorder:
                     "the run starts without it",
                     "it joins when it is ready; NVIDIA: sudo nvidia-smi -pm 1",
                 )
+        self._node.announce(self.directory.name)
 
     def begin(self, t_ns: int) -> None:
         """The measured window begins; from here on the run is on disk."""
@@ -226,6 +229,8 @@ class Recorder:
                     "see dmesg for its driver",
                 )
         self.flush()
+        for warning in self._node.close():
+            self.add_warning(*warning)
         if self._neighbours is not None:
             self._neighbours.end()
         if self._root == "self":  # a program may choose its GPUs inside the block
@@ -282,6 +287,7 @@ class Recorder:
             sampler.stop(_STOP_TIMEOUT_S)
         for writer in self._writers.values():
             writer.close()
+        self._node.close()
         if self.directory != Path():
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -345,7 +351,7 @@ class Recorder:
         kind = _kind(spec)
         if self.options.period_ns is not None and kind not in _OWN_PERIOD:
             return self.options.period_ns
-        return _PERIOD_NS.get(kind, _OTHER_PERIOD_NS)
+        return base_period_ns(spec)
 
     def _ready(self, name: str, timeout_s: float) -> bool:
         """False: still opening. A sensor that failed is removed, or raised if it was asked for."""
@@ -354,14 +360,19 @@ class Recorder:
             if not sampler.wait_ready(timeout_s):
                 return False
         except SensorError as error:
+            if self._through_daemon(name):
+                return True
             asked = self.options.sensors or (self.attached and name == "processes")
             if asked and not self._window_ns[0]:
                 raise
             spec = self._specs[name]
             del self._samplers[name]
             # Without a driver its energy is missing, and that is said once.
-            if spec.replace("nvml-processes", "nvml") in (spec, *self._living_specs()):
+            told = spec.replace("nvml-processes", "nvml") in (spec, *self._living_specs())
+            if told and not self._node.covers(spec):
                 self._add_missing(name, error)
+            return True
+        if any(is_denied(note.why) for note in sampler.notes) and self._through_daemon(name):
             return True
         for note in sampler.notes:
             self._add_missing(name, note)
@@ -369,6 +380,15 @@ class Recorder:
 
     def _living_specs(self) -> list[str]:
         return [self._specs[name] for name in self._samplers]
+
+    def _through_daemon(self, name: str) -> bool:
+        """Reads through the node's daemon what we may not read; False if it does not, either."""
+        lane = self._node.lane(self._specs[name], named=bool(self.options.sensors))
+        if lane is None:
+            return False
+        self._samplers[name].stop(_STOP_TIMEOUT_S)
+        self._samplers[name], self._specs[name] = lane, lane.spec
+        return True
 
     def _add_missing(self, name: str, part: SensorError | _core.Note) -> None:
         spec = self._specs[name]
@@ -382,7 +402,10 @@ class Recorder:
             self._ready(name, 0.0)
             return False
         spec = self._specs[name]
-        lane = Lane(name, spec, self._period_ns(spec), describe(sampler.channels))
+        period_ns = self._period_ns(spec)
+        if isinstance(sampler, RemoteLane):
+            period_ns = sampler.period_ns
+        lane = Lane(name, spec, period_ns, describe(sampler.channels))
         try:
             self._writers[name] = LaneWriter(self.directory, lane)
         except OSError as error:
@@ -457,6 +480,7 @@ class Recorder:
                 **self._around,
                 "exit": self._exit,
                 "sampler": self._sampler_facts,
+                "daemon": self._node.facts(),
                 "warnings": self.warnings,
             },
         }
@@ -505,7 +529,12 @@ def _kind(spec: str) -> str:
     return spec.partition(":")[0]
 
 
-def _lane_names(specs: Sequence[str]) -> list[tuple[str, str]]:
+def base_period_ns(spec: str) -> int:
+    """How often a sensor is read until its refreshes are known."""
+    return _PERIOD_NS.get(_kind(spec), _OTHER_PERIOD_NS)
+
+
+def lane_names(specs: Sequence[str]) -> list[tuple[str, str]]:
     """A lane is called after its driver; a second one of the same kind gets a number."""
     names: list[tuple[str, str]] = []
     for spec in specs:

@@ -142,7 +142,8 @@ class LaneWriter:
             self._give_up()
         else:
             self._attempt(self._main.finish)
-            self._tail.remove()
+            with suppress(OSError):  # left behind it does no harm: a reader drops what it has seen
+                self._tail.remove()
         self._main.close()
         self._tail.close()
 

@@ -26,6 +26,7 @@
 #include "budget.h"
 #include "cadence.h"
 #include "clock.h"
+#include "coarse.h"
 #include "ring.h"
 #include "sampler.h"
 #include "sensor.h"
@@ -34,6 +35,7 @@ namespace fs = std::filesystem;
 using pepr::kNsPerS;
 using pepr::now_ns;
 using pepr::Ring;
+using pepr::RingView;
 using pepr::Sampler;
 
 namespace {
@@ -79,7 +81,7 @@ private:
 // A reader that checks every row it gets: whole, in order, with gaps exactly where rows were lost.
 class Reader {
 public:
-    Reader(const Ring& ring, std::size_t stride)
+    Reader(const RingView& ring, std::size_t stride)
         : ring_(ring),
           stride_(stride),
           t_ns_(stride),
@@ -104,7 +106,7 @@ public:
     bool torn = false, order_broken = false;
 
 private:
-    const Ring& ring_;
+    const RingView& ring_;
     std::size_t stride_;
     std::vector<std::int64_t> t_ns_, read_ns_;
     std::vector<double> values_;
@@ -220,6 +222,98 @@ void ring_drops_what_is_overwritten_during_a_copy() {
     CHECK(dropped_in_part > 0);
     CHECK(!reader.torn && !reader.order_broken);
     CHECK(reader.read_count + reader.lost == pushed);
+}
+
+// Runs `work` in a forked child; whether it returned true.
+bool holds_in_a_child(const std::function<bool()>& work) {
+    const pid_t child = ::fork();
+    if (child == 0) ::_exit(work() ? 0 : 1);
+    int status = -1;
+    CHECK(::waitpid(child, &status, 0) == child);
+    return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+void ring_is_read_whole_by_another_process() {
+    constexpr int kRows = 200'000;
+    Ring ring(5, 256);
+    const int fd = ring.share();
+    std::thread thread([&] {
+        Producer producer(ring);
+        producer.push(kRows);
+    });
+    CHECK(holds_in_a_child([fd] {
+        const RingView view(fd);
+        Reader reader(view, 100);
+        const std::int64_t end_ns = now_ns() + 60 * kNsPerS;
+        while (reader.read_count + reader.lost < kRows && now_ns() < end_ns) reader.read();
+        return !reader.torn && !reader.order_broken && reader.read_count >= 256 &&
+               reader.read_count + reader.lost == kRows;
+    }));
+    thread.join();
+    ::close(fd);
+}
+
+void ring_that_is_shared_cannot_be_changed_by_its_readers() {
+    Ring ring(1, 64);
+    Producer producer(ring);
+    const int fd = ring.share(), again = ring.share();
+    CHECK(fd != again);
+    const std::string path = "/proc/self/fd/" + std::to_string(fd);
+    const int writable = ::open(path.c_str(), O_RDWR | O_CLOEXEC);  // root may, by its mode
+    for (const int each : {fd, again, writable}) {
+        if (each < 0) continue;
+        CHECK(::pwrite(each, "x", 1, 0) < 0);
+        CHECK(::ftruncate(each, 0) != 0 && ::ftruncate(each, 1 << 20) != 0);
+        ::close(each);
+    }
+    producer.push(3);  // what was mapped before stays writable
+    Reader reader(ring, 64);
+    CHECK(reader.read() == 3 && !reader.torn);
+}
+
+void ring_finds_the_row_that_an_instant_lies_in() {
+    Ring ring(1, 64);
+    CHECK(ring.find(5) == 0);  // nothing is there
+    const double value = 0;
+    for (std::int64_t t_ns = 10; t_ns <= 500; t_ns += 10) ring.push(t_ns, 1, &value);
+    CHECK(ring.find(9) == 0);
+    CHECK(ring.find(10) == 0);
+    CHECK(ring.find(19) == 0);
+    CHECK(ring.find(20) == 1);
+    CHECK(ring.find(1000) == 49);
+    for (std::int64_t t_ns = 510; t_ns <= 2000; t_ns += 10) ring.push(t_ns, 1, &value);
+    CHECK(ring.find(2000) == 199);
+    CHECK(ring.find(1955) == 194);
+    CHECK(ring.find(0) >= 200 - 64 && ring.find(0) <= 200 - 64 + 4);  // the oldest that is safe
+}
+
+void coarse_energy_telescopes_and_comes_seldom() {
+    std::vector<pepr::Channel> channels(2);
+    channels[0].quantity = "energy";
+    channels[0].scale = 1e-6;
+    channels[1].quantity = "power";
+    pepr::Coarsener coarsener(channels, {10 * kMs, 0.1});
+    std::mt19937_64 random(3);
+    double energy_uj = 12'345'678'901, first_uj = -1, last_uj = 0, begin_uj = 0;
+    std::int64_t last_ns = -1;
+    int told = 0;
+    for (std::int64_t t_ns = 0; t_ns < 3 * kNsPerS; t_ns += kMs / 2) {
+        energy_uj += static_cast<double>(random() % 100'000);
+        const double* row = coarsener.take(t_ns, {energy_uj, 7.5});
+        if (row == nullptr) continue;
+        CHECK(last_ns < 0 || t_ns - last_ns >= 10 * kMs);
+        CHECK(std::fmod(row[0], 100'000) == 0 && row[0] <= energy_uj &&
+              energy_uj - row[0] < 100'000);
+        CHECK(row[1] == 7.5);
+        if (first_uj < 0) first_uj = row[0], begin_uj = energy_uj;
+        last_ns = t_ns;
+        last_uj = row[0];
+        CHECK(std::abs((last_uj - first_uj) - (energy_uj - begin_uj)) < 100'000);
+        ++told;
+    }
+    CHECK(told == 300);
+    const double* unknown = coarsener.take(4 * kNsPerS, {pepr::kUnknown, 1});
+    CHECK(unknown != nullptr && std::isnan(unknown[0]));
 }
 
 // --- the cadence ------------------------------------------------------------------------------
@@ -631,6 +725,50 @@ void sampler_forgets_no_deadline() {
     CHECK(stats.cpu_ns > 0 && stats.cpu_ns < rows.t_ns.back() - rows.t_ns.front());
 }
 
+void sampler_tells_others_coarsely_and_from_the_same_reads() {
+    const Folder folder;
+    std::string text = "channel\ta/energy\tenergy\tJ\t0.001\t0\tcounter\treplay\n";
+    for (int i = 0; i < 5000; ++i)
+        text += std::to_string(0.001 * i) + "\t" + std::to_string(37 * i) + "\n";
+    const std::string spec = "replay:" + folder.write("ramp", text);
+    Sampler sampler(spec, kMs, false, nullptr, pepr::Coarse{10 * kMs, 0.5});
+    CHECK(sampler.wait_ready(10 * kNsPerS));
+    while (sampler.stats().samples < 300) std::this_thread::yield();
+    CHECK(sampler.stop(10 * kNsPerS));
+    std::vector<std::int64_t> t_ns[2], read_ns(4096);
+    std::vector<double> values[2];
+    for (const int coarse : {0, 1}) {
+        const int fd = sampler.share(coarse == 1);
+        const RingView view(fd);
+        ::close(fd);
+        t_ns[coarse].resize(4096);
+        values[coarse].resize(4096);
+        std::uint64_t cursor = 0, lost = 0;
+        const std::size_t rows = view.read(
+            cursor, {t_ns[coarse].data(), read_ns.data(), values[coarse].data(), 4096}, lost);
+        CHECK(lost == 0 && rows > 0);
+        t_ns[coarse].resize(rows);
+    }
+    CHECK(t_ns[0].size() == sampler.stats().samples && t_ns[1].size() <= t_ns[0].size() / 2);
+    std::size_t fine = 0;
+    for (std::size_t i = 0; i < t_ns[1].size(); ++i) {
+        CHECK(i == 0 || t_ns[1][i] - t_ns[1][i - 1] >= 10 * kMs);
+        while (fine < t_ns[0].size() && t_ns[0][fine] < t_ns[1][i]) ++fine;
+        CHECK(fine < t_ns[0].size() && t_ns[0][fine] == t_ns[1][i]);
+        CHECK(values[1][i] == std::floor(values[0][fine] / 500) * 500);
+    }
+    // a lane without a coarse ring has none to give: never the fine one instead
+    Sampler open(spec, kMs);
+    CHECK(open.wait_ready(10 * kNsPerS));
+    bool refused = false;
+    try {
+        open.share(true);
+    } catch (const std::logic_error&) {
+        refused = true;
+    }
+    CHECK(refused);
+}
+
 void sampler_counts_what_is_unknown() {
     const Folder folder;
     const std::string path =
@@ -865,6 +1003,10 @@ constexpr Test kTests[] = {
     TEST(ring_without_channels_still_tells_times),
     TEST(ring_gives_whole_rows_to_slow_readers_of_a_fast_producer),
     TEST(ring_drops_what_is_overwritten_during_a_copy),
+    TEST(ring_is_read_whole_by_another_process),
+    TEST(ring_that_is_shared_cannot_be_changed_by_its_readers),
+    TEST(ring_finds_the_row_that_an_instant_lies_in),
+    TEST(coarse_energy_telescopes_and_comes_seldom),
     TEST(cadence_reads_just_after_each_refresh),
     TEST(cadence_holds_against_jitter_about_a_clock),
     TEST(cadence_learns_anew_when_a_sensor_changes_its_pace),
@@ -883,6 +1025,7 @@ constexpr Test kTests[] = {
     TEST(sampler_takes_its_last_sample_at_once),
     TEST(sampler_stopped_before_it_is_open_still_samples_once),
     TEST(sampler_forgets_no_deadline),
+    TEST(sampler_tells_others_coarsely_and_from_the_same_reads),
     TEST(sampler_counts_what_is_unknown),
     TEST(sampler_that_never_opens_is_given_up_in_time),
     TEST(sampler_left_behind_outlives_its_owner),

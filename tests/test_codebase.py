@@ -33,7 +33,7 @@ RANKS = (
         "tenants",
     ),
     ("attribution", "pepr"),
-    ("progress", "summary", "jobs", "store", "study", "detect", "profiler"),
+    ("progress", "summary", "jobs", "store", "study", "detect", "node", "profiler"),
     ("daemon", "integrations", "report"),
     ("commands",),
     ("__init__", "__main__"),
@@ -48,7 +48,7 @@ PEERS = {
     "summary": {"progress"},
     "store": {"summary"},
     "study": {"jobs", "store"},
-    "profiler": {"summary", "store", "detect"},
+    "profiler": {"summary", "store", "detect", "node"},
 }
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
@@ -137,16 +137,26 @@ def test_native_files_include_only_what_they_may_see() -> None:
         "file.h": set[str](),
         "sensor.h": set[str](),
         "ring.h": set[str](),
+        "ring.cpp": {"ring.h"},
+        "coarse.h": {"sensor.h"},
+        "privileges.h": set[str](),
         "cadence.h": {"sensor.h"},
         "cadence.cpp": {"cadence.h"},
         "budget.h": set[str](),
         "budget.cpp": {"budget.h", "cadence.h"},
         "thin.h": set[str](),
         "thin.cpp": {"thin.h"},
-        "sampler.h": {"sensor.h", "ring.h", "budget.h"},
-        "sampler.cpp": {"sampler.h", "sensor.h", "ring.h", "clock.h", "cadence.h"},
+        "sampler.h": {"sensor.h", "ring.h", "budget.h", "coarse.h"},
+        "sampler.cpp": {
+            "sampler.h",
+            "sensor.h",
+            "ring.h",
+            "clock.h",
+            "cadence.h",
+            "privileges.h",
+        },
         "registry.cpp": {"sensor.h"},
-        "bindings.cpp": {"sampler.h", "sensor.h", "ring.h", "clock.h", "thin.h"},
+        "bindings.cpp": {"sampler.h", "sensor.h", "ring.h", "clock.h", "thin.h", "privileges.h"},
     }
     for path in NATIVE:
         of_sensors = path.parent.name == "sensors"
@@ -169,10 +179,16 @@ def test_only_the_bindings_know_python_and_only_nvml_its_driver() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["pepr_profiler", "pepr_profiler.commands.run", "pepr_profiler.profiler"]
+    "module",
+    [
+        "pepr_profiler",
+        "pepr_profiler.commands.run",
+        "pepr_profiler.profiler",
+        "pepr_profiler.daemon.server",
+    ],
 )
 def test_import_is_light(module: str) -> None:
-    """These are loaded before the child starts, or by the program that is measured."""
+    """These are loaded before the child starts, by the program that is measured, or for ever."""
     heavy = ["numpy", "rich", "nanoarrow", "torch", "pyarrow"]
     program = f"import sys, {module}; print(*(name for name in {heavy} if name in sys.modules))"
     done = subprocess.run(

@@ -12,7 +12,7 @@ from sim.powercap import Tree, Zone, two_socket_server
 from sim.sysfs import Event, grace, hwmon_chip, perf_tree, why_no_tsc
 
 from pepr_profiler import _core
-from pepr_profiler.detect import Place, detect, place, remedy
+from pepr_profiler.detect import Place, detect, detect_lasting, place, remedy
 from pepr_profiler.errors import SensorError
 
 BuildTree = Callable[..., Tree]
@@ -99,6 +99,21 @@ def test_powercap_alone_and_nothing_at_all_are_both_tried(
         assert kinds(detect(perf_tree(tmp_path / "vm", ()))) == ["nvml", "powercap"]
 
 
+def test_a_reader_that_may_be_restarted_prefers_counters_that_go_on_without_it(
+    tmp_path: Path, powercap_sim: BuildTree
+) -> None:
+    tree = powercap_sim(*two_socket_server())
+    both = perf_tree(sysfs_of(tree), BOTH)
+    for key in tree.zones:
+        (tree.path(key) / "energy_uj").chmod(0)  # it has privileges that are not looked at
+    hwmon_chip(both, "amd_energy", {"energy1_input": 1})
+    hwmon_chip(both, "amdgpu", {"power1_average": 1}, device="0000:03:00.0")
+    assert kinds(detect_lasting(both)) == ["nvml", "powercap", "hwmon"]
+    # perf where there is nothing else, and then what says why there is nothing
+    assert kinds(detect_lasting(perf_tree(tmp_path / "perf", BOTH))) == ["nvml", "perf"]
+    assert kinds(detect_lasting(tmp_path / "none")) == ["nvml", "powercap"]
+
+
 def test_hwmon_is_opened_for_devices_that_nothing_else_covers(
     tmp_path: Path, powercap_sim: BuildTree
 ) -> None:
@@ -182,10 +197,12 @@ def test_a_denied_zone_is_unlocked_where_it_is_locked(powercap_sim: BuildTree) -
     file = tree.where / "*" / "energy_uj"  # all of them: the class folder lists zones flat
     with obeying_permissions():
         error = error_of(tree.spec)
-    assert told(tree.spec, error)["fix"] == f"sudo chmod o+r {file}"
+    fix = told(tree.spec, error)["fix"]
+    assert fix == f"sudo pepr-profile daemon (or, to open it to everybody: sudo chmod o+r {file})"
     assert told(tree.spec, error, root=True)["fix"] == f"chmod o+r {file}"
     boxed = told(tree.spec, error, root=True, container=True)
-    assert boxed["fix"] == f"on the host: sudo chmod o+r {file}"
+    assert boxed["fix"].startswith("on the host: sudo pepr-profile daemon, and docker run -v")
+    assert boxed["fix"].endswith(f"sudo chmod o+r {file})")
     assert boxed["why"].startswith("Permission denied")
 
 
@@ -197,7 +214,8 @@ def test_denied_counting_is_unlocked_by_its_switch(tmp_path: Path) -> None:
     with without_perf():
         error = error_of(spec)
     switch = "sysctl kernel.perf_event_paranoid=0"
-    assert told(spec, error)["fix"] == f"sudo {switch}"
+    fix = told(spec, error)["fix"]
+    assert fix == f"sudo pepr-profile daemon (or, to open it to everybody: sudo {switch})"
     assert told(spec, error, root=True)["fix"] == switch
     assert "--cap-add PERFMON" in told(spec, error, root=True, container=True)["fix"]
 

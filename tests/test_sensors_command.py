@@ -148,7 +148,7 @@ AS_NOBODY = """
 import os, sys
 # All that the command loads later: what holds the interpreter may be closed to this user.
 import click, nanoarrow, numpy
-from pepr_profiler import _core, detect, energy, modelled, trace, units
+from pepr_profiler import _core, detect, energy, modelled, node, trace, units
 from pepr_profiler.commands import main, sensors
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)
@@ -185,6 +185,7 @@ def test_a_user_who_is_not_root_is_told_what_would_unlock(cli: Cli, open_folder:
     assert facts["place"]["root"] is False
     powercap = next(n for n in facts["missing"] if "RAPL" in n["what"])
     assert powercap["why"].startswith("Permission denied")
+    assert "sudo pepr-profile daemon" in powercap["fix"]
     assert f"sudo chmod o+r {tree.where}/*/energy_uj" in powercap["fix"]
     paranoid = int(Path("/proc/sys/kernel/perf_event_paranoid").read_text())
     if specs[1:] and paranoid > 0:

@@ -22,6 +22,7 @@ VERBS = {
     "score": "Rank the rows of any table by PePR.",
     "runs": "List, filter, change, remove and export recorded runs.",
     "sensors": "Say what can be measured here, and why the rest cannot.",
+    "daemon": "Read root's counters for all users of this machine.",
 }
 
 

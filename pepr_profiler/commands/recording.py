@@ -84,7 +84,7 @@ class Request:
             store=self.store,
             sensors=self.sensors,
             period_ns=parse_duration(self.period) if self.period else None,
-            overhead=_share_of(self.overhead),
+            overhead=share_of(self.overhead),
             intensity=intensity_of(self.region, self.carbon_intensity),
             pue=self.pue,
             cpu_power=self.cpu_power,
@@ -240,7 +240,7 @@ def collecting_garbage() -> Iterator[None]:
         gc.disable()
 
 
-def _share_of(text: str) -> float:
+def share_of(text: str) -> float:
     """0.5% or 0.005 as a fraction. Raises UsageError for what is none in (0, 1]."""
     number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
     try:

@@ -14,6 +14,7 @@ import click
 
 if TYPE_CHECKING:
     from pepr_profiler._core import Sampler
+    from pepr_profiler.node import RemoteLane
     from pepr_profiler.trace import Lane
 
 _LOOK_S = 0.6
@@ -41,7 +42,7 @@ def sensors(*, specs: tuple[str, ...], as_json: bool) -> None:
     # What detection left out is looked at too: it is there, or there is a reason why not.
     kinds = {spec.partition(":")[0] for spec in recorded}
     others = () if specs else tuple(kind for kind in detect.KINDS if kind not in kinds)
-    channels, missing = _look((*recorded, *others), recorded, where)
+    channels, missing = _look((*recorded, *others), recorded, where, named=bool(specs))
     if as_json:
         found = {"place": asdict(where), "recorded": recorded}
         click.echo(json.dumps({**found, "channels": channels, "missing": missing}, indent=1))
@@ -51,19 +52,23 @@ def sensors(*, specs: tuple[str, ...], as_json: bool) -> None:
 
 
 def _look(
-    specs: tuple[str, ...], recorded: tuple[str, ...], where: Any
+    specs: tuple[str, ...], recorded: tuple[str, ...], where: Any, *, named: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """The channels of all sensors with what they read, and what is missing."""
     from pepr_profiler import _core, modelled
     from pepr_profiler.detect import remedy
     from pepr_profiler.errors import SensorError
+    from pepr_profiler.node import Node
     from pepr_profiler.sources import find_sources
     from pepr_profiler.trace import Lane, describe
 
+    node = Node()
     periods_ns = [_PERIOD_NS.get(spec.partition(":")[0], _OTHER_PERIOD_NS) for spec in specs]
-    samplers = [_core.Sampler(s, p) for s, p in zip(specs, periods_ns, strict=True)]
+    samplers: list[Sampler | RemoteLane] = [
+        _core.Sampler(s, p) for s, p in zip(specs, periods_ns, strict=True)
+    ]
     deadline = time.monotonic() + _OPEN_S
-    opened: list[tuple[Lane, Sampler]] = []
+    opened: list[tuple[Lane, Sampler | RemoteLane]] = []
     missing = []
     kinds: list[str] = []
     for spec, period_ns, sampler in zip(specs, periods_ns, samplers, strict=True):
@@ -73,7 +78,11 @@ def _look(
                 missing.append({"what": spec, "why": why, "fix": "see dmesg for its driver"})
                 continue
         except SensorError as e:
-            missing.append(remedy(spec, what=e.what, why=e.why, fix=e.fix, where=where))
+            if remote := node.lane(spec, named=named):
+                lane = Lane(f"daemon {remote.name}", remote.spec, remote.period_ns, remote.channels)
+                opened.append((lane, remote))
+            elif not node.covers(spec):
+                missing.append(remedy(spec, what=e.what, why=e.why, fix=e.fix, where=where))
             continue
         kind = spec.partition(":")[0]
         kinds.append(kind)
@@ -87,12 +96,14 @@ def _look(
     vendor = modelled.read_cpu_identity().vendor or ""
     sources = find_sources([lane for lane, _ in opened], cpu_vendor=vendor)
     by_channel = {(source.lane, source.channel): source for source in sources}
+    through = {lane.spec for lane, sampler in opened if sampler not in samplers}
     channels = []
     for lane, sampler in opened:
         sampler.stop(1.0)
         for index, facts in enumerate(_read(lane, sampler)):
             source = by_channel.get((lane.name, index))
-            used = source is not None and source.in_total and lane.spec in recorded
+            used = source is not None and source.in_total and lane.spec in (*recorded, *through)
+            facts["via"] = "daemon" if lane.spec in through else None
             facts["component"] = source.id if source else None
             facts["label"] = source.label if source else None
             facts["in_total"] = used
@@ -100,10 +111,11 @@ def _look(
             if source and source.in_total and not used:
                 facts["excluded"] = "not recorded: what is recorded covers it"
             channels.append(facts)
+    node.close()
     return channels, missing
 
 
-def _read(lane: Lane, sampler: Sampler) -> list[dict[str, Any]]:
+def _read(lane: Lane, sampler: Sampler | RemoteLane) -> list[dict[str, Any]]:
     """What each channel of a lane read, how often it changed and what a read took."""
     import numpy as np
 
@@ -153,7 +165,8 @@ def _measured(channels: list[dict[str, Any]]) -> list[str]:
     for spec, group in itertools.groupby(channels, key=lambda channel: channel["sensor"]):
         found = list(group)
         cost = format_quantity(found[0]["lane_read_us"] * 1e-6, "s")
-        lines += _wrapped(f"{spec}  one read of all takes {cost}", "  ", " " * 6)
+        who = ", read by the node's daemon" if found[0]["via"] else ""
+        lines += _wrapped(f"{spec}  one read of all takes {cost}{who}", "  ", " " * 6)
         beside: list[str] = []
         names: list[str] = []
         for c in found:

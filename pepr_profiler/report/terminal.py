@@ -483,7 +483,10 @@ def _quality(summary: Mapping[str, Any]) -> str:
     if fraction is None and cpu_s is not None and duration_s:
         fraction = cpu_s / duration_s
     text += f"; profiler used {format_duration(cpu_s)} CPU"
-    return text if fraction is None else f"{text} ({fraction:.1%})"
+    text += "" if fraction is None else f" ({fraction:.1%})"
+    daemon = (summary.get("recording") or {}).get("daemon") or {}
+    read = ", ".join(daemon.get("lanes") or ())
+    return f"{text}; {_clean(read)} read by the node's daemon" if read else text
 
 
 def _saved_lines(summary: Mapping[str, Any], width: int) -> list[_Line]:

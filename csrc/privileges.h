@@ -1,0 +1,47 @@
+#pragma once
+
+#include <cerrno>
+#include <cstdint>
+#include <system_error>
+
+#include <linux/capability.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace pepr {
+
+// Leaves the calling thread those of its capabilities that are in `mask` (bit n: capability n), as
+// permitted and effective. Capabilities belong to threads: each that has them gives them up itself.
+// Throws std::system_error.
+inline void keep_capabilities(std::uint64_t mask) {
+    __user_cap_header_struct header{_LINUX_CAPABILITY_VERSION_3, 0};
+    __user_cap_data_struct sets[2]{};
+    bool done = ::syscall(SYS_capget, &header, sets) == 0;
+    for (int half = 0; half < 2; ++half) {
+        sets[half].permitted &= static_cast<std::uint32_t>(mask >> (32 * half));
+        sets[half].effective = sets[half].permitted;
+        sets[half].inheritable = 0;
+    }
+    // Ambient ones are gone with the inheritable ones that they need to be.
+    done = done && ::syscall(SYS_capset, &header, sets) == 0;
+    if (!done) throw std::system_error(errno, std::generic_category(), "giving up capabilities");
+}
+
+// From here on nothing that this thread or its children execute gains a privilege (setuid programs,
+// file capabilities). The bounding set is emptied where we may.
+inline void forbid_privileges() {
+    for (unsigned long capability = 0; ::prctl(PR_CAPBSET_READ, capability, 0, 0, 0) >= 0;
+         ++capability)
+        ::prctl(PR_CAPBSET_DROP, capability, 0, 0, 0);
+    if (::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0)
+        throw std::system_error(errno, std::generic_category(), "PR_SET_NO_NEW_PRIVS");
+}
+
+// Whether a change of the user from root keeps the permitted capabilities.
+inline void keep_across_setuid(bool keep) {
+    if (::prctl(PR_SET_KEEPCAPS, keep ? 1 : 0, 0, 0, 0) != 0)
+        throw std::system_error(errno, std::generic_category(), "PR_SET_KEEPCAPS");
+}
+
+}  // namespace pepr

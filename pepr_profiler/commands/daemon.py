@@ -1,0 +1,161 @@
+"""`pepr-profile daemon`: read privileged counters once, for everybody on the node."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pepr_profiler.commands import complain
+from pepr_profiler.errors import PeprError, UsageError
+from pepr_profiler.units import format_duration, format_quantity, parse_duration
+
+
+@click.group(invoke_without_command=True)
+@click.option(
+    "--socket",
+    "path",
+    type=click.Path(path_type=Path),
+    envvar="PEPR_DAEMON",
+    metavar="FILE",
+    help="Where to listen [/run/pepr-profiler/daemon.sock for root, else below XDG_RUNTIME_DIR].",
+)
+@click.option("--sensor", "sensors", multiple=True, metavar="KIND[:WHERE]", help="Read this one.")
+@click.option("--period", metavar="TIME", help="Read every sensor this often [when refreshed].")
+@click.option(
+    "--overhead", default="1%", metavar="SHARE", help="CPU time that reading may take [1%]."
+)
+@click.option("--group", metavar="NAME", help="Only this group may connect [everybody, if root].")
+@click.option("--admin-group", metavar="NAME", help="Its members are trusted as root is.")
+@click.option(
+    "--user", metavar="NAME", help="Whom to become, if root [pepr-profiler, else nobody]."
+)
+@click.option(
+    "--coarse-period",
+    default="10ms",
+    metavar="TIME",
+    help="Others than root and --admin-group learn of RAPL at most this often [10ms].",
+)
+@click.option(
+    "--coarse-quantum",
+    default=0.1,
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="J",
+    help="… and in multiples of this many joules [0.1].",
+)
+@click.pass_context
+def daemon(ctx: click.Context, /, *, path: Path | None, **options: Any) -> int | None:
+    """Serve this machine's counters, in the foreground, to whoever may not read them."""
+    ctx.obj = path = None if path == Path("off") else path  # clients' word for none
+    return None if ctx.invoked_subcommand else _serve(path, **options)
+
+
+def _serve(
+    path: Path | None,
+    *,
+    sensors: tuple[str, ...],
+    period: str | None,
+    overhead: str,
+    group: str | None,
+    admin_group: str | None,
+    user: str | None,
+    coarse_period: str,
+    coarse_quantum: float,
+) -> int:
+    from pepr_profiler.commands.recording import share_of
+    from pepr_profiler.daemon import system
+    from pepr_profiler.daemon.lanes import How, Lanes
+    from pepr_profiler.daemon.server import Limits, Policy, Server, raise_descriptor_limit
+    from pepr_profiler.detect import detect_lasting
+
+    root = os.geteuid() == 0
+    how = How(
+        period_ns=parse_duration(period) if period else None,
+        overhead=share_of(overhead),
+        coarse_period_ns=parse_duration(coarse_period),
+        coarse_quantum_j=coarse_quantum,
+    )
+    if user is not None and not root:
+        raise UsageError("--user is for root", why="only root can become somebody else", fix="sudo")
+    become = system.account(user) if root else None
+    gid = -1 if group is None else system.group_id(group)
+    admin_gid = None if admin_group is None else system.group_id(admin_group)
+    inherited = system.inherited_socket()
+    # Given a socket by systemd, or a group: for many. A user's own is for that user alone.
+    shared = root or inherited is not None or group is not None
+    access = system.Access(mode=0o660 if group else 0o666 if shared else 0o600, gid=gid)
+    where = path or system.default_path() if inherited is None else inherited.getsockname()
+    listener = inherited or system.listen(Path(where), access)
+    policy = Policy(owner=os.getuid(), single_user=not shared, admin_gid=admin_gid)
+    manager = system.Manager()
+    lanes = Lanes(sensors or detect_lasting(), how)
+    raise_descriptor_limit(Limits().clients + 256)
+    had_privileges = system.confine(become)
+    try:
+        lanes.open_privileged()
+        system.give_up()
+        lanes.open_rest(gave_up=had_privileges)
+        for lane in lanes:
+            if lane.why and lane.sampler.state == "failed":
+                complain(f"{lane.spec}: {lane.why}")
+        server = Server(listener, lanes, policy=policy, manager=manager, say=complain)
+        complain(f"serving {where} as user {os.geteuid()}")
+        return server.serve()
+    finally:
+        listener.close()
+        lanes.stop()
+
+
+@daemon.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
+@click.pass_obj
+def status(path: Path | None, /, *, as_json: bool) -> None:
+    """Say what the daemon reads and for whom."""
+    where, facts = _ask(path, "status")
+    if as_json:
+        click.echo(json.dumps({"socket": str(where), **facts}, indent=1))
+        return
+    up_s, cpu_s = facts["up_s"], facts["cpu_s"]
+    click.echo(f"daemon {facts['version']} at {where}, process {facts['pid']}")
+    click.echo(
+        f"  up {format_duration(up_s)}, {cpu_s / max(up_s, 1e-9):.2%} of a core, "
+        f"{format_quantity(facts['rss_bytes'], 'B')}"
+    )
+    whose = "" if facts["fine"] else " of yours"
+    click.echo(f"  {facts['clients']} client(s){whose}, {len(facts['runs'])} run(s){whose}")
+    for lane in facts["lanes"]:
+        told = ", told coarsely" if lane["coarse"] else ""
+        state = f"{len(lane['channels'])} channels{told}" if not lane["why"] else lane["why"]
+        click.echo(f"  {lane['name']:<10} {state}")
+    for run in facts["runs"]:
+        click.echo(f"  run {run['run']}, process {run['pid']} of user {run['uid']}")
+
+
+@daemon.command()
+@click.pass_obj
+def stop(path: Path | None, /) -> None:
+    """End the daemon; runs that go on read counters again when it is back."""
+    where, _ = _ask(path, "stop")
+    complain(f"the daemon at {where} ends")
+
+
+def _ask(path: Path | None, operation: str) -> tuple[Path, dict[str, Any]]:
+    """The answer of the daemon at `path`, or of the first one that is there."""
+    from pepr_profiler.node import Connection, close_all, socket_paths
+
+    paths = [path] if path else [p for p in socket_paths() if p.exists()]
+    if not paths:
+        places = ", ".join(map(str, socket_paths())) or "anywhere: PEPR_DAEMON is off"
+        raise PeprError(
+            "no daemon is here", why=f"nothing at {places}", fix="sudo pepr-profile daemon"
+        )
+    connection = Connection(paths[0])
+    try:
+        reply, descriptors = connection.ask(operation)
+        close_all(descriptors)
+    finally:
+        connection.close()
+    return paths[0], reply

@@ -1,0 +1,1 @@
+"""The node's service: reads privileged counters once, for everybody; see docs/daemon.md."""

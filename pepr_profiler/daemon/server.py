@@ -1,0 +1,453 @@
+"""The daemon's one thread: who is connected, what they may, and what they are told.
+
+It never waits for anybody. What cannot be sent at once ends the connection, and so does silence
+before the first word, a message that is none of ours, and asking too often; a client that was
+treated so connects again and has lost nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import selectors
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pepr_profiler.daemon.lanes import Lanes
+from pepr_profiler.daemon.protocol import ProtocolError, Request, parse
+from pepr_profiler.daemon.system import Manager, capabilities, owner_of
+from pepr_profiler.errors import PeprError
+from pepr_profiler.node import (
+    MOST_REPLY_BYTES,
+    MOST_REQUEST_BYTES,
+    VERSION,
+    Peer,
+    boot_id,
+    close_all,
+    peer_of,
+)
+
+STOPPED, RESTART = 0, 75
+"""Exit statuses. 75 (EX_TEMPFAIL): start it again, with its privileges."""
+
+_CHECK_S, _OPENING_CHECK_S = 5.0, 0.5
+_PAUSE_S = 1.0  # without new clients, when descriptors are short
+_SO_PEERGROUPS = getattr(socket, "SO_PEERGROUPS", 59)  # Linux 4.13
+_MOST_GROUPS_BYTES = 1024  # what getsockopt of Python takes
+_SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one user, and all together, may take."""
+
+    clients: int = 1024
+    clients_per_user: int = 300
+    runs_per_user: int = 300
+    silence_s: float = 10.0
+    requests_per_s: float = 200.0
+    requests_at_once: float = 3000.0  # 300 clients that begin together say ten things each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Who may what. `owner` started the daemon; a single user's daemon serves nobody else."""
+
+    owner: int
+    single_user: bool
+    admin_gid: int | None = None
+
+    def admits(self, uid: int) -> bool:
+        return not self.single_user or uid in (0, self.owner)
+
+    def trusts(self, uid: int, groups: Sequence[int]) -> bool:
+        """Whether somebody sees fine-grained energy and everybody's runs, and may stop us."""
+        return uid in (0, self.owner) or self.admin_gid in groups
+
+
+@dataclass
+class _User:
+    """What is kept of a user while they have clients, or have asked a lot."""
+
+    tokens: float
+    at_s: float
+    clients: int = 0
+    runs: int = 0
+
+
+@dataclass(eq=False)
+class _Client:
+    connection: socket.socket
+    peer: Peer
+    user: _User
+    trusted: bool
+    greet_by_s: float | None
+    runs: dict[str, int] = field(default_factory=dict)
+    uses_lanes: bool = False
+
+
+class Server:
+    """Serves lanes to clients that come through a listener, until it is stopped."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        lanes: Lanes,
+        *,
+        policy: Policy,
+        manager: Manager,
+        limits: Limits | None = None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._listener = listener
+        self._lanes = lanes
+        self._policy = policy
+        self._limits = limits or Limits()
+        self._say = say
+        self._manager = manager
+        self._selector = selectors.DefaultSelector()
+        self._clients: set[_Client] = set()
+        self._greeting: set[_Client] = set()
+        self._users: dict[int, _User] = {}
+        self._status: int | None = None
+        self._paused_until_s: float | None = None
+        self._check_at_s = self._tell_at_s = 0.0
+        self._started_s = time.monotonic()
+        self._version, self._boot_id = _version(), boot_id()
+
+    def serve(self) -> int:
+        """Until a signal, a client or a lane ends it; the exit status."""
+        self._listener.setblocking(False)
+        waker, woken = socket.socketpair()
+        for end in (waker, woken):
+            end.setblocking(False)
+        before = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        handlers = {s: signal.signal(s, self._end) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._selector.register(woken, selectors.EVENT_READ, lambda: woken.recv(64))
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._manager.tell(READY="1", STATUS=self._lanes_in_words())
+        try:
+            while self._status is None:
+                for key, _ in self._selector.select(self._patience_s()):
+                    key.data()
+                self._tick()
+            return self._status
+        finally:
+            self._manager.tell(STOPPING="1")
+            for client in list(self._clients):
+                self._drop(client)
+            signal.set_wakeup_fd(before)
+            for signo, handler in handlers.items():
+                signal.signal(signo, handler)
+            self._selector.close()
+            waker.close()
+            woken.close()
+
+    # --- time ---
+
+    def _patience_s(self) -> float:
+        now_s = time.monotonic()
+        until_s = [self._check_at_s]
+        until_s += [min(c.greet_by_s or now_s for c in self._greeting)] if self._greeting else []
+        until_s += [self._paused_until_s] if self._paused_until_s is not None else []
+        until_s += [self._tell_at_s] if self._manager.every_s is not None else []
+        return max(0.0, min(until_s) - now_s)
+
+    def _tick(self) -> None:
+        now_s = time.monotonic()
+        for client in [c for c in self._greeting if (c.greet_by_s or now_s) <= now_s]:
+            self._drop(client)
+        if self._paused_until_s is not None and now_s >= self._paused_until_s:
+            self._paused_until_s = None
+            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        if self._manager.every_s is not None and now_s >= self._tell_at_s:
+            self._tell_at_s = now_s + self._manager.every_s
+            self._manager.tell(WATCHDOG="1")
+        if now_s >= self._check_at_s:
+            self._look_after_lanes()
+            self._check_at_s = now_s + (_OPENING_CHECK_S if self._lanes.opening else _CHECK_S)
+            self._forget_users(now_s)
+
+    def _look_after_lanes(self) -> None:
+        changed, restart = self._lanes.check()
+        if restart:
+            self._say(restart)
+            self._status = RESTART
+        elif changed:
+            # Who reads an old ring would see it stand still; a new connection gives the new one.
+            self._manager.tell(STATUS=self._lanes_in_words())
+            for client in [c for c in self._clients if c.uses_lanes]:
+                self._drop(client)
+
+    def _lanes_in_words(self) -> str:
+        ready = [f"{lane.name} ({len(lane.channels)})" for lane in self._lanes if lane.ready]
+        return f"reading {', '.join(ready) or 'nothing'}"
+
+    def _end(self, *_: Any) -> None:
+        self._status = STOPPED
+
+    # --- clients ---
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:
+            if error.errno in _SHORT:
+                # Who waits in the queue keeps it readable: looking again at once would be a loop.
+                self._selector.unregister(self._listener)
+                self._paused_until_s = time.monotonic() + _PAUSE_S
+            return  # else it has gone away already
+        try:
+            connection.setblocking(False)
+            self._admit(connection, peer_of(connection))
+        except OSError:
+            connection.close()
+
+    def _admit(self, connection: socket.socket, peer: Peer) -> None:
+        limits, user = self._limits, self._user(peer.uid)
+        if not self._policy.admits(peer.uid):
+            return _refuse(connection, "this daemon serves another user", "start one of your own")
+        if not self._may_ask(user):
+            return _refuse(connection, "too many requests", "come back in a second")
+        full = len(self._clients) >= limits.clients and peer.uid != 0  # root can still stop us
+        if full or user.clients >= limits.clients_per_user:
+            return _refuse(connection, "too many clients", "end some recordings")
+        client = _Client(
+            connection,
+            peer,
+            user,
+            trusted=self._policy.trusts(peer.uid, _groups_of(connection, peer)),
+            greet_by_s=time.monotonic() + limits.silence_s,
+        )
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(client))
+        user.clients += 1
+        self._clients.add(client)
+        self._greeting.add(client)
+        return None
+
+    def _drop(self, client: _Client) -> None:
+        if client not in self._clients:
+            return
+        self._clients.remove(client)
+        self._greeting.discard(client)
+        client.user.clients -= 1
+        client.user.runs -= len(client.runs)
+        self._selector.unregister(client.connection)
+        client.connection.close()
+
+    def _user(self, uid: int) -> _User:
+        now_s = time.monotonic()
+        user = self._users.setdefault(uid, _User(self._limits.requests_at_once, now_s))
+        gained = (now_s - user.at_s) * self._limits.requests_per_s
+        user.tokens = min(self._limits.requests_at_once, user.tokens + gained)
+        user.at_s = now_s
+        return user
+
+    def _may_ask(self, user: _User) -> bool:
+        if user.tokens < 1:
+            return False
+        user.tokens -= 1
+        return True
+
+    def _forget_users(self, now_s: float) -> None:
+        patience_s = self._limits.requests_at_once / self._limits.requests_per_s
+        for uid, user in list(self._users.items()):
+            if not user.clients and now_s - user.at_s > patience_s:
+                del self._users[uid]
+
+    # --- what they say ---
+
+    def _receive(self, client: _Client) -> None:
+        if client not in self._clients:
+            return  # dropped since it was selected
+        try:
+            # A plain recv: the kernel closes descriptors that a client sends along.
+            data = client.connection.recv(MOST_REQUEST_BYTES + 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(client)
+            return
+        descriptors: list[int] = []
+        try:
+            if not self._may_ask(self._user(client.peer.uid)):
+                raise ProtocolError("too many requests", fix="come back in a second")
+            reply, descriptors = self._answer(client, parse(data))
+            self._send(client, {"v": VERSION, "ok": True, **reply}, descriptors)
+        except ProtocolError as error:
+            self._send(client, _failure(error))
+            self._drop(client)
+        except PeprError as error:
+            self._send(client, _failure(error))
+        except OSError as error:
+            why = error.strerror or str(error)
+            self._send(client, _failure(PeprError("that did not work", why=why, fix="try again")))
+        except Exception as error:  # a fault of ours must not end everybody's service
+            self._say(f"a fault in answering user {client.peer.uid}: {error!r}")
+            self._drop(client)
+        finally:
+            close_all(descriptors)
+
+    def _send(
+        self, client: _Client, reply: dict[str, Any], descriptors: Sequence[int] = ()
+    ) -> None:
+        data = json.dumps(reply).encode()
+        if len(data) > MOST_REPLY_BYTES:
+            data = json.dumps(_failure(PeprError("the answer is too long"))).encode()
+        try:
+            socket.send_fds(client.connection, [data], list(descriptors))
+        except OSError:  # gone, or it does not read what it asks for
+            self._drop(client)
+
+    def _answer(self, client: _Client, request: Request) -> tuple[dict[str, Any], list[int]]:
+        client.greet_by_s = None
+        self._greeting.discard(client)
+        if request.operation == "open":
+            return self._open(client, request.lane)
+        answer = {
+            "hello": self._hello,
+            "status": self._report,
+            "register": lambda who: self._register(who, request),
+            "unregister": lambda who: self._unregister(who, request),
+            "stop": self._stop,
+        }[request.operation]
+        return answer(client), []
+
+    def _hello(self, client: _Client) -> dict[str, Any]:
+        return {
+            "version": self._version,
+            "boot_id": self._boot_id,
+            "t_ns": time.monotonic_ns(),
+            "fine": client.trusted,
+            "lanes": [
+                {"name": lane.name, "spec": lane.spec, "channels": len(lane.channels)}
+                for lane in self._lanes
+                if lane.ready
+            ],
+        }
+
+    def _open(self, client: _Client, name: str) -> tuple[dict[str, Any], list[int]]:
+        lane = self._lanes.get(name)
+        if lane is None:
+            raise PeprError(f"there is no lane '{name}'", fix="say hello to see which there are")
+        coarse = lane.closed and not client.trusted
+        try:
+            descriptor = lane.sampler.share(coarse)
+        except RuntimeError as error:
+            raise PeprError("the ring cannot be shared", why=str(error), fix="try again") from None
+        client.uses_lanes = True
+        return {"lane": self._lanes.describe(lane, coarse=coarse)}, [descriptor]
+
+    def _register(self, client: _Client, request: Request) -> dict[str, Any]:
+        pid = request.pid or client.peer.pid
+        if owner_of(pid) != client.peer.uid and client.peer.uid != 0:
+            raise PeprError(f"process {pid} is not yours", fix="register one of your own")
+        if request.run not in client.runs:
+            if client.user.runs >= self._limits.runs_per_user:
+                raise PeprError("too many runs are registered", fix="end some of them")
+            client.user.runs += 1
+        client.runs[request.run] = pid
+        return {}
+
+    def _unregister(self, client: _Client, request: Request) -> dict[str, Any]:
+        if client.runs.pop(request.run, None) is None:
+            raise PeprError(f"run '{request.run}' is not registered here")
+        client.user.runs -= 1
+        return {}
+
+    def _stop(self, client: _Client) -> dict[str, Any]:
+        if not client.trusted:
+            raise PeprError(
+                "you may not stop this daemon",
+                why="it is for root, for whoever started it and for its administrators",
+                fix="sudo pepr-profile daemon stop",
+            )
+        self._status = STOPPED
+        return {}
+
+    def _report(self, client: _Client) -> dict[str, Any]:
+        """The daemon's health; of clients and runs, what is the asker's own unless trusted."""
+        seen = [c for c in self._clients if client.trusted or c.peer.uid == client.peer.uid]
+        return {
+            "version": self._version,
+            "pid": os.getpid(),
+            "user": os.geteuid(),
+            "capabilities": capabilities(),
+            "up_s": time.monotonic() - self._started_s,
+            "cpu_s": time.process_time(),
+            "rss_bytes": _rss_bytes(),
+            "descriptors": len(list(Path("/proc/self/fd").iterdir())) - 1,
+            "fine": client.trusted,
+            "clients": len(seen),
+            "runs": [
+                {"run": run, "pid": pid, "uid": c.peer.uid}
+                for c in seen
+                for run, pid in c.runs.items()
+            ],
+            "lanes": [
+                {
+                    "name": lane.name,
+                    "spec": lane.spec,
+                    "state": "running" if lane.ready else lane.sampler.state,
+                    "why": lane.why,
+                    "coarse": lane.closed and not client.trusted,
+                    "channels": [c.name for c in lane.channels],
+                    "age_s": lane.age_s(),
+                    **lane.sampler.stats(),
+                }
+                for lane in self._lanes
+            ],
+        }
+
+
+def _version() -> str:
+    try:
+        return metadata.version("pepr-profiler")
+    except metadata.PackageNotFoundError:
+        return "uninstalled"
+
+
+def _failure(error: PeprError) -> dict[str, Any]:
+    told = {"what": error.what, "why": error.why, "fix": error.fix}
+    return {"v": VERSION, "ok": False, "error": told}
+
+
+def _refuse(connection: socket.socket, what: str, fix: str) -> None:
+    with connection:
+        try:
+            connection.send(json.dumps(_failure(PeprError(what, fix=fix))).encode())
+        except OSError:
+            return  # it is not told, then
+
+
+def _groups_of(connection: socket.socket, peer: Peer) -> list[int]:
+    """The groups of a peer. Who has more than 256 is known by the primary one only."""
+    try:
+        data = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS_BYTES)
+    except OSError:
+        return [peer.gid]
+    return [peer.gid, *struct.unpack(f"{len(data) // 4}I", data)]
+
+
+def _rss_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()
+
+
+def raise_descriptor_limit(wanted: int) -> None:
+    """A descriptor a client: as many as the system lets us have, up to `wanted`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -1,0 +1,272 @@
+"""What the daemon asks of the system: a socket that is safely its own, and fewer privileges."""
+
+from __future__ import annotations
+
+import fcntl
+import grp
+import os
+import pwd
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pepr_profiler import _core
+from pepr_profiler.errors import PeprError, UsageError
+from pepr_profiler.node import SYSTEM_SOCKET, own_socket
+
+ACCOUNT = "pepr-profiler"
+"""Whom a daemon that root starts becomes, where the account exists; else `nobody`."""
+
+_LISTEN_FD = 3  # sd_listen_fds(3)
+_BACKLOG = 512  # 200 clients may come at once, each waits for milliseconds
+
+# linux/capability.h. What opening a counter takes, and nothing else: to read a file of root's, and
+# to count a whole machine's events.
+_DAC_READ_SEARCH, _PERFMON = 2, 38
+_OPENING = 1 << _DAC_READ_SEARCH | 1 << _PERFMON
+
+
+# --- the socket -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """Who may connect: the file's mode and, if not -1, its group."""
+
+    mode: int
+    gid: int = -1
+
+
+def default_path() -> Path:
+    """Where a daemon of this user listens. Raises UsageError if there is no safe place."""
+    path = SYSTEM_SOCKET if os.geteuid() == 0 else own_socket()
+    if path is None:
+        raise UsageError(
+            "there is no place for the daemon's socket",
+            why="XDG_RUNTIME_DIR is not set",
+            fix="give --socket FILE in a directory that is yours, and PEPR_DAEMON=FILE to clients",
+        )
+    return path
+
+
+def inherited_socket() -> socket.socket | None:
+    """The listener that systemd opened for us, if it did. Raises PeprError for one of no use."""
+    mine = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
+    count = os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if not mine or count in ("", "0"):
+        return None
+    listener = socket.socket(fileno=os.dup(_LISTEN_FD))
+    os.close(_LISTEN_FD)
+    kind = listener.family, listener.type & ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if count != "1" or kind != (socket.AF_UNIX, socket.SOCK_SEQPACKET) or not accepts:
+        listener.close()
+        raise PeprError(
+            "the socket unit does not fit",
+            why="it must pass one listening Unix socket that keeps packets apart",
+            fix="use ListenSequentialPacket= in pepr-profiler.socket",
+        )
+    return listener
+
+
+def listen(path: Path, access: Access) -> socket.socket:
+    """A listener at `path`, in a directory that only we can have put it in.
+
+    Whoever can write to the directory could put a socket of theirs in our place: it must be ours,
+    no symbolic link, and closed to all others. Everything is then done through its descriptor.
+    Raises PeprError for a directory that is not safe, and where a daemon runs already.
+    """
+    try:
+        made = not path.parent.exists()
+        path.parent.mkdir(mode=0o755, exist_ok=True)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        directory = os.open(path.parent, flags)
+    except OSError as error:
+        raise _unsafe(path.parent, error.strerror or str(error)) from None
+    about = os.fstat(directory)
+    if made and about.st_uid == os.geteuid():
+        os.fchmod(directory, 0o755)  # whatever our umask
+        about = os.fstat(directory)
+    if about.st_uid != os.geteuid():
+        os.close(directory)
+        raise _unsafe(path.parent, f"it belongs to user {about.st_uid}")
+    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        os.close(directory)
+        raise _unsafe(path.parent, "others may write to it")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        _lock(directory, path)
+        _bind(listener, directory, path.name, access)
+    except OSError as error:
+        listener.close()
+        raise PeprError(
+            f"the daemon cannot listen at {path}",
+            why=error.strerror or str(error),
+            fix="give --socket FILE elsewhere",
+        ) from None
+    except PeprError:
+        listener.close()
+        raise
+    finally:
+        os.close(directory)
+    return listener
+
+
+def _lock(directory: int, path: Path) -> None:
+    """Held as long as this process lives: whoever has it knows that any socket there is dead."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    lock = os.open(f"{path.name}.lock", flags, 0o600, dir_fd=directory)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise PeprError(
+            f"a daemon runs already at {path}",
+            why="it holds the lock beside its socket",
+            fix="stop it: pepr-profile daemon stop",
+        ) from None
+
+
+def _bind(listener: socket.socket, directory: int, name: str, access: Access) -> None:
+    try:
+        if not stat.S_ISSOCK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+            raise PeprError(f"{name} is in the way", why="it is no socket", fix="remove it")
+        os.unlink(name, dir_fd=directory)
+    except FileNotFoundError:
+        pass
+    before = os.umask(0o177)  # closed until it is as it should be
+    try:
+        listener.bind(f"/proc/self/fd/{directory}/{name}")
+    finally:
+        os.umask(before)
+    if access.gid >= 0:
+        os.chown(name, -1, access.gid, dir_fd=directory, follow_symlinks=False)
+    os.chmod(name, access.mode, dir_fd=directory)
+    listener.listen(_BACKLOG)
+
+
+def _unsafe(directory: Path, why: str) -> PeprError:
+    return PeprError(
+        f"{directory} is no safe place for the daemon's socket",
+        why=why,
+        fix="give --socket FILE in a directory that is yours and that only you may write to",
+    )
+
+
+def group_id(name: str) -> int:
+    """A group by name or number. Raises UsageError if there is none."""
+    try:
+        return int(name) if name.isdigit() else grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise UsageError(
+            f"there is no group '{name}'",
+            why="the system does not know it",
+            fix=f"create it: groupadd --system {name}",
+        ) from None
+
+
+# --- privileges -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Account:
+    """Whom the daemon becomes."""
+
+    name: str
+    uid: int
+    gid: int
+
+
+def account(name: str | None) -> Account:
+    """The account to become: the one asked for, else `pepr-profiler`, else `nobody`."""
+    for candidate in (name,) if name else (ACCOUNT, "nobody"):
+        try:
+            entry = pwd.getpwnam(candidate)
+        except KeyError:
+            continue
+        if entry.pw_uid == 0:
+            break
+        return Account(entry.pw_name, entry.pw_uid, entry.pw_gid)
+    raise UsageError(
+        f"the daemon cannot become '{name or ACCOUNT}'",
+        why="there is no such account, or it is root",
+        fix=f"create it: useradd --system --no-create-home {ACCOUNT}; or give --user NAME",
+    )
+
+
+def confine(become: Account | None) -> bool:
+    """Leaves the process what opening counters takes, as another user if root; before any thread.
+
+    From then on nothing is gained back, whatever is executed. Returns whether there is anything
+    left for `give_up` to give up.
+    """
+    if os.geteuid() == 0 and become is not None:
+        _core.forbid_privileges()  # while we may empty the bounding set
+        _core.keep_across_setuid(True)
+        os.initgroups(become.name, become.gid)
+        os.setresgid(become.gid, become.gid, become.gid)
+        os.setresuid(become.uid, become.uid, become.uid)
+        _core.keep_across_setuid(False)
+    else:
+        _core.forbid_privileges()
+    _core.keep_capabilities(_OPENING)
+    return capabilities() != 0
+
+
+def give_up() -> None:
+    """The main thread has no capability any more. Each sampling thread does it by itself."""
+    _core.keep_capabilities(0)
+
+
+def capabilities() -> int:
+    """The permitted capabilities of this thread, as a mask."""
+    with Path("/proc/thread-self/status").open(encoding="ascii") as lines:
+        return int(next(line for line in lines if line.startswith("CapPrm")).split()[1], 16)
+
+
+def owner_of(pid: int) -> int | None:
+    """The real user of a process; None if there is none that we may see."""
+    try:
+        with Path(f"/proc/{pid}/status").open(encoding="utf-8", errors="replace") as lines:
+            return int(next(line for line in lines if line.startswith("Uid:")).split()[1])
+    except (OSError, StopIteration):
+        return None
+
+
+# --- systemd --------------------------------------------------------------------------------------
+
+
+class Manager:
+    """Whoever started us and wants to know how we are (sd_notify(3)); nobody, often."""
+
+    def __init__(self) -> None:
+        address = os.environ.pop("NOTIFY_SOCKET", "")
+        watchdog_us = os.environ.pop("WATCHDOG_USEC", "")
+        mine = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.every_s = float(watchdog_us) / 2e6 if mine and watchdog_us.isdigit() else None
+        self._socket: socket.socket | None = None
+        if address[:1] in ("/", "@"):
+            kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+            self._socket = socket.socket(socket.AF_UNIX, kind)
+            with self._unless_gone():
+                # At once: where it lies may be closed to whom we become.
+                self._socket.connect(f"\0{address[1:]}" if address[0] == "@" else address)
+
+    def tell(self, **facts: str) -> None:
+        """READY="1", STATUS="…", STOPPING="1", WATCHDOG="1". A manager that is gone is no fault."""
+        if self._socket is not None:
+            with self._unless_gone():
+                self._socket.send("\n".join(f"{k}={v}" for k, v in facts.items()).encode())
+
+    @contextmanager
+    def _unless_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            if self._socket is not None:
+                self._socket.close()
+            self._socket = None
