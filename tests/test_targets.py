@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import resource
 import select
 import signal
 import struct
@@ -931,8 +932,9 @@ signal.sigwait([signal.SIGUSR2])
 
 def test_largest_process_is_measured_and_small_ones_are_not_invented(wrapper: Wrapper) -> None:
     # given a child that says its own peak, 200 MB above ours, and one far below ours
+    ours_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     program = (
-        "import resource; b'x' * 200_000_000\n"
+        f"import resource; b'x' * {ours_bytes + 200_000_000}\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
 
