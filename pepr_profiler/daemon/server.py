@@ -122,7 +122,7 @@ class Server:
         self._paused_until_s: float | None = None
         self._check_at_s = self._tell_at_s = 0.0
         self._started_s = time.monotonic()
-        self._version, self._boot_id = _version(), boot_id()
+        self._version, self._boot_id = _VERSION, boot_id()
 
     def serve(self) -> int:
         """Until a signal, a client or a lane ends it; the exit status."""
@@ -451,3 +451,7 @@ def raise_descriptor_limit(wanted: int) -> None:
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+# Found at import: once the privileges are gone, Python's own files may be out of reach.
+_VERSION = _version()
