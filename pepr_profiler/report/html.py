@@ -410,14 +410,13 @@ def _method(summary: Mapping[str, Any]) -> Iterable[str]:
             "error, "
             "so they compare better than the ± says."
         )
-    if any(c["kind"] in ("cpu", "dram") for c in added):
+    if any(c["kind"] in ("cpu", "dram", "gpu") for c in added):
         yield (
-            "Processors and memory are shared with whatever else ran. The job's part of each "
-            "second "
-            "is its part of the busy CPU time; nobody's part, when nothing was busy, is idle."
+            "A device is shared with whatever else ran on it. What it took above its idle draw "
+            "belongs to those who used it, in proportion to their use: busy CPU time for processors "
+            "and memory, SM utilisation for a GPU. The idle draw is theirs for as long as it was in "
+            "use; else it belongs to whoever holds the GPU, or to nobody and is called idle."
         )
-    if any(c["kind"] == "gpu" for c in added):
-        yield "A GPU's energy is counted as the job's own."
     yield (
         "Every ± is an expanded uncertainty, k = 2, after the Guide to the expression of "
         "uncertainty "
