@@ -415,8 +415,8 @@ def _method(summary: Mapping[str, Any]) -> Iterable[str]:
             "A device is shared with whatever else ran on it. What it took above its idle draw "
             "belongs to those who used it, in proportion to their use: busy CPU time for "
             "processors and memory, SM utilisation for a GPU. The idle draw is theirs for as long "
-            "as it was in use; else it belongs to whoever holds the GPU, or to nobody and is called "
-            "idle."
+            "as it was in use; else it belongs to whoever holds the GPU, or to nobody and is "
+            "called idle."
         )
     yield (
         "Every ± is an expanded uncertainty, k = 2, after the Guide to the expression of "
