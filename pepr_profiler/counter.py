@@ -16,13 +16,11 @@ from pepr_profiler.curve import (
     Curve,
     columns,
 )
+from pepr_profiler.sources import fallen_j, wraps
 from pepr_profiler.trace import LINE_STEPS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-_IMPLAUSIBLE_W = 20_000.0
-"""No package, memory or board draws this: a counter that would have to has been reset."""
 
 _LAST_CHANGES = 3
 _NOISE = 3.0
@@ -204,15 +202,12 @@ class Counter(Accumulator):
     ) -> None:
         range_j = self.source.modulus * self.source.scale
         for i in np.flatnonzero(step_j < 0):
-            unwrapped_j = step_j[i] + range_j
-            # A wrap must leave a plausible power behind; else the counter began anew.
-            if range_j > 0 and 0 <= unwrapped_j <= _IMPLAUSIBLE_W * max(span_s[i], 0.05):
-                step_j[i] = unwrapped_j
+            fell_j, span = float(step_j[i]), float(span_s[i])
+            if wraps(fell_j, range_j, span):
                 self.wraps += 1
             else:
-                since_j = values[i]  # what it has counted since, if that can be
-                step_j[i] = since_j if since_j <= _IMPLAUSIBLE_W * span_s[i] else 0.0
                 self.resets += 1
+            step_j[i] = fallen_j(fell_j, float(values[i]), range_j, span)
 
     def _settle(
         self, t: NDArray[np.float64], step_j: NDArray[np.float64], *, last: bool = False

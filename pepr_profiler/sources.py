@@ -37,6 +37,26 @@ class Source:
     lag_s: float = 0.0
 
 
+_IMPLAUSIBLE_W = 20_000.0
+"""No package, memory or board draws this: a counter that would have to has been reset."""
+
+
+def wraps(step_j: float, range_j: float, span_s: float) -> bool:
+    """Whether a counter that fell by -`step_j` within `span_s` has wrapped; else it began anew.
+
+    A wrap must leave a plausible power behind.
+    """
+    return range_j > 0 and 0 <= step_j + range_j <= _IMPLAUSIBLE_W * max(span_s, 0.05)
+
+
+def fallen_j(step_j: float, now_j: float, range_j: float, span_s: float) -> float:
+    """What flowed while a counter fell to `now_j`, J, by a wrap or a reset."""
+    if wraps(step_j, range_j, span_s):
+        return step_j + range_j
+    # What it has counted since, if that can be.
+    return now_j if now_j <= _IMPLAUSIBLE_W * span_s else 0.0
+
+
 _RAPL_GAIN = {"intel": 0.03, "other": 0.075, "dram": 0.15}
 _GPU_GAIN, _GPU_OFFSET_W = 0.037, 5.9
 _POWER_LAG_S = {"nvml-power-average": 0.5}  # half of its window of 1 s

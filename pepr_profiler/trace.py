@@ -13,7 +13,8 @@ before a row, and `gap_ns` how long ago the last of them was read, so that a qui
 taken for a gap. Around a gap nothing is left out.
 
 Marks and metrics are lines of `events-HOST-PID.jsonl`, one writer a file, append only, written
-through at once: they survive `kill -9` of the program that made them.
+through at once: they survive `kill -9` of the program that made them. A block of a program begins
+and ends in one file; a mark (`pepr-profile mark`) says its phase's name and belongs to the run.
 """
 
 from __future__ import annotations
@@ -540,6 +541,10 @@ def _batches(stream: Any) -> Iterator[Batch]:
 
 # --- marks and metrics -------------------------------------------------------------------------
 
+MARKS = ("next", "begin", "end")
+"""What a mark may say: "next" ends the phase that "next" began before in its series, and begins
+one; "begin" and "end" go by the phase's name."""
+
 
 class EventWriter:
     """Appends marks and metrics of this process to its own file of a run directory.
@@ -575,6 +580,14 @@ class EventWriter:
         """The phase with this number ends now."""
         self.write(f'{{"event":"end","t_ns":{time.monotonic_ns()},"id":{number}}}')
 
+    def mark(self, verb: str, name: str | None, *, series: str, t_ns: int | None = None) -> None:
+        """A phase of the whole run, which other processes may end; `verb` is one of MARKS.
+
+        A file knows only its own writer, so marks are paired where they are read (`read_events`).
+        """
+        mark = {"event": "mark", "t_ns": time.monotonic_ns() if t_ns is None else t_ns}
+        self.write(json.dumps({**mark, "verb": verb, "series": series, "name": name}))
+
     def metrics(self, values: dict[str, Any], *, t_ns: int | None = None) -> None:
         """Metrics that hold from now on; the last value of a name is the run's."""
         t_ns = time.monotonic_ns() if t_ns is None else t_ns
@@ -600,12 +613,16 @@ class EventWriter:
 
 @dataclass(frozen=True)
 class Phase:
-    """One pass through a phase; `end_ns` is None if it never ended."""
+    """One pass through a phase; `end_ns` is None if it never ended.
+
+    `series` is whose mark began it; None for a program's own block, which no mark ends.
+    """
 
     name: str
     begin_ns: int
     end_ns: int | None
     nested: bool
+    series: str | None = None
 
 
 @dataclass(frozen=True)
@@ -621,6 +638,7 @@ def read_events(directory: Path) -> Events:
     """Reads every events file of a run directory; a torn last line is counted, not fatal."""
     phases: list[Phase] = []
     metrics: list[tuple[int, dict[str, Any]]] = []
+    marks: list[_Mark] = []
     torn = 0
     for path in sorted(directory.glob("events-*.jsonl")):
         open_phases: dict[int, dict[str, Any]] = {}
@@ -637,14 +655,64 @@ def read_events(directory: Path) -> Events:
                     begin = open_phases.pop(event["id"], None)
                     if begin is not None:
                         phases.append(_phase(begin, event["t_ns"]))
+                elif kind == "mark":
+                    marks.append(_Mark.of(event))
                 elif kind == "metrics":
                     metrics.append((int(event["t_ns"]), dict(event["metrics"])))
             except (ValueError, KeyError, TypeError):
                 torn += 1
         phases.extend(_phase(begin, None) for begin in open_phases.values())
+    phases.extend(_marked(marks))
     phases.sort(key=lambda phase: phase.begin_ns)
     metrics.sort(key=lambda item: item[0])
     return Events(tuple(phases), tuple(metrics), torn)
+
+
+@dataclass(frozen=True)
+class _Mark:
+    t_ns: int
+    verb: str
+    series: str
+    name: str | None
+
+    @classmethod
+    def of(cls, event: dict[str, Any]) -> _Mark:
+        name, verb = event["name"], event["verb"]
+        if verb not in MARKS or not (isinstance(name, str) or (name is None and verb == "end")):
+            raise ValueError(f"no mark: {event}")
+        return cls(int(event["t_ns"]), verb, str(event["series"]), name)
+
+    def ends(self, begun: _Mark) -> bool:
+        """Whether this mark ends the phase that `begun` began, if no better one is open."""
+        if self.verb == "next":
+            return begun.verb == "next" and begun.series == self.series
+        if self.name is None:
+            return begun.series == self.series
+        return self.verb == "end" and begun.name == self.name
+
+
+def _marked(marks: Sequence[_Mark]) -> Iterator[Phase]:
+    """The phases that marks of all processes make; of several that one could end, the last begun.
+
+    A phase of the mark's own series comes first: scripts side by side use the same names. One that
+    another began is ended too: who begins and who ends may be two processes.
+    """
+    begun: list[_Mark] = []
+    for mark in sorted(marks, key=lambda mark: mark.t_ns):
+        if mark.verb != "begin":
+            found = [other for other in begun if mark.ends(other)]
+            found = [other for other in found if other.series == mark.series] or found
+            if found:
+                begun.remove(found[-1])
+                yield _between(found[-1], mark.t_ns, begun)
+        if mark.verb != "end":
+            begun.append(mark)
+    yield from (_between(mark, None, begun[:i]) for i, mark in enumerate(begun))
+
+
+def _between(begin: _Mark, end_ns: int | None, begun: Sequence[_Mark]) -> Phase:
+    around = any(m.series == begin.series and m.t_ns <= begin.t_ns for m in begun)
+    return Phase(str(begin.name), begin.t_ns, end_ns, around, begin.series)
 
 
 def read_neighbours(directory: Path) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ RANKS = (
 PEERS = {
     "units": {"errors"},
     "curve": {"sources"},
-    "counter": {"curve"},
+    "counter": {"curve", "sources"},
     "power": {"curve"},
     "energy": {"sources", "curve", "counter", "power"},
     "uncertainty": {"curve"},

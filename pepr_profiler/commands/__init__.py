@@ -22,6 +22,7 @@ VERBS = {
     "score": "Rank the rows of any table by PePR.",
     "runs": "List, filter, change, remove and export recorded runs.",
     "sensors": "Say what can be measured here, and why the rest cannot.",
+    "mark": "Begin or end a phase of a run, from a script or any program.",
     "daemon": "Read root's counters for all users of this machine.",
 }
 
@@ -88,8 +89,11 @@ def whoever_listens(stream: TextIO) -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), stream.fileno())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status (docs/design.md, Contract)."""
+def main(arguments: list[str] | None = None, *, began_ns: int | None = None) -> int:
+    """Runs the command line; returns the exit status (docs/design.md, Contract).
+
+    `began_ns` is when the process began to run, for verbs that tell of that instant.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by our caller: what we say goes nowhere
@@ -97,7 +101,12 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments and arguments[0] not in (*VERBS, "-h", "--help", "--version"):
         arguments = ["run", *arguments]
     try:
-        result = cli.main(arguments or ["--help"], prog_name="pepr-profile", standalone_mode=False)
+        result = cli.main(
+            arguments or ["--help"],
+            prog_name="pepr-profile",
+            standalone_mode=False,
+            obj=began_ns,
+        )
     except PeprError as error:
         complain(str(error))
         return error.status

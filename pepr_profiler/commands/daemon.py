@@ -46,6 +46,11 @@ from pepr_profiler.units import format_duration, format_quantity, parse_duration
     metavar="J",
     help="… and in multiples of this many joules [0.1].",
 )
+@click.option(
+    "--metrics",
+    metavar="[ADDR:]PORT",
+    help="Serve metrics for Prometheus there [ADDR: 127.0.0.1; without --metrics nowhere].",
+)
 @click.pass_context
 def daemon(ctx: click.Context, /, *, path: Path | None, **options: Any) -> int | None:
     """Serve this machine's counters, in the foreground, to whoever may not read them."""
@@ -64,9 +69,10 @@ def _serve(
     user: str | None,
     coarse_period: str,
     coarse_quantum: float,
+    metrics: str | None,
 ) -> int:
     from pepr_profiler.commands.recording import share_of
-    from pepr_profiler.daemon import system
+    from pepr_profiler.daemon import exporter, system
     from pepr_profiler.daemon.lanes import How, Lanes
     from pepr_profiler.daemon.server import Limits, Policy, Server, raise_descriptor_limit
     from pepr_profiler.detect import detect_lasting
@@ -83,6 +89,7 @@ def _serve(
     become = system.account(user) if root else None
     gid = -1 if group is None else system.group_id(group)
     admin_gid = None if admin_group is None else system.group_id(admin_group)
+    scraped = None if metrics is None else exporter.listen(metrics)
     inherited = system.inherited_socket()
     # Given a socket by systemd, or a group: for many. A user's own is for that user alone.
     shared = root or inherited is not None or group is not None
@@ -101,8 +108,13 @@ def _serve(
         for lane in lanes:
             if lane.why and lane.sampler.state == "failed":
                 complain(f"{lane.spec}: {lane.why}")
-        server = Server(listener, lanes, policy=policy, manager=manager, say=complain)
+        serves = None if scraped is None else exporter.Exporter(scraped)
+        server = Server(
+            listener, lanes, policy=policy, manager=manager, exporter=serves, say=complain
+        )
         complain(f"serving {where} as user {os.geteuid()}")
+        if serves is not None:
+            complain(f"serving {serves.url}")
         return server.serve()
     finally:
         listener.close()
@@ -125,6 +137,8 @@ def status(path: Path | None, /, *, as_json: bool) -> None:
         f"{format_quantity(facts['rss_bytes'], 'B')}"
     )
     whose = "" if facts["fine"] else " of yours"
+    if facts["metrics"]:
+        click.echo(f"  metrics at {facts['metrics']}")
     click.echo(f"  {facts['clients']} client(s){whose}, {len(facts['runs'])} run(s){whose}")
     for lane in facts["lanes"]:
         told = ", told coarsely" if lane["coarse"] else ""

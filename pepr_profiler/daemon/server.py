@@ -20,8 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pepr_profiler.daemon.exporter import Exporter, Meters, families
 from pepr_profiler.daemon.lanes import Lanes
 from pepr_profiler.daemon.protocol import ProtocolError, Request, parse
 from pepr_profiler.daemon.system import Manager, capabilities, owner_of
@@ -35,6 +36,9 @@ from pepr_profiler.node import (
     close_all,
     peer_of,
 )
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
 
 STOPPED, RESTART = 0, 75
 """Exit statuses. 75 (EX_TEMPFAIL): start it again, with its privileges."""
@@ -106,6 +110,7 @@ class Server:
         policy: Policy,
         manager: Manager,
         limits: Limits | None = None,
+        exporter: Exporter | None = None,
         say: Callable[[str], None],
     ) -> None:
         self._listener = listener
@@ -114,6 +119,9 @@ class Server:
         self._limits = limits or Limits()
         self._say = say
         self._manager = manager
+        self._exporter = exporter
+        self._meters = Meters(lanes) if exporter is not None else None
+        self._refused = {"user": 0, "requests": 0, "clients": 0, "message": 0}
         self._selector = selectors.DefaultSelector()
         self._clients: set[_Client] = set()
         self._greeting: set[_Client] = set()
@@ -134,6 +142,9 @@ class Server:
         handlers = {s: signal.signal(s, self._end) for s in (signal.SIGTERM, signal.SIGINT)}
         self._selector.register(woken, selectors.EVENT_READ, lambda: woken.recv(64))
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        if self._exporter is not None:
+            self._selector.register(self._exporter.wake, selectors.EVENT_READ, self._export)
+            self._exporter.start()
         self._manager.tell(READY="1", STATUS=self._lanes_in_words())
         try:
             while self._status is None:
@@ -143,6 +154,8 @@ class Server:
             return self._status
         finally:
             self._manager.tell(STOPPING="1")
+            if self._exporter is not None:
+                self._exporter.stop()
             for client in list(self._clients):
                 self._drop(client)
             signal.set_wakeup_fd(before)
@@ -174,6 +187,8 @@ class Server:
             self._manager.tell(WATCHDOG="1")
         if now_s >= self._check_at_s:
             self._look_after_lanes()
+            if self._meters is not None:
+                self._meters.update()
             self._check_at_s = now_s + (_OPENING_CHECK_S if self._lanes.opening else _CHECK_S)
             self._forget_users(now_s)
 
@@ -195,6 +210,25 @@ class Server:
     def _end(self, *_: Any) -> None:
         self._status = STOPPED
 
+    def _export(self) -> None:
+        """Answers the scrapers that wait. A fault of ours must not end everybody's service."""
+        assert self._exporter is not None
+        try:
+            self._exporter.answer(self._families)
+        except Exception as error:
+            self._say(f"a fault in making metrics: {error!r}")
+
+    def _families(self) -> list[Metric]:
+        assert self._exporter is not None and self._meters is not None
+        runs = sum(len(client.runs) for client in self._clients)
+        return families(
+            self._meters,
+            self._lanes,
+            facts={"clients": len(self._clients), "runs": runs},
+            refused={**self._refused, "scrape": self._exporter.refused},
+            version=self._version,
+        )
+
     # --- clients ---
 
     def _accept(self) -> None:
@@ -215,11 +249,14 @@ class Server:
     def _admit(self, connection: socket.socket, peer: Peer) -> None:
         limits, user = self._limits, self._user(peer.uid)
         if not self._policy.admits(peer.uid):
+            self._refused["user"] += 1
             return _refuse(connection, "this daemon serves another user", "start one of your own")
         if not self._may_ask(user):
+            self._refused["requests"] += 1
             return _refuse(connection, "too many requests", "come back in a second")
         full = len(self._clients) >= limits.clients and peer.uid != 0  # root can still stop us
         if full or user.clients >= limits.clients_per_user:
+            self._refused["clients"] += 1
             return _refuse(connection, "too many clients", "end some recordings")
         client = _Client(
             connection,
@@ -286,6 +323,7 @@ class Server:
             reply, descriptors = self._answer(client, parse(data))
             self._send(client, {"v": VERSION, "ok": True, **reply}, descriptors)
         except ProtocolError as error:
+            self._refused["message"] += 1
             self._send(client, _failure(error))
             self._drop(client)
         except PeprError as error:
@@ -389,6 +427,7 @@ class Server:
             "rss_bytes": _rss_bytes(),
             "descriptors": len(list(Path("/proc/self/fd").iterdir())) - 1,
             "fine": client.trusted,
+            "metrics": self._exporter and self._exporter.url,
             "clients": len(seen),
             "runs": [
                 {"run": run, "pid": pid, "uid": c.peer.uid}

@@ -1,0 +1,127 @@
+"""`pepr-profile mark NAME`: phases of a run, from shell scripts and programs in any language."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import click
+
+from pepr_profiler.commands import store_option
+from pepr_profiler.errors import PeprError, UsageError
+from pepr_profiler.node import boot_id
+from pepr_profiler.store import Store, is_recording
+from pepr_profiler.trace import EventWriter, read_events, read_run
+
+_RUN = "PEPR_RUN_DIR"
+
+
+@click.command()
+@click.argument("words", nargs=-1, metavar="[begin|end] NAME")
+@click.option(
+    "--run", "ref", envvar=_RUN, metavar="RUN", help="Whose phase it is [the run we are part of]."
+)
+@click.option(
+    "--series",
+    metavar="KEY",
+    help="Phases of one series follow each other [one a calling process].",
+)
+@store_option
+@click.pass_obj
+def mark(
+    began_ns: int | None,
+    /,
+    *,
+    words: tuple[str, ...],
+    ref: str | None,
+    series: str | None,
+    store: Path | None,
+) -> None:
+    """Begin or end a phase of a run that is being recorded.
+
+    \b
+    pepr-profile mark load          ends what this script marked before, begins "load"
+    pepr-profile mark begin epoch   begins "epoch" inside or beside others
+    pepr-profile mark end epoch     ends it, whoever began it
+    pepr-profile mark end           ends what this script began last
+
+    A phase that nobody ends, ends with the run. Energy is found afterwards, so a mark reads
+    no sensor; its time is that of the start of this command.
+    """
+    t_ns = time.monotonic_ns() if began_ns is None else began_ns
+    verb, name = _parsed(words)
+    if ref is None:
+        raise UsageError(
+            "there is no run to mark",
+            why=f"this is no part of one ({_RUN} is not set)",
+            fix="give --run RUN, an id, the beginning of one, a run directory, or last",
+        )
+    directory = _recorded(ref, store)
+    series = series or str(os.getppid())
+    if verb == "end":
+        _require_open(directory, name, series)
+    writer = EventWriter(directory)
+    writer.mark(verb, name, series=series, t_ns=t_ns)
+    writer.close()
+    if writer.lost:
+        raise PeprError(
+            f"{directory.name} could not be marked",
+            why=f"{directory} does not take it",
+            fix="check its permissions and the free space",
+        )
+
+
+def _parsed(words: tuple[str, ...]) -> tuple[str, str | None]:
+    """Verb and name; `begin` and `end` are verbs wherever they come first."""
+    verb = words[0] if words and words[0] in ("begin", "end") else "next"
+    names = words if verb == "next" else words[1:]
+    if len(names) == 1 and names[0]:
+        return verb, names[0]
+    if verb == "end" and not names:
+        return verb, None
+    raise UsageError(
+        "a mark needs one name",
+        why=f"there are {len(names)}" if len(names) != 1 else "it is empty",
+        fix="pepr-profile mark [begin|end] NAME; a name with spaces in quotes",
+    )
+
+
+def _recorded(ref: str, store: Path | None) -> Path:
+    """The directory of a run that is being recorded here and now, or raises UsageError."""
+    directory = Path(ref)
+    if ref == os.environ.get(_RUN) and directory.is_dir():
+        # Ours. The command starts a moment before its run.json is written.
+        if not (directory / "run.json").exists():
+            return directory
+    else:
+        directory = Store(store).directory(ref)
+    run = read_run(directory)
+    if run.get("boot_id") != boot_id():
+        raise UsageError(
+            f"{directory.name} cannot be marked from here",
+            why=f"it is of another machine or another boot (host {run.get('host')}): "
+            "clocks of two boots tell different times",
+            fix="mark it where it is recorded",
+        )
+    ended = (run.get("recording") or {}).get("window_ns", [None, None])[1] is not None
+    if ended or not is_recording(directory, run):
+        raise UsageError(
+            f"{directory.name} cannot be marked",
+            why="it has ended" if ended else "nobody records it any more",
+            fix="mark while it runs; afterwards: pepr-profile runs set RUN KEY=VALUE",
+        )
+    return directory
+
+
+def _require_open(directory: Path, name: str | None, series: str) -> None:
+    """A slip of the pen should not become a phase as long as the run."""
+    marked = [p for p in read_events(directory).phases if p.series and p.end_ns is None]
+    if any(p.series == series if name is None else p.name == name for p in marked):
+        return
+    names = ", ".join(dict.fromkeys(p.name for p in marked))
+    raise UsageError(
+        f"there is no phase '{name}' to end" if name else "there is no phase to end",
+        why=f"open are: {names}" if names else "no mark has begun one that is still open",
+        fix="begin it first: pepr-profile mark begin NAME",
+    )

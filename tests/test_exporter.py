@@ -1,0 +1,368 @@
+"""The daemon's metrics: a Prometheus server that scrapes them knows the energy that flowed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli import SLOW_S, Cli, ended, until
+from daemons import Daemon, daemon, open_place
+from sim.nvml import Gpu, NvmlSim, Scenario, Sensor
+from sim.powercap import Tree, Zone, two_socket_server
+from sim.waves import Constant, Square
+
+from pepr_profiler.daemon.exporter import Meter
+from pepr_profiler.sources import Source
+
+pytest.importorskip("prometheus_client", reason="pip install 'pepr-profiler[metrics]'")
+
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+BuildTree = Callable[..., Tree]
+BuildNvml = Callable[[Scenario], NvmlSim]
+DATA = Path(__file__).parents[1] / "pepr_profiler" / "data"
+QUANTUM_J = 0.1
+ENERGY = "pepr_device_energy_joules_total"
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Instead of pytest's, which is closed to whom the daemon becomes."""
+    with open_place() as folder:
+        yield folder
+
+
+@pytest.fixture
+def tree(powercap_sim: BuildTree) -> Tree:
+    """Counters that wrap every second or so, and power that changes."""
+    return powercap_sim(
+        Zone("intel-rapl:0", "package-0", Square(0.9, 50, 150), range_uj=120_000_000),
+        Zone("intel-rapl:0:0", "core", Constant(40)),
+        Zone("intel-rapl:0:1", "dram", Constant(7)),
+        live=True,
+    )
+
+
+@pytest.fixture
+def running(tree: Tree, tmp_path: Path) -> Iterator[Daemon]:
+    with daemon(tmp_path, "--sensor", tree.spec, "--metrics", "0") as started:
+        yield started
+
+
+def url_of(running: Daemon) -> str:
+    return str(running.status()["metrics"])
+
+
+def fetch(url: str, accept: str = "application/openmetrics-text") -> str:
+    request = urllib.request.Request(url, headers={"Accept": accept})
+    with urllib.request.urlopen(request, timeout=SLOW_S) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
+def scrape(running: Daemon) -> dict[tuple[str, str], float]:
+    """Values by sample name and device, lane or reason."""
+    values = {}
+    for family in text_string_to_metric_families(fetch(url_of(running))):
+        for sample in family.samples:
+            labels = sample.labels
+            about = labels.get("device") or labels.get("lane") or labels.get("why") or ""
+            values[sample.name, about] = sample.value
+    return values
+
+
+def connect(running: Daemon) -> socket.socket:
+    found = urllib.parse.urlsplit(url_of(running))
+    assert found.hostname is not None and found.port is not None
+    return socket.create_connection((found.hostname, found.port), timeout=SLOW_S)
+
+
+# --- Prometheus -----------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def prometheus(folder: Path, target: str) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
+    """A server of its own that scrapes `target` twice a second; what answers a PromQL query."""
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("no Prometheus server here: apt-get install prometheus")
+    config = folder / "prometheus.yml"
+    config.write_text(
+        "global: {scrape_interval: 500ms, scrape_timeout: 500ms}\n"
+        f"scrape_configs: [{{job_name: pepr, static_configs: [{{targets: ['{target}']}}]}}]\n"
+    )
+    address = f"127.0.0.1:{free_port()}"
+    command = [
+        program, f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}",
+        f"--web.listen-address={address}", "--log.level=error",
+    ]  # fmt: skip
+
+    def ask(query: str) -> list[dict[str, Any]]:
+        url = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+        try:
+            answer = json.loads(fetch(url, "application/json"))
+        except OSError:
+            return []  # it is starting
+        assert answer["status"] == "success", answer
+        result: list[dict[str, Any]] = answer["data"]["result"]
+        return result
+
+    with ended(subprocess.Popen(command)) as process:
+        yield ask
+        process.terminate()
+        process.wait(SLOW_S)
+
+
+def test_a_prometheus_server_answers_with_the_joules_that_flowed(
+    running: Daemon, tree: Tree, tmp_path: Path
+) -> None:
+    target = urllib.parse.urlsplit(url_of(running)).netloc
+    with prometheus(tmp_path, target) as ask:
+        # given: ten scrapes, over which the package's counter wrapped
+        counted = f'count_over_time({ENERGY}{{device="cpu:package-0"}}[1m])'
+        until(lambda: [r for r in ask(counted) if float(r["value"][1]) >= 10])
+        to_monotonic_s = time.monotonic() - time.time()
+        scrapes = {r["metric"]["device"]: r["values"] for r in ask(f"{ENERGY}[1m]")}
+        slowest_s = max(
+            float(v) for r in ask("scrape_duration_seconds[1m]") for _, v in r["values"]
+        )
+        rise = {r["metric"]["device"]: float(r["value"][1]) for r in ask(f"increase({ENERGY}[1m])")}
+    # then: both devices, and not what lies inside one
+    assert set(scrapes) == {"cpu:package-0", "dram:package-0/dram"}
+    for device, key, most_w in (
+        ("cpu:package-0", "intel-rapl:0", 150),
+        ("dram:package-0/dram", "intel-rapl:0:1", 7),
+    ):
+        times_s = [at_s for at_s, _ in scrapes[device]]
+        joules = [float(value) for _, value in scrapes[device]]
+        truth_j = [
+            tree.energy_j(key, *(round((t + to_monotonic_s) * 1e9) for t in (times_s[0], at_s)))
+            for at_s in times_s
+        ]
+        # A scrape's time is when it began; it reads a row of at most 10 ms and a base period ago.
+        off_j = QUANTUM_J + (slowest_s + 0.05) * most_w
+        assert [j - joules[0] for j in joules] == pytest.approx(truth_j, abs=off_j)
+        assert truth_j[-1] > 10 * QUANTUM_J
+        # `increase` goes on to the edges of its window as the samples rise
+        seconds = times_s[-1] - times_s[0]
+        assert rise[device] == pytest.approx(truth_j[-1], abs=off_j + 2 * truth_j[-1] / seconds)
+
+
+def test_promtool_finds_nothing_to_say_against_the_metrics(running: Daemon) -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("no promtool here: apt-get install prometheus")
+    text = fetch(url_of(running), accept="text/plain")
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- what is told ---------------------------------------------------------------------------------
+
+
+def test_counters_rise_with_the_truth_and_tell_no_finer_than_unprivileged_clients_see(
+    running: Daemon, tree: Tree
+) -> None:
+    before_ns = time.monotonic_ns()
+    first = until(lambda: (v := scrape(running)).get((ENERGY, "cpu:package-0")) is not None and v)
+    after_ns = time.monotonic_ns()
+    for energy_j in (v for (name, _), v in first.items() if "energy_joules" in name):
+        assert energy_j / QUANTUM_J == pytest.approx(round(energy_j / QUANTUM_J), abs=1e-6)
+    until(lambda: time.monotonic_ns() - after_ns > 3e9)
+    begin_ns = time.monotonic_ns()
+    last = scrape(running)
+    end_ns = time.monotonic_ns()
+    for name, device, key in (
+        (ENERGY, "cpu:package-0", "intel-rapl:0"),
+        (ENERGY, "dram:package-0/dram", "intel-rapl:0:1"),
+        ("pepr_domain_energy_joules_total", "cpu:package-0/core", "intel-rapl:0:0"),
+    ):
+        rise_j = last[name, device] - first[name, device]
+        row_ns = 50_000_000  # a row's age: two base periods and what is told coarsely
+        least_j = tree.energy_j(key, after_ns, begin_ns - row_ns) - QUANTUM_J
+        most_j = tree.energy_j(key, before_ns - row_ns, end_ns) + QUANTUM_J
+        assert least_j <= rise_j <= most_j
+    assert last["pepr_lane_up", "powercap"] == 1
+    assert (
+        last["pepr_lane_samples_total", "powercap"] > first["pepr_lane_samples_total", "powercap"]
+    )
+
+
+def test_a_device_without_an_energy_counter_has_its_power_and_no_made_up_joules(
+    nvml_sim: BuildNvml, tmp_path: Path
+) -> None:
+    old = Sensor(0.1, 0.025, power_usage="instant", counter_refresh_s=None)
+    sim = nvml_sim(Scenario(gpus=(Gpu(Constant(250), sensor=old), Gpu(Constant(100)))))
+    with daemon(tmp_path, "--sensor", sim.spec, "--metrics", "0") as running:
+        told = until(lambda: (v := scrape(running)) and any("gpu:" in d for _, d in v) and v)
+    watts = {d: v for (name, d), v in told.items() if name == "pepr_device_power_watts"}
+    joules = {d for name, d in told if name == ENERGY}
+    (without,) = watts
+    assert watts[without] == pytest.approx(250, abs=1)
+    assert len(joules) == 1 and without not in joules
+
+
+def test_a_meter_goes_through_wraps_resets_and_what_is_unknown() -> None:
+    range_j = 262_143.0
+    source = Source(
+        id="cpu:x", kind="cpu", label="x", lane="l", channel=0, source="powercap", counter=True,
+        scale=1e-6, modulus=range_j * 1e6,
+    )  # fmt: skip
+    meter = Meter(source)
+    # given: 10 W for 60 s, over a wrap; then the counter begins anew and 5 W flow for 10 s
+    values = [(range_j - 95 + 10 * s) % range_j * 1e6 for s in range(61)]
+    values += [5e6 * s for s in range(1, 11)]
+    values[20] = math.nan
+    times = array("q", [(s + 1) * 1_000_000_000 for s in range(len(values))])
+    for part in (slice(0, 7), slice(7, 33), slice(33, None)):
+        meter.take(times[part], array("d", values[part]))
+    assert meter.energy_j == pytest.approx(600 + 50)
+    # and what has not been read for long is unknown
+    assert meter.known(times[-1]) == meter.energy_j
+    assert meter.known(times[-1] + 6_000_000_000) is None
+
+
+# --- who asks -------------------------------------------------------------------------------------
+
+
+def test_scrapers_that_never_read_cost_others_nothing(running: Daemon) -> None:
+    with ExitStack() as stuck:
+        for _ in range(12):
+            slow = stuck.enter_context(connect(running))
+            slow.sendall(b"GET /metrics HTTP/1.1\r\n")  # and never ends it
+        assert scrape(running)["pepr_lane_up", "powercap"] == 1
+        assert running.ask("hello")["lanes"]
+        for _ in range(30):
+            stuck.enter_context(connect(running))
+        until(lambda: running.lane("powercap")["samples"] > 0)
+        assert running.lane("powercap")["age_s"] < 1
+    # places are free again when they have gone
+    told = until(lambda: _scrape_or_none(running))
+    assert told["pepr_daemon_refusals_total", "scrape"] > 0
+
+
+def _scrape_or_none(running: Daemon) -> dict[tuple[str, str], float] | None:
+    try:
+        return scrape(running)
+    except OSError:
+        return None  # all places are taken
+
+
+def test_rubbish_is_no_request_and_harms_nobody(running: Daemon) -> None:
+    for rubbish in (b"\0" * 4096, b"GET\r\n\r\n", b"POST /metrics HTTP/1.1\r\n\r\n", b""):
+        with connect(running) as connection:
+            connection.sendall(rubbish)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(4096):
+                pass
+    assert scrape(running)["pepr_lane_up", "powercap"] == 1
+
+
+def test_refused_messages_and_clients_are_counted(running: Daemon) -> None:
+    from daemons import raw
+
+    with raw(running.socket) as peer:
+        peer.send(b"rubbish")
+        peer.recv(4096)
+    told = scrape(running)
+    assert told["pepr_daemon_refusals_total", "message"] == 1
+    assert told["pepr_daemon_clients", ""] >= 0
+
+
+# --- where ----------------------------------------------------------------------------------------
+
+
+def test_a_bare_port_is_this_machines_alone_and_without_asking_there_is_none(
+    running: Daemon, tree: Tree, tmp_path: Path
+) -> None:
+    assert urllib.parse.urlsplit(url_of(running)).hostname == "127.0.0.1"
+    with daemon(tmp_path / "other", "--sensor", tree.spec) as silent:
+        assert silent.status()["metrics"] is None
+
+
+@pytest.mark.parametrize("where", ["", ":9187", "::1", "9187x", "host:", "127.0.0.1:70000"])
+def test_a_place_that_is_none_is_refused_before_anything_starts(tmp_path: Path, where: str) -> None:
+    cli = Cli(tmp_path, {"PEPR_DAEMON": str(tmp_path / "run" / "d.sock")})
+    result = cli("daemon", "--metrics", where)
+    assert result.status == 2
+    assert "is no place to serve metrics at" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
+    cli = Cli(tmp_path, {"PEPR_DAEMON": str(tmp_path / "run" / "d.sock")})
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = cli("daemon", "--metrics", str(taken.getsockname()[1]))
+    assert result.status == 125
+    assert "metrics cannot be served" in result.stderr and "in use" in result.stderr
+
+
+def test_without_the_package_the_command_that_installs_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "prometheus_client.py").write_text("raise ImportError('not installed')\n")
+    cli = Cli(tmp_path, {"PEPR_DAEMON": str(tmp_path / "run" / "d.sock")})
+    path = f"{tmp_path}:{cli.environment()['PYTHONPATH']}"
+    result = cli("daemon", "--metrics", "0", env={"PYTHONPATH": path})
+    assert result.status == 2
+    assert "pip install 'pepr-profiler[metrics]'" in result.stderr
+
+
+def test_the_drop_in_of_the_documentation_lets_the_unit_serve_metrics(tmp_path: Path) -> None:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("no systemd-analyze; install systemd")
+    page = (DATA.parents[1] / "docs" / "daemon.md").read_text()
+    found = re.search(r"    \[Service\]\n(    .*\n)+", page)
+    assert found is not None
+    drop_in = found[0].replace("    ", "").replace("/usr/bin/pepr-profile", "/bin/true")
+    for name in ("pepr-profiler.service", "pepr-profiler.socket"):
+        text = (DATA / name).read_text()
+        (tmp_path / name).write_text(text.replace("/usr/bin/pepr-profile", "/bin/true"))
+    (tmp_path / "pepr-profiler.service.d").mkdir()
+    (tmp_path / "pepr-profiler.service.d" / "metrics.conf").write_text(drop_in)
+    units = [str(tmp_path / name) for name in ("pepr-profiler.service", "pepr-profiler.socket")]
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- Grafana --------------------------------------------------------------------------------------
+
+
+def test_the_dashboard_asks_for_nothing_that_is_not_served(powercap_sim: BuildTree) -> None:
+    board = json.loads((DATA / "grafana-dashboard.json").read_text())
+    expressions = [t["expr"] for panel in board["panels"] for t in panel["targets"]]
+    asked = {name for e in expressions for name in re.findall(r"\b(?:pepr|process)_\w+", e)}
+    tree = powercap_sim(*two_socket_server())
+    with (
+        open_place() as folder,
+        daemon(folder, "--sensor", tree.spec, "--metrics", "0") as running,
+    ):
+        families = list(text_string_to_metric_families(fetch(url_of(running))))
+    suffix = {"counter": "_total", "info": "_info"}
+    served = {f"{family.name}{suffix.get(family.type, '')}" for family in families}
+    assert asked <= served
+    ours = {name for name in served if name.startswith("pepr_") and not name.endswith("_info")}
+    assert ours <= asked  # and all that is served is shown
+    variables = {v["name"] for v in board["templating"]["list"]}
+    used = set(re.findall(r"\$(?!__)(\w+)", json.dumps(board["panels"])))
+    assert used <= variables
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
