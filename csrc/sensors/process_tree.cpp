@@ -102,16 +102,23 @@ std::vector<ProcessTree::Thread> ProcessTree::search() {
 }
 
 bool ProcessTree::follow() noexcept {
-    // Each pid is looked at twice: a process gets its pid a moment before it can be found by it.
-    const pid_t last = last_pid();
-    pid_t pid = looked_before_;
+    // Two calls look at each pid: a process has it a moment before it can be found by it.
+    const pid_t from = looked_before_, last = last_pid();
     looked_before_ = looked_until_;
     looked_until_ = last;
+    if (!look_between(from, last)) return false;
+    // A look costs 15 µs, and who forks goes on meanwhile.
+    looked_until_ = last_pid();
+    look_between(last, looked_until_);
+    return true;
+}
+
+bool ProcessTree::look_between(pid_t pid, pid_t last) noexcept {
     if (pid == last || pid < 0 || last < 0) return false;
     for (pid_t tries = 0; pid != last && tries < pid_max_; ++tries) {
         if (++pid >= pid_max_) pid = std::min(kFirstPid, last);
         Stat stat{};
-        if (read_clock_ns(cpu_clock_of(pid)) >= 0 && read_stat(pid, stat) &&
+        if (find(pid) == nullptr && read_clock_ns(cpu_clock_of(pid)) >= 0 && read_stat(pid, stat) &&
             find(stat.parent) != nullptr)
             add(pid, stat);
     }
@@ -159,14 +166,17 @@ void ProcessTree::begin() noexcept {
     ended_s_ = 0.0;
 }
 
-std::size_t ProcessTree::read_clocks() noexcept {
+std::size_t ProcessTree::read_clocks(bool zombies_too) noexcept {
     std::size_t vanished = 0;
     for (Process& process : processes_) {
+        vanished += process.gone;
+        if (process.gone || (!process.seen.living && !zombies_too)) continue;
         const std::int64_t own_ns = read_clock_ns(cpu_clock_of(process.pid));
         // A pid that is in use again has a clock that runs behind; refresh will tell them apart.
         process.seen.own_s = std::max(process.seen.own_s, 1e-9 * static_cast<double>(own_ns));
         if (own_ns >= 0) continue;
         ++vanished;
+        process.gone = true;
         process.seen.living = false;
         process.seen.rss_bytes = 0;
     }
@@ -174,34 +184,46 @@ std::size_t ProcessTree::read_clocks() noexcept {
 }
 
 bool ProcessTree::refresh(std::size_t most) noexcept {
-    bool any_gone = false;
     std::size_t read = 0;
     for (std::size_t tried = 0; tried < processes_.size() && read < most; ++tried) {
         if (next_ >= processes_.size()) next_ = 0;
-        Process& process = processes_[next_++];
-        Stat stat{};
-        if (!read_stat(process.pid, stat) || stat.start_ticks != process.seen.start_ticks) {
-            process.gone = any_gone = true;
-            continue;
-        }
-        stat.own_s = std::max(stat.own_s, process.seen.own_s);  // may be in ticks
-        process.seen = stat;
-        process.overdue_s = process.owed_s;
-        ++read;
+        if (refresh(processes_[next_++])) ++read;
     }
-    // Who was waited for after we had read it, but before we read its parent, would count twice.
-    for (Process& process : processes_) {
-        if (process.gone || read_clock_ns(cpu_clock_of(process.pid)) >= 0) continue;
-        process.gone = any_gone = true;
-    }
-    if (any_gone) drop_gone();
-    return any_gone;
+    return drop_gone();
 }
 
-void ProcessTree::drop_gone() noexcept {
+void ProcessTree::settle(std::size_t most) noexcept {
+    const Process* read = nullptr;
+    for (const Process& process : processes_) {
+        if (!process.gone) continue;
+        Process* const parent = find(process.seen.parent);
+        if (parent == nullptr || parent == read || parent->gone) continue;
+        if (most-- == 0) return;  // left for refresh
+        refresh(*parent);
+        read = parent;
+    }
+    drop_gone();
+}
+
+bool ProcessTree::refresh(Process& process) noexcept {
+    Stat stat{};
+    process.gone = !read_stat(process.pid, stat) || stat.start_ticks != process.seen.start_ticks;
+    if (process.gone) return false;
+    stat.own_s = std::max(stat.own_s, process.seen.own_s);  // may be in ticks
+    process.seen = stat;
+    process.overdue_s = process.owed_s;
+    return true;
+}
+
+// After parents were read: who was waited for since its own read, but before theirs, would count
+// twice.
+bool ProcessTree::drop_gone() noexcept {
     gone_.clear();
-    for (Process& process : processes_)
+    for (Process& process : processes_) {
+        process.gone = process.gone || read_clock_ns(cpu_clock_of(process.pid)) < 0;
         if (process.gone) gone_.push_back(&process);
+    }
+    if (gone_.empty()) return false;
     // Children first: what they hand up goes on with their parents, unless these were told of it.
     std::sort(gone_.begin(), gone_.end(), [this](const Process* a, const Process* b) {
         const std::uint64_t a_start = a->seen.start_ticks, b_start = b->seen.start_ticks;
@@ -211,6 +233,7 @@ void ProcessTree::drop_gone() noexcept {
     const auto kept = std::remove_if(processes_.begin(), processes_.end(),
                                      [](const Process& process) { return process.gone; });
     processes_.erase(kept, processes_.end());
+    return true;
 }
 
 // The time of a process that vanishes turns up with the parent that waited for it, at the next read

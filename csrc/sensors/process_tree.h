@@ -56,13 +56,18 @@ public:
     // Adds what was born since the last call. True if something was, of the tree or not.
     bool follow() noexcept;
 
-    // Reads the clocks of all; how many processes have vanished, which refresh drops.
-    std::size_t read_clocks() noexcept;
+    // Reads the clocks of all, or of all but zombies, whose clocks stand still; how many processes
+    // were found vanished, which refresh drops.
+    std::size_t read_clocks(bool zombies_too) noexcept;
 
     // Reads the next `most` processes in turn, and drops those that it finds vanished. True if
     // there were any.
     bool refresh(std::size_t most) noexcept;
     bool refresh() noexcept { return refresh(processes_.size()); }
+
+    // Reads the parents of those that were found vanished, if they are `most` at most, and drops
+    // these: their parents have been told of them, and of children that nobody ever saw.
+    void settle(std::size_t most) noexcept;
 
     const std::vector<Process>& processes() const noexcept { return processes_; }
     bool has(pid_t pid) noexcept { return find(pid) != nullptr; }
@@ -81,8 +86,10 @@ public:
 private:
     std::vector<Process>::iterator position_of(pid_t pid) noexcept;
     Process* find(pid_t pid) noexcept;
+    bool look_between(pid_t pid, pid_t last) noexcept;
     bool add(pid_t pid, const Stat&) noexcept;
-    void drop_gone() noexcept;
+    bool refresh(Process&) noexcept;
+    bool drop_gone() noexcept;
     void hand_up(const Process&) noexcept;
     double accounted_s(const Process&) const noexcept;
     bool read_stat(pid_t pid, Stat&) const noexcept;
