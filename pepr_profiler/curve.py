@@ -206,7 +206,11 @@ class Accumulator:
             period = self.typical(np.diff(t), gap)
             self.dense = bool(median(gap) < _DENSE * period)
             # A line through the middles of the gaps, in which the changes lie, over the refreshes.
-            middle = t - gap / 2 if self.dense else t
+            # Where reads were dense at first and then put off to follow the refreshes, only the
+            # dense ones have a middle that says anything.
+            sharp = gap < _DENSE * period if self.dense else np.full(len(t), True)
+            gap = gap[sharp]
+            middle = t[sharp] - gap / 2 if self.dense else t
             number = np.append(0.0, np.cumsum(np.maximum(np.rint(np.diff(middle) / period), 1)))
             off, mean = number - number.mean(), float(middle.mean())
             slope = float(off @ (middle - mean)) / float(off @ off)
@@ -218,7 +222,8 @@ class Accumulator:
                 self.jitter_s = min(spread, period / 2) / NS_PER_S
                 if self.dense:
                     self.jitter_s = max(self.jitter_s, float(median(gap)) / NS_PER_S / UNIFORM)
-                    self._placed_ns = mean + slope * (float(off[0]) - 1)
+                    first = mean + slope * float(off[0])
+                    self._placed_ns = first - (round((first - float(t[0])) / slope) + 1) * slope
                 elif (narrow := gap < NARROW * period).any():  # these tell the phase of all
                     wide = float(median(gap[narrow])) / UNIFORM
                     self.jitter_s = max(wide, float(np.std((left - gap / 2)[narrow]))) / NS_PER_S

@@ -14,7 +14,7 @@ import getpass
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -510,13 +510,16 @@ def _one_a_job(runs: Iterable[Run], whole: Callable[[str], Run] | None) -> list[
     """
     listed = list(runs)
     jobs = Counter(run.get("job") for run in listed)
+    shared = {job for job, count in jobs.items() if job is not None and count > 1}
     inside = Counter(_outer(run) for run in listed)
-    around = {run.get("run_id") for run in listed if inside[run.get("run_id")] == 1}
+    around = {outer for outer, count in inside.items() if outer is not None and count == 1}
+    around &= {run.get("run_id") for run in listed} if around else set()
+    if not shared and not around:
+        return listed
     merged: list[Run] = []
     parts: list[Run] = []
     for run in listed:
-        shared = run.get("job") is not None and jobs[run["job"]] > 1
-        related = shared or run.get("run_id") in around or _outer(run) in around
+        related = run.get("job") in shared or run.get("run_id") in around or _outer(run) in around
         (parts if related and not _unreadable(run) else merged).append(run)
     if not parts:
         return listed
@@ -547,7 +550,7 @@ def _chosen(runs: Iterable[Run]) -> tuple[list[Run], list[tuple[str, str]]]:
     return list(chosen.values()), out
 
 
-_READ = ("run_id", "name", "complete", "exit_code", "energy", "time_s", "memory", "metrics")
+_READ = {"run_id", "name", "complete", "exit_code", "energy", "time_s", "memory", "metrics"}
 
 
 def _unreadable(run: Run) -> str:
@@ -555,8 +558,9 @@ def _unreadable(run: Run) -> str:
     schema = run.get("schema", 1)
     if schema != 1:
         return f"its schema is {schema!r}, this version reads 1: update pepr-profiler"
-    lacking = [key for key in _READ if key not in run]
-    return f"it is no summary: it lacks {', '.join(lacking)}" if lacking else ""
+    if run.keys() >= _READ:
+        return ""
+    return f"it is no summary: it lacks {', '.join(sorted(_READ - run.keys()))}"
 
 
 def _performances(runs: Sequence[Run], metric: str | None) -> tuple[str, pepr.Floats]:
@@ -654,13 +658,14 @@ def _groups(runs: Sequence[Run], group: str | None) -> dict[str | None, list[int
 
 def _provenance(runs: Sequence[Run], *, allow_mixed: bool) -> str:
     """Whether the energies are measured or modelled. UsageError if some are this, some that."""
+    found = {str(run["energy"]["provenance"]) for run in runs}
+    if len(found) == 1:
+        return found.pop()
+    if allow_mixed:
+        return "mixed"
     kinds: dict[str, list[str]] = {}
     for run in runs:
         kinds.setdefault(str(run["energy"]["provenance"]), []).append(_who(run))
-    if len(kinds) == 1:
-        return next(iter(kinds))
-    if allow_mixed:
-        return "mixed"
     raise UsageError(
         f"{' and '.join(sorted(kinds))} energies are not comparable",
         why="; ".join(f"{kind}: {_listed(names)}" for kind, names in sorted(kinds.items())),
@@ -776,20 +781,22 @@ that depends on the load (half each: a judgement)."""
 
 def _shared_errors_j(runs: Sequence[Run]) -> pepr.Floats:
     """One line (n,) a device and cause: what one standard uncertainty of it does to each run, J."""
-    lines: dict[tuple[str, str, str], tuple[list[int], list[float]]] = {}
+    devices: dict[tuple[str, str], list[tuple[int, Mapping[str, float]]]] = defaultdict(list)
     for index, run in enumerate(runs):
+        host = str(run.get("host"))
         for component in run["energy"].get("components") or ():
             budget = component.get("budget")
-            if not component["in_total"] or not budget:
-                continue  # recorded by an older version: all of its u counts as the run's own
-            for cause, part in _SHARED.items():
-                if budget[cause]:
-                    key = (str(run.get("host")), component["id"], cause)
-                    at, moves = lines.setdefault(key, ([], []))
-                    at.append(index)
-                    moves.append(math.sqrt(part) * budget[cause])
+            if component["in_total"] and budget:  # without: all of its u counts as the run's own
+                devices[host, component["id"]].append((index, budget))
+    lines = []
+    for budgets in devices.values():
+        at = [index for index, _ in budgets]
+        for cause, part in _SHARED.items():
+            moves = np.array([budget[cause] or 0.0 for _, budget in budgets], dtype=np.float64)
+            if moves.any():
+                lines.append((at, math.sqrt(part) * moves))
     shared = np.zeros((len(lines), len(runs)))
-    for line, (at, moves) in zip(shared, lines.values(), strict=True):
+    for line, (at, moves) in zip(shared, lines, strict=True):
         line[at] = moves
     return shared
 

@@ -23,6 +23,7 @@ _SCALES |= {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _NS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "": 10**9}
 _NS |= {"m": 60 * 10**9, "min": 60 * 10**9, "h": 3600 * 10**9}
 _NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+_LOWEST, _HIGHEST = min(_PREFIXES), max(_PREFIXES)
 # Beyond this many digits a reader gains nothing, however small the uncertainty is.
 _MAX_DIGITS = 6
 
@@ -156,7 +157,8 @@ def _parse_number(text: str) -> float | None:
 
 def _prefix_power(exponent: int) -> int:
     """The power of 1000 (as one of 10) that leaves one to three digits before the point."""
-    return min(max(exponent // 3 * 3, min(_PREFIXES)), max(_PREFIXES))
+    power = exponent // 3 * 3
+    return power if _LOWEST <= power <= _HIGHEST else _LOWEST if power < 0 else _HIGHEST
 
 
 def _scaled(value: float, power: int) -> float:
@@ -179,13 +181,16 @@ def _layout(value: float, u: float) -> tuple[int, int]:
     exponent = math.floor(math.log10(largest))
     last = exponent - 3  # the power of ten of the last digit: four digits where u is 0
     if u != 0:
-        last = max(int(f"{abs(u):.1e}".rpartition("e")[2]) - 1, exponent - _MAX_DIGITS + 1)
+        last = max(int(f"{abs(u):.1e}"[4:]) - 1, exponent - _MAX_DIGITS + 1)  # of "9.3e+03"
     # Rounding to that digit can carry into the next prefix: 999.97 ± 0.80 J stays in J, with
     # ± 8.0 it is 1.0000 ± 0.0080 kJ.
-    exponent = max(exponent, math.floor(math.log10(round(largest, -last) or largest)))
+    if round(largest, -last) >= 10.0 ** (exponent + 1):
+        exponent += 1
     power = _prefix_power(exponent)
     return power, power - last
 
 
 def _fixed(number: float, decimals: int) -> str:
+    if number > 0 and decimals >= 0:  # nearly all: rounded alike, and no -0
+        return f"{number:.{decimals}f}"
     return f"{round(number, decimals) + 0.0:.{max(0, decimals)}f}"

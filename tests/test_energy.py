@@ -575,3 +575,24 @@ def test_reads_that_are_put_off_for_a_while_do_not_shift_the_counters_refreshes(
     # then the ends are as sharp as ever: a refresh is 40 J
     assert np.mean(errors_j) == pytest.approx(0.0, abs=4.0)
     assert np.percentile(np.abs(errors_j), 90) < 15
+
+
+@pytest.mark.parametrize("dense", [5, 8, 11])
+def test_reads_that_begin_to_follow_the_refreshes_do_not_change_their_period(dense: int) -> None:
+    # given 400 W behind a refresh of 100 ms: read every 10 ms while `dense` refreshes are learnt,
+    # then 1 ms after each refresh, or 1 ms before it and 3 ms after it
+    random = np.random.default_rng(41)
+    for _ in range(50):
+        phase_s = random.uniform(-0.1, 0)
+        learnt_s = phase_s + 0.1 * (dense + 1) + 0.011
+        refreshes_s = phase_s + 0.1 * np.arange(dense + 2, dense + 7)
+        early = random.uniform(size=5) < 0.3
+        late_s = refreshes_s + np.where(early, 3e-3, 1e-3)
+        after_s = np.sort(np.concatenate((late_s, (refreshes_s - 1e-3)[early])))
+        t = np.concatenate((np.arange(0, learnt_s, 0.01), after_s))
+        raw = refreshed(t, 400.0, 0.1, phase_s)
+        end_s = float(t[-1]) - 0.15
+        curve = curve_of(counter(period_s=0.01), batches(t, raw), [0.0, end_s])
+        # then the period is the refreshes' own, and the ends are off by a read (4 J), not a tenth
+        assert curve.refresh_s == pytest.approx(0.1, rel=0.02)
+        assert between(curve) == pytest.approx(400 * end_s, abs=4)

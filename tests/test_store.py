@@ -110,6 +110,26 @@ def test_change_that_leaves_size_and_time_as_they_were_is_seen(store: Store, mak
     assert [run["name"] for run in store.find()] == ["two"]
 
 
+def test_rows_tell_of_each_run_what_its_summary_does(store: Store, make: Make) -> None:
+    # given a run with a performance, one that failed and one of which nothing is known
+    make("good", started_at=began(1), performance={"metric": "accuracy", "value": 0.5})
+    make("bad", started_at=began(2), exit_code=3)
+    unknown = {"total_j": None, "u_j": None, "mean_w": None, "provenance": None, "components": []}
+    make("blind", started_at=began(3), exit_code=None, energy=unknown)
+    for _ in ("read", "from the index"):
+        # when all are found
+        found = store.find()
+        # then a row is the same in short
+        for row, run in zip(found.rows, found, strict=True):
+            energy, performance = run["energy"], run["performance"]
+            assert row.directory == run["run_id"]
+            assert (row.duration_s, row.exit_code) == (run["duration_s"], run["exit_code"])
+            assert (row.total_j, row.u_j) == (energy["total_j"], energy["u_j"])
+            assert row.performance == (performance and list(performance.values()))
+        assert [row.state for row in found.rows] == ["done", "failed", "done"]
+    assert store.index_path.exists()
+
+
 def test_index_of_many_is_not_written_again_for_a_single_new_run(store: Store, make: Make) -> None:
     for number in range(101):
         directory = store.runs_path / f"n-{number}"

@@ -20,7 +20,7 @@ from pepr_profiler.store import STATES, Filter, Store, state_of
 from pepr_profiler.units import format_duration, format_quantity, format_with_u
 
 if TYPE_CHECKING:
-    from pepr_profiler.store import Damaged
+    from pepr_profiler.store import Damaged, Row
 
 _FACTS = ("name", "experiment")
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -109,8 +109,7 @@ def list_runs(*, wanted: Filter, as_json: bool, store: Path | None) -> None:
         damaged = [vars(run) for run in found.damaged]
         sys.stdout.write(f'\n], "damaged": {json.dumps(damaged)}}}\n')
         return
-    for run in found:
-        sys.stdout.write(f"{_line(run)}\n")
+    sys.stdout.writelines(map(_line, found.rows))
     for bad in found.damaged:
         sys.stdout.write(f"{_plain(bad.run_id):<28} damaged: {_plain(bad.why)}\n")
     if not len(found) and not found.damaged:
@@ -118,16 +117,14 @@ def list_runs(*, wanted: Filter, as_json: bool, store: Path | None) -> None:
         complain(f"no {'' if all_of_them else 'such '}runs in {Store(store).path}")
 
 
-def _line(run: dict[str, Any]) -> str:
-    energy, performance = run["energy"], run["performance"]
-    code = run["exit_code"]
+def _line(row: Row) -> str:
+    code = row.exit_code
     state = "attached" if code is None else f"exit {code}"  # whose end is not ours to know
-    state = state if run["complete"] else "incomplete"
-    joules = format_with_u(energy["total_j"], energy["u_j"], "J")
-    metric = f"{performance['metric']} {performance['value']:g}" if performance else ""
-    began, duration = run["started_at"][:16], format_duration(run["duration_s"])
-    row = f"{run['run_id']:<28} {began}  {duration:>11}  {joules:>18}  {state:<10} {metric}"
-    return _plain(row).rstrip()
+    state = "incomplete" if row.state == "incomplete" else state
+    joules, duration = format_with_u(row.total_j, row.u_j, "J"), format_duration(row.duration_s)
+    metric = f"{row.performance[0]} {row.performance[1]:g}" if row.performance else ""
+    text = f"{row.directory:<28} {row.started_at[:16]}  {duration:>11}  {joules:>18}  {state:<10} "
+    return f"{_plain(text + metric).rstrip()}\n"
 
 
 def _plain(text: str) -> str:
