@@ -1,8 +1,6 @@
 #include "process_tree.h"
 
 #include <algorithm>
-#include <array>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -17,13 +15,6 @@ namespace {
 
 constexpr std::size_t kMostProcesses = 1 << 16;  // reserved, touched only when used
 constexpr pid_t kFirstPid = 300;                 // after a turn: RESERVED_PIDS of kernel/pid.c
-
-// The clock of a process, as clock_getcpuclockid makes it but without its system call:
-// MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED) of include/linux/posix-timers.h. There is none for the
-// pid of a thread.
-clockid_t cpu_clock_of(pid_t pid) noexcept {
-    return static_cast<clockid_t>(~static_cast<unsigned>(pid) << 3 | 2u);
-}
 
 double seconds(const timeval& t) noexcept {
     return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec);
@@ -54,12 +45,6 @@ std::vector<pid_t> numbers_in(const std::string& path) {
 pid_t read_pid_max() {
     const long value = std::strtol(read_text("/proc/sys/kernel/pid_max").c_str(), nullptr, 10);
     return value > 0 ? static_cast<pid_t>(value) : 1 << 22;  // PID_MAX_LIMIT
-}
-
-// A number below 0, which none of ours is.
-bool skip_word(const char*& at, const char* end) noexcept {
-    while (at < end && *at != ' ') ++at;
-    return at < end;
 }
 
 }  // namespace
@@ -282,28 +267,7 @@ std::uint64_t ProcessTree::rss_bytes() const noexcept {
 }
 
 bool ProcessTree::read_stat(pid_t pid, Stat& stat) const noexcept {
-    char path[32], text[1024];
-    std::snprintf(path, sizeof path, "/proc/%d/stat", pid);
-    const std::size_t length = File(path).read(text, sizeof text);
-    // Field 2, the command, may hold spaces and parentheses: the last ) ends it.
-    const char* at = static_cast<const char*>(memrchr(text, ')', length));
-    if (at == nullptr || length < static_cast<std::size_t>(at - text) + 4) return false;
-    const char state = at[2];
-    at += 4;  // ") S "
-    const char* const end = text + length;
-    std::array<std::uint64_t, 25> fields{};  // proc(5) counts from 1
-    for (std::size_t field = 4; field < fields.size(); ++field)
-        if (!parse_number(at, end, fields[field]) && !skip_word(at, end)) return false;
-    stat.parent = static_cast<pid_t>(fields[4]);
-    // The main thread may have ended before the others.
-    stat.living = (state != 'Z' && state != 'X') || fields[20] > 1;
-    stat.start_ticks = fields[22];
-    stat.rss_bytes = fields[24] * page_bytes_;
-    stat.waited_s = static_cast<double>(fields[16] + fields[17]) * tick_s_;
-    // Its own clock counts ns; the ticks are for kernels that refuse it.
-    const std::int64_t own_ns = read_clock_ns(cpu_clock_of(pid));
-    stat.own_s = own_ns >= 0 ? 1e-9 * static_cast<double>(own_ns)
-                             : static_cast<double>(fields[14] + fields[15]) * tick_s_;
+    if (!pepr::read_stat(pid, stat, tick_s_, page_bytes_)) return false;
     if (pid == self_) {  // the same without cutting off to ticks
         rusage waited{};
         ::getrusage(RUSAGE_CHILDREN, &waited);

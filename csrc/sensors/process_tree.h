@@ -6,17 +6,9 @@
 #include <sys/types.h>
 
 #include "../file.h"
+#include "process_stat.h"
 
 namespace pepr {
-
-// The numbers of /proc/PID/stat that we use. Times are totals since the process began.
-struct Stat {
-    pid_t parent;
-    bool living;  // no zombie
-    double own_s, waited_s;
-    std::uint64_t start_ticks;
-    std::uint64_t rss_bytes;
-};
 
 // One process, and the account of its time. What was used before the tree was watched counts for
 // nothing: it is taken off again wherever the kernel adds it to.
