@@ -48,14 +48,13 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
+            "--fresh",  # what was found before lay in an environment of pip's that is gone
             "-S",
             str(ROOT),
             "-B",
             str(build),
             "-G",
             "Ninja",
-            # Of this build's environment: pip's of the last one is gone, and CMake remembers it.
-            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPEPR_NVML_INCLUDE={nvml_include()}",
