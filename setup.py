@@ -46,9 +46,10 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
+        # What was found the last time may have lain in an environment of pip's that is gone.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
             "cmake",
-            "--fresh",  # what was found before lay in an environment of pip's that is gone
             "-S",
             str(ROOT),
             "-B",
