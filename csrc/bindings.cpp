@@ -208,6 +208,8 @@ PYBIND11_MODULE(_core, m) {
                  if (period_ns <= 0) throw py::value_error("period_ns must be positive");
                  std::optional<pepr::Coarse> how;
                  if (coarse) how = pepr::Coarse{coarse->first, coarse->second};
+                 if (coarse && !(how->period_ns > 0 && how->quantum_j > 0))
+                     throw py::value_error("coarse is (period_ns, quantum_j), both positive");
                  return std::make_unique<Sampler>(std::move(spec), period_ns, learn,
                                                   std::move(budget), how, relinquish);
              }),

@@ -3,17 +3,15 @@
 #include <algorithm>
 
 #include "cadence.h"
+#include "clock.h"
 
 namespace pepr {
 
 namespace {
 
-constexpr std::int64_t kNsPerS = 1'000'000'000;
 constexpr std::int64_t kWindowNs = kNsPerS;
 
 }  // namespace
-
-// --------------------------------------------------------------------------------------
 
 bool Throttle::read(std::int64_t t_ns) noexcept {
     if (begin_ns_ < 0) begin_ns_ = t_ns;

@@ -16,8 +16,8 @@ struct Budget {
 };
 
 // One lane's part in a budget. Where the lanes would take more than they may, all are stretched by
-// the same factor: the budget is split by need. Windows of at least 1 s; the first
-// second, in which drivers warm up and cadences are learnt, is not counted.
+// the same factor: the budget is split by need. Windows of at least 1 s; the first second, in which
+// drivers warm up and cadences are learnt, is not counted.
 class Throttle {
 public:
     explicit Throttle(std::shared_ptr<Budget> budget) : budget_(std::move(budget)) {}

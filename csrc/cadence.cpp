@@ -102,7 +102,6 @@ std::int64_t Cadence::refresh_ns() const noexcept {
 }
 
 // --- searching: read at a 16th of the time since the last change, until the period shows
-// -----------
 
 void Cadence::search(Tracker& tracker, std::int64_t t_ns) const noexcept {
     tracker.state = State::kSearching;
@@ -161,7 +160,6 @@ std::int64_t Cadence::still_gap_ns(const Tracker& tracker, std::int64_t t_ns) co
 }
 
 // --- tracking: bounds of the next refresh, tightened by every read
-// -----------------------------------
 
 void Cadence::expect(Tracker& tracker, std::int64_t soonest_ns,
                      std::int64_t latest_ns) const noexcept {

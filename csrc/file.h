@@ -19,8 +19,8 @@ class File {
 public:
     File() = default;
     explicit File(int fd) noexcept : fd_(fd) {}
-    explicit File(const std::string& path) noexcept
-        : File(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {}
+    explicit File(const char* path) noexcept : File(::open(path, O_RDONLY | O_CLOEXEC)) {}
+    explicit File(const std::string& path) noexcept : File(path.c_str()) {}
     File(File&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
     File& operator=(File&& other) noexcept {
         std::swap(fd_, other.fd_);

@@ -70,7 +70,10 @@ RingView::RingView(int fd) {
     capacity_ = capacity;
 }
 
-RingView::~RingView() { ::munmap(header_, bytes_of(width_, capacity_)); }
+RingView::~RingView() {
+    // Without a mapping (a Ring that could not be made) this would unmap what lies at address 0.
+    if (header_ != nullptr) ::munmap(header_, bytes_of(width_, capacity_));
+}
 
 std::size_t RingView::read(std::uint64_t& cursor, const Columns& out,
                            std::uint64_t& lost) const noexcept {

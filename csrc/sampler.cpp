@@ -21,8 +21,7 @@ namespace {
 constexpr std::int64_t kRingNs = 60 * kNsPerS;  // what a stalled reader may miss without loss
 constexpr std::int64_t kMinRows = 1024;
 constexpr std::int64_t kMaxRows = 1 << 20;
-constexpr std::int64_t kDutyFactor =
-    3;  // a lane that learns is inside its driver a quarter at most
+constexpr std::int64_t kDutyFactor = 3;  // a lane that learns is in its driver a quarter at most
 
 // Sleeps until `word` differs from `expected` or CLOCK_MONOTONIC reaches `deadline_ns`. A futex is
 // the one sleep with both an absolute deadline and a predicate; it costs what clock_nanosleep does.

@@ -15,7 +15,8 @@ constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
 // knows about the number (zone path, UUID, model) goes into `labels`; interpretation is Python's.
 struct Channel {
     std::string name;      // unique in its lane and stable across runs, "GPU-1f2e…/energy"
-    std::string quantity;  // "energy", "power", "utilisation", "memory", "cpu_time", "count"
+    std::string quantity;  // "energy", "power", "utilisation", "memory", "cpu_time", "count",
+                           // "identity"
     std::string unit;      // SI unit of value × scale: "J", "W", "1", "B", "s"
     double scale = 1.0;    // recorded value × scale = value in `unit`; kept apart to stay exact
     double modulus = 0.0;  // a counter returns to 0 at this recorded value; 0: never seen to wrap

@@ -36,7 +36,7 @@ class Sampler:
         period_ns: int,
         learn: bool = False,
         budget: Budget | None = None,
-        coarse: tuple[int, float] | None = None,
+        coarse: tuple[int, float] | None = None,  # period_ns, quantum_j
         relinquish: bool = False,
     ) -> None: ...
     def wait_ready(self, timeout_s: float) -> bool: ...

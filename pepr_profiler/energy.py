@@ -31,9 +31,9 @@ def integrate(
     mirrors = _Mirrors(sources)
     for batch in batches:
         # A value belongs to the middle of its read.
-        t_s_from = batch.t_ns + batch.read_ns // 2
+        t_ns = batch.t_ns + batch.read_ns // 2
         for accumulator in accumulators:
-            accumulator.feed(t_s_from, batch.values[accumulator.source.channel], batch)
+            accumulator.feed(t_ns, batch.values[accumulator.source.channel], batch)
         mirrors.feed(batch)
     return mirrors.mark([accumulator.finish() for accumulator in accumulators])
 

@@ -17,7 +17,7 @@ Summary = Mapping[str, Any]
 _Span = tuple[float, float]
 
 _BUCKETS = 48
-_SUMS = ("cpu_s", "samples", "dropped", "late", "failed_reads")
+_SUMS = ("cpu_s", "samples", "dropped", "late", "timed", "failed_reads")
 
 
 def merge_jobs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
@@ -75,12 +75,20 @@ class _View:
         return float(self.component["device_j"])
 
     def between_j(self, begin_s: float, end_s: float) -> float:
-        """The device's energy between two instants, from its power over time."""
+        """The device's energy between two instants of the span, from its power over time.
+
+        Where that is unknown there is, evenly, what the known power leaves of the energy: nothing
+        of a counter that was not read, what was held of a model.
+        """
         begin, end = self.span
-        power_w = [watts or 0.0 for watts in self.component.get("trace_w") or ()]
-        if not math.fsum(power_w) or end <= begin:
-            power_w = [1.0]
-        step_s = (end - begin) / len(power_w) or 1.0
+        trace_w = self.component.get("trace_w") or (None,)
+        step_s = (end - begin) / len(trace_w)
+        known_w = _known(trace_w)
+        left_j = max(0.0, self.device_j - math.fsum(known_w) * step_s)
+        unknown_s = (len(trace_w) - len(known_w)) * step_s
+        power_w = [left_j / unknown_s if watts is None else watts for watts in trace_w]
+        if not any(power_w):
+            return 0.0
         overlaps = (
             max(0.0, min(end_s, begin + (i + 1) * step_s) - max(begin_s, begin + i * step_s))
             for i in range(len(power_w))
@@ -178,7 +186,8 @@ class _Job:
         known = [view for view in views if view.component.get("device_j") is not None]
         if not known:
             return dict(views[0].component)
-        inner = [v for v in known if any(o.run in self._outers(v.run) for o in known)]
+        seers = [view.run for view in known]
+        inner = [v for v in known if any(run in seers for run in self._outers(v.run))]
         own = [v for v in known if v not in inner and v.component["in_total"]]
         seen: list[_Span] = []
         pieces: list[tuple[_View, _Span]] = []
@@ -190,7 +199,7 @@ class _Job:
         device_j = math.fsum(parts_j)
         job_j = min(math.fsum(view.component["job_j"] for view in own), device_j)
         idle_j = math.fsum(
-            (view.component.get("idle_j") or 0.0) * part_j / view.device_j
+            view.component["idle_j"] * part_j / view.device_j
             for (view, _), part_j in zip(pieces, parts_j, strict=True)
             if view.device_j > 0
         )
@@ -243,16 +252,20 @@ class _Job:
         return list(phases.values())
 
     def _carbon(self, total_j: float | None) -> dict[str, Any] | None:
-        known = [run for run in self._top if run.get("carbon") and run["energy"].get("total_j")]
+        known = [run for run in self._top if run.get("carbon")]
         if len(known) < len(self._top) or total_j is None:
             return None
         recorded_j = math.fsum(run["energy"]["total_j"] for run in known)
+        if recorded_j <= 0:  # no intensity can be told from it
+            return None
         emitted_g = math.fsum(run["carbon"]["g_co2e"] for run in known)
         return {**known[0]["carbon"], "g_co2e": emitted_g * total_j / recorded_j}
 
     def _sampler(self, duration_s: float) -> dict[str, Any]:
         of_runs = [run.get("sampler") or {} for run in self._runs]
-        sums = {name: _sum_known(of.get(name) for of in of_runs) for name in _SUMS}
+        # After a crash one recording does not tell: then nobody knows the sum.
+        told: dict[str, list[Any]] = {name: [of.get(name) for of in of_runs] for name in _SUMS}
+        sums = {name: None if None in values else sum(values) for name, values in told.items()}
         cpu_s = sums["cpu_s"]
         fraction = cpu_s / duration_s if cpu_s is not None and duration_s > 0 else None
         return {**(self._main.get("sampler") or {}), **sums, "cpu_fraction": fraction}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pepr_profiler import _core
 from pepr_profiler.errors import PeprError
-from pepr_profiler.trace import Channel
+from pepr_profiler.trace import Channel, boot_id
 
 if TYPE_CHECKING:
     import socket  # 5 ms; most runs have no use for it
@@ -33,9 +33,7 @@ VERSION = 1
 MOST_REQUEST_BYTES = 4096
 MOST_REPLY_BYTES = 1 << 17  # a lane of 16 GPUs takes 40 kB; a socket's buffer holds 208 kB
 
-_FIRST_ANSWER_S = (
-    5.0  # as long as a driver may take to open: a busy machine is no reason to go without
-)
+_FIRST_ANSWER_S = 5.0  # as long as a driver may take to open
 _LATER_ANSWER_S = 0.25  # a recording that goes on is not held up
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.1, 5.0
 _LAST_ROW_POLL_S = 0.002
@@ -57,13 +55,6 @@ def own_socket() -> Path | None:
     """Where a daemon of this user alone listens."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return Path(runtime) / "pepr-profiler" / "daemon.sock" if runtime else None
-
-
-def boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
 
 
 class Connection:
@@ -270,10 +261,11 @@ class Node:
         self._hang_up()
         warnings = []
         if self._lanes and self._lost_s is not None:
+            away_s = time.monotonic() - self._lost_s
             warnings.append(
                 (
                     "daemon-gone",
-                    f"the daemon at {self._path} was gone for the last {self._away_s():.1f} s; "
+                    f"the daemon at {self._path} was gone for the last {away_s:.1f} s; "
                     f"{_listed(self._lanes)} ended early",
                     "start it again: sudo pepr-profile daemon",
                 )
@@ -283,9 +275,6 @@ class Node:
             fix = self.trouble.fix or "see: pepr-profile daemon status"
             warnings.append(("daemon-unusable", f"{self.trouble.what}{why}", fix))
         return warnings
-
-    def _away_s(self) -> float:
-        return 0.0 if self._lost_s is None else time.monotonic() - self._lost_s
 
     def _greet(self) -> None:
         if self._asked:
@@ -373,7 +362,7 @@ _FAMILY = {"perf": "rapl", "powercap": "rapl"}
 
 
 class RemoteLane:
-    """A lane of the daemon, used like a `_core.Sampler`; made by `Node.lane`."""
+    """A lane of the daemon, read like a `_core.Sampler`; made by `Node.lane`."""
 
     state = "running"
 
@@ -386,7 +375,6 @@ class RemoteLane:
         self._lost = 0
         # Where each of our columns is in the daemon's rows; None while they are the same.
         self._columns: list[int | None] | None = None
-        self._width = 0
         self._reader = self._map(facts, descriptor)
         self.spec, self.coarse = str(facts["spec"]), bool(facts["coarse"])
         self.period_ns = int(facts["period_ns"])
@@ -415,11 +403,10 @@ class RemoteLane:
             time.sleep(_LAST_ROW_POLL_S)
         return True  # what is missing by now is told as the daemon's absence
 
-    def stats(self) -> dict[str, float]:
-        """As `_core.Sampler.stats`; the daemon's own work is in its status, not in ours."""
-        unknown = ("samples", "late", "skipped", "failed_reads", "settled", "wasted")
-        times = {"cpu_s": 0.0, "refresh_s": 0.0, "gap_s": 0.0}
-        return {**dict.fromkeys(unknown, 0), **times, "lost": self._lost + self._reader.lost}
+    @property
+    def lost(self) -> int:
+        """Rows that were overwritten before we read them."""
+        return self._lost + self._reader.lost
 
     def follow(self, facts: Mapping[str, Any], descriptor: int) -> None:
         """Goes on in another daemon's ring, behind the last row that was read."""

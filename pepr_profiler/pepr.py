@@ -147,8 +147,15 @@ def as_performance(
 ) -> Floats:
     """Performance as PePR needs it, in [0, 1] and higher is better, by the user's declaration only.
 
-    `percent` divides by 100, before the transform; `transform` is a key of TRANSFORMS.
+    `percent` divides by 100, before the transform; `transform` is a key of TRANSFORMS, UsageError
+    for any other.
     """
+    if transform is not None and transform not in TRANSFORMS:
+        raise UsageError(
+            f"there is no transform {transform!r}",
+            why="a performance is as it was logged, or one that is declared here",
+            fix=f"transform with one of these: {', '.join(TRANSFORMS)}",
+        )
     performance = np.asarray(values, dtype=np.float64)
     if percent:
         performance = performance / 100.0

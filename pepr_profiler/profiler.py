@@ -15,29 +15,39 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pepr_profiler import _core
-from pepr_profiler.detect import detect, is_denied, place, remedy, with_process_lists
+from pepr_profiler.detect import (
+    base_period_ns,
+    detect,
+    is_denied,
+    kind_of,
+    lane_names,
+    place,
+    remedy,
+    with_process_lists,
+)
 from pepr_profiler.errors import SensorError, TraceError, UsageError
 from pepr_profiler.following import Targets, hold
 from pepr_profiler.neighbours import Neighbours, cuda_environments, last_pids, run_around
 from pepr_profiler.node import Node, RemoteLane
 from pepr_profiler.store import Store, recorder_lives
-from pepr_profiler.trace import EventWriter, Lane, LaneWriter, describe, read_run, write_json
+from pepr_profiler.trace import (
+    RUN_DIR_VARIABLE,
+    EventWriter,
+    Lane,
+    LaneWriter,
+    boot_id,
+    describe,
+    read_run,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from pepr_profiler.carbon import GridIntensity
 
-RUN_DIR_VARIABLE = "PEPR_RUN_DIR"
-"""Names the run that a process is already part of; `profile()` joins it."""
-
-_PERIOD_NS = {"nvml": 10_000_000, "processes": 100_000_000, "nvml-processes": 500_000_000}
 _OWN_PERIOD = ("processes", "nvml-processes")  # whatever is asked for or could be learnt
-_OTHER_PERIOD_NS = 20_000_000
-"""How often a lane is read until it knows its sensor's refreshes, and where each read brings news:
-RAPL is refreshed each millisecond, which is more than a phase's edge is worth."""
 
 OVERHEAD = 0.005
 """CPU time that all lanes together may take by default, as a share of one core."""
@@ -132,7 +142,7 @@ class Recorder:
                 spec,
                 self._period_ns(spec),
                 learn=self._learns(spec),
-                budget=budget if options.period_ns is None or _kind(spec) in _OWN_PERIOD else None,
+                budget=None if self._is_asked_period(spec) else budget,
             )
             for name, spec in lane_names(specs)
         }
@@ -149,7 +159,7 @@ class Recorder:
         self.directory = self._make_directory()
         deadline = time.monotonic() + _OPEN_TIMEOUT_S
         for name in list(self._samplers):
-            if _kind(self._specs[name]) == "nvml-processes":
+            if kind_of(self._specs[name]) == "nvml-processes":
                 continue  # it joins when it is ready: who uses a GPU is no reason to wait
             if not self._ready(name, max(0.0, deadline - time.monotonic())):
                 self.add_warning(
@@ -191,7 +201,7 @@ class Recorder:
                     names = [channel.name for channel in sampler.channels]
                     columns = (rows[3][names.index(n)] for n in ("job/processes", "job/cpu"))
                     self._note_living(array("q", rows[1]), *(array("d", c) for c in columns))
-                if _kind(self._specs[name]) == "nvml-processes":
+                if kind_of(self._specs[name]) == "nvml-processes":
                     listed = enumerate(writer.lane.channels)
                     pids = [i for i, c in listed if c.name.rpartition("/")[2].startswith("pid")]
                     self._on_gpu[name] = last_pids(rows[3], pids)
@@ -238,8 +248,10 @@ class Recorder:
         for events in (self._events, self._notes):
             if events is not None:
                 events.close()
-        by_lane = {name: sampler.stats() for name, sampler in self._samplers.items()}
+        by_lane = self._stats()
         stats = by_lane.values()
+        through_daemon = [s for s in self._samplers.values() if isinstance(s, RemoteLane)]
+        lost = sum(s["lost"] for s in stats) + sum(lane.lost for lane in through_daemon)
         for writer in self._writers.values():
             writer.close()
             self._dropped += writer.dropped_rows
@@ -253,8 +265,9 @@ class Recorder:
         self._clock.append(_clock_pair())
         self._sampler_facts = {
             "cpu_s": sum(s["cpu_s"] for s in stats) + self._own_cpu_s(),
-            "dropped": int(sum(s["lost"] for s in stats)) + self._dropped,
+            "dropped": int(lost) + self._dropped,
             "late": int(sum(s["late"] for s in stats)),
+            "timed": int(sum(s["samples"] for s in stats)),
             # None: every read brings news, or the sensor never moved.
             "refresh_s": {name: s["refresh_s"] or None for name, s in by_lane.items()},
             "wasted": {
@@ -312,7 +325,7 @@ class Recorder:
         """
         from pepr_profiler import summary  # noqa: F401  its imports take as long as a refresh
 
-        refreshes_s = [sampler.stats()["refresh_s"] for sampler in self._samplers.values()]
+        refreshes_s = [stats["refresh_s"] for stats in self._stats().values()]
         linger_s = min(_REFRESHES_AFTER * max(refreshes_s, default=0.0), _LINGER_S)
         time.sleep(max(0.0, linger_s - (time.monotonic_ns() - end_ns) * 1e-9))
 
@@ -334,6 +347,11 @@ class Recorder:
             else:
                 self.deserted_ns = self._empty_ns
 
+    def _stats(self) -> dict[str, dict[str, float]]:
+        """How sampling went in our own lanes; of the daemon's, its status tells."""
+        samplers = self._samplers.items()
+        return {name: s.stats() for name, s in samplers if isinstance(s, _core.Sampler)}
+
     def _overhead(self, by_lane: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """The budget, what the lanes took of a core, and where reads had to be put off, s."""
         elapsed_s = (self._clock[-1]["t_ns"] - self._clock[0]["t_ns"]) * 1e-9
@@ -344,11 +362,14 @@ class Recorder:
             "gap_s": {name: s["gap_s"] for name, s in by_lane.items() if s["gap_s"]},
         }
 
+    def _is_asked_period(self, spec: str) -> bool:
+        return self.options.period_ns is not None and kind_of(spec) not in _OWN_PERIOD
+
     def _learns(self, spec: str) -> bool:
-        return self.options.period_ns is None and _kind(spec) not in _OWN_PERIOD
+        return self.options.period_ns is None and kind_of(spec) not in _OWN_PERIOD
 
     def _period_ns(self, spec: str) -> int:
-        kind = _kind(spec)
+        kind = kind_of(spec)
         if self.options.period_ns is not None and kind not in _OWN_PERIOD:
             return self.options.period_ns
         return base_period_ns(spec)
@@ -440,7 +461,7 @@ class Recorder:
         """A wrapper's CPU time besides its lanes. A program's own belongs to its job."""
         if not self._dedicated:
             return 0.0
-        lanes_s = sum(sampler.stats()["cpu_s"] for sampler in self._samplers.values())
+        lanes_s = sum(stats["cpu_s"] for stats in self._stats().values())
         return max(0.0, time.process_time() - lanes_s)
 
     def facts(self) -> dict[str, Any]:
@@ -458,7 +479,7 @@ class Recorder:
             "experiment": options.experiment,
             "command": self.command,
             "host": os.uname().nodename,
-            "boot_id": _read_line("/proc/sys/kernel/random/boot_id"),
+            "boot_id": boot_id(),
             "clock": self._clock,
             "started_at": _iso(self._clock[0], self._window_ns[0]),
             "exit_code": self._exit["code"] if self._exit else None,
@@ -525,25 +546,6 @@ def attach(
             recorder.discard()
 
 
-def _kind(spec: str) -> str:
-    return spec.partition(":")[0]
-
-
-def base_period_ns(spec: str) -> int:
-    """How often a sensor is read until its refreshes are known."""
-    return _PERIOD_NS.get(_kind(spec), _OTHER_PERIOD_NS)
-
-
-def lane_names(specs: Sequence[str]) -> list[tuple[str, str]]:
-    """A lane is called after its driver; a second one of the same kind gets a number."""
-    names: list[tuple[str, str]] = []
-    for spec in specs:
-        kind = _kind(spec)
-        taken = sum(_kind(other) == kind for _, other in names)
-        names.append((f"{kind}-{taken + 1}" if taken else kind, spec))
-    return names
-
-
 def _clock_pair() -> dict[str, int]:
     return {"t_ns": time.monotonic_ns(), "unix_ns": time.time_ns()}
 
@@ -553,13 +555,6 @@ def _iso(clock: dict[str, int], t_ns: int | None) -> str:
 
     unix_ns = clock["unix_ns"] + ((t_ns or clock["t_ns"]) - clock["t_ns"])
     return datetime.fromtimestamp(unix_ns / 1e9, timezone.utc).isoformat(timespec="milliseconds")
-
-
-def _read_line(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
 
 
 @functools.cache
@@ -625,16 +620,11 @@ class Run:
             self._block.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if self._pid != os.getpid() or self._events is None:
             return  # a forked child leaves the block that its parent is still in
         if self._block is not None:
-            self._block.__exit__(kind, error, trace)
+            self._block.__exit__()
         self._window_ns = (self._window_ns[0], time.monotonic_ns())
         self._events.close()
         if self._recorder is not None:
@@ -710,7 +700,7 @@ class Run:
             recorder = Recorder(self._options, root="self", command=[sys.executable, *sys.argv])
             try:
                 recorder.open()
-            except SensorError:
+            except BaseException:  # Ctrl-C too: the program may go on
                 recorder.discard()
                 raise
         begin_ns = time.monotonic_ns()
@@ -764,12 +754,7 @@ class Phase:
         self._token = _current_phase.set(self._number)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         run = self._run
         if run._synchronise:
             _synchronise_cuda()

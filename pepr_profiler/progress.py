@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pepr_profiler import pepr
 
-_COUNTERS = ("epoch", "step")
+COUNTERS = ("epoch", "step")
 """What says when a metric was logged, and is none itself."""
 
 
@@ -56,11 +56,11 @@ class Logged:
             if t_ns < begin_ns or (cut and t_ns > end_ns):
                 continue
             known = {name: x for name, value in values.items() if (x := finite(value)) is not None}
-            counters.update((name, known[name]) for name in _COUNTERS if name in known)
+            counters.update((name, known[name]) for name in COUNTERS if name in known)
             row = by_instant.setdefault(min(t_ns, end_ns), {})
             row.update(counters)
             row.update(known)
-        instants = [(t_ns, row) for t_ns, row in by_instant.items() if row.keys() - _COUNTERS]
+        instants = [(t_ns, row) for t_ns, row in by_instant.items() if row.keys() - COUNTERS]
         kept = sorted(_chosen([row for _, row in instants]))
         return cls(
             at_ns=np.array([instants[i][0] for i in kept], dtype=np.int64),
@@ -82,7 +82,7 @@ def _chosen(rows: Sequence[Mapping[str, float]]) -> set[int]:
     """
     of_metric: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        for name in row.keys() - _COUNTERS:
+        for name in row.keys() - COUNTERS:
             own = of_metric.setdefault(name, [])
             epoch = row.get("epoch")
             if own and epoch is not None and rows[own[-1]].get("epoch") == epoch:
@@ -106,14 +106,20 @@ def _chosen(rows: Sequence[Mapping[str, float]]) -> set[int]:
 
 def finite(value: Any) -> float | None:
     """A finite number as float; None for all else."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    if not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer that no float holds
+        return None
+    return number if math.isfinite(number) else None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Curve:
     """A run's performance where it was logged; arrays are (n,), in time order, n >= 1.
 
-    `energy_j` is the job's energy from the beginning of the run on, `u_j` its uncertainty (k = 2);
+    `energy_j` is what is counted from the beginning of the run on, `u_j` its uncertainty (k = 2);
     `total_j` is that of the whole run. `epoch` is the epoch of each point, NaN if none was logged.
     """
 
@@ -168,7 +174,7 @@ def metric_of(summary: Mapping[str, Any]) -> str | None:
     performance = summary.get("performance")
     if performance and performance["metric"] in progress["metrics"]:
         return str(performance["metric"])
-    names = [name for name in progress["metrics"] if name not in _COUNTERS]
+    names = [name for name in progress["metrics"] if name not in COUNTERS]
     return str(names[0]) if len(names) == 1 else None
 
 

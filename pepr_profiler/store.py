@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from pepr_profiler.errors import PeprError, TraceError, UsageError
-from pepr_profiler.trace import EventWriter, read_run, write_json
+from pepr_profiler.trace import EventWriter, boot_id, read_run, write_json
 
 LAST = "last"
 """What the newest run may be called."""
@@ -33,7 +33,7 @@ LAST = "last"
 STATES = ("done", "failed", "incomplete")
 """How a run may have ended: with status 0 (or none, if it was attached to), otherwise, or not."""
 
-_FORM = 3  # of the index: another one is no index
+_FORM = 4  # of the index: another one is no index
 
 _STALE_SHARE = 0.01
 """An index is written anew when more than this share of it was wrong. Reading a run costs some
@@ -367,11 +367,8 @@ def is_recording(directory: Path, run: Mapping[str, Any]) -> bool:
 
 def recorder_lives(run: Mapping[str, Any]) -> bool:
     """Whether the profiler of an unfinished run may still be there; only one killed is not."""
-    try:
-        here = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        return False
-    if run.get("boot_id") != here:
+    here = boot_id()
+    if not here or run.get("boot_id") != here:
         return False
     pid = (run.get("recording") or {}).get("profiler_pid")
     return pid is None or Path(f"/proc/{pid}").exists()
@@ -511,6 +508,7 @@ def _short(run: Mapping[str, Any], directory: str) -> dict[str, Any]:
         **({"recording": {"outer": outer}} if outer else {}),
         "energy": {
             **{key: energy[key] for key in ("total_j", "u_j", "mean_w", "provenance")},
+            "scope": energy.get("scope", "job"),
             "components": components,
         },
     }

@@ -213,6 +213,7 @@ class Study:
                 provenance = None
                 if amount.energetic:
                     provenance = _provenance(cohort, allow_mixed=mix_provenance)
+                    _one_scope(cohort)
                 try:
                     ranking = _ranked(
                         models,
@@ -673,6 +674,17 @@ def _provenance(runs: Sequence[Run], *, allow_mixed: bool) -> str:
     )
 
 
+def _one_scope(runs: Sequence[Run]) -> None:
+    """UsageError if some energies are the job's share of its devices, and some all they took."""
+    whole = [_who(run) for run in runs if run["energy"].get("scope", "job") == "device"]
+    if 0 < len(whole) < len(runs):
+        raise UsageError(
+            "energies of jobs and of whole devices are not comparable",
+            why=f"{_listed(whole)} recorded with --scope device, the others without",
+            fix="compare runs of one scope by naming them",
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class _Amount:
     """What of a resource n runs or rows took; `u` has k = 2 and is NaN where it is unknown.
@@ -792,7 +804,7 @@ def _shared_errors_j(runs: Sequence[Run]) -> pepr.Floats:
     for budgets in devices.values():
         at = [index for index, _ in budgets]
         for cause, part in _SHARED.items():
-            moves = np.array([budget[cause] or 0.0 for _, budget in budgets], dtype=np.float64)
+            moves = np.array([budget[cause] for _, budget in budgets], dtype=np.float64)
             if moves.any():
                 lines.append((at, math.sqrt(part) * moves))
     shared = np.zeros((len(lines), len(runs)))

@@ -29,7 +29,7 @@ from pepr_profiler.attribution import (
 from pepr_profiler.curve import Curve, gap_limit_s
 from pepr_profiler.energy import integrate
 from pepr_profiler.errors import TraceError
-from pepr_profiler.progress import Logged, finite
+from pepr_profiler.progress import COUNTERS, Logged, finite
 from pepr_profiler.sources import find_cross_sources, find_sources
 from pepr_profiler.tenants import Tenants, read_tenants
 from pepr_profiler.trace import (
@@ -65,7 +65,8 @@ _BAND_POINTS = 120
 class TimelineComponent:
     """One component's power in each step (n,), W; NaN where it was not read.
 
-    `job_w` is the job's share of `device_w`. `low_w` and `high_w` are the lowest and the highest
+    `job_w` is what is counted of `device_w`: the job's share, or all of it where the run's scope is
+    "device". `low_w` and `high_w` are the lowest and the highest
     mean over one second in the step, of the device; None where the steps are shorter.
     """
 
@@ -85,7 +86,7 @@ class TimelineComponent:
 class Timeline:
     """A run over time, s since its begin: `edges_s` (n + 1,) of n steps that are equally long.
 
-    `energy_j` and `u_j` (m,) are the job's energy up to `at_s` (m,), and its u (k = 2). `phases`
+    `energy_j` and `u_j` (m,) are what is counted up to `at_s` (m,), and its u (k = 2). `phases`
     are (name, begin, end).
     """
 
@@ -414,7 +415,7 @@ def _timeline(parts: Sequence[_Part], grid: _Grid, phases: Sequence[Phase]) -> T
     counted = [part for part in parts if part.counted]
     energy_j, variance_j2 = np.zeros(len(at_ns)), np.zeros(len(at_ns))
     for part in counted:
-        energy_j += grid.pick(part.shares.job_j, at_ns)
+        energy_j += grid.pick(part.counting_j, at_ns)
         whole = [part.budget(grid, at_ns[:1], at_ns[i : i + 1]).u_j for i in range(len(at_ns))]
         variance_j2 += np.square(whole)
     return Timeline(
@@ -457,7 +458,7 @@ def _over_time(part: _Part, grid: _Grid) -> TimelineComponent:
         label=curve.source.label,
         provenance=curve.source.provenance,
         in_total=curve.source.in_total,
-        job_w=mean_w(part.shares.job_j),
+        job_w=mean_w(part.counting_j),
         device_w=mean_w(curve.energy_j),
         low_w=low_w,
         high_w=high_w,
@@ -626,11 +627,11 @@ def _phases(phases: Sequence[Phase], counted: Sequence[_Part], grid: _Grid) -> l
 
 
 def _progress(logged: Logged, counted: Sequence[_Part], grid: _Grid) -> dict[str, Any] | None:
-    """The job's energy from the beginning to the instants that were logged at; None: to none."""
+    """What is counted from the beginning to the instants that were logged at; None: to none."""
     if not logged.rows:
         return None
     at_ns, begin_ns = logged.at_ns, grid.at_ns[:1]
-    energies_j = [grid.pick(part.shares.job_j, at_ns) for part in counted]
+    energies_j = [grid.pick(part.counting_j, at_ns) for part in counted]
     us_j = [
         2 * math.hypot(*(part.budget(grid, begin_ns, at_ns[i : i + 1]).u_j for part in counted))
         for i in range(len(at_ns))
@@ -654,7 +655,7 @@ def _metrics(logged: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, float
 
 def _performance(metrics: Mapping[str, float | None], wanted: str | None) -> dict[str, Any] | None:
     """The metric that the score is about: the one asked for, or the only one there is."""
-    names = [wanted] if wanted else [n for n in metrics if n not in ("epoch", "step")]
+    names = [wanted] if wanted else [n for n in metrics if n not in COUNTERS]
     if len(names) != 1 or metrics.get(names[0]) is None:
         return None
     return {"metric": names[0], "value": metrics[names[0]]}
@@ -680,6 +681,7 @@ def _sampler(
         "samples": gauges.rows,
         "dropped": stats.get("dropped"),
         "late": stats.get("late"),
+        "timed": stats.get("timed"),
         "failed_reads": gauges.unknown,
         "rate_hz": {
             name: gauges.rows_by_lane.get(name, 0) / duration_s if duration_s > 0 else None

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+RUN_DIR_VARIABLE = "PEPR_RUN_DIR"
+"""Names the run that a process is already part of; `profile()` joins it."""
+
 _BATCH_ROWS = 1024
 """Rows of a finished batch: large enough that its 400 bytes of header do not matter."""
 
@@ -748,6 +751,14 @@ def write_json(path: Path, value: Any) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def boot_id() -> str:
+    """Which boot of which machine CLOCK_MONOTONIC is of; empty where the kernel does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def read_run(directory: Path) -> dict[str, Any]:

@@ -45,22 +45,6 @@ class Budget:
 _CORRELATED = ("gain_j", "offset_j", "model_j")
 
 
-def combine(a: Budget, b: Budget, *, sign: float = 1.0) -> Budget:
-    """The budget of the sum of two energies of one device, or of a - b with `sign` -1."""
-    pairs = {name: (one, vars(b)[name]) for name, one in vars(a).items()}
-    return Budget(
-        **{
-            name: one + sign * two if name in _CORRELATED else math.hypot(one, two)
-            for name, (one, two) in pairs.items()
-        }
-    )
-
-
-def difference(a: Budget, b: Budget) -> Budget:
-    """The budget of E_a - E_b on one device: what is fixed for the device cancels."""
-    return combine(a, b, sign=-1.0)
-
-
 def budget(
     curve: Curve,
     at_ns: NDArray[np.int64],

@@ -147,6 +147,22 @@ def parse_bounds(
     )
 
 
+def parse_overhead(text: str) -> float:
+    """A share of one core: "0.5%" or "0.005" -> 0.005. Raises UsageError unless in (0, 1]."""
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise UsageError(
+            f"an overhead of '{text}' is not possible",
+            why="it is the share of one core that reading the sensors may take",
+            fix="give more than 0% and at most 100%, for example --overhead 0.5%",
+        )
+    return share
+
+
 def _parse_number(text: str) -> float | None:
     match = re.fullmatch(rf"\s*{_NUMBER}\s*([nuµμmkKMGT]?)[JWsgB]?\s*", text)
     if match is None:

@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cli import write_replay
 from sim import native, nvml, powercap
+
+from pepr_profiler.trace import RUN_DIR_VARIABLE
 
 
 def pytest_configure() -> None:
@@ -91,3 +94,17 @@ def powercap_sim(tmp_path: Path, native_cache: Path) -> Iterator[Callable[..., p
     yield build
     for tree in trees:
         tree.stop()
+
+
+@pytest.fixture
+def meter(tmp_path: Path) -> str:
+    """A sensor that says 100 W, of a device that is the job's alone."""
+    channel = "meter power W 1 0 gauge test kind=gpu component=gpu:meter"
+    return write_replay(tmp_path / "meter", [channel], [(0.0, 100.0)])
+
+
+@pytest.fixture
+def on_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run is around this process, and its own go to a store of the test's."""
+    monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
+    monkeypatch.setenv("PEPR_STORE", str(tmp_path / "store"))

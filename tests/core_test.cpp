@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -12,12 +13,14 @@
 #include <fstream>
 #include <functional>
 #include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -32,6 +35,18 @@
 #include "sensor.h"
 
 namespace fs = std::filesystem;
+
+thread_local std::uint64_t allocations = 0;
+
+// Not inlined: GCC would take malloc and delete, or new and free, for a pair.
+[[gnu::noinline]] void* operator new(std::size_t size) {
+    ++allocations;
+    if (void* const memory = std::malloc(size > 0 ? size : 1)) return memory;
+    throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+
 using pepr::kNsPerS;
 using pepr::now_ns;
 using pepr::Ring;
@@ -285,6 +300,27 @@ void ring_finds_the_row_that_an_instant_lies_in() {
     CHECK(ring.find(2000) == 199);
     CHECK(ring.find(1955) == 194);
     CHECK(ring.find(0) >= 200 - 64 && ring.find(0) <= 200 - 64 + 4);  // the oldest that is safe
+}
+
+// One that cannot be made has no mapping: nothing is unmapped in its place, at address 0.
+void ring_that_cannot_be_made_unmaps_nothing() {
+    CHECK(holds_in_a_child([] {
+        void* const low = reinterpret_cast<void*>(0x100000);  // where some programs' code lies
+        void* const page = ::mmap(low, 4096, PROT_READ | PROT_WRITE,
+                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+        if (page != low) return true;  // taken, or not allowed: nothing to lose there
+        const rlimit none{0, 0};
+        std::signal(SIGXFSZ, SIG_IGN);
+        if (::setrlimit(RLIMIT_FSIZE, &none) != 0) return false;
+        bool refused = false;
+        try {
+            const Ring ring(100, 1 << 16);
+        } catch (const std::system_error&) {
+            refused = true;
+        }
+        unsigned char resident = 0;
+        return refused && ::mincore(page, 4096, &resident) == 0;  // ENOMEM: it is unmapped
+    }));
 }
 
 void coarse_energy_telescopes_and_comes_seldom() {
@@ -981,6 +1017,37 @@ void processes_pids_count_from_the_open_on() {
     for (const int fd : {clocks[0], clocks[1], go[0]}) ::close(fd);
 }
 
+// While one child lives, another is born and ends, and then none is left.
+void processes_are_read_without_an_allocation() {
+    int hold[2];
+    CHECK(::pipe(hold) == 0);
+    const auto sensor = pepr::open_sensor("processes:self");
+    std::vector<double> row(sensor->channels().size());
+    const pid_t stays = ::fork();
+    if (stays == 0) {
+        char byte = 0;
+        ::close(hold[1]);
+        ::_exit(::read(hold[0], &byte, 1) == 0 ? 0 : 1);
+    }
+    const std::uint64_t before = allocations;
+    for (int i = 0; i < 5; ++i) {
+        sensor->poll(row.data());
+        if (i > 1) CHECK(row[2] == 2.0);
+    }
+    const pid_t ends = ::fork();
+    if (ends == 0) ::_exit(0);
+    sensor->poll(row.data());
+    int status = -1;
+    CHECK(::waitpid(ends, &status, 0) == ends);
+    ::close(hold[1]);
+    CHECK(::waitpid(stays, &status, 0) == stays && status == 0);
+    sensor->finish();
+    sensor->poll(row.data());
+    CHECK(allocations == before);
+    CHECK(row[2] == 1.0);
+    ::close(hold[0]);
+}
+
 void replay_names_the_bad_line() {
     const Folder folder;
     const std::string path =
@@ -1010,6 +1077,7 @@ constexpr Test kTests[] = {
     TEST(ring_is_read_whole_by_another_process),
     TEST(ring_that_is_shared_cannot_be_changed_by_its_readers),
     TEST(ring_finds_the_row_that_an_instant_lies_in),
+    TEST(ring_that_cannot_be_made_unmaps_nothing),
     TEST(coarse_energy_telescopes_and_comes_seldom),
     TEST(cadence_reads_just_after_each_refresh),
     TEST(cadence_holds_against_jitter_about_a_clock),
@@ -1040,6 +1108,7 @@ constexpr Test kTests[] = {
     TEST(processes_count_children_that_were_waited_for),
     TEST(processes_children_leave_us_out),
     TEST(processes_pids_count_from_the_open_on),
+    TEST(processes_are_read_without_an_allocation),
     TEST(replay_names_the_bad_line),
 };
 

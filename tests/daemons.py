@@ -151,6 +151,13 @@ def open_place() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """To be a module's `tmp_path`: pytest's own is closed to whom a daemon becomes."""
+    with open_place() as folder:
+        yield folder
+
+
 def raw(path: Path) -> socket.socket:
     """A connection that says what it likes."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

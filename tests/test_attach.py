@@ -20,34 +20,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli import SLOW_S, Cli, codes, component, ended, python, until, write_replay
+from cli import SLOW_S, Cli, codes, component, ended, python, until
 
 from pepr_profiler import TargetError, TraceError, UsageError, profile
 from pepr_profiler.following import hold
-from pepr_profiler.profiler import RUN_DIR_VARIABLE, Options, attach
-from pepr_profiler.trace import LaneReader, read_events
+from pepr_profiler.profiler import Options, attach
+from pepr_profiler.trace import RUN_DIR_VARIABLE, LaneReader, read_events
 
 # Says "ready", and goes on with argv's code once a line comes in.
 WAITING = "import os, sys\nprint('ready', flush=True)\nsys.stdin.readline()\n"
 BUSY = "import time\nwhile time.process_time() < {cpu_s}: pass\n"
 
 
+pytestmark = pytest.mark.usefixtures("on_our_own")
+
+
 @pytest.fixture
 def cli(tmp_path: Path) -> Cli:
     return Cli(tmp_path)
-
-
-@pytest.fixture
-def meter(tmp_path: Path) -> str:
-    """A sensor that says 100 W, of a device that is the job's alone."""
-    channel = "meter power W 1 0 gauge test kind=gpu component=gpu:meter"
-    return write_replay(tmp_path / "meter", [channel], [(0.0, 100.0)])
-
-
-@pytest.fixture(autouse=True)
-def on_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
-    monkeypatch.setenv("PEPR_STORE", str(tmp_path / "store"))
 
 
 @contextmanager

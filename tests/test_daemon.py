@@ -24,7 +24,7 @@ from daemons import (
     daemon,
     lock,
     needs_root,
-    open_place,
+    open_folder,
     python_of,
     raw,
     restart,
@@ -47,14 +47,9 @@ from pepr_profiler.trace import LaneReader
 BuildNvml = Callable[[Scenario], NvmlSim]
 BuildTree = Callable[..., Tree]
 
+tmp_path = open_folder
+
 UNTIL = "import sys, time\nt = int(sys.argv[1])\nwhile time.monotonic_ns() < t: time.sleep(0.01)"
-
-
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """Instead of pytest's, which it closes to all other users whenever a session begins."""
-    with open_place() as folder:
-        yield folder
 
 
 @pytest.fixture
@@ -119,7 +114,12 @@ def test_a_run_that_may_not_read_a_counter_reads_it_through_the_daemon(
     assert summary["recording"]["daemon"]["reconnects"] == 0
     assert summary["missing"] == []
     assert codes(summary) == set()
-    assert "powercap read by the node's daemon" in " ".join(result.stderr.split())
+    said = " ".join(result.stderr.split())
+    assert "powercap read by the node's daemon" in said
+    # how late rows came is known of our own alone: of the processes' lane
+    own = LaneReader(running.cli.runs()[0], "processes")
+    assert summary["sampler"]["timed"] == sum(len(batch.t_ns) for batch in own)
+    assert "% of our own late" in said
     # and the run was known to the daemon while it lasted
     assert running.status()["runs"] == []
 
@@ -523,7 +523,7 @@ def test_two_hundred_clients_at_once_all_read_the_same_rows(
         while (batch := lane.read()) is not None:
             rows.append(batch)
         newest.append(set(times_of(rows)))
-        assert lane.stats()["lost"] == 0
+        assert lane.lost == 0
     common = set.intersection(*newest)
     assert len(common) >= 50
     for node in nodes:

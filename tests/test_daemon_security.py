@@ -27,7 +27,7 @@ from daemons import (
     become,
     daemon,
     needs_root,
-    open_place,
+    open_folder,
     python_of,
     raw,
     restart,
@@ -41,17 +41,12 @@ from pepr_profiler.daemon.server import Limits, Policy
 from pepr_profiler.errors import PeprError
 from pepr_profiler.node import MOST_REQUEST_BYTES, Connection
 
+tmp_path = open_folder
+
 MS = 1_000_000
 F_ADD_SEALS, F_GET_SEALS = 1033, 1034  # linux/fcntl.h
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW = 1, 2, 4
 libc = ctypes.CDLL(None, use_errno=True)
-
-
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """Instead of pytest's, which it closes to all other users whenever a session begins."""
-    with open_place() as folder:
-        yield folder
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -19,12 +20,13 @@ from typing import Any
 
 import pytest
 from cli import SLOW_S, Cli, ended, until
-from daemons import Daemon, daemon, open_place
+from daemons import Daemon, daemon, open_folder, open_place
 from sim.nvml import Gpu, NvmlSim, Scenario, Sensor
 from sim.powercap import Tree, Zone, two_socket_server
 from sim.waves import Constant, Square
 
-from pepr_profiler.daemon.exporter import Meter
+from pepr_profiler.daemon.exporter import Meter, Meters
+from pepr_profiler.daemon.lanes import How, Lanes
 from pepr_profiler.sources import Source
 
 pytest.importorskip("prometheus_client", reason="pip install 'pepr-profiler[metrics]'")
@@ -37,12 +39,7 @@ DATA = Path(__file__).parents[1] / "pepr_profiler" / "data"
 QUANTUM_J = 0.1
 ENERGY = "pepr_device_energy_joules_total"
 
-
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """Instead of pytest's, which is closed to whom the daemon becomes."""
-    with open_place() as folder:
-        yield folder
+tmp_path = open_folder
 
 
 @pytest.fixture
@@ -366,3 +363,23 @@ def test_the_dashboard_asks_for_nothing_that_is_not_served(powercap_sim: BuildTr
     used = set(re.findall(r"\$(?!__)(\w+)", json.dumps(board["panels"])))
     assert used <= variables
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
+def test_without_descriptors_a_lane_is_unknown_until_there_are_some(tree: Tree) -> None:
+    # given a lane that runs, and a process that may open nothing more
+    lanes = Lanes([tree.spec], How())
+    lanes.open_privileged()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        meters = Meters(lanes)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            meters.update()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        # then it is told nothing, and is there as soon as a descriptor is
+        assert list(meters) == []
+        meters.update()
+        assert {meter.source.id for meter in meters} >= {"cpu:package-0"}
+    finally:
+        lanes.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -72,6 +73,32 @@ def test_a_gap_is_hatched_and_named() -> None:
         drawn = figures.chart("a", "t", "d", lambda w, t=timeline: figures.power_over_time(t, w))
         assert drawn.wide.count("<pattern") == hatches
         assert ("no reading" in drawn.wide) == bool(hatches)
+
+
+def test_what_was_not_read_is_a_gap_in_the_figures_and_not_0_w() -> None:
+    # given a GPU that was read in the second step only, beside one that was read throughout
+    some, all_w = np.array([np.nan, 10.0]), np.array([7.0, 7.0])
+    late, whole = (
+        TimelineComponent(id=f"gpu:{i}", job_w=w, device_w=w, low_w=None, high_w=None, gaps_s=(),
+                          kind="gpu", label=f"gpu:{i}", provenance="measured", in_total=True)
+        for i, w in enumerate((some, all_w))
+    )  # fmt: skip
+    for parts, begins_s in (((late,), [1, 1]), ((whole, late), [0, 1, 1])):
+        (axes,) = figures.power_over_time(timeline_of(*parts)).axes
+        # then neither its area nor the outline of the sum has a point there
+        assert [drawn_from_s(patch) for patch in axes.patches] == begins_s
+    # and where many are drawn as one, it has what is known of them
+    (axes,) = figures.power_over_time(timeline_of(*[late] * 7)).axes
+    assert [drawn_from_s(patch) for patch in axes.patches] == [1, 1]
+    (axes,) = figures.power_over_time(timeline_of(whole, *[late] * 6)).axes
+    assert [drawn_from_s(patch) for patch in axes.patches] == [0, 1]
+    # and a panel of its own has neither a line nor an area
+    (axes,) = figures.devices_over_time(timeline_of(late)).axes
+    assert [drawn_from_s(patch) for patch in axes.patches] == [1, 1]
+
+
+def drawn_from_s(patch: Any) -> float:
+    return float(patch.get_path().vertices[:, 0].min())
 
 
 def timeline_of(

@@ -269,7 +269,7 @@ def test_what_is_seen_on_a_gpu_outweighs_what_was_announced(cli: Cli, nvml_sim: 
 def test_scope_device_counts_whole_devices(cli: Cli, nvml_sim: BuildNvml) -> None:
     # given a run of which the job has a quarter of a board, summarised both ways from one trace
     from pepr_profiler.summary import summarise
-    from pepr_profiler.trace import read_run
+    from pepr_profiler.trace import EventWriter, read_run
 
     me = Process(os.getpid(), 2**30, sm=0.75)
     board = Gpu(Constant(200), processes=(Process(STARTED, 2**30, sm=0.25), me))
@@ -277,6 +277,9 @@ def test_scope_device_counts_whole_devices(cli: Cli, nvml_sim: BuildNvml) -> Non
     _, by_job = cli.measure("--sensor", sim.spec, "--", "sleep", "1.5")
     run = read_run(cli.runs()[0])
     run["recording"]["options"]["scope"] = "device"
+    events = EventWriter(cli.runs()[0])
+    events.metrics({"accuracy": 0.9})  # after its end: it counts there
+    events.close()
     by_device = summarise(cli.runs()[0], run=run)
     job, device = by_job["energy"], by_device["energy"]
     assert (job["scope"], device["scope"]) == ("job", "device")
@@ -286,6 +289,8 @@ def test_scope_device_counts_whole_devices(cli: Cli, nvml_sim: BuildNvml) -> Non
     assert device["total_j"] == pytest.approx(
         job["total_j"] + job["others_j"] + job["idle_j"], rel=1e-9
     )
+    # and a metric was reached with the energy that is counted
+    assert by_device["progress"]["energy_j"] == pytest.approx([device["total_j"]])
 
 
 def test_an_attached_process_is_found_on_its_gpu(

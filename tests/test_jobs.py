@@ -108,6 +108,45 @@ def test_the_power_over_time_decides_what_the_second_look_adds() -> None:
     assert (trace_w[0], trace_w[-1]) == (pytest.approx(100), pytest.approx(500))
 
 
+@pytest.mark.parametrize(("held", "truth_j"), [(False, 1500), (True, 2000)])
+def test_where_power_is_unknown_there_is_what_the_known_leaves(held: bool, truth_j: float) -> None:
+    # given 100 W in looks of [0, 12] and of [8, 20], which read nothing from 15 s on: a counter has
+    # no energy there, a model holds its power
+    power = Constant(100)
+    first, second = part(CPU, power, 0, 12, job=0), part(CPU, power, 8, 20, job=0)
+    step_s = 12 / 48
+    second["trace_w"][round(7 / step_s) :] = [None] * round(5 / step_s)
+    if not held:
+        second |= {"device_j": 700.0, "others_j": 700.0}
+    merged = component(one(run("a", 0, 12, first), run("b", 8, 20, second)), CPU)
+    assert merged["device_j"] == pytest.approx(truth_j)
+
+
+def test_a_device_whose_power_is_all_unknown_has_its_energy_evenly() -> None:
+    power = Constant(100)
+    parts = [part(CPU, power, *span, job=0) for span in ((0, 12), (8, 20))]
+    for each in parts:
+        each["trace_w"] = [None] * 48
+    runs = [run(f"{b}", b, b + 12, p) for b, p in zip((0, 8), parts, strict=True)]
+    assert component(one(*runs), CPU)["device_j"] == pytest.approx(2000)
+
+
+def test_what_one_recording_does_not_tell_of_itself_nobody_knows_of_the_job() -> None:
+    # given a rank that crashed, and one that took nothing from the grid
+    power = Constant(100)
+    carbon = {"g_co2e": 5.0, "intensity_g_per_kwh": 100.0, "pue": 1.0, "source": "x", "year": 2023}
+    merged = one(
+        run("a", 0, 10, part(CPU, power, 0, 10, job=0.5), carbon=carbon,
+            sampler={"cpu_s": 1.0, "late": 2}),
+        run("b", 0, 10, part(CPU, power, 0, 10, job=0.0), carbon={**carbon, "g_co2e": 0.0},
+            sampler={"cpu_s": None, "late": 3}),
+    )  # fmt: skip
+    assert (merged["sampler"]["cpu_s"], merged["sampler"]["late"]) == (None, 5)
+    assert merged["sampler"]["cpu_fraction"] is None
+    # but nothing is no unknown
+    assert merged["carbon"]["g_co2e"] == pytest.approx(5.0)
+
+
 def test_jobs_that_each_claim_a_whole_device_share_it_once() -> None:
     power = Constant(300)
     whole = [run(name, 0, 10, part(GPU, power, 0, 10, job=1.0)) for name in "abcd"]

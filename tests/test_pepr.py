@@ -128,6 +128,9 @@ def test_an_error_names_the_first_rows_and_counts_the_others() -> None:
 def test_performance_is_converted_only_as_declared() -> None:
     assert pepr.as_performance([91.0, 50.0], percent=True).tolist() == [0.91, 0.5]
     assert pepr.as_performance([0.25], transform="one-minus").tolist() == [0.75]
+    with pytest.raises(UsageError, match="no transform 'log'") as refused:
+        pepr.as_performance([0.25], transform="log")
+    assert "one-minus" in refused.value.fix
     assert pepr.as_performance([25.0], percent=True, transform="one-minus").tolist() == [0.75]
     assert pepr.as_performance([math.log(4.0)], transform="exp-neg")[0] == pytest.approx(0.25)
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,33 +16,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli import SLOW_S, Cli, component, ended, python, until, write_replay
+from cli import SLOW_S, Cli, component, ended, python, until
 from sim.powercap import Tree
 
 import pepr_profiler
 from pepr_profiler import UsageError, profile
-from pepr_profiler.profiler import RUN_DIR_VARIABLE
-from pepr_profiler.trace import LaneReader
+from pepr_profiler.errors import PeprError
+from pepr_profiler.trace import RUN_DIR_VARIABLE, LaneReader
 
 BuildTree = Callable[..., Tree]
+
+
+pytestmark = pytest.mark.usefixtures("on_our_own")
 
 
 @pytest.fixture
 def cli(tmp_path: Path) -> Cli:
     return Cli(tmp_path)
-
-
-@pytest.fixture
-def meter(tmp_path: Path) -> str:
-    """A sensor that says 100 W, of a device that is the job's alone."""
-    channel = "meter power W 1 0 gauge test kind=gpu component=gpu:meter"
-    return write_replay(tmp_path / "meter", [channel], [(0.0, 100.0)])
-
-
-@pytest.fixture(autouse=True)
-def on_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
-    monkeypatch.setenv("PEPR_STORE", str(tmp_path / "store"))
 
 
 def wait_s(duration_s: float) -> None:
@@ -110,6 +101,22 @@ def test_decorated_function_is_a_phase_each_time_it_runs(meter: str) -> None:
         with pytest.raises(ZeroDivisionError), run.phase("failing"):
             1 / 0  # noqa: B018
     assert [(p["name"], p["count"]) for p in run.summary["phases"]] == [("step", 3), ("failing", 1)]
+
+
+def test_a_block_that_cannot_begin_leaves_no_lane_behind(
+    meter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def threads() -> list[str]:
+        return sorted(task.name for task in Path("/proc/self/task").iterdir())
+
+    # given no place at all for a run
+    (tmp_path / "store").write_text("in the way")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    before = threads()
+    with pytest.raises((OSError, PeprError)) as kept, profile("nowhere", sensors=[meter]):
+        pass
+    # then nothing samples, though the traceback is kept, as interpreters do
+    assert threads() == before, kept
 
 
 def test_log_takes_every_kind_of_number_and_the_last_one_counts(meter: str) -> None:

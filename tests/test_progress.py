@@ -122,6 +122,7 @@ def test_what_is_no_number_leaves_a_hole_and_epochs_hold_until_the_next() -> Non
             (4, {"epoch": 1, "a": math.inf}),
             (4, {"a": True}),
             (5, {"a": "high"}),
+            (6, {"a": 10**400}),
         ]
     )
     assert list(kept.at_ns) == [2, 3, 4]

@@ -19,6 +19,7 @@ from pepr_profiler.commands.compare import compare, parse_price
 from pepr_profiler.commands.score import score
 from pepr_profiler.errors import PeprError, TraceError, UsageError
 from pepr_profiler.report.ranking import ranking_data, render_ranking
+from pepr_profiler.store import Filter, Store
 from pepr_profiler.study import Study, load, read_bounds
 
 PAPER = Path(__file__).resolve().parents[2] / "shared" / "paper"
@@ -665,6 +666,21 @@ def test_mixed_provenance_is_compared_when_asked_for_and_never_matters_for_time(
     ]
     assert Study.from_runs(runs, mix_provenance=True).rank().provenance == "mixed"
     assert Study.from_runs(runs, resources=["time"]).rank().resource.tolist() == [60.0, 90.0]
+
+
+def test_energies_of_jobs_and_of_whole_devices_share_no_cohort(store: Path) -> None:
+    # given a run of each scope
+    whole = energy(9.0) | {"scope": "device"}
+    runs = [run_summary("a"), run_summary("b", energy=whole, time_s=90.0)]
+    # then their energies are not compared, their times are
+    with pytest.raises(UsageError, match="b-1 recorded with --scope device"):
+        Study.from_runs(runs)
+    assert Study.from_runs(runs, resources=["time"]).rank().resource.tolist() == [60.0, 90.0]
+    # and nor through the store's index
+    for run in runs:
+        stored(store, run)
+    found = Store(store).find(Filter(name="[ab]"))
+    assert [run["energy"]["scope"] for run in found] == ["job", "device"]
 
 
 # --- in code -------------------------------------------------------------------------------------

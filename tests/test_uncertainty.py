@@ -18,7 +18,7 @@ from pepr_profiler.energy import integrate
 from pepr_profiler.power import duty_coefficient
 from pepr_profiler.sources import Source, find_cross_sources, find_sources
 from pepr_profiler.trace import LaneReader, LaneWriter
-from pepr_profiler.uncertainty import Budget, budget, combine, cross_check, difference
+from pepr_profiler.uncertainty import Budget, budget, cross_check
 
 S = 1_000_000_000
 
@@ -173,7 +173,6 @@ def test_phases_that_follow_each_other_are_as_sure_as_the_whole(name: str) -> No
         begin_s = random.uniform(0.5, 0.7)
         edges_s = begin_s + 0.13 * np.arange(21)
         curve, at_ns = measured(run, *edges_s)
-        together = budget(curve, at_ns, np.arange(20), np.arange(1, 21)).u_j
         # when they are taken together
         together = budget(curve, at_ns, np.arange(20), np.arange(1, 21))
         error_j = energy_j(curve) - run.truth_j(edges_s[0], edges_s[-1])
@@ -204,19 +203,6 @@ def test_short_phases_behind_a_counter_are_within_5_percent(name: str) -> None:
 
 
 # --- the terms ------------------------------------------------------------------------------------
-
-
-def test_what_is_fixed_for_a_device_cancels_in_a_difference() -> None:
-    # given two runs on one board, 1000 J and 1100 J, of the same length
-    a = Budget(gain_j=37.0, offset_j=59.0, edges_j=3.0, duty_j=4.0)
-    b = Budget(gain_j=40.7, offset_j=59.0, edges_j=3.0, duty_j=4.0)
-    # then only the gain of the difference and the independent terms are left
-    apart = difference(b, a)
-    assert (apart.gain_j, apart.offset_j) == pytest.approx((3.7, 0.0))
-    assert apart.u_j == pytest.approx(math.sqrt(3.7**2 + 2 * (9 + 16)))
-    assert apart.u_j < 0.2 * min(a.u_j, b.u_j)
-    # and in a sum they add as they stand
-    assert combine(a, b).gain_j == pytest.approx(77.7)
 
 
 def test_the_duty_coefficient_is_that_of_simulated_loads() -> None:

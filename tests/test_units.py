@@ -18,6 +18,7 @@ from pepr_profiler.units import (
     format_with_u,
     parse_bounds,
     parse_duration,
+    parse_overhead,
 )
 
 SCALE = {"n": "1e-9", "µ": "1e-6", "m": "1e-3", "": "1", "k": "1e3", "M": "1e6", "G": "1e9"}
@@ -195,6 +196,20 @@ def test_a_bad_duration_says_what_to_write(text: str) -> None:
     assert repr(text) in caught.value.what
     assert caught.value.why
     assert "10ms" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "share"), [("0.5%", 0.005), ("0.005", 0.005), (" 100% ", 1.0), ("1", 1.0)]
+)
+def test_an_overhead_is_a_share_of_a_core(text: str, share: float) -> None:
+    assert parse_overhead(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["", "%", "0", "-1%", "101%", "2", "nan", "half"])
+def test_a_bad_overhead_says_what_to_write(text: str) -> None:
+    with pytest.raises(UsageError, match="is not possible") as caught:
+        parse_overhead(text)
+    assert "--overhead 0.5%" in caught.value.fix
 
 
 @pytest.mark.parametrize(

@@ -70,11 +70,7 @@ public:
         for (unsigned index = 0; index < count; ++index) find_gpu(index);
         probe();
         for (Gpu& gpu : gpus_) describe(gpu);
-        if (channels_.empty() && !notes_.empty())
-            throw SensorError(notes_[0].what, notes_[0].why, notes_[0].fix);
-        if (channels_.empty())
-            throw SensorError("no NVIDIA GPU", "the driver runs but sees no device",
-                              "check nvidia-smi -L, and NVIDIA_VISIBLE_DEVICES in a container");
+        if (channels_.empty()) throw nvml::nothing_found(notes_);
     }
 
     void poll(double* out) noexcept override {
@@ -133,14 +129,9 @@ private:
         }
     }
 
-    // Failures that may pass (a GPU that is lost, a time-out) are kept: unknown until they do.
-    static bool offered(nvmlReturn_t answer) {
-        return answer != NVML_ERROR_NOT_SUPPORTED && answer != NVML_ERROR_FUNCTION_NOT_FOUND &&
-               answer != NVML_ERROR_INVALID_ARGUMENT && answer != NVML_ERROR_NO_PERMISSION;
-    }
-
     void describe(Gpu& gpu) {
-        const auto has = [&](std::size_t i) { return offered(gpu.answers[i]); };
+        // What fails but may come back is kept: unknown until it does.
+        const auto has = [&](std::size_t i) { return !nvml::never(gpu.answers[i]); };
         // PowerUsage repeats one of the fields where they exist; which one, depends on the chip.
         const bool fields = has(kInstant) || has(kAverage);
         for (std::size_t i = 0; i < kReadings.size(); ++i) {

@@ -4,6 +4,7 @@
 #include <array>
 #include <map>
 #include <string>
+#include <vector>
 
 #include <dlfcn.h>
 #include <nvml.h>
@@ -107,6 +108,19 @@ struct Library {
     decltype(&nvmlDeviceGetProcessUtilization) process_utilisation =
         find("nvmlDeviceGetProcessUtilization");
 };
+
+// A refusal that stays. Others may pass (a GPU that is lost, a time-out).
+inline bool never(nvmlReturn_t code) noexcept {
+    return code == NVML_ERROR_NOT_SUPPORTED || code == NVML_ERROR_FUNCTION_NOT_FOUND ||
+           code == NVML_ERROR_INVALID_ARGUMENT || code == NVML_ERROR_NO_PERMISSION;
+}
+
+// Why a sensor that found nothing to read is none.
+inline SensorError nothing_found(const std::vector<Note>& notes) {
+    if (!notes.empty()) return {notes[0].what, notes[0].why, notes[0].fix};
+    return {"no NVIDIA GPU", "the driver runs but sees no device",
+            "check nvidia-smi -L, and NVIDIA_VISIBLE_DEVICES in a container"};
+}
 
 // A GPU's handle and names, asked once when a sensor opens.
 struct Board {

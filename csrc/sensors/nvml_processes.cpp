@@ -41,11 +41,7 @@ public:
             // One that does not open is told by whoever reads its energy.
             if (nvml::open_board(library_, index, gpu) == NVML_SUCCESS) describe(gpu);
         }
-        if (gpus_.empty() && !notes_.empty())
-            throw SensorError(notes_[0].what, notes_[0].why, notes_[0].fix);
-        if (gpus_.empty())
-            throw SensorError("no NVIDIA GPU", "the driver runs but sees no device",
-                              "check nvidia-smi -L, and NVIDIA_VISIBLE_DEVICES in a container");
+        if (gpus_.empty()) throw nvml::nothing_found(notes_);
     }
 
     void poll(double* out) noexcept override {
@@ -68,13 +64,13 @@ private:
         const nvmlReturn_t listed = library_.processes
                                         ? library_.processes(gpu.device, &room, infos_.data())
                                         : NVML_ERROR_FUNCTION_NOT_FOUND;
-        if (never(listed)) {
+        if (nvml::never(listed)) {
             notes_.push_back({"processes" + of_gpu, library_.describe(listed),
                               "none: its driver does not list them"});
             return;
         }
         // Asked for nothing older than now, so that the first row is not about the past.
-        gpu.measures_use = !gpu.mig && library_.process_utilisation && !never(use_of(gpu));
+        gpu.measures_use = !gpu.mig && library_.process_utilisation && !nvml::never(use_of(gpu));
         const auto add = [&](const std::string& name, const char* quantity, const char* unit,
                              double scale, const char* source) {
             channels_.push_back({gpu.labels["uuid"] + "/" + name, quantity, unit, scale, 0.0, false,
@@ -90,12 +86,6 @@ private:
             if (gpu.mig) add("instance" + slot, "identity", "1", 1.0, "nvml-processes");
         }
         gpus_.push_back(std::move(gpu));
-    }
-
-    // Failures that may pass (a GPU that is lost, a time-out) are kept: unknown until they do.
-    static bool never(nvmlReturn_t code) noexcept {
-        return code == NVML_ERROR_NOT_SUPPORTED || code == NVML_ERROR_FUNCTION_NOT_FOUND ||
-               code == NVML_ERROR_INVALID_ARGUMENT || code == NVML_ERROR_NO_PERMISSION;
     }
 
     bool look(Gpu& gpu) noexcept {

@@ -50,7 +50,7 @@ public:
             if (!tree_.has(root))
                 throw SensorError("process " + std::to_string(root) + " cannot be followed",
                                   "it has exited", "ps -p PID shows what still runs");
-        std::string source = "perf task-clock, inherited";
+        std::string source = "perf task-clock, inherited, put right by process clocks";
         try {
             clock_.emplace(tree_);
         } catch (const SensorError& error) {
@@ -80,9 +80,8 @@ public:
 
 private:
     static constexpr const char* kMisses =
-        "; process clocks miss children of less than a sample (0.1 s) that nobody waits for, and "
-        "the "
-        "end of a process that was attached to";
+        "; process clocks miss children of less than a sample (0.1 s) that nobody waits for, "
+        "and the end of a process that was attached to";
 
     void describe(const std::string& where, const std::string& source) {
         const std::string cpus = std::to_string(::sysconf(_SC_NPROCESSORS_ONLN));

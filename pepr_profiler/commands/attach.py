@@ -16,8 +16,9 @@ from pepr_profiler.commands.recording import (
     log,
     recording_options,
     say_urgent,
+    warn_of_fault,
 )
-from pepr_profiler.errors import UsageError
+from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.following import StopSignals, Targets, hold
 from pepr_profiler.profiler import Options, Recorder
 from pepr_profiler.profiler import attach as open_recording
@@ -59,13 +60,14 @@ def attach(
     with StopSignals() as stop, hold([*map(_pid, words), *pids]) as targets:
         metrics = request.metrics()
         options = request.options(targets.roots[0].command, metrics)
-        recorder = _measure(
+        measured = _measure(
             options, targets, metrics, stop=stop, duration_ns=duration_ns, quiet=request.quiet
         )
-        if recorder is None:
+        if measured is None:
             return 130
+        recorder, status = measured
         request.finish(recorder)
-    return 0
+    return status
 
 
 def _measure(
@@ -76,8 +78,8 @@ def _measure(
     stop: StopSignals,
     duration_ns: int | None,
     quiet: bool,
-) -> Recorder | None:
-    """The closed recording; None if it was broken off before it began."""
+) -> tuple[Recorder, int] | None:
+    """The closed recording and our status; None if it was broken off before it began."""
     line = LiveLine()
 
     def warn(code: str, text: str, hint: str) -> None:
@@ -103,8 +105,12 @@ def _measure(
         return recorder.anyone_lives
 
     until_ns = None if duration_ns is None else begin_ns + duration_ns
-    with collecting_garbage():
-        ended_by = targets.watch(tick=tick, every_s=FLUSH_S, stop=stop, until_ns=until_ns)
+    try:
+        with collecting_garbage():
+            ended_by = targets.watch(tick=tick, every_s=FLUSH_S, stop=stop, until_ns=until_ns)
+    except Exception as error:
+        ended_by = "fault"
+        warn_of_fault(recorder, error)
     now_ns = time.monotonic_ns()
     end_ns = {"duration": until_ns, "exit": recorder.deserted_ns}.get(ended_by) or now_ns
     line.clear()
@@ -112,7 +118,7 @@ def _measure(
         recorder.add_warning(**warning)
     log(recorder, metrics)
     recorder.close(end_ns, exit_code=None, exit_facts={"ended_by": ended_by})
-    return recorder
+    return recorder, PeprError.status if ended_by == "fault" else 0
 
 
 def _pid(word: str) -> int:

@@ -11,7 +11,7 @@ import click
 
 from pepr_profiler.commands import complain
 from pepr_profiler.errors import PeprError, UsageError
-from pepr_profiler.units import format_duration, format_quantity, parse_duration
+from pepr_profiler.units import format_duration, format_quantity, parse_duration, parse_overhead
 
 
 @click.group(invoke_without_command=True)
@@ -71,7 +71,6 @@ def _serve(
     coarse_quantum: float,
     metrics: str | None,
 ) -> int:
-    from pepr_profiler.commands.recording import share_of
     from pepr_profiler.daemon import exporter, system
     from pepr_profiler.daemon.lanes import How, Lanes
     from pepr_profiler.daemon.server import Limits, Policy, Server, raise_descriptor_limit
@@ -80,7 +79,7 @@ def _serve(
     root = os.geteuid() == 0
     how = How(
         period_ns=parse_duration(period) if period else None,
-        overhead=share_of(overhead),
+        overhead=parse_overhead(overhead),
         coarse_period_ns=parse_duration(coarse_period),
         coarse_quantum_j=coarse_quantum,
     )

@@ -10,17 +10,18 @@ import click
 
 from pepr_profiler.commands import store_option
 from pepr_profiler.errors import PeprError, UsageError
-from pepr_profiler.node import boot_id
 from pepr_profiler.store import Store, is_recording
-from pepr_profiler.trace import EventWriter, read_events, read_run
-
-_RUN = "PEPR_RUN_DIR"
+from pepr_profiler.trace import RUN_DIR_VARIABLE, EventWriter, boot_id, read_events, read_run
 
 
 @click.command()
 @click.argument("words", nargs=-1, metavar="[begin|end] NAME")
 @click.option(
-    "--run", "ref", envvar=_RUN, metavar="RUN", help="Whose phase it is [the run we are part of]."
+    "--run",
+    "ref",
+    envvar=RUN_DIR_VARIABLE,
+    metavar="RUN",
+    help="Whose phase it is [the run we are part of].",
 )
 @click.option(
     "--series",
@@ -54,7 +55,7 @@ def mark(
     if ref is None:
         raise UsageError(
             "there is no run to mark",
-            why=f"this is no part of one ({_RUN} is not set)",
+            why=f"this is no part of one ({RUN_DIR_VARIABLE} is not set)",
             fix="give --run RUN, an id, the beginning of one, a run directory, or last",
         )
     directory = _recorded(ref, store)
@@ -90,7 +91,7 @@ def _parsed(words: tuple[str, ...]) -> tuple[str, str | None]:
 def _recorded(ref: str, store: Path | None) -> Path:
     """The directory of a run that is being recorded here and now, or raises UsageError."""
     directory = Path(ref)
-    if ref == os.environ.get(_RUN) and directory.is_dir():
+    if ref == os.environ.get(RUN_DIR_VARIABLE) and directory.is_dir():
         # Ours. The command starts a moment before its run.json is written.
         if not (directory / "run.json").exists():
             return directory

@@ -19,7 +19,7 @@ import click
 from pepr_profiler.commands import complain, store_option, whoever_listens
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.profiler import SCOPES, Options, Recorder, intensity_of
-from pepr_profiler.units import parse_duration
+from pepr_profiler.units import parse_duration, parse_overhead
 
 if TYPE_CHECKING:
     from pepr_profiler.metrics import Metrics
@@ -84,7 +84,7 @@ class Request:
             store=self.store,
             sensors=self.sensors,
             period_ns=parse_duration(self.period) if self.period else None,
-            overhead=share_of(self.overhead),
+            overhead=parse_overhead(self.overhead),
             intensity=intensity_of(self.region, self.carbon_intensity),
             pue=self.pue,
             cpu_power=self.cpu_power,
@@ -240,20 +240,13 @@ def collecting_garbage() -> Iterator[None]:
         gc.disable()
 
 
-def share_of(text: str) -> float:
-    """0.5% or 0.005 as a fraction. Raises UsageError for what is none in (0, 1]."""
-    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
-    try:
-        share = float(number) / (100 if percent else 1)
-    except ValueError:
-        share = -1.0
-    if not 0 < share <= 1:
-        raise UsageError(
-            f"an overhead of '{text}' is not possible",
-            why="it is the share of one core that reading the sensors may take",
-            fix="give more than 0% and at most 100%, for example --overhead 0.5%",
-        )
-    return share
+def warn_of_fault(recorder: Recorder, error: Exception) -> None:
+    """Tells of a fault of ours in the long part of a recording, which then ends with a summary."""
+    recorder.add_warning(
+        "profiler-fault",
+        f"the profiler stopped recording on the way: {error!r}",
+        "report this as a bug of pepr-profiler",
+    )
 
 
 def _require_writable(path: Path) -> None:

@@ -74,20 +74,20 @@ def report(
 
 
 def _rendered(summary: dict[str, Any], timeline: Timeline, form: str) -> str | bytes:
+    from pepr_profiler.report.export import FIGURES, run_table
+
     if form == "json":
         return json.dumps(summary, indent=1, allow_nan=False) + "\n"
     if form == "html":
         from pepr_profiler.report.html import run_page
 
         return run_page(summary, timeline)
-    if form in ("png", "svg", "pdf"):
+    if form in FIGURES:
         from pepr_profiler.report import figures
 
         with figures.style():
             figure = figures.power_over_time(timeline)
         return figures.save(figure, form)
-    from pepr_profiler.report.export import run_table
-
     return run_table(summary, form)
 
 

@@ -16,10 +16,12 @@ from pepr_profiler.commands.recording import (
     log,
     recording_options,
     say_urgent,
+    warn_of_fault,
 )
 from pepr_profiler.errors import UsageError
-from pepr_profiler.profiler import RUN_DIR_VARIABLE, Options, Recorder
+from pepr_profiler.profiler import Options, Recorder
 from pepr_profiler.targets import Child, Exit, HeldSignals, Relay, hold_signals, resolve
+from pepr_profiler.trace import RUN_DIR_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,9 +133,5 @@ def _supervise(child: Child, tick: Callable[[], None], recorder: Recorder) -> Ex
     except Exception as error:
         if child.exit is None:
             raise
-        recorder.add_warning(
-            "profiler-fault",
-            f"the profiler stopped recording while the command ran: {error!r}",
-            "report this as a bug of pepr-profiler",
-        )
+        warn_of_fault(recorder, error)
         return child.exit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
@@ -251,16 +252,16 @@ def _as_json(study: Study) -> str:
 def _rendered(
     study: Study, form: str, load: Callable[[str], Mapping[str, Any]] | None
 ) -> str | bytes:
+    from pepr_profiler.report.export import FIGURES, ranking_table
+
     if form == "html":
         from pepr_profiler.report.html import study_page
 
         return study_page(study, load=load)
-    if form in ("png", "svg", "pdf"):
+    if form in FIGURES:
         from pepr_profiler.report.html import study_figure
 
         return study_figure(study, form)
-    from pepr_profiler.report.export import ranking_table
-
     return ranking_table(study.rows(), form)
 
 
@@ -320,7 +321,9 @@ def write_text(path: Path, text: str | bytes) -> None:
         raise PeprError(
             f"cannot write {path}",
             why=error.strerror or str(error),
-            fix="name a file in a directory that exists and is writable",
+            fix="free some space, or write elsewhere"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else "name a file in a directory that exists and is writable",
         ) from error
 
 

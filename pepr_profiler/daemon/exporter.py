@@ -99,7 +99,10 @@ class Meters:
                 continue
             if feed is not None:
                 self._take(feed)
-            descriptor = lane.sampler.share(lane.closed)
+            try:
+                descriptor = lane.sampler.share(lane.closed)
+            except RuntimeError:
+                continue  # descriptors are short: its numbers are unknown until the next time
             try:
                 rows = _core.RingReader(descriptor, (feed and self._newest_ns(lane.name)) or 0)
             finally:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pepr_profiler import _core
+from pepr_profiler.detect import base_period_ns, is_denied, kind_of, lane_names
 from pepr_profiler.errors import SensorError
-from pepr_profiler.profiler import base_period_ns, lane_names
 from pepr_profiler.trace import Channel, describe
 
 OPEN_TO_ALL = frozenset({"nvml"})
@@ -101,7 +101,7 @@ class Lanes:
         deadline = time.monotonic() + _OPEN_S
         for lane in self:
             self._settle(lane, max(0.0, deadline - time.monotonic()))
-            if lane.why.startswith(_DENIED):
+            if is_denied(lane.why):
                 self._refused.add(lane.name)
 
     def open_rest(self, *, gave_up: bool) -> None:
@@ -219,9 +219,9 @@ class Lanes:
         denied = ""
         try:
             successor.wait_ready(0.0)
-            denied = next((n.what for n in successor.notes if n.why.startswith(_DENIED)), "")
+            denied = next((n.what for n in successor.notes if is_denied(n.why)), "")
         except (SensorError, RuntimeError) as error:
-            if not _why(error).startswith(_DENIED):
+            if not is_denied(_why(error)):
                 return False, ""
             denied = str(error).partition(":")[0]
         if denied and lane.closed and self._gave_up:
@@ -243,14 +243,6 @@ class Lanes:
         newest = [array("d", column)[-1] for column in rows[3]]
         known = {c.name for c, v in zip(successor.channels, newest, strict=True) if not isnan(v)}
         return all(lane.channels[index].name in known for index in lane.sick_since_s)
-
-
-_DENIED = "Permission denied"  # csrc/sensor.h, kDenied
-
-
-def kind_of(spec: str) -> str:
-    """Which driver a spec is for."""
-    return spec.partition(":")[0]
 
 
 def _why(error: SensorError | RuntimeError) -> str:

@@ -32,10 +32,10 @@ from pepr_profiler.node import (
     MOST_REQUEST_BYTES,
     VERSION,
     Peer,
-    boot_id,
     close_all,
     peer_of,
 )
+from pepr_profiler.trace import boot_id
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric

@@ -61,9 +61,13 @@ def form_of(path: Path, *, installed: Installed = find_spec) -> str:
 
 
 def run_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A run as a table: its total, then its components, then its phases, each with ± u (k = 2)."""
+    """A run as a table: its total, then its components, then its phases, each with ± u (k = 2).
+
+    `energy_j` of a component is what of it is counted: the job's, or the device's in that scope.
+    """
     energy = summary["energy"]
     total_j, time_s = energy.get("total_j"), summary.get("time_s")
+    counted = "device_j" if energy.get("scope") == "device" else "job_j"
 
     def row(part: str, name: str, **facts: Any) -> dict[str, Any]:
         energy_j = facts.get("energy_j")
@@ -95,11 +99,12 @@ def run_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         figures = ("u_j", "device_j", "others_j", "idle_j", "mean_w", "max_w")
         rows.append(
             row("component", str(c["id"]), source=c["source"], provenance=c["provenance"],
-                in_total=c["in_total"], duration_s=time_s, energy_j=c.get("job_j"),
+                in_total=c["in_total"], duration_s=time_s, energy_j=c.get(counted),
                 **{name: c.get(name) for name in figures})
         )  # fmt: skip
     for p in summary.get("phases") or []:
-        mean_w = p["energy_j"] / p["duration_s"] if p["energy_j"] and p["duration_s"] else None
+        known = p["energy_j"] is not None and p["duration_s"]
+        mean_w = p["energy_j"] / p["duration_s"] if known else None
         rows.append(
             row("phase", str(p["name"]), count=p["count"], duration_s=p["duration_s"],
                 energy_j=p["energy_j"], u_j=p["u_j"], mean_w=mean_w)

@@ -210,14 +210,17 @@ class _Layer:
 
 
 def _layers(components: Iterable[TimelineComponent]) -> list[_Layer]:
-    """What is stacked: the job's power by component, by kind where that were too many."""
+    """What is stacked: the job's power by component, by kind where that were too many; NaN where
+    nothing of it was read."""
     counted = [c for c in components if c.in_total]
     kinds = [kind for kind in KIND_COLORS if any(c.kind == kind for c in counted)]
     layers = []
     for kind in kinds:
         same = [c for c in counted if c.kind == kind]
         if len(counted) > _MOST_LAYERS and len(same) > 1:
-            watts = np.nansum([c.job_w for c in same], axis=0)
+            parts_w = np.array([c.job_w for c in same])
+            known = np.isfinite(parts_w).any(axis=0)
+            watts = np.where(known, np.nansum(parts_w, axis=0), np.nan)
             name = f"{len(same)} {_KIND_NAMES[kind]}"
             layers.append(_Layer(name, kind, 1.0, watts))
             continue
@@ -245,12 +248,16 @@ def power_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
     edges, top = timeline.edges_s, np.zeros(len(timeline.edges_s) - 1)
     marks = []
     for layer in _layers(timeline.components):
-        watts = np.nan_to_num(layer.watts)
-        axes.stairs(top + watts, edges, baseline=top, fill=True, linewidth=0,
+        axes.stairs(top + layer.watts, edges, baseline=top, fill=True, linewidth=0,
                     color=KIND_COLORS[layer.kind], alpha=layer.tint)  # fmt: skip
+        watts = np.nan_to_num(layer.watts)  # to stack on and to place names by, not drawn
         marks.append((float(np.mean((top + 0.5 * watts)[-len(top) // 6 :])), layer))
         top = top + watts
-    axes.stairs(top, edges, color=_INK, linewidth=0.8)
+    # Of a sum that lacks a part, the part that is known is no sum.
+    unread = np.zeros(len(top), dtype=np.bool_)
+    for c in timeline.components:
+        unread |= np.isnan(c.job_w) & c.in_total
+    axes.stairs(np.where(unread, np.nan, top), edges, baseline=None, color=_INK, linewidth=0.8)
     axes.set_ylim(0, max(1e-9, 1.08 * float(np.max(top, initial=0.0))))
     _hatch_gaps(axes, [c for c in timeline.components if c.in_total])
     if not marks:
@@ -363,7 +370,7 @@ def devices_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
             low, high = np.minimum.reduceat(c.low_w, first), np.maximum.reduceat(c.high_w, first)
             axes.stairs(high, edges, baseline=low, fill=True, color=color, alpha=0.3, linewidth=0)
         else:
-            job = np.add.reduceat(np.nan_to_num(c.job_w), first) / count
+            job = np.add.reduceat(c.job_w, first) / count
             axes.stairs(job, edges, fill=True, color=color, alpha=0.3, linewidth=0)
         device = np.add.reduceat(c.device_w, first) / count
         axes.stairs(device, edges, color=color, linewidth=1.0, baseline=None)

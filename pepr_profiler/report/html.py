@@ -42,7 +42,7 @@ _CAUSES = {
     "quantisation_j": ("steps", "the sensor counts in steps"),
     "gaps_j": ("gaps", "times without a reading"),
     "aliasing_j": ("aliasing", "the load repeats nearly in step with the sensor"),
-    "attribution_j": ("sharing", "the job's part of devices that others used too, by CPU time"),
+    "attribution_j": ("sharing", "the job's part of what others used too, told by their use"),
 }
 
 
@@ -50,6 +50,8 @@ def run_page(summary: Mapping[str, Any], timeline: Timeline) -> str:
     """The page of one run, from its summary and the run over time."""
     energy = summary["energy"]
     total = energy.get("total_j"), energy.get("u_j")
+    whole = energy.get("scope") == "device"  # all that the devices took, whoever used them
+    whose = "The devices'" if whole else "This job's"
     status, status_class = _status(summary)
     name = clip(str(summary.get("name") or summary["run_id"]), 120)
     shown_energy = format_with_u(*total, "J")
@@ -59,14 +61,14 @@ def run_page(summary: Mapping[str, Any], timeline: Timeline) -> str:
         "power": figures.chart(
             "power",
             "Power over time by component",
-            f"This job drew {format_quantity(energy.get('mean_w'), 'W')} on average over "
+            f"{whose} power was {format_quantity(energy.get('mean_w'), 'W')} on average over "
             f"{format_duration(duration_s)}. The table of components has the numbers.",
             lambda width: figures.power_over_time(timeline, width),
         ),
         "energy": figures.chart(
             "energy",
             "Energy so far",
-            f"The job's energy rises to {shown_energy}.",
+            f"{whose} energy rises to {shown_energy}.",
             lambda width: figures.energy_over_time(timeline, width),
         ),
     }
@@ -105,7 +107,7 @@ def run_page(summary: Mapping[str, Any], timeline: Timeline) -> str:
         missing=summary.get("missing") or [],
         charts=charts,
         power_caption=(
-            "This job's power, its components on top of each other. "
+            f"{whose} power, its components on top of each other. "
             + steps.partition(";")[0].rstrip(".")
             + "."
             + (" Below: its phases." if phases else "")
@@ -115,13 +117,14 @@ def run_page(summary: Mapping[str, Any], timeline: Timeline) -> str:
                 else ""
             )
         ),
-        energy_caption="The job's energy since the beginning. The band is ± u, k = 2: it holds the "
+        whole=whole,
+        energy_caption=f"{whose} energy since the beginning. The band is ± u, k = 2: it holds the "
         "truth with 95 % probability.",
         devices_caption="The whole device's power as a line. "
         + (
             steps
             if any(c.low_w is not None for c in timeline.components)
-            else f"{steps} The area is this job's part."
+            else f"{steps} The area is what is counted of it."
         ),
         progress=_progress_text(curve),
         components=list(_components(energy)),
@@ -275,21 +278,22 @@ _SOURCES = {
 def _components(energy: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     total = energy.get("total_j"), energy.get("u_j")
     kinds = list(figures.KIND_COLORS)
+    counted = "device_j" if energy.get("scope") == "device" else "job_j"
 
     def place(c: Mapping[str, Any]) -> tuple[bool, int, str]:
         kind = kinds.index(c["kind"]) if c["kind"] in kinds else len(kinds)
         return not c["in_total"], kind, str(c.get("label"))
 
     for c in sorted(energy.get("components") or [], key=place):
-        share = _ratio(c.get("job_j"), total[0]) if c["in_total"] else None
-        known = c.get("job_j") is not None
+        share = _ratio(c.get(counted), total[0]) if c["in_total"] else None
+        known = c.get(counted) is not None
         source = clip(_SOURCES.get(c["source"], str(c["source"])), 60)
         yield {
             "name": figures.component_name(str(c["kind"]), str(c.get("label") or c["id"])),
             "kind": c["kind"] if c["kind"] in figures.KIND_COLORS else "other",
             "in_total": c["in_total"],
             "excluded": c.get("excluded") or ("" if known else "unknown"),
-            "energy": format_with_u(c.get("job_j"), c.get("u_j"), "J", like=_like(total, c)),
+            "energy": format_with_u(c.get(counted), c.get("u_j"), "J", like=_like(total, c)),
             "share": _percent(share),
             "percent": f"{100 * share:.2f}" if share is not None else "0",
             "others": _rest(c, "others_j"),
@@ -389,26 +393,24 @@ def _method(summary: Mapping[str, Any]) -> Iterable[str]:
     if any(s in sources for s in ("powercap", "perf", "nvml-energy")):
         yield (
             "Where a device counts its own energy, the energy is the difference of two counter "
-            "values: "
-            "a sample that is missed costs resolution, never joules. Wraps of the counter are "
-            "undone."
+            "values: a sample that is missed costs resolution, never joules. Wraps of the counter "
+            "are undone."
         )
     if any(s.startswith("nvml-power") for s in sources) or any(
         s.startswith("hwmon") for s in sources
     ):
         yield (
-            "Where a device reports power only, its readings are integrated over time, shifted by "
-            "half "
-            "of the time that they are averaged over."
+            "Where a device reports power only, its readings are integrated over time, shifted "
+            "back by what they trail the truth: 0.5 s where they are averages over a second, 0.3 "
+            "of their refresh period elsewhere, where that period can be seen."
         )
     if any(c["provenance"] == "modelled" for c in added):
         yield (
             "Where there is no sensor, power is modelled: for the processor from its recorded busy "
             "time, with the watts per CPU of servers of its generation; for the memory from its "
-            "size. "
-            "Such an estimate carries ± 50 % or more. Two runs on one machine share most of that "
-            "error, "
-            "so they compare better than the ± says."
+            "size, of which the job is given the part that it had in use. Such an estimate carries "
+            "± 50 % or more. Two runs on one machine share most of that error, so they compare "
+            "better than the ± says."
         )
     if any(c["kind"] in ("cpu", "dram", "gpu") for c in added):
         yield (
@@ -420,15 +422,16 @@ def _method(summary: Mapping[str, Any]) -> Iterable[str]:
         )
     yield (
         "Every ± is an expanded uncertainty, k = 2, after the Guide to the expression of "
-        "uncertainty "
-        "in measurement (JCGM 100:2008). The facts about sensors, and their sources, are in the "
-        "project's docs/measurement.md; the score for comparing runs is PePR, arXiv 2403.12562."
+        "uncertainty in measurement (JCGM 100:2008). The facts about sensors, and their sources, "
+        "are in the project's docs/measurement.md; the score for comparing runs is PePR, arXiv "
+        "2403.12562."
     )
 
 
 def _quality(summary: Mapping[str, Any]) -> str:
     sampler = summary.get("sampler") or {}
-    text = f"{sampler.get('samples', 0):,} samples"
+    samples = sampler.get("samples")
+    text = "an unknown number of samples" if samples is None else f"{samples:,} samples"
     rates = {name: rate for name, rate in (sampler.get("rate_hz") or {}).items() if rate}
     if rates:
         text += " (" + ", ".join(f"{name} {rate:.4g} Hz" for name, rate in rates.items()) + ")"
@@ -544,7 +547,7 @@ def study_page(
         sub=clip("; ".join(filter(None, [what, "on " + ", ".join(hosts) if hosts else ""])), 200),
         lead=f"Which model was worth its {clip(first.resource_name, 60)}? Each was trained, its "
         f"{clip(first.metric, 60)} noted and its {clip(' and '.join(weighed), 200)} "
-        f"{'measured or modelled' if 'modelled' in provenance else 'measured'}."
+        f"{'measured or modelled' if set(provenance) - {'measured'} else 'measured'}."
         if study.runs
         else f"Which was worth its {clip(first.resource_name, 60)}?",
         groups=shown,
@@ -625,8 +628,8 @@ def _group(
         )
         caption = (
             f"A thin line a run: {clip(curves[0].metric, 60)} as it was logged, over the job's "
-            "energy until "
-            "then. The thick line is the best that any of them had reached for that energy."
+            "energy until then. The thick line is the best that any of them had reached for that "
+            "energy."
         )
         charts.append({"chart": drawn, "caption": caption, "heading": heading})
     view = {
@@ -844,24 +847,21 @@ def _doubt_texts(rankings: Sequence[Ranking]) -> Iterable[dict[str, str]]:
 def _study_method(study: Study, provenance: Sequence[str]) -> Iterable[str]:
     yield (
         "The score belongs to the models compared: another model can move the bounds of R, and so "
-        "every "
-        "score, unless the bounds are fixed (--bounds). That is why they are printed with each "
-        "table."
+        "every score, unless the bounds are fixed (--bounds). That is why they are printed with "
+        "each table."
     )
     if any(r.repeated for r in study.rankings):
         yield (
             "Runs of one name are repeats of one model, here as a rule with different seeds. Shown "
-            "are their "
-            "means; the ± cover 95 % (k = 2, or Student's t where repeats are few) and hold the "
-            "spread over "
-            "repeats and what the energy itself is uncertain by."
+            "are their means; the ± cover 95 % (k = 2, or Student's t where repeats are few) and "
+            "hold the spread over repeats and what the energy itself is uncertain by."
         )
-    if "modelled" in provenance:
+    if set(provenance) - {"measured"}:
+        which = "The" if set(provenance) == {"modelled"} else "Some of the"
         yield (
-            "The energies are modelled from utilisation, as these machines have no sensor. Most of "
-            "that error "
-            "is common to all runs of a machine, and cancels where they are compared with each "
-            "other."
+            f"{which} energies are modelled from utilisation, where there is no sensor. Most of "
+            "that error is common to all runs of a machine, and cancels where they are compared "
+            "with each other."
         )
     for ranking in study.rankings[:1]:
         if ranking.percent or ranking.transform:
@@ -871,6 +871,5 @@ def _study_method(study: Study, provenance: Sequence[str]) -> Iterable[str]:
             yield f"The performance is the metric {clip(ranking.metric, 60)}, transformed: {how}."
     yield (
         "PePR: Selvan, Pepin, Igel, Samuel, Dam: PePR: Performance per resource unit as a metric "
-        "to promote "
-        "small-scale deep learning. NLDL 2025, arXiv 2403.12562."
+        "to promote small-scale deep learning. NLDL 2025, arXiv 2403.12562."
     )

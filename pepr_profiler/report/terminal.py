@@ -475,8 +475,12 @@ def _quality(summary: Mapping[str, Any]) -> str:
     if samples is None:
         return ""
     text = f"{samples:,} samples, {_count(sampler.get('dropped'))} dropped"
-    late = sampler.get("late")
-    text += f", {_percent(late, samples)} late" if samples else f", {_count(late)} late"
+    daemon = (summary.get("recording") or {}).get("daemon") or {}
+    read = ", ".join(daemon.get("lanes") or ())
+    late, timed = sampler.get("late"), sampler.get("timed")
+    timed = samples if timed is None else timed  # as older recordings tell it
+    text += f", {_percent(late, timed)}" if timed else f", {_count(late)}"
+    text += " of our own late" if read else " late"  # when the daemon read, it alone knows
     cpu_s = _known(sampler.get("cpu_s"))
     fraction = _known(sampler.get("cpu_fraction"))
     duration_s = _known(summary.get("duration_s"))
@@ -484,8 +488,6 @@ def _quality(summary: Mapping[str, Any]) -> str:
         fraction = cpu_s / duration_s
     text += f"; profiler used {format_duration(cpu_s)} CPU"
     text += "" if fraction is None else f" ({fraction:.1%})"
-    daemon = (summary.get("recording") or {}).get("daemon") or {}
-    read = ", ".join(daemon.get("lanes") or ())
     return f"{text}; {_clean(read)} read by the node's daemon" if read else text
 
 

@@ -7,9 +7,11 @@ document.addEventListener("DOMContentLoaded", () => {
   const amount = (value, unit) => {
     if (!unit) return String(Number(value.toPrecision(4)));
     if (unit === "s" && value >= 60) {
-      const s = Math.round(value);
-      return s < 3600 ? `${Math.floor(s / 60)} min ${String(s % 60).padStart(2, "0")} s`
-        : `${Math.floor(s / 3600)} h ${String(Math.round(s % 3600 / 60)).padStart(2, "0")} min`;
+      const s = Math.round(value), min = Math.round(value / 60), h = Math.round(min / 60);
+      const two = (n) => String(n).padStart(2, "0");
+      if (s < 3600) return `${Math.floor(s / 60)} min ${two(s % 60)} s`;
+      if (min < 1440) return `${Math.floor(min / 60)} h ${two(min % 60)} min`;
+      return `${Math.floor(h / 24)} d ${two(h % 24)} h`;
     }
     if (value === 0) return `0 ${unit}`;
     const [size, prefix] = prefixes.find(([s]) => Math.abs(value) >= s * 0.99995) ?? prefixes.at(-1);
