@@ -49,6 +49,9 @@ inline bool read_stat(pid_t pid, Stat& stat, double tick_s, std::uint64_t page_b
     for (std::size_t field = 4; field < fields.size(); ++field)
         if (!parse_number(at, end, fields[field]) && !skip_word(at, end)) return false;
     stat.parent = static_cast<pid_t>(fields[4]);
+    // Its parent has just waited for it, and the kernel knows neither threads nor parent any more
+    // (do_task_stat without a sighand). Taken for an orphan, its time would count twice.
+    if (fields[20] == 0) return false;
     // The main thread may have ended before the others.
     stat.living = (state != 'Z' && state != 'X') || fields[20] > 1;
     stat.start_ticks = fields[22];
