@@ -44,6 +44,8 @@ def stolen_s():
     with open("/proc/stat") as stat:
         return int(stat.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
 
+tick_s = 1 / os.sysconf("SC_CLK_TCK")
+
 def charged_s(pid):
     with open(f"/proc/{pid}/stat") as stat:
         fields = stat.read().rpartition(")")[2].split()
@@ -78,7 +80,7 @@ print(json.dumps({
     "first_s": cpu_s[0],
     "truth_s": (since_ns if "attached" in how else total_ns) * 1e-9,
     "charged_s": usage.ru_utime + usage.ru_stime - before_s,
-    "stolen_s": stolen_s() - stolen,
+    "stolen_s": stolen_s() - stolen + tick_s,  # what was stolen is told in whole ticks
     "opened_s": opened_s,
     "processes": list(array.array("d", columns["job/processes"])),
     "source": label,
