@@ -6,6 +6,7 @@ import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,9 @@ def native_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 def nvml_sim(tmp_path: Path, native_cache: Path) -> Callable[[nvml.Scenario], nvml.NvmlSim]:
     """Builds a libnvidia-ml.so.1 for a scenario; each call gives a library of its own."""
     numbers = itertools.count()
+    # Compiled before the test begins: a scenario's epoch may be its first moment.
+    with suppress(native.UnavailableError):
+        nvml.install(nvml.Scenario(), native_cache, native_cache)
 
     def build(scenario: nvml.Scenario) -> nvml.NvmlSim:
         folder = tmp_path / f"nvml-{next(numbers)}"
@@ -75,6 +79,8 @@ def nvml_sim(tmp_path: Path, native_cache: Path) -> Callable[[nvml.Scenario], nv
 def powercap_sim(tmp_path: Path, native_cache: Path) -> Iterator[Callable[..., powercap.Tree]]:
     """Builds a powercap tree: powercap_sim(*zones, live=False, period_s=0.001, epoch_ns=now)."""
     trees: list[powercap.Tree] = []
+    with suppress(native.UnavailableError):
+        powercap.build_writer(native_cache)
 
     def build(
         *zones: powercap.Zone,
