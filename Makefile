@@ -37,6 +37,12 @@ sanitize: asan tsan  ## Run the core's own tests under the sanitizers
 asan tsan:
 	$(WITH_NVML) cmake --preset $@ && cmake --build --preset $@ && ctest --preset $@
 
+SECONDS ?= 60
+SEED ?= 1
+fuzz:  ## Feed damaged files to all that reads files: make fuzz SECONDS=600 SEED=0
+	python -m pip install --quiet --no-build-isolation --no-deps -e . 2>/dev/null; python -c 'import atheris' 2>/dev/null || python -m pip install --quiet 'atheris>=3'
+	python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)
+
 study:  ## Train 13 models on 2 data sets with 3 seeds each (6 min), open study.html afterwards
 	sh examples/seeds.sh $(PAGE)
 
