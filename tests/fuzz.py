@@ -31,7 +31,10 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import atheris
+try:
+    import atheris
+except ImportError:
+    sys.exit("there is no atheris, which leads the fuzzing: pip install '.[fuzz]' (x86-64)")
 
 with atheris.instrument_imports(include=["pepr_profiler"]):
     import numpy as np
