@@ -10,7 +10,7 @@ FIND_NVML := from importlib.metadata import files; \
 WITH_NVML = export PEPR_NVML_INCLUDE="$$(python -c '$(FIND_NVML)')" &&
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test lint sanitize study clean
+.PHONY: help setup build test lint sanitize fuzz docs linkcheck study clean
 
 help:  ## List what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -24,10 +24,11 @@ build:  ## Build the native core again, in place
 test:  ## Run the tests: make test ARGS='-k sampler -x'
 	python -m pytest $(ARGS)
 
-lint:  ## Check style and types, build the core with every warning an error
+lint:  ## Check style, types and spelling, build the core with every warning an error
 	ruff check .
 	ruff format --check .
 	mypy
+	git ls-files '*.py' '*.md' '*.h' '*.cpp' '*.toml' '*.sh' Makefile | xargs codespell
 	clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 	$(WITH_NVML) cmake --preset werror && cmake --build --preset werror
 
@@ -37,9 +38,20 @@ sanitize: asan tsan  ## Run the core's own tests under the sanitizers
 asan tsan:
 	$(WITH_NVML) cmake --preset $@ && cmake --build --preset $@ && ctest --preset $@
 
+SECONDS ?= 60
+SEED ?= 1
+fuzz:  ## Feed damaged files to all that reads files: make fuzz SECONDS=600 SEED=0
+	python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)
+
+docs:  ## Build the documentation site: docs/_build/html; a broken reference fails
+	sphinx-build -W --keep-going -n -q -b html docs docs/_build/html
+
+linkcheck:  ## Ask every page that ours link to whether it is there; needs a network
+	sphinx-build -q -b linkcheck docs docs/_build/linkcheck
+
 study:  ## Train 13 models on 2 data sets with 3 seeds each (6 min), open study.html afterwards
 	sh examples/seeds.sh $(PAGE)
 
 clean:  ## Remove everything that was built; the virtual environment stays
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache pepr_profiler/*.so
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache pepr_profiler/*.so
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -44,11 +44,14 @@ private:
     int fd_ = -1;
 };
 
-// A small text file without its trailing newline; empty if it cannot be read.
+// A small text file without its trailing newline; empty if it cannot be read. What is no ASCII,
+// which nothing in sysfs has, becomes '?': a name must be text in a recording.
 inline std::string read_text(const std::string& path) {
     char text[512];
     std::string result(text, File(path).read(text, sizeof text));
     while (!result.empty() && (result.back() == '\n' || result.back() == ' ')) result.pop_back();
+    for (char& c : result)
+        if (c < ' ' || c > '~') c = '?';
     return result;
 }
 

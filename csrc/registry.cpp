@@ -1,6 +1,7 @@
 #include "sensor.h"
 
 #include <array>
+#include <cmath>
 
 namespace pepr {
 
@@ -31,6 +32,17 @@ constexpr std::array<Driver, 8> kDrivers{{
     {"replay", open_replay},
 }};
 
+// A recording has to explain itself: a channel that cannot be written down is refused at the start.
+void check_channels(const std::string& spec, const std::vector<Channel>& channels) {
+    for (const Channel& channel : channels)
+        if (!std::isfinite(channel.scale) || !std::isfinite(channel.modulus) || channel.modulus < 0)
+            throw SensorError("sensor '" + spec + "' has a channel '" + channel.name +
+                                  "' whose numbers mean nothing",
+                              "its scale is " + std::to_string(channel.scale) + ", its modulus " +
+                                  std::to_string(channel.modulus),
+                              "give it a finite scale and a modulus of 0 or more");
+}
+
 }  // namespace
 
 std::unique_ptr<Sensor> open_sensor(const std::string& spec) {
@@ -39,7 +51,11 @@ std::unique_ptr<Sensor> open_sensor(const std::string& spec) {
     const std::string where = colon == std::string::npos ? "" : spec.substr(colon + 1);
     std::string known;
     for (const Driver& driver : kDrivers) {
-        if (kind == driver.kind) return driver.open(where);
+        if (kind == driver.kind) {
+            auto sensor = driver.open(where);
+            check_channels(spec, sensor->channels());
+            return sensor;
+        }
         known += known.empty() ? "" : ", ";
         known += driver.kind;
     }

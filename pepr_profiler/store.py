@@ -23,9 +23,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
+from zlib import crc32
 
 from pepr_profiler.errors import PeprError, TraceError, UsageError
-from pepr_profiler.trace import EventWriter, boot_id, read_run, write_json
+from pepr_profiler.trace import (
+    MALFORMED,
+    EventWriter,
+    boot_id,
+    checked_run,
+    read_run,
+    write_json,
+)
 
 LAST = "last"
 """What the newest run may be called."""
@@ -33,7 +41,7 @@ LAST = "last"
 STATES = ("done", "failed", "incomplete")
 """How a run may have ended: with status 0 (or none, if it was attached to), otherwise, or not."""
 
-_FORM = 4  # of the index: another one is no index
+_FORM = 5  # of the index: another one is no index
 
 _STALE_SHARE = 0.01
 """An index is written anew when more than this share of it was wrong. Reading a run costs some
@@ -340,7 +348,7 @@ class Store:
             what = error.what.replace(f"{directory}{os.sep}", "").replace(str(directory), "it")
             why = f"{what}: {error.why}" if error.why else what
             return Row(name, [*stamp, *contents], why=why, fix=error.fix), b"null"
-        except (*_MALFORMED, OSError) as error:
+        except (*MALFORMED, OSError) as error:
             why = f"run.json is not a summary of its files ({type(error).__name__}: {error})"
             fix = f"restore it, or: pepr-profile runs rm {shlex.quote(name)}"
             return Row(name, [*stamp, *contents], why=why, fix=fix), b"null"
@@ -388,15 +396,17 @@ def _run_of(directory: Path) -> dict[str, Any]:
     """run.json, as `read_run`, which takes five times as long."""
     from orjson import loads
 
+    path = directory / "run.json"
     try:
-        run = loads((directory / "run.json").read_bytes())
+        run = loads(path.read_bytes())
     except (OSError, ValueError):
         return read_run(directory)  # it tells what is wrong, and knows names that are no Unicode
-    return run if isinstance(run, dict) and run.get("schema") == 1 else read_run(directory)
+    return checked_run(run, path)
 
 
 def _is_whole(run: Mapping[str, Any]) -> bool:
-    return bool(run.get("complete")) and isinstance(run.get("energy"), dict)
+    """Whether a run.json is a summary; what lacks some of it is summarised anew."""
+    return bool(run.get("complete")) and bool(run.get("energy")) and run.keys() >= _ALWAYS
 
 
 def _summary_of(directory: Path) -> dict[str, Any]:
@@ -480,13 +490,16 @@ def state_of(run: Mapping[str, Any]) -> str:
 _NO_FILE = [0, 0, 0]
 """The stamp of a run without a run.json."""
 
-_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
-"""What JSON that is not ours may raise where it is used as if it were."""
-
 _KEPT = (
     *("schema", "job", "name", "command", "experiment", "host", "started_at", "duration_s"),
     *("time_s", "exit_code", "signal", "complete", "memory", "carbon", "metrics", "performance"),
 )
+_ALWAYS = {
+    *("run_id", "name", "experiment", "job", "command", "host", "started_at", "exit_code"),
+    *("duration_s", "time_s", "memory", "carbon", "metrics", "performance"),
+}
+"""What every summary has had from the first version on."""
+
 _KEPT_OF_COMPONENT = ("id", "kind", "source", "provenance", "in_total", "job_j", "u_j")
 _KEPT_OF_BUDGET = ("gain_j", "offset_j", "model_j")
 """Of an error budget, what other runs on the same device share."""
@@ -578,19 +591,28 @@ def _read_index(path: Path) -> dict[str, _Entry]:
     from orjson import loads
 
     try:
-        head, *texts = _lines(path.read_bytes())
-        facts = loads(head)
-        if facts["form"] != _FORM or len(facts["rows"]) != len(texts):
+        data = path.read_bytes()
+        # Rows are believed as they are: a check of each would cost more than reading them.
+        if data[:_HEAD] != _head(memoryview(data)[_HEAD:]):
             return {}
-        rows = [Row(*row) for row in facts["rows"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        facts, *texts = _lines(data, _HEAD)
+        rows = [Row(*row) for row in loads(facts)]
+    except (OSError, *MALFORMED):
         return {}  # it is a cache: everything that it could tell is in the runs
     return {row.directory: (row, text) for row, text in zip(rows, texts, strict=True)}
 
 
-def _lines(data: bytes) -> Iterator[memoryview]:
-    """The lines of `data`, which are not copied: an index may be 100 MB."""
-    view, begin = memoryview(data), 0
+def _head(content: bytes | memoryview) -> bytes:
+    """The first line of an index: its form, and a checksum of what follows (1 ms for 1 MB)."""
+    return b"pepr %04d %08x\n" % (_FORM, crc32(content))
+
+
+_HEAD = len(_head(b""))
+
+
+def _lines(data: bytes, begin: int) -> Iterator[memoryview]:
+    """The lines of `data` from `begin` on, which are not copied: an index may be 100 MB."""
+    view = memoryview(data)
     while (end := data.find(b"\n", begin)) >= 0:
         yield view[begin:end]
         begin = end + 1
@@ -598,15 +620,17 @@ def _lines(data: bytes) -> Iterator[memoryview]:
 
 
 def _write_index(path: Path, rows: Sequence[_Entry]) -> None:
-    """Replaces the index, where that is possible: the first line has the rows, the rest texts."""
-    head = _dump({"form": _FORM, "rows": [row for row, _ in rows]})
+    """Replaces the index, where that is possible: a head, a line with the rows, a text each."""
+    facts = _dump([row for row, _ in rows])
     draft = path.with_name(f".index-{os.uname().nodename}-{os.getpid()}-{os.urandom(3).hex()}.tmp")
     with suppress(OSError):  # a store that may only be read
         for left in path.parent.glob(".index-*.tmp"):
             if time.time() - left.stat().st_mtime > _ABANDONED_S:
                 left.unlink(missing_ok=True)
         try:
-            draft.write_bytes(b"\n".join([head, *(text for _, text in rows)]))
+            content = b"\n".join([facts, *(text for _, text in rows)])
+            with draft.open("wb") as file:
+                file.writelines((_head(content), content))
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)

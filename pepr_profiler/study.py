@@ -28,6 +28,7 @@ from pepr_profiler import pepr, units
 from pepr_profiler.errors import UsageError
 from pepr_profiler.jobs import merge_jobs
 from pepr_profiler.store import Filter, Store
+from pepr_profiler.trace import misfit
 
 Run: TypeAlias = Mapping[str, Any]
 
@@ -464,6 +465,10 @@ def read_bounds(path: Path) -> tuple[Limits, ...]:
     try:
         if data["kind"] != "pepr-bounds" or data["schema"] != 1:
             raise ValueError(f"it is {data['kind']!r} of schema {data['schema']!r}")
+        if wrong := misfit(data, _BOUNDS):
+            raise ValueError(wrong)
+        if not data["bounds"]:
+            raise ValueError("it has none")
         return tuple(
             Limits(
                 resource=str(entry["resource"]),
@@ -487,12 +492,22 @@ def read_bounds(path: Path) -> tuple[Limits, ...]:
         ) from error
 
 
+_BOUNDS = {
+    "bounds": [
+        {
+            **{"resource": str, "unit": (str, None), "name": str, "min": float, "max": float},
+            **dict.fromkeys(("group", "provenance", "metric"), (str, None)),
+        }
+    ]
+}
+
+
 def _json_of(path: Path, what: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{path} has no {what}",
             why=(error.strerror if isinstance(error, OSError) else None) or str(error),

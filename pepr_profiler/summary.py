@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from pepr_profiler.progress import COUNTERS, Logged, finite
 from pepr_profiler.sources import find_cross_sources, find_sources
 from pepr_profiler.tenants import Tenants, read_tenants
 from pepr_profiler.trace import (
+    MALFORMED,
     Batch,
     Events,
     LaneReader,
@@ -105,6 +107,12 @@ _PART_TIME, _STEADY = ("nvml-power", "nvml-power-instant"), 1e-3
 """Readings that may look at a part of each refresh period only, and below which part of an energy
 their spread says nothing any more about what they did not see."""
 
+_LONGEST_NS = 1000 * 86_400_000_000_000
+"""A longer recording is a damaged time."""
+
+_MOST_SECONDS = 1 << 22
+"""From 48 days on, the seconds of a run are looked at as that many longer steps."""
+
 _STALL_S = 5.0
 """A device that computes changes its energy counter far more often than this."""
 
@@ -124,13 +132,29 @@ def summarise(
     Without `marks` there are neither phases nor metrics, and a look costs no 17 µs a mark.
     Raises TraceError if the directory is not a recording.
     """
-    return _examine(directory, since_ns, until_ns, marks, run)[0]
+    with _interpreting(directory):
+        return _examine(directory, since_ns, until_ns, marks, run)[0]
 
 
 def with_timeline(directory: Path) -> tuple[dict[str, Any], Timeline]:
     """The summary of a run directory, and the run over time, from one pass over its trace."""
-    summary, parts, grid, phases = _examine(directory)
-    return summary, _timeline(parts, grid, phases)
+    with _interpreting(directory):
+        summary, parts, grid, phases = _examine(directory)
+        return summary, _timeline(parts, grid, phases)
+
+
+@contextmanager
+def _interpreting(directory: Path) -> Iterator[None]:
+    """Labels, options and numbers of a recording are used as its profiler wrote them."""
+    try:
+        yield
+    except MALFORMED as error:
+        raise TraceError(
+            f"the recording {directory} contradicts itself",
+            why=f"one of its files was changed or damaged ({type(error).__name__}: {error})",
+            fix="restore it; if nothing has changed it, please report this as a fault of "
+            "pepr-profiler, with the directory",
+        ) from error
 
 
 def _examine(
@@ -236,6 +260,8 @@ def _window(
 ) -> tuple[int, int]:
     """What is summarised: the child's life or the block's; to the last row if it never ended."""
     begin_ns, end_ns = facts["window_ns"]
+    if begin_ns is not None and not 0 <= begin_ns <= (begin_ns if end_ns is None else end_ns):
+        raise ValueError(f"its window is {begin_ns} … {end_ns} ns")
     if begin_ns is None:
         raise TraceError(
             f"run {facts.get('name', '')} never began",
@@ -251,6 +277,8 @@ def _window(
         end_ns = max([begin_ns, *(int(t) for t in last)])
     if until_ns is not None:
         end_ns = max(begin_ns, min(end_ns, until_ns))
+    if end_ns - begin_ns > _LONGEST_NS:
+        raise ValueError(f"it lasts {(end_ns - begin_ns) * 1e-9 / 86400:.0f} days")
     return begin_ns, end_ns
 
 
@@ -272,7 +300,7 @@ class _Grid:
     def over(
         cls, begin_ns: int, end_ns: int, phases: Iterable[Phase], logged_ns: NDArray[np.int64]
     ) -> _Grid:
-        seconds = max(1, (end_ns - begin_ns) // 1_000_000_000)
+        seconds = min(max(1, (end_ns - begin_ns) // 1_000_000_000), _MOST_SECONDS)
         seconds_ns = np.linspace(begin_ns, end_ns, seconds + 1).astype(np.int64)
         buckets_ns = np.linspace(begin_ns, end_ns, TRACE_BUCKETS + 1).astype(np.int64)
         steps = int(min(_STEPS, max(TRACE_BUCKETS, (end_ns - begin_ns) * 1e-9 / _SHORTEST_STEP_S)))

@@ -19,15 +19,17 @@ and ends in one file; a mark (`pepr-profile mark`) says its phase's name and bel
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import struct
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pepr_profiler import _core
 from pepr_profiler.errors import TraceError
@@ -362,6 +364,53 @@ def _annotate(schema: Any, facts: dict[str, str]) -> Any:
     return na.c_schema(schema).modify(metadata=metadata)
 
 
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What a file that is not ours, or damaged, may raise where it is used as if it were."""
+
+
+def misfit(value: Any, shape: Any, at: str = "") -> str:  # noqa: PLR0911 - one a kind of shape
+    """What of `value` (JSON) has not this shape, as "energy.total_j is 'x'"; "" if all has.
+
+    A shape is a type (float is any finite number, int one of 64 bits), None, a tuple of shapes of
+    which one fits, `[shape]` for a list, or a dict: of each key that is there, with `...` for all
+    others, and with None the keys that must be there. Keys that it does not name are of later
+    versions.
+    """
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return _unfit(value, at)
+        for key, item in value.items():
+            inner = shape.get(key, shape.get(...))
+            if inner is not None and (wrong := misfit(item, inner, f"{at}.{key}" if at else key)):
+                return wrong
+        lacking = (key for key in shape.get(None, ()) if key not in value)
+        return next((f"{at or 'it'} has no {key}" for key in lacking), "")
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return _unfit(value, at)
+        items = (misfit(item, shape[0], f"{at}[{i}]") for i, item in enumerate(value))
+        return next(filter(None, items), "")
+    if isinstance(shape, tuple):
+        found = [misfit(value, one, at) for one in shape]
+        # Of a structure or null, what is wrong inside the structure.
+        inside = (wrong for wrong in found if not wrong.startswith(f"{at or 'it'} is "))
+        return "" if "" in found else next(inside, found[0])
+    if shape is None:
+        return "" if value is None else _unfit(value, at)
+    kind = type(value)
+    if shape is float:
+        fits = kind in (float, int) and -1e300 < value < 1e300
+    elif shape is int:
+        fits = kind is int and -(2**63) <= value < 2**63
+    else:
+        fits = kind is shape
+    return "" if fits else _unfit(value, at)
+
+
+def _unfit(value: Any, at: str) -> str:
+    return f"{at or 'it'} is {str(value)[:40]!r}"
+
+
 class _EmptyLaneError(TraceError):
     """Not even a lane's schema was written whole."""
 
@@ -378,24 +427,23 @@ class LaneReader:
         # The tail first: rows that move to the main stream while we look are then seen twice and
         # dropped once, instead of being missed.
         self._tail = _read_bytes(directory / f"{name}.tail.arrows")
-        source = _open_stream(self._main) or _open_stream(self._tail)
-        if source is None:
+        lane = _lane_in(self._main, self._main) or _lane_in(self._tail, self._main)
+        if lane is None:
             raise _EmptyLaneError(
                 f"lane '{name}' of {directory} is empty",
                 why="the recording ended before its first flush",
                 fix="nothing can be recovered from this lane",
             )
-        self.lane = _lane_of(source, self._main)
+        self.lane = lane
 
     def __iter__(self) -> Iterator[Batch]:
         import numpy as np
 
         seen_ns = -1
         for source in (self._main, self._tail):
-            stream = _open_stream(source)  # anew: a stream can be read once
-            if stream is None:
-                continue
-            for batch in _batches(stream):
+            if _lane_in(source, self._main) != self.lane:
+                continue  # not yet written
+            for batch in _batches(source, len(self.lane.channels)):
                 fresh = int(np.searchsorted(batch.t_ns, seen_ns, side="right"))
                 if fresh:
                     batch = batch.since(fresh)  # noqa: PLW2901
@@ -448,98 +496,228 @@ def _join(batches: Sequence[Batch]) -> Batch:
     return Batch(column("t_ns"), column("read_ns"), values, *times)
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, most: int = -1) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(most)
     except FileNotFoundError:
         return b""
 
 
-def _open_stream(source: Path | bytes) -> Any:
-    """An Arrow stream over a file or bytes; None where not even the schema was written whole."""
-    import nanoarrow as na
-    from nanoarrow._utils import NanoarrowException
+# An Arrow IPC stream (format/Message.fbs, Schema.fbs of Arrow) is read here and not by nanoarrow,
+# which a damaged one may kill (0.9: a message without its mark, a schema without fields). Ours are
+# plain: little-endian, of fixed widths, nothing missing, compressed or nested. All positions are
+# those that struct and slices allow, whatever the file says.
 
-    if isinstance(source, Path):
-        if not source.exists():
-            return None
-        with source.open("rb") as file:
-            head, size = file.read(8), source.stat().st_size
-    else:
-        head, size = source[:8], len(source)
-    # An encapsulated message: 0xFFFFFFFF, the length of its metadata, the metadata.
-    length = int.from_bytes(head[4:8], "little", signed=True)
-    if head[:4] == b"\xff" * len(head[:4]) and (size < 8 or 0 < length > size - 8):
-        return None
+_MESSAGE = b"\xff\xff\xff\xff"
+"""What a message begins with; then follow the length of its metadata, these, and its body."""
+
+_SCHEMA, _RECORD_BATCH = 1, 3
+
+
+class _Table:
+    """A table of a flatbuffer, whose fields are found by their numbers."""
+
+    def __init__(self, data: bytes, at: int) -> None:
+        self._data, self._at = data, at
+        vtable = at - self._read("<i", at)
+        size = self._read("<H", vtable) // 2
+        self._fields = struct.unpack_from(f"<{min(size, 16)}H", data, vtable)[2:]
+
+    @classmethod
+    def root(cls, data: bytes) -> _Table:
+        return cls(data, *struct.unpack_from("<I", data))
+
+    def _read(self, form: str, at: int) -> int:
+        if at < 0:
+            raise ValueError("an offset leads out of the metadata")
+        (value,) = struct.unpack_from(form, self._data, at)
+        return int(value)
+
+    def _position(self, field: int) -> int:
+        """Where a field is; 0 if it has its default."""
+        offset = self._fields[field] if field < len(self._fields) else 0
+        return self._at + offset if offset else 0
+
+    def number(self, field: int, form: str) -> int:
+        at = self._position(field)
+        return self._read(form, at) if at else 0
+
+    def table(self, field: int) -> _Table:
+        at = self._position(field)
+        return _Table(self._data, at + self._read("<I", at))
+
+    def vector(self, field: int, form: str) -> list[int]:
+        """The numbers of a vector of structs; `form` is one struct's."""
+        at = self._position(field)
+        if not at:
+            return []
+        at += self._read("<I", at)
+        count = self._read("<I", at)
+        if count > len(self._data):
+            raise ValueError("a vector is longer than the metadata")
+        return list(struct.unpack_from(f"<{form * count}", self._data, at + 4))
+
+    def tables(self, field: int) -> list[_Table]:
+        at = self._position(field)
+        offsets = self.vector(field, "I")
+        first = at + self._read("<I", at) + 4 if offsets else 0
+        return [_Table(self._data, first + 4 * i + x) for i, x in enumerate(offsets)]
+
+    def text(self, field: int) -> str:
+        at = self._position(field)
+        at += self._read("<I", at)
+        text = self._data[at + 4 : at + 4 + self._read("<I", at)]
+        return text.decode()
+
+    def facts(self, field: int) -> dict[str, str]:
+        """Custom metadata."""
+        return {pair.text(0): pair.text(1) for pair in self.tables(field)}
+
+
+def _messages(source: Path | bytes) -> Iterator[tuple[int, _Table, bytes]]:
+    """Kind, header and body of each message, up to the first that is not whole."""
     try:
+        file = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
+    except FileNotFoundError:
+        return
+    with file:
+        left = file.seek(0, os.SEEK_END) - file.seek(0)
+        while True:
+            begin = file.read(8)
+            length = int.from_bytes(begin[4:], "little", signed=True)
+            left -= 8
+            if begin[:4] != _MESSAGE or not 0 < length <= left:
+                return  # torn, or the end
+            try:
+                message = _Table.root(file.read(length))
+                body_bytes = message.number(3, "<q")
+                left -= length + body_bytes
+                if body_bytes < 0 or left < 0:
+                    return
+                kind, header = message.number(1, "<B"), message.table(2)
+            except (ValueError, struct.error):
+                return
+            yield kind, header, file.read(body_bytes)
+
+
+def _lane_in(source: Path | bytes, path: Path) -> Lane | None:
+    """The lane that a stream is of; None where not even its schema was written whole."""
+    first = next(_messages(source), None)
+    if first is None:
         if isinstance(source, Path):
-            stream = na.ArrayStream.from_path(str(source))
+            head, size = _read_bytes(source, 8), source.stat().st_size if source.exists() else 0
         else:
-            stream = na.ArrayStream.from_readable(source)
-        stream.schema  # noqa: B018 - parsed here, so that a foreign file fails here
-    except (NanoarrowException, ValueError) as error:
-        raise _foreign(source, str(error)) from None
-    return stream
-
-
-def _foreign(source: Path | bytes, why: str) -> TraceError:
-    return TraceError(
-        f"{source if isinstance(source, Path) else 'the tail of a lane'} is not an Arrow stream",
+            head, size = source[:8], len(source)
+        length = int.from_bytes(head[4:], "little", signed=True)
+        if head[:4] == _MESSAGE[: len(head)] and (len(head) < 8 or length > size - 8):
+            return None
+    if first is None or first[0] != _SCHEMA:
+        raise TraceError(
+            f"{path} is not an Arrow stream",
+            why="it does not begin with a schema",
+            fix="point at a run directory that pepr-profile wrote",
+        )
+    try:
+        facts = first[1].facts(2)
+        if facts.get("pepr") == "1":
+            return _described(first[1], facts)
+        why = f"its schema says pepr={facts.get('pepr', 'nothing')!r}"
+    except (*MALFORMED, struct.error) as error:
+        why = f"its schema does not describe a lane ({type(error).__name__}: {error})"
+    raise TraceError(
+        f"{path} is not a pepr recording of a version that this one reads",
         why=why,
-        fix="point at a run directory that pepr-profile wrote",
+        fix="update pepr-profiler, or point at a run directory that it wrote",
     )
 
 
-def _lane_of(stream: Any, path: Path) -> Lane:
-    import nanoarrow as na
+_OF_THE_ROW = (
+    [("t_ns", "<i8"), ("read_ns", "<u4"), ("skipped", "<u4"), ("gap_ns", "<u4")],
+    [("t_ns", "<i8"), ("read_ns", "<u4")],  # of recordings in which nothing was left out
+)
+"""The columns before the channels', and what they hold."""
 
-    schema = na.c_schema(stream.schema)
-    facts = _facts(schema)
-    if facts.get("pepr") != "1":
-        raise TraceError(
-            f"{path} is not a pepr recording of a version that this one reads",
-            why=f"its schema says pepr={facts.get('pepr', 'nothing')!r}",
-            fix="update pepr-profiler, or point at a run directory that it wrote",
-        )
+
+def _described(schema: _Table, facts: Mapping[str, str]) -> Lane:
+    """The lane that an Arrow schema describes; raises one of MALFORMED if it describes none."""
+    fields = schema.tables(1)
+    columns = [(x.text(0), _form_of(x)) for x in fields]
+    first = next((len(about) for about in _OF_THE_ROW if columns[: len(about)] == about), 0)
+    if not first or {form for _, form in columns[first:]} != {"<f8"} or schema.number(0, "<h"):
+        raise ValueError(f"its columns are {columns[:9]}")
     channels = []
-    for child in schema.children:
-        about = _facts(child)
-        if "quantity" not in about:
-            continue  # a column that is about the row
+    for (name, _), column in list(zip(columns, fields, strict=True))[first:]:
+        about = column.facts(6)
+        counter, labels = json.loads(about["counter"]), json.loads(about["labels"])
+        if wrong := misfit(counter, bool) or misfit(labels, {...: str}):
+            raise ValueError(f"of {name}, {wrong}")
         channels.append(
             Channel(
-                name=child.name,
+                name=name,
                 quantity=about["quantity"],
                 unit=about["unit"],
-                scale=float(about["scale"]),
-                modulus=float(about["modulus"]),
-                counter=json.loads(about["counter"]),
+                scale=_number(about["scale"]),
+                modulus=_number(about["modulus"], least=0.0),
+                counter=counter,
                 source=about["source"],
-                labels=json.loads(about["labels"]),
+                labels=labels,
             )
         )
-    return Lane(facts["lane"], facts["spec"], int(facts["period_ns"]), tuple(channels))
+    period_ns = int(_number(facts["period_ns"], least=1.0))
+    return Lane(facts["lane"], facts["spec"], period_ns, tuple(channels))
 
 
-def _facts(schema: Any) -> dict[str, str]:
-    if schema.metadata is None:
-        return {}
-    return {key.decode(): value.decode() for key, value in schema.metadata.items()}
+def _form_of(column: _Table) -> str:
+    """What a column holds, as numpy calls it; of what ours never hold, only the type's number."""
+    kind = column.number(2, "<B")
+    if kind == 2:  # Int: bits, signed
+        of_int = column.table(3)
+        return f"<{'i' if of_int.number(1, '<B') else 'u'}{of_int.number(0, '<i') // 8}"
+    if kind == 3:  # FloatingPoint: half, single, double
+        return f"<f{2 << min(column.table(3).number(0, '<H'), 3)}"
+    return f"type {kind}"
 
 
-def _batches(stream: Any) -> Iterator[Batch]:
+def _number(text: str, *, least: float = -1e30) -> float:
+    value = float(text)
+    if not least <= value <= 1e30:
+        raise ValueError(f"{text} is out of range")
+    return value
+
+
+_LAST_NS = 1 << 62
+"""A machine that runs for 146 years."""
+
+
+def _batches(source: Path | bytes, channels: int) -> Iterator[Batch]:
+    """The batches of a lane's stream, up to the first that is torn or damaged.
+
+    Arrow has no checksums; but times rise, and each column is as long as the batch says.
+    """
     import numpy as np
-    from nanoarrow._utils import NanoarrowException
 
-    try:
-        for array in stream:
-            rows = len(array)
-            columns = [np.asarray(child.buffer(1))[:rows] for child in array.iter_children()]
-            times = [c.astype(np.int64, copy=False) for c in columns if c.dtype.kind in "iu"]
-            values = np.vstack([c for c in columns if c.dtype.kind == "f"])
-            yield Batch(times[0], times[1], values, *times[2:4])
-    except NanoarrowException:
-        return  # torn by a crash in mid-write: all that was flushed before has been yielded
+    last_ns = -1
+    for kind, header, body in _messages(source):
+        if kind != _RECORD_BATCH:
+            continue
+        try:
+            rows = header.number(0, "<q")
+            places = header.vector(2, "qq")  # offset and length of each column's two buffers
+            columns = len(places) // 4
+            if not rows:
+                continue
+            forms = ("<i8", *["<u4"] * (columns - channels - 1), *["<f8"] * channels)
+            at = zip(forms, places[2::4], strict=True)
+            numbers = [np.frombuffer(body, form, rows, offset) for form, offset in at]
+        except (ValueError, struct.error):
+            return
+        t_ns = numbers[0]
+        if t_ns[0] <= last_ns or t_ns[-1] > _LAST_NS or not (t_ns[1:] > t_ns[:-1]).all():
+            return
+        last_ns = int(t_ns[-1])
+        times = [column.astype(np.int64) for column in numbers[1:-channels]]
+        yield Batch(t_ns, times[0], np.vstack(numbers[-channels:]), *times[1:])
 
 
 # --- marks and metrics -------------------------------------------------------------------------
@@ -637,6 +815,17 @@ class Events:
     torn_lines: int
 
 
+_EVENT = {"t_ns": int, "id": int, "metrics": {}}
+"""What of an event is computed with; see EventWriter."""
+
+
+def _lines_of(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines()
+    except OSError:
+        return []
+
+
 def read_events(directory: Path) -> Events:
     """Reads every events file of a run directory; a torn last line is counted, not fatal."""
     phases: list[Phase] = []
@@ -645,11 +834,15 @@ def read_events(directory: Path) -> Events:
     torn = 0
     for path in sorted(directory.glob("events-*.jsonl")):
         open_phases: dict[int, dict[str, Any]] = {}
-        for line in path.read_bytes().splitlines():
+        for line in _lines_of(path):
             try:
                 event = json.loads(line)
                 kind = event["event"]
+                if wrong := misfit(event, _EVENT):
+                    raise ValueError(wrong)
+                t_ns = event["t_ns"]
                 if kind == "begin":
+                    _ = event["name"]
                     # A program that replaced itself (exec) kept its pid and counts from 1 again.
                     if event["id"] in open_phases:
                         phases.append(_phase(open_phases[event["id"]], None))
@@ -657,12 +850,12 @@ def read_events(directory: Path) -> Events:
                 elif kind == "end":
                     begin = open_phases.pop(event["id"], None)
                     if begin is not None:
-                        phases.append(_phase(begin, event["t_ns"]))
+                        phases.append(_phase(begin, t_ns))
                 elif kind == "mark":
                     marks.append(_Mark.of(event))
                 elif kind == "metrics":
-                    metrics.append((int(event["t_ns"]), dict(event["metrics"])))
-            except (ValueError, KeyError, TypeError):
+                    metrics.append((t_ns, event["metrics"]))
+            except MALFORMED:
                 torn += 1
         phases.extend(_phase(begin, None) for begin in open_phases.values())
     phases.extend(_marked(marks))
@@ -726,12 +919,26 @@ def read_neighbours(directory: Path) -> list[dict[str, Any]]:
     """
     notes: list[dict[str, Any]] = []
     for path in sorted(directory.glob("processes-*.jsonl")):
-        for line in path.read_bytes().splitlines():
-            with suppress(ValueError):
+        for line in _lines_of(path):
+            with suppress(*MALFORMED):
                 note = json.loads(line)
-                if isinstance(note, dict) and isinstance(note.get("t_ns"), int):
+                if not misfit(note, _NOTE) and note.keys() >= _NOTED[note["event"]]:
                     notes.append(note)
     return sorted(notes, key=lambda note: int(note["t_ns"]))
+
+
+_NOTE = {
+    "t_ns": int,
+    "since_ns": int,
+    "pid": int,
+    "profiler_s": float,
+    "owner": str,
+    "command": (str, None),
+    "user": (str, None),
+    "processes": [{"cpu_s": float, "pid": int, "command": (str, None), "user": (str, None)}],
+}
+_NOTED = {"process": {"t_ns", "pid"}, "cpu": {"t_ns", "since_ns", "profiler_s", "processes"}}
+"""What is computed with of a note, by its kind; see neighbours.py."""
 
 
 def _phase(begin: dict[str, Any], end_ns: int | None) -> Phase:
@@ -770,16 +977,19 @@ def read_run(directory: Path) -> dict[str, Any]:
         raise TraceError(
             f"{directory} is not a run", why="it has no run.json", fix="see: pepr-profile runs list"
         ) from None
-    except ValueError as error:
-        raise TraceError(
-            f"{path} is damaged", why=str(error), fix="restore it; the lanes beside it are intact"
-        ) from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from None
     except OSError as error:
         raise TraceError(
             f"{path} cannot be read",
             why=error.strerror or str(error),
             fix="check what it is and its permissions",
         ) from None
+    return checked_run(run, path)
+
+
+def checked_run(run: Any, path: Path) -> dict[str, Any]:
+    """What was read from `path` as a run.json, if that is what it is; TraceError if not."""
     schema = run.get("schema") if isinstance(run, dict) else None
     if schema != 1:
         raise TraceError(
@@ -787,4 +997,100 @@ def read_run(directory: Path) -> dict[str, Any]:
             why="this version reads schema 1",
             fix="update pepr-profiler",
         )
+    if wrong := misfit(run, _RUN):
+        raise _damaged(path, wrong)
     return dict(run)
+
+
+def _damaged(path: Path, why: str) -> TraceError:
+    return TraceError(
+        f"{path} is damaged", why=why, fix="restore it; the lanes beside it are intact"
+    )
+
+
+_Shape: TypeAlias = dict[Any, Any]
+_TEXT, _NUMBER, _COUNT, _BY_NAME = (
+    (str, None),
+    (float, None),
+    (int, None),
+    ({...: (float, None)}, None),
+)
+_WARNING: _Shape = {None: ("code", "text", "hint"), ...: str}
+_COMPONENT: _Shape = {
+    None: ("id", "kind", "source", "provenance", "label", "in_total", "job_j", "u_j", "trace_w"),
+    **dict.fromkeys(("id", "kind", "source", "provenance", "label"), str),
+    **dict.fromkeys(("device_j", "job_j", "others_j", "idle_j", "idle_w", "job_idle_j"), _NUMBER),
+    **dict.fromkeys(("u_j", "mean_w", "max_w"), _NUMBER),
+    "in_total": bool,
+    "excluded": _TEXT,
+    "trace_w": ([_NUMBER], None),
+    "budget": ({None: ("gain_j", "offset_j", "model_j"), ...: _NUMBER}, None),
+    "cross_check": ({"source": str, ...: _NUMBER}, None),
+}
+_ENERGY: _Shape = {
+    None: ("total_j", "u_j", "mean_w", "provenance", "components"),
+    **dict.fromkeys(("total_j", "u_j", "mean_w", "others_j", "idle_j"), _NUMBER),
+    "provenance": _TEXT,
+    "scope": str,
+    "components": [_COMPONENT],
+}
+_PHASE: _Shape = {
+    None: ("name", "count", "duration_s", "energy_j", "u_j"),
+    **{"name": str, "count": int, "duration_s": float, "energy_j": _NUMBER, "u_j": _NUMBER},
+}
+_PROGRESS: _Shape = {
+    None: ("t_s", "energy_j", "u_j", "metrics", "left_out"),
+    **{"t_s": [float], "energy_j": ([float], None), "u_j": ([float], None)},
+    **{"metrics": {...: [_NUMBER]}, "left_out": int},
+}
+_COST: _Shape = {
+    **dict.fromkeys(("cpu_s", "cpu_fraction", "samples", "dropped"), _NUMBER),
+    **dict.fromkeys(("late", "timed", "failed_reads"), _NUMBER),
+    **dict.fromkeys(("rate_hz", "refresh_s", "wasted"), _BY_NAME),
+    "overhead": ({"budget": float, "used": float, "gap_s": {...: float}}, None),
+}
+_RECORDING: _Shape = {
+    "window_ns": [_COUNT],
+    "profiler_pid": _COUNT,
+    "cpu": {...: (str, int, None)},
+    "options": {
+        "intensity": ({"source": str, "year": _COUNT, ...: float}, None),
+        **{"pue": float, "performance": _TEXT, "scope": str},
+    },
+    "attached": ([{"pid": int, "command": [str]}], None),
+    "root": str,
+    "cuda": [{...: _TEXT}],
+    "outer": ({None: ("run_id",), "run_id": str, "pid": _COUNT}, None),
+    "exit": ({"ended_by": _TEXT, ...: _NUMBER}, None),
+    "sampler": (_COST, None),
+    "daemon": (
+        {
+            **{"socket": _TEXT, "version": _TEXT, "reconnects": _COUNT},
+            "lanes": {...: {"spec": str, "coarse": bool}},
+        },
+        None,
+    ),
+    "warnings": [_WARNING],
+}
+_RUN: _Shape = {
+    **dict.fromkeys(("run_id", "name", "host"), str),
+    **dict.fromkeys(("job", "experiment", "boot_id", "started_at"), _TEXT),
+    **dict.fromkeys(("duration_s", "time_s"), _NUMBER),
+    **dict.fromkeys(("exit_code", "signal"), _COUNT),
+    "command": [str],
+    "complete": bool,
+    "clock": [{None: ("t_ns", "unix_ns"), "t_ns": int, "unix_ns": int}],
+    "energy": (_ENERGY, None),
+    "phases": [_PHASE],
+    "memory": {None: ("peak_rss_bytes", "gpu_peak_bytes"), ...: _NUMBER},
+    "carbon": ({None: ("g_co2e",), "source": str, "year": _COUNT, ...: _NUMBER}, None),
+    "metrics": {...: _NUMBER},
+    "progress": (_PROGRESS, None),
+    "performance": ({None: ("metric", "value"), "metric": str, "value": float}, None),
+    "sampler": _COST,
+    "missing": [{None: ("what", "why", "fix"), ...: str}],
+    "warnings": [_WARNING],
+    "recording": _RECORDING,
+}
+"""The shape of run.json (docs/design.md, Contract); what is not there is looked for where it is
+used."""

@@ -202,6 +202,31 @@ def test_damaged_or_foreign_run_json_is_an_error_not_a_crash(
         Store(store).load("bad-1")
 
 
+@pytest.mark.parametrize(
+    ("window_ns", "cpu", "told"),
+    [
+        ([0, 2**62], {}, "days"),  # would take 37 GB of seconds
+        ([9, 5], {}, "window"),
+        ([-5, 5], {}, "window"),
+        ([5], {}, "unpack"),
+        (None, {"stepping": 1, "socket": 2}, "socket"),
+    ],
+)
+def test_recording_that_contradicts_itself_is_said_to(
+    killed: Killed, tmp_path: Path, window_ns: list[int] | None, cpu: dict[str, Any], told: str
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(killed[0], directory)
+    run = json.loads((directory / "run.json").read_text())
+    run["recording"]["cpu"].update(cpu)
+    if window_ns is not None:
+        run["recording"]["window_ns"] = window_ns
+    (directory / "run.json").write_text(json.dumps(run))
+    with pytest.raises(TraceError, match="contradicts itself") as refused:
+        summarise(directory)
+    assert told in refused.value.why and "report" in refused.value.fix
+
+
 # --- stores that take nothing ---------------------------------------------------------------------
 
 

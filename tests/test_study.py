@@ -469,7 +469,12 @@ def test_bounds_in_another_unit_or_of_another_kind_are_refused(
 
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"kind": "pepr-bounds", "schema": 2}', '{"kind": "pepr-bounds"}',
-             '{"kind": "pepr-bounds", "schema": 1, "bounds": [{}]}', "\x00"]
+             '{"kind": "pepr-bounds", "schema": 1, "bounds": [{}]}', "\x00", "[" * 100_000,
+             '{"kind": "pepr-bounds", "schema": 1, "bounds": []}',
+             '{"kind": "pepr-bounds", "schema": 1, "bounds": ""}',
+             '{"kind": "pepr-bounds", "schema": 1, "bounds": [{"resource": "energy", "unit": "J", '
+             '"name": "energy", "min": 1, "max": NaN, "group": null, "provenance": null, '
+             '"metric": null}]}']
 )  # fmt: skip
 def test_a_file_without_bounds_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "study.json"

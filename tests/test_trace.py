@@ -469,3 +469,140 @@ def test_joined_batches_hold_the_same_rows_in_order() -> None:
         parts = [getattr(batch, name) for batch in together]
         np.testing.assert_array_equal(np.concatenate(parts, axis=-1), column)
     assert all(batch.skipped is None for batch in joined(without))
+
+
+# --- what make fuzz found -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["first", "later"])
+def test_message_without_its_mark_never_reaches_the_arrow_library(tmp_path: Path, at: str) -> None:
+    # given a stream in which a message begins as before Arrow 0.15: nanoarrow 0.9 aborts there
+    record(tmp_path, [5000]).close()
+    path = tmp_path / "demo.arrows"
+    data = path.read_bytes()
+    schema_ends = data.index(b"\xff\xff\xff\xff", 4)
+    begin = 0 if at == "first" else schema_ends
+    path.write_bytes(data[:begin] + b"\x01\0\0\0" + data[begin + 4 :])
+    # then what is before it is read, in a process of its own as it would take this one along
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == (["TraceError"] if at == "first" else ["0"])
+
+
+READ = """
+import sys, pathlib
+from pepr_profiler.trace import LaneReader, TraceError
+try:
+    print(sum(len(batch.t_ns) for batch in LaneReader(pathlib.Path(sys.argv[1]), "demo")))
+except TraceError as error:
+    print(type(error).__name__)
+"""
+
+
+def test_lane_is_read_up_to_where_its_times_turn_back(tmp_path: Path) -> None:
+    # given a flipped bit in the time of row 12, of a second batch
+    writer = record(tmp_path, [10, 5])
+    tail = tmp_path / "demo.tail.arrows"
+    data, time_ns = tail.read_bytes(), struct.pack("q", 12_000_000)
+    assert data.count(time_ns) == 1
+    tail.write_bytes(data.replace(time_ns, struct.pack("q", 12_000_000 ^ 1 << 22)))
+    # then the first batch is all there is
+    assert numbers(tmp_path) == list(range(10))
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'{"zone": "intel-rapl:0"}', b'["zone", "intel-rapl:0"]'),
+        (b"1e-06", b"1e-6x"),
+        (b"1e-06", b"  inf"),
+        (b"quantity", b"quantitx"),
+        (b"10000000", b"100OO000"),
+        (b"read_ns", b"read_nx"),
+        (b"intel-rapl:0", b"intel-rapl\xff0"),
+    ],
+)
+def test_schema_that_describes_no_lane_is_refused(tmp_path: Path, old: bytes, new: bytes) -> None:
+    record(tmp_path, [5]).close()
+    path = tmp_path / "demo.arrows"
+    assert old in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(TraceError, match="is not a") as refused:
+        LaneReader(tmp_path, "demo")
+    assert refused.value.why and refused.value.fix
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"t_ns": "int64", "read_ns": "uint32", "a": "string"},
+        {"t_ns": "int64", "read_ns": "uint32", "a": "float"},
+        {"t_ns": "double", "read_ns": "uint32", "a": "double"},
+        {"a": "double", "t_ns": "int64", "read_ns": "uint32"},
+        {"t_ns": "int64", "read_ns": "uint32"},
+        {"a": "string"},
+    ],
+)
+def test_columns_of_another_program_are_refused(tmp_path: Path, columns: dict[str, str]) -> None:
+    pa = pytest.importorskip("pyarrow")
+    ours = {"pepr": "1", "lane": "demo", "spec": "x", "period_ns": "1"}
+    about = {"quantity": "energy", "unit": "J", "scale": "1", "modulus": "0"}
+    about |= {"counter": "true", "source": "x", "labels": "{}"}
+    fields = [pa.field(n, pa.type_for_alias(t), metadata=about) for n, t in columns.items()]
+    schema = pa.schema(fields, metadata=ours)
+    table = pa.table([pa.array([None] * 3, field.type) for field in schema], schema=schema)
+    with (
+        pa.OSFile(str(tmp_path / "demo.arrows"), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as stream,
+    ):
+        stream.write_table(table)
+    with pytest.raises(TraceError, match="columns"):
+        LaneReader(tmp_path, "demo")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "metrics", "t_ns": "5", "metrics": {}}',
+        '{"event": "metrics", "t_ns": 1e400, "metrics": {}}',
+        '{"event": "metrics", "t_ns": 9223372036854775808, "metrics": {}}',
+        '{"event": "metrics", "t_ns": 5, "metrics": [["a", 1]]}',
+        '{"event": "begin", "t_ns": 5, "id": [], "name": "x"}',
+        '{"event": "begin", "t_ns": 5, "id": 2}',
+        '{"event": "end", "t_ns": null, "id": 1}',
+        '{"event": "mark", "t_ns": true, "verb": "next", "series": "s", "name": "x"}',
+        "[" * 100_000,
+    ],
+)
+def test_event_that_is_none_is_counted_and_harms_no_other(tmp_path: Path, line: str) -> None:
+    good = ['{"event": "begin", "t_ns": 1, "id": 1, "parent": null, "name": "whole"}']
+    good.append('{"event": "end", "t_ns": 9, "id": 1}')
+    (tmp_path / "events-h-1.jsonl").write_text("\n".join([good[0], line, good[1]]))
+    found = read_events(tmp_path)
+    assert found.torn_lines == 1
+    assert [(p.name, p.begin_ns, p.end_ns) for p in found.phases] == [("whole", 1, 9)]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"time_s": "1 s"}, "time_s is '1 s'"),
+        ({"time_s": float("nan")}, "time_s is 'nan'"),
+        ({"exit_code": 2**70}, "exit_code"),
+        ({"complete": 1}, "complete is '1'"),
+        ({"metrics": {"accuracy": [0.5]}}, r"metrics.accuracy is '\[0.5\]'"),
+        ({"energy": {"components": [{"job_j": {}}]}}, r"energy.components\[0\].job_j"),
+        ({"recording": {"window_ns": [0, "end"]}}, r"recording.window_ns\[1\] is 'end'"),
+    ],
+)
+def test_run_json_of_another_shape_is_refused_by_the_place(
+    tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"schema": 1, **change}))
+    with pytest.raises(TraceError, match=told):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"schema": 1, "of a later version": change}))
+    assert read_run(tmp_path)["schema"] == 1

@@ -1,6 +1,7 @@
 // Energy counters of /sys/class/powercap (RAPL and anything else that registers there).
 
 #include <cerrno>
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <set>
@@ -106,12 +107,14 @@ private:
         // One unit (61 µJ) short of the true modulus, which sysfs does not tell: negligible a wrap.
         const std::string range = read_text(directory / "max_energy_range_uj");
         if (!range.empty()) channel.modulus = std::strtod(range.c_str(), nullptr);
-        if (channel.modulus <= 0)
+        if (!(channel.modulus > 0 && std::isfinite(channel.modulus))) {
+            channel.modulus = 0;
             notes_.push_back(
                 {"the range of " + what,
                  "it has no max_energy_range_uj, so that a wrap looks like a reset and "
                  "loses what was counted since the reading before",
                  "none: the driver does not tell; keep --period short"});
+        }
         channels_.push_back(std::move(channel));
         files_.push_back(std::move(file));
     }
