@@ -104,9 +104,9 @@ class WholeWriter:
     """A lane with every row, as a crash would leave none: the most that a reader can meet."""
 
     def __init__(self, directory: Path, lane: Lane) -> None:
-        from pepr_profiler.trace import _Stream
+        from pepr_profiler.trace import _Messages, _Stream
 
-        self._stream = _Stream(directory / f"{lane.name}.arrows", lane)
+        self._stream = _Stream(directory / f"{lane.name}.arrows", _Messages(lane))
 
     def write(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:
         rows = len(t_ns) // 8
