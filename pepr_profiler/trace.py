@@ -24,8 +24,8 @@ import io
 import json
 import os
 import struct
+import sys
 import time
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -136,7 +136,10 @@ class LaneWriter:
     def write(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:
         """Appends rows given as native-endian columns; on disk when it returns, unless `error`."""
         rows = len(t_ns) // 8
-        self._rows.extend((t_ns, read_ns, bytes(4 * rows), self._gaps(t_ns), *values))
+        gap_ns = _core.gaps(t_ns, self._last_ns)
+        self._rows.extend((t_ns, read_ns, bytes(4 * rows), gap_ns, *values))
+        if rows:
+            self._last_ns = int.from_bytes(t_ns[-8:], sys.byteorder, signed=True)
         if self._attempt(lambda: self._tail.append(self._rows.since(self._tail_rows))):
             self._tail_rows = len(self._rows)
         if len(self._rows) >= _BATCH_ROWS:
@@ -154,17 +157,6 @@ class LaneWriter:
                 self._tail.remove()
         self._main.close()
         self._tail.close()
-
-    def _gaps(self, t_ns: bytes) -> bytes:
-        """How long before each row the one before it was read, uint32, at most 4.29 s."""
-        times = array("q", t_ns)
-        if not times:
-            return b""
-        before = [times[0] if self._last_ns is None else self._last_ns, *times[:-1]]
-        self._last_ns = times[-1]
-        longest = 2**32 - 1
-        gaps = (min(t - last, longest) for t, last in zip(times, before, strict=True))
-        return array("I", gaps).tobytes()
 
     def _consolidate(self) -> None:
         def append() -> None:
