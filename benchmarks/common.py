@@ -188,14 +188,14 @@ def powercap_tree(folder: Path) -> Iterator[Any]:
         tree.stop()
 
 
-def compile_c(source: str, folder: Path) -> Path:
+def compile_c(source: str, folder: Path, *flags: str) -> Path:
     """Builds one of the C programs beside this file, -O2."""
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), "")
     if not compiler:
         raise UnmeasurableError("no C compiler; install one: sudo apt-get install gcc")
     target = folder / Path(source).stem
     command = [compiler, "-std=c11", "-O2", "-Wall", "-Werror", str(HERE / source)]
-    subprocess.run([*command, "-o", str(target)], check=True)
+    subprocess.run([*command, *flags, "-o", str(target)], check=True)
     return target
 
 
