@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
+T = TypeVar("T")
 ZONES = 4
 """Powercap counters that the goals are about."""
 
@@ -209,9 +210,9 @@ def run(argv: Sequence[str], env: dict[str, str]) -> str:
     return done.stdout
 
 
-def interleaved(measures: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def interleaved(measures: dict[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
     """Measures everything once a round, so that a busy minute hits all alike; order alternates."""
-    results: dict[str, list[float]] = {name: [] for name in measures}
+    results: dict[str, list[T]] = {name: [] for name in measures}
     for number in range(rounds):
         names = list(measures) if number % 2 == 0 else list(reversed(measures))
         for name in names:
