@@ -10,7 +10,7 @@ FIND_NVML := from importlib.metadata import files; \
 WITH_NVML = export PEPR_NVML_INCLUDE="$$(python -c '$(FIND_NVML)')" &&
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test lint sanitize fuzz docs linkcheck study clean
+.PHONY: help setup build test lint sanitize fuzz docs linkcheck study compare clean
 
 help:  ## List what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -51,6 +51,9 @@ linkcheck:  ## Ask every page that ours link to whether it is there; needs a net
 
 study:  ## Train 13 models on 2 data sets with 3 seeds each (6 min), open study.html afterwards
 	sh examples/seeds.sh $(PAGE)
+
+compare:  ## Measure beside other tools (30 min, root, a network the first time): build/compare/report.md
+	python -m benchmarks.peers $(ARGS)
 
 clean:  ## Remove everything that was built; the virtual environment stays
 	rm -rf build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache pepr_profiler/*.so

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
+T = TypeVar("T")
 ZONES = 4
 """Powercap counters that the goals are about."""
 
@@ -100,7 +101,7 @@ def header(title: str) -> None:
 def environment() -> str:
     """CPU, kernel and Python; versions and date."""
     versions = [f"pepr-profiler {_commit()}"]
-    for package in ("click", "nanoarrow", "numpy", "rich"):
+    for package in ("click", "numpy", "rich"):
         try:
             versions.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
@@ -188,14 +189,14 @@ def powercap_tree(folder: Path) -> Iterator[Any]:
         tree.stop()
 
 
-def compile_c(source: str, folder: Path) -> Path:
+def compile_c(source: str, folder: Path, *flags: str) -> Path:
     """Builds one of the C programs beside this file, -O2."""
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), "")
     if not compiler:
         raise UnmeasurableError("no C compiler; install one: sudo apt-get install gcc")
     target = folder / Path(source).stem
     command = [compiler, "-std=c11", "-O2", "-Wall", "-Werror", str(HERE / source)]
-    subprocess.run([*command, "-o", str(target)], check=True)
+    subprocess.run([*command, *flags, "-o", str(target)], check=True)
     return target
 
 
@@ -209,9 +210,9 @@ def run(argv: Sequence[str], env: dict[str, str]) -> str:
     return done.stdout
 
 
-def interleaved(measures: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def interleaved(measures: dict[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
     """Measures everything once a round, so that a busy minute hits all alike; order alternates."""
-    results: dict[str, list[float]] = {name: [] for name in measures}
+    results: dict[str, list[T]] = {name: [] for name in measures}
     for number in range(rounds):
         names = list(measures) if number % 2 == 0 else list(reversed(measures))
         for name in names:

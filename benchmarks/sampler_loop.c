@@ -2,15 +2,69 @@
 // lateness. No parsing, no ring, no counters.
 //
 //     sampler_loop PERIOD_NS SECONDS FILE...      PERIOD_NS 0: reads without sleeping
+//     sampler_loop PERIOD_NS SECONDS nvml:LIBRARY     built with -DWITH_NVML: of each GPU, what the
+//                                                     product reads of an H100
 //
 // Prints: samples, CPU time of the loop (ns), time that it took (ns), lateness p50 and p99 (ns).
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
+
+#ifdef WITH_NVML
+#include <dlfcn.h>
+#include <nvml.h>
+
+static __typeof__(&nvmlDeviceGetTotalEnergyConsumption) energy;
+static __typeof__(&nvmlDeviceGetUtilizationRates) utilisation;
+static __typeof__(&nvmlDeviceGetMemoryInfo) memory;
+static __typeof__(&nvmlDeviceGetFieldValues) fields;
+static nvmlDevice_t boards[1024];
+static unsigned count;
+
+static int open_nvml(const char* path) {
+    void* const library = dlopen(path, RTLD_NOW);
+    if (library == NULL) return 0;
+    *(void**)&energy = dlsym(library, "nvmlDeviceGetTotalEnergyConsumption");
+    *(void**)&utilisation = dlsym(library, "nvmlDeviceGetUtilizationRates");
+    *(void**)&memory = dlsym(library, "nvmlDeviceGetMemoryInfo");
+    *(void**)&fields = dlsym(library, "nvmlDeviceGetFieldValues");
+    nvmlReturn_t (*init)(void), (*how_many)(unsigned*), (*by_index)(unsigned, nvmlDevice_t*);
+    *(void**)&init = dlsym(library, "nvmlInit_v2");
+    *(void**)&how_many = dlsym(library, "nvmlDeviceGetCount_v2");
+    *(void**)&by_index = dlsym(library, "nvmlDeviceGetHandleByIndex_v2");
+    if (init() != NVML_SUCCESS || how_many(&count) != NVML_SUCCESS || count > 1024) return 0;
+    for (unsigned i = 0; i < count; ++i)
+        if (by_index(i, &boards[i]) != NVML_SUCCESS) return 0;
+    return 1;
+}
+
+static int read_nvml(void) {
+    for (unsigned i = 0; i < count; ++i) {
+        unsigned long long mj;
+        nvmlUtilization_t rates;
+        nvmlMemory_t bytes;
+        nvmlFieldValue_t powers[2];
+        memset(powers, 0, sizeof powers);
+        powers[0].fieldId = NVML_FI_DEV_POWER_INSTANT;
+        powers[1].fieldId = NVML_FI_DEV_POWER_AVERAGE;
+        if (energy(boards[i], &mj) != NVML_SUCCESS ||
+            utilisation(boards[i], &rates) != NVML_SUCCESS ||
+            memory(boards[i], &bytes) != NVML_SUCCESS ||
+            fields(boards[i], 2, powers) != NVML_SUCCESS)
+            return 0;
+    }
+    return 1;
+}
+#else
+static const unsigned count = 0;
+static int open_nvml(const char* path) { return path == NULL; }
+static int read_nvml(void) { return 0; }
+#endif
 
 static const long long kNsPerS = 1000000000LL;
 static const size_t kMost = 1 << 20;
@@ -29,8 +83,11 @@ static int ascending(const void* a, const void* b) {
 int main(int argc, char** argv) {
     if (argc < 4) return 2;
     const long long period_ns = atoll(argv[1]);
-    const int files = argc - 3;
-    int* const fds = calloc((size_t)files, sizeof *fds);
+    const char* const kind = "nvml:";
+    const int gpus = strncmp(argv[3], kind, strlen(kind)) == 0;
+    const int files = gpus ? 0 : argc - 3;
+    int* const fds = calloc((size_t)argc, sizeof *fds);
+    if (gpus && !open_nvml(argv[3] + strlen(kind))) return 1;
     const double periods = period_ns > 0 ? atof(argv[2]) * 1e9 / (double)period_ns : (double)kMost;
     const size_t most = periods < (double)kMost ? (size_t)periods + 1 : kMost;
     long long* const late_ns = malloc(most * sizeof *late_ns);
@@ -50,6 +107,7 @@ int main(int argc, char** argv) {
         late_ns[samples++] = (now_ns = read_clock_ns(CLOCK_MONOTONIC)) - deadline_ns;
         for (int i = 0; i < files; ++i)
             if (pread(fds[i], text, sizeof text - 1, 0) <= 0) return 1;
+        if (count > 0 && !read_nvml()) return 1;
         if (period_ns == 0) {
             deadline_ns = now_ns;
             continue;

@@ -44,6 +44,7 @@ class RingReader {
 public:
     RingReader(int fd, std::int64_t since_ns) : ring_(fd), cursor_(ring_.find(since_ns)) {}
     std::size_t width() const noexcept { return ring_.width(); }
+    std::uint64_t waiting() const noexcept { return ring_.head() - cursor_; }
     std::size_t read(const RingView::Columns& out) noexcept {
         return ring_.read(cursor_, out, lost);
     }
@@ -71,10 +72,13 @@ py::object latest_row(const RingReader& reader) {
 // Of a Sampler or a RingReader: both have rows of `width` numbers and a cursor.
 template <typename Source>
 py::object read_batch(Source& sampler) {
+    // Memory for what is there: of a lane with many channels a full batch is megabytes to clear.
+    const std::size_t rows = std::min<std::uint64_t>(sampler.waiting(), kBatchRows);
+    if (rows == 0) return py::none();
     const std::size_t width = sampler.width();
-    std::vector<std::int64_t> t_ns(kBatchRows), read_ns(kBatchRows);
-    std::vector<double> values(kBatchRows * width);
-    const std::size_t n = sampler.read({t_ns.data(), read_ns.data(), values.data(), kBatchRows});
+    std::vector<std::int64_t> t_ns(rows), read_ns(rows);
+    std::vector<double> values(rows * width);
+    const std::size_t n = sampler.read({t_ns.data(), read_ns.data(), values.data(), rows});
     if (n == 0) return py::none();
     // 4.3 s is long for a read; what outlasts it is a gap that t_ns shows too.
     std::vector<std::uint32_t> short_read_ns(n);
@@ -83,7 +87,7 @@ py::object read_batch(Source& sampler) {
                        return static_cast<std::uint32_t>(std::min<std::int64_t>(ns, UINT32_MAX));
                    });
     py::list columns;
-    for (std::size_t c = 0; c < width; ++c) columns.append(to_bytes(&values[c * kBatchRows], n));
+    for (std::size_t c = 0; c < width; ++c) columns.append(to_bytes(&values[c * rows], n));
     return py::make_tuple(n, to_bytes(t_ns.data(), n), to_bytes(short_read_ns.data(), n), columns);
 }
 
@@ -157,6 +161,21 @@ py::list thin_columns(const std::vector<std::string_view>& columns,
     for (std::size_t c = 0; c < rules.size(); ++c)
         result.append(pick<double>(columns[kTimes + c], rows));
     return result;
+}
+
+// How long before each row the one before it was read, uint32, at most 4.29 s. `before_ns` is the
+// row before the first; none: the first has no row before it.
+py::bytes gaps(std::string_view t_ns, std::optional<std::int64_t> before_ns) {
+    const std::size_t n = t_ns.size() / sizeof(std::int64_t);
+    std::vector<std::uint32_t> result(n);
+    for (std::size_t i = 0; i < n; ++i) {
+        std::int64_t at_ns;
+        std::memcpy(&at_ns, t_ns.data() + i * sizeof at_ns, sizeof at_ns);
+        const std::int64_t gap_ns = at_ns - before_ns.value_or(at_ns);
+        result[i] = static_cast<std::uint32_t>(std::clamp<std::int64_t>(gap_ns, 0, UINT32_MAX));
+        before_ns = at_ns;
+    }
+    return to_bytes(result.data(), n);
 }
 
 bool set_child_subreaper() { return ::prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0; }
@@ -246,6 +265,8 @@ PYBIND11_MODULE(_core, m) {
     m.def("now_ns", &pepr::now_ns, "CLOCK_MONOTONIC in ns, as time.monotonic_ns().");
     m.def("thin", &thin_columns, py::arg("columns"), py::arg("rules"), py::arg("whole") = 0,
           "The rows of a recording that must be kept, see thin.h.");
+    m.def("gaps", &gaps, py::arg("t_ns"), py::arg("before_ns"),
+          "The time between rows, ns, as uint32; before_ns is the row before the first.");
     m.def("set_child_subreaper", &set_child_subreaper,
           "Makes orphaned descendants of this process its children (prctl 36).");
 }

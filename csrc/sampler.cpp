@@ -235,6 +235,7 @@ const Sampler::Shared& Sampler::opened() const {
 const std::vector<Channel>& Sampler::channels() const { return opened().sensor->channels(); }
 const std::vector<Note>& Sampler::notes() const { return opened().sensor->notes(); }
 std::size_t Sampler::width() const { return opened().ring->width(); }
+std::uint64_t Sampler::waiting() const { return opened().ring->head() - cursor_; }
 int Sampler::share(bool coarse) const {
     const Shared& shared = opened();
     if (coarse && !shared.coarse_ring) throw std::logic_error("this lane is not told coarsely");

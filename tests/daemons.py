@@ -129,7 +129,7 @@ def python_of(uid: int) -> tuple[str, dict[str, str]]:
     for python in (sys.executable, f"/usr/bin/{name}", f"/usr/local/bin/{name}"):
         try:
             done = subprocess.run(
-                [python, "-c", "import click, nanoarrow, numpy, pepr_profiler._core"],
+                [python, "-c", "import click, numpy, pepr_profiler._core"],
                 env=env,
                 preexec_fn=become(uid),
                 cwd="/",

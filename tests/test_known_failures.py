@@ -178,7 +178,7 @@ def test_nothing_heavy_is_imported_before_the_child_starts(cli: Cli, nvml_sim: B
     result = cli("--sensor", sim.spec, "--", *says, env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert result.status == 0
     before, _, after = result.stderr.partition("CHILD STARTS")
-    heavy = {"numpy", "rich", "nanoarrow", "pyarrow", "torch", "pandas"}
+    heavy = {"numpy", "rich", "pyarrow", "torch", "pandas"}
 
     def imported(text: str) -> set[str]:
         lines = [line for line in text.splitlines() if line.startswith("import time:")]

@@ -147,7 +147,7 @@ def test_this_machine_is_told_as_it_is(cli: Cli) -> None:
 AS_NOBODY = """
 import os, sys
 # All that the command loads later: what holds the interpreter may be closed to this user.
-import click, nanoarrow, numpy
+import click, numpy
 from pepr_profiler import _core, detect, energy, modelled, node, trace, units
 from pepr_profiler.commands import main, sensors
 os.setgroups([])

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import pytest
 from sim.nvml import (
     A100,
+    H100,
     PASCAL,
     RETURNS,
     VOLTA,
@@ -257,6 +258,29 @@ def test_an_a100_has_no_average_and_a_pascal_no_counter(nvml_sim: BuildNvml) -> 
     assert nvml.number("nvmlDeviceGetPowerUsage") == (SUCCESS, 300_000)
     counters = [nvml.number("nvmlDeviceGetTotalEnergyConsumption", gpu)[0] for gpu in range(3)]
     assert counters == [SUCCESS, RETURNS["NOT_SUPPORTED"], SUCCESS]
+
+
+def test_what_other_programs_ask_first_is_answered(nvml_sim: BuildNvml) -> None:
+    # given a board of each class
+    boards = tuple(Gpu(Constant(300), sensor=sensor) for sensor in (PASCAL, A100, H100))
+    nvml = Nvml(nvml_sim(Scenario(gpus=boards)))
+    # then only those have a counter that are Volta (5, nvml.h) or newer, as programs conclude
+    for gpu in range(3):
+        status, architecture = nvml.number("nvmlDeviceGetArchitecture", gpu)
+        assert status == SUCCESS
+        counted, _ = nvml.number("nvmlDeviceGetTotalEnergyConsumption", gpu)
+        assert (counted == SUCCESS) == (architecture >= 5)
+        # and none is joined to its CPU, shows graphics or refuses its limits
+        assert nvml.number("nvmlDeviceGetC2cModeInfoV", gpu)[0] == RETURNS["NOT_SUPPORTED"]
+        assert nvml.number("nvmlDeviceGetComputeMode", gpu) == (SUCCESS, 0)
+        assert nvml.number("nvmlDeviceGetEnforcedPowerLimit", gpu) == (SUCCESS, 700_000)
+        celsius, listed = ctypes.c_uint(0), ctypes.c_uint(9)
+        handle = nvml.handles[gpu]
+        assert nvml.lib.nvmlDeviceGetTemperature(handle, 0, ctypes.byref(celsius)) == SUCCESS
+        assert 0 < celsius.value < 100
+        graphics = nvml.lib.nvmlDeviceGetGraphicsRunningProcesses_v3
+        assert graphics(handle, ctypes.byref(listed), None) == SUCCESS
+        assert listed.value == 0
 
 
 def test_fields_carry_their_type_their_scope_and_their_time(nvml_sim: BuildNvml) -> None:

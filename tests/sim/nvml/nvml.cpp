@@ -391,3 +391,47 @@ nvmlReturn_t nvmlDeviceGetMigMode(nvmlDevice_t device, unsigned int* now, unsign
     *now = *pending = static_cast<unsigned>(call.gpu->mig);
     return NVML_SUCCESS;
 }
+
+// What follows is no sensor: other programs ask it before they look at one.
+
+// The oldest that has such sensors. Programs tell by it whether there is an energy counter.
+nvmlReturn_t nvmlDeviceGetArchitecture(nvmlDevice_t device, nvmlDeviceArchitecture_t* arch) {
+    const Call call(__func__, device, arch != nullptr);
+    if (!call.ok()) return call.code;
+    const auto& sensor = call.gpu->sensor;
+    *arch = sensor.counter_refresh_s <= 0 ? NVML_DEVICE_ARCH_PASCAL
+            : sensor.averages             ? NVML_DEVICE_ARCH_HOPPER
+                                          : NVML_DEVICE_ARCH_VOLTA;
+    return NVML_SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetC2cModeInfoV(nvmlDevice_t device, nvmlC2cModeInfo_v1_t* info) {
+    const Call call(__func__, device, info != nullptr);
+    return call.ok() ? NVML_ERROR_NOT_SUPPORTED : call.code;
+}
+
+nvmlReturn_t nvmlDeviceGetTemperature(nvmlDevice_t device, nvmlTemperatureSensors_t,
+                                      unsigned int* celsius) {
+    const Call call(__func__, device, celsius != nullptr);
+    if (call.ok()) *celsius = 45;
+    return call.code;
+}
+
+nvmlReturn_t nvmlDeviceGetEnforcedPowerLimit(nvmlDevice_t device, unsigned int* limit_mw) {
+    const Call call(__func__, device, limit_mw != nullptr);
+    if (call.ok()) *limit_mw = 700'000;
+    return call.code;
+}
+
+nvmlReturn_t nvmlDeviceGetComputeMode(nvmlDevice_t device, nvmlComputeMode_t* mode) {
+    const Call call(__func__, device, mode != nullptr);
+    if (call.ok()) *mode = NVML_COMPUTEMODE_DEFAULT;
+    return call.code;
+}
+
+nvmlReturn_t nvmlDeviceGetGraphicsRunningProcesses_v3(nvmlDevice_t device, unsigned int* count,
+                                                      nvmlProcessInfo_t*) {
+    const Call call(__func__, device, count != nullptr);
+    if (call.ok()) *count = 0;
+    return call.code;
+}

@@ -1,0 +1,144 @@
+"""Our Arrow streams against those of Arrow's own libraries."""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pepr_profiler import arrow
+from pepr_profiler.arrow import END, Column, DamagedError, Schema
+
+FORMS = ("<i8", "<u4", "<i4", "<u8", "<f4", "<f8", "<i2", "<u1")
+ROWS = (1, 7, 8, 1000)
+
+
+def schema(columns: int) -> Schema:
+    """Names and facts of all lengths: what follows them lies at every remainder of 8."""
+    return Schema(
+        tuple(
+            Column(
+                "µ" * (n % 9) + f"c{n}",
+                FORMS[n % len(FORMS)],
+                {"a" * m: "b" * n for m in range(n % 5)},
+            )
+            for n in range(columns)
+        ),
+        {"x" * n: "ü" * n for n in range(columns % 7)},
+    )
+
+
+def numbers(about: Schema, rows: int) -> list[np.ndarray[Any, Any]]:
+    return [
+        (np.arange(rows) * (n + 3) % 251).astype(column.form)
+        for n, column in enumerate(about.columns)
+    ]
+
+
+def stream(about: Schema) -> bytes:
+    batches = (
+        arrow.batch_message([c.tobytes() for c in numbers(about, rows)], rows) for rows in ROWS
+    )
+    return b"".join((arrow.schema_message(about), *batches, END))
+
+
+@pytest.mark.parametrize("columns", range(1, 40))
+def test_pyarrow_reads_what_is_written(columns: int) -> None:
+    ipc = pytest.importorskip("pyarrow.ipc")
+    about = schema(columns)
+    with ipc.open_stream(stream(about)) as reader:
+        told = reader.schema
+        batches = list(reader)
+    assert [(f.name, np.dtype(f.type.to_pandas_dtype()).str.replace("|", "<")) for f in told] == [
+        (c.name, c.form) for c in about.columns
+    ]
+    assert not any(field.nullable for field in told)
+    for field, column in zip(told, about.columns, strict=True):
+        facts = {k.decode(): v.decode() for k, v in (field.metadata or {}).items()}
+        assert facts == column.facts
+    assert {k.decode(): v.decode() for k, v in (told.metadata or {}).items()} == about.facts
+    for batch, rows in zip(batches, ROWS, strict=True):
+        batch.validate(full=True)
+        for read, written in zip(batch.columns, numbers(about, rows), strict=True):
+            np.testing.assert_array_equal(read.to_numpy(), written)
+
+
+def test_nanoarrow_reads_what_is_written(tmp_path: Path) -> None:
+    na = pytest.importorskip("nanoarrow")
+    about = Schema(tuple(c for c in schema(16).columns if c.form[1:] != "u1"), {"pepr": "1"})
+    (tmp_path / "s.arrows").write_bytes(stream(about))
+    read = na.ArrayStream.from_path(str(tmp_path / "s.arrows")).read_all()
+    for at, column in enumerate(about.columns):
+        written = np.concatenate([numbers(about, rows)[at] for rows in ROWS])
+        assert read.child(at).to_pylist() == written.tolist(), column
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 30])
+def test_what_pyarrow_writes_is_read(columns: int) -> None:
+    pa = pytest.importorskip("pyarrow")
+    about = schema(columns)
+    fields = [
+        pa.field(c.name, pa.from_numpy_dtype(np.dtype(c.form)), nullable=False, metadata=c.facts)
+        for c in about.columns
+    ]
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, pa.schema(fields, metadata=about.facts)) as writer:
+        for rows in (*ROWS, 0):
+            arrays = [pa.array(column) for column in numbers(about, rows)]
+            writer.write_batch(pa.record_batch(arrays, schema=pa.schema(fields)))
+    data = sink.getvalue()
+    assert arrow.read_schema(data) == about
+    batches = list(arrow.read_batches(data, [c.form for c in about.columns]))
+    assert [len(batch[0]) for batch in batches] == list(ROWS)
+    for batch, rows in zip(batches, ROWS, strict=True):
+        for read, written in zip(batch, numbers(about, rows), strict=True):
+            np.testing.assert_array_equal(read, written)
+
+
+@pytest.mark.parametrize("how", ["compressed", "with nulls"])
+def test_batches_of_another_kind_are_not_misread(how: str) -> None:
+    pa = pytest.importorskip("pyarrow")
+    options = pa.ipc.IpcWriteOptions(compression="zstd" if how == "compressed" else None)
+    values = [1.0] * 1000 if how == "compressed" else [1.0, None]
+    sink = io.BytesIO()
+    batch = pa.record_batch({"a": pa.array(values)})
+    with pa.ipc.new_stream(sink, batch.schema, options=options) as writer:
+        writer.write_batch(batch)
+    assert list(arrow.read_batches(sink.getvalue(), ["<f8"])) == []
+
+
+def test_a_stream_comes_back_up_to_where_it_is_torn() -> None:
+    about = schema(5)
+    data, forms = stream(about), [c.form for c in about.columns]
+    begin = len(arrow.schema_message(about))
+    whole = [begin]
+    for rows in ROWS:
+        columns = [c.tobytes() for c in numbers(about, rows)]
+        whole.append(whole[-1] + len(arrow.batch_message(columns, rows)))
+    for size in [*range(0, whole[2]), len(data)]:
+        read = [len(batch[0]) for batch in arrow.read_batches(data[:size], forms)]
+        assert read == [rows for rows, end in zip(ROWS, whole[1:], strict=True) if end <= size]
+        assert (arrow.read_schema(data[:size]) is not None) == (size >= begin)
+
+
+@pytest.mark.parametrize(
+    "data", [b"PK\3\4" * 9, END + bytes(30), b"\xff\xff\xff\xff\x08\0\0\0" + bytes(8), b"x"]
+)
+def test_what_is_no_stream_is_refused(data: bytes) -> None:
+    with pytest.raises(DamagedError):
+        arrow.read_schema(data)
+
+
+def test_a_batch_cannot_claim_more_than_there_is() -> None:
+    # given a batch of 8 numbers that says it has others
+    about = Schema((Column("a", "<f8", {}),), {})
+    begin, batch = arrow.schema_message(about), arrow.batch_message([bytes(64)], 8)
+    at = batch.index(struct.pack("<q", 8))
+    for rows in (9, -1, 2**62, -(2**63)):
+        data = begin + batch[:at] + struct.pack("<q", rows) + batch[at + 8 :]
+        assert list(arrow.read_batches(data, ["<f8"])) == []
+    assert [len(b[0]) for b in arrow.read_batches(begin + batch, ["<f8"])] == [8]
