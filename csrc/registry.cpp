@@ -1,6 +1,5 @@
 #include "sensor.h"
 
-#include <array>
 #include <cmath>
 
 namespace pepr {
@@ -21,7 +20,7 @@ struct Driver {
     std::unique_ptr<Sensor> (*open)(const std::string& where);
 };
 
-constexpr std::array<Driver, 8> kDrivers{{
+constexpr Driver kDrivers[] = {
     {"hwmon", open_hwmon},
     {"nvml", open_nvml},
     {"nvml-processes", open_nvml_processes},
@@ -30,7 +29,7 @@ constexpr std::array<Driver, 8> kDrivers{{
     {"powercap", open_powercap},
     {"processes", open_processes},
     {"replay", open_replay},
-}};
+};
 
 // A recording has to explain itself: a channel that cannot be written down is refused at the start.
 void check_channels(const std::string& spec, const std::vector<Channel>& channels) {

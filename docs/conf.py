@@ -35,7 +35,10 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 templates_path: list[str] = []
 
+default_role = "code"  # what our docstrings have between backticks
+
 autodoc_member_order = "bysource"
+autodoc_type_aliases = {"npt.ArrayLike": "numpy.typing.ArrayLike"}
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
 python_use_unqualified_type_names = True
@@ -85,11 +88,11 @@ class Command(Directive):
 
     def run(self) -> list[nodes.Node]:
         verb = self.arguments[0] if self.arguments else ""
-        context = click.Context(cli, info_name="pepr-profile", max_content_width=88)
+        context = click.Context(cli, info_name="pepr-profile", **cli.context_settings)
         command: click.Command = cli
         if verb:
             command = cli.get_command(context, verb) or sys.exit(f"no verb {verb}")
-            context = click.Context(command, info_name=verb, parent=context, max_content_width=88)
+            context = click.Context(command, info_name=verb, parent=context)
         return list(self._helps(command, context))
 
     def _helps(self, command: click.Command, context: click.Context) -> list[nodes.Node]:
@@ -99,7 +102,7 @@ class Command(Directive):
             for name in command.list_commands(context):
                 inner = command.get_command(context, name)
                 assert inner is not None
-                below = click.Context(inner, info_name=name, parent=context, max_content_width=88)
+                below = click.Context(inner, info_name=name, parent=context)
                 title = nodes.rubric("", "", nodes.literal("", below.command_path))
                 found += [title, *self._helps(inner, below)]
         return found

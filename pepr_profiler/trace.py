@@ -506,6 +506,10 @@ _LAST_NS = 1 << 62
 """A machine that runs for 146 years."""
 
 
+_MOST = 2.0**64
+"""No register that is read holds more; what seems to is unknown."""
+
+
 def _batches(source: Path | bytes, schema: arrow.Schema) -> Iterator[Batch]:
     """The batches of a lane's stream, up to the first that is torn or damaged: times rise."""
     import numpy as np
@@ -519,7 +523,9 @@ def _batches(source: Path | bytes, schema: arrow.Schema) -> Iterator[Batch]:
             return
         last_ns = int(t_ns[-1])
         times = [column.astype(np.int64) for column in numbers[1:-channels]]
-        yield Batch(t_ns, times[0], np.vstack(numbers[-channels:]), *times[1:])
+        values = np.vstack(numbers[-channels:])
+        values[np.abs(values) > _MOST] = np.nan  # one flipped bit would else drown all others
+        yield Batch(t_ns, times[0], values, *times[1:])
 
 
 # --- marks and metrics -------------------------------------------------------------------------

@@ -367,7 +367,8 @@ def summarise(directory: Path, files: Files) -> None:
         for part in energy["components"]:
             if part["device_j"] is not None and part["in_total"]:
                 shares = part["job_j"] + part["others_j"] + part["idle_j"]
-                scale = max(abs(part["device_j"]), *map(abs, (part["job_j"], part["others_j"])))
+                peak_w = max(abs(watts or 0) for watts in part["trace_w"])  # rounding is of it
+                scale = max(abs(part["device_j"]), abs(part["job_j"]), peak_w * run["duration_s"])
                 assert abs(shares - part["device_j"]) <= 1e-6 * scale + 1e-6, part
         terminal.render_run(run, width=80, color=False)
         if len(files.get("run.json", b"")) % 16 == 0:

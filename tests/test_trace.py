@@ -513,6 +513,18 @@ def test_lane_is_read_up_to_where_its_times_turn_back(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_number_that_no_register_holds_is_unknown(tmp_path: Path) -> None:
+    # given a flipped bit in the exponent of one value
+    record(tmp_path, [10]).close()
+    path = tmp_path / "demo.arrows"
+    value, damaged = struct.pack("d", uneven(4)), struct.pack("d", 1.5e260)
+    assert path.read_bytes().count(value) == 1
+    path.write_bytes(path.read_bytes().replace(value, damaged))
+    (batch,) = LaneReader(tmp_path, "demo")
+    assert np.flatnonzero(np.isnan(batch.values[0])).tolist() == [4]
+    assert not np.isnan(batch.values[1]).any()
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
