@@ -179,7 +179,7 @@ def used_by(pids: Sequence[int], seconds: float) -> Use:
 def at_rates(axis: Axis, hardware: Machine) -> Iterator[Row]:
     """CPU and memory of the tools that can be asked for a rate; measured over seconds."""
     tools = [tool for tool in axis.tools.values() if tool.tool.takes_rate]
-    rounds, seconds = (2, 1.0) if axis.quick else (5, 1.5)
+    rounds, seconds = (2, 1.0) if axis.quick else (3, 1.5)
     for rate_hz in RATES_HZ:
         scenario = f"{rate_hz:g} Hz"
         found = looks(tools, hardware.env, rate_hz, rounds=rounds, seconds=seconds)
@@ -221,7 +221,7 @@ def at_rates(axis: Axis, hardware: Machine) -> Iterator[Row]:
 def against_bare_loop(axis: Axis, hardware: Machine) -> Iterator[Row]:
     """Our lanes beside the least that reads the same at the same instants, pair by pair."""
     assert hardware.boards is not None and hardware.tree is not None
-    pairs = 3 if axis.quick else 9
+    pairs = 3 if axis.quick else 7
     files = [str(hardware.tree.path(key) / "energy_uj") for key in hardware.tree.zones]
     gpus = hardware.boards.spec
     sensors = {"RAPL": (hardware.tree.spec, files), "NVML": (gpus, [gpus])}
@@ -270,24 +270,26 @@ def interval(ratios: Sequence[float]) -> tuple[float, float]:
 def slowdown(axis: Axis, hardware: Machine, kind: str) -> Iterator[Row]:
     """A piece of work with the tool over without it, in pairs that follow each other at once."""
     packages = [str(ROOT / "examples"), *_packages_of_torch()] if kind == "training" else []
-    pairs, seconds = (4, 0.5) if axis.quick else (12, 1.0)
+    pairs, seconds = (4, 0.5) if axis.quick else (14, 0.5)
     ours: list[tuple[str, float | None, list[str] | None]] = [
         ("in code, default settings", None, None),
         ("in code, 1 kHz", 1000.0, None),
     ]
     for tool in axis.tools.values():
+        if not tool.tool.takes_rate:
+            continue  # it does nothing between the edges of a window
         ways = ours if tool.name == OURS else ours[:1]
-        wrapper = tool.wrapper(Path(hardware.env["TMPDIR"]))
+        # What runs beside a program shares no interpreter with it.
+        wrapper = tool.wrapper(Path(hardware.env["TMPDIR"])) if kind == "training" else None
         if wrapper is not None:
             ways = [*ways, ("wrapped, default settings", None, wrapper)]
         if wrapper is not None and tool.name == OURS:
             fast = [*wrapper[:-1], "--period", "1ms", wrapper[-1]]
             ways = [*ways, ("wrapped, 1 kHz", 1000.0, fast)]
         for how, rate_hz, prefix in ways:
-            # Once a pair for a peer's opening, which takes seconds.
-            count = pairs if tool.name == OURS or prefix is not None else max(4, pairs // 2)
+            count = pairs if tool.name == OURS else max(4, pairs - 4)
             command = [tool.python, str(TOOLS_FOLDER / "work.py"), kind]
-            command += ["--pairs", str(2 * count if prefix else count), "--seconds", str(seconds)]
+            command += ["--pairs", str(count), "--seconds", str(seconds)]
             for place in packages:
                 command += ["--packages", place]
             if prefix is not None:
@@ -410,7 +412,7 @@ def start_up(axis: Axis, hardware: Machine) -> Iterator[Row]:
         names.append(tool.name)
         measures[tool.name] = lambda p=prefix: wall_s([*p, "true"], env, folder)  # type: ignore[misc]
         measures[f"start {tool.name}"] = lambda p=prefix: start_s(p, stamp, env, folder)  # type: ignore[misc]
-    found = interleaved(measures, 3 if axis.quick else 7)
+    found = interleaved(measures, 3 if axis.quick else 5)
     for metric, prefix_of, scenario in (
         ("start-up", "", "-- true"),
         ("delay of the program's start", "start ", "-- program"),
@@ -445,7 +447,7 @@ def imports(axis: Axis, hardware: Machine) -> Iterator[Row]:
                         [t.python, "-c", f"import {MODULES[t.name]}"], env, folder
                     ),
                 },
-                3 if axis.quick else 7,
+                3 if axis.quick else 5,
             )
         except UnmeasurableError as error:
             yield axis.row("over bare python", tool.name, "import", "ms", note=str(error))

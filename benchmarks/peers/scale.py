@@ -27,7 +27,7 @@ WITHIN = 1.2
 
 def lanes(axis: Axis) -> Iterator[Row]:
     """A lane over the boards, read without a pause: what is about the code, not about sleeping."""
-    rounds, seconds = (3, 0.2) if axis.quick else (7, 0.3)
+    rounds, seconds = (3, 0.2) if axis.quick else (5, 0.3)
     counts = COUNTS[::3] if axis.quick else COUNTS
     measures: dict[str, Callable[[], float]] = {}
     with product() as bench:
@@ -93,7 +93,7 @@ def tools_by_gpus(axis: Axis) -> Iterator[Row]:
 
 def processes(axis: Axis) -> Iterator[Row]:
     """The process lane at its own rate, attached to trees whose processes wake up once a second."""
-    rounds, seconds = (1, 2.0) if axis.quick else (3, 4.0)
+    rounds, seconds = (1, 2.0) if axis.quick else (3, 3.0)
     with product() as bench:
         tree = compile_c("follow_tree.c", bench.folder)
         for count in PROCESSES[::3] if axis.quick else PROCESSES:
