@@ -154,8 +154,8 @@ def looks(
             measures = {name: lambda p=own: used_by(p, seconds) for name, own in pids.items()}
             found = interleaved(measures, rounds)
         finally:
-            for own in pids.values():
-                signal_all(own, signal.SIGCONT)
+            for own in pids.values():  # zeus leaves its own behind
+                signal_all(own, signal.SIGKILL)
     sleeps = {name: statistics.median(x.sleeps for x in uses) for name, uses in found.items()}
     return Looks(
         {name: [use.cpu_s for use in uses] for name, uses in found.items()},
