@@ -78,11 +78,18 @@ def measure() -> None:
                 show(f"attach to {MANY:,} processes", opens, "ms", scale=1e3)
 
 
+def follow_in_fresh_process(
+    bench: Product, tree: Path, how: str, count: int, seconds: float
+) -> dict[str, float]:
+    follow = ("--follow", str(tree), how, str(count), "--seconds", str(seconds))
+    found: dict[str, float] = json.loads(run(bench.module("follow", *follow), bench.env))
+    return found
+
+
 def _rounds(
     bench: Product, tree: Path, how: str, count: int, rounds: int, seconds: float
 ) -> list[dict[str, float]]:
-    follow = ("--follow", str(tree), how, str(count), "--seconds", str(seconds))
-    return [json.loads(run(bench.module("follow", *follow), bench.env)) for _ in range(rounds)]
+    return [follow_in_fresh_process(bench, tree, how, count, seconds) for _ in range(rounds)]
 
 
 if __name__ == "__main__":

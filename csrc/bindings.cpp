@@ -1,10 +1,13 @@
 // The only file that knows Python. Columns leave as bytes: whoever records them needs no NumPy.
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
+#include <csignal>
 #include <cstring>
 #include <optional>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -178,6 +181,29 @@ py::bytes gaps(std::string_view t_ns, std::optional<std::int64_t> before_ns) {
     return to_bytes(result.data(), n);
 }
 
+// A pending signal of the set as (signo, code, pid), or None when CLOCK_MONOTONIC is at the
+// deadline. As signal.sigtimedwait(), which returns memory that nobody has written when it is
+// stopped (SIGSTOP, Slurm's suspend) and goes on behind its deadline (CPython 3.11 to 3.14).
+py::object wait_signal(const std::vector<int>& signals, std::int64_t deadline_ns) {
+    sigset_t set;
+    sigemptyset(&set);
+    for (const int signo : signals) sigaddset(&set, signo);
+    for (;;) {
+        const timespec left =
+            pepr::to_timespec(std::max<std::int64_t>(0, deadline_ns - pepr::now_ns()));
+        siginfo_t info{};
+        int error = 0;
+        {
+            const py::gil_scoped_release release;
+            if (::sigtimedwait(&set, &info, &left) < 0) error = errno;
+        }
+        if (error == 0) return py::make_tuple(info.si_signo, info.si_code, info.si_pid);
+        if (error == EAGAIN) return py::none();
+        if (error != EINTR) throw std::system_error(error, std::generic_category(), "sigtimedwait");
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
+}
+
 bool set_child_subreaper() { return ::prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0; }
 
 }  // namespace
@@ -267,6 +293,8 @@ PYBIND11_MODULE(_core, m) {
           "The rows of a recording that must be kept, see thin.h.");
     m.def("gaps", &gaps, py::arg("t_ns"), py::arg("before_ns"),
           "The time between rows, ns, as uint32; before_ns is the row before the first.");
+    m.def("wait_signal", &wait_signal, py::arg("signals"), py::arg("deadline_ns"),
+          "The next of these blocked signals as (signo, code, pid), None at the deadline.");
     m.def("set_child_subreaper", &set_child_subreaper,
           "Makes orphaned descendants of this process its children (prctl 36).");
 }

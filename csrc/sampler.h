@@ -59,7 +59,7 @@ public:
     std::size_t read(const Ring::Columns& out);
     std::size_t width() const;
     std::uint64_t waiting() const;  // rows that read() has not given yet
-    int share(bool coarse) const;  // a reader's descriptor of the ring, or of the coarse one
+    int share(bool coarse) const;   // a reader's descriptor of the ring, or of the coarse one
     Stats stats() const noexcept;
 
 private:

@@ -35,6 +35,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pepr_profiler import _core
 from pepr_profiler.errors import CommandError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ _FATAL = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
 
 _COERCED_LOCALES = frozenset({"C.UTF-8", "C.utf8", "UTF-8"})  # PEP 538's targets
 
+_NEVER_NS = 2**62
 _CHUNK_BYTES = 64 * 1024
 _GRACE_MS = 200
 _PATIENCE_S = 1.0
@@ -247,6 +249,7 @@ class Child:
         every_ns = round(every_s * 1e9)
         deadline_ns = time.monotonic_ns() + every_ns
         failure: Exception | None = None
+        held = tuple(_HELD)
         while self._status is None or (self._relay is not None and not self._relay.finished):
             now_ns = time.monotonic_ns()
             if tick is not None and now_ns >= deadline_ns:
@@ -256,16 +259,12 @@ class Child:
                 except Exception as error:
                     failure, tick = error, None
                 continue
-            info = (
-                signal.sigwaitinfo(_HELD)
-                if tick is None
-                else signal.sigtimedwait(_HELD, (deadline_ns - now_ns) / 1e9)
-            )
+            info = _core.wait_signal(held, deadline_ns if tick is not None else _NEVER_NS)
             if info is None:
                 continue
             if self._status is None:
-                self._on_signal(info)
-            elif info.si_signo in _FATAL and self._relay is not None:
+                self._on_signal(*info)
+            elif info[0] in _FATAL and self._relay is not None:
                 # Its reader (a pager) may never take the rest, and there is no child to ask.
                 self._relay.join(_PATIENCE_S)
                 break
@@ -278,8 +277,8 @@ class Child:
             raise failure
         return self.exit
 
-    def _on_signal(self, info: signal.struct_siginfo) -> None:
-        signo, of_terminal = info.si_signo, info.si_code == _SI_KERNEL
+    def _on_signal(self, signo: int, code: int, sender: int) -> None:
+        of_terminal = code == _SI_KERNEL
         if signo == signal.SIGCHLD:
             self._reap()
             return
@@ -295,7 +294,7 @@ class Child:
             # A hang-up goes to the session's leader alone (drivers/tty/tty_jobctrl.c): that is us,
             # and would have been the child.
             of_terminal = False
-        if not of_terminal and info.si_pid != self.pid:
+        if not of_terminal and sender != self.pid:
             self._send(signo)
 
     def _send(self, signo: int) -> None:

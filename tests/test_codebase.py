@@ -40,6 +40,7 @@ RANKS = (
 )
 PEERS = {
     "units": {"errors"},
+    "targets": {"_core"},
     "curve": {"sources"},
     "counter": {"curve", "sources"},
     "power": {"curve"},

@@ -668,6 +668,68 @@ def test_frozen_child_does_not_freeze_the_profiler(wrapper: Wrapper, log: Log) -
     assert process.wait(PATIENCE_S) == 0
 
 
+def test_a_stop_that_outlasts_the_deadline_is_no_signal(wrapper: Wrapper) -> None:
+    # given a process that waits for one signal, 10 ms at a time (signal.sigtimedwait() would
+    # then return whatever was in its memory, SIGQUIT for example)
+    script = """
+import signal, time
+from pepr_profiler import _core
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+print("ready", flush=True)
+while (found := _core.wait_signal([signal.SIGUSR1], time.monotonic_ns() + 10_000_000)) is None:
+    pass
+print(*found, flush=True)
+"""
+    process = wrapper.popen([PYTHON, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+
+    # when it is stopped for longer, time and again
+    for _ in range(30):
+        process.send_signal(signal.SIGSTOP)
+        eventually(lambda: state_of(process.pid) == "T")
+        overdue_s = time.monotonic() + 0.01
+        eventually(lambda overdue_s=overdue_s: time.monotonic() > overdue_s)
+        process.send_signal(signal.SIGCONT)
+        eventually(lambda: state_of(process.pid) != "T")
+    process.send_signal(signal.SIGUSR1)
+
+    # then what it gets is what was sent, and by whom
+    si_user = 0
+    words = process.stdout.read().split()
+    assert [int(word) for word in words] == [signal.SIGUSR1, si_user, os.getpid()]
+
+
+def test_a_profiler_that_is_stopped_and_goes_on_passes_on_what_was_sent_alone(
+    wrapper: Wrapper, log: Log
+) -> None:
+    # given a profiler whose next tick is due before any stop is over
+    every_s = 0.01
+    with Path(os.devnull).open("w") as nowhere:
+        process = wrapper.start(
+            listener(log, "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"),
+            options={"tick": nowhere.fileno(), "every_s": every_s},
+            pass_fds=[log.fd, nowhere.fileno()],
+        )
+    log.until("ready")
+
+    # when it alone is stopped and continued, as Slurm's suspend and cgroups do
+    for _ in range(30):
+        process.send_signal(signal.SIGSTOP)
+        eventually(lambda: state_of(process.pid) == "T")
+        overdue_s = time.monotonic() + every_s
+        eventually(lambda overdue_s=overdue_s: time.monotonic() > overdue_s)
+        process.send_signal(signal.SIGCONT)
+        eventually(lambda: state_of(process.pid) != "T")
+
+    # then it lives, and the child has heard of nothing but what follows
+    process.send_signal(signal.SIGUSR1)
+    assert log.next() == "SIGUSR1"
+    process.send_signal(signal.SIGUSR2)
+    assert log.next() == "SIGUSR2"
+    assert process.wait(PATIENCE_S) == 0
+
+
 @both_ways
 def test_window_size_is_the_terminals_and_follows_it(
     wrapper: Wrapper, log: Log, terminal: Terminal, relay: bool

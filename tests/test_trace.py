@@ -142,6 +142,30 @@ def test_rows_left_in_both_files_by_a_crash_are_seen_once(tmp_path: Path) -> Non
     writer.close()
 
 
+def test_a_tail_of_many_channels_stays_small(tmp_path: Path) -> None:
+    # given who uses 64 GPUs, a row a flush
+    count, flushes, most = 3136, 150, 1 << 24
+    lane = Lane(
+        "wide", "replay:x", 500_000_000, tuple(Channel(f"c{i}", "count", "1") for i in range(count))
+    )
+    writer, sizes = LaneWriter(tmp_path, lane), []
+    for n in range(flushes):
+        row = struct.pack("d", uneven(n))
+        writer.write(struct.pack("q", n), struct.pack("I", n), [row] * count)
+        sizes.append((tmp_path / "wide.tail.arrows").stat().st_size)
+
+    # then the tail is emptied before 17 MB, and not at each flush
+    assert max(sizes) < most
+    assert sum(later < earlier for earlier, later in itertools.pairwise(sizes)) < flushes / 50
+    # and every row is there, while it is recorded and after
+    for ended in (False, True):
+        if ended:
+            writer.close()
+        seen = np.hstack([batch.values for batch in LaneReader(tmp_path, "wide")])
+        assert seen.shape == (count, flushes)
+        assert (seen == [uneven(n) for n in range(flushes)]).all()
+
+
 def test_a_full_disk_costs_nothing_once_there_is_room_again(tmp_path: Path) -> None:
     # given a process that may not write files longer than 20 kB, a real EFBIG from the kernel
     script = f"""

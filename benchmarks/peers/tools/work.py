@@ -4,8 +4,8 @@ environment. Standard library only; a training adds the folders that hold torch 
     work.py {loop,training} --driver use_X.py [--rate HZ]    the tool is opened in this program
     work.py {loop,training} --wrapped                        its wrapper is our parent
 
-In code each segment is a fork of one process, so that both kinds begin alike, whatever a tool
-leaves behind. A wrapper is stopped (SIGSTOP) for the segments without it. Prints one JSON line:
+In code two forks of one process take turns, with the tool and without, the other one stopped
+(SIGSTOP). A wrapper is stopped for the segments without it. Prints one JSON line:
 {"pairs": [[seconds a piece without, with, CPU of the tool's threads as a share of a core], ...]}
 or {"failed": why}; with --windows {"window_s": [...], "phase_s": [...]}.
 """
@@ -17,8 +17,9 @@ import os
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
+
+SETTLED_S = 2.5  # by then cadences are learnt and what is done once is done
 
 
 def a_loop():
@@ -62,49 +63,71 @@ def open_tool(driver, rate_hz):
     return module.Tool(rate_hz)
 
 
-def in_a_fork(body):
-    """What `body` returns there; raises RuntimeError with its words where it fails."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+class Worker:
+    """A fork that does segments on command, and stands still (SIGSTOP) in between: it, its threads
+    and what they started. With a driver it opens the tool first, and is given time to settle."""
+
+    def __init__(self, piece, seconds, driver=None, rate_hz=None):
+        commands, self._commands = os.pipe()
+        self._results, results = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setpgid(0, 0)
+            os.close(self._commands)
+            with os.fdopen(results, "w", buffering=1) as told:
+                told.write(json.dumps(self._serve(piece, seconds, driver, rate_hz, commands, told)))
+            os._exit(0)
+        for descriptor in (commands, results):
+            os.close(descriptor)
+        self._lines = os.fdopen(self._results)
+        self._next()
+
+    @staticmethod
+    def _serve(piece, seconds, driver, rate_hz, commands, told):
         try:
-            facts = {"found": body()}
-        except BaseException as error:  # SystemExit too
-            facts = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
-            traceback.print_exc()
-        os.write(writer, json.dumps(facts).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as file:
-        text = file.read()
-    os.waitpid(pid, 0)
-    facts = json.loads(text or '{"failed": "it died"}')
-    if "failed" in facts:
-        raise RuntimeError(facts["failed"])
-    return facts["found"]
+            tool = open_tool(driver, rate_hz) if driver is not None else None
+            if tool is not None:
+                tool.begin("work")
+            segment(piece, SETTLED_S)
+            told.write("{}\n")
+            while os.read(commands, 1):
+                segment(piece, seconds / 4)  # it may catch up
+                told.write(json.dumps({"found": segment(piece, seconds)}) + "\n")
+        except (Exception, SystemExit) as error:
+            return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+        return {}
+
+    def _next(self):
+        facts = json.loads(self._lines.readline() or '{"failed": "it died"}')
+        if "failed" in facts:
+            raise RuntimeError(facts["failed"])
+        os.killpg(self.pid, signal.SIGSTOP)
+        return facts.get("found")
+
+    def segment(self):
+        os.killpg(self.pid, signal.SIGCONT)
+        os.write(self._commands, b".")
+        return self._next()
+
+    def end(self):
+        os.killpg(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
 
 
 def in_code(piece, arguments):
-    def bare():
-        segment(piece, arguments.seconds / 4)
-        return segment(piece, arguments.seconds)[0]
-
-    def with_it():
-        tool = open_tool(arguments.driver, arguments.rate)
-        tool.begin("work")
-        segment(piece, arguments.seconds / 4)
-        found = segment(piece, arguments.seconds)
-        tool.end("work")
-        tool.close()
-        return found
-
-    for number in range(arguments.pairs):
-        if number % 2:
-            each_s, share = in_a_fork(with_it)
-            yield in_a_fork(bare), each_s, share
-        else:
-            before_s = in_a_fork(bare)
-            yield (before_s, *in_a_fork(with_it))
+    bare = Worker(piece, arguments.seconds)
+    with_it = Worker(piece, arguments.seconds, arguments.driver, arguments.rate)
+    try:
+        for number in range(arguments.pairs):
+            if number % 2:
+                each_s, share = with_it.segment()
+                yield bare.segment()[0], each_s, share
+            else:
+                before_s, _ = bare.segment()
+                yield (before_s, *with_it.segment())
+    finally:
+        for worker in (bare, with_it):
+            worker.end()
 
 
 def wrapped(piece, arguments):
@@ -126,8 +149,7 @@ def wrapped(piece, arguments):
         used_s = time.clock_gettime(clock) - used_s
         return each_s, used_s / (time.perf_counter() - begin_s)
 
-    for _ in range(3):  # what it does once
-        segment(piece, arguments.seconds)
+    segment(piece, SETTLED_S)
     for number in range(arguments.pairs):
         if number % 2:
             each_s, share = with_it()
