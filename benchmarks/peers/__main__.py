@@ -17,6 +17,19 @@ from benchmarks.peers.report import Row, facts_of_the_machine, markdown, read_ro
 AXES = ("accuracy", "overhead", "behaviour", "scale")
 
 
+def watched(command: list[str]) -> tuple[int, str]:
+    """Runs it and passes its stderr on: its status, and the last line that it said there."""
+    said = ""
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            print(line, end="", file=sys.stderr, flush=True)
+            said = line.strip() or said
+    return process.returncode, said or f"it ended with {process.returncode}"
+
+
 def main() -> int:
     """Each axis in a process of its own; one that ends early is a row that says so."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
@@ -37,15 +50,11 @@ def main() -> int:
             command = [sys.executable, "-m", f"benchmarks.peers.{name}", "-o", str(file)]
             command += ["--quick"] if arguments.quick else []
             print(f"\n# {name}", file=sys.stderr, flush=True)
-            done = subprocess.run(
-                command, check=False, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                text=True,
-            )  # fmt: skip
+            status, said = watched(command)
             if file.exists():
                 rows += read_rows(file)
-            if done.returncode != 0:
-                why = " ".join(done.stderr.split())[-300:] or f"status {done.returncode}"
-                rows.append(Row(name, "the axis", "", "", "not measured", "", note=why))
+            if status != 0:
+                rows.append(Row(name, "the axis", "", "", "not measured", "", note=said[:300]))
             # Rewritten after each axis: what was found is not lost with what comes later.
             report = {"environment": facts, "rows": [asdict(row) for row in rows]}
             (arguments.o / "report.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -7,7 +7,6 @@ import functools
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,13 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.common import ROOT, UnmeasurableError
-from benchmarks.peers.environments import cache_folder
-
-sys.path.insert(0, str(ROOT / "tests"))
-
 from sim import native, nvml, powercap
 from sim.permissions import obey_permissions
+
+from benchmarks.common import UnmeasurableError
+from benchmarks.peers.environments import cache_folder
 
 _CLASS, _DEVICES = Path("/sys/class/powercap"), Path("/sys/devices/virtual/powercap")
 _NEW_MOUNTS, _NEW_NETWORK = 0x00020000, 0x40000000  # CLONE_NEWNS, CLONE_NEWNET of linux/sched.h

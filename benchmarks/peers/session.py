@@ -5,17 +5,44 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.environments import Installed
 
 PATIENCE_S = 60.0
 """Far beyond what any tool takes to open or to close: beyond it, it hangs, and is ended."""
+
+
+MARK = "PEPR_PEERS_MARK"
+"""The variable by which what a tool has started, at whatever remove, is known as its own."""
+
+
+def living(mark: str) -> list[int]:
+    """Processes that have this mark in their environment, zombies left out."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with suppress(OSError):
+                marked = f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
+                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+                if marked and state != "Z":
+                    found.append(int(folder.name))
+    return found
+
+
+def end(mark: str) -> None:
+    """Kills them all."""
+    for pid in living(mark):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -47,7 +74,10 @@ def _is_of(component: str, kind: str) -> bool:
 
 
 class Session:
-    """Speaks with tools/serving.py. A tool that fails leaves `failed`, and windows that say so."""
+    """Speaks with tools/serving.py. A tool that fails leaves `failed`, and windows that say so.
+
+    What the tool itself prints goes to the file `stdout`, if one is given.
+    """
 
     def __init__(
         self,
@@ -55,16 +85,18 @@ class Session:
         env: Mapping[str, str],
         *,
         rate_hz: float | None = None,
+        stdout: Path | None = None,
         preexec_fn: Callable[[], None] | None = None,
     ) -> None:
         self.name = installed.name
         self.failed: str | None = None
+        self.mark = env.get(MARK, uuid.uuid4().hex)
         self._asked: dict[str, tuple[int, int]] = {}
         self._told: dict[str, Window] = {}
         self._rest = b""
         self.process = subprocess.Popen(
-            installed.driver(rate_hz),
-            env=dict(env),
+            [*installed.driver(rate_hz), *([] if stdout is None else ["--stdout", str(stdout)])],
+            env={**env, MARK: self.mark},
             cwd=env.get("TMPDIR"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -95,9 +127,14 @@ class Session:
         self._say(f"end {name} {after_ns}")
 
     def close(self, patience_s: float = PATIENCE_S) -> list[Window]:
-        """Ends the tool; all windows in the order of their begins, those untold with the reason."""
+        """Waits for the last window and ends the tool, which may take `patience_s` after that.
+
+        All windows in the order of their begins, those untold with the reason.
+        """
         self._say("quit")
-        for facts in self._lines(patience_s):
+        last_ns = max((end_ns for _, end_ns in self._asked.values()), default=0)
+        left_s = max(0.0, (last_ns - time.monotonic_ns()) * 1e-9)
+        for facts in self._lines(left_s + patience_s):
             self._told[facts["name"]] = Window(
                 facts["name"],
                 facts["begin_ns"],
@@ -113,11 +150,26 @@ class Session:
             for name, (begin_ns, end_ns) in self._asked.items()
         ]
 
+    def exit(self, status: int) -> int:
+        """Lets the program that uses the tool end as programs do; its status as a shell has it.
+
+        What it leaves running runs on until `kill`.
+        """
+        self._say(f"exit {status}")
+        ended = self.process.wait(PATIENCE_S)
+        self.close_pipes()
+        return ended if ended >= 0 else 128 - ended
+
     def kill(self) -> None:
-        """Whatever happens: no process of ours stays."""
+        """Whatever happens: no process stays, of the tool's neither."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+        end(self.mark)
+        self.close_pipes()
+
+    def close_pipes(self) -> None:
+        """Of a program that has ended; what it has left behind may wait for that."""
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with suppress(BrokenPipeError):
@@ -156,11 +208,15 @@ class Session:
 def sessions(
     tools: Sequence[Installed], env: Mapping[str, str], **options: Any
 ) -> Iterator[list[Session]]:
-    """All of them, open at once, or failed."""
-    opened = [Session(tool, env, **options) for tool in tools]
+    """All of them open, or failed twice; one after the other, as some allow themselves 10 s."""
+    opened: list[Session] = []
     try:
-        for session in opened:
-            session.ready()
+        for tool in tools:
+            opened.append(Session(tool, env, **options))
+            if not opened[-1].ready():
+                opened[-1].kill()
+                opened[-1] = Session(tool, env, **options)
+                opened[-1].ready()
         yield opened
     finally:
         for session in opened:

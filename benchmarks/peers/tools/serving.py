@@ -2,7 +2,9 @@
 
 Commands, one a line on stdin, obeyed in turn; instants are of CLOCK_MONOTONIC:
 
-    begin NAME [NOT_BEFORE_NS]    end NAME [NS_AFTER_ITS_BEGIN]    quit
+    begin NAME [NOT_BEFORE_NS]    end NAME [NS_AFTER_ITS_BEGIN]    quit    exit STATUS
+
+`exit` is sys.exit, whatever is open. With --stdout FILE, what the tool itself prints goes there.
 
 One JSON line each on stdout: first {"ready": true} or {"failed": why}, then one a window,
 {"name", "begin_ns", "end_ns", "energy_j": {component: J} or null, "u_j": {component: J, k = 2} or
@@ -18,6 +20,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 SPIN_S = 2e-4  # the last stretch before an instant is not slept
 
@@ -43,10 +46,16 @@ def serve(open_tool):
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--rate", type=float, default=None, metavar="HZ")
-    rate_hz = parser.parse_args().rate
+    parser.add_argument("--stdout", metavar="FILE")
+    arguments = parser.parse_args()
+    rate_hz = arguments.rate
     # What a tool prints must not come between our lines.
     told = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    if arguments.stdout is None:
+        os.dup2(2, 1)
+    else:
+        with Path(arguments.stdout).open("wb") as file:
+            os.dup2(file.fileno(), 1)
 
     def tell(facts):
         told.write(json.dumps(facts) + "\n")
@@ -62,6 +71,8 @@ def serve(open_tool):
         command, *words = line.split()
         if command == "quit":
             break
+        if command == "exit":
+            sys.exit(int(words[0]))
         name = words[0]
         row = windows.setdefault(name, {"name": name, "energy_j": None, "u_j": None, "error": None})
         wait_ns = int(words[1]) if len(words) > 1 else 0

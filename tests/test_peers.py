@@ -1,0 +1,153 @@
+"""The comparison's own machinery (benchmarks/peers): windows on command, rows, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from sim.nvml import PASCAL, Fault, Gpu, NvmlSim, Scenario
+from sim.waves import Constant, Square
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.peers.environments import OURS, TOOLS, Installed
+from benchmarks.peers.report import Row, markdown, read_rows, tables
+from benchmarks.peers.session import Session, living
+
+BuildNvml = Callable[[Scenario], NvmlSim]
+
+
+def here(name: str) -> Installed:
+    """The tool from the tests' own environment."""
+    return Installed(TOOLS[name], Path(sys.prefix), "of the tests")
+
+
+def environment(sim: NvmlSim, folder: Path) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PEPR_")}
+    repository = str(Path(__file__).parents[1])
+    return {**kept, **sim.env, "PEPR_STORE": str(folder / "store"), "PYTHONPATH": repository}
+
+
+@pytest.mark.parametrize("name", [OURS, "pynvml-loop"])
+def test_a_tool_measures_the_windows_that_it_is_asked_for(
+    name: str, nvml_sim: BuildNvml, tmp_path: Path
+) -> None:
+    pytest.importorskip("pynvml")
+    # given two boards of 100 and 300 W
+    gpus = (Gpu(Constant(100), sensor=PASCAL), Gpu(Constant(300), sensor=PASCAL))
+    sim = nvml_sim(Scenario(gpus=gpus))
+    began_s = time.monotonic()
+    session = Session(here(name), environment(sim, tmp_path))
+    try:
+        assert session.ready(), session.failed
+        # when two windows are ordered ahead, the second for an instant in the future
+        session.begin("first")
+        session.end("first", 300_000_000)
+        later_ns = time.monotonic_ns() + 1_000_000_000
+        session.begin("second", later_ns)
+        session.end("second", 500_000_000)
+        windows = session.close()
+    finally:
+        session.kill()
+    # then each is at least as long as asked, in its time, with the energy of all boards
+    assert [(w.name, w.error) for w in windows] == [("first", None), ("second", None)]
+    for window, length_ns in zip(windows, (300_000_000, 500_000_000), strict=True):
+        assert window.end_ns - window.begin_ns >= length_ns
+        told_j = window.of("gpu")
+        truth_j = sum(sim.scenario.energy_j(window.begin_ns, window.end_ns, i) for i in (0, 1))
+        # The tool's own edges lie around the stamps, on a slow machine far around.
+        assert told_j is not None
+        assert 0.9 * truth_j <= told_j <= 400 * (time.monotonic() - began_s)
+        # and nothing is told of what the machine does not have
+        assert window.of("dram") is None
+    assert windows[1].begin_ns >= later_ns
+    # and only we say how sure that is
+    stated_j = windows[1].u_of("gpu")
+    assert (stated_j is not None) == (name == OURS)
+
+
+def test_a_tool_that_does_not_open_says_why_and_its_windows_too(
+    nvml_sim: BuildNvml, tmp_path: Path
+) -> None:
+    # given a driver that fails, a tool that needs it
+    pytest.importorskip("pynvml")
+    faults = (Fault("nvmlInit", "DRIVER_NOT_LOADED"),)
+    sim = nvml_sim(Scenario(gpus=(Gpu(Square(1, 2, 3)),), faults=faults))
+    session = Session(here("pynvml-loop"), environment(sim, tmp_path))
+    assert not session.ready()
+    session.begin("window")
+    session.end("window")
+    (window,) = session.close()
+    assert living(session.mark) == []
+    # then it is no energy, and not 0, and the driver's words are there
+    assert window.energy_j is None and window.of("gpu") is None
+    assert window.error is not None and "Driver Not Loaded" in window.error
+    assert session.failed == window.error
+
+
+def test_a_program_ends_with_its_own_status_in_the_middle_of_a_window(
+    nvml_sim: BuildNvml, tmp_path: Path
+) -> None:
+    sim = nvml_sim(Scenario(gpus=(Gpu(Constant(100)),)))
+    session = Session(here(OURS), environment(sim, tmp_path))
+    assert session.ready(), session.failed
+    session.begin("window")
+    try:
+        assert session.exit(7) == 7
+    finally:
+        session.kill()
+
+
+def rows() -> list[Row]:
+    return [
+        Row("accuracy", "step", OURS, "1", "error", "%", 0.0, 2.5, 1.0, 3.0, "MISSED", "by much"),
+        Row("accuracy", "step", "zeus", "2", "error", "%", 0.0, 0.031),
+        Row("accuracy", "burst", "zeus", "2", "error", "%", note="it | failed"),
+        Row("behaviour", "exit status 7", OURS, "1", "wrapped", "", "7", "7", verdict="reached"),
+    ]
+
+
+def test_rows_survive_their_file(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([asdict(row) for row in rows()]))
+    assert read_rows(file) == rows()
+
+
+def test_a_table_has_a_line_a_scenario_and_a_column_a_tool() -> None:
+    assert tables(rows()[:3]) == [
+        "**error**, %",
+        "",
+        "| scenario | pepr-profiler | zeus |",
+        "| --- | --- | --- |",
+        "| step | **2.50** [1] | 0.0310 |",
+        "| burst |  | – [2] |",
+        "",
+        "1. by much",
+        "2. it | failed",
+        "",
+    ]
+
+
+def test_the_report_says_first_where_we_fall_short() -> None:
+    facts = {
+        "date": "2026-11-28 12:00 UTC",
+        "machine": "a CPU; Linux 6; CPython 3.11",
+        "cores": 2,
+        "load_average": (0.5, 1.0, 2.0),
+        "product": "pepr-profiler abc",
+        "tools": {"zeus": "2"},
+        "left_out": "What a read costs.",
+    }
+    text = markdown(facts, rows())
+    assert "1 of our 2 goals are reached." in text
+    short, table = text.index("## Where we fall short"), text.index("## Accuracy")
+    assert short < table < text.index("## Behaviour")
+    assert "- accuracy, step, error: 2.50 %. by much" in text
+    for told in ("a CPU; Linux 6", "load average 0.5, 1.0, 2.0", "zeus 2", "What a read costs."):
+        assert told in text
