@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,7 +18,8 @@ from cli import Cli, write_replay
 from sim.permissions import obey_permissions
 
 from pepr_profiler.errors import UsageError
-from pepr_profiler.store import Filter, Store, _map
+from pepr_profiler.index import Filter, _map
+from pepr_profiler.store import Store
 
 Make = Callable[..., Path]
 
@@ -122,10 +124,13 @@ def test_rows_tell_of_each_run_what_its_summary_does(store: Store, make: Make) -
         # then a row is the same in short
         for row, run in zip(found.rows, found, strict=True):
             energy, performance = run["energy"], run["performance"]
-            assert row.directory == run["run_id"]
-            assert (row.duration_s, row.exit_code) == (run["duration_s"], run["exit_code"])
-            assert (row.total_j, row.u_j) == (energy["total_j"], energy["u_j"])
-            assert row.performance == (performance and list(performance.values()))
+            assert (row.run_id, row.started_at) == (run["run_id"], run["started_at"])
+            numbers = (row.duration_s, row.exit_code, row.total_j, row.u_j, row.performance)
+            assert [None if math.isnan(x) else x for x in numbers] == [
+                *(run["duration_s"], run["exit_code"], energy["total_j"], energy["u_j"]),
+                performance and performance["value"],
+            ]
+            assert row.metric == (performance and performance["metric"])
         assert [row.state for row in found.rows] == ["done", "failed", "done"]
     assert store.index_path.exists()
 

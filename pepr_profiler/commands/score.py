@@ -22,7 +22,8 @@ from pepr_profiler.units import parse_bounds
 
 if TYPE_CHECKING:
     from pepr_profiler import pepr
-    from pepr_profiler.study import Limits, Study
+    from pepr_profiler.ranking import Limits
+    from pepr_profiler.study import Study
 
 # A resource divided by one of these columns is a rate (energy: a mean power), which rows of one
 # cohort share to within a small factor. Only where --time does not say which.

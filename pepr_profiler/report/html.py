@@ -16,8 +16,9 @@ import numpy as np
 
 from pepr_profiler import progress
 from pepr_profiler.errors import UsageError
+from pepr_profiler.ranking import Ranking
 from pepr_profiler.report import figures
-from pepr_profiler.study import Ranking, Study
+from pepr_profiler.study import Study
 from pepr_profiler.summary import Timeline
 from pepr_profiler.units import (
     J_PER_WH,

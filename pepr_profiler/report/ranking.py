@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pepr_profiler import units
-from pepr_profiler.study import Ranking, flat_rows
+from pepr_profiler.ranking import Ranking, flat_rows
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _HEADING_CELLS = 12  # a column's heading is cut here; names of metrics can be long
