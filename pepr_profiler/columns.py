@@ -97,7 +97,7 @@ class Coded:
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
-    """Entries (k,), in the order of the rows (k,) that they belong to: any number a row.
+    """Entries (k,), any number a row, in the order of the rows (k,) that they belong to.
 
     `label` says what an entry is of, `values` (c, k) are its numbers.
     """
@@ -117,14 +117,16 @@ class Ragged:
             np.ascontiguousarray(values.T),
         )
 
-    def at(self, rows: npt.NDArray[Any], n: int) -> Ragged:
-        """The entries of some of the `n` rows, which are numbered anew."""
-        place = np.full(n, -1, dtype=np.int32)
-        place[rows] = np.arange(len(rows), dtype=np.int32)
-        moved = place[self.rows]
-        kept = np.flatnonzero(moved >= 0)
-        kept = kept[np.argsort(moved[kept], kind="stable")]
-        return Ragged(moved[kept], self.label.at(kept), self.values[:, kept])
+    def at(self, rows: npt.NDArray[Any]) -> Ragged:
+        """The entries of some rows, which are numbered anew."""
+        rows = rows.astype(self.rows.dtype)  # else all of the others are converted, each time
+        begins = np.searchsorted(self.rows, rows, "left")
+        ends = np.searchsorted(self.rows, rows, "right")
+        counts = ends - begins
+        moved = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
+        # The first of each row, and how far behind it an entry is.
+        kept = np.arange(len(moved)) + np.repeat(begins - np.cumsum(counts) + counts, counts)
+        return Ragged(moved, self.label.at(kept), self.values[:, kept])
 
     def followed_by(self, other: Ragged, n: int) -> Ragged:
         return Ragged(
@@ -192,8 +194,8 @@ class Columns:
             texts={name: column.at(rows) for name, column in self.texts.items()},
             numbers={name: column[rows] for name, column in self.numbers.items()},
             commands=[commands[i] for i in rows.tolist()],
-            metrics=self.metrics.at(rows, len(self)),
-            errors=self.errors.at(rows, len(self)),
+            metrics=self.metrics.at(rows),
+            errors=self.errors.at(rows),
         )
 
     def followed_by(self, other: Columns) -> Columns:

@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -172,20 +173,14 @@ class Index:
 
     def _known(self, names: Sequence[str]) -> _Known:
         """Every directory that may be a run, by time: from the index, or read where that is old."""
-        stamps = _stamps(_map(self._stamp, names), 3)
+        stamps = _stamps(_map(self._stamp, names))
         saved = Saved.open(self.path)
         rows = self._still_true(saved, names, stamps)
         kept = np.sort(rows[rows >= 0])
         old = np.flatnonzero((rows < 0) & (stamps[:, 0] != _MERE_FILE))
-        reads: list[tuple[tuple[int, ...], bytes]] = []
-
-        def facts() -> Iterator[Facts]:
-            for read in self._read_all([names[i] for i in old.tolist()]):
-                if read is not None:
-                    reads.append(read[1:])
-                    yield read[0]
-
-        known = _Known.of(self._read, saved, kept, Columns.of(facts()), reads)
+        reads = _Reads()
+        columns = Columns.of(reads.of(self._read_all([names[i] for i in old.tolist()])))
+        known = _Known.of(self._read, saved, kept, columns, reads)
         count = 0 if saved is None else len(saved.columns)
         wrong = count - len(kept) + len(reads)
         if wrong > _STALE_SHARE * count:
@@ -282,6 +277,38 @@ class Index:
         return facts, (*stamp, *files), text
 
 
+class _Reads:
+    """What was read of k runs: stamps (k, 5) and a text each, counted from 0 or, as lists, from -k.
+
+    The texts are in one piece: between files of several times their size, which come and go, they
+    would leave the heap as large as all the files.
+    """
+
+    def __init__(self) -> None:
+        self._stamps, self._ends, self._texts = array("q"), array("q", [0]), bytearray()
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def of(self, reads: Iterable[_Read | None]) -> Iterator[Facts]:
+        """Keeps what is read, and hands on the facts."""
+        for read in reads:
+            if read is not None:
+                facts, stamp, text = read
+                self._stamps.extend(stamp)
+                self._texts += text
+                self._ends.append(len(self._texts))
+                yield facts
+
+    @property
+    def stamps(self) -> Stamps:
+        return np.array(self._stamps, dtype=np.int64).reshape(-1, 5)
+
+    def text(self, number: int) -> bytes:
+        number %= len(self)
+        return bytes(self._texts[self._ends[number] : self._ends[number + 1]])
+
+
 @dataclass(frozen=True, eq=False)
 class _Known:
     """What is known of n directories, by time; `place` (n,) is where the text of each is.
@@ -292,7 +319,7 @@ class _Known:
     read: Callable[[str], _Read | None]
     columns: Columns
     saved: Saved | None
-    reads: Sequence[tuple[tuple[int, ...], bytes]]
+    reads: _Reads
     place: Rows
 
     @classmethod
@@ -302,17 +329,17 @@ class _Known:
         saved: Saved | None,
         kept: Rows,
         columns: Columns,
-        reads: Sequence[tuple[tuple[int, ...], bytes]],
+        reads: _Reads,
     ) -> _Known:
         """What is saved in some of its rows, and the columns of what was read."""
         place = np.arange(-len(reads), 0)
         if saved is not None:
             old = saved.columns
             old = old if len(kept) == len(old) else old.at(kept)
-            columns = old.followed_by(columns) if reads else old
+            columns = old.followed_by(columns) if len(reads) else old
             place = np.concatenate((kept, place))
         known = cls(read, columns, saved, reads, place)
-        if not reads:
+        if not len(reads):
             return known  # what is saved is by time
         began, ids = (columns.texts[name].list() for name in ("started_at", "id"))
         keys = list(zip(began, ids, strict=True))
@@ -323,18 +350,18 @@ class _Known:
 
     @property
     def stamps(self) -> Stamps:
-        fresh = _stamps((stamp for stamp, _ in self.reads), 5)
-        return (fresh if self.saved is None else np.concatenate((self.saved.stamps, fresh)))[
-            self.place
-        ]
+        fresh = self.reads.stamps
+        both = fresh if self.saved is None else np.concatenate((self.saved.stamps, fresh))
+        return both[self.place]
 
     def texts(self) -> list[bytes]:
         """The text of each. OSError if what is saved cannot be read any more."""
-        saved = self.saved
-        return [
-            saved.text(i) if saved is not None and i >= 0 else self.reads[i][1]
-            for i in self.place.tolist()
-        ]
+        return list(map(self._text, self.place.tolist()))
+
+    def _text(self, place: int) -> bytes:
+        if self.saved is None or place < 0:
+            return self.reads.text(place)
+        return self.saved.text(place)
 
     def summary(self, row: int) -> dict[str, Any]:
         """What `Found` gives of a run. TraceError if it has gone meanwhile, and from here too."""
@@ -342,8 +369,7 @@ class _Known:
 
         place = int(self.place[row])
         try:
-            saved = self.saved
-            text = saved.text(place) if saved is not None and place >= 0 else self.reads[place][1]
+            text = self._text(place)
         except OSError:  # a file server may forget what another client has replaced
             name = str(self.columns.text("id", row))
             again = self.read(name)
@@ -358,9 +384,9 @@ class _Known:
         return summary
 
 
-def _stamps(stamps: Iterable[Sequence[int]], width: int) -> Stamps:
+def _stamps(stamps: Iterable[tuple[int, int, int]]) -> Stamps:
     every = itertools.chain.from_iterable(stamps)
-    return np.fromiter(every, dtype=np.int64).reshape(-1, width)
+    return np.fromiter(every, dtype=np.int64).reshape(-1, 3)
 
 
 def _will_be_read(path: str) -> None:
