@@ -28,7 +28,9 @@ from benchmarks.report import make_run
 from pepr_profiler import pepr
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report.export import run_rows
-from pepr_profiler.report.html import embedded, run_page, study_page
+from pepr_profiler.report.html import embedded
+from pepr_profiler.report.run_page import run_page
+from pepr_profiler.report.study_page import study_page
 from pepr_profiler.study import Study
 from pepr_profiler.summary import with_timeline
 from pepr_profiler.trace import read_run, write_json

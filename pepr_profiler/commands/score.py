@@ -256,11 +256,11 @@ def _rendered(
     from pepr_profiler.report.export import FIGURES, ranking_table
 
     if form == "html":
-        from pepr_profiler.report.html import study_page
+        from pepr_profiler.report.study_page import study_page
 
         return study_page(study, load=load)
     if form in FIGURES:
-        from pepr_profiler.report.html import study_figure
+        from pepr_profiler.report.study_page import study_figure
 
         return study_figure(study, form)
     return ranking_table(study.rows(), form)
