@@ -91,7 +91,10 @@ class Damaged:
 
 
 class Found(Sequence[dict[str, Any]]):
-    """Runs of a store, oldest first; `damaged` are the directories that no filter can be asked of.
+    """Runs of a store, oldest first.
+
+    `damaged` are the directories that no filter can be asked of, and those that would have been
+    among the runs, but are one of them once more.
 
     It is a sequence of summaries (docs/design.md, Contract), each made when it is asked for,
     without what only one run's own report shows: of them stay who, where, when, how it ended,
@@ -166,10 +169,11 @@ class Index:
 
     def find(self, names: Sequence[str], wanted: Filter | None = None) -> Found:
         """The runs that are wanted, of the directories of these names."""
-        known, damaged = _good(self._known(names))
-        found = Found(known.columns, known.summary, damaged)
-        rows = np.flatnonzero(_picked(known.columns, wanted or Filter()))
-        return found if len(rows) == len(found) else found.at(rows)
+        known = self._known(names)
+        columns = known.columns
+        picked, damaged = _picked(columns, wanted or Filter())
+        found = Found(columns, known.summary, damaged)
+        return found if picked.all() else found.at(np.flatnonzero(picked))
 
     def _known(self, names: Sequence[str]) -> _Known:
         """Every directory that may be a run, by time: from the index, or read where that is old."""
@@ -399,24 +403,6 @@ def _will_be_read(path: str) -> None:
             os.close(descriptor)
 
 
-def _good(known: _Known) -> tuple[_Known, list[Damaged]]:
-    """The runs of which each recording is there once, and what is left of the directories."""
-    columns = known.columns
-    good = ~columns.texts["state"].equal(None)
-    damaged = [
-        Damaged(*(str(columns.text(key, i)) for key in ("id", "why", "fix")))
-        for i in np.flatnonzero(~good).tolist()
-    ]
-    for i, original in _copies(columns, np.flatnonzero(good)):
-        good[i] = False
-        name = str(columns.text("id", i))
-        why = f"it is {original} once more, which would count twice"
-        damaged.append(Damaged(name, why, f"pepr-profile runs rm {shlex.quote(name)}"))
-    rows = np.flatnonzero(good)
-    runs = known if len(rows) == len(good) else known.at(rows)
-    return runs, sorted(damaged, key=lambda d: d.run_id)
-
-
 def _copies(columns: Columns, rows: Rows) -> Iterator[tuple[int, str]]:
     """Which of the runs is another once more, and the directory of that."""
     recorded = columns.texts["recorded_id"].at(rows)
@@ -433,8 +419,25 @@ def _copies(columns: Columns, rows: Rows) -> Iterator[tuple[int, str]]:
                 yield row, originals[key]
 
 
-def _picked(columns: Columns, wanted: Filter) -> npt.NDArray[np.bool_]:
-    """Which runs (n,) the filter wants."""
+def _picked(columns: Columns, wanted: Filter) -> tuple[npt.NDArray[np.bool_], list[Damaged]]:
+    """Which runs (n,) the filter wants, each recording once, and what cannot be picked."""
+    readable = ~columns.texts["state"].equal(None)
+    damaged = [
+        Damaged(*(str(columns.text(key, i)) for key in ("id", "why", "fix")))
+        for i in np.flatnonzero(~readable).tolist()
+    ]
+    picked = readable & _wanted(columns, wanted)
+    for i, original in _copies(columns, np.flatnonzero(readable)):
+        if picked[i]:
+            name = str(columns.text("id", i))
+            why = f"it is {original} once more, which would count twice"
+            damaged.append(Damaged(name, why, f"pepr-profile runs rm {shlex.quote(name)}"))
+        picked[i] = False
+    return picked, sorted(damaged, key=lambda d: d.run_id)
+
+
+def _wanted(columns: Columns, wanted: Filter) -> npt.NDArray[np.bool_]:
+    """Of which runs (n,) the filter's facts are true."""
     picked = np.ones(len(columns), dtype=np.bool_)
     for key in ("experiment", "state", "provenance"):
         if (value := getattr(wanted, key)) is not None:

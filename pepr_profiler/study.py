@@ -123,7 +123,12 @@ class Study:
                 else:
                     rankings.append(ranking)
         if refused is not None and not rankings:
-            raise refused
+            gone_too = [f"{who}: {why}" for who, why in out if not why.startswith(refused.what)]
+            raise pepr.NoCohortError(
+                refused.what,
+                why=refused.why + "".join(f"; left out {what}" for what in gone_too[:_NAMED]),
+                fix=refused.fix,
+            )
         return cls(rankings=tuple(rankings), left_out=tuple(out), runs=chosen.summaries)
 
     @classmethod

@@ -117,7 +117,7 @@ def _group(
         add(
             kind="cost",
             k=k,
-            heading=f"{clip(ranking.metric, 60)} against {ranking.resource_name}",
+            heading=f"{clip(ranking.metric, 60)} against {clip(ranking.resource_name, 60)}",
             caption="Up is better, left is cheaper. Thin lines join places of equal "
             f"{ranking.label}, whose value stands at their upper ends. The dotted line is the "
             "Pareto front, whose models are filled. Bars are ± u (k = 2)"
@@ -153,7 +153,9 @@ def _group(
         )
         charts.append({"chart": drawn, "caption": caption, "heading": heading})
     view = {
-        "title": group if group is not None else f"{first.metric} against {first.resource_name}",
+        "title": group
+        if group is not None
+        else f"{clip(first.metric, 60)} against {clip(first.resource_name, 60)}",
         "summary": _said(first),
         "caption": _bounds_text(first),
         "of": first.of.capitalize(),
