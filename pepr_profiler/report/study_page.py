@@ -19,6 +19,9 @@ from pepr_profiler.units import format_duration, format_quantity, format_with_u
 _MOST_ROWS = 1000
 _MOST_PANELS = 12
 
+_MOST_RUNS = 1000
+"""Single runs, as dots and curves, that a figure can show and a page can hold."""
+
 
 def study_page(
     study: Study, *, load: Callable[[str], Mapping[str, Any]] | None = None, name: str = ""
@@ -36,10 +39,13 @@ def study_page(
             why=f"{_MOST_ROWS:,} are the most that it shows",
             fix="compare fewer: --experiment NAME; or write a table: -o ranking.csv",
         )
-    by_id = {str(run["run_id"]): run for run in study.runs}
+    by_id = _runs(study)
     if load is not None:
         # One that was named by its folder is whole already, and may be of no store.
         by_id = {i: run if "progress" in run else load(i) for i, run in by_id.items()}
+        if not by_id:  # of each row one, which tells its number of parameters
+            firsts = {ids[0] for ranking in study.rankings for ids in ranking.run_ids}
+            by_id = {i: load(i) for i in firsts}
     groups: dict[str | None, list[Ranking]] = {}
     for ranking in study.rankings:
         groups.setdefault(ranking.group, []).append(ranking)
@@ -49,13 +55,15 @@ def study_page(
         shown.append(view)
         data.append(facts)
     models = len({row for ranking in study.rankings for row in ranking.names})
-    experiments = list(dict.fromkeys(str(run.get("experiment") or "") for run in study.runs))
-    experiments = [clip(name, 60) for name in experiments if name]
+    seen = dict.fromkeys(
+        (str(run.get("experiment") or ""), str(run.get("host") or "")) for run in study.runs
+    )
+    experiments = [clip(name, 60) for name in dict.fromkeys(name for name, _ in seen) if name]
+    hosts = sorted({clip(host, 60) for _, host in seen} - {""})
     weighed = list(dict.fromkeys(ranking.resource_name for ranking in study.rankings))
-    hosts = sorted({str(run.get("host") or "") for run in study.runs} - {""})
     what = f"{models} {study.rankings[0].of}s"
     if any(ranking.repeated for ranking in study.rankings):
-        what += f", {len(study.runs)} runs"
+        what += f", {len(study.runs):,} runs"
     if len(groups) > 1:
         what += f", {len(groups)} groups"
     provenance = sorted({r.provenance for r in study.rankings if r.provenance})
@@ -77,9 +85,16 @@ def study_page(
     )
 
 
+def _runs(study: Study) -> dict[str, Mapping[str, Any]]:
+    """The runs by their ids; none where they are more than can be shown."""
+    if len(study.runs) > _MOST_RUNS:
+        return {}
+    return {str(run["run_id"]): run for run in study.runs}
+
+
 def study_figure(study: Study, form: str) -> bytes:
     """Performance against the resource, a panel a ranking, as a png, svg or pdf file."""
-    by_id = {str(run["run_id"]): run for run in study.runs}
+    by_id = _runs(study)
     with figures.style():
         figure = figures.panels(
             [
@@ -114,6 +129,7 @@ def _group(
         live.append({"id": ident, "kind": kind, "ranking": k, "places": places})
 
     for k, ranking in enumerate(rankings):
+        points = cost_points(ranking, by_id)
         add(
             kind="cost",
             k=k,
@@ -121,12 +137,12 @@ def _group(
             caption="Up is better, left is cheaper. Thin lines join places of equal "
             f"{ranking.label}, whose value stands at their upper ends. The dotted line is the "
             "Pareto front, whose models are filled. Bars are ± u (k = 2)"
-            + ("; faint dots are the single runs." if ranking.repeated else "."),
+            + ("; faint dots are the single runs." if points.runs else "."),
             text=_said(ranking),
-            points=cost_points(ranking, by_id),
+            points=points,
         )
-        points = score_points(ranking, parameters) if k == 0 and n > 1 else None
-        if points is not None:
+        against = score_points(ranking, parameters) if k == 0 and n > 1 else None
+        if against is not None:
             add(
                 kind="score",
                 k=k,
@@ -134,9 +150,10 @@ def _group(
                 caption="As in the paper's figure: whether larger models are worth it. Bars are "
                 f"± u of {ranking.label}.",
                 text="Each model's score over its number of parameters; the table has both.",
-                points=points,
+                points=against,
             )
-    ran = [by_id[x] for ids in first.run_ids for x in ids if x in by_id]
+    ids = [x for several in first.run_ids for x in several]
+    ran = [by_id[x] for x in ids] if all(x in by_id for x in ids) else []
     curves = [curve for curve in map(progress.curve_shown, ran) if curve is not None]
     if len(curves) > 1 and len({curve.metric for curve in curves}) == 1:
         heading = f"{clip(curves[0].metric, 60)} on the way"
@@ -207,8 +224,9 @@ def cost_points(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> fig
     runs = []
     if ranking.repeated and ranking.key in _OF_RUN and ranking.transform is None:
         scale = 0.01 if ranking.percent else 1.0
+        all_of_them = all(x in by_id for ids in ranking.run_ids for x in ids)
         for i, ids in enumerate(ranking.run_ids):
-            for run in (by_id[x] for x in ids if x in by_id):
+            for run in (by_id[x] for x in ids if all_of_them):
                 p = (run.get("metrics") or {}).get(ranking.metric)
                 r = _OF_RUN[ranking.key](run)
                 if p is not None and r is not None and len(ids) > 1:
