@@ -16,7 +16,7 @@ from pepr_profiler.columns import CAUSES, MALFORMED, Columns, Rows, facts_of
 from pepr_profiler.errors import UsageError
 from pepr_profiler.index import Found
 from pepr_profiler.jobs import merge_jobs
-from pepr_profiler.ranking import Amount, listed
+from pepr_profiler.ranking import Amount, Shared, listed
 
 Run: TypeAlias = Mapping[str, Any]
 
@@ -243,20 +243,20 @@ class Cohort:
     def with_shared_errors(self, amount: Amount) -> Amount:
         """An amount of these runs that follows from their energy, with what errors they share.
 
-        One line (n,) a device and cause: what one standard uncertainty of it does to each run.
+        One a device and cause: what one standard uncertainty of it does to each run.
         """
         assert amount.per_j is not None
         errors = self.columns.errors
-        lines = []
+        rows, moves = [errors.rows[:0]], [errors.values[0, :0]]
         for entries in errors.label.groups().values():
             for cause, part in _SHARED.items():
-                moves_j = errors.values[CAUSES.index(cause), entries]
-                if moves_j.any():
-                    lines.append((errors.rows[entries], math.sqrt(part) * moves_j))
-        shared_j = np.zeros((len(lines), len(self)))
-        for line, (at, moves_j) in zip(shared_j, lines, strict=True):
-            line[at] = moves_j
-        return replace(amount, shared=shared_j * amount.per_j)
+                rows.append(errors.rows[entries])
+                moves.append(math.sqrt(part) * errors.values[CAUSES.index(cause), entries])
+        lines = np.repeat(np.arange(len(rows)), [len(one) for one in rows])
+        at, moves_j = np.concatenate(rows), np.concatenate(moves)
+        some = moves_j != 0
+        shared = Shared(lines[some], at[some], (moves_j * amount.per_j[at])[some])
+        return replace(amount, shared=shared)
 
     def amount(self, resource: str, price: tuple[float, str] | None) -> Amount:
         """A resource of every run. UsageError if it is unknown of any."""

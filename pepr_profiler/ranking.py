@@ -213,11 +213,47 @@ def flat_rows(ranking: Ranking) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True, eq=False)
+class Shared:
+    """Errors that runs have in common, as in pepr.Errors, but only what is not 0; arrays are (k,).
+
+    `moves` are how far the resource of a run, `rows`, moves for one standard uncertainty of an
+    error, `lines`. Of 100,000 runs on a thousand boards a table of both would have 2 GB.
+    """
+
+    lines: npt.NDArray[np.intp]
+    rows: npt.NDArray[np.intp]
+    moves: pepr.Floats
+
+    @classmethod
+    def none(cls) -> Shared:
+        return cls(np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0))
+
+    def at(self, rows: npt.NDArray[Any], n: int) -> Shared:
+        """Those of some of the n runs."""
+        place = np.full(n, -1, dtype=np.intp)
+        place[rows] = np.arange(len(rows))
+        kept = place[self.rows] >= 0
+        return Shared(self.lines[kept], place[self.rows[kept]], self.moves[kept])
+
+    def squares(self, n: int) -> pepr.Floats:
+        """What they add to the variance of each of n runs."""
+        return np.asarray(np.bincount(self.rows, self.moves**2, minlength=n), dtype=np.float64)
+
+    def means(self, model: npt.NDArray[np.intp], n: npt.NDArray[np.intp]) -> pepr.Floats:
+        """How far the mean of each model moves (lines, models), of `n` (models,) runs each."""
+        lines, number = np.unique(self.lines, return_inverse=True)
+        places = number * len(n) + model[self.rows]
+        total = np.bincount(places, weights=self.moves, minlength=len(lines) * len(n))
+        mean: pepr.Floats = total.reshape(-1, len(n)) / n
+        return mean
+
+
+@dataclass(frozen=True, eq=False)
 class Amount:
     """What of a resource n runs or rows took; `u` has k = 2 and is NaN where it is unknown.
 
     `per_j` (n,) is what one joule is of it, where it follows from the energy: then its errors are
-    the energy's, some of which the runs share: `shared` (m, n) as in pepr.Errors.
+    the energy's, some of which the runs share.
     """
 
     key: str
@@ -226,7 +262,7 @@ class Amount:
     values: pepr.Floats
     u: pepr.Floats | None = None
     per_j: pepr.Floats | None = None
-    shared: pepr.Floats | None = None
+    shared: Shared | None = None
     label: str = ""
 
     @property
@@ -240,7 +276,9 @@ class Amount:
             values=self.values[rows],
             u=None if self.u is None else self.u[rows],
             per_j=None if self.per_j is None else self.per_j[rows],
-            shared=None if self.shared is None else self.shared[:, rows],
+            shared=None
+            if self.shared is None
+            else self.shared.at(np.asarray(rows), len(self.values)),
         )
 
 
@@ -274,23 +312,24 @@ def ranked(
     shown: dict[str, Any] = {"performance": p, "resource": values}
     standing = None
     if repeats:
-        shared = np.empty((0, len(p))) if amount.shared is None else amount.shared
+        shared = amount.shared or Shared.none()
         # Without an u of its own a resource counts as recorded; what repeats show comes on top.
         u = np.zeros(len(p)) if amount.u is None else amount.u
-        own = np.sqrt(np.maximum(u**2 / 4 - np.sum(shared**2, axis=0), 0.0))
-        means = pepr.average(index, p, values, u_r=own, shared=shared)
+        own = np.sqrt(np.maximum(u**2 / 4 - shared.squares(len(p)), 0.0))
+        means = pepr.average(index, p, values, u_r=own)
+        errors = replace(means.errors, shared=shared.means(index, means.n))
         once = means.n == 1
         shown = {
             "performance": means.performance,
             "resource": means.resource,
             "n": means.n,
-            "u_performance": np.where(once, np.nan, means.errors.u_p),
-            "u_resource": np.where(once & (amount.u is None), np.nan, means.errors.u_r),
+            "u_performance": np.where(once, np.nan, errors.u_p),
+            "u_resource": np.where(once & (amount.u is None), np.nan, errors.u_r),
             "sd_performance": means.sd_p,
             "sd_resource": means.sd_r,
         }
         if not (once.all() and (amount.u is None or np.isnan(amount.u).all())):
-            standing = pepr.standing(means.performance, means.resource, means.errors, bounds=fixed)
+            standing = pepr.standing(means.performance, means.resource, errors, bounds=fixed)
     scores = pepr.score(shown["performance"], shown["resource"], bounds=fixed, names=models)
     doubts: tuple[Doubt, ...] = ()
     without = None

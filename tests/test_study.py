@@ -19,6 +19,7 @@ from pepr_profiler.commands.compare import compare, parse_price
 from pepr_profiler.commands.score import score
 from pepr_profiler.errors import PeprError, TraceError, UsageError
 from pepr_profiler.index import Filter
+from pepr_profiler.ranking import Shared
 from pepr_profiler.report.ranking import ranking_data, render_ranking
 from pepr_profiler.store import Store
 from pepr_profiler.study import Study, load, read_bounds
@@ -195,6 +196,23 @@ def test_runs_on_one_board_share_its_gain_and_others_do_not(resource: str) -> No
     assert study.rank().u_pepr == pytest.approx(spread, rel=0.02, abs=1e-9)
     relative = np.hypot(0.08 * r, 6.0) / r
     assert study.rank().u_resource == pytest.approx(relative * study.rank().resource)
+
+
+def test_what_boards_share_is_the_same_as_a_table_of_all_runs_and_boards() -> None:
+    # given 40 errors that 300 runs of 25 models share, each a few of them
+    rng = np.random.default_rng(5)
+    table = np.where(rng.random((40, 300)) < 0.05, rng.normal(size=(40, 300)), 0.0)
+    lines, rows = np.nonzero(table)
+    shared = Shared(lines, rows, table[lines, rows])
+    model = rng.permutation(np.arange(300) % 25)
+    # then they move the runs, and their models' means, as that table does
+    assert shared.squares(300) == pytest.approx(np.sum(table**2, axis=0))
+    truth = pepr.average(model, np.ones(300), np.ones(300), shared=table).errors.shared
+    assert shared.means(model, np.bincount(model)) == pytest.approx(truth)
+    some = rng.permutation(300)[:100]
+    assert shared.at(some, 300).squares(100) == pytest.approx(np.sum(table[:, some] ** 2, axis=0))
+    assert Shared.none().squares(3).tolist() == [0, 0, 0]
+    assert Shared.none().means(model, np.bincount(model)).shape == (0, 25)
 
 
 # --- resources -----------------------------------------------------------------------------------
