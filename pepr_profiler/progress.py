@@ -223,6 +223,25 @@ def curve_of(
     )
 
 
+def curve_shown(summary: Mapping[str, Any]) -> Curve | None:
+    """The curve of a run that tells most: of two points or more, all of them in [0, 1].
+
+    It is that of its performance; where that was logged once, of what is called after it.
+
+    `val_accuracy` an epoch tells how `accuracy`, computed at the end, came about.
+    """
+    logged = (summary.get("progress") or {}).get("metrics") or {}
+    own = metric_of(summary)
+    named = str((summary.get("performance") or {}).get("metric") or "\0")
+    for metric in dict.fromkeys([own, *(name for name in logged if str(name).endswith(named))]):
+        curve = curve_of(summary, metric=metric) if metric is not None else None
+        if curve is not None and len(curve.performance) > 1:
+            low, high = float(curve.performance.min()), float(curve.performance.max())
+            if low >= 0 and high <= 1:
+                return curve
+    return None
+
+
 def scores_along(curve: Curve, bounds: pepr.Bounds | None = None) -> pepr.Scores:
     """PePR of the run as if it had been stopped at each point.
 

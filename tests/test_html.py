@@ -28,7 +28,9 @@ from benchmarks.report import make_run
 from pepr_profiler import pepr
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report.export import run_rows
-from pepr_profiler.report.html import embedded, run_page, study_page
+from pepr_profiler.report.html import embedded
+from pepr_profiler.report.run_page import run_page
+from pepr_profiler.report.study_page import study_page
 from pepr_profiler.study import Study
 from pepr_profiler.summary import with_timeline
 from pepr_profiler.trace import read_run, write_json
@@ -216,6 +218,69 @@ def test_data_for_the_script_cannot_end_its_element() -> None:
     text = str(embedded(value))
     assert not set("<>&\u2028\u2029") & set(text)
     assert json.loads(text) == value
+
+
+def recorded(name: str, seed: int, total_j: float, accuracy: float) -> dict[str, Any]:
+    """A whole summary, as far as a study's page reads it: three epochs on the way."""
+    energy_j = [total_j / 3, total_j / 2, total_j]
+    return {
+        "schema": 1,
+        "run_id": f"r-{name[:10]}-{seed}",
+        "name": name,
+        "experiment": name,
+        "host": name,
+        "complete": True,
+        "exit_code": 0,
+        "energy": {"total_j": total_j, "u_j": total_j / 10, "provenance": "measured"},
+        "time_s": 60.0 + seed,
+        "memory": {"peak_rss_bytes": 10**9, "gpu_peak_bytes": None},
+        "metrics": {"accuracy": accuracy, "parameters": 1000 * seed, name: 0.5 + seed / 100},
+        "performance": {"metric": "accuracy", "value": accuracy},
+        "progress": {
+            "t_s": [20.0, 40.0, 60.0],
+            "energy_j": energy_j,
+            "u_j": [x / 10 for x in energy_j],
+            "metrics": {"accuracy": [0.4, 0.5, accuracy], name: [0.1, 0.2, 0.5]},
+            "left_out": 0,
+        },
+    }
+
+
+def test_names_of_control_characters_break_no_figure_of_a_study() -> None:
+    # given runs with curves, whose names, hosts, experiments and metric move cursors, break lines
+    # and turn the direction of writing, as no XML may hold them
+    names = ["two\nlines\x1b[2J", "bell\x07\nand\x00nul", "\u202eback", HOSTILE, LONG]
+    runs = [recorded(name, seed, 10.0 * seed, 0.6) for seed, name in enumerate(names, start=1)]
+    for metric in (None, names[0]):
+        if metric is not None:
+            for run in runs:
+                run["metrics"][metric] = 0.5 + run["energy"]["total_j"] / 1000
+                run["progress"]["metrics"][metric] = [0.1, 0.2, 0.5]
+        # when
+        page = study_page(Study.from_runs(runs, group="none", metric=metric, resources=["time"]))
+        # then
+        assert not [c for c in page if ord(c) < 32 and c not in "\n\t"]
+        assert "\u202e" not in page and "<script>alert" not in page and LONG[:200] not in page
+        assert page.count("on the way</h3>") == 1
+
+
+def test_a_page_of_more_runs_than_it_can_show_has_their_means() -> None:
+    # given 1,200 repeats of three models
+    models = [f"m{i}" for i in range(3)]
+    runs = [
+        recorded(m, seed, 10.0 + i + seed, 0.5) for seed in range(400) for i, m in enumerate(models)
+    ]
+    study = Study.from_runs(runs, group="none")
+    by_id = {run["run_id"]: run for run in runs}
+    asked: list[str] = []
+    # when
+    page = study_page(study, load=lambda run_id: by_id[asked.append(run_id) or run_id])
+    few = study_page(Study.from_runs(runs[:30], group="none"))
+    # then it looks at one run of each, which tells the parameters, and shows no single runs
+    assert sorted(asked) == ["r-m0-0", "r-m1-0", "r-m2-0"]
+    assert "3 models, 1,200 runs" in page and "on the way" not in page
+    assert "single runs" in few and "single runs" not in page
+    assert page.count("<circle") + page.count("<use") < 200
 
 
 def test_a_study_too_large_to_read_is_refused_with_the_way_out() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -12,12 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cli import Cli, write_replay
 from sim.permissions import obey_permissions
 
-from pepr_profiler.errors import UsageError
-from pepr_profiler.store import Filter, Store, _map
+from pepr_profiler.columns import NUMBERS, TEXTS, Columns, Facts, Saved, write
+from pepr_profiler.errors import TraceError, UsageError
+from pepr_profiler.index import Filter, _map
+from pepr_profiler.store import Store
 
 Make = Callable[..., Path]
 
@@ -122,10 +127,13 @@ def test_rows_tell_of_each_run_what_its_summary_does(store: Store, make: Make) -
         # then a row is the same in short
         for row, run in zip(found.rows, found, strict=True):
             energy, performance = run["energy"], run["performance"]
-            assert row.directory == run["run_id"]
-            assert (row.duration_s, row.exit_code) == (run["duration_s"], run["exit_code"])
-            assert (row.total_j, row.u_j) == (energy["total_j"], energy["u_j"])
-            assert row.performance == (performance and list(performance.values()))
+            assert (row.run_id, row.started_at) == (run["run_id"], run["started_at"])
+            numbers = (row.duration_s, row.exit_code, row.total_j, row.u_j, row.performance)
+            assert [None if math.isnan(x) else x for x in numbers] == [
+                *(run["duration_s"], run["exit_code"], energy["total_j"], energy["u_j"]),
+                performance and performance["value"],
+            ]
+            assert row.metric == (performance and performance["metric"])
         assert [row.state for row in found.rows] == ["done", "failed", "done"]
     assert store.index_path.exists()
 
@@ -172,16 +180,114 @@ def test_damaged_index_costs_nothing_but_time(store: Store, make: Make, content:
     assert sorted(path.name for path in store.path.iterdir()) == ["index", "runs"]
 
 
-def test_index_with_any_byte_changed_is_not_believed(store: Store, make: Make) -> None:
-    make("a-1")
-    told = list(store.find())
+@pytest.mark.parametrize("spoil", ["cut", "longer", "flip", "none"])
+def test_torn_index_is_no_index(store: Store, make: Make, spoil: str) -> None:
+    # given an index of two runs, of which one byte too few, too many or wrong was written
+    make("a-1", started_at=began(1), name="one")
+    make("b-1", started_at=began(2), name="two")
+    store.find()
     whole = store.index_path.read_bytes()
-    for at in range(0, len(whole), 7):
-        store.index_path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        assert list(store.find()) == told, at
-    for size in range(0, len(whole), 7):
-        store.index_path.write_bytes(whole[:size])
-        assert list(store.find()) == told, size
+    at = whole.index(b'"two"') + 1  # among the names
+    spoilt = {
+        "cut": whole[:-1],
+        "longer": whole + b" ",
+        "flip": whole[:at] + b"T" + whole[at + 1 :],
+        "none": whole,
+    }
+    store.index_path.write_bytes(spoilt[spoil])
+    # then what is listed is what the runs say, and the index is as it was
+    assert [row.run_id for row in store.find().rows] == ["a-1", "b-1"]
+    assert store.find(Filter(name="two")).ids == ["b-1"]
+    assert store.index_path.read_bytes() == whole
+
+
+def test_what_was_found_can_be_read_though_the_index_is_replaced_or_gone(
+    store: Store, make: Make
+) -> None:
+    for day in range(1, 4):
+        make(f"n-{day}", started_at=began(day), metrics={"accuracy": day / 10})
+    store.find()
+    found, again = store.find(), store.find()
+    # when another writer puts an index of other runs in its place
+    make("late", started_at=began(9))
+    store.find()
+    assert [run["metrics"]["accuracy"] for run in found] == [0.1, 0.2, 0.3]
+    # and when a file server loses the old one: here it is emptied where it lies
+    last = store.find()
+    os.truncate(store.index_path, 0)
+    assert [run["run_id"] for run in last] == ["n-1", "n-2", "n-3", "late"]
+    assert last[1]["metrics"] == {"accuracy": 0.2}
+    # but a run that has gone too is named
+    shutil.rmtree(store.runs_path / "n-2")
+    with pytest.raises(TraceError, match="n-2 cannot be read any more"):
+        last[1]
+    assert again[-1]["run_id"] == "n-3" and [run["run_id"] for run in again[1:]] == ["n-2", "n-3"]
+
+
+def random_facts(number: int) -> Facts:
+    """Facts of a run that has any number of metrics and devices, and unknown ones."""
+    draw = random.Random(number)
+    metrics = {f"m{draw.randrange(5)}": (draw.choice([draw.random(), math.nan]),) for _ in range(4)}
+    errors = [(f"d{draw.randrange(3)}", (draw.random(), 0.0, 1.0)) for _ in range(number % 4)]
+    texts = [draw.choice([None, "", "x", "\U0001f50b\n", f"own-{number}"]) for _ in TEXTS]
+    command = draw.choice([None, [], ["python", "train.py"]])
+    numbers = [draw.choice([math.nan, 0.0, -1e300, draw.random()]) for _ in NUMBERS]
+    return Facts(texts, numbers, command, list(metrics.items()), errors)
+
+
+def told(columns: Columns, row: int) -> tuple[Any, ...]:
+    """What columns say of a run, in a form that can be compared; the repr of NaN is equal."""
+    ragged = []
+    for part in (columns.metrics, columns.errors):
+        at = np.flatnonzero(part.rows == row)
+        labels = [part.label.values[code] for code in part.label.codes[at]]
+        ragged.append([*zip(labels, part.values[:, at].T.tolist(), strict=True)])
+    texts = [columns.text(key, row) for key in TEXTS]
+    numbers = [float(columns.numbers[key][row]) for key in NUMBERS]
+    command = columns.commands[row]
+    return (texts, repr(numbers), command and list(command), repr(ragged))
+
+
+def as_told(facts: Facts) -> tuple[Any, ...]:
+    ragged = [[(label, [*values]) for label, values in x] for x in (facts.metrics, facts.errors)]
+    command = facts.command and list(facts.command)
+    return (list(facts.texts), repr([*facts.numbers]), command, repr(ragged))
+
+
+def test_columns_tell_of_each_run_what_its_facts_do_picked_joined_and_saved(tmp_path: Path) -> None:
+    # given facts of 60 runs as two lots of columns, one behind the other, of which some are picked
+    facts = [random_facts(number) for number in range(60)]
+    both = Columns.of(facts[:25]).followed_by(Columns.of(facts[25:]))
+    order = np.array(random.Random(7).sample(range(60), 40))
+    picked = both.at(order)
+    # when they are written and read back
+    stamps = np.arange(5 * len(order), dtype=np.int64).reshape(-1, 5)
+    texts = [b"%d" % i * (i % 3) for i in order]
+    write(tmp_path / "index", picked, stamps, texts)
+    saved = Saved.open(tmp_path / "index")
+    # then all of them say what the facts do
+    assert saved is not None and saved.stamps.tolist() == stamps.tolist()
+    for row, number in enumerate(order.tolist()):
+        assert told(both, number) == as_told(facts[number])
+        assert told(picked, row) == told(saved.columns, row) == as_told(facts[number])
+        assert saved.text(row) == texts[row]
+    # and a metric, groups and equality are those of a look at each
+    metric = [dict(f.metrics).get("m1", (math.nan,))[0] for f in facts]
+    assert repr(both.metric("m1").tolist()) == repr(metric)
+    names = [f.texts[TEXTS.index("name")] for f in facts]
+    groups = {name: [i for i, x in enumerate(names) if x == name] for name in dict.fromkeys(names)}
+    found = {name: rows.tolist() for name, rows in both.texts["name"].groups().items()}
+    assert list(found.items()) == list(groups.items())
+    assert both.texts["name"].equal("x").tolist() == [name == "x" for name in names]
+
+
+def test_columns_of_nothing_are_saved_and_joined(tmp_path: Path) -> None:
+    none = Columns.of([])
+    write(tmp_path / "index", none, np.empty((0, 5), np.int64), [])
+    saved = Saved.open(tmp_path / "index")
+    assert saved is not None and len(saved.columns) == 0
+    some = saved.columns.followed_by(Columns.of([random_facts(3)]))
+    assert told(some, 0) == as_told(random_facts(3))
 
 
 LIST = "import sys; from pathlib import Path; from pepr_profiler.store import Store; "
@@ -310,12 +416,21 @@ def test_what_cannot_be_read_is_named_with_its_reason(store: Store, make: Make) 
         assert "good-1" in why["again-1"]
         assert "schema 2" in why["newer-1"]
         assert "no run.json" in why["bare-1"]
-        assert "energy.total_j is 'much'" in why["odd-1"]
+        assert "not a summary" in why["odd-1"]
         assert all(bad.fix for bad in found.damaged)
     # and one that is repaired is a run again
     shutil.copy(store.runs_path / "good-1" / "run.json", store.runs_path / "torn-1")
     change(store.runs_path / "torn-1", run_id="torn-1", host="elsewhere")
     assert set(store.find().ids) == {"good-1", "torn-1"}
+
+
+def test_copy_is_named_only_where_it_would_have_counted(store: Store, make: Make) -> None:
+    make("net-1", experiment="e")
+    make("again-1", run_id="net-1", experiment="e")
+    make("other-1", experiment="f", started_at=began(1))
+    for _ in ("read", "from the index"):
+        assert [bad.run_id for bad in store.find(Filter(experiment="e")).damaged] == ["again-1"]
+        assert store.find(Filter(experiment="f")).damaged == ()
 
 
 def test_original_is_the_run_whatever_its_copy_is_called(store: Store, make: Make) -> None:

@@ -18,8 +18,10 @@ from pepr_profiler import pepr
 from pepr_profiler.commands.compare import compare, parse_price
 from pepr_profiler.commands.score import score
 from pepr_profiler.errors import PeprError, TraceError, UsageError
+from pepr_profiler.index import Filter
+from pepr_profiler.ranking import Shared
 from pepr_profiler.report.ranking import ranking_data, render_ranking
-from pepr_profiler.store import Filter, Store
+from pepr_profiler.store import Store
 from pepr_profiler.study import Study, load, read_bounds
 
 PAPER = Path(__file__).resolve().parents[2] / "shared" / "paper"
@@ -194,6 +196,23 @@ def test_runs_on_one_board_share_its_gain_and_others_do_not(resource: str) -> No
     assert study.rank().u_pepr == pytest.approx(spread, rel=0.02, abs=1e-9)
     relative = np.hypot(0.08 * r, 6.0) / r
     assert study.rank().u_resource == pytest.approx(relative * study.rank().resource)
+
+
+def test_what_boards_share_is_the_same_as_a_table_of_all_runs_and_boards() -> None:
+    # given 40 errors that 300 runs of 25 models share, each a few of them
+    rng = np.random.default_rng(5)
+    table = np.where(rng.random((40, 300)) < 0.05, rng.normal(size=(40, 300)), 0.0)
+    lines, rows = np.nonzero(table)
+    shared = Shared(lines, rows, table[lines, rows])
+    model = rng.permutation(np.arange(300) % 25)
+    # then they move the runs, and their models' means, as that table does
+    assert shared.squares(300) == pytest.approx(np.sum(table**2, axis=0))
+    truth = pepr.average(model, np.ones(300), np.ones(300), shared=table).errors.shared
+    assert shared.means(model, np.bincount(model)) == pytest.approx(truth)
+    some = rng.permutation(300)[:100]
+    assert shared.at(some, 300).squares(100) == pytest.approx(np.sum(table[:, some] ** 2, axis=0))
+    assert Shared.none().squares(3).tolist() == [0, 0, 0]
+    assert Shared.none().means(model, np.bincount(model)).shape == (0, 25)
 
 
 # --- resources -----------------------------------------------------------------------------------
@@ -722,6 +741,75 @@ def test_a_study_of_a_store_has_flat_rows_for_a_data_frame(store: Path) -> None:
     assert study.scores[None, "energy"].bounds == study.bounds[None, "energy"] == (1000.0, 5000.0)
     with pytest.raises(UsageError, match="no ranking by time"):
         study.rank("time")
+
+
+def test_a_study_through_the_index_is_that_of_the_summaries_to_the_bit(tmp_path: Path) -> None:
+    # given runs of two experiments, some without a name, on two boards whose errors they share
+    rng = np.random.default_rng(3)
+    runs = []
+    for number in range(60):
+        j = float(rng.lognormal(5, 1))
+        run = run_summary(
+            f"m{number % 7}" if number % 3 else "train",
+            number,
+            run_id=f"r-{number}",
+            experiment="one" if number % 2 else None,
+            command=["python", "train.py", f"--width={number % 5}", "--seed", str(number)],
+            energy=on_board("AB"[number % 4 // 2], j, gain_j=0.04 * j, own_j=0.01 * j),
+            metrics={"accuracy": float(rng.random()), "f1": 0.5} if number % 11 else {"f1": 1},
+            performance={"metric": "f1", "value": 0.75},
+            carbon={"g_co2e": j * 1e-4},
+            time_s=float(rng.random()),
+            memory={"peak_rss_bytes": 10**9 + number, "gpu_peak_bytes": None},
+        )
+        runs.append(run | {"exit_code": 1} if number % 13 == 0 else run)
+        stored(tmp_path, runs[-1])
+    runs.sort(key=lambda run: (run["started_at"], run["run_id"]))  # as a store has them
+    every_option: list[dict[str, Any]] = [
+        {"resources": ["energy", "carbon", "time", "memory", "f1", "cost"]},
+        {"group": "none"},
+        {"group": "host", "metric": "f1"},
+    ]
+    for options in every_option:
+        expected = Study.from_runs(runs, price=(0.3, "EUR"), **options)
+        for _ in ("read", "from the index"):
+            # when
+            study = Study.from_store(tmp_path, price=(0.3, "EUR"), **options)
+            # then
+            assert [ranking_data(r) for r in study.rankings] == [
+                ranking_data(r) for r in expected.rankings
+            ]
+            assert study.left_out == expected.left_out and len(study.left_out) == 5
+            assert [r["run_id"] for r in study.runs] == [r["run_id"] for r in expected.runs]
+
+
+def test_what_is_left_of_a_cohort_too_small_says_what_was_left_out() -> None:
+    runs = [run_summary("a"), run_summary("b", energy=energy(9.0), complete=False)]
+    with pytest.raises(UsageError, match="one row is no cohort") as refused:
+        Study.from_runs(runs)
+    assert "left out b-1: incomplete" in refused.value.why
+
+
+def test_a_run_of_odd_parts_is_left_out_with_the_reason() -> None:
+    odd = run_summary("odd", energy={"total_j": 5.0, "components": [{"budget": {}}]})
+    study = Study.from_runs([run_summary("a"), run_summary("b", energy=energy(9.0)), odd])
+    assert study.rank().names == ("a", "b")
+    ((who, why),) = study.left_out
+    assert who == "odd-1" and "no summary" in why
+
+
+def test_runs_without_an_experiment_join_the_experiment_that_is_called_so() -> None:
+    runs = [
+        measured("a", 1, 1.0, 0.5, experiment=None),
+        measured("b", 1, 2.0, 0.5, experiment="no experiment"),
+        measured("c", 1, 3.0, 0.5, experiment="another"),
+        measured("d", 1, 4.0, 0.5, experiment="another"),
+    ]
+    study = Study.from_runs(runs)
+    assert [(r.group, r.names) for r in study.rankings] == [
+        ("no experiment", ("a", "b")),
+        ("another", ("c", "d")),
+    ]
 
 
 def test_a_table_of_arrays_is_a_study() -> None:

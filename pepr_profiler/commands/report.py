@@ -79,7 +79,7 @@ def _rendered(summary: dict[str, Any], timeline: Timeline, form: str) -> str | b
     if form == "json":
         return json.dumps(summary, indent=1, allow_nan=False) + "\n"
     if form == "html":
-        from pepr_profiler.report.html import run_page
+        from pepr_profiler.report.run_page import run_page
 
         return run_page(summary, timeline)
     if form in FIGURES:

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pepr_profiler.columns import STATES, state_of
 from pepr_profiler.commands import complain, store_option
 from pepr_profiler.errors import UsageError
-from pepr_profiler.store import STATES, Filter, Store, state_of
+from pepr_profiler.index import Filter
+from pepr_profiler.store import Store
 from pepr_profiler.units import format_duration, format_quantity, format_with_u
 
 if TYPE_CHECKING:
-    from pepr_profiler.store import Damaged, Row
+    from pepr_profiler.index import Damaged, Row
 
 _FACTS = ("name", "experiment")
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -118,12 +120,12 @@ def list_runs(*, wanted: Filter, as_json: bool, store: Path | None) -> None:
 
 
 def _line(row: Row) -> str:
-    code = row.exit_code
-    state = "attached" if code is None else f"exit {code}"  # whose end is not ours to know
+    # No exit code: it was attached to, and its end is not ours to know.
+    state = "attached" if math.isnan(row.exit_code) else f"exit {row.exit_code:.0f}"
     state = "incomplete" if row.state == "incomplete" else state
     joules, duration = format_with_u(row.total_j, row.u_j, "J"), format_duration(row.duration_s)
-    metric = f"{row.performance[0]} {row.performance[1]:g}" if row.performance else ""
-    text = f"{row.directory:<28} {row.started_at[:16]}  {duration:>11}  {joules:>18}  {state:<10} "
+    metric = "" if row.metric is None else f"{row.metric} {row.performance:g}"
+    text = f"{row.run_id:<28} {row.started_at[:16]}  {duration:>11}  {joules:>18}  {state:<10} "
     return f"{_plain(text + metric).rstrip()}\n"
 
 

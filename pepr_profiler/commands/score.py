@@ -22,7 +22,8 @@ from pepr_profiler.units import parse_bounds
 
 if TYPE_CHECKING:
     from pepr_profiler import pepr
-    from pepr_profiler.study import Limits, Study
+    from pepr_profiler.ranking import Limits
+    from pepr_profiler.study import Study
 
 # A resource divided by one of these columns is a rate (energy: a mean power), which rows of one
 # cohort share to within a small factor. Only where --time does not say which.
@@ -255,11 +256,11 @@ def _rendered(
     from pepr_profiler.report.export import FIGURES, ranking_table
 
     if form == "html":
-        from pepr_profiler.report.html import study_page
+        from pepr_profiler.report.study_page import study_page
 
         return study_page(study, load=load)
     if form in FIGURES:
-        from pepr_profiler.report.html import study_figure
+        from pepr_profiler.report.study_page import study_figure
 
         return study_figure(study, form)
     return ranking_table(study.rows(), form)

@@ -146,10 +146,10 @@ def ranking_table(rows: Sequence[Mapping[str, Any]], form: str) -> bytes:
             amount = format_with_u(r["resource"], u, r["unit"]) if u is not None else amount
         cells.append(
             [
-                *([str(r["group"] or "")] if several else []),
+                *([_cut(r["group"] or "")] if several else []),
                 r["label"],
                 str(r["rank"]),
-                str(r["name"]),
+                _cut(r["name"]),
                 str(r["n"]),
                 f"{r['performance']:.3f}",
                 amount,
@@ -169,6 +169,14 @@ _TEX = {
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$", "µ": r"\textmu{}", "…": r"\ldots{}",
 }  # fmt: skip
+
+
+_CELL = 80
+
+
+def _cut(text: Any) -> str:
+    """A name for a table that is to be set: the other forms have it whole."""
+    return str(text) if len(str(text)) <= _CELL else f"{str(text)[: _CELL - 1]}…"
 
 
 def latex(heads: Sequence[str], rows: Sequence[Sequence[str]], *, align: str) -> bytes:

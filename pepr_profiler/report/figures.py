@@ -435,7 +435,9 @@ def _label_right(axes: Axes, marks: Sequence[tuple[float, str, str]], width: flo
     if over > 0:
         places = [y - over for y in places]
     for place, (_, label, color) in zip(places, sorted(marks, key=lambda m: m[0]), strict=True):
-        shown = plain(label, 20 if width > NARROW else 13) if "\n" not in label else label
+        lines = label.split("\n")
+        longest = (20 if width > NARROW else 13) if len(lines) == 1 else 40
+        shown = "\n".join(plain(line, longest) for line in lines)
         axes.annotate(
             shown, (1.0, place), xycoords=("axes fraction", "data"), xytext=(6, 0),
             textcoords="offset points", va="center", color=color, fontsize=9, fontweight="bold",
@@ -562,8 +564,8 @@ def _prepare(axes: Axes, points: Points, width: float) -> None:
     low, high = float(all_y.min()), float(all_y.max())
     pad = max(0.02, 0.14 * (high - low))
     axes.set_ylim(max(0.0, low - pad), min(1.03, high + pad))
-    axes.set_xlabel(points.x_label, loc="right")
-    axes.set_title(points.y_label, loc="left", fontsize=9, color=_MUTED, pad=16)
+    axes.set_xlabel(plain(points.x_label, 60), loc="right")
+    axes.set_title(plain(points.y_label, 60), loc="left", fontsize=9, color=_MUTED, pad=16)
     axes.grid(axis="y")
     axes.spines["left"].set_visible(False)
 
@@ -706,7 +708,7 @@ def progress_curves(
         marks = [
             (
                 float(c.performance[-1]),
-                name if names.index(name) < len(cycle) else f"{plain(name, 10)} (dashed)",
+                plain(name) if names.index(name) < len(cycle) else f"{plain(name, 10)} (dashed)",
                 cycle[names.index(name) % len(cycle)],
             )
             for name, c in ends.items()

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from pepr_profiler import units
-from pepr_profiler.study import Ranking, flat_rows
+from pepr_profiler.ranking import Ranking, flat_rows
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _HEADING_CELLS = 12  # a column's heading is cut here; names of metrics can be long
+_LABEL_CELLS = 17  # PePR-parameters
 _NAME_CELLS = (8, 14)  # what a name keeps at least, and before a bar is drawn
 _BAR_CELLS = (5, 20)
 
@@ -39,7 +40,7 @@ def render_ranking(ranking: Ranking, *, width: int = 80, color: bool = False) ->
             [_amount(r, ranking.unit) for r in ranking.resource],
         ),
         ("R  " + pad, [f"{r:.3f}{m or pad}" for r, m in zip(scores.r_norm, marks, strict=True)]),
-        (ranking.label, _score_cells(ranking)),
+        (_short(ranking.label, _LABEL_CELLS), _score_cells(ranking)),
     ]
     if ranking.repeated and ranking.n is not None:
         columns.insert(0, ("n", [str(n) for n in ranking.n]))

@@ -1,0 +1,401 @@
+"""The page of one run: what it took over time, of which sources and in which phases."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from pepr_profiler import progress
+from pepr_profiler.report import figures
+from pepr_profiler.report.html import clip, render
+from pepr_profiler.summary import Timeline
+from pepr_profiler.units import (
+    J_PER_WH,
+    UNKNOWN,
+    format_duration,
+    format_quantity,
+    format_with_u,
+)
+
+_MOST_PHASES = 60
+
+_CAUSES = {
+    "gain_j": ("gain", "the scale of the sensor, which is fixed for its board"),
+    "offset_j": ("offset", "what the sensor adds at any power, fixed for its board"),
+    "model_j": ("model", "no sensor: a power model of the processor and the memory"),
+    "edges_j": ("edges", "the sensor refreshes now and then, not when the run begins and ends"),
+    "duty_j": ("duty cycle", "the sensor looks at a part of each refresh period only"),
+    "lag_j": ("lag", "readings trail the truth"),
+    "quantisation_j": ("steps", "the sensor counts in steps"),
+    "gaps_j": ("gaps", "times without a reading"),
+    "aliasing_j": ("aliasing", "the load repeats nearly in step with the sensor"),
+    "attribution_j": ("sharing", "the job's part of what others used too, told by their use"),
+}
+
+
+def run_page(summary: Mapping[str, Any], timeline: Timeline) -> str:
+    """The page of one run, from its summary and the run over time."""
+    energy = summary["energy"]
+    total = energy.get("total_j"), energy.get("u_j")
+    whole = energy.get("scope") == "device"  # all that the devices took, whoever used them
+    whose = "The devices'" if whole else "This job's"
+    status, status_class = _status(summary)
+    name = clip(str(summary.get("name") or summary["run_id"]), 120)
+    shown_energy = format_with_u(*total, "J")
+    steps = figures.step_text(timeline)
+    duration_s = float(timeline.edges_s[-1])
+    charts = {
+        "power": figures.chart(
+            "power",
+            "Power over time by component",
+            f"{whose} power was {format_quantity(energy.get('mean_w'), 'W')} on average over "
+            f"{format_duration(duration_s)}. The table of components has the numbers.",
+            lambda width: figures.power_over_time(timeline, width),
+        ),
+        "energy": figures.chart(
+            "energy",
+            "Energy so far",
+            f"{whose} energy rises to {shown_energy}.",
+            lambda width: figures.energy_over_time(timeline, width),
+        ),
+    }
+    if timeline.components:
+        charts["devices"] = figures.chart(
+            "devices",
+            "Power of each device",
+            "One panel a device. The table of components has mean and highest power.",
+            lambda width: figures.devices_over_time(timeline, width),
+        )
+    curve = progress.curve_shown(summary)
+    if curve is not None:
+        charts["progress"] = figures.chart(
+            "progress",
+            "Performance against energy",
+            "The performance that was reached, over the energy spent until then.",
+            lambda width: figures.progress_curves([curve], width=width),
+        )
+    hatched = any(c.gaps_s for c in timeline.components if c.in_total)
+    phases = summary.get("phases") or []
+    return render(
+        "run.html",
+        scripts=["theme.js"],
+        run=summary,
+        name=name,
+        status=status,
+        status_class=status_class,
+        started=_instant(summary.get("started_at")),
+        duration=format_duration(summary.get("duration_s")),
+        command=clip(shlex.join(summary.get("command") or []), 2000),
+        energy=shown_energy,
+        energy_note=_energy_note(energy),
+        provenance=energy.get("provenance") or "",
+        facts=list(_facts(summary)),
+        warnings=summary.get("warnings") or [],
+        missing=summary.get("missing") or [],
+        charts=charts,
+        power_caption=(
+            f"{whose} power, its components on top of each other. "
+            + steps.partition(";")[0].rstrip(".")
+            + "."
+            + (" Below: its phases." if phases else "")
+            + (
+                " Hatched: times without a reading; what is drawn there is no reading."
+                if hatched
+                else ""
+            )
+        ),
+        whole=whole,
+        energy_caption=f"{whose} energy since the beginning. The band is ± u, k = 2: it holds the "
+        "truth with 95 % probability.",
+        devices_caption="The whole device's power as a line. "
+        + (
+            steps
+            if any(c.low_w is not None for c in timeline.components)
+            else f"{steps} The area is what is counted of it."
+        ),
+        progress=_progress_text(curve),
+        components=list(_components(energy)),
+        phases=list(_phases(phases, total)),
+        more_phases=max(0, len(phases) - _MOST_PHASES),
+        budget=list(_budget(energy)),
+        cross_checks=list(_cross_checks(energy)),
+        metrics=_metrics(summary),
+        method=list(_method(summary)),
+        quality=_quality(summary),
+    )
+
+
+def _status(summary: Mapping[str, Any]) -> tuple[str, str]:
+    if not summary.get("complete"):
+        return "incomplete: it was killed or still runs", "incomplete"
+    code = summary.get("exit_code")
+    if code is None:
+        return "", ""
+    return ("finished", "ok") if code == 0 else (f"failed, exit status {code}", "failed")
+
+
+def _instant(text: Any) -> str:
+    try:
+        return datetime.fromisoformat(str(text)).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return "at an unknown time"
+
+
+def _energy_note(energy: Mapping[str, Any]) -> str:
+    total_j = energy.get("total_j")
+    if total_j is None:
+        return "no component could be measured or modelled"
+    text = f"{format_quantity(total_j / J_PER_WH, 'Wh')}"
+    if energy.get("provenance") == "modelled":
+        text += "; an estimate from utilisation, as no sensor could be read"
+    elif energy.get("provenance") == "mixed":
+        text += "; modelled rows are estimates, as there is no sensor for them"
+    return text
+
+
+def _facts(summary: Mapping[str, Any]) -> Iterable[dict[str, str]]:
+    def fact(name: str, value: str, more: str = "") -> dict[str, str]:
+        return {"name": name, "value": value, "more": more}
+
+    yield fact("Mean power", format_quantity(summary["energy"].get("mean_w"), "W"))
+    yield fact("Time", format_duration(summary.get("time_s")))
+    performance = summary.get("performance")
+    if performance:
+        yield fact(
+            clip(str(performance["metric"]), 40), _number(performance["value"]), "performance"
+        )
+    carbon = summary.get("carbon")
+    if carbon:
+        year = f" {carbon['year']}" if carbon.get("year") is not None else ""
+        yield fact(
+            "Carbon",
+            f"{format_quantity(carbon.get('g_co2e'), 'g')} CO₂e",
+            f"{carbon['intensity_g_per_kwh']:.4g} g/kWh, PUE {carbon['pue']:.2f}; "
+            f"{clip(str(carbon['source']), 120)}{year}",
+        )
+    else:
+        yield fact("Carbon", UNKNOWN, "say where it ran: --region CODE")
+    memory = summary.get("memory") or {}
+    gpu_bytes = memory.get("gpu_peak_bytes")
+    yield fact(
+        "Peak memory",
+        format_quantity(memory.get("peak_rss_bytes"), "B"),
+        f"and {format_quantity(gpu_bytes, 'B')} on GPUs" if gpu_bytes is not None else "",
+    )
+
+
+_SOURCES = {
+    "nvml-energy": "NVML energy counter",
+    "nvml-power-average": "NVML power, averaged",
+    "nvml-power": "NVML power",
+    "nvml-power-instant": "NVML power, instant",
+    "powercap": "RAPL by powercap",
+    "perf": "RAPL by perf",
+    "utilisation": "modelled from utilisation",
+    "installed-memory": "modelled from installed memory",
+}
+
+
+def _components(energy: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    total = energy.get("total_j"), energy.get("u_j")
+    kinds = list(figures.KIND_COLORS)
+    counted = "device_j" if energy.get("scope") == "device" else "job_j"
+
+    def place(c: Mapping[str, Any]) -> tuple[bool, int, str]:
+        kind = kinds.index(c["kind"]) if c["kind"] in kinds else len(kinds)
+        return not c["in_total"], kind, str(c.get("label"))
+
+    for c in sorted(energy.get("components") or [], key=place):
+        share = _ratio(c.get(counted), total[0]) if c["in_total"] else None
+        known = c.get(counted) is not None
+        source = clip(_SOURCES.get(c["source"], str(c["source"])), 60)
+        yield {
+            "name": figures.component_name(str(c["kind"]), str(c.get("label") or c["id"])),
+            "kind": c["kind"] if c["kind"] in figures.KIND_COLORS else "other",
+            "in_total": c["in_total"],
+            "excluded": c.get("excluded") or ("" if known else "unknown"),
+            "energy": format_with_u(c.get(counted), c.get("u_j"), "J", like=_like(total, c)),
+            "share": _percent(share),
+            "percent": f"{100 * share:.2f}" if share is not None else "0",
+            "others": _rest(c, "others_j"),
+            "idle": _rest(c, "idle_j"),
+            "mean": format_quantity(c.get("mean_w"), "W"),
+            "highest": format_quantity(c.get("max_w"), "W"),
+            "source": source,
+        }
+
+
+def _rest(component: Mapping[str, Any], key: str) -> str:
+    """A share; what is left of rounding the device's energy is none."""
+    value, device_j = component.get(key), component.get("device_j")
+    if value is not None and device_j is not None and abs(value) < 1e-9 * device_j:
+        value = 0.0
+    return format_quantity(value, "J")
+
+
+def _like(total: tuple[Any, Any], component: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    return total if component["in_total"] else None
+
+
+def _phases(
+    phases: Sequence[Mapping[str, Any]], total: tuple[float | None, float | None]
+) -> Iterable[dict[str, Any]]:
+    for p in sorted(phases, key=lambda p: -(p["energy_j"] or 0.0))[:_MOST_PHASES]:
+        share = _ratio(p["energy_j"], total[0])
+        yield {
+            "name": str(p["name"]),
+            "energy": format_with_u(p["energy_j"], p["u_j"], "J", like=total),
+            "share": _percent(share),
+            "percent": f"{min(100.0, 100 * share):.2f}" if share is not None else "0",
+            "time": format_duration(p["duration_s"]),
+            "mean": format_quantity(_ratio(p["energy_j"], p["duration_s"]), "W"),
+            "count": f"{p['count']:,}",
+        }
+
+
+def _budget(energy: Mapping[str, Any]) -> Iterable[dict[str, str]]:
+    """Causes by size; of several devices one cause's parts add in squares, as the total does."""
+    budgets = [
+        c["budget"] for c in energy.get("components") or [] if c["in_total"] and c.get("budget")
+    ]
+    causes = {
+        cause: 2 * math.hypot(*(budget.get(cause, 0.0) for budget in budgets)) for cause in _CAUSES
+    }
+    largest = max(causes.values(), default=0.0)
+    if not budgets or largest <= 0:
+        return
+    for cause, u_j in sorted(causes.items(), key=lambda item: -item[1]):
+        if u_j > 0.001 * largest:
+            name, what = _CAUSES[cause]
+            yield {
+                "cause": name,
+                "u": f"± {format_quantity(u_j, 'J')}",
+                "percent": f"{100 * u_j / largest:.1f}",
+                "what": what,
+            }
+
+
+def _cross_checks(energy: Mapping[str, Any]) -> Iterable[str]:
+    """What a second sensor says: those that disagree by name, the others in one sentence."""
+    agreeing = []
+    for c in energy.get("components") or []:
+        check = c.get("cross_check")
+        if check and abs(check["difference_j"]) <= check["u_j"]:
+            agreeing.append(check)
+        elif check:
+            name = figures.component_name(str(c["kind"]), str(c.get("label") or c["id"]))
+            yield (
+                f"Cross-check: the power readings of {clip(name, 60)}, integrated, are "
+                f"{format_quantity(check['difference_j'], 'J')} from its energy counter; "
+                f"± {format_quantity(check['u_j'], 'J')} would be usual."
+            )
+    if agreeing:
+        most = max(agreeing, key=lambda check: abs(check["difference_j"]))
+        devices = "one device" if len(agreeing) == 1 else f"{len(agreeing)} devices"
+        yield (
+            f"Cross-check: the power readings of {devices}, integrated, agree with the energy "
+            f"counters: at most {format_quantity(abs(most['difference_j']), 'J')} apart, where "
+            f"± {format_quantity(most['u_j'], 'J')} is usual."
+        )
+
+
+def _metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    performance = (summary.get("performance") or {}).get("metric")
+    return [
+        {"name": name, "value": _number(value), "performance": name == performance}
+        for name, value in (summary.get("metrics") or {}).items()
+    ][:100]
+
+
+def _method(summary: Mapping[str, Any]) -> Iterable[str]:
+    energy = summary["energy"]
+    added = [c for c in energy.get("components") or [] if c["in_total"]]
+    sources = {str(c["source"]) for c in added}
+    if any(s in sources for s in ("powercap", "perf", "nvml-energy")):
+        yield (
+            "Where a device counts its own energy, the energy is the difference of two counter "
+            "values: a sample that is missed costs resolution, never joules. Wraps of the counter "
+            "are undone."
+        )
+    if any(s.startswith("nvml-power") for s in sources) or any(
+        s.startswith("hwmon") for s in sources
+    ):
+        yield (
+            "Where a device reports power only, its readings are integrated over time, shifted "
+            "back by what they trail the truth: 0.5 s where they are averages over a second, 0.3 "
+            "of their refresh period elsewhere, where that period can be seen."
+        )
+    if any(c["provenance"] == "modelled" for c in added):
+        yield (
+            "Where there is no sensor, power is modelled: for the processor from its recorded busy "
+            "time, with the watts per CPU of servers of its generation; for the memory from its "
+            "size, of which the job is given the part that it had in use. Such an estimate carries "
+            "± 50 % or more. Two runs on one machine share most of that error, so they compare "
+            "better than the ± says."
+        )
+    if any(c["kind"] in ("cpu", "dram", "gpu") for c in added):
+        yield (
+            "A device is shared with whatever else ran on it. What it took above its idle draw "
+            "belongs to those who used it, in proportion to their use: busy CPU time for "
+            "processors and memory, SM utilisation for a GPU. The idle draw is theirs for as long "
+            "as it was in use; else it belongs to whoever holds the GPU, or to nobody and is "
+            "called idle."
+        )
+    yield (
+        "Every ± is an expanded uncertainty, k = 2, after the Guide to the expression of "
+        "uncertainty in measurement (JCGM 100:2008). The facts about sensors, and their sources, "
+        "are in the project's docs/measurement.md; the score for comparing runs is PePR, arXiv "
+        "2403.12562."
+    )
+
+
+def _quality(summary: Mapping[str, Any]) -> str:
+    sampler = summary.get("sampler") or {}
+    samples = sampler.get("samples")
+    text = "an unknown number of samples" if samples is None else f"{samples:,} samples"
+    rates = {name: rate for name, rate in (sampler.get("rate_hz") or {}).items() if rate}
+    if rates:
+        text += " (" + ", ".join(f"{name} {rate:.4g} Hz" for name, rate in rates.items()) + ")"
+    for key in ("dropped", "late", "failed_reads"):
+        if sampler.get(key) is not None:
+            text += f", {sampler[key]:,} {key.replace('_', ' ')}"
+    if sampler.get("cpu_s") is not None:
+        text += f"; the profiler itself used {format_duration(sampler['cpu_s'])} of CPU time"
+        if sampler.get("cpu_fraction") is not None:
+            text += f" ({sampler['cpu_fraction']:.1%} of one CPU)"
+    return f"Recording {clip(str(summary['run_id']), 80)}: {text}."
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or not whole else part / whole
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{fraction:.1%}"
+
+
+def _number(value: Any) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return UNKNOWN
+    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e5 else f"{value:,.0f}"
+
+
+def _progress_text(curve: progress.Curve | None) -> dict[str, Any] | None:
+    if curve is None:
+        return None
+    lines = []
+    stop = progress.best_stop(curve)
+    if stop.index < len(curve.performance) - 1:
+        where = f"epoch {stop.epoch:.0f}" if stop.epoch is not None else format_duration(stop.t_s)
+        lines.append(
+            f"Stopping at {where} would have kept {stop.performance_share:.1%} of the final "
+            f"{clip(curve.metric, 60)} for {stop.energy_share:.1%} of the energy: there PePR along "
+            "this curve is highest."
+        )
+    return {
+        "caption": f"{clip(curve.metric, 60)} as it was logged, over the job's energy until then.",
+        "lines": lines,
+    }

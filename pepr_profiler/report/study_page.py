@@ -1,0 +1,415 @@
+"""The page of a study: its rankings as figures, and as tables to try without a row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pepr_profiler import progress
+from pepr_profiler.errors import UsageError
+from pepr_profiler.ranking import Ranking
+from pepr_profiler.report import figures
+from pepr_profiler.report.html import clip, render
+from pepr_profiler.study import Study
+from pepr_profiler.units import format_duration, format_quantity, format_with_u
+
+_MOST_ROWS = 1000
+_MOST_PANELS = 12
+
+_MOST_RUNS = 1000
+"""Single runs, as dots and curves, that a figure can show and a page can hold."""
+
+
+def study_page(
+    study: Study, *, load: Callable[[str], Mapping[str, Any]] | None = None, name: str = ""
+) -> str:
+    """The page of a study: figures and a ranking a group, which the reader may try without a row.
+
+    `load` gives the whole summary of a run by its id, for the curves: a store's index leaves them
+    out, and without it so does the page.
+    UsageError for more rows than a page can show.
+    """
+    rows = sum(len(ranking.names) for ranking in study.rankings)
+    if rows > _MOST_ROWS:
+        raise UsageError(
+            f"a page of {rows:,} rows would help nobody",
+            why=f"{_MOST_ROWS:,} are the most that it shows",
+            fix="compare fewer: --experiment NAME; or write a table: -o ranking.csv",
+        )
+    by_id = _runs(study)
+    if load is not None:
+        # One that was named by its folder is whole already, and may be of no store.
+        by_id = {i: run if "progress" in run else load(i) for i, run in by_id.items()}
+        if not by_id:  # of each row one, which tells its number of parameters
+            firsts = {ids[0] for ranking in study.rankings for ids in ranking.run_ids}
+            by_id = {i: load(i) for i in firsts}
+    groups: dict[str | None, list[Ranking]] = {}
+    for ranking in study.rankings:
+        groups.setdefault(ranking.group, []).append(ranking)
+    shown, data = [], []
+    for number, (group, rankings) in enumerate(groups.items()):
+        view, facts = _group(number, group, rankings, by_id)
+        shown.append(view)
+        data.append(facts)
+    models = len({row for ranking in study.rankings for row in ranking.names})
+    seen = dict.fromkeys(
+        (str(run.get("experiment") or ""), str(run.get("host") or "")) for run in study.runs
+    )
+    experiments = [clip(name, 60) for name in dict.fromkeys(name for name, _ in seen) if name]
+    hosts = sorted({clip(host, 60) for _, host in seen} - {""})
+    weighed = list(dict.fromkeys(ranking.resource_name for ranking in study.rankings))
+    what = f"{models} {study.rankings[0].of}s"
+    if any(ranking.repeated for ranking in study.rankings):
+        what += f", {len(study.runs):,} runs"
+    if len(groups) > 1:
+        what += f", {len(groups)} groups"
+    provenance = sorted({r.provenance for r in study.rankings if r.provenance})
+    first = study.rankings[0]
+    return render(
+        "study.html",
+        scripts=["theme.js", "study.js"],
+        name=clip(name or " and ".join(experiments[:3]) or "A PePR study", 120),
+        sub=clip("; ".join(filter(None, [what, "on " + ", ".join(hosts) if hosts else ""])), 200),
+        lead=f"Which model was worth its {clip(first.resource_name, 60)}? Each was trained, its "
+        f"{clip(first.metric, 60)} noted and its {clip(' and '.join(weighed), 200)} "
+        f"{'measured or modelled' if set(provenance) - {'measured'} else 'measured'}."
+        if study.runs
+        else f"Which was worth its {clip(first.resource_name, 60)}?",
+        groups=shown,
+        left_out=study.left_out,
+        method=list(_study_method(study, provenance)),
+        data={"levels": list(figures.LEVELS), "groups": data},
+    )
+
+
+def _runs(study: Study) -> dict[str, Mapping[str, Any]]:
+    """The runs by their ids; none where they are more than can be shown."""
+    if len(study.runs) > _MOST_RUNS:
+        return {}
+    return {str(run["run_id"]): run for run in study.runs}
+
+
+def study_figure(study: Study, form: str) -> bytes:
+    """Performance against the resource, a panel a ranking, as a png, svg or pdf file."""
+    by_id = _runs(study)
+    with figures.style():
+        figure = figures.panels(
+            [
+                (ranking.group or "", cost_points(ranking, by_id))
+                for ranking in study.rankings[:_MOST_PANELS]
+            ]
+        )
+    return figures.save(figure, form)
+
+
+def _group(
+    number: int,
+    group: str | None,
+    rankings: Sequence[Ranking],
+    by_id: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One group's view for the template, and its numbers for the script."""
+    first = rankings[0]
+    n = len(first.names)
+    runs = [1] * n if first.n is None else [int(x) for x in first.n]
+    parameters = _parameters(first, by_id)
+    suspects = {i for ranking in rankings for doubt in ranking.doubts for i in doubt.rows}
+    charts: list[dict[str, Any]] = []
+    live: list[dict[str, Any]] = []
+
+    def add(
+        *, kind: str, k: int, heading: str, caption: str, text: str, points: figures.Points
+    ) -> None:
+        ident = f"g{number}-{kind}-{k}"
+        drawn, places = figures.study_chart(ident, heading, text, points)
+        charts.append({"chart": drawn, "caption": caption, "heading": heading})
+        live.append({"id": ident, "kind": kind, "ranking": k, "places": places})
+
+    for k, ranking in enumerate(rankings):
+        points = cost_points(ranking, by_id)
+        add(
+            kind="cost",
+            k=k,
+            heading=f"{clip(ranking.metric, 60)} against {clip(ranking.resource_name, 60)}",
+            caption="Up is better, left is cheaper. Thin lines join places of equal "
+            f"{ranking.label}, whose value stands at their upper ends. The dotted line is the "
+            "Pareto front, whose models are filled. Bars are ± u (k = 2)"
+            + ("; faint dots are the single runs." if points.runs else "."),
+            text=_said(ranking),
+            points=points,
+        )
+        against = score_points(ranking, parameters) if k == 0 and n > 1 else None
+        if against is not None:
+            add(
+                kind="score",
+                k=k,
+                heading=f"{ranking.label} against the number of parameters",
+                caption="As in the paper's figure: whether larger models are worth it. Bars are "
+                f"± u of {ranking.label}.",
+                text="Each model's score over its number of parameters; the table has both.",
+                points=against,
+            )
+    ids = [x for several in first.run_ids for x in several]
+    ran = [by_id[x] for x in ids] if all(x in by_id for x in ids) else []
+    curves = [curve for curve in map(progress.curve_shown, ran) if curve is not None]
+    if len(curves) > 1 and len({curve.metric for curve in curves}) == 1:
+        heading = f"{clip(curves[0].metric, 60)} on the way"
+        drawn = figures.chart(
+            f"g{number}-way",
+            heading,
+            "Each run's performance as it was logged, over the energy until then.",
+            lambda width: figures.progress_curves(curves, progress.envelope(curves), width=width),
+        )
+        caption = (
+            f"A thin line a run: {clip(curves[0].metric, 60)} as it was logged, over the job's "
+            "energy until then. The thick line is the best that any of them had reached for that "
+            "energy."
+        )
+        charts.append({"chart": drawn, "caption": caption, "heading": heading})
+    view = {
+        "title": group
+        if group is not None
+        else f"{clip(first.metric, 60)} against {clip(first.resource_name, 60)}",
+        "summary": _said(first),
+        "caption": _bounds_text(first),
+        "of": first.of.capitalize(),
+        "repeated": first.repeated,
+        "parameters": any(p is not None for p in parameters),
+        "metric": first.metric,
+        "note": _rank_note(first),
+        "charts": charts,
+        "doubts": list(_doubt_texts(rankings)),
+        "resources": [{"name": r.resource_name, "label": r.label} for r in rankings],
+        "rows": [
+            {
+                "index": int(i),
+                "rank": rank,
+                "range": _range(first, int(i)),
+                "name": first.names[i],
+                "suspect": int(i) in suspects,
+                "runs": runs[i],
+                "parameters": "" if parameters[i] is None else f"{parameters[i]:,.0f}",
+                "performance": _fraction(first.performance[i], first.u_performance, int(i)),
+                "resources": [_resource_cells(r, int(i), u=r is first) for r in rankings],
+            }
+            for rank, i in enumerate(first.order, start=1)
+        ],
+    }
+    facts = {
+        "names": [clip(x, 80) for x in first.names],
+        "p": first.performance.tolist(),
+        "runs": runs,
+        "parameters": parameters,
+        "charts": live,
+        "resources": [
+            {
+                "unit": r.unit,
+                "resource": r.resource.tolist(),
+                "bounds": list(r.scores.bounds) if r.bounds_given else None,
+                "pepr": r.scores.pepr.tolist(),
+            }
+            for r in rankings
+        ],
+    }
+    return view, facts
+
+
+def cost_points(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> figures.Points:
+    """Performance over the resource of every row, and of the runs behind it where known."""
+    n = len(ranking.names)
+    nothing = np.full(n, np.nan)
+    runs = []
+    if ranking.repeated and ranking.key in _OF_RUN and ranking.transform is None:
+        scale = 0.01 if ranking.percent else 1.0
+        all_of_them = all(x in by_id for ids in ranking.run_ids for x in ids)
+        for i, ids in enumerate(ranking.run_ids):
+            for run in (by_id[x] for x in ids if all_of_them):
+                p = (run.get("metrics") or {}).get(ranking.metric)
+                r = _OF_RUN[ranking.key](run)
+                if p is not None and r is not None and len(ids) > 1:
+                    runs.append((i, float(r), scale * float(p)))
+    return figures.Points(
+        names=ranking.names,
+        x=ranking.resource,
+        y=ranking.performance,
+        u_x=nothing if ranking.u_resource is None else ranking.u_resource,
+        u_y=nothing if ranking.u_performance is None else ranking.u_performance,
+        front=ranking.front,
+        suspect=_suspect(ranking),
+        x_label=ranking.resource_name,
+        y_label=clip(ranking.metric, 60),
+        x_unit=ranking.unit,
+        bounds=ranking.scores.bounds,
+        runs=tuple(runs),
+    )
+
+
+_OF_RUN: Mapping[str, Any] = {
+    "energy": lambda run: run["energy"]["total_j"],
+    "time": lambda run: run["time_s"],
+    "carbon": lambda run: (run.get("carbon") or {}).get("g_co2e"),
+}
+
+
+def score_points(ranking: Ranking, parameters: Sequence[float | None]) -> figures.Points | None:
+    """Scores over the number of parameters; None where a row's is unknown."""
+    if any(p is None for p in parameters):
+        return None
+    n = len(ranking.names)
+    nothing = np.full(n, np.nan)
+    return figures.Points(
+        names=ranking.names,
+        x=np.array(parameters, dtype=np.float64),
+        y=ranking.scores.pepr,
+        u_x=nothing,
+        u_y=nothing if ranking.u_pepr is None else ranking.u_pepr,
+        front=np.zeros(n, dtype=np.bool_),
+        suspect=_suspect(ranking),
+        x_label="parameters",
+        y_label=ranking.label,
+        x_unit="",
+    )
+
+
+def _suspect(ranking: Ranking) -> Any:
+    mask = np.zeros(len(ranking.names), dtype=np.bool_)
+    for doubt in ranking.doubts:
+        mask[list(doubt.rows)] = True
+    return mask
+
+
+def _parameters(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> list[float | None]:
+    """What the runs of each row logged as their number of parameters."""
+    found: list[float | None] = []
+    for ids in ranking.run_ids or [()] * len(ranking.names):
+        known = [
+            value
+            for run in (by_id[x] for x in ids if x in by_id)
+            for key in ("parameters", "params", "n_parameters")
+            if (value := (run.get("metrics") or {}).get(key)) is not None
+        ]
+        found.append(float(known[0]) if known else None)
+    return found
+
+
+def _said(ranking: Ranking) -> str:
+    """What the ranking says, in a sentence or two."""
+    best, top = int(ranking.order[0]), int(np.argmax(ranking.performance))
+    shown = clip(ranking.names[best], 60)
+    text = (
+        f"By {ranking.label} the best of {len(ranking.names)} is {shown}: "
+        f"{clip(ranking.metric, 40)} {ranking.performance[best]:.3f} for "
+        f"{_amount(ranking.resource[best], ranking)}."
+    )
+    if top != best:
+        factor = (
+            ranking.resource[top] / ranking.resource[best] if ranking.resource[best] else math.inf
+        )
+        more = f", {factor:.1f} times as much" if 1.05 < factor < 1e4 else ""
+        text += (
+            f" The highest {clip(ranking.metric, 40)}, {ranking.performance[top]:.3f}, is that of "
+            f"{clip(ranking.names[top], 60)}, for {_amount(ranking.resource[top], ranking)}{more}."
+        )
+    return text
+
+
+def _amount(value: float, ranking: Ranking) -> str:
+    if ranking.unit == "s":
+        return format_duration(float(value))
+    return format_quantity(float(value), ranking.unit) if ranking.unit else f"{value:.4g}"
+
+
+def _bounds_text(ranking: Ranking) -> str:
+    low, high = (_amount(bound, ranking) for bound in ranking.scores.bounds)
+    who = "given" if ranking.bounds_given else "set by the cheapest and the dearest here"
+    return f"Bounds of R: {low} … {high}, {who}."
+
+
+def _range(ranking: Ranking, i: int) -> str:
+    standing = ranking.standing
+    if standing is None or standing.best is None or standing.worst is None:
+        return ""
+    best, worst = int(standing.best[i]), int(standing.worst[i])
+    return "" if best == worst else f"{best}–{worst}"
+
+
+def _rank_note(ranking: Ranking) -> str:
+    if ranking.standing is None or ranking.standing.best is None:
+        return ""
+    return (
+        "(a–b) beside a rank: the ranks that the row can have, as some scores cannot be told apart "
+        "by what is known of them."
+    )
+
+
+def _fraction(value: float, u: Any, i: int) -> str:
+    shown = f"{value:.3f}"
+    return shown if u is None or math.isnan(u[i]) else f"{shown} ± {u[i]:.3f}"
+
+
+def _resource_cells(ranking: Ranking, i: int, *, u: bool) -> dict[str, Any]:
+    """One row's cells; `u` where there is room for it, the figures have it all."""
+    value, u_resource = float(ranking.resource[i]), ranking.u_resource
+    amount = _amount(value, ranking)
+    if u and u_resource is not None and math.isfinite(u_resource[i]) and ranking.unit:
+        amount = format_with_u(value, float(u_resource[i]), ranking.unit)
+    score = float(ranking.scores.pepr[i])
+    u_score = None if ranking.u_pepr is None else float(ranking.u_pepr[i])
+    return {
+        "amount": amount,
+        "score": f"{score:.3f}",
+        "u": "" if u_score is None or math.isnan(u_score) else f"{u_score:.3f}",
+        "front": bool(ranking.front[i]),
+        "percent": f"{100 * score:.1f}",
+    }
+
+
+def _doubt_texts(rankings: Sequence[Ranking]) -> Iterable[dict[str, str]]:
+    for ranking in rankings:
+        for doubt in ranking.doubts:
+            named = ", ".join(clip(x, 40) for x in doubt.names[:8])
+            more = f" and {len(doubt.names) - 8} more" if len(doubt.names) > 8 else ""
+            effect = (
+                "Check these numbers before believing the ranking; untick them to see it without."
+            )
+            if ranking.without is not None:
+                best = ranking.without.names[int(ranking.without.order[0])]
+                effect += f" Without them, the best by {ranking.label} is {clip(best, 60)}."
+            yield {
+                "text": f"{doubt.what} of {named}{more} does not fit the others: {doubt.why}.",
+                "effect": effect,
+            }
+
+
+def _study_method(study: Study, provenance: Sequence[str]) -> Iterable[str]:
+    yield (
+        "The score belongs to the models compared: another model can move the bounds of R, and so "
+        "every score, unless the bounds are fixed (--bounds). That is why they are printed with "
+        "each table."
+    )
+    if any(r.repeated for r in study.rankings):
+        yield (
+            "Runs of one name are repeats of one model, here as a rule with different seeds. Shown "
+            "are their means; the ± cover 95 % (k = 2, or Student's t where repeats are few) and "
+            "hold the spread over repeats and what the energy itself is uncertain by."
+        )
+    if set(provenance) - {"measured"}:
+        which = "The" if set(provenance) == {"modelled"} else "Some of the"
+        yield (
+            f"{which} energies are modelled from utilisation, where there is no sensor. Most of "
+            "that error is common to all runs of a machine, and cancels where they are compared "
+            "with each other."
+        )
+    for ranking in study.rankings[:1]:
+        if ranking.percent or ranking.transform:
+            how = " and ".join(
+                filter(None, ["divided by 100" if ranking.percent else "", ranking.transform or ""])
+            )
+            yield f"The performance is the metric {clip(ranking.metric, 60)}, transformed: {how}."
+    yield (
+        "PePR: Selvan, Pepin, Igel, Samuel, Dam: PePR: Performance per resource unit as a metric "
+        "to promote small-scale deep learning. NLDL 2025, arXiv 2403.12562."
+    )
