@@ -13,6 +13,7 @@ import struct
 import time
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,6 +181,7 @@ class Node:
         self.trouble: PeprError | None = None
         self.reconnects = 0
         self.version = ""
+        self.wants_claims = False
         self._connection: Connection | None = None
         self._asked = False
         self._offered: list[Mapping[str, Any]] = []
@@ -218,6 +220,15 @@ class Node:
             self._register()
         else:
             self._hang_up()
+
+    def claim(self, first_s: int, shares: Mapping[str, Sequence[float]]) -> None:
+        """Tells the daemon what parts of its devices are surely ours, in seconds from `first_s` on.
+
+        What does not reach it is missing from its metrics, and from nothing else.
+        """
+        if shares and self._connection is not None and self.wants_claims:
+            with suppress(PeprError):
+                self._connection.ask("claim", run=self._run, first_s=first_s, shares=shares)
 
     def facts(self) -> dict[str, Any] | None:
         """What a recording notes of the daemon that it read through."""
@@ -322,7 +333,8 @@ class Node:
     def _register(self) -> None:
         if self._run is not None and self._connection is not None:
             try:
-                self._connection.ask("register", run=self._run, pid=os.getpid())
+                reply, _ = self._connection.ask("register", run=self._run, pid=os.getpid())
+                self.wants_claims = bool(reply.get("claims"))
             except PeprError as error:
                 self.trouble = error
 

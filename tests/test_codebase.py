@@ -33,7 +33,7 @@ RANKS = (
         "tenants",
     ),
     ("attribution", "pepr"),
-    ("progress", "summary", "jobs", "store", "study", "detect", "node", "profiler"),
+    ("progress", "summary", "jobs", "store", "study", "detect", "node", "claims", "profiler"),
     ("daemon", "integrations", "report"),
     ("commands",),
     ("__init__", "__main__"),
@@ -48,7 +48,8 @@ PEERS = {
     "summary": {"progress"},
     "store": {"summary"},
     "study": {"jobs", "store"},
-    "profiler": {"summary", "store", "detect", "node"},
+    "claims": {"node"},
+    "profiler": {"summary", "store", "detect", "node", "claims"},
 }
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 

@@ -209,10 +209,13 @@ def test_a_ring_whose_owner_writes_nonsense_gives_nonsense_and_no_crash() -> Non
 VALID = [
     {"v": 1, "op": "hello"}, {"v": 1, "op": "status"}, {"v": 1, "op": "open", "lane": "replay"},
     {"v": 1, "op": "register", "run": "r", "pid": 1}, {"v": 1, "op": "unregister", "run": "r"},
+    {"v": 1, "op": "claim", "run": "r", "first_s": 7, "shares": {"cpu": [0.5, 1], "gpu:x": [0]}},
 ]  # fmt: skip
 ODD_VALUES: list[Any] = [
     None, True, False, -1, 0, 1, 2, 2**31, 2**64, 1e308, "", "x", "x" * 129, "\0", "\ud800", "é",
     [], {}, [[]], {"v": 1}, "hello", "../../x", "replay",
+    {"cpu": [float("nan")]}, {"cpu": [1.1]}, {"cpu": [True]}, {"cpu": [0.5] * 17}, {"cpu": 1},
+    {f"gpu:{n}": [1] for n in range(65)},
 ]  # fmt: skip
 
 
@@ -233,7 +236,7 @@ def messages(count: int, seed: int) -> Iterator[bytes]:
             data = bytearray(json.dumps(message).encode())
             yield bytes(data[: draw.randrange(1, len(data))])
         elif kind == 3:
-            message[draw.choice(["v", "op", "lane", "run", "pid"])] = draw.choice(ODD_VALUES)
+            message[draw.choice([*message, "lane", "run", "pid"])] = draw.choice(ODD_VALUES)
             yield json.dumps(message).encode()
         elif kind == 4:
             depth = draw.randrange(1, MOST_REQUEST_BYTES)
@@ -256,6 +259,9 @@ def test_a_hundred_thousand_messages_are_requests_or_errors() -> None:
         assert isinstance(request, Request) and request.operation in OPERATIONS
         assert len(request.lane) <= 128 and request.lane.isprintable()
         assert request.pid is None or 0 < request.pid < 2**31
+        assert len(request.shares) <= 64 and 0 <= request.first_s < 2**53
+        for shares in request.shares.values():
+            assert len(shares) <= 16 and all(0 <= share <= 1 for share in shares)
     assert understood > 1000  # the fuzz reaches what is behind the parser
 
 
