@@ -188,14 +188,14 @@ def powercap_tree(folder: Path) -> Iterator[Any]:
         tree.stop()
 
 
-def compile_c(source: str, folder: Path) -> Path:
-    """Builds one of the C programs beside this file, -O2."""
+def compile_c(source: str, folder: Path, *libraries: str) -> Path:
+    """Builds one of the C programs beside this file, -O2; `libraries` are the linker's words."""
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), "")
     if not compiler:
         raise UnmeasurableError("no C compiler; install one: sudo apt-get install gcc")
     target = folder / Path(source).stem
     command = [compiler, "-std=c11", "-O2", "-Wall", "-Werror", str(HERE / source)]
-    subprocess.run([*command, "-o", str(target)], check=True)
+    subprocess.run([*command, "-o", str(target), *libraries], check=True)
     return target
 
 
