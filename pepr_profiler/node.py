@@ -52,6 +52,14 @@ def socket_paths() -> list[Path]:
     return [*([own] if own else []), SYSTEM_SOCKET]
 
 
+def sockets_there() -> list[Path]:
+    """Those of `socket_paths` where something is for us.
+
+    `su` leaves XDG_RUNTIME_DIR another user's, which we may not look into.
+    """
+    return [path for path in socket_paths() if os.path.exists(path)]  # noqa: PTH110  it never raises
+
+
 def own_socket() -> Path | None:
     """Where a daemon of this user alone listens."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
@@ -291,9 +299,7 @@ class Node:
         if self._asked:
             return
         self._asked = True
-        for path in socket_paths():
-            if not path.exists():
-                continue
+        for path in sockets_there():
             try:
                 self._connect(path, timeout_s=_FIRST_ANSWER_S)
             except _UNUSABLE as error:

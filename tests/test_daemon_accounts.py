@@ -108,7 +108,10 @@ def test_two_accounts_measure_their_own_jobs_at_once_and_it_adds_up(
         machine.run(*USERADD, "--create-home", "--home-dir", str(home), "--groups", LAB, name)
     machine.run(*USERADD, "--no-create-home", STRANGER)
     accounts = {name: machine.account(name) for name in people}
-    settings = [f"{key}={value}" for key, value in variables.items()]
+    # `su` without a dash, as people do, leaves them with root's
+    closed = tmp_path / "run-user-0"
+    closed.mkdir(mode=0o700)
+    settings = [f"XDG_RUNTIME_DIR={closed}", *(f"{k}={value}" for k, value in variables.items())]
     product = ["env", *settings, program, "-m", "pepr_profiler"]
     with ExitStack() as stack:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PEPR_", "XDG_"))}

@@ -176,9 +176,9 @@ def stop(path: Path | None, /) -> None:
 
 def _ask(path: Path | None, operation: str) -> tuple[Path, dict[str, Any]]:
     """The answer of the daemon at `path`, or of the first one that is there."""
-    from pepr_profiler.node import Connection, close_all, socket_paths
+    from pepr_profiler.node import Connection, close_all, socket_paths, sockets_there
 
-    paths = [path] if path else [p for p in socket_paths() if p.exists()]
+    paths = [path] if path else sockets_there()
     if not paths:
         places = ", ".join(map(str, socket_paths())) or "anywhere: PEPR_DAEMON is off"
         raise PeprError(
