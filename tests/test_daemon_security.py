@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,10 +37,12 @@ from daemons import (
 from sim.powercap import Tree, two_socket_server
 
 from pepr_profiler import _core
+from pepr_profiler.daemon import system
+from pepr_profiler.daemon.lanes import How, Lanes
 from pepr_profiler.daemon.protocol import OPERATIONS, ProtocolError, Request, parse
-from pepr_profiler.daemon.server import Limits, Policy
+from pepr_profiler.daemon.server import Limits, Policy, Server
 from pepr_profiler.errors import PeprError
-from pepr_profiler.node import MOST_REQUEST_BYTES, Connection
+from pepr_profiler.node import MOST_REQUEST_BYTES, Connection, close_all
 
 tmp_path = open_folder
 
@@ -263,6 +266,63 @@ def test_a_hundred_thousand_messages_are_requests_or_errors() -> None:
         for shares in request.shares.values():
             assert len(shares) <= 16 and all(0 <= share <= 1 for share in shares)
     assert understood > 1000  # the fuzz reaches what is behind the parser
+
+
+def test_a_hundred_thousand_messages_leave_the_server_as_it_was(
+    tmp_path: Path, replayed: str
+) -> None:
+    """The daemon's own server without its limit of requests, so that all of them are answered."""
+    path = tmp_path / "run" / "daemon.sock"
+    faults: list[str] = []
+    listener = system.listen(path, system.Access(mode=0o600))
+    lanes = Lanes([replayed], How())
+    lanes.open_privileged()
+    unlimited = Limits(requests_per_s=1e9, requests_at_once=1e9)
+    policy = Policy(owner=os.getuid(), single_user=True)
+    server = Server(
+        listener, lanes, policy=policy, manager=system.Manager(), limits=unlimited,
+        say=faults.append,
+    )  # fmt: skip
+    junk = [os.open("/dev/null", os.O_RDONLY), *os.pipe(), memory_file(b"x")]
+    answered = []
+
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    def attack() -> None:
+        try:
+            connection = raw(path)
+            assert say(connection, op="hello")["ok"]
+            before = descriptors()
+            for number, data in enumerate(messages(100_000, seed=11)):
+                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", junk))]
+                connection.sendmsg([data], ancillary if number % 50 == 0 else [])
+                # every message has an answer; one that is no request is also the last
+                answer, given, _, _ = socket.recv_fds(connection, 1 << 17, 8)
+                close_all(given)
+                answered.append(bool(answer))
+                if not json.loads(answer)["ok"]:
+                    connection.close()
+                    connection = raw(path)
+            assert say(connection, op="hello")["ok"]
+            until(lambda: descriptors() == before)
+            connection.close()
+        except BaseException as error:
+            faults.append(repr(error))
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    attacker = threading.Thread(target=attack)
+    attacker.start()
+    try:
+        assert server.serve() == 0
+    finally:
+        attacker.join()
+        lanes.stop()
+        listener.close()
+        close_all(junk)
+    assert faults == []
+    assert answered == [True] * 100_000
 
 
 def test_every_valid_message_is_understood() -> None:
