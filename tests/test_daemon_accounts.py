@@ -8,7 +8,6 @@ import pwd
 import shlex
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 from cli import SLOW_S, component, ended, until
-from daemons import OTHERS, needs_root, open_folder, python_of
+from daemons import BURN, OTHERS, give_go, needs_root, open_folder, python_of
 from sim.powercap import Tree, two_socket_server
 
 pytestmark = needs_root
@@ -25,7 +24,6 @@ tmp_path = open_folder
 
 DAEMON_ACCOUNT, LAB, STRANGER = "pepr-profiler", "pepr-test-lab", "pepr-test-mallory"
 USERADD = ("useradd", "--shell", "/bin/sh", "--no-log-init")
-BURN = "import sys, time\nt = int(sys.argv[1])\nwhile time.monotonic_ns() < t: sum(range(1000))"
 
 
 @dataclass(frozen=True)
@@ -127,14 +125,14 @@ def test_two_accounts_measure_their_own_jobs_at_once_and_it_adds_up(
             f"pepr-profile: serving /run/pepr-profiler/daemon.sock as user {served_by}\n"
         )
         # when both log in and measure a job, knowing of no daemon
-        end_ns = time.monotonic_ns() + 10 * 10**9
         children = {}
         for name in people:
             words = [*product, "--sensor", tree.spec, "--name", name, "--json", "summary.json",
-                     "--", program, "-c", BURN, str(end_ns)]  # fmt: skip
+                     "--", program, "-c", BURN, str(tmp_path / "go")]  # fmt: skip
             child = subprocess.Popen(machine.command(*login(name, *words)), stderr=subprocess.PIPE)
             children[name] = stack.enter_context(ended(child))
         until(lambda: all(runs_seen(machine, name, product) for name in people))
+        give_go(tmp_path / "go", seconds=8)  # none works before both are recorded
         # then the stranger is not let in, each of the two sees their own run, and root both
         status = machine.command(*login(STRANGER, *product, "daemon", "status"))
         refused = subprocess.run(status, capture_output=True, text=True, check=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import ctypes
 import fcntl
+import itertools
 import json
 import mmap
 import os
@@ -12,6 +13,7 @@ import random
 import resource
 import signal
 import socket
+import statistics
 import subprocess
 import tempfile
 import threading
@@ -367,15 +369,17 @@ def test_who_asks_too_often_is_left_and_others_are_served(tmp_path: Path, replay
     with daemon(tmp_path / "d", "--sensor", replayed) as running:
         greedy = raw(running.socket)
         answers = 0
-        while True:
+        while True:  # several at once: on a slow machine one by one is not often enough
             try:
-                greedy.send(b'{"v": 1, "op": "hello"}')
-                answer = greedy.recv(1 << 17)
+                for _ in range(32):
+                    greedy.send(b'{"v": 1, "op": "hello"}')
+                for _ in range(32):
+                    answer = greedy.recv(1 << 17)
+                    if not answer or not json.loads(answer)["ok"]:
+                        raise ConnectionResetError
+                    answers += 1
             except (BrokenPipeError, ConnectionResetError):
                 break
-            if not answer or not json.loads(answer)["ok"]:
-                break
-            answers += 1
         limits = Limits()
         assert limits.requests_at_once * 0.5 < answers < 20 * limits.requests_at_once
         greedy.close()
@@ -402,9 +406,7 @@ def test_who_says_nothing_or_never_listens_is_left(tmp_path: Path, replayed: str
                 deaf.send(b'{"v": 1, "op": "status"}')
         assert running.status()["ok"]
         silent.settimeout(SLOW_S)
-        begin_s = time.monotonic()
         assert silent.recv(1) == b""
-        assert time.monotonic() - begin_s < 20
         until(lambda: running.status()["clients"] == 1)
         silent.close()
         deaf.close()
@@ -596,15 +598,23 @@ def test_the_tree_is_only_read_once_for_all(
     tree = powercap_sim(*two_socket_server())
     with daemon(tmp_path / "d", "--sensor", tree.spec, "--period", "10ms") as running:
 
-        def rate_hz() -> float:
-            first, begin_s = running.lane("powercap")["samples"], time.monotonic()
-            until(lambda: running.lane("powercap")["samples"] >= first + 100)
-            last, end_s = running.lane("powercap")["samples"], time.monotonic()
-            return float((last - first) / (end_s - begin_s))
+        def usual_gap_s() -> float:
+            peer = raw(running.socket)
+            peer.send(b'{"v": 1, "op": "open", "lane": "powercap"}')
+            _, (descriptor,), _, _ = socket.recv_fds(peer, 1 << 17, 1)
+            rows = _core.RingReader(descriptor, time.monotonic_ns())
+            os.close(descriptor)
+            peer.close()
+            t_ns = array.array("q")
+            while len(t_ns) < 100:
+                if (batch := rows.read()) is not None:
+                    t_ns.frombytes(batch[1])
+                time.sleep(0.05)
+            return 1e-9 * statistics.median(b - a for a, b in itertools.pairwise(t_ns))
 
-        alone = rate_hz()
+        assert usual_gap_s() == pytest.approx(0.01, rel=0.2)
         crowd = [raw(running.socket) for _ in range(50)]
         assert all(say(connection, op="open", lane="powercap")["ok"] for connection in crowd)
-        assert rate_hz() == pytest.approx(alone, rel=0.2)
+        assert usual_gap_s() == pytest.approx(0.01, rel=0.2)
         for connection in crowd:
             connection.close()
