@@ -37,6 +37,7 @@ MOST_REPLY_BYTES = 1 << 17  # a lane of 16 GPUs takes 40 kB; a socket's buffer h
 _FIRST_ANSWER_S = 5.0  # as long as a driver may take to open
 _LATER_ANSWER_S = 0.25  # a recording that goes on is not held up
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.1, 5.0
+_DEVICES_A_CLAIM = 16  # eight seconds of so many GPUs are half of the longest request
 _LAST_ROW_POLL_S = 0.002
 _MOST_CLOCK_OFFSET_NS = 1_000_000_000
 
@@ -234,9 +235,13 @@ class Node:
 
         What does not reach it is missing from its metrics, and from nothing else.
         """
-        if shares and self._connection is not None and self.wants_claims:
-            with suppress(PeprError):
-                self._connection.ask("claim", run=self._run, first_s=first_s, shares=shares)
+        if self._connection is None or not self.wants_claims:
+            return
+        devices = list(shares)
+        with suppress(PeprError):
+            for n in range(0, len(devices), _DEVICES_A_CLAIM):
+                told = {device: shares[device] for device in devices[n : n + _DEVICES_A_CLAIM]}
+                self._connection.ask("claim", run=self._run, first_s=first_s, shares=told)
 
     def facts(self) -> dict[str, Any] | None:
         """What a recording notes of the daemon that it read through."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from array import array
+from typing import Any
 
 import pytest
 
+from pepr_profiler.claims import MOST_S
 from pepr_profiler.daemon.exporter import Meter
 from pepr_profiler.daemon.ledger import SETTLED_S, Ledger, fair
+from pepr_profiler.daemon.protocol import parse
+from pepr_profiler.node import VERSION, Node
 from pepr_profiler.sources import Source
 
 SECOND_NS = 1_000_000_000
@@ -195,3 +200,25 @@ def test_a_run_that_has_ended_is_told_of_for_a_minute_and_its_number_is_then_ano
     ledger.settle([], 360.0)
     assert ledger.number(ALICE, "a") is None
     assert ledger.enter(BOB, "b") and ledger.number(BOB, "b") == 0
+
+
+def test_the_claims_of_many_gpus_are_requests_that_the_daemon_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[bytes] = []
+
+    class Connection:
+        def ask(self, operation: str, **fields: Any) -> None:
+            sent.append(json.dumps({"v": VERSION, "op": operation, **fields}).encode())
+
+    node = Node()
+    monkeypatch.setattr(node, "_connection", Connection())
+    monkeypatch.setattr(node, "_run", "x" * 128)
+    node.claim(2**40, {"cpu": [1.0]})
+    assert sent == []  # nobody wants them
+    node.wants_claims = True
+    shares = {f"gpu:GPU-{n:08}-0000-4000-8000-000000000000": [0.999999] * MOST_S for n in range(70)}
+    node.claim(2**40, shares)
+    requests = [parse(message) for message in sent]  # none is too long
+    told = {device: list(parts) for r in requests for device, parts in r.shares.items()}
+    assert told == shares
