@@ -19,17 +19,21 @@ from benchmarks.common import (
     Product,
     Spread,
     UnmeasurableError,
+    compile_c,
     header,
     judge,
     main,
     powercap_tree,
     product,
+    run,
     show,
 )
 
 GPUS = 8
 CLIENTS = 200
 READY_S = 30.0
+PERIOD_NS = 10_000_000
+LOOK_S = 5.0
 LONG_MINUTES = 10
 MB = 1e6
 
@@ -144,10 +148,14 @@ def measure() -> None:
     minutes, rounds = (vars(parser.parse_args())[name] for name in ("minutes", "rounds"))
     header(f"daemon: {GPUS} simulated GPUs and 4 RAPL domains at 100 Hz")
     with product() as bench, powercap_tree(bench.folder) as tree:
-        sensors = ["--sensor", tree.spec, "--sensor", gpus(bench.folder), "--period", "10ms"]
+        driver = gpus(bench.folder)
+        sensors = ["--sensor", tree.spec, "--sensor", driver, "--period", "10ms"]
+        files = [str(tree.path(key) / "energy_uj") for key in tree.zones]
+        loop = [str(compile_c("daemon_loop.c", bench.folder, "-ldl", "-pthread"))]
+        loop += [str(PERIOD_NS), str(LOOK_S), driver.partition(":")[2], *files]
         with serving(bench, *sensors) as socket:
             lanes = wait_for_lanes(socket)
-            report_cost(socket, tree.spec, rounds)
+            report_cost(socket, tree.spec, loop, rounds)
             report_latency(socket, tree.spec)
             report_growth(socket, tree.spec, minutes)
         show("channels read", float(sum(len(lane["channels"]) for lane in lanes)), "")
@@ -160,21 +168,35 @@ def wait_for_lanes(socket: Path) -> list[dict[str, Any]]:
     deadline_s = time.monotonic() + READY_S
     while time.monotonic() < deadline_s:
         lanes: list[dict[str, Any]] = status(socket)["lanes"]
-        if all(lane["state"] == "running" for lane in lanes):
+        if all(lane["channels"] for lane in lanes):
             time.sleep(2.0)  # the first second is about opening
             return lanes
         time.sleep(0.1)
     raise UnmeasurableError(f"not every lane opens: {json.dumps(lanes)}")
 
 
-def report_cost(socket: Path, spec: str, rounds: int) -> None:
-    alone, crowded = [], []
+def bare_share(loop: list[str]) -> float:
+    """What the same calls, reads and sleeps take of a core by themselves."""
+    _, driver_ns, _, files_ns = map(int, run(loop, {}).split())
+    return (driver_ns + files_ns) * 1e-9 / LOOK_S
+
+
+def report_cost(socket: Path, spec: str, loop: list[str], rounds: int) -> None:
+    alone, crowded, bare = [], [], []
     for _ in range(rounds):
-        alone.append(cpu_share(socket, 5.0))
+        alone.append(cpu_share(socket, LOOK_S))
+        bare.append(bare_share(loop))
         with watching(spec, CLIENTS):
             time.sleep(0.5)  # their coming is not their being there
-            crowded.append(cpu_share(socket, 5.0))
+            crowded.append(cpu_share(socket, LOOK_S))
     judge("CPU time", Spread.of(alone), "% of a core", scale=100, most=1.0)
+    show("a bare C loop: same driver, reads, sleeps", Spread.of(bare), "% of a core", scale=100)
+    ratios = [a / b for a, b in zip(alone, bare, strict=True)]
+    show("CPU time, daemon / C loop", Spread.of(ratios), "x")
+    no_sleep = run([loop[0], "0", "0.5", *loop[3:]], {}).split()
+    for who, samples, cpu_ns in (("driver", *no_sleep[:2]), ("files", *no_sleep[2:])):
+        share = int(cpu_ns) / int(samples) / PERIOD_NS
+        show(f"of the C loop, the {who} without sleeping", share, "% of a core", scale=100)
     facts = status(socket)
     for lane in facts["lanes"]:
         share = lane["cpu_s"] / facts["up_s"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +105,20 @@ def measure_both(
     return found
 
 
+def by_command(count: int) -> dict[str, list[float]]:
+    """How long `pepr-profile mark` takes, and how much later than its call its time is."""
+    from pepr_profiler.trace import RUN_DIR_VARIABLE, read_events
+
+    calls_ns, took_ns = [], []
+    for _ in range(count):
+        calls_ns.append(time.monotonic_ns())
+        subprocess.run([sys.executable, "-m", "pepr_profiler", "mark", "step"], check=True)
+        took_ns.append(time.monotonic_ns() - calls_ns[-1])
+    phases = read_events(Path(os.environ[RUN_DIR_VARIABLE])).phases
+    late_ns = [p.begin_ns - called_ns for p, called_ns in zip(phases, calls_ns, strict=True)]
+    return {"took": _reduced(took_ns), "late": _reduced(late_ns)}
+
+
 def report(kind: str, found: list[dict[str, Any]], *, count: int, seconds: float) -> None:
     def over(name: str, index: int) -> Spread:
         return Spread.of([result[name][index] for result in found])
@@ -131,11 +147,16 @@ def measure() -> None:
         help="recorded at 1 kHz before energy_j is read; 3 s are the rows of a minute at the "
         "default 50 Hz",
     )
+    parser.add_argument("--commands", type=int, default=40, help="marks from the command line")
+    parser.add_argument("--by-command", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--work", metavar="SPEC", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     count, seconds = arguments.count, arguments.seconds
     if arguments.work:
         print(json.dumps(work(arguments.work, count, seconds)))
+        return
+    if arguments.by_command:
+        print(json.dumps(by_command(arguments.commands)))
         return
     header("marks: what marking, logging and looking cost the profiled program")
     with product() as bench, powercap_tree(bench.folder) as tree:
@@ -144,6 +165,16 @@ def measure() -> None:
         )
         for kind, results in found.items():
             report(kind, results, count=count, seconds=seconds)
+        asked = bench.module("marks", "--by-command", "--commands", str(arguments.commands))
+        argv = [*bench.command("--quiet", "--sensor", tree.spec), *asked]
+        told = json.loads(run(argv, bench.env))
+        print("  pepr-profile mark, from a script:")
+        for what, key in (
+            ("the command takes", "took"),
+            ("its time is later than its call", "late"),
+        ):
+            for share, value in zip(("median", "p99"), told[key], strict=True):
+                show(f"{what}, {share}", value, "ms", scale=1e-6)
 
 
 if __name__ == "__main__":

@@ -275,6 +275,17 @@ def _split(
     return [job_j, others_j, idle_j, draw_j * job_of_draw]
 
 
+def certain_shares(use: Use, at_ns: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The least part of each interval's energy that is the job's, whatever the idle draw, (n - 1,).
+
+    What the rule gives is linear in the idle draw, which lies between none and all that was drawn.
+    """
+    all_j = np.ones(len(at_ns))
+    on = use.on(at_ns)
+    none_idle, all_idle = (_split(all_j, draw_j, on)[0] for draw_j in (0.0 * all_j, all_j))
+    return np.asarray(np.minimum(none_idle, all_idle)[1:])
+
+
 def lowest_power_w(curve: Curve, at_ns: NDArray[np.int64]) -> float | None:
     """The lowest mean power over one second of what was recorded, W; None if nothing was.
 

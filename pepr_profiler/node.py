@@ -13,6 +13,7 @@ import struct
 import time
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ MOST_REPLY_BYTES = 1 << 17  # a lane of 16 GPUs takes 40 kB; a socket's buffer h
 _FIRST_ANSWER_S = 5.0  # as long as a driver may take to open
 _LATER_ANSWER_S = 0.25  # a recording that goes on is not held up
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.1, 5.0
+_DEVICES_A_CLAIM = 16  # eight seconds of so many GPUs are half of the longest request
 _LAST_ROW_POLL_S = 0.002
 _MOST_CLOCK_OFFSET_NS = 1_000_000_000
 
@@ -49,6 +51,14 @@ def socket_paths() -> list[Path]:
         return [] if given == "off" else [Path(given)]
     own = own_socket()
     return [*([own] if own else []), SYSTEM_SOCKET]
+
+
+def sockets_there() -> list[Path]:
+    """Those of `socket_paths` where something is for us.
+
+    `su` leaves XDG_RUNTIME_DIR another user's, which we may not look into.
+    """
+    return [path for path in socket_paths() if os.path.exists(path)]  # noqa: PTH110  it never raises
 
 
 def own_socket() -> Path | None:
@@ -180,6 +190,7 @@ class Node:
         self.trouble: PeprError | None = None
         self.reconnects = 0
         self.version = ""
+        self.wants_claims = False
         self._connection: Connection | None = None
         self._asked = False
         self._offered: list[Mapping[str, Any]] = []
@@ -218,6 +229,19 @@ class Node:
             self._register()
         else:
             self._hang_up()
+
+    def claim(self, first_s: int, shares: Mapping[str, Sequence[float]]) -> None:
+        """Tells the daemon what parts of its devices are surely ours, in seconds from `first_s` on.
+
+        What does not reach it is missing from its metrics, and from nothing else.
+        """
+        if self._connection is None or not self.wants_claims:
+            return
+        devices = list(shares)
+        with suppress(PeprError):
+            for n in range(0, len(devices), _DEVICES_A_CLAIM):
+                told = {device: shares[device] for device in devices[n : n + _DEVICES_A_CLAIM]}
+                self._connection.ask("claim", run=self._run, first_s=first_s, shares=told)
 
     def facts(self) -> dict[str, Any] | None:
         """What a recording notes of the daemon that it read through."""
@@ -280,9 +304,7 @@ class Node:
         if self._asked:
             return
         self._asked = True
-        for path in socket_paths():
-            if not path.exists():
-                continue
+        for path in sockets_there():
             try:
                 self._connect(path, timeout_s=_FIRST_ANSWER_S)
             except _UNUSABLE as error:
@@ -322,7 +344,8 @@ class Node:
     def _register(self) -> None:
         if self._run is not None and self._connection is not None:
             try:
-                self._connection.ask("register", run=self._run, pid=os.getpid())
+                reply, _ = self._connection.ask("register", run=self._run, pid=os.getpid())
+                self.wants_claims = bool(reply.get("claims"))
             except PeprError as error:
                 self.trouble = error
 

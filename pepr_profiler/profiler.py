@@ -46,6 +46,7 @@ from pepr_profiler.trace import (
 
 if TYPE_CHECKING:
     from pepr_profiler.carbon import GridIntensity
+    from pepr_profiler.claims import Claims
 
 _OWN_PERIOD = ("processes", "nvml-processes")  # whatever is asked for or could be learnt
 
@@ -134,6 +135,7 @@ class Recorder:
         self._neighbours: Neighbours | None = None
         self._notes: EventWriter | None = None
         self._on_gpu: dict[str, set[int]] = {}
+        self._claims: Claims | None = None
         specs = [*with_process_lists(options.sensors or detect()), f"processes:{root}"]
         budget = _core.Budget(options.overhead)
         self._node = Node()
@@ -169,6 +171,10 @@ class Recorder:
                     "it joins when it is ready; NVIDIA: sudo nvidia-smi -pm 1",
                 )
         self._node.announce(self.directory.name)
+        if self._node.wants_claims:
+            from pepr_profiler.claims import Claims  # NumPy, which few runs need before their end
+
+            self._claims = Claims()
 
     def begin(self, t_ns: int) -> None:
         """The measured window begins; from here on the run is on disk."""
@@ -197,6 +203,8 @@ class Recorder:
             writer = self._writers[name]
             while (rows := sampler.read()) is not None:
                 writer.write(*rows[1:])
+                if self._claims is not None and kind_of(self._specs[name]) in _OWN_PERIOD:
+                    self._claims.take(writer.lane, rows)
                 if name == "processes" and self.attached:
                     names = [channel.name for channel in sampler.channels]
                     columns = (rows[3][names.index(n)] for n in ("job/processes", "job/cpu"))
@@ -208,6 +216,8 @@ class Recorder:
         if self._neighbours is not None:
             self._neighbours.on_gpu(set().union(*self._on_gpu.values()))
             self._neighbours.tick()
+        if self._claims is not None and (claim := self._claims.due()) is not None:
+            self._node.claim(*claim)
         error = next((w.error for w in self._writers.values() if w.error is not None), None)
         if error is not None and not self._full:
             self.add_warning(
@@ -239,6 +249,8 @@ class Recorder:
                     "see dmesg for its driver",
                 )
         self.flush()
+        if self._claims is not None and (claim := self._claims.due(last=True)) is not None:
+            self._node.claim(*claim)
         for warning in self._node.close():
             self.add_warning(*warning)
         if self._neighbours is not None:
@@ -332,6 +344,8 @@ class Recorder:
     def _note(self, facts: dict[str, Any]) -> None:
         assert self._notes is not None
         self._notes.write(json.dumps(facts))
+        if self._claims is not None:
+            self._claims.note(facts)
 
     def _note_living(
         self, t_ns: Iterable[int], living: Iterable[float], cpu_s: Iterable[float]

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,15 @@ from pepr_profiler.node import VERSION, Connection, close_all
 
 OTHERS = (23451, 23452)
 """Two users that no machine has; the kernel asks for no account."""
+
+BURN = """if True:
+    import sys, time
+    from pathlib import Path
+    go = Path(sys.argv[1])
+    while not go.exists(): time.sleep(0.01)
+    end_ns = int(go.read_text())
+    while time.monotonic_ns() < end_ns: sum(range(1000))"""
+"""Works from when a file is there until the time that it tells; see `give_go`."""
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
@@ -118,6 +128,12 @@ def become(uid: int) -> Callable[[], None]:
         os.setuid(uid)
 
     return change
+
+
+def give_go(path: Path, *, seconds: int) -> None:
+    """Lets all that wait for it work for so long, until the same instant."""
+    path.with_suffix(".new").write_text(str(time.monotonic_ns() + seconds * 10**9))
+    path.with_suffix(".new").rename(path)
 
 
 @cache

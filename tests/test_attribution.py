@@ -12,7 +12,9 @@ from pepr_profiler.attribution import (
     Activity,
     Gpus,
     Shares,
+    certain_shares,
     cpu_neighbours,
+    cpu_use,
     lowest_power_w,
     modelled_curves,
     read_activity,
@@ -279,3 +281,25 @@ def test_a_recording_that_never_listed_processes_stays_as_it_was() -> None:
     curve = replace(curve, source=replace(curve.source, id="gpu:GPU-1"))
     assert old.judged(curve) is curve and old.tenants_of(curve) is None
     assert list(old.warnings([curve], 0, 60 * S)) == []
+
+
+def test_what_is_certain_is_less_than_any_idle_draw_gives_and_no_more_can_be_said() -> None:
+    random = np.random.default_rng(11)
+    at_ns = np.arange(0, 21, dtype=np.int64) * S
+    parts = random.dirichlet([0.4, 0.4, 0.4], size=20).T  # of the job, of others, of nobody
+    use = Use(at_ns.astype(float), 3 * random.random(20), 3 * random.random(20), parts[0], parts[1])
+    use.job[4] = use.others[4] = use.others[7] = 0.0
+    certain = certain_shares(use, at_ns)
+    # the rule, by hand: of the idle draw the job has its part of the use while the device is in
+    # use and what it holds in the rest; of all above, its part of the use
+    for second in range(20):
+        used = use.job[second] + use.others[second]
+        of_use = use.job[second] / used if used else use.job_held[second]
+        in_use = min(used, 1.0)
+        of_draw = in_use * of_use + (1 - in_use) * use.job_held[second]
+        drawn = [(1 - idle) * of_use + idle * of_draw for idle in np.linspace(0, 1, 101)]
+        assert certain[second] == pytest.approx(min(drawn))
+    # of CPU time: the part of what was used, or of the time where less than one CPU was in use
+    did = activity(4, job=[2.0, 0.3, 0.0, 0.5], busy=[4.0, 0.6, 0.0, 1.0])
+    seconds = np.arange(0, 5, dtype=np.int64) * S
+    assert certain_shares(cpu_use(did, 0, 4 * S), seconds) == pytest.approx([0.5, 0.3, 0.0, 0.5])

@@ -45,6 +45,7 @@ RANKS = (
         "study",
         "detect",
         "node",
+        "claims",
         "profiler",
     ),
     ("daemon", "integrations", "report"),
@@ -64,7 +65,8 @@ PEERS = {
     "store": {"index", "summary"},
     "cohort": {"columns", "index", "jobs", "ranking"},
     "study": {"cohort", "index", "ranking", "store"},
-    "profiler": {"summary", "store", "detect", "node"},
+    "claims": {"node"},
+    "profiler": {"summary", "store", "detect", "node", "claims"},
 }
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 

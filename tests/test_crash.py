@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli import SLOW_S, Cli, codes, component, ended, python, until
+from daemons import daemon, lock, open_place
 from sim.permissions import obey_permissions
 from sim.powercap import Tree, Zone
 from sim.waves import Constant
@@ -64,8 +65,8 @@ open(sys.argv[2], "w").write("alive")
         with ended(process):
             until(lambda: marks.exists() and marks.read_text())
             (directory,) = cli.runs()
-            begin_ns = json.loads((directory / "run.json").read_text())["recording"]["window_ns"][0]
-            until(lambda: time.monotonic_ns() > begin_ns + 2_200_000_000)
+            marked_ns = time.monotonic_ns()  # two flushes after it, however late the child came
+            until(lambda: time.monotonic_ns() > marked_ns + 2_200_000_000)
             killed_ns = time.monotonic_ns()
             process.kill()
             process.wait(SLOW_S)
@@ -306,3 +307,29 @@ def test_full_disk_costs_neither_the_child_nor_the_counters_energy(
     # every row waited in memory
     assert summary["sampler"]["dropped"] == 0
     assert "gap" not in codes(summary)
+
+
+def test_a_client_whose_disk_is_full_loses_no_energy_and_costs_the_daemon_nothing(
+    cli: Cli, small_disk: Path, powercap_sim: BuildTree
+) -> None:
+    tree = powercap_sim(Zone("intel-rapl:0", "package-0", Constant(100)), live=True)
+    child = python(FILL, str(small_disk / "filler"), "free")
+    written = ["--json", str(cli.folder / "summary.json")]
+    with open_place() as folder, daemon(folder, "--sensor", tree.spec, "--period", "2ms") as node:
+        lock(tree)
+        before = node.descriptors()
+        result = cli(
+            *written, "--sensor", tree.spec, "--", *child,
+            env={"PEPR_DAEMON": str(node.socket)}, preexec_fn=obey_permissions,
+        )  # fmt: skip
+        assert result.status == 3, result.stderr
+        until(lambda: node.status()["clients"] == 1)
+        assert (node.descriptors(), node.status()["runs"]) == (before, [])
+        newest = node.lane("powercap")["samples"]
+        until(lambda: node.lane("powercap")["samples"] > newest)
+    summary = json.loads((cli.folder / "summary.json").read_text())
+    assert codes(summary) >= {"disk-full"} and "gap" not in codes(summary)
+    assert summary["recording"]["daemon"]["reconnects"] == 0
+    begin_ns, end_ns = summary["recording"]["window_ns"]
+    measured_j = component(summary, "cpu:package-0")["device_j"]
+    assert measured_j == pytest.approx(tree.energy_j("intel-rapl:0", begin_ns, end_ns), abs=5)

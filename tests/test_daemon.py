@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -18,10 +19,12 @@ from typing import Any
 import pytest
 from cli import SLOW_S, Cli, codes, component, ended, python, until
 from daemons import (
+    BURN,
     OTHERS,
     Daemon,
     become,
     daemon,
+    give_go,
     lock,
     needs_root,
     open_folder,
@@ -49,7 +52,7 @@ BuildTree = Callable[..., Tree]
 
 tmp_path = open_folder
 
-UNTIL = "import sys, time\nt = int(sys.argv[1])\nwhile time.monotonic_ns() < t: time.sleep(0.01)"
+UNTIL = "import sys, time, os\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)"
 
 
 @pytest.fixture
@@ -81,7 +84,13 @@ def start(daemon: Daemon, tree: Tree, *arguments: str) -> subprocess.Popen[bytes
     )
 
 
+def start_waiting(daemon: Daemon, tree: Tree) -> subprocess.Popen[bytes]:
+    """A run that goes on until `summary_of` is asked for, or the file "enough" is made."""
+    return start(daemon, tree, *python(UNTIL, str(daemon.cli.folder / "enough")))
+
+
 def summary_of(daemon: Daemon, process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    (daemon.cli.folder / "enough").touch()
     _, err = process.communicate(timeout=SLOW_S)
     assert process.returncode == 0, err
     summary: dict[str, Any] = json.loads((daemon.cli.folder / "summary.json").read_text())
@@ -212,7 +221,7 @@ def test_status_and_stop(running: Daemon, tree: Tree) -> None:
 def test_a_daemon_that_is_killed_and_started_again_costs_no_energy(
     running: Daemon, tree: Tree
 ) -> None:
-    child = start(running, tree, *python(UNTIL, str(time.monotonic_ns() + 5 * 10**9)))
+    child = start_waiting(running, tree)
     with ended(child):
         until(lambda: is_recording(running))
         os.kill(running.pid, signal.SIGKILL)
@@ -221,6 +230,9 @@ def test_a_daemon_that_is_killed_and_started_again_costs_no_energy(
         with ended(restart(running, "--sensor", tree.spec)):
             running.hears("READY=1")
             lock(tree)
+            until(lambda: is_recording(running))  # it is back, and goes on for a while
+            seen = running.lane("powercap")["samples"]
+            until(lambda: running.lane("powercap")["samples"] > seen + 50)
             summary = summary_of(running, child)
     assert summary["recording"]["daemon"]["reconnects"] >= 1
     for key, name in (("intel-rapl:0", "cpu:package-0"), ("intel-rapl:1:1", "dram:package-1/dram")):
@@ -235,12 +247,13 @@ def test_a_daemon_that_is_killed_and_started_again_costs_no_energy(
 def test_a_daemon_that_never_comes_back_ends_its_lanes_and_nothing_else(
     running: Daemon, tree: Tree
 ) -> None:
-    child = start(running, tree, *python(UNTIL, str(time.monotonic_ns() + 6 * 10**9)))
+    child = start_waiting(running, tree)
     with ended(child):
         until(lambda: is_recording(running))
         begin = running.lane("powercap")["samples"]
         until(lambda: running.lane("powercap")["samples"] > begin + 50)
         os.kill(running.pid, signal.SIGKILL)
+        time.sleep(3)  # long enough to be no gap, but an end
         summary = summary_of(running, child)
     assert {"daemon-gone", "ended-early"} <= codes(summary)
     # what was counted until then is there
@@ -251,12 +264,14 @@ def test_a_daemon_that_never_comes_back_ends_its_lanes_and_nothing_else(
 def test_a_daemon_that_stands_still_for_20_s_costs_resolution_only(
     running: Daemon, tree: Tree
 ) -> None:
-    child = start(running, tree, *python(UNTIL, str(time.monotonic_ns() + 24 * 10**9)))
+    child = start_waiting(running, tree)
     with ended(child):
         until(lambda: is_recording(running))
         os.kill(running.pid, signal.SIGSTOP)
         time.sleep(20)  # as long as a suspended machine sleeps
         os.kill(running.pid, signal.SIGCONT)
+        seen = running.lane("powercap")["samples"]
+        until(lambda: running.lane("powercap")["samples"] > seen + 50)
         summary = summary_of(running, child)
     truth_j = truth_of(tree, summary, "intel-rapl:0")
     assert component(summary, "cpu:package-0")["device_j"] == pytest.approx(truth_j, rel=0.01)
@@ -347,7 +362,7 @@ def test_a_driver_that_hangs_holds_up_its_own_lane_only(
     with daemon(tmp_path, "--sensor", tree.spec, "--sensor", sim.spec) as running:
         # while it was read, or, on a slow machine, while it was opened
         until(lambda: (running.lane("nvml")["age_s"] or running.status()["up_s"]) > 4)
-        assert running.lane("powercap")["age_s"] < 1
+        until(lambda: running.lane("powercap")["age_s"] < 1)
         lock(tree)
         summary = measure(running, tree, "--", "sleep", "0.5")
         assert component(summary, "cpu:package-0")["device_j"] is not None
@@ -361,7 +376,7 @@ def test_a_counter_that_went_and_came_back_is_opened_again_with_privileges(
     powers = {"intel-rapl:0": 100, "intel-rapl:1": 50}
     names = {key: f"package-{key[-1]}" for key in powers}
     epoch_ns = time.monotonic_ns()
-    fails = {"intel-rapl:0": (ZoneFault("empty", 8.0),), "intel-rapl:1": ()}
+    fails = {"intel-rapl:0": (ZoneFault("empty", 15.0),), "intel-rapl:1": ()}
     tree = powercap_sim(
         *(Zone(key, names[key], Constant(w), faults=fails[key]) for key, w in powers.items()),
         live=True, epoch_ns=epoch_ns,
@@ -387,9 +402,9 @@ def test_a_counter_that_went_and_came_back_is_opened_again_with_privileges(
         with ended(child):
             until(lambda: is_recording(running))
             energy = tree.path("intel-rapl:0") / "energy_uj"
-            until(lambda: time.monotonic_ns() > epoch_ns + 9 * 10**9)
+            until(lambda: time.monotonic_ns() > epoch_ns + 16 * 10**9)
             energy.unlink()
-            until(lambda: time.monotonic_ns() > epoch_ns + 11 * 10**9)
+            until(lambda: time.monotonic_ns() > epoch_ns + 18 * 10**9)
             energy.hardlink_to(anew.path("intel-rapl:0") / "energy_uj")
             # when it is back the daemon, which may not open it, asks to be started again
             assert running.process.wait(SLOW_S) == 75
@@ -542,9 +557,11 @@ FINE = """if True:
     from array import array
     from pepr_profiler.node import Node
     lane = Node().lane(sys.argv[1], named=True)
-    time.sleep(1)
     t_ns, values = array("q"), array("d")
-    while (batch := lane.read()) is not None:
+    while not t_ns or t_ns[-1] - t_ns[0] < 1_000_000_000 or len(t_ns) < 50:
+        if (batch := lane.read()) is None:
+            time.sleep(0.05)
+            continue
         t_ns.frombytes(batch[1])
         values.frombytes(batch[3][0])
     print(json.dumps({"coarse": lane.coarse, "t_ns": list(t_ns), "uj": list(values)}))"""
@@ -568,15 +585,16 @@ def test_others_learn_of_energy_coarsely_and_root_finely(tree: Tree, tmp_path: P
     with daemon(tmp_path, "--sensor", tree.spec, "--period", "1ms") as running:
         fine, other = (as_user(uid, running, FINE, tree.spec) for uid in (0, OTHERS[0]))
     assert (fine["coarse"], other["coarse"]) == (False, True)
-    gaps_ns = [b - a for a, b in zip(other["t_ns"], other["t_ns"][1:], strict=False)]
-    assert min(gaps_ns) >= 10_000_000 and len(gaps_ns) > 20
+    fine_ns, other_ns = (
+        min(b - a for a, b in itertools.pairwise(told["t_ns"])) for told in (fine, other)
+    )
+    assert fine_ns < 10_000_000 <= other_ns
     assert {value % 100_000 for value in other["uj"]} == {0.0}  # 0.1 J
-    assert len(fine["t_ns"]) > 3 * len(other["t_ns"])
     assert any(value % 100_000 for value in fine["uj"])
-    # and what others count is what root counts, to a quantum
+    # and what others count is what root counts, to a quantum and to how late the tree is written
     other_j = (other["uj"][-1] - other["uj"][0]) * 1e-6
     elapsed_s = (other["t_ns"][-1] - other["t_ns"][0]) * 1e-9
-    assert other_j == pytest.approx(100 * elapsed_s, abs=0.3)
+    assert other_j == pytest.approx(100 * elapsed_s, abs=0.3 + 100 * 0.05)
 
 
 @needs_root
@@ -610,14 +628,9 @@ def test_an_admin_group_is_trusted_and_no_other(tree: Tree, tmp_path: Path) -> N
 @needs_root
 def test_two_users_measure_their_own_at_once_and_it_adds_up(tree: Tree, tmp_path: Path) -> None:
     """Counters are root's, mode 0600; nobody but the daemon can open them."""
-    burn = (
-        "import sys, time\nt = int(sys.argv[1])\n"
-        "while time.monotonic_ns() < t: sum(range(1000)) if int(sys.argv[2]) else time.sleep(0.05)"
-    )
     for uid in OTHERS:
         python_of(uid)  # a skip comes first
     with daemon(tmp_path, "--sensor", tree.spec) as running, ExitStack() as stack:
-        end_ns = time.monotonic_ns() + 12 * 10**9
         children = []
         for uid in OTHERS:
             program, env = python_of(uid)
@@ -627,7 +640,7 @@ def test_two_users_measure_their_own_at_once_and_it_adds_up(tree: Tree, tmp_path
             variables = {**env, "PEPR_DAEMON": str(running.socket), "PEPR_STORE": str(home)}
             command = [program, "-m", "pepr_profiler", "--sensor", tree.spec, "--json",
                        str(home / "summary.json"), "--name", f"job-{uid}", "--",
-                       program, "-c", burn, str(end_ns), "1"]  # fmt: skip
+                       program, "-c", BURN, str(tmp_path / "go")]  # fmt: skip
             child = subprocess.Popen(
                 command,
                 env=variables,
@@ -637,6 +650,7 @@ def test_two_users_measure_their_own_at_once_and_it_adds_up(tree: Tree, tmp_path
             )
             children.append(stack.enter_context(ended(child)))
         until(lambda: len(running.status()["runs"]) == 2)
+        give_go(tmp_path / "go", seconds=8)  # none works before both are recorded
         # root sees both, each of them their own
         everybody = running.status()["runs"]
         assert {run["uid"] for run in everybody} == set(OTHERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import ctypes
 import fcntl
+import itertools
 import json
 import mmap
 import os
@@ -12,8 +13,10 @@ import random
 import resource
 import signal
 import socket
+import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,10 +39,12 @@ from daemons import (
 from sim.powercap import Tree, two_socket_server
 
 from pepr_profiler import _core
+from pepr_profiler.daemon import system
+from pepr_profiler.daemon.lanes import How, Lanes
 from pepr_profiler.daemon.protocol import OPERATIONS, ProtocolError, Request, parse
-from pepr_profiler.daemon.server import Limits, Policy
+from pepr_profiler.daemon.server import Limits, Policy, Server
 from pepr_profiler.errors import PeprError
-from pepr_profiler.node import MOST_REQUEST_BYTES, Connection
+from pepr_profiler.node import MOST_REQUEST_BYTES, Connection, close_all
 
 tmp_path = open_folder
 
@@ -209,10 +214,13 @@ def test_a_ring_whose_owner_writes_nonsense_gives_nonsense_and_no_crash() -> Non
 VALID = [
     {"v": 1, "op": "hello"}, {"v": 1, "op": "status"}, {"v": 1, "op": "open", "lane": "replay"},
     {"v": 1, "op": "register", "run": "r", "pid": 1}, {"v": 1, "op": "unregister", "run": "r"},
+    {"v": 1, "op": "claim", "run": "r", "first_s": 7, "shares": {"cpu": [0.5, 1], "gpu:x": [0]}},
 ]  # fmt: skip
 ODD_VALUES: list[Any] = [
     None, True, False, -1, 0, 1, 2, 2**31, 2**64, 1e308, "", "x", "x" * 129, "\0", "\ud800", "é",
     [], {}, [[]], {"v": 1}, "hello", "../../x", "replay",
+    {"cpu": [float("nan")]}, {"cpu": [1.1]}, {"cpu": [True]}, {"cpu": [0.5] * 17}, {"cpu": 1},
+    {f"gpu:{n}": [1] for n in range(65)},
 ]  # fmt: skip
 
 
@@ -233,7 +241,7 @@ def messages(count: int, seed: int) -> Iterator[bytes]:
             data = bytearray(json.dumps(message).encode())
             yield bytes(data[: draw.randrange(1, len(data))])
         elif kind == 3:
-            message[draw.choice(["v", "op", "lane", "run", "pid"])] = draw.choice(ODD_VALUES)
+            message[draw.choice([*message, "lane", "run", "pid"])] = draw.choice(ODD_VALUES)
             yield json.dumps(message).encode()
         elif kind == 4:
             depth = draw.randrange(1, MOST_REQUEST_BYTES)
@@ -256,7 +264,67 @@ def test_a_hundred_thousand_messages_are_requests_or_errors() -> None:
         assert isinstance(request, Request) and request.operation in OPERATIONS
         assert len(request.lane) <= 128 and request.lane.isprintable()
         assert request.pid is None or 0 < request.pid < 2**31
+        assert len(request.shares) <= 64 and 0 <= request.first_s < 2**53
+        for shares in request.shares.values():
+            assert len(shares) <= 16 and all(0 <= share <= 1 for share in shares)
     assert understood > 1000  # the fuzz reaches what is behind the parser
+
+
+def test_a_hundred_thousand_messages_leave_the_server_as_it_was(
+    tmp_path: Path, replayed: str
+) -> None:
+    """The daemon's own server without its limit of requests, so that all of them are answered."""
+    path = tmp_path / "run" / "daemon.sock"
+    faults: list[str] = []
+    listener = system.listen(path, system.Access(mode=0o600))
+    lanes = Lanes([replayed], How())
+    lanes.open_privileged()
+    unlimited = Limits(requests_per_s=1e9, requests_at_once=1e9)
+    policy = Policy(owner=os.getuid(), single_user=True)
+    server = Server(
+        listener, lanes, policy=policy, manager=system.Manager(), limits=unlimited,
+        say=faults.append,
+    )  # fmt: skip
+    junk = [os.open("/dev/null", os.O_RDONLY), *os.pipe(), memory_file(b"x")]
+    answered = []
+
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    def attack() -> None:
+        try:
+            connection = raw(path)
+            assert say(connection, op="hello")["ok"]
+            before = descriptors()
+            for number, data in enumerate(messages(100_000, seed=11)):
+                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", junk))]
+                connection.sendmsg([data], ancillary if number % 50 == 0 else [])
+                # every message has an answer; one that is no request is also the last
+                answer, given, _, _ = socket.recv_fds(connection, 1 << 17, 8)
+                close_all(given)
+                answered.append(bool(answer))
+                if not json.loads(answer)["ok"]:
+                    connection.close()
+                    connection = raw(path)
+            assert say(connection, op="hello")["ok"]
+            until(lambda: descriptors() == before)
+            connection.close()
+        except BaseException as error:
+            faults.append(repr(error))
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    attacker = threading.Thread(target=attack)
+    attacker.start()
+    try:
+        assert server.serve() == 0
+    finally:
+        attacker.join()
+        lanes.stop()
+        listener.close()
+        close_all(junk)
+    assert faults == []
+    assert answered == [True] * 100_000
 
 
 def test_every_valid_message_is_understood() -> None:
@@ -301,15 +369,17 @@ def test_who_asks_too_often_is_left_and_others_are_served(tmp_path: Path, replay
     with daemon(tmp_path / "d", "--sensor", replayed) as running:
         greedy = raw(running.socket)
         answers = 0
-        while True:
+        while True:  # several at once: on a slow machine one by one is not often enough
             try:
-                greedy.send(b'{"v": 1, "op": "hello"}')
-                answer = greedy.recv(1 << 17)
+                for _ in range(32):
+                    greedy.send(b'{"v": 1, "op": "hello"}')
+                for _ in range(32):
+                    answer = greedy.recv(1 << 17)
+                    if not answer or not json.loads(answer)["ok"]:
+                        raise ConnectionResetError
+                    answers += 1
             except (BrokenPipeError, ConnectionResetError):
                 break
-            if not answer or not json.loads(answer)["ok"]:
-                break
-            answers += 1
         limits = Limits()
         assert limits.requests_at_once * 0.5 < answers < 20 * limits.requests_at_once
         greedy.close()
@@ -336,9 +406,7 @@ def test_who_says_nothing_or_never_listens_is_left(tmp_path: Path, replayed: str
                 deaf.send(b'{"v": 1, "op": "status"}')
         assert running.status()["ok"]
         silent.settimeout(SLOW_S)
-        begin_s = time.monotonic()
         assert silent.recv(1) == b""
-        assert time.monotonic() - begin_s < 20
         until(lambda: running.status()["clients"] == 1)
         silent.close()
         deaf.close()
@@ -530,15 +598,23 @@ def test_the_tree_is_only_read_once_for_all(
     tree = powercap_sim(*two_socket_server())
     with daemon(tmp_path / "d", "--sensor", tree.spec, "--period", "10ms") as running:
 
-        def rate_hz() -> float:
-            first, begin_s = running.lane("powercap")["samples"], time.monotonic()
-            until(lambda: running.lane("powercap")["samples"] >= first + 100)
-            last, end_s = running.lane("powercap")["samples"], time.monotonic()
-            return float((last - first) / (end_s - begin_s))
+        def usual_gap_s() -> float:
+            peer = raw(running.socket)
+            peer.send(b'{"v": 1, "op": "open", "lane": "powercap"}')
+            _, (descriptor,), _, _ = socket.recv_fds(peer, 1 << 17, 1)
+            rows = _core.RingReader(descriptor, time.monotonic_ns())
+            os.close(descriptor)
+            peer.close()
+            t_ns = array.array("q")
+            while len(t_ns) < 100:
+                if (batch := rows.read()) is not None:
+                    t_ns.frombytes(batch[1])
+                time.sleep(0.05)
+            return 1e-9 * statistics.median(b - a for a, b in itertools.pairwise(t_ns))
 
-        alone = rate_hz()
+        assert usual_gap_s() == pytest.approx(0.01, rel=0.2)
         crowd = [raw(running.socket) for _ in range(50)]
         assert all(say(connection, op="open", lane="powercap")["ok"] for connection in crowd)
-        assert rate_hz() == pytest.approx(alone, rel=0.2)
+        assert usual_gap_s() == pytest.approx(0.01, rel=0.2)
         for connection in crowd:
             connection.close()

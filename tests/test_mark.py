@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from cli import SLOW_S, Cli, ended, until, write_replay
+from sim import native
 from sim.powercap import Tree, Zone
 from sim.waves import Constant, Square
 
@@ -114,15 +116,77 @@ def test_a_run_is_marked_from_outside_by_its_id_or_a_part_of_it(cli: Cli, sensor
     assert names == [directory.name, directory.name[:-2], str(directory), "last"]
 
 
-def test_a_mark_tells_of_the_time_when_it_was_called(cli: Cli, sensor: str) -> None:
-    import time
+IMPORTS = """
+import os, sys, time
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "click" and not os.path.exists(os.environ["CLICK_AT"]):
+            with open(os.environ["CLICK_AT"], "w") as file:
+                file.write(str(time.monotonic_ns()))
+if "CLICK_AT" in os.environ:
+    sys.meta_path.insert(0, Finder)
+"""
 
+
+def test_a_mark_tells_of_the_time_when_it_was_called(cli: Cli, sensor: str, tmp_path: Path) -> None:
+    # given: when the command begins to import what it is made of
+    (tmp_path / "sitecustomize.py").write_text(IMPORTS)
+    path = f"{tmp_path}{os.pathsep}{cli.environment()['PYTHONPATH']}"
+    told = {"PYTHONPATH": path, "CLICK_AT": str(tmp_path / "click-at")}
     with recording(cli, sensor) as directory:
         before_ns = time.monotonic_ns()
-        assert cli("mark", "now", "--run", "last").status == 0
-        after_ns = time.monotonic_ns()
+        assert cli("mark", "now", "--run", "last", env=told).status == 0
         (phase,) = read_events(directory).phases
-    assert before_ns < phase.begin_ns < (before_ns + after_ns) / 2
+    # then: its time is before that
+    assert before_ns < phase.begin_ns < int((tmp_path / "click-at").read_text())
+
+
+PROGRAM = r"""
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+static void mark(const char *verb, const char *name) {
+    char path[4096], line[256];
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    snprintf(path, sizeof path, "%s/events-in-c-%d.jsonl", getenv("PEPR_RUN_DIR"), getpid());
+    int length = snprintf(line, sizeof line,
+        "{\"event\": \"mark\", \"t_ns\": %lld, \"verb\": \"%s\", \"series\": \"c\", "
+        "\"name\": \"%s\"}\n", now.tv_sec * 1000000000LL + now.tv_nsec, verb, name);
+    int fd = open(path, O_WRONLY | O_CREAT | O_APPEND, 0644);
+    if (fd < 0 || write(fd, line, length) != length) exit(1);
+    close(fd);
+}
+int main(void) {
+    mark("begin", "all");
+    mark("next", "load");
+    mark("next", "train");
+    mark("end", "all");
+    return 0;
+}
+"""
+
+
+def test_a_program_in_any_language_marks_by_appending_a_line(
+    cli: Cli, sensor: str, tmp_path: Path
+) -> None:
+    (tmp_path / "program.c").write_text(PROGRAM)
+    try:
+        compiler = native.compiler()
+    except native.UnavailableError as missing:
+        pytest.skip(str(missing))
+    program = str(tmp_path / "program")
+    subprocess.run([compiler, "-x", "c", f"{program}.c", "-o", program], check=True)
+    begin_ns = time.monotonic_ns()
+    result, summary = cli.measure("--sensor", sensor, "--", program)
+    assert result.status == 0, result.stderr
+    events = read_events(cli.runs()[0])
+    assert marked(cli.runs()[0]) == [("all", True), ("load", True), ("train", False)]
+    all_, load, train = events.phases
+    assert begin_ns < all_.begin_ns <= load.begin_ns < train.begin_ns == load.end_ns
+    assert {phase["name"] for phase in summary["phases"]} == {"all", "load", "train"}
 
 
 # --- pairing --------------------------------------------------------------------------------------

@@ -51,6 +51,12 @@ from pepr_profiler.units import format_duration, format_quantity, parse_duration
     metavar="[ADDR:]PORT",
     help="Serve metrics for Prometheus there [ADDR: 127.0.0.1; without --metrics nowhere].",
 )
+@click.option(
+    "--metrics-runs",
+    is_flag=True,
+    help="Tell in them each registered run's energy too, under a number; whoever reads the port "
+    "sees it.",
+)
 @click.pass_context
 def daemon(ctx: click.Context, /, *, path: Path | None, **options: Any) -> int | None:
     """Serve this machine's counters, in the foreground, to whoever may not read them."""
@@ -70,9 +76,11 @@ def _serve(
     coarse_period: str,
     coarse_quantum: float,
     metrics: str | None,
+    metrics_runs: bool,
 ) -> int:
     from pepr_profiler.daemon import exporter, system
     from pepr_profiler.daemon.lanes import How, Lanes
+    from pepr_profiler.daemon.ledger import Ledger
     from pepr_profiler.daemon.server import Limits, Policy, Server, raise_descriptor_limit
     from pepr_profiler.detect import detect_lasting
 
@@ -85,6 +93,10 @@ def _serve(
     )
     if user is not None and not root:
         raise UsageError("--user is for root", why="only root can become somebody else", fix="sudo")
+    if metrics_runs and metrics is None:
+        raise UsageError(
+            "--metrics-runs is about metrics", why="none are served", fix="give --metrics 9187 too"
+        )
     become = system.account(user) if root else None
     gid = -1 if group is None else system.group_id(group)
     admin_gid = None if admin_group is None else system.group_id(admin_group)
@@ -109,7 +121,13 @@ def _serve(
                 complain(f"{lane.spec}: {lane.why}")
         serves = None if scraped is None else exporter.Exporter(scraped)
         server = Server(
-            listener, lanes, policy=policy, manager=manager, exporter=serves, say=complain
+            listener,
+            lanes,
+            policy=policy,
+            manager=manager,
+            exporter=serves,
+            ledger=Ledger() if metrics_runs else None,
+            say=complain,
         )
         complain(f"serving {where} as user {os.geteuid()}")
         if serves is not None:
@@ -144,7 +162,8 @@ def status(path: Path | None, /, *, as_json: bool) -> None:
         state = f"{len(lane['channels'])} channels{told}" if not lane["why"] else lane["why"]
         click.echo(f"  {lane['name']:<10} {state}")
     for run in facts["runs"]:
-        click.echo(f"  run {run['run']}, process {run['pid']} of user {run['uid']}")
+        told = "" if run["number"] is None else f', in the metrics run="{run["number"]}"'
+        click.echo(f"  run {run['run']}, process {run['pid']} of user {run['uid']}{told}")
 
 
 @daemon.command()
@@ -157,9 +176,9 @@ def stop(path: Path | None, /) -> None:
 
 def _ask(path: Path | None, operation: str) -> tuple[Path, dict[str, Any]]:
     """The answer of the daemon at `path`, or of the first one that is there."""
-    from pepr_profiler.node import Connection, close_all, socket_paths
+    from pepr_profiler.node import Connection, close_all, socket_paths, sockets_there
 
-    paths = [path] if path else [p for p in socket_paths() if p.exists()]
+    paths = [path] if path else sockets_there()
     if not paths:
         places = ", ".join(map(str, socket_paths())) or "anywhere: PEPR_DAEMON is off"
         raise PeprError(

@@ -16,7 +16,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isnan, nan
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
 _STALE_S = 5.0  # a number that is unknown for longer is not told any more
+_SECOND_NS, _SECONDS_KEPT = 1_000_000_000, 32
 _SCRAPERS = 16  # at once; a stuck one keeps its place for _PATIENCE_S
 _PATIENCE_S = 10.0
 _PAUSE_S = 1.0  # when descriptors are short
@@ -47,6 +48,7 @@ class Meter:
     energy_j: float = 0.0
     value: float = nan  # the last one that was known, in J or W
     t_ns: int = 0
+    at_seconds_j: dict[int, float] = field(default_factory=dict)  # of CLOCK_MONOTONIC, the latest
 
     def take(self, t_ns: array[int], values: array[float]) -> None:
         """Goes on through rows, times in ns and values as they were read."""
@@ -59,8 +61,25 @@ class Meter:
             if source.counter and self.t_ns:
                 step_j, span_s = value - self.value, (at_ns - self.t_ns) * 1e-9
                 range_j = source.modulus * source.scale
-                self.energy_j += step_j if step_j >= 0 else fallen_j(step_j, value, range_j, span_s)
+                step_j = step_j if step_j >= 0 else fallen_j(step_j, value, range_j, span_s)
+                if self.t_ns // _SECOND_NS != at_ns // _SECOND_NS:
+                    self._pass_seconds(at_ns, step_j)
+                self.energy_j += step_j
             self.value, self.t_ns = value, at_ns
+
+    def in_second_j(self, second: int) -> float | None:
+        """What was counted in a whole second; None if it is not known, or long ago."""
+        ends = self.at_seconds_j.get(second), self.at_seconds_j.get(second + 1)
+        return None if ends[0] is None or ends[1] is None else ends[1] - ends[0]
+
+    def _pass_seconds(self, at_ns: int, step_j: float) -> None:
+        """Between two rows power is what it is on average."""
+        seconds = range(self.t_ns // _SECOND_NS + 1, at_ns // _SECOND_NS + 1)
+        for second in seconds[-_SECONDS_KEPT:]:
+            part = (second * _SECOND_NS - self.t_ns) / (at_ns - self.t_ns)
+            self.at_seconds_j[second] = self.energy_j + part * step_j
+        for second in [s for s in self.at_seconds_j if s <= seconds[-1] - _SECONDS_KEPT]:
+            del self.at_seconds_j[second]
 
     def known(self, now_ns: int) -> float | None:
         """Joules, or watts; None while unknown."""
@@ -157,11 +176,13 @@ def families(
     facts: Mapping[str, float],
     refused: Mapping[str, int],
     version: str,
+    runs: Iterable[tuple[int, str, float]] | None = None,
 ) -> list[Metric]:
     """All that is served, as families of `prometheus_client`, but the process's own (`process_…`).
 
-    What adds up is `pepr_device_…`; what lies inside a device, around it or repeats it has another
-    name, so that a sum over a metric's labels always means something.
+    Meters tell what they have taken so far. What adds up is `pepr_device_…`; what lies inside a
+    device, around it or repeats it has another name, so that a sum over a metric's labels always
+    means something.
     """
     from prometheus_client.metrics_core import (
         CounterMetricFamily,
@@ -169,7 +190,6 @@ def families(
         InfoMetricFamily,
     )
 
-    meters.update()
     now_ns = time.monotonic_ns()
     told: list[Metric] = []
     device = InfoMetricFamily(
@@ -200,6 +220,14 @@ def families(
                 labels = [source.id, source.kind, *([] if added else [source.excluded])]
                 (energy if source.counter else power).add_metric(labels, value)
         told += [energy, power]
+    if runs is not None:
+        of_runs = CounterMetricFamily(
+            "pepr_run_energy_joules", "Energy that is surely a registered run's, some seconds ago.",
+            labels=["run", "kind"], unit="joules",
+        )  # fmt: skip
+        for number, kind, energy_j in runs:
+            of_runs.add_metric([str(number), kind], energy_j)
+        told.append(of_runs)
     up = GaugeMetricFamily(
         "pepr_lane_up", "Whether a sensor is open and was read lately.", labels=["lane"]
     )

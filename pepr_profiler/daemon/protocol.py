@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pepr_profiler.errors import PeprError
 from pepr_profiler.node import MOST_REQUEST_BYTES, VERSION
 
-OPERATIONS = ("hello", "open", "status", "register", "unregister", "stop")
+OPERATIONS = ("hello", "open", "status", "register", "unregister", "claim", "stop")
 
 _MOST_NAME = 128
+_MOST_DEVICES, _MOST_SECONDS = 64, 16
 
 
 class ProtocolError(PeprError):
@@ -20,12 +22,17 @@ class ProtocolError(PeprError):
 
 @dataclass(frozen=True)
 class Request:
-    """One message of a client. `lane` and `run` are printable and short; `pid` is positive."""
+    """One message of a client. `lane` and `run` are printable and short; `pid` is positive.
+
+    `shares` are numbers in [0, 1] by device, in the seconds from `first_s` on.
+    """
 
     operation: str
     lane: str = ""
     run: str = ""
     pid: int | None = None
+    first_s: int = 0
+    shares: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def parse(data: bytes) -> Request:
@@ -48,8 +55,10 @@ def parse(data: bytes) -> Request:
     )
     if operation == "open" and not request.lane:
         raise _wrong("open needs a lane")
-    if operation in ("register", "unregister") and not request.run:
+    if operation in ("register", "unregister", "claim") and not request.run:
         raise _wrong(f"{operation} needs a run")
+    if operation == "claim":
+        return replace(request, first_s=_second(message.get("first_s")), shares=_shares(message))
     return request
 
 
@@ -66,6 +75,31 @@ def _pid(value: Any) -> int | None:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
         raise _wrong("pid is no process")
     return value
+
+
+def _second(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
+        raise _wrong("first_s is no second")
+    return value
+
+
+def _shares(message: dict[str, Any]) -> dict[str, list[float]]:
+    shares = message.get("shares")
+    if not isinstance(shares, dict) or len(shares) > _MOST_DEVICES:
+        raise _wrong(f"shares is no object of at most {_MOST_DEVICES} devices")
+    return {device: [_share(s) for s in _listed(told)] for device, told in shares.items()}
+
+
+def _listed(told: Any) -> list[Any]:
+    if not isinstance(told, list) or len(told) > _MOST_SECONDS:
+        raise _wrong(f"a device's shares are no list of at most {_MOST_SECONDS}")
+    return told
+
+
+def _share(value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise _wrong("a share is no number from 0 to 1")
+    return float(value)
 
 
 def _wrong(why: str) -> ProtocolError:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pepr_profiler.daemon.exporter import Exporter, Meters, families
 from pepr_profiler.daemon.lanes import Lanes
+from pepr_profiler.daemon.ledger import Ledger
 from pepr_profiler.daemon.protocol import ProtocolError, Request, parse
 from pepr_profiler.daemon.system import Manager, capabilities, owner_of
 from pepr_profiler.errors import PeprError
@@ -111,6 +112,7 @@ class Server:
         manager: Manager,
         limits: Limits | None = None,
         exporter: Exporter | None = None,
+        ledger: Ledger | None = None,
         say: Callable[[str], None],
     ) -> None:
         self._listener = listener
@@ -121,6 +123,7 @@ class Server:
         self._manager = manager
         self._exporter = exporter
         self._meters = Meters(lanes) if exporter is not None else None
+        self._ledger = ledger if exporter is not None else None
         self._refused = {"user": 0, "requests": 0, "clients": 0, "message": 0}
         self._selector = selectors.DefaultSelector()
         self._clients: set[_Client] = set()
@@ -187,10 +190,15 @@ class Server:
             self._manager.tell(WATCHDOG="1")
         if now_s >= self._check_at_s:
             self._look_after_lanes()
-            if self._meters is not None:
-                self._meters.update()
+            self._measure()
             self._check_at_s = now_s + (_OPENING_CHECK_S if self._lanes.opening else _CHECK_S)
             self._forget_users(now_s)
+
+    def _measure(self) -> None:
+        if self._meters is not None:
+            self._meters.update()
+            if self._ledger is not None:
+                self._ledger.settle(self._meters, time.monotonic())
 
     def _look_after_lanes(self) -> None:
         changed, restart = self._lanes.check()
@@ -220,6 +228,7 @@ class Server:
 
     def _families(self) -> list[Metric]:
         assert self._exporter is not None and self._meters is not None
+        self._measure()
         runs = sum(len(client.runs) for client in self._clients)
         return families(
             self._meters,
@@ -227,6 +236,7 @@ class Server:
             facts={"clients": len(self._clients), "runs": runs},
             refused={**self._refused, "scrape": self._exporter.refused},
             version=self._version,
+            runs=self._ledger,
         )
 
     # --- clients ---
@@ -278,6 +288,8 @@ class Server:
         self._greeting.discard(client)
         client.user.clients -= 1
         client.user.runs -= len(client.runs)
+        for run in client.runs:
+            self._leave(client, run)
         self._selector.unregister(client.connection)
         client.connection.close()
 
@@ -358,6 +370,7 @@ class Server:
             "status": self._report,
             "register": lambda who: self._register(who, request),
             "unregister": lambda who: self._unregister(who, request),
+            "claim": lambda who: self._claim(who, request),
             "stop": self._stop,
         }[request.operation]
         return answer(client), []
@@ -395,14 +408,33 @@ class Server:
             if client.user.runs >= self._limits.runs_per_user:
                 raise PeprError("too many runs are registered", fix="end some of them")
             client.user.runs += 1
+            if self._ledger is not None:
+                self._ledger.enter(client.peer.uid, request.run)
         client.runs[request.run] = pid
-        return {}
+        number = self._number(client, request.run)
+        return {} if number is None else {"claims": True}
 
     def _unregister(self, client: _Client, request: Request) -> dict[str, Any]:
         if client.runs.pop(request.run, None) is None:
             raise PeprError(f"run '{request.run}' is not registered here")
         client.user.runs -= 1
+        self._leave(client, request.run)
         return {}
+
+    def _claim(self, client: _Client, request: Request) -> dict[str, Any]:
+        if request.run not in client.runs:
+            raise PeprError(f"run '{request.run}' is not registered here")
+        if self._ledger is not None:
+            said = client.peer.uid, request.run, request.first_s, request.shares
+            self._ledger.claim(*said, time.monotonic())
+        return {}
+
+    def _leave(self, client: _Client, run: str) -> None:
+        if self._ledger is not None:
+            self._ledger.leave(client.peer.uid, run, time.monotonic())
+
+    def _number(self, client: _Client, run: str) -> int | None:
+        return None if self._ledger is None else self._ledger.number(client.peer.uid, run)
 
     def _stop(self, client: _Client) -> dict[str, Any]:
         if not client.trusted:
@@ -430,7 +462,7 @@ class Server:
             "metrics": self._exporter and self._exporter.url,
             "clients": len(seen),
             "runs": [
-                {"run": run, "pid": pid, "uid": c.peer.uid}
+                {"run": run, "pid": pid, "uid": c.peer.uid, "number": self._number(c, run)}
                 for c in seen
                 for run, pid in c.runs.items()
             ],
