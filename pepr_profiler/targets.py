@@ -378,12 +378,14 @@ def _children_left() -> int | None:
     except ChildProcessError:
         return 0
     count = 0
-    try:
-        for task in os.listdir("/proc/self/task"):
+    for task in os.listdir("/proc/self/task"):
+        try:
             with open(f"/proc/self/task/{task}/children") as file:
                 count += len(file.read().split())
-    except OSError:  # a kernel without CONFIG_PROC_CHILDREN
-        return None
+        except OSError:
+            if task == str(os.getpid()):  # a kernel without CONFIG_PROC_CHILDREN
+                return None
+            # else a thread that has just ended
     return count
 
 
