@@ -223,6 +223,11 @@ def curve_of(
     )
 
 
+def name_of(metric: str, transform: str | None) -> str:
+    """What a metric is called after a transform of `pepr.TRANSFORMS`: 1 - error."""
+    return {"one-minus": "1 - {}", "exp-neg": "exp(-{})"}.get(transform or "", "{}").format(metric)
+
+
 def curve_shown(summary: Mapping[str, Any]) -> Curve | None:
     """The curve of a run that tells most: of two points or more, all of them in [0, 1].
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -26,6 +27,7 @@ from cli import Cli, python
 
 from benchmarks.report import make_run
 from pepr_profiler import pepr
+from pepr_profiler.commands.report import report
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report.export import run_rows
 from pepr_profiler.report.html import embedded
@@ -198,6 +200,32 @@ def test_hostile_texts_of_a_run_stay_text(run_directory: Path, tmp_path: Path) -
     assert len(elements.every("title")) == 1 + len(elements.every("svg"))
     assert LONG[:2000] not in page
     assert len(page.encode()) < 1_500_000
+
+
+def test_a_page_shows_the_metric_that_was_asked_for(run_directory: Path, tmp_path: Path) -> None:
+    # given a run that logged an accuracy, an error and a loss on its way
+    directory = tmp_path / "logged"
+    shutil.copytree(run_directory, directory)
+    begin_ns, end_ns = read_run(directory)["recording"]["window_ns"]
+    with (directory / "events-bench-2.jsonl").open("w") as file:
+        for epoch, error in enumerate((0.5, 0.04, 0.02, 0.01), start=1):
+            metrics = {"epoch": epoch, "accuracy": 0.5, "error": error, "loss": 5.0 / epoch}
+            t_ns = begin_ns + epoch * (end_ns - begin_ns) // 4
+            line = {"event": "metrics", "t_ns": t_ns, "metrics": metrics}
+            file.write(json.dumps(line) + "\n")
+
+    def page(*options: str) -> str:
+        out = tmp_path / "page.html"
+        done = CliRunner().invoke(report, [str(directory), "-o", str(out), *options])
+        assert done.exit_code == 0, done.output
+        return out.read_text()
+
+    # then its page has the curve of it, turned round as was declared: 0.96 / 0.99 at the best
+    turned = page("--metric", "error", "--transform", "one-minus")
+    assert "Stopping at epoch 2 would have kept 97.0% of the final 1 - error" in turned
+    assert "PePR along it needs a performance from 0 to 1" in page("--metric", "loss")
+    refused = CliRunner().invoke(report, [str(directory), "-o", "p.html", "--metric", "luck"])
+    assert isinstance(refused.exception, UsageError) and "luck" in str(refused.exception)
 
 
 def test_an_unfinished_run_without_any_source_still_has_a_page(tmp_path: Path) -> None:

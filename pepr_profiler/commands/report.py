@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from pepr_profiler.commands.score import forms_of, output_option, write_text
 from pepr_profiler.errors import UsageError
 
 if TYPE_CHECKING:
+    from pepr_profiler.progress import Curve
     from pepr_profiler.summary import Timeline
 
 
@@ -57,8 +59,15 @@ def report(
         from pepr_profiler.summary import with_timeline
 
         summary, timeline = with_timeline(directory)
+        curve = None
+        if metric is not None:
+            from pepr_profiler.progress import curve_of, name_of
+
+            _require_logged(summary, metric)
+            curve = curve_of(summary, metric=metric, percent=percent, transform=transform)
+            curve = curve and replace(curve, metric=name_of(metric, transform))
         for path, form in forms:
-            write_text(path, _rendered(summary, timeline, form))
+            write_text(path, _rendered(summary, timeline, form, curve))
             click.echo(f"pepr-profile: wrote {path}", err=True)
     else:
         from pepr_profiler.summary import summarise
@@ -69,11 +78,13 @@ def report(
     elif not forms:
         if metric is not None:
             _require_logged(summary, metric)
-        curve = {"metric": metric, "percent": percent, "transform": transform}
-        show(summary, file=sys.stdout, curve=curve)
+        wanted = {"metric": metric, "percent": percent, "transform": transform}
+        show(summary, file=sys.stdout, curve=wanted)
 
 
-def _rendered(summary: dict[str, Any], timeline: Timeline, form: str) -> str | bytes:
+def _rendered(
+    summary: dict[str, Any], timeline: Timeline, form: str, curve: Curve | None
+) -> str | bytes:
     from pepr_profiler.report.export import FIGURES, run_table
 
     if form == "json":
@@ -81,7 +92,7 @@ def _rendered(summary: dict[str, Any], timeline: Timeline, form: str) -> str | b
     if form == "html":
         from pepr_profiler.report.run_page import run_page
 
-        return run_page(summary, timeline)
+        return run_page(summary, timeline, curve=curve)
     if form in FIGURES:
         from pepr_profiler.report import figures
 

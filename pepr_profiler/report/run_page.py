@@ -36,8 +36,13 @@ _CAUSES = {
 }
 
 
-def run_page(summary: Mapping[str, Any], timeline: Timeline) -> str:
-    """The page of one run, from its summary and the run over time."""
+def run_page(
+    summary: Mapping[str, Any], timeline: Timeline, *, curve: progress.Curve | None = None
+) -> str:
+    """The page of one run, from its summary and the run over time.
+
+    `curve` is what to show over the energy, else the one that tells most.
+    """
     energy = summary["energy"]
     total = energy.get("total_j"), energy.get("u_j")
     whole = energy.get("scope") == "device"  # all that the devices took, whoever used them
@@ -69,7 +74,7 @@ def run_page(summary: Mapping[str, Any], timeline: Timeline) -> str:
             "One panel a device. The table of components has mean and highest power.",
             lambda width: figures.devices_over_time(timeline, width),
         )
-    curve = progress.curve_shown(summary)
+    curve = curve or progress.curve_shown(summary)
     if curve is not None:
         charts["progress"] = figures.chart(
             "progress",
@@ -387,8 +392,14 @@ def _progress_text(curve: progress.Curve | None) -> dict[str, Any] | None:
     if curve is None:
         return None
     lines = []
-    stop = progress.best_stop(curve)
-    if stop.index < len(curve.performance) - 1:
+    scored = bool(((curve.performance >= 0) & (curve.performance <= 1)).all()) and curve.total_j > 0
+    stop = progress.best_stop(curve) if scored else None
+    if stop is None:
+        lines.append(
+            "PePR along it needs a performance from 0 to 1: --percent, or --transform if lower is "
+            "better."
+        )
+    elif stop.index < len(curve.performance) - 1:
         where = f"epoch {stop.epoch:.0f}" if stop.epoch is not None else format_duration(stop.t_s)
         lines.append(
             f"Stopping at {where} would have kept {stop.performance_share:.1%} of the final "

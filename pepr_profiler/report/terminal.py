@@ -399,7 +399,7 @@ def _progress(
     """
     if not summary.get("progress"):
         return []
-    from pepr_profiler.progress import best_stop, curve_of
+    from pepr_profiler.progress import best_stop, curve_of, name_of
 
     curve = curve_of(summary, **curve_options)
     if curve is None or len(curve.t_s) < 2:
@@ -407,8 +407,7 @@ def _progress(
     values = [float(value) for value in curve.performance]
     first, last, text = values[0], values[-1], ""
     blocks = _curve_line([float(e) for e in curve.energy_j], values, curve.total_j)
-    form = {"one-minus": "1 - {}", "exp-neg": "exp(-{})"}.get(str(curve_options.get("transform")))
-    name = (form or "{}").format(curve.metric)
+    name = name_of(curve.metric, curve_options.get("transform"))
     shown = f"{name} {first:.4g} {blocks} {last:.4g} over the energy"
     if not all(0 <= value <= 1 for value in values):
         text = (
