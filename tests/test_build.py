@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("named", [None, "no-such-compiler -m64"])
 def test_build_without_a_compiler_says_what_to_install(tmp_path: Path, named: str | None) -> None:
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", minversion="77")
     pytest.importorskip("pybind11")
     environment = {key: value for key, value in os.environ.items() if key != "CXX"}
     environment["PATH"] = str(tmp_path)  # nothing is found there
