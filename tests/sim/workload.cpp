@@ -202,8 +202,8 @@ int main(int argc, char** argv) {
     if (kind == "workers") workers();
     if (kind == "daemons") twice([](bool) { daemons(); });
     if (kind == "short") twice([](bool later) { many(later ? 350 : 50, 5, false); });
-    // Longer than `short`: taking a process apart costs up to 0.1 ms on a busy machine, and nobody is
-    // told of it here.
+    // Longer than `short`: taking a process apart costs up to 0.1 ms on a busy machine, and nobody
+    // is told of it here.
     if (kind == "ignored") twice([](bool later) { many(later ? 90 : 15, 20, true); });
     if (kind == "storm") twice([](bool later) { storm(later ? 2000 : 200, 1); });
     if (kind == "busy") {  // forks all the time, whoever comes
