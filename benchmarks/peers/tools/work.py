@@ -3,6 +3,7 @@ environment. Standard library only; a training adds the folders that hold torch 
 
     work.py {loop,training} --driver use_X.py [--rate HZ]    the tool is opened in this program
     work.py {loop,training} --wrapped                        its wrapper is our parent
+    work.py {loop,training}                                  no tool: what differs all the same
 
 In code two forks of one process take turns, with the tool and without, the other one stopped
 (SIGSTOP). A wrapper is stopped for the segments without it. Prints one JSON line:
@@ -63,6 +64,11 @@ def open_tool(driver, rate_hz):
     return module.Tool(rate_hz)
 
 
+def stay():
+    """Keeps this thread on one CPU, the same for all: in a virtual machine they are not alike."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
 class Worker:
     """A fork that does segments on command, and stands still (SIGSTOP) in between: it, its threads
     and what they started. With a driver it opens the tool first, and is given time to settle."""
@@ -88,6 +94,7 @@ class Worker:
             tool = open_tool(driver, rate_hz) if driver is not None else None
             if tool is not None:
                 tool.begin("work")
+            stay()
             segment(piece, SETTLED_S)
             told.write("{}\n")
             while os.read(commands, 1):
@@ -149,6 +156,7 @@ def wrapped(piece, arguments):
         used_s = time.clock_gettime(clock) - used_s
         return each_s, used_s / (time.perf_counter() - begin_s)
 
+    stay()
     segment(piece, SETTLED_S)
     for number in range(arguments.pairs):
         if number % 2:
