@@ -43,7 +43,7 @@ with atheris.instrument_imports(include=["pepr_profiler"]):
     from pepr_profiler.commands import compare, report, runs, score  # noqa: F401 - instrumented
     from pepr_profiler.errors import PeprError
     from pepr_profiler.metrics import Metrics
-    from pepr_profiler.report import html, terminal
+    from pepr_profiler.report import run_page, terminal
     from pepr_profiler.store import Store
     from pepr_profiler.trace import (
         Channel,
@@ -372,7 +372,7 @@ def summarise(directory: Path, files: Files) -> None:
                 assert abs(shares - part["device_j"]) <= 1e-6 * scale + 1e-6, part
         terminal.render_run(run, width=80, color=False)
         if len(files.get("run.json", b"")) % 16 == 0:
-            html.run_page(run, timeline)
+            run_page.run_page(run, timeline)
 
 
 def keep(directory: Path, files: Files) -> None:
