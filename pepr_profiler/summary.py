@@ -165,6 +165,8 @@ def _examine(
     run: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[_Part], _Grid, list[Phase]]:
     run = read_run(directory) if run is None else dict(run)
+    run.setdefault("complete", False)  # what does not tell its end has none
+    run.setdefault("exit_code", None)
     facts = _recording(run, directory)
     readers = read_lanes(directory)
     events = read_events(directory) if marks else Events((), (), 0)

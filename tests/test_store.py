@@ -395,6 +395,19 @@ def test_copied_run_just_works_and_is_called_what_its_directory_is(
     assert run["energy"]["total_j"] == store.load("from-afar")["energy"]["total_j"]
 
 
+def test_a_run_that_does_not_say_how_it_ended_is_incomplete(tmp_path: Path, recorded: Path) -> None:
+    # given a recording whose run.json lost its end: make fuzz found that `runs show` failed
+    cli = Cli(tmp_path)
+    copy = cli.store / "runs" / "cut-1"
+    shutil.copytree(recorded, copy)
+    run = json.loads((copy / "run.json").read_text())
+    del run["complete"], run["exit_code"]
+    (copy / "run.json").write_text(json.dumps(run))
+    shown = cli("runs", "show", "cut-1")
+    assert (shown.status, b"incomplete" in shown.stdout) == (0, True), shown.stderr
+    assert [row.state for row in Store(cli.store).find().rows] == ["incomplete"]
+
+
 def test_what_cannot_be_read_is_named_with_its_reason(store: Store, make: Make) -> None:
     make("good-1")
     make("again-1", run_id="good-1")
