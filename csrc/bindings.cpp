@@ -110,14 +110,9 @@ py::dict stats_of(const Sampler& sampler) {
     return result;
 }
 
-std::string state_name(const Sampler& sampler) {
-    switch (sampler.state()) {
-        case Sampler::State::kOpening: return "opening";
-        case Sampler::State::kRunning: return "running";
-        case Sampler::State::kStopped: return "stopped";
-        case Sampler::State::kFailed: return "failed";
-    }
-    return "failed";
+const char* state_name(const Sampler& sampler) {
+    constexpr const char* kNames[] = {"opening", "running", "stopped", "failed"};
+    return kNames[static_cast<std::size_t>(sampler.state())];
 }
 
 pepr::ThinRule rule_of(const std::pair<std::string, double>& rule) {
@@ -245,22 +240,27 @@ PYBIND11_MODULE(_core, m) {
              }),
              py::arg("share"));
 
-    py::class_<Sampler>(m, "Sampler",
-                        "One lane: one driver, read by its own thread into its own ring.")
+    py::class_<pepr::Crew, std::shared_ptr<pepr::Crew>>(m, "Crew", "The threads of a recording.")
+        .def(py::init<>());
+
+    py::class_<Sampler>(m, "Sampler", "One lane: one driver, read into its own ring.")
         .def(py::init([](std::string spec, std::int64_t period_ns, bool learn,
                          std::shared_ptr<Budget> budget,
-                         std::optional<std::pair<std::int64_t, double>> coarse, bool relinquish) {
+                         std::optional<std::pair<std::int64_t, double>> coarse, bool relinquish,
+                         std::shared_ptr<pepr::Crew> crew) {
                  if (period_ns <= 0) throw py::value_error("period_ns must be positive");
                  std::optional<pepr::Coarse> how;
                  if (coarse) how = pepr::Coarse{coarse->first, coarse->second};
                  if (coarse && !(how->period_ns > 0 && how->quantum_j > 0))
                      throw py::value_error("coarse is (period_ns, quantum_j), both positive");
-                 return std::make_unique<Sampler>(std::move(spec), period_ns, learn,
-                                                  std::move(budget), how, relinquish);
+                 return std::make_unique<Sampler>(
+                     pepr::Lane::How{std::move(spec), period_ns, learn, std::move(budget), how,
+                                     relinquish},
+                     std::move(crew));
              }),
              py::arg("spec"), py::arg("period_ns"), py::arg("learn") = false,
              py::arg("budget") = nullptr, py::arg("coarse") = py::none(),
-             py::arg("relinquish") = false)
+             py::arg("relinquish") = false, py::arg("crew") = nullptr)
         .def(
             "wait_ready",
             [](const Sampler& s, double timeout_s) { return s.wait_ready(to_ns(timeout_s)); },

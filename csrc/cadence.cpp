@@ -93,6 +93,12 @@ bool Cadence::settled() const noexcept {
     });
 }
 
+bool Cadence::waits_for_none() const noexcept {
+    return std::all_of(trackers_.begin(), trackers_.end(), [](const Tracker& tracker) {
+        return tracker.state == State::kEveryRead || tracker.state == State::kResting;
+    });
+}
+
 std::int64_t Cadence::refresh_ns() const noexcept {
     std::int64_t shortest_ns = 0;
     for (const Tracker& tracker : trackers_)

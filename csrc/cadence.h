@@ -30,7 +30,9 @@ public:
 
     std::int64_t next_ns() const noexcept { return next_ns_; }
     bool watches() const noexcept { return !trackers_.empty(); }
-    bool settled() const noexcept;             // no search is going on
+    bool settled() const noexcept;         // no search is going on
+    bool waits_for_none() const noexcept;  // no refresh is searched, nor read just after it
+    std::int64_t longest_ns() const noexcept { return longest_ns_; }  // between two reads
     std::int64_t refresh_ns() const noexcept;  // the shortest that was learnt, 0: none
 
 private:

@@ -29,6 +29,9 @@ class Note:
 class Budget:
     def __init__(self, share: float) -> None: ...
 
+class Crew:
+    def __init__(self) -> None: ...
+
 class Sampler:
     def __init__(
         self,
@@ -38,6 +41,7 @@ class Sampler:
         budget: Budget | None = None,
         coarse: tuple[int, float] | None = None,  # period_ns, quantum_j
         relinquish: bool = False,
+        crew: Crew | None = None,
     ) -> None: ...
     def wait_ready(self, timeout_s: float) -> bool: ...
     def stop(self, timeout_s: float) -> bool: ...

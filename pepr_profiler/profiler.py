@@ -137,7 +137,7 @@ class Recorder:
         self._on_gpu: dict[str, set[int]] = {}
         self._claims: Claims | None = None
         specs = [*with_process_lists(options.sensors or detect()), f"processes:{root}"]
-        budget = _core.Budget(options.overhead)
+        budget, crew = _core.Budget(options.overhead), _core.Crew()
         self._node = Node()
         self._samplers: dict[str, _core.Sampler | RemoteLane] = {
             name: _core.Sampler(
@@ -145,6 +145,7 @@ class Recorder:
                 self._period_ns(spec),
                 learn=self._learns(spec),
                 budget=None if self._is_asked_period(spec) else budget,
+                crew=crew,
             )
             for name, spec in lane_names(specs)
         }

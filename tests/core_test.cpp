@@ -2,7 +2,9 @@
 //
 //   core_test [PART OF A NAME]
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <csignal>
 #include <cstdio>
@@ -30,6 +32,7 @@
 #include "cadence.h"
 #include "clock.h"
 #include "coarse.h"
+#include "crew.h"
 #include "ring.h"
 #include "sampler.h"
 #include "sensor.h"
@@ -701,7 +704,7 @@ bool explains_itself(F&& call) {
 
 void sampler_takes_its_last_sample_at_once() {
     const Folder folder;
-    Sampler sampler(two_channels(folder), 3600 * kNsPerS);
+    Sampler sampler({two_channels(folder), 3600 * kNsPerS});
     CHECK(sampler.wait_ready(10 * kNsPerS));
     const std::int64_t begin_ns = now_ns();
     CHECK(sampler.stop(10 * kNsPerS));
@@ -722,8 +725,8 @@ void sampler_follows_what_it_reads() {
     std::string text = "channel\ta/energy\tenergy\tJ\t1\t0\tcounter\treplay\n";
     for (int i = 0; i < 100; ++i)
         text += std::to_string(0.05 * i) + "\t" + std::to_string(i) + "\n";
-    Sampler sampler("replay:" + folder.write("steps", text), 5 * kMs, true,
-                    std::make_shared<pepr::Budget>(0.5));
+    Sampler sampler({"replay:" + folder.write("steps", text), 5 * kMs, true,
+                     std::make_shared<pepr::Budget>(0.5)});
     CHECK(sampler.wait_ready(10 * kNsPerS));
     Recorded rows;
     while (sampler.stats().settled < 30 && sampler.stats().samples < 900) std::this_thread::yield();
@@ -735,7 +738,7 @@ void sampler_follows_what_it_reads() {
 
 void sampler_stopped_before_it_is_open_still_samples_once() {
     const Folder folder;
-    Sampler sampler(two_channels(folder), 3600 * kNsPerS);
+    Sampler sampler({two_channels(folder), 3600 * kNsPerS});
     CHECK(sampler.stop(10 * kNsPerS));
     CHECK(read_all(sampler).t_ns.size() >= 1);
 }
@@ -743,7 +746,7 @@ void sampler_stopped_before_it_is_open_still_samples_once() {
 void sampler_forgets_no_deadline() {
     const Folder folder;
     constexpr std::int64_t kPeriodNs = kMs;
-    Sampler sampler(two_channels(folder), kPeriodNs);
+    Sampler sampler({two_channels(folder), kPeriodNs});
     CHECK(sampler.wait_ready(10 * kNsPerS));
     while (sampler.stats().samples < 250) std::this_thread::yield();
     CHECK(sampler.stop(10 * kNsPerS));
@@ -767,7 +770,7 @@ void sampler_tells_others_coarsely_and_from_the_same_reads() {
     for (int i = 0; i < 5000; ++i)
         text += std::to_string(0.001 * i) + "\t" + std::to_string(37 * i) + "\n";
     const std::string spec = "replay:" + folder.write("ramp", text);
-    Sampler sampler(spec, kMs, false, nullptr, pepr::Coarse{10 * kMs, 0.5});
+    Sampler sampler({spec, kMs, false, nullptr, pepr::Coarse{10 * kMs, 0.5}});
     CHECK(sampler.wait_ready(10 * kNsPerS));
     while (sampler.stats().samples < 300) std::this_thread::yield();
     CHECK(sampler.stop(10 * kNsPerS));
@@ -794,7 +797,7 @@ void sampler_tells_others_coarsely_and_from_the_same_reads() {
         CHECK(values[1][i] == std::floor(values[0][fine] / 500) * 500);
     }
     // a lane without a coarse ring has none to give: never the fine one instead
-    Sampler open(spec, kMs);
+    Sampler open({spec, kMs});
     CHECK(open.wait_ready(10 * kNsPerS));
     bool refused = false;
     try {
@@ -809,7 +812,7 @@ void sampler_counts_what_is_unknown() {
     const Folder folder;
     const std::string path =
         folder.write("nan", std::string(kChannels) + "0\t1\tnan\n0.1\tnan\tnan\n0.3\t3\t4\n");
-    Sampler sampler("replay:" + path, 2 * kMs);
+    Sampler sampler({"replay:" + path, 2 * kMs});
     CHECK(sampler.wait_ready(10 * kNsPerS));
     std::uint64_t unknown = 0;
     for (bool stopped = false, done = false; !done;) {
@@ -827,7 +830,7 @@ void sampler_counts_what_is_unknown() {
 
 void sampler_that_never_opens_is_given_up_in_time() {
     HangingDriver driver;
-    Sampler sampler(driver.spec(), kMs);
+    Sampler sampler({driver.spec(), kMs});
     CHECK(!sampler.wait_ready(20 * kMs));
     CHECK(sampler.state() == Sampler::State::kOpening);
     CHECK(explains_itself([&] { sampler.channels(); }));
@@ -844,7 +847,7 @@ void sampler_left_behind_outlives_its_owner() {
     HangingDriver driver;
     const std::size_t threads_before = entries_of("/proc/self/task");
     {
-        const Sampler sampler(driver.spec(), kMs);
+        const Sampler sampler({driver.spec(), kMs});
         const std::int64_t begin_ns = now_ns();
         while (entries_of("/proc/self/task") == threads_before && now_ns() < begin_ns + kNsPerS) {
         }
@@ -860,7 +863,7 @@ void sampler_rethrows_why_it_failed() {
     for (const char* spec : {"replay:/nowhere/at/all", "powercap:/nowhere", "nvml:/nowhere.so",
                              "magic", "processes:", "processes:parents", "processes:pids=",
                              "processes:pids=0", "processes:pids=1;2", "processes:pids=12345678"}) {
-        Sampler sampler(spec, kMs);
+        Sampler sampler({spec, kMs});
         CHECK(explains_itself([&] { sampler.wait_ready(10 * kNsPerS); }));
         CHECK(sampler.state() == Sampler::State::kFailed);
         CHECK(explains_itself([&] { sampler.channels(); }));
@@ -874,7 +877,7 @@ void sampler_cycles_leave_nothing_behind() {
     const std::string spec = two_channels(folder);
     const std::size_t files = entries_of("/proc/self/fd"), threads = entries_of("/proc/self/task");
     for (int cycle = 0; cycle < 150; ++cycle) {
-        Sampler sampler(spec, kMs);
+        Sampler sampler({spec, kMs});
         if (cycle % 3 == 0) CHECK(sampler.wait_ready(10 * kNsPerS));
         if (cycle % 2 == 0) CHECK(sampler.stop(10 * kNsPerS));
     }
@@ -884,7 +887,7 @@ void sampler_cycles_leave_nothing_behind() {
 
 void sampler_lets_a_forked_child_go() {
     const Folder folder;
-    auto sampler = std::make_unique<Sampler>(two_channels(folder), kMs);
+    auto sampler = std::make_unique<Sampler>(pepr::Lane::How{two_channels(folder), kMs});
     CHECK(sampler->wait_ready(10 * kNsPerS));
     for (int round = 0; round < 20; ++round) {
         const pid_t child = ::fork();
@@ -901,6 +904,198 @@ void sampler_lets_a_forked_child_go() {
     const std::uint64_t samples = sampler->stats().samples;
     CHECK(sampler->stop(10 * kNsPerS));
     CHECK(sampler->stats().samples > samples);  // the parent's lane ran on
+}
+
+// --- the crew: lanes that share their wake-ups ---------------------------------------------------
+
+// A driver that hangs, or takes its time, when told; it notes who reads it.
+class Moody final : public pepr::Sensor {
+public:
+    static constexpr int kMoods = 4;
+    struct Mood {
+        std::atomic<std::int64_t> takes_ns{0};
+        std::atomic<bool> hangs{false};
+        std::atomic<std::thread::id> reader{};
+        std::atomic<std::uint64_t> reads{0}, allocations{0};
+    };
+    static Mood moods[kMoods];
+
+    static std::unique_ptr<pepr::Sensor> open(const std::string& spec) {
+        return std::make_unique<Moody>(moods[std::stoi(spec)]);
+    }
+    static pepr::Lane::How how(int which, std::int64_t period_ns) {
+        Mood& mood = moods[which];
+        mood.takes_ns = 0;
+        mood.hangs = false;
+        mood.reads = mood.allocations = 0;
+        pepr::Lane::How how{std::to_string(which), period_ns};
+        how.open = open;
+        return how;
+    }
+
+    explicit Moody(Mood& mood) : mood_(mood) {
+        channels_.push_back({"a/energy", "energy", "J", 1.0, 0.0, true, "test", {}});
+    }
+    void poll(double* out) noexcept override {
+        mood_.reader = std::this_thread::get_id();
+        mood_.allocations = allocations;
+        const std::int64_t begin_ns = now_ns();
+        while (mood_.hangs) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        while (now_ns() - begin_ns < mood_.takes_ns) {
+        }
+        *out = static_cast<double>(++mood_.reads);
+    }
+
+private:
+    Mood& mood_;
+};
+
+Moody::Mood Moody::moods[Moody::kMoods];
+
+template <typename F>
+bool comes_true(F&& condition, std::int64_t timeout_ns = 20 * kNsPerS) {
+    for (const std::int64_t end_ns = now_ns() + timeout_ns; now_ns() < end_ns;) {
+        if (condition()) return true;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return false;
+}
+
+bool is_one_reader(int a, int b) {
+    return Moody::moods[a].reader.load() == Moody::moods[b].reader.load();
+}
+
+std::int64_t longest_gap_ns(const Recorded& rows) {
+    std::int64_t longest_ns = 0;
+    for (std::size_t i = 1; i < rows.t_ns.size(); ++i)
+        longest_ns = std::max(longest_ns, rows.t_ns[i] - rows.t_ns[i - 1]);
+    return longest_ns;
+}
+
+void crew_reads_quick_lanes_by_one_thread_and_slow_ones_by_another() {
+    const auto crew = std::make_shared<pepr::Crew>();
+    Sampler quick(Moody::how(0, 2 * kMs), crew), other(Moody::how(1, 2 * kMs), crew);
+    CHECK(quick.wait_ready(10 * kNsPerS) && other.wait_ready(10 * kNsPerS));
+    CHECK(comes_true([] { return is_one_reader(0, 1); }));
+    // due together, they are read in one wake-up: one after the other, without a sleep in between
+    CHECK(comes_true([] {
+        const std::uint64_t a = Moody::moods[0].reads, b = Moody::moods[1].reads;
+        return is_one_reader(0, 1) && a > 50 && b > 50;
+    }));
+    Moody::moods[1].takes_ns = 8 * kMs;
+    CHECK(comes_true([] { return !is_one_reader(0, 1); }));
+    const std::uint64_t before = Moody::moods[1].reads;
+    CHECK(comes_true([&] { return Moody::moods[1].reads > before + 30; }));
+    CHECK(!is_one_reader(0, 1));
+    Moody::moods[1].takes_ns = 0;
+    CHECK(comes_true([] { return is_one_reader(0, 1); }));
+    CHECK(quick.stop(10 * kNsPerS) && other.stop(10 * kNsPerS));
+    for (Sampler* sampler : {&quick, &other}) {
+        const Recorded rows = read_all(*sampler);
+        CHECK(rows.t_ns.size() == sampler->stats().samples);
+        for (std::size_t i = 0; i < rows.columns[0].size(); ++i)  // none twice, none left out
+            CHECK(rows.columns[0][i] == static_cast<double>(i + 1));
+        CHECK(sampler->stats().cpu_ns > 0);
+    }
+}
+
+void crew_goes_on_when_a_driver_keeps_its_leader() {
+    const std::size_t threads_before = entries_of("/proc/self/task");
+    {
+        const auto crew = std::make_shared<pepr::Crew>();
+        Sampler hung(Moody::how(0, 2 * kMs), crew), other(Moody::how(1, 2 * kMs), crew);
+        Sampler third(Moody::how(2, 5 * kMs), crew);
+        for (int round = 0; round < 3; ++round) {
+            // given all in one hand, which is kept
+            CHECK(comes_true([] { return is_one_reader(0, 1) && is_one_reader(1, 2); }));
+            Moody::moods[0].hangs = true;
+            CHECK(comes_true([] { return !is_one_reader(0, 1) && is_one_reader(1, 2); }));
+            const std::uint64_t reads = Moody::moods[0].reads;
+            const std::uint64_t before = Moody::moods[1].reads;
+            CHECK(comes_true([&] { return Moody::moods[1].reads > before + 100; }));
+            CHECK(Moody::moods[0].reads == reads);
+            if (round < 2) Moody::moods[0].hangs = false;
+        }
+        CHECK(other.stop(10 * kNsPerS));
+        const std::int64_t begin_ns = now_ns();
+        CHECK(!hung.stop(50 * kMs));
+        CHECK(now_ns() - begin_ns < 2 * kNsPerS);
+        CHECK(third.stop(10 * kNsPerS));
+        CHECK(longest_gap_ns(read_all(other)) < 5 * kNsPerS);  // 0.35 s where CPUs are free
+        CHECK(entries_of("/proc/self/task") == threads_before + 1);
+    }
+    Moody::moods[0].hangs = false;
+    CHECK(comes_true([&] { return entries_of("/proc/self/task") == threads_before; }));
+}
+
+void crew_stops_a_lane_while_another_keeps_its_leader() {
+    const std::size_t threads_before = entries_of("/proc/self/task");
+    {
+        const auto crew = std::make_shared<pepr::Crew>();
+        Sampler hung(Moody::how(0, kMs), crew), other(Moody::how(1, kMs), crew);
+        CHECK(comes_true([] { return is_one_reader(0, 1) && Moody::moods[1].reads > 20; }));
+        Moody::moods[0].hangs = true;
+        CHECK(other.stop(10 * kNsPerS));  // at once: nobody has looked yet
+        CHECK(!hung.stop(20 * kMs));
+        CHECK(hung.stop(0));  // it was left behind
+    }
+    Moody::moods[0].hangs = false;
+    CHECK(comes_true([&] { return entries_of("/proc/self/task") == threads_before; }));
+}
+
+void crew_cycles_leave_nothing_behind() {
+    const std::size_t threads = entries_of("/proc/self/task");
+    for (int cycle = 0; cycle < 60; ++cycle) {
+        const auto crew = std::make_shared<pepr::Crew>();
+        std::vector<std::unique_ptr<Sampler>> lanes;
+        for (int i = 0; i < Moody::kMoods; ++i)
+            lanes.push_back(std::make_unique<Sampler>(Moody::how(i, (i % 2 + 1) * kMs), crew));
+        if (cycle % 3 > 0) std::this_thread::sleep_for(std::chrono::milliseconds(cycle));
+        std::rotate(lanes.begin(), lanes.begin() + cycle % Moody::kMoods, lanes.end());
+        for (const auto& lane : lanes)
+            if (cycle % 2 == 0) CHECK(lane->stop(10 * kNsPerS));
+    }
+    CHECK(entries_of("/proc/self/task") == threads);
+}
+
+void crew_reads_without_an_allocation() {
+    const auto crew = std::make_shared<pepr::Crew>();
+    Sampler a(Moody::how(0, kMs), crew), b(Moody::how(1, kMs), crew);
+    CHECK(comes_true([] { return is_one_reader(0, 1) && Moody::moods[1].reads > 50; }));
+    std::uint64_t allocations_before = 0, reads_before = 0;
+    CHECK(comes_true([&] {  // a stretch in which it stays one thread: a busy machine has few
+        if (!is_one_reader(0, 1)) return false;
+        const std::thread::id reader = Moody::moods[0].reader.load();
+        allocations_before = Moody::moods[0].allocations;
+        reads_before = Moody::moods[0].reads;
+        std::this_thread::sleep_for(std::chrono::milliseconds(50));
+        return Moody::moods[0].reader.load() == reader && Moody::moods[0].reads > reads_before &&
+               Moody::moods[0].allocations == allocations_before;
+    }));
+}
+
+// Lanes whose period nobody asked for go along with those that must be read.
+void crew_spares_the_wake_ups_of_lanes_that_can_wait() {
+    const auto crew = std::make_shared<pepr::Crew>();
+    const auto budget = std::make_shared<pepr::Budget>(0.9);
+    pepr::Lane::How elastic = Moody::how(1, 20 * kMs);
+    elastic.budget = budget;
+    Sampler rigid(Moody::how(0, 16 * kMs), crew), other(std::move(elastic), crew);
+    CHECK(comes_true([] { return is_one_reader(0, 1) && Moody::moods[1].reads > 20; }));
+    const std::int64_t from_ns = now_ns();
+    CHECK(comes_true(
+        [reads = Moody::moods[1].reads.load()] { return Moody::moods[1].reads > reads + 50; }));
+    CHECK(rigid.stop(10 * kNsPerS) && other.stop(10 * kNsPerS));
+    const Recorded its = read_all(rigid), theirs = read_all(other);
+    std::size_t along = 0, all = 0;
+    for (std::size_t i = 0; i + 1 < theirs.t_ns.size(); ++i) {
+        if (theirs.t_ns[i] < from_ns) continue;
+        ++all;
+        const auto at = std::lower_bound(its.t_ns.begin(), its.t_ns.end(), theirs.t_ns[i]);
+        const bool before = at != its.t_ns.begin() && theirs.t_ns[i] - *(at - 1) < 2 * kMs;
+        along += before || (at != its.t_ns.end() && *at - theirs.t_ns[i] < 2 * kMs);
+    }
+    CHECK(all >= 50 && along * 10 >= all * 7);  // by chance it would be 1 in 4
 }
 
 // --- sensors ----------------------------------------------------------------------------------
@@ -1175,6 +1370,12 @@ constexpr Test kTests[] = {
     TEST(sampler_rethrows_why_it_failed),
     TEST(sampler_cycles_leave_nothing_behind),
     TEST(sampler_lets_a_forked_child_go),
+    TEST(crew_reads_quick_lanes_by_one_thread_and_slow_ones_by_another),
+    TEST(crew_goes_on_when_a_driver_keeps_its_leader),
+    TEST(crew_stops_a_lane_while_another_keeps_its_leader),
+    TEST(crew_cycles_leave_nothing_behind),
+    TEST(crew_reads_without_an_allocation),
+    TEST(crew_spares_the_wake_ups_of_lanes_that_can_wait),
     TEST(processes_self_counts_threads),
     TEST(processes_count_children_that_were_waited_for),
     TEST(processes_children_leave_us_out),

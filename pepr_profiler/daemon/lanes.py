@@ -81,7 +81,7 @@ class Lanes:
 
     def __init__(self, specs: Sequence[str], how: How) -> None:
         self._how = how
-        self._budget = _core.Budget(how.overhead)
+        self._budget, self._crew = _core.Budget(how.overhead), _core.Crew()
         self._names = lane_names(specs)
         self._lanes: dict[str, Lane] = {}
         self._refused: set[str] = set()  # even with privileges
@@ -170,6 +170,7 @@ class Lanes:
             budget=self._budget if how.period_ns is None else None,
             coarse=(how.coarse_period_ns, how.coarse_quantum_j) if closed else None,
             relinquish=closed,
+            crew=self._crew,
         )
 
     def _period_ns(self, spec: str) -> int:

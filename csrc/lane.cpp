@@ -1,0 +1,177 @@
+#include "lane.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "futex.h"
+#include "privileges.h"
+
+namespace pepr {
+
+namespace {
+
+constexpr std::int64_t kRingNs = 60 * kNsPerS;  // what a stalled reader may miss without loss
+constexpr std::int64_t kMinRows = 1024;
+constexpr std::int64_t kMaxRows = 1 << 20;
+constexpr std::int64_t kDutyFactor = 3;  // a lane that learns is in its driver a quarter at most
+
+// An elastic lane may be read by so much earlier or later, in eighths of its spacing. Together they
+// are the whole of it: among the wake-ups of a lane that is read as often, one always fits. Later
+// by half would count as late.
+constexpr std::int64_t kEarlierEighths = 5, kLaterEighths = 3;
+
+void bump(std::atomic<std::uint64_t>& counter, std::uint64_t by) noexcept {
+    counter.store(counter.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
+}
+
+}  // namespace
+
+Lane::Lane(How how, std::int64_t epoch_ns)
+    : how_(std::move(how)),
+      epoch_ns_(epoch_ns),
+      throttle_(how_.budget),
+      spacing_ns_(how_.period_ns) {}
+
+bool Lane::open() noexcept {
+    try {
+        sensor_ = how_.open(how_.spec);
+        if (how_.relinquish) keep_capabilities(0);
+        row_.assign(sensor_->channels().size(), kUnknown);
+        ring_ = make_ring(how_.period_ns);
+        if (how_.coarse) {
+            coarse_ring_ = make_ring(std::max(how_.period_ns, how_.coarse->period_ns));
+            coarsener_ = std::make_unique<Coarsener>(sensor_->channels(), *how_.coarse);
+        }
+        if (how_.learn) cadence_.emplace(sensor_->channels(), how_.period_ns);
+        if (cadence_ && !cadence_->watches()) cadence_.reset();
+        return true;
+    } catch (...) {
+        error_ = std::current_exception();
+        enter(State::kFailed);
+        return false;
+    }
+}
+
+std::unique_ptr<Ring> Lane::make_ring(std::int64_t gap_ns) const {
+    const auto rows = std::clamp(kRingNs / gap_ns, kMinRows, kMaxRows);
+    return std::make_unique<Ring>(sensor_->channels().size(), static_cast<std::size_t>(rows));
+}
+
+void Lane::read(bool last, CpuLaps& laps) noexcept {
+    const std::int64_t begin_ns = now_ns();
+    if (last) sensor_->finish();
+    sensor_->poll(row_.data());
+    const std::int64_t end_ns = now_ns();
+    took_ns_ = end_ns - begin_ns;
+    ring_->push(begin_ns, took_ns_, row_.data());
+    if (coarsener_ != nullptr)
+        if (const double* told = coarsener_->take(begin_ns, row_))
+            coarse_ring_->push(begin_ns, took_ns_, told);
+    if (!begun_) due_ns_ = begin_ns;
+    count(begin_ns - due_ns_);
+    if (throttle_.read(end_ns) || last) meter(end_ns, laps);
+    if (!begun_) {
+        charge(laps);
+        enter(State::kRunning);
+        begun_ = true;
+    }
+    plan(begin_ns, end_ns);
+    if (last) enter(State::kStopped);
+}
+
+void Lane::plan(std::int64_t begin_ns, std::int64_t end_ns) noexcept {
+    due_ns_ = cadence_ ? follow(begin_ns, end_ns) : next_on_grid(begin_ns, end_ns);
+    earliest_ns_ = latest_ns_ = due_ns_;
+    const std::int64_t spacing_ns = due_ns_ - begin_ns;
+    spacing_ns_.store(spacing_ns, std::memory_order_relaxed);
+    if (!is_elastic()) return;
+    // The budget puts a distance between two reads, not one from the deadline.
+    if (throttle_.gap_ns() == 0) earliest_ns_ -= kEarlierEighths * spacing_ns / 8;
+    const std::int64_t longest_ns = cadence_ ? cadence_->longest_ns() : kLongestGapNs;
+    latest_ns_ = std::clamp(due_ns_ + kLaterEighths * spacing_ns / 8, due_ns_,
+                            std::max(due_ns_, begin_ns + longest_ns));
+}
+
+// A budget says that nobody asked for the period.
+bool Lane::is_elastic() const noexcept {
+    return how_.budget != nullptr && (!cadence_ || cadence_->waits_for_none());
+}
+
+std::int64_t Lane::next_on_grid(std::int64_t begin_ns, std::int64_t end_ns) noexcept {
+    const std::int64_t period_ns = how_.period_ns, gap_ns = throttle_.gap_ns();
+    const std::int64_t step_ns = std::max(period_ns, gap_ns);
+    std::int64_t from_ns = due_ns_;
+    if (is_elastic())
+        from_ns = begin_ns;
+    else if (gap_ns <= period_ns)
+        from_ns -= (due_ns_ - epoch_ns_) % period_ns;
+    const std::int64_t next_ns = from_ns + step_ns;
+    if (end_ns < next_ns) return next_ns;
+    const std::int64_t passed = (end_ns - next_ns) / step_ns + 1;
+    if (begun_) bump(skipped_, static_cast<std::uint64_t>(passed));
+    return next_ns + passed * step_ns;
+}
+
+std::int64_t Lane::follow(std::int64_t begin_ns, std::int64_t end_ns) noexcept {
+    const bool settled_before = cadence_->settled();
+    const bool changed = cadence_->saw(begin_ns, row_.data());
+    if (settled_before) {
+        bump(settled_, 1);
+        if (!changed) bump(wasted_, 1);
+    }
+    refresh_ns_.store(cadence_->refresh_ns(), std::memory_order_relaxed);
+    // Drivers hold locks while they read, which the program may be waiting for.
+    const std::int64_t free_ns = end_ns + kDutyFactor * (end_ns - begin_ns);
+    return std::max({cadence_->next_ns(), begin_ns + throttle_.gap_ns(), free_ns});
+}
+
+void Lane::charge(CpuLaps& laps) noexcept {
+    cpu_ns_.fetch_add(laps.lap_ns(), std::memory_order_relaxed);
+}
+
+void Lane::meter(std::int64_t t_ns, CpuLaps& laps) noexcept {
+    charge(laps);
+    throttle_.account(t_ns, cpu_ns_.load(std::memory_order_relaxed));
+    gap_ns_.store(throttle_.gap_ns(), std::memory_order_relaxed);
+}
+
+void Lane::count(std::int64_t lateness_ns) noexcept {
+    bump(samples_, 1);
+    if (2 * lateness_ns > spacing_ns()) bump(late_, 1);
+    const auto unknown =
+        std::count_if(row_.begin(), row_.end(), [](double x) { return std::isnan(x); });
+    if (unknown > 0) bump(failed_reads_, static_cast<std::uint64_t>(unknown));
+}
+
+void Lane::enter(State next) noexcept {
+    state_.store(static_cast<std::uint32_t>(next), std::memory_order_release);
+    wake_all(state_);
+}
+
+bool Lane::wait_while_in(State state, std::int64_t deadline_ns) const noexcept {
+    wait_while(state_, static_cast<std::uint32_t>(state), deadline_ns);
+    return this->state() != state;
+}
+
+void Lane::require_open() const {
+    if (state() == State::kFailed) std::rethrow_exception(error_);
+    if (state() == State::kOpening)
+        throw SensorError("sensor '" + how_.spec + "' is not open yet",
+                          "its driver is still starting", "wait for it, or drop it from --sensor");
+}
+
+Lane::Stats Lane::stats(std::uint64_t lost) const noexcept {
+    constexpr auto relaxed = std::memory_order_relaxed;
+    return {samples_.load(relaxed),
+            late_.load(relaxed),
+            skipped_.load(relaxed),
+            failed_reads_.load(relaxed),
+            lost,
+            cpu_ns_.load(relaxed),
+            settled_.load(relaxed),
+            wasted_.load(relaxed),
+            refresh_ns_.load(relaxed),
+            gap_ns_.load(relaxed)};
+}
+
+}  // namespace pepr
