@@ -34,11 +34,19 @@ inline bool skip_word(const char*& at, const char* end) noexcept {
     return at < end;
 }
 
-// False if there is no such process.
-inline bool read_stat(pid_t pid, Stat& stat, double tick_s, std::uint64_t page_bytes) noexcept {
-    char path[32], text[1024];
+// Kept open, it names one process for ever: once that has exited, it tells nothing, whoever has its
+// pid then.
+inline File open_stat(pid_t pid) noexcept {
+    char path[32];
     std::snprintf(path, sizeof path, "/proc/%d/stat", pid);
-    const std::size_t length = File(path).read(text, sizeof text);
+    return File(path);
+}
+
+// False if there is no such process.
+inline bool read_stat(const File& file, pid_t pid, Stat& stat, double tick_s,
+                      std::uint64_t page_bytes) noexcept {
+    char text[1024];
+    const std::size_t length = file.read(text, sizeof text);
     // Field 2, the command, may hold spaces and parentheses: the last ) ends it.
     const char* at = static_cast<const char*>(memrchr(text, ')', length));
     if (at == nullptr || length < static_cast<std::size_t>(at - text) + 4) return false;
