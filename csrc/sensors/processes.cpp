@@ -127,20 +127,26 @@ private:
         const std::size_t size = tree_.processes().size();
         changed_ = changed_ || size != before;
         ++skipped_;
-        const bool all = skipped_ * kReadsEach >= size;
+        if (skipped_ * kReadsEach >= size) {
+            refresh();
+            return true;
+        }
         const auto due = [&](std::size_t clocks) {
-            return all || skipped_ % (1 + (clocks + clock_->events()) / kClocksEach) == 0;
+            return skipped_ % (1 + (clocks + clock_->events()) / kClocksEach) == 0;
         };
         if (!due(tree_.living())) return false;
         const std::size_t gone = tree_.read_clocks(due(size));
         changed_ = changed_ || gone > 0;
-        if (all || 2 * gone > size) {
-            changed_ = tree_.refresh() || changed_;
-            skipped_ = 0;
-        } else if (gone > 0) {
+        if (2 * gone > size)
+            refresh();
+        else if (gone > 0)
             tree_.settle(kReadsEach);
-        }
         return true;
+    }
+
+    void refresh() noexcept {
+        changed_ = tree_.refresh() || changed_;
+        skipped_ = 0;
     }
 
     double accounted_s() noexcept {
