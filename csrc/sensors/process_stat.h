@@ -1,10 +1,12 @@
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 
+#include <sys/resource.h>
 #include <sys/types.h>
 
 #include "../clock.h"
@@ -70,6 +72,30 @@ inline bool read_stat(const File& file, pid_t pid, Stat& stat, double tick_s,
     stat.own_s = own_ns >= 0 ? 1e-9 * static_cast<double>(own_ns)
                              : static_cast<double>(fields[14] + fields[15]) * tick_s;
     return true;
+}
+
+// The same as in our own stat, but not cut off to ticks.
+inline double own_waited_s() noexcept {
+    rusage waited{};
+    ::getrusage(RUSAGE_CHILDREN, &waited);
+    const timeval &user = waited.ru_utime, &system = waited.ru_stime;
+    return static_cast<double>(user.tv_sec + system.tv_sec) +
+           1e-6 * static_cast<double>(user.tv_usec + system.tv_usec);
+}
+
+// What can change of ourselves, who are there as long as we look. `memory` is our /proc/PID/statm;
+// none leaves the memory as it is.
+inline void read_own(Stat& stat, const File& memory, std::uint64_t page_bytes) noexcept {
+    const std::int64_t own_ns = read_clock_ns(CLOCK_PROCESS_CPUTIME_ID);
+    stat.own_s = std::max(stat.own_s, 1e-9 * static_cast<double>(own_ns));
+    stat.waited_s = own_waited_s();
+    if (!memory) return;
+    char text[128];  // size resident ..., in pages
+    const std::size_t length = memory.read(text, sizeof text);
+    const char* at = text;
+    std::uint64_t pages = 0;
+    if (parse_number(at, text + length, pages) && parse_number(at, text + length, pages))
+        stat.rss_bytes = pages * page_bytes;
 }
 
 }  // namespace pepr

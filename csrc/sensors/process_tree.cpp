@@ -5,7 +5,6 @@
 #include <cstring>
 
 #include <dirent.h>
-#include <sys/resource.h>
 
 #include "../clock.h"
 
@@ -16,10 +15,6 @@ namespace {
 constexpr std::size_t kMostProcesses = 1 << 16;  // reserved, touched only when used
 constexpr std::size_t kMostKept = 32;            // descriptors of ours that a program can spare
 constexpr pid_t kFirstPid = 300;                 // after a turn: RESERVED_PIDS of kernel/pid.c
-
-double seconds(const timeval& t) noexcept {
-    return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec);
-}
 
 // All of a file that may be long. What changes meanwhile may be missed, or told twice.
 std::string read_whole(const std::string& path) {
@@ -57,7 +52,7 @@ ProcessTree::ProcessTree(const std::vector<pid_t>& roots, pid_t left_out)
       tick_s_(1.0 / static_cast<double>(::sysconf(_SC_CLK_TCK))),
       page_bytes_(static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE))),
       last_pid_("/proc/loadavg"),
-      own_memory_("/proc/" + std::to_string(self_) + "/statm"),
+      own_memory_(self_ == left_out_ ? File() : File("/proc/" + std::to_string(self_) + "/statm")),
       looked_until_(last_pid()),
       looked_before_(looked_until_) {
     processes_.reserve(kMostProcesses);
@@ -194,7 +189,8 @@ void ProcessTree::settle(std::size_t most) noexcept {
 
 bool ProcessTree::refresh(Process& process) noexcept {
     if (process.pid == self_) {
-        refresh_self(process);
+        read_own(process.seen, own_memory_, page_bytes_);
+        process.overdue_s = process.owed_s;
         return true;
     }
     Stat stat{};
@@ -207,22 +203,6 @@ bool ProcessTree::refresh(Process& process) noexcept {
     process.seen = stat;
     process.overdue_s = process.owed_s;
     return true;
-}
-
-// What can change of the one process that is there as long as we are.
-void ProcessTree::refresh_self(Process& process) noexcept {
-    Stat& seen = process.seen;
-    const std::int64_t own_ns = read_clock_ns(CLOCK_PROCESS_CPUTIME_ID);
-    seen.own_s = std::max(seen.own_s, 1e-9 * static_cast<double>(own_ns));
-    seen.waited_s = own_waited_s();
-    process.overdue_s = process.owed_s;
-    if (self_ == left_out_) return;
-    char text[128];  // size resident ..., in pages
-    const std::size_t length = own_memory_.read(text, sizeof text);
-    const char* at = text;
-    std::uint64_t pages = 0;
-    if (parse_number(at, text + length, pages) && parse_number(at, text + length, pages))
-        seen.rss_bytes = pages * page_bytes_;
 }
 
 // After parents were read: who was waited for since its own read, but before theirs, would count
@@ -295,13 +275,6 @@ bool ProcessTree::read_stat(const File& file, pid_t pid, Stat& stat) const noexc
     if (!pepr::read_stat(file, pid, stat, tick_s_, page_bytes_)) return false;
     if (pid == self_) stat.waited_s = own_waited_s();
     return true;
-}
-
-// The same as in our stat, but not cut off to ticks.
-double ProcessTree::own_waited_s() const noexcept {
-    rusage waited{};
-    ::getrusage(RUSAGE_CHILDREN, &waited);
-    return seconds(waited.ru_utime) + seconds(waited.ru_stime);
 }
 
 }  // namespace pepr

@@ -82,12 +82,10 @@ private:
     bool look_between(pid_t pid, pid_t last) noexcept;
     bool add(pid_t pid, const Stat&) noexcept;
     bool refresh(Process&) noexcept;
-    void refresh_self(Process&) noexcept;
     bool drop_gone() noexcept;
     void hand_up(const Process&) noexcept;
     double accounted_s(const Process&) const noexcept;
     bool read_stat(const File&, pid_t pid, Stat&) const noexcept;
-    double own_waited_s() const noexcept;
 
     const pid_t self_, left_out_, pid_max_;
     const double tick_s_;
