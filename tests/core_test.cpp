@@ -1054,9 +1054,10 @@ void processes_are_read_without_an_allocation() {
 struct Stolen {
     double share;          // of the time that its tasks run
     int changes_each = 0;  // polls
-    double unseen_s = 0;   // a poll, of processes that nobody ever saw
+    double unseen_s = 0;   // a poll, or a change, of processes that nobody ever saw
     double setuid_s = 0;   // a poll, which the count is blind to
     double noise_s = 0;    // between the reads of the count and of the clocks
+    double others_s = 0;   // a poll, stolen of other programs
 };
 
 struct Told {
@@ -1070,19 +1071,21 @@ Told tell(const Stolen& load) {
     std::uniform_real_distribution<double> noise_s(0, load.noise_s);
     pepr::Reconciled reconciled(kBefore_s, kTick_s);
     Told told{0, 0, 0};
-    double count_s = 0, clocks_s = 0;
+    double count_s = 0, clocks_s = 0, unseen_s = 0;
     for (int poll = 0; poll < 1000; ++poll) {
-        const double ran_s = poll > 0 ? 0.2 : 0.0;
-        told.stolen_s += load.share * ran_s;
-        clocks_s += (1 - load.share) * ran_s + load.setuid_s;
-        count_s += ran_s + load.unseen_s;
-        told.truth_s = clocks_s + load.unseen_s * (poll + 1);
         const bool changed = load.changes_each > 0 && poll % load.changes_each == 0;
-        told.cpu_s =
-            reconciled.take(count_s + noise_s(random), clocks_s, poll == 0 || changed, [&] {
-                ++told.asked;
-                return kBefore_s + kTick_s * std::floor(told.stolen_s / kTick_s);
-            });
+        const double ran_s = poll > 0 ? 0.2 : 0.0;
+        if (changed || load.changes_each == 0) unseen_s += load.unseen_s;
+        told.stolen_s += load.share * ran_s + load.others_s;
+        clocks_s += (1 - load.share) * ran_s + load.setuid_s;
+        count_s += ran_s;
+        told.truth_s = clocks_s + unseen_s;
+        const auto stolen_s = [&] {
+            ++told.asked;
+            return kBefore_s + kTick_s * std::floor(told.stolen_s / kTick_s);
+        };
+        told.cpu_s = reconciled.take(count_s + unseen_s + noise_s(random), clocks_s,
+                                     poll == 0 || changed, stolen_s);
     }
     return told;
 }
@@ -1107,6 +1110,9 @@ void cpu_time_that_was_not_stolen_is_kept() {
     // no more than was stolen is taken off
     const Told both = tell({0.01, 0, 0.005});
     CHECK(both.truth_s - both.cpu_s < 1e-9 && both.cpu_s - both.truth_s < both.stolen_s);
+    // nor for what began and ended unseen while others did, whatever was stolen of other programs
+    const Told born = tell({0, 10, 0.05, 0, 0, 0.02});
+    CHECK(std::abs(born.cpu_s - born.truth_s) < 1e-9);
     const Told still = tell({0, 0, 0, 0, 0.002});
     CHECK(std::abs(still.cpu_s - still.truth_s) < 0.0021 && still.asked == 0);
 }
