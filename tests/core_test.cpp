@@ -36,6 +36,8 @@
 #include "ring.h"
 #include "sampler.h"
 #include "sensor.h"
+#include "sensors/machine_time.h"
+#include "sensors/reconciled.h"
 
 namespace fs = std::filesystem;
 
@@ -1243,6 +1245,109 @@ void processes_are_read_without_an_allocation() {
     ::close(hold[0]);
 }
 
+// A tree on two CPUs in virtual time, 10 polls a second for 100 s, of which a hypervisor steals.
+struct Stolen {
+    double share;          // of the time that its tasks run
+    int changes_each = 0;  // polls
+    double unseen_s = 0;   // a poll, or a change, of processes that nobody ever saw
+    double setuid_s = 0;   // a poll, which the count is blind to
+    double noise_s = 0;    // between the reads of the count and of the clocks
+    double others_s = 0;   // a poll, stolen of other programs
+};
+
+struct Told {
+    double cpu_s, truth_s, stolen_s;
+    int asked = 0;  // how often what was stolen was asked for
+};
+
+Told tell(const Stolen& load) {
+    constexpr double kTick_s = 0.01, kBefore_s = 11.67;
+    std::mt19937 random(5);
+    std::uniform_real_distribution<double> noise_s(0, load.noise_s);
+    pepr::Reconciled reconciled(kBefore_s, kTick_s);
+    Told told{0, 0, 0};
+    double count_s = 0, clocks_s = 0, unseen_s = 0;
+    for (int poll = 0; poll < 1000; ++poll) {
+        const bool changed = load.changes_each > 0 && poll % load.changes_each == 0;
+        const double ran_s = poll > 0 ? 0.2 : 0.0;
+        if (changed || load.changes_each == 0) unseen_s += load.unseen_s;
+        told.stolen_s += load.share * ran_s + load.others_s;
+        clocks_s += (1 - load.share) * ran_s + load.setuid_s;
+        count_s += ran_s;
+        told.truth_s = clocks_s + unseen_s;
+        const auto stolen_s = [&] {
+            ++told.asked;
+            return kBefore_s + kTick_s * std::floor(told.stolen_s / kTick_s);
+        };
+        told.cpu_s = reconciled.take(count_s + unseen_s + noise_s(random), clocks_s,
+                                     poll == 0 || changed, stolen_s);
+    }
+    return told;
+}
+
+void cpu_time_is_without_what_was_stolen() {
+    for (const double share : {0.001, 0.015, 0.3}) {
+        const Told told = tell({share});
+        CHECK(std::abs(told.cpu_s - told.truth_s) < 0.021);  // a tick, and one that was not told
+        CHECK(told.asked <= 1000 * std::min(1.0, share * 0.2 / 0.01));
+        // given births or deaths, what was stolen since the last poll cannot be told from theirs
+        const Told busy = tell({share, 10});
+        CHECK(busy.cpu_s - busy.truth_s > -0.001);
+        CHECK(busy.cpu_s - busy.truth_s < 0.11 * busy.stolen_s + 0.021);
+    }
+}
+
+void cpu_time_that_was_not_stolen_is_kept() {
+    const Told unseen = tell({0, 0, 0.005});
+    CHECK(std::abs(unseen.cpu_s - unseen.truth_s) < 1e-9);
+    const Told setuid = tell({0, 0, 0, 0.01});
+    CHECK(std::abs(setuid.cpu_s - setuid.truth_s) < 1e-9 && setuid.asked == 0);
+    // no more than was stolen is taken off
+    const Told both = tell({0.01, 0, 0.005});
+    CHECK(both.truth_s - both.cpu_s < 1e-9 && both.cpu_s - both.truth_s < both.stolen_s);
+    // nor for what began and ended unseen while others did, whatever was stolen of other programs
+    const Told born = tell({0, 10, 0.05, 0, 0, 0.02});
+    CHECK(std::abs(born.cpu_s - born.truth_s) < 1e-9);
+    const Told still = tell({0, 0, 0, 0, 0.002});
+    CHECK(std::abs(still.cpu_s - still.truth_s) < 0.0021 && still.asked == 0);
+}
+
+// The time of a machine, by files of ours in place of the kernel's.
+void machine_time_is_of_the_whole_machine() {
+    const Folder folder;
+    const fs::path root = fs::path(folder.write("here", "")).parent_path();
+    const auto write = [&](const std::string& name, const std::string& text) {
+        fs::create_directories((root / name).parent_path());
+        std::ofstream(root / name) << text;
+    };
+    const auto close = [](double value, double expected) {
+        return std::abs(value - expected) < 1e-6;
+    };
+    CHECK(!pepr::MachineTime(root.string()));
+    write("proc/stat", "cpu  1000 200 300 9999 77 1 4 50 600 60\ncpu0 1 2 3 4 5 6 7 8 9 10\n");
+    {
+        pepr::MachineTime machine(root.string());
+        CHECK(machine && close(machine.busy_s(), 15.05) && close(machine.stolen_s(), 0.5));
+        write("proc/stat", "cpu  1100 200 300 9999 77 1 4 60 600 60\n");
+        CHECK(close(machine.busy_s(), 16.05) && close(machine.stolen_s(), 0.6));
+    }
+    const std::string told =
+        "usage_usec 16999999\nuser_usec 13001234\nsystem_usec 3050000\nnice_usec 2000000\n";
+    for (const char* place : {"sys/fs/cgroup/unified/", "sys/fs/cgroup/"}) {
+        write(std::string(place) + "cpu.stat", told);
+        pepr::MachineTime machine(root.string());
+        CHECK(close(machine.busy_s(), 16.051234) && close(machine.stolen_s(), 0.6));
+        write(std::string(place) + "cgroup.type", "domain\n");  // a container's own
+        CHECK(close(pepr::MachineTime(root.string()).busy_s(), 16.05));
+    }
+    fs::remove(root / "sys/fs/cgroup/cgroup.type");
+    write("sys/fs/cgroup/cpu.stat", "nr_periods 0\nnr_throttled 0\n");
+    CHECK(close(pepr::MachineTime(root.string()).busy_s(), 16.05));
+    write("proc/stat", "cpu  1100 200\n");
+    pepr::MachineTime torn(root.string());
+    CHECK(std::isnan(torn.busy_s()) && std::isnan(torn.stolen_s()));
+}
+
 void replay_names_the_bad_line() {
     const Folder folder;
     const std::string path =
@@ -1381,6 +1486,9 @@ constexpr Test kTests[] = {
     TEST(processes_children_leave_us_out),
     TEST(processes_pids_count_from_the_open_on),
     TEST(processes_are_read_without_an_allocation),
+    TEST(cpu_time_is_without_what_was_stolen),
+    TEST(cpu_time_that_was_not_stolen_is_kept),
+    TEST(machine_time_is_of_the_whole_machine),
     TEST(replay_names_the_bad_line),
     TEST(replays_that_are_damaged_are_read_or_refused),
     TEST(sysfs_that_is_damaged_is_read_or_refused),

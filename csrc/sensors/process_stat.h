@@ -1,10 +1,12 @@
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 
+#include <sys/resource.h>
 #include <sys/types.h>
 
 #include "../clock.h"
@@ -34,11 +36,19 @@ inline bool skip_word(const char*& at, const char* end) noexcept {
     return at < end;
 }
 
-// False if there is no such process.
-inline bool read_stat(pid_t pid, Stat& stat, double tick_s, std::uint64_t page_bytes) noexcept {
-    char path[32], text[1024];
+// Kept open, it names one process for ever: once that has exited, it tells nothing, whoever has its
+// pid then.
+inline File open_stat(pid_t pid) noexcept {
+    char path[32];
     std::snprintf(path, sizeof path, "/proc/%d/stat", pid);
-    const std::size_t length = File(path).read(text, sizeof text);
+    return File(path);
+}
+
+// False if there is no such process.
+inline bool read_stat(const File& file, pid_t pid, Stat& stat, double tick_s,
+                      std::uint64_t page_bytes) noexcept {
+    char text[1024];
+    const std::size_t length = file.read(text, sizeof text);
     // Field 2, the command, may hold spaces and parentheses: the last ) ends it.
     const char* at = static_cast<const char*>(memrchr(text, ')', length));
     if (at == nullptr || length < static_cast<std::size_t>(at - text) + 4) return false;
@@ -62,6 +72,30 @@ inline bool read_stat(pid_t pid, Stat& stat, double tick_s, std::uint64_t page_b
     stat.own_s = own_ns >= 0 ? 1e-9 * static_cast<double>(own_ns)
                              : static_cast<double>(fields[14] + fields[15]) * tick_s;
     return true;
+}
+
+// The same as in our own stat, but not cut off to ticks.
+inline double own_waited_s() noexcept {
+    rusage waited{};
+    ::getrusage(RUSAGE_CHILDREN, &waited);
+    const timeval &user = waited.ru_utime, &system = waited.ru_stime;
+    return static_cast<double>(user.tv_sec + system.tv_sec) +
+           1e-6 * static_cast<double>(user.tv_usec + system.tv_usec);
+}
+
+// What can change of ourselves, who are there as long as we look. `memory` is our /proc/PID/statm;
+// none leaves the memory as it is.
+inline void read_own(Stat& stat, const File& memory, std::uint64_t page_bytes) noexcept {
+    const std::int64_t own_ns = read_clock_ns(CLOCK_PROCESS_CPUTIME_ID);
+    stat.own_s = std::max(stat.own_s, 1e-9 * static_cast<double>(own_ns));
+    stat.waited_s = own_waited_s();
+    if (!memory) return;
+    char text[128];  // size resident ..., in pages
+    const std::size_t length = memory.read(text, sizeof text);
+    const char* at = text;
+    std::uint64_t pages = 0;
+    if (parse_number(at, text + length, pages) && parse_number(at, text + length, pages))
+        stat.rss_bytes = pages * page_bytes;
 }
 
 }  // namespace pepr

@@ -5,7 +5,6 @@
 #include <cstring>
 
 #include <dirent.h>
-#include <sys/resource.h>
 
 #include "../clock.h"
 
@@ -14,11 +13,8 @@ namespace pepr {
 namespace {
 
 constexpr std::size_t kMostProcesses = 1 << 16;  // reserved, touched only when used
+constexpr std::size_t kMostKept = 32;            // descriptors of ours that a program can spare
 constexpr pid_t kFirstPid = 300;                 // after a turn: RESERVED_PIDS of kernel/pid.c
-
-double seconds(const timeval& t) noexcept {
-    return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec);
-}
 
 // All of a file that may be long. What changes meanwhile may be missed, or told twice.
 std::string read_whole(const std::string& path) {
@@ -56,12 +52,13 @@ ProcessTree::ProcessTree(const std::vector<pid_t>& roots, pid_t left_out)
       tick_s_(1.0 / static_cast<double>(::sysconf(_SC_CLK_TCK))),
       page_bytes_(static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE))),
       last_pid_("/proc/loadavg"),
+      own_memory_(self_ == left_out_ ? File() : File("/proc/" + std::to_string(self_) + "/statm")),
       looked_until_(last_pid()),
       looked_before_(looked_until_) {
     processes_.reserve(kMostProcesses);
     gone_.reserve(kMostProcesses);
     for (const pid_t root : roots)
-        if (Stat stat{}; read_stat(root, stat) && stat.living) add(root, stat);
+        if (Stat stat{}; read_stat(open_stat(root), root, stat) && stat.living) add(root, stat);
 }
 
 // --- who is of the tree --------------------------------------------------------------------------
@@ -79,7 +76,7 @@ std::vector<ProcessTree::Thread> ProcessTree::search() {
             const std::string text = read_whole(tasks + std::to_string(thread) + "/children");
             const char* at = text.data();
             for (pid_t child = 0; parse_number(at, text.data() + text.size(), child);)
-                if (Stat stat{}; read_stat(child, stat) && add(child, stat))
+                if (Stat stat{}; read_stat(open_stat(child), child, stat) && add(child, stat))
                     left.emplace_back(child, stat.parent);
         }
     }
@@ -103,8 +100,8 @@ bool ProcessTree::look_between(pid_t pid, pid_t last) noexcept {
     for (pid_t tries = 0; pid != last && tries < pid_max_; ++tries) {
         if (++pid >= pid_max_) pid = std::min(kFirstPid, last);
         Stat stat{};
-        if (find(pid) == nullptr && read_clock_ns(cpu_clock_of(pid)) >= 0 && read_stat(pid, stat) &&
-            find(stat.parent) != nullptr)
+        if (find(pid) == nullptr && read_clock_ns(cpu_clock_of(pid)) >= 0 &&
+            read_stat(open_stat(pid), pid, stat) && find(stat.parent) != nullptr)
             add(pid, stat);
     }
     return true;
@@ -191,8 +188,16 @@ void ProcessTree::settle(std::size_t most) noexcept {
 }
 
 bool ProcessTree::refresh(Process& process) noexcept {
+    if (process.pid == self_) {
+        read_own(process.seen, own_memory_, page_bytes_);
+        process.overdue_s = process.owed_s;
+        return true;
+    }
     Stat stat{};
-    process.gone = !read_stat(process.pid, stat) || stat.start_ticks != process.seen.start_ticks;
+    if (!process.stat) process.stat = open_stat(process.pid);
+    process.gone =
+        !read_stat(process.stat, process.pid, stat) || stat.start_ticks != process.seen.start_ticks;
+    if (processes_.size() > kMostKept) process.stat = File();
     if (process.gone) return false;
     stat.own_s = std::max(stat.own_s, process.seen.own_s);  // may be in ticks
     process.seen = stat;
@@ -266,13 +271,9 @@ std::uint64_t ProcessTree::rss_bytes() const noexcept {
     return sum_bytes;
 }
 
-bool ProcessTree::read_stat(pid_t pid, Stat& stat) const noexcept {
-    if (!pepr::read_stat(pid, stat, tick_s_, page_bytes_)) return false;
-    if (pid == self_) {  // the same without cutting off to ticks
-        rusage waited{};
-        ::getrusage(RUSAGE_CHILDREN, &waited);
-        stat.waited_s = seconds(waited.ru_utime) + seconds(waited.ru_stime);
-    }
+bool ProcessTree::read_stat(const File& file, pid_t pid, Stat& stat) const noexcept {
+    if (!pepr::read_stat(file, pid, stat, tick_s_, page_bytes_)) return false;
+    if (pid == self_) stat.waited_s = own_waited_s();
     return true;
 }
 

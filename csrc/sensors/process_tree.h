@@ -19,6 +19,7 @@ struct Process {
     double owed_s = 0.0;     // by children that vanished: as much must turn up in waited_s
     double overdue_s = 0.0;  // what was owed when all were read last
     double foreign_s = 0.0;  // of their time, what was used before we watched
+    File stat = {};          // its /proc/PID/stat, in a small tree
     bool gone = false;
 
     double grown_s() const noexcept { return seen.waited_s - before_waited_s; }
@@ -84,12 +85,12 @@ private:
     bool drop_gone() noexcept;
     void hand_up(const Process&) noexcept;
     double accounted_s(const Process&) const noexcept;
-    bool read_stat(pid_t pid, Stat&) const noexcept;
+    bool read_stat(const File&, pid_t pid, Stat&) const noexcept;
 
     const pid_t self_, left_out_, pid_max_;
     const double tick_s_;
     const std::uint64_t page_bytes_;
-    const File last_pid_;
+    const File last_pid_, own_memory_;
     std::vector<Process> processes_;  // by pid
     std::vector<Process*> gone_;      // while they are dropped
     std::size_t next_ = 0;            // to be refreshed

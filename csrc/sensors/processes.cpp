@@ -8,13 +8,16 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <utility>
 
 #include <unistd.h>
 
 #include "../clock.h"
 #include "../file.h"
 #include "../sensor.h"
+#include "machine_time.h"
 #include "process_tree.h"
+#include "reconciled.h"
 #include "task_clock.h"
 
 namespace pepr {
@@ -32,18 +35,11 @@ constexpr std::size_t kReadsEach = 24;
 
 constexpr const char* kPids = "pids=";
 
-// The first line of /proc/stat, in seconds.
-struct Machine {
-    double busy_s, stolen_s;
-};
-
 class Processes final : public Sensor {
 public:
     Processes(const std::string& where, const std::vector<pid_t>& roots)
-        : left_out_(where == "self" ? 0 : ::getpid()),
-          stat_("/proc/stat"),
-          tree_(roots, left_out_) {
-        if (!stat_ || tree_.last_pid() < 0)
+        : left_out_(where == "self" ? 0 : ::getpid()), tree_(roots, left_out_) {
+        if (!machine_ || tree_.last_pid() < 0)
             throw SensorError("the process tree cannot be followed", "/proc is not mounted",
                               "mount /proc (mount -t proc proc /proc)");
         for (const pid_t root : roots)
@@ -61,19 +57,20 @@ public:
         }
         describe(where, source);
         own_before_s_ = own_s();
-        taken_off_s_ = read_machine().stolen_s;
+        machine_.busy_s();
+        reconciled_.emplace(machine_.stolen_s(), 1.0 / static_cast<double>(::sysconf(_SC_CLK_TCK)));
         if (clock_) counted_before_s_ = clock_->read_s();
         tree_.begin();
     }
 
     void poll(double* out) noexcept override {
-        const Machine machine = read_machine();
-        const double cpu_s = clock_ ? counted_s(machine.stolen_s) : accounted_s();
+        const double busy_s = machine_.busy_s();
+        const double cpu_s = clock_ ? counted_s() : accounted_s();
         // Dips: a child reaped while we read, and cutime cut off to ticks where it was exact.
         out[0] = job_cpu_s_ = std::max(job_cpu_s_, cpu_s);
         out[1] = static_cast<double>(tree_.rss_bytes());
         out[2] = static_cast<double>(tree_.living());
-        out[3] = machine.busy_s;
+        out[3] = busy_s;
     }
 
     void finish() noexcept override { skipped_ = tree_.processes().size(); }
@@ -100,24 +97,12 @@ private:
         add("system/busy", "cpu_time", "s", true, {{"scope", "system"}, {"cpus", cpus}});
     }
 
-    // The scheduler's count, put right by the clocks' account wherever that knows better. It knows
-    // more than the count of what the kernel does to take an exiting process apart, which Linux
-    // 6.16 and later leave out (80 ms a GB of memory), and of all that a setuid program does, where
-    // the kernel ends the inheritance. It knows of less than the count where processes end unseen;
-    // but what a hypervisor steals from running tasks is in the count alone.
-    double counted_s(double stolen_s) noexcept {
+    double counted_s() noexcept {
         if (!read_tree()) return job_cpu_s_;
         const double count_s = clock_->read_s() - counted_before_s_ - (own_s() - own_before_s_);
-        const double apart_s = tree_.accounted_s() - count_s;
-        if (!changed_ && stolen_s > taken_off_s_) {
-            const double off_s = std::clamp(apart_s_ - apart_s, 0.0, stolen_s - taken_off_s_);
-            taken_off_s_ += off_s;
-            correction_s_ -= off_s;
-        }
-        correction_s_ = std::max(correction_s_, apart_s);
-        apart_s_ = apart_s;
-        changed_ = false;
-        return count_s + correction_s_;
+        const bool changed = std::exchange(changed_, false);
+        return reconciled_->take(count_s, tree_.accounted_s(), changed,
+                                 [this] { return machine_.stolen_s(); });
     }
 
     // False if the clocks are not due yet; `changed_` is about the time since they were.
@@ -127,20 +112,26 @@ private:
         const std::size_t size = tree_.processes().size();
         changed_ = changed_ || size != before;
         ++skipped_;
-        const bool all = skipped_ * kReadsEach >= size;
+        if (skipped_ * kReadsEach >= size) {
+            refresh();
+            return true;
+        }
         const auto due = [&](std::size_t clocks) {
-            return all || skipped_ % (1 + (clocks + clock_->events()) / kClocksEach) == 0;
+            return skipped_ % (1 + (clocks + clock_->events()) / kClocksEach) == 0;
         };
         if (!due(tree_.living())) return false;
         const std::size_t gone = tree_.read_clocks(due(size));
         changed_ = changed_ || gone > 0;
-        if (all || 2 * gone > size) {
-            changed_ = tree_.refresh() || changed_;
-            skipped_ = 0;
-        } else if (gone > 0) {
+        if (2 * gone > size)
+            refresh();
+        else if (gone > 0)
             tree_.settle(kReadsEach);
-        }
         return true;
+    }
+
+    void refresh() noexcept {
+        changed_ = tree_.refresh() || changed_;
+        skipped_ = 0;
     }
 
     double accounted_s() noexcept {
@@ -158,29 +149,14 @@ private:
         return 1e-9 * static_cast<double>(read_clock_ns(CLOCK_PROCESS_CPUTIME_ID));
     }
 
-    // user nice system idle iowait irq softirq steal guest guest_nice, in ticks. guest is in user
-    // already; steal ran elsewhere.
-    Machine read_machine() const noexcept {
-        char text[256];
-        const std::size_t length = stat_.read(text, sizeof text);
-        const char* at = text + std::strlen("cpu");
-        std::uint64_t ticks[8] = {};
-        for (std::uint64_t& value : ticks)
-            if (length == 0 || !parse_number(at, text + length, value)) return {kUnknown, kUnknown};
-        const auto busy = ticks[0] + ticks[1] + ticks[2] + ticks[5] + ticks[6];
-        return {static_cast<double>(busy) * tick_s_, static_cast<double>(ticks[7]) * tick_s_};
-    }
-
     const pid_t left_out_;
-    const double tick_s_ = 1.0 / static_cast<double>(::sysconf(_SC_CLK_TCK));
-    const File stat_;
+    MachineTime machine_;
     ProcessTree tree_;
     std::optional<TaskClock> clock_;
-    double counted_before_s_ = 0.0, own_before_s_ = 0.0;
-    double apart_s_ = 0.0, correction_s_ = 0.0, job_cpu_s_ = 0.0;
-    double taken_off_s_ = 0.0;  // of the count, because it was stolen
-    std::size_t skipped_ = 0;   // samples since all processes were read
-    bool changed_ = true;       // since then, a process was born or has ended
+    std::optional<Reconciled> reconciled_;
+    double counted_before_s_ = 0.0, own_before_s_ = 0.0, job_cpu_s_ = 0.0;
+    std::size_t skipped_ = 0;  // samples since all processes were read
+    bool changed_ = true;      // since the clocks were, a process was born or has ended
     bool unsettled_ = true;
 };
 
