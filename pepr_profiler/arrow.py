@@ -16,9 +16,8 @@ import io
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,8 +38,7 @@ _INT, _FLOATING_POINT = 2, 3  # Type
 _PRECISIONS = {"<f2": 0, "<f4": 1, "<f8": 2}
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """A column's name, what its numbers are as numpy calls it ("<i8", "<u4", "<f8"), and facts."""
 
     name: str
@@ -48,8 +46,7 @@ class Column:
     facts: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Schema:
+class Schema(NamedTuple):
     """The columns of a stream and facts about all of it."""
 
     columns: tuple[Column, ...]

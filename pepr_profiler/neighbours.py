@@ -16,7 +16,6 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 _SCAN_S = 10.0
@@ -212,13 +211,13 @@ class Neighbours:
         return job
 
 
-@dataclass
 class _Seen:
     """A PID that a GPU lists: whose it is (None: not known yet) and since when."""
 
-    owner: str | None = None
-    start_ticks: int = -1
-    missed: int = 0
+    def __init__(self) -> None:
+        self.owner: str | None = None
+        self.start_ticks = -1
+        self.missed = 0
 
 
 def last_pids(columns: Sequence[bytes], indices: Iterable[int]) -> set[int]:

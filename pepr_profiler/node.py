@@ -14,9 +14,8 @@ import time
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pepr_profiler import _core
 from pepr_profiler.errors import PeprError
@@ -156,8 +155,7 @@ class Connection:
         self._socket.close()
 
 
-@dataclass(frozen=True)
-class Peer:
+class Peer(NamedTuple):
     """Who is at the other end of a Unix socket, as the kernel says."""
 
     pid: int

@@ -13,9 +13,8 @@ import time
 import warnings
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pepr_profiler import _core
 from pepr_profiler.detect import (
@@ -29,7 +28,6 @@ from pepr_profiler.detect import (
     with_process_lists,
 )
 from pepr_profiler.errors import SensorError, TraceError, UsageError
-from pepr_profiler.following import Targets, hold
 from pepr_profiler.neighbours import Neighbours, cuda_environments, last_pids, run_around
 from pepr_profiler.node import Node, RemoteLane
 from pepr_profiler.store import Store, recorder_lives
@@ -47,7 +45,10 @@ from pepr_profiler.trace import (
 if TYPE_CHECKING:
     from pepr_profiler.carbon import GridIntensity
     from pepr_profiler.claims import Claims
+    from pepr_profiler.following import Targets
     from pepr_profiler.node import Batch as Rows
+
+    _F = TypeVar("_F", bound=Callable[..., Any])
 
 _OWN_PERIOD = ("processes", "nvml-processes")  # whatever is asked for or could be learnt
 
@@ -70,8 +71,7 @@ Missing = dict[str, str]
 Warn = Callable[[str, str, str], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(NamedTuple):
     """What a recording is asked to be.
 
     `period_ns` None: each sensor is read when it is refreshed. `overhead` is the CPU time that
@@ -544,7 +544,7 @@ class Recorder:
                 "profiler_pid": self._pid,
                 "cpu": _cpu_identity(),
                 "options": {
-                    "intensity": asdict(options.intensity) if options.intensity else None,
+                    "intensity": dict(vars(options.intensity)) if options.intensity else None,
                     "pue": options.pue,
                     "cpu_power": options.cpu_power,
                     "performance": options.performance,
@@ -604,24 +604,23 @@ def _clock_pair() -> dict[str, int]:
 
 
 def _iso(clock: dict[str, int], t_ns: int | None) -> str:
-    from datetime import datetime, timezone
-
     unix_ns = clock["unix_ns"] + ((t_ns or clock["t_ns"]) - clock["t_ns"])
-    return datetime.fromtimestamp(unix_ns / 1e9, timezone.utc).isoformat(timespec="milliseconds")
+    seconds, rest_ns = divmod(unix_ns, 10**9)
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{rest_ns // 10**6:03d}+00:00"
 
 
 @functools.cache
 def _cpu_identity() -> dict[str, Any]:
     from pepr_profiler.modelled import read_cpu_identity
 
-    return asdict(read_cpu_identity())
+    return read_cpu_identity()._asdict()
 
 
 # --- inside a program ----------------------------------------------------------------------------
 
 _numbers = itertools.count(1)  # of phases: all blocks of a process write to one file
 _current_phase: contextvars.ContextVar[int | None] = contextvars.ContextVar("phase", default=None)
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class Run:
@@ -748,6 +747,8 @@ class Run:
     def _record(self) -> int:
         """Begins a recording of our own; when it began, ns."""
         if self._pids is not None:
+            from pepr_profiler.following import hold
+
             with hold(self._pids) as targets:
                 recorder = attach(self._options, targets)
         else:

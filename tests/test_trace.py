@@ -481,7 +481,7 @@ def test_joined_batches_hold_the_same_rows_in_order() -> None:
     values = np.stack((t_ns * 2.0, np.where(t_ns % 7, 1.0, np.nan)))
     whole = Batch(t_ns, t_ns // 3, values, t_ns % 5, t_ns % 11)
     cut = [
-        Batch(*(column[..., a:b] for column in vars(whole).values()))
+        Batch(*(column[..., a:b] for column in whole))
         for a, b in itertools.pairwise(ends)
     ]
     without = [Batch(batch.t_ns, batch.read_ns, batch.values) for batch in cut]
