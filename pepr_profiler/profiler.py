@@ -14,7 +14,6 @@ import warnings
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pepr_profiler import _core
 from pepr_profiler.detect import (
@@ -30,6 +29,7 @@ from pepr_profiler.detect import (
 from pepr_profiler.errors import SensorError, TraceError, UsageError
 from pepr_profiler.neighbours import Neighbours, cuda_environments, last_pids, run_around
 from pepr_profiler.node import Node, RemoteLane
+from pepr_profiler.record import Record
 from pepr_profiler.store import Store, recorder_lives
 from pepr_profiler.trace import (
     RUN_DIR_VARIABLE,
@@ -42,7 +42,10 @@ from pepr_profiler.trace import (
     write_json,
 )
 
+TYPE_CHECKING = False  # typing takes 10 ms and 0.5 MB
 if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
     from pepr_profiler.carbon import GridIntensity
     from pepr_profiler.claims import Claims
     from pepr_profiler.following import Targets
@@ -71,7 +74,7 @@ Missing = dict[str, str]
 Warn = Callable[[str, str, str], None]
 
 
-class Options(NamedTuple):
+class Options(Record):
     """What a recording is asked to be.
 
     `period_ns` None: each sensor is read when it is refreshed. `overhead` is the CPU time that
