@@ -31,7 +31,7 @@ from pepr_profiler import _core, arrow
 from pepr_profiler.errors import TraceError
 from pepr_profiler.record import Record
 
-TYPE_CHECKING = False  # typing takes 10 ms and 0.5 MB
+TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
     from typing import Any, TypeAlias
 
@@ -820,7 +820,7 @@ def read_run(directory: Path, *, believed: bool = False) -> dict[str, Any]:
 
 
 def _loads_quickly(data: bytes) -> Any:
-    """In a fifth of the time that json takes, but importing it takes 2 MB and as long as 500."""
+    """In a fifth of the time that json takes; but importing it takes 2 MB."""
     from orjson import JSONDecodeError, loads
 
     try:
