@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import UnmeasurableError, header, judge, main, product, show
+from pepr_profiler import arrow
 from pepr_profiler.trace import Channel, Lane, LaneWriter, write_json
 
 ROWS = 4096
@@ -110,7 +111,8 @@ class WholeWriter:
 
     def write(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:
         rows = len(t_ns) // 8
-        self._stream.append([t_ns, read_ns, bytes(4 * rows), bytes(4 * rows), *values])
+        columns = [t_ns, read_ns, bytes(4 * rows), bytes(4 * rows), *values]
+        self._stream.append(arrow.batch_message(columns, rows))
 
     def close(self) -> None:
         self._stream.finish()

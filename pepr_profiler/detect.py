@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pepr_profiler import _core
 from pepr_profiler.errors import SensorError
+from pepr_profiler.record import Record
 
 KINDS = ("nvml", "perf", "powercap", "hwmon")
 
@@ -29,8 +29,7 @@ _DOMAINS = {"package": "energy-pkg", "dram": "energy-ram", "psys": "energy-psys"
 _CONTAINER_WORDS = ("docker", "kubepods", "containerd", "libpod", "lxc")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
+class Place(Record):
     """Where this process runs, as far as it decides what unlocks a sensor."""
 
     root: bool

@@ -7,13 +7,13 @@ than ±50 % (k = 2), a figure borrowed from a related CPU claims more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pepr_profiler.errors import UsageError
+from pepr_profiler.record import Record
 from pepr_profiler.units import parse_bounds
 
+TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -66,8 +66,7 @@ W_PER_GB = 0.375
 _BYTES_PER_GB = 2**30
 
 
-@dataclass(frozen=True, kw_only=True)
-class CpuIdentity:
+class CpuIdentity(Record):
     """Who the CPU says it is; None where the kernel does not show it.
 
     x86: CPUID's vendor, family, model, stepping. ARM: implementer ("0x41"), architecture, part,
@@ -86,8 +85,7 @@ class CpuIdentity:
         return " ".join([self.vendor or "unknown vendor", *known])
 
 
-@dataclass(frozen=True, kw_only=True)
-class CpuModel:
+class CpuModel(Record):
     """The whole machine's CPU power as a line in load; `u_rel` is relative, k = 2."""
 
     idle_w: float
@@ -97,8 +95,7 @@ class CpuModel:
     description: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class RamModel:
+class RamModel(Record):
     """Memory power as constant per GB installed; `u_rel` is relative, k = 2."""
 
     w_per_gb: float = W_PER_GB

@@ -14,16 +14,17 @@ import time
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from pepr_profiler import _core
 from pepr_profiler.errors import PeprError
+from pepr_profiler.record import Record
 from pepr_profiler.trace import Channel, boot_id
 
+TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
     import socket  # 5 ms; most runs have no use for it
+    from typing import Any
 
 SOCKET_VARIABLE = "PEPR_DAEMON"
 """Where the daemon listens, instead of the usual places; "off": there is none."""
@@ -156,8 +157,7 @@ class Connection:
         self._socket.close()
 
 
-@dataclass(frozen=True)
-class Peer:
+class Peer(Record):
     """Who is at the other end of a Unix socket, as the kernel says."""
 
     pid: int

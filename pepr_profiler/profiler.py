@@ -12,10 +12,8 @@ import threading
 import time
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from pepr_profiler import _core
 from pepr_profiler.detect import (
@@ -29,9 +27,9 @@ from pepr_profiler.detect import (
     with_process_lists,
 )
 from pepr_profiler.errors import SensorError, TraceError, UsageError
-from pepr_profiler.following import Targets, hold
 from pepr_profiler.neighbours import Neighbours, cuda_environments, last_pids, run_around
 from pepr_profiler.node import Node, RemoteLane
+from pepr_profiler.record import Record
 from pepr_profiler.store import Store, recorder_lives
 from pepr_profiler.trace import (
     RUN_DIR_VARIABLE,
@@ -44,9 +42,16 @@ from pepr_profiler.trace import (
     write_json,
 )
 
+TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
     from pepr_profiler.carbon import GridIntensity
     from pepr_profiler.claims import Claims
+    from pepr_profiler.following import Targets
+    from pepr_profiler.node import Batch as Rows
+
+    _F = TypeVar("_F", bound=Callable[..., Any])
 
 _OWN_PERIOD = ("processes", "nvml-processes")  # whatever is asked for or could be learnt
 
@@ -59,15 +64,17 @@ SCOPES = ("job", "device")
 _OPEN_TIMEOUT_S = 5.0  # waking an NVIDIA driver without persistence mode takes 1-3 s a GPU
 _STOP_TIMEOUT_S = 1.0
 _REFRESHES_AFTER, _LINGER_S = 2.1, 0.25  # lanes go on for so long behind the end, at most
-_FLUSH_S = 0.5
+
+TICK_S = 0.5
+"""How often `Recorder.tick` is to be called: a crash loses two of them at most."""
+
 _WORKS_S = 0.01  # a tenth of the process lane's period
 
 Missing = dict[str, str]
 Warn = Callable[[str, str, str], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Record):
     """What a recording is asked to be.
 
     `period_ns` None: each sensor is read when it is refreshed. `overhead` is the CPU time that
@@ -123,7 +130,9 @@ class Recorder:
         self._window_ns: list[int | None] = [None, None]
         self._clock = [_clock_pair()]
         self._writers: dict[str, LaneWriter] = {}
+        self._watches: dict[str, list[Callable[[Rows], None]]] = {}
         self._events: EventWriter | None = None
+        self._flushes_next = True
         self._full = False
         self._dropped = 0
         self._sampler_facts: dict[str, Any] | None = None
@@ -194,32 +203,37 @@ class Recorder:
         }
         self._write_run()
 
+    def tick(self) -> None:
+        """To be called each TICK_S: flushes every other time, else looks who lives and computes.
+
+        Code that has not run for half a second has left all caches, which costs more than what it
+        does: the rows of two ticks take hardly longer to write than those of one.
+        """
+        self._flushes_next = not self._flushes_next
+        if not self._flushes_next:
+            self.flush()
+        elif self._pid == os.getpid():
+            for name, watches in self._watches.items():
+                if watches:
+                    self._take(name, self._writers[name])
+            self._note_users()
+
     def flush(self) -> None:
         """Moves what was sampled since the last flush to disk."""
         if self._pid != os.getpid():
             return
-        for name, sampler in list(self._samplers.items()):
-            if name not in self._writers and not self._open_writer(name):
-                continue
-            writer = self._writers[name]
-            while (rows := sampler.read()) is not None:
-                writer.write(*rows[1:])
-                if self._claims is not None and kind_of(self._specs[name]) in _OWN_PERIOD:
-                    self._claims.take(writer.lane, rows)
-                if name == "processes" and self.attached:
-                    names = [channel.name for channel in sampler.channels]
-                    columns = (rows[3][names.index(n)] for n in ("job/processes", "job/cpu"))
-                    self._note_living(array("q", rows[1]), *(array("d", c) for c in columns))
-                if kind_of(self._specs[name]) == "nvml-processes":
-                    listed = enumerate(writer.lane.channels)
-                    pids = [i for i, c in listed if c.name.rpartition("/")[2].startswith("pid")]
-                    self._on_gpu[name] = last_pids(rows[3], pids)
+        error = None
+        for name in list(self._samplers):
+            writer = self._writers.get(name) or self._open_writer(name)
+            if writer is not None:
+                self._take(name, writer)
+                writer.flush()
+                error = error or writer.error
+        self._note_users()
         if self._neighbours is not None:
-            self._neighbours.on_gpu(set().union(*self._on_gpu.values()))
             self._neighbours.tick()
         if self._claims is not None and (claim := self._claims.due()) is not None:
             self._node.claim(*claim)
-        error = next((w.error for w in self._writers.values() if w.error is not None), None)
         if error is not None and not self._full:
             self.add_warning(
                 "disk-full",
@@ -348,10 +362,23 @@ class Recorder:
         if self._claims is not None:
             self._claims.note(facts)
 
-    def _note_living(
-        self, t_ns: Iterable[int], living: Iterable[float], cpu_s: Iterable[float]
-    ) -> None:
-        for at_ns, count, used_s in zip(t_ns, living, cpu_s, strict=True):
+    def _take(self, name: str, writer: LaneWriter) -> None:
+        sampler, watches = self._samplers[name], self._watches[name]
+        while (rows := sampler.read()) is not None:
+            writer.take(*rows[1:])
+            for watch in watches:
+                watch(rows)
+
+    def _note_users(self) -> None:
+        if self._neighbours is not None:
+            self._neighbours.on_gpu(set().union(*self._on_gpu.values()))
+
+    def _note_on_gpu(self, name: str, pids: Sequence[int], rows: Rows) -> None:
+        self._on_gpu[name] = last_pids(rows[3], pids)
+
+    def _note_living(self, places: Sequence[int], rows: Rows) -> None:
+        living, cpu_s = (array("d", rows[3][place]) for place in places)
+        for at_ns, count, used_s in zip(array("q", rows[1]), living, cpu_s, strict=True):
             # A daemon whose parents ended between two samples is known by its work alone.
             works = used_s - self._seen_cpu_s > _WORKS_S
             self._seen_cpu_s = used_s
@@ -430,13 +457,13 @@ class Recorder:
         spec = self._specs[name]
         self.missing.append(remedy(spec, what=part.what, why=part.why, fix=part.fix, where=place()))
 
-    def _open_writer(self, name: str) -> bool:
+    def _open_writer(self, name: str) -> LaneWriter | None:
         sampler = self._samplers[name]
         if sampler.state == "opening":
-            return False
+            return None
         if self._window_ns[0] and sampler.state == "failed":
             self._ready(name, 0.0)
-            return False
+            return None
         spec = self._specs[name]
         period_ns = self._period_ns(spec)
         if isinstance(sampler, RemoteLane):
@@ -446,8 +473,23 @@ class Recorder:
             self._writers[name] = LaneWriter(self.directory, lane)
         except OSError as error:
             self._unwritable(f"{name}.arrows", error)
-            return False
-        return True
+            return None
+        self._watches[name] = self._watches_of(lane)
+        return self._writers[name]
+
+    def _watches_of(self, lane: Lane) -> list[Callable[[Rows], None]]:
+        """What is done with a lane's rows besides writing them down."""
+        kind, names = kind_of(lane.spec), [channel.name for channel in lane.channels]
+        watches: list[Callable[[Rows], None]] = []
+        if self._claims is not None and kind in _OWN_PERIOD:
+            watches.append(functools.partial(self._claims.take, lane))
+        if lane.name == "processes" and self.attached:
+            places = [names.index(wanted) for wanted in ("job/processes", "job/cpu")]
+            watches.append(functools.partial(self._note_living, places))
+        if kind == "nvml-processes":
+            places = [i for i, n in enumerate(names) if n.rpartition("/")[2].startswith("pid")]
+            watches.append(functools.partial(self._note_on_gpu, lane.name, places))
+        return watches
 
     def _make_directory(self) -> Path:
         store = Store(self.options.store)
@@ -506,7 +548,7 @@ class Recorder:
                 "profiler_pid": self._pid,
                 "cpu": _cpu_identity(),
                 "options": {
-                    "intensity": asdict(options.intensity) if options.intensity else None,
+                    "intensity": dict(vars(options.intensity)) if options.intensity else None,
                     "pue": options.pue,
                     "cpu_power": options.cpu_power,
                     "performance": options.performance,
@@ -566,24 +608,23 @@ def _clock_pair() -> dict[str, int]:
 
 
 def _iso(clock: dict[str, int], t_ns: int | None) -> str:
-    from datetime import datetime, timezone
-
     unix_ns = clock["unix_ns"] + ((t_ns or clock["t_ns"]) - clock["t_ns"])
-    return datetime.fromtimestamp(unix_ns / 1e9, timezone.utc).isoformat(timespec="milliseconds")
+    seconds, rest_ns = divmod(unix_ns, 10**9)
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{rest_ns // 10**6:03d}+00:00"
 
 
 @functools.cache
 def _cpu_identity() -> dict[str, Any]:
     from pepr_profiler.modelled import read_cpu_identity
 
-    return asdict(read_cpu_identity())
+    return read_cpu_identity()._asdict()
 
 
 # --- inside a program ----------------------------------------------------------------------------
 
 _numbers = itertools.count(1)  # of phases: all blocks of a process write to one file
 _current_phase: contextvars.ContextVar[int | None] = contextvars.ContextVar("phase", default=None)
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class Run:
@@ -599,7 +640,8 @@ class Run:
         self._window_ns: tuple[int, int | None] = (0, None)
         self._summary: dict[str, Any] | None = None
         self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._recording = threading.Lock()  # its release ends the thread; an Event costs more
+        self._ending = False
         self._lock = threading.Lock()
         self._pid = 0
         self.directory = Path()
@@ -709,6 +751,8 @@ class Run:
     def _record(self) -> int:
         """Begins a recording of our own; when it began, ns."""
         if self._pids is not None:
+            from pepr_profiler.following import hold
+
             with hold(self._pids) as targets:
                 recorder = attach(self._options, targets)
         else:
@@ -723,23 +767,27 @@ class Run:
         self._recorder, self.directory = recorder, recorder.directory
         if self._pids is None:
             os.environ[RUN_DIR_VARIABLE] = str(recorder.directory)
+        self._recording.acquire()
         self._thread = threading.Thread(target=self._keep_flushing, name="pepr-flush", daemon=True)
         self._thread.start()
         return begin_ns
 
     def _keep_flushing(self) -> None:
-        while not self._stop.wait(_FLUSH_S):
-            self._flush()
+        assert self._recorder is not None
+        while not self._recording.acquire(timeout=TICK_S):
+            with self._lock:
+                self._recorder.tick()
 
     def _flush(self) -> None:
-        if self._recorder is not None and self._pid == os.getpid() and not self._stop.is_set():
+        if self._recorder is not None and self._pid == os.getpid() and not self._ending:
             with self._lock:
                 self._recorder.flush()
 
     def _finish(self, error: BaseException | None) -> None:
         recorder, end_ns = self._recorder, self._window_ns[1]
         assert recorder is not None and end_ns is not None and self._thread is not None
-        self._stop.set()
+        self._ending = True
+        self._recording.release()
         self._thread.join()
         if os.environ.get(RUN_DIR_VARIABLE) == str(recorder.directory):
             del os.environ[RUN_DIR_VARIABLE]

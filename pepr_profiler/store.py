@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from pepr_profiler.errors import PeprError, TraceError, UsageError
 from pepr_profiler.trace import (
@@ -24,7 +23,10 @@ from pepr_profiler.trace import (
     write_json,
 )
 
+TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
+    from typing import Any
+
     from pepr_profiler.index import Filter, Found
 
 LAST = "last"

@@ -25,14 +25,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pepr_profiler import _core, arrow
 from pepr_profiler.errors import TraceError
+from pepr_profiler.record import Record
 
+TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
+    from typing import Any, TypeAlias
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -53,8 +55,7 @@ _MOST_PENDING_ROWS = 1 << 17
 """What a full disk may keep waiting in memory before rows are dropped: 2 min at 1 kHz."""
 
 
-@dataclass(frozen=True)
-class Channel:
+class Channel(Record):
     """What one recorded number is; see `Channel` in csrc/sensor.h."""
 
     name: str
@@ -64,11 +65,10 @@ class Channel:
     modulus: float = 0.0
     counter: bool = False
     source: str = ""
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = {}
 
 
-@dataclass(frozen=True)
-class Lane:
+class Lane(Record):
     """One driver's part of a recording."""
 
     name: str
@@ -79,12 +79,10 @@ class Lane:
 
 def describe(channels: Iterable[Any]) -> tuple[Channel, ...]:
     """The native core's channels as plain data."""
-    names = Channel.__dataclass_fields__
-    return tuple(Channel(**{name: getattr(c, name) for name in names}) for c in channels)
+    return tuple(Channel(*(getattr(c, name) for name in Channel._fields)) for c in channels)
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(Record):
     """Rows of one lane: `t_ns`, `read_ns` int64 (n,), `values` float64 (channels, n) as recorded.
 
     A recorded value times its channel's `scale` is in the channel's unit; NaN is unknown.
@@ -127,29 +125,52 @@ class LaneWriter:
         self.error: OSError | None = None
         self._main = _Stream(directory / f"{lane.name}.arrows", lane)
         self._tail = _Stream(directory / f"{lane.name}.tail.arrows", lane)
-        self._rows = _Columns(len(lane.channels))
+        self._sizes = (8, 4, 4, 4, *[8] * len(lane.channels))
+        self._taken: list[tuple[bytes, bytes, Sequence[bytes]]] = []
+        self._kept: list[tuple[arrow.Layout, bytes]] = []  # since the last large batch
+        self._kept_rows = 0
+        self._in_tail = 0  # how many of them, from the first on, the tail holds
         self._rules = _thin_rules(lane.channels)
         self._whole = _WHOLE_ROWS
         self._last_ns: int | None = None
-        self._tail_rows = 0  # how many of them, from the first on, the tail holds
 
     def write(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:
         """Appends rows given as native-endian columns; on disk when it returns, unless `error`."""
-        rows = len(t_ns) // 8
-        gap_ns = _core.gaps(t_ns, self._last_ns)
-        self._rows.extend((t_ns, read_ns, bytes(4 * rows), gap_ns, *values))
-        if rows:
+        self.take(t_ns, read_ns, values)
+        self.flush()
+
+    def take(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:
+        """As `write`, but on disk at the next flush only."""
+        if t_ns:
+            self._taken.append((t_ns, read_ns, values))
+
+    def flush(self) -> None:
+        """Writes what was taken."""
+        for t_ns, read_ns, values in self._taken:
+            rows = len(t_ns) // 8
+            gap_ns = _core.gaps(t_ns, self._last_ns)
+            layout = arrow.layout_of(rows, self._sizes)
+            # Joined as they lie in the file: to append to each column would touch all their memory.
+            body = layout.join((t_ns, read_ns, bytes(4 * rows), gap_ns, *values))
+            self._kept.append((layout, body))
+            self._kept_rows += rows
             self._last_ns = int.from_bytes(t_ns[-8:], sys.byteorder, signed=True)
-        if self._attempt(lambda: self._tail.append(self._rows.since(self._tail_rows))):
-            self._tail_rows = len(self._rows)
-        if len(self._rows) >= _BATCH_ROWS or self._tail.size >= _TAIL_BYTES:
+        self._taken.clear()
+        fresh = self._kept[self._in_tail :]
+        if not fresh:
+            return
+        batches = b"".join([part for layout, body in fresh for part in (layout.head, body)])
+        if self._attempt(self._tail.append, batches):
+            self._in_tail = len(self._kept)
+        if self._kept_rows >= _BATCH_ROWS or self._tail.size >= _TAIL_BYTES:
             self._consolidate()
 
     def close(self) -> None:
         """Writes what is left as a last large batch and removes the tail."""
-        if len(self._rows):
+        self.flush()
+        if self._kept:
             self._consolidate()
-        if len(self._rows):
+        if self._kept:
             self._give_up()
         else:
             self._attempt(self._main.finish)
@@ -159,25 +180,28 @@ class LaneWriter:
         self._tail.close()
 
     def _consolidate(self) -> None:
-        def append() -> None:
-            self._main.append(_core.thin(self._rows.since(0), self._rules, self._whole))
-
-        if self._attempt(append):
-            self._whole = max(0, self._whole - len(self._rows))
-            self._rows.cut(0)
+        numbers = range(len(self._sizes))
+        columns = [b"".join([x.column(n, body) for x, body in self._kept]) for n in numbers]
+        thinned = _core.thin(columns, self._rules, self._whole)
+        batch = arrow.batch_message(thinned, len(thinned[0]) // 8)
+        if self._attempt(self._main.append, batch):
+            self._whole = max(0, self._whole - self._kept_rows)
+            self._kept.clear()
+            self._kept_rows = self._in_tail = 0
             self._tail.clear()
-            self._tail_rows = 0
-        elif len(self._rows) > _MOST_PENDING_ROWS:
+        elif self._kept_rows > _MOST_PENDING_ROWS:
             self._give_up()
 
     def _give_up(self) -> None:
         """Lets go of the rows that no file holds."""
-        self.dropped_rows += len(self._rows) - self._tail_rows
-        self._rows.cut(self._tail_rows)
+        rows = self._kept_rows
+        del self._kept[self._in_tail :]
+        self._kept_rows = sum(layout.rows for layout, _ in self._kept)
+        self.dropped_rows += rows - self._kept_rows
 
-    def _attempt(self, write: Callable[[], None]) -> bool:
+    def _attempt(self, write: Callable[..., None], *what: bytes) -> bool:
         try:
-            write()
+            write(*what)
         except OSError as error:
             self.error = error
             return False
@@ -217,29 +241,6 @@ _LEVEL_S = 0.25
 """A gauge that nothing is integrated from: a quarter of a second of its level."""
 
 
-class _Columns:
-    """Rows as growing byte columns: t_ns, read_ns, skipped, gap_ns and a float64 a channel."""
-
-    def __init__(self, channels: int) -> None:
-        self._sizes = (8, 4, 4, 4, *[8] * channels)
-        self._columns = [bytearray() for _ in self._sizes]
-
-    def __len__(self) -> int:
-        return len(self._columns[0]) // 8
-
-    def extend(self, columns: Sequence[bytes]) -> None:
-        for kept, new in zip(self._columns, columns, strict=True):
-            kept.extend(new)
-
-    def since(self, row: int) -> list[bytes]:
-        pairs = zip(self._columns, self._sizes, strict=True)
-        return [bytes(column[row * size :]) for column, size in pairs]
-
-    def cut(self, rows: int) -> None:
-        for column, size in zip(self._columns, self._sizes, strict=True):
-            del column[rows * size :]
-
-
 class _Stream:
     """An Arrow IPC stream that never holds half a batch: a failed write is cut off again."""
 
@@ -247,11 +248,16 @@ class _Stream:
         self._path = path
         self._lane = lane
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        self.size = 0
+        self.size = self._first_batch = 0
 
-    def append(self, columns: Sequence[bytes]) -> None:
-        batch = arrow.batch_message(columns, rows=len(columns[0]) // 8)
-        self._write(batch if self.size else arrow.schema_message(_schema_of(self._lane)) + batch)
+    def append(self, batches: bytes) -> None:
+        """Messages of batches, as `arrow.batch_message` makes them; the first follow the schema."""
+        if self.size:
+            self._write(batches)
+            return
+        schema = arrow.schema_message(_schema_of(self._lane))
+        self._write(schema + batches)
+        self._first_batch = len(schema)
 
     def finish(self) -> None:
         """Marks the end, as Arrow readers like it; a stream without rows stays empty."""
@@ -259,8 +265,9 @@ class _Stream:
             self._write(arrow.END)
 
     def clear(self) -> None:
-        os.ftruncate(self._fd, 0)
-        self.size = 0
+        """Leaves the schema alone, which takes a hundred times as long to make as a batch."""
+        os.ftruncate(self._fd, self._first_batch)
+        self.size = self._first_batch
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
@@ -604,8 +611,7 @@ class EventWriter:
             self._fd = -1
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(Record):
     """One pass through a phase; `end_ns` is None if it never ended.
 
     `series` is whose mark began it; None for a program's own block, which no mark ends.
@@ -618,8 +624,7 @@ class Phase:
     series: str | None = None
 
 
-@dataclass(frozen=True)
-class Events:
+class Events(Record):
     """What the programs of a run marked and logged, in time order."""
 
     phases: tuple[Phase, ...]
@@ -676,8 +681,7 @@ def read_events(directory: Path) -> Events:
     return Events(tuple(phases), tuple(metrics), torn)
 
 
-@dataclass(frozen=True)
-class _Mark:
+class _Mark(Record):
     t_ns: int
     verb: str
     series: str
@@ -783,19 +787,14 @@ def boot_id() -> str:
 def read_run(directory: Path, *, believed: bool = False) -> dict[str, Any]:
     """The contents of a run directory's run.json. Raises TraceError if it is none.
 
-    Where it is `believed`, its shape is not looked at, which takes 0.7 ms, 20 times as long as the
-    rest: what uses it must then expect any of MALFORMED.
+    Where it is `believed`, as one of very many, its shape is not looked at, which takes 0.7 ms, 20
+    times as long as the rest: what uses it must then expect any of MALFORMED.
     """
-    from orjson import JSONDecodeError, loads
-
     path = f"{directory}{os.sep}run.json"
     try:
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - 100,000 may be read in a row
             data = file.readall()
-        try:
-            run = loads(data)
-        except JSONDecodeError:
-            run = json.loads(data)  # five times as long; knows NaN, and names that are no Unicode
+        run = _loads_quickly(data) if believed else json.loads(data)
     except FileNotFoundError:
         raise TraceError(
             f"{directory} is not a run", why="it has no run.json", fix="see: pepr-profile runs list"
@@ -820,13 +819,23 @@ def read_run(directory: Path, *, believed: bool = False) -> dict[str, Any]:
     return dict(run)
 
 
+def _loads_quickly(data: bytes) -> Any:
+    """In a fifth of the time that json takes; but importing it takes 2 MB."""
+    from orjson import JSONDecodeError, loads
+
+    try:
+        return loads(data)
+    except JSONDecodeError:
+        return json.loads(data)  # knows NaN, and names that are no Unicode
+
+
 def _damaged(path: str, why: str) -> TraceError:
     return TraceError(
         f"{path} is damaged", why=why, fix="restore it; the lanes beside it are intact"
     )
 
 
-_Shape: TypeAlias = dict[Any, Any]
+_Shape: TypeAlias = "dict[Any, Any]"
 _TEXT, _NUMBER, _COUNT, _BY_NAME = (
     (str, None),
     (float, None),

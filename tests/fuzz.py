@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -495,7 +495,7 @@ def seeds_of_lane(scratch: Path) -> Iterator[Files]:
     for lane, values in lanes().values():
         folder = scratch / lane.name
         folder.mkdir()
-        record(folder, replace(lane, name="demo"), values)
+        record(folder, lane._replace(name="demo"), values)
         kept.append({name: (folder / name).read_bytes() for name in names.values()})
     log = {"events-h-1.jsonl": events(), "processes-h-1.jsonl": notes()}
     yield from ({**files, **log} for files in kept)

@@ -18,7 +18,7 @@ CSRC = ROOT / "csrc"
 # docs/design.md, "Who may import whom". A module imports from the ranks before its own. Within a
 # rank nobody imports anybody, except in the order of PEERS: a module, and what of its rank it sees.
 RANKS = (
-    ("errors", "units"),
+    ("errors", "record", "units"),
     ("_core", "arrow", "targets", "following", "neighbours", "metrics"),
     ("trace",),
     (

@@ -65,8 +65,8 @@ open(sys.argv[2], "w").write("alive")
         with ended(process):
             until(lambda: marks.exists() and marks.read_text())
             (directory,) = cli.runs()
-            marked_ns = time.monotonic_ns()  # two flushes after it, however late the child came
-            until(lambda: time.monotonic_ns() > marked_ns + 2_200_000_000)
+            marked_ns = time.monotonic_ns()  # three flushes after it, however late the child came
+            until(lambda: time.monotonic_ns() > marked_ns + 3_200_000_000)
             killed_ns = time.monotonic_ns()
             process.kill()
             process.wait(SLOW_S)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -442,7 +441,7 @@ APU = hwmon(("amdgpu", "PPT", "0000:04:00.0"), part_of="processor")
 )
 def test_no_combination_of_lanes_counts_a_package_twice(lanes: list[Lane], counted: int) -> None:
     # given lanes of one machine, as the kernel's three ways to RAPL show it
-    named = [replace(lane, name=f"{lane.name}-{n}") for n, lane in enumerate(lanes)]
+    named = [lane._replace(name=f"{lane.name}-{n}") for n, lane in enumerate(lanes)]
     sources = find_sources(named)
     # then each package and memory is in the total once, and all ids differ
     total = [source.id for source in sources if source.in_total]

@@ -480,16 +480,13 @@ def test_joined_batches_hold_the_same_rows_in_order() -> None:
     t_ns = np.arange(90_000, dtype=np.int64)
     values = np.stack((t_ns * 2.0, np.where(t_ns % 7, 1.0, np.nan)))
     whole = Batch(t_ns, t_ns // 3, values, t_ns % 5, t_ns % 11)
-    cut = [
-        Batch(*(column[..., a:b] for column in vars(whole).values()))
-        for a, b in itertools.pairwise(ends)
-    ]
+    cut = [Batch(*(column[..., a:b] for column in whole)) for a, b in itertools.pairwise(ends)]
     without = [Batch(batch.t_ns, batch.read_ns, batch.values) for batch in cut]
 
     together = list(joined(cut))
 
     assert len(together) < len(cut)
-    for name, column in vars(whole).items():
+    for name, column in whole._asdict().items():
         parts = [getattr(batch, name) for batch in together]
         np.testing.assert_array_equal(np.concatenate(parts, axis=-1), column)
     assert all(batch.skipped is None for batch in joined(without))

@@ -9,7 +9,6 @@ import click
 
 from pepr_profiler.commands import complain
 from pepr_profiler.commands.recording import (
-    FLUSH_S,
     LiveLine,
     Request,
     collecting_garbage,
@@ -20,7 +19,7 @@ from pepr_profiler.commands.recording import (
 )
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.following import StopSignals, Targets, hold
-from pepr_profiler.profiler import Options, Recorder
+from pepr_profiler.profiler import TICK_S, Options, Recorder
 from pepr_profiler.profiler import attach as open_recording
 from pepr_profiler.units import parse_duration
 
@@ -98,7 +97,7 @@ def _measure(
         complain(f"measuring {who} and what they start; Ctrl-C ends that, they run on")
 
     def tick() -> bool:
-        recorder.flush()
+        recorder.tick()
         log(recorder, metrics)
         if not quiet:
             line.update(recorder.directory, begin_ns)
@@ -107,7 +106,7 @@ def _measure(
     until_ns = None if duration_ns is None else begin_ns + duration_ns
     try:
         with collecting_garbage():
-            ended_by = targets.watch(tick=tick, every_s=FLUSH_S, stop=stop, until_ns=until_ns)
+            ended_by = targets.watch(tick=tick, every_s=TICK_S, stop=stop, until_ns=until_ns)
     except Exception as error:
         ended_by = "fault"
         warn_of_fault(recorder, error)

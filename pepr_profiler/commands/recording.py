@@ -24,8 +24,6 @@ from pepr_profiler.units import parse_duration, parse_overhead
 if TYPE_CHECKING:
     from pepr_profiler.metrics import Metrics
 
-FLUSH_S = 0.5
-
 _QUIET_S = 3.0  # of silence, before the live line appears
 _LIVE_SHARE = 100  # the live line may take a hundredth of the time
 _URGENT = frozenset(

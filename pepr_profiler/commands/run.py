@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from pepr_profiler.commands.recording import (
-    FLUSH_S,
     LiveLine,
     Request,
     collecting_garbage,
@@ -19,7 +18,7 @@ from pepr_profiler.commands.recording import (
     warn_of_fault,
 )
 from pepr_profiler.errors import UsageError
-from pepr_profiler.profiler import Options, Recorder
+from pepr_profiler.profiler import TICK_S, Options, Recorder
 from pepr_profiler.targets import Child, Exit, HeldSignals, Relay, hold_signals, resolve
 from pepr_profiler.trace import RUN_DIR_VARIABLE
 
@@ -95,7 +94,7 @@ def _measure(
     recorder.begin(child.started_ns)
 
     def tick() -> None:
-        recorder.flush()
+        recorder.tick()
         log(recorder, metrics)
         if line is not None and live:
             line.update(recorder.directory, child.started_ns)
@@ -129,7 +128,7 @@ def _supervise(child: Child, tick: Callable[[], None], recorder: Recorder) -> Ex
     """Waits for the child; a fault of ours on the way is told and does not cost its status."""
     try:
         with collecting_garbage():
-            return child.supervise(tick=tick, every_s=FLUSH_S)
+            return child.supervise(tick=tick, every_s=TICK_S)
     except Exception as error:
         if child.exit is None:
             raise

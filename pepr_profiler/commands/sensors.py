@@ -7,7 +7,6 @@ import json
 import os
 import textwrap
 import time
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -44,7 +43,7 @@ def sensors(*, specs: tuple[str, ...], as_json: bool) -> None:
     others = () if specs else tuple(kind for kind in detect.KINDS if kind not in kinds)
     channels, missing = _look((*recorded, *others), recorded, where, named=bool(specs))
     if as_json:
-        found = {"place": asdict(where), "recorded": recorded}
+        found = {"place": where._asdict(), "recorded": recorded}
         click.echo(json.dumps({**found, "channels": channels, "missing": missing}, indent=1))
         return
     click.echo(f"sensors of {os.uname().nodename}, seen by {where}\n")

@@ -6,7 +6,7 @@ import os
 import time
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ class Lanes:
             "spec": lane.spec,
             "period_ns": told_ns,
             "coarse": coarse,
-            "channels": [asdict(channel) for channel in lane.channels],
+            "channels": [channel._asdict() for channel in lane.channels],
         }
 
     @property

@@ -1,0 +1,32 @@
+"""Plain frozen data with named fields, for modules that the measured program has to import.
+
+`class Place(Record): root: bool` is what `typing.NamedTuple` would make of it, and that is what
+type checkers take it for. But typing, with what it compiles of each annotation, takes 0.7 MB of a
+program that records itself; dataclasses, which need inspect, 1.5 MB.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False  # typing's own, which type checkers know by name
+if TYPE_CHECKING:
+    from typing import NamedTuple as Record
+else:
+    from collections import namedtuple
+
+    class _Made(type):
+        def __new__(cls, name, bases, body):
+            if not bases:
+                return super().__new__(cls, name, bases, body)
+            fields = body["__annotations__"]
+            defaults = [body[field] for field in fields if field in body]
+            made = namedtuple(name, fields, defaults=defaults, module=body["__module__"])
+            for key, value in body.items():
+                if key not in fields:
+                    setattr(made, key, value)
+            return made
+
+    class Record(metaclass=_Made):
+        pass
+
+
+__all__ = ["Record"]
