@@ -90,10 +90,10 @@ def test_child_and_recording_survive_kill_9_of_the_profiler(cli: Cli, killed: Ki
     assert result.status == 0
     summary = json.loads(result.stdout)
     assert (summary["complete"], summary["exit_code"]) == (False, None)
-    # at most the last flush is lost, and what is there is right
+    # at most the last second is lost (and what a busy machine puts off), and what is there is right
     begin_ns = summary["recording"]["window_ns"][0]
     end_ns = begin_ns + round(summary["duration_s"] * 1e9)
-    assert 0 < killed_ns - end_ns <= 1_200_000_000
+    assert 0 < killed_ns - end_ns <= 2_000_000_000
     measured_j = component(summary, "cpu:package-0")["device_j"]
     assert measured_j == pytest.approx(tree.energy_j("intel-rapl:0", begin_ns, end_ns), abs=5)
     # marks and metrics are there, those after the death too
@@ -271,7 +271,7 @@ def fill():
             while True: os.write(fd, b"x" * size)
         except OSError: pass
 begin_s = time.monotonic()
-while time.monotonic() - begin_s < 1.8:  # through three flushes
+while time.monotonic() - begin_s < 2.8:  # through two flushes
     fill()
     time.sleep(0.01)
 os.ftruncate(fd, 0) if sys.argv[2] == "free" else None
@@ -294,7 +294,7 @@ def test_full_disk_costs_neither_the_child_nor_the_counters_energy(
     assert "Traceback" not in result.stderr
     summary = json.loads((cli.folder / "summary.json").read_text())
     assert codes(summary) >= {"disk-full"}
-    assert summary["duration_s"] >= 2.5
+    assert summary["duration_s"] >= 3.5
     assert summary["exit_code"] == 3
     if then == "full":  # from before the first flush on: nothing is known, which is not 0
         assert summary["sampler"]["dropped"] > 0
