@@ -40,8 +40,8 @@ asan tsan:
 
 SECONDS ?= 60
 SEED ?= 1
-fuzz:  ## Feed damaged files to all that reads files: make fuzz SECONDS=600 SEED=0
-	python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)
+fuzz:  ## Feed damaged files to all that reads files: make fuzz SECONDS=600 SEED=0, or INPUTS=400
+	python tests/fuzz.py $(if $(INPUTS),--inputs $(INPUTS),--seconds $(SECONDS)) --seed $(SEED)
 
 docs:  ## Build the documentation site: docs/_build/html; a broken reference fails
 	sphinx-build -W --keep-going -n -q -b html docs docs/_build/html
