@@ -40,8 +40,8 @@ asan tsan:
 
 SECONDS ?= 60
 SEED ?= 1
-fuzz:  ## Feed damaged files to all that reads files: make fuzz SECONDS=600 SEED=0
-	python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)
+fuzz:  ## Feed damaged files to all that reads files: make fuzz SECONDS=600 SEED=0, or INPUTS=400
+	python tests/fuzz.py $(if $(INPUTS),--inputs $(INPUTS),--seconds $(SECONDS)) --seed $(SEED)
 
 docs:  ## Build the documentation site: docs/_build/html; a broken reference fails
 	sphinx-build -W --keep-going -n -q -b html docs docs/_build/html
@@ -52,7 +52,8 @@ linkcheck:  ## Ask every page that ours link to whether it is there; needs a net
 study:  ## Train 13 models on 2 data sets with 3 seeds each (6 min), open study.html afterwards
 	sh examples/seeds.sh $(PAGE)
 
-compare:  ## Measure beside other tools (30 min, root, a network the first time): build/compare/report.md
+compare:  ## Measure beside other tools (25 min, root, a network the first time): build/compare/report.md
+	python -c 'import sklearn, torch' || python -m pip install --quiet torch==2.13.0 '.[examples]'
 	python -m benchmarks.peers $(ARGS)
 
 clean:  ## Remove everything that was built; the virtual environment stays

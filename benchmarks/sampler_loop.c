@@ -2,6 +2,7 @@
 // lateness. No parsing, no ring, no counters.
 //
 //     sampler_loop PERIOD_NS SECONDS FILE...      PERIOD_NS 0: reads without sleeping
+//     sampler_loop PERIOD_NS SECONDS              only wakes up
 //     sampler_loop PERIOD_NS SECONDS nvml:LIBRARY     built with -DWITH_NVML: of each GPU, what the
 //                                                     product reads of an H100
 //
@@ -81,10 +82,10 @@ static int ascending(const void* a, const void* b) {
 }
 
 int main(int argc, char** argv) {
-    if (argc < 4) return 2;
+    if (argc < 3) return 2;
     const long long period_ns = atoll(argv[1]);
     const char* const kind = "nvml:";
-    const int gpus = strncmp(argv[3], kind, strlen(kind)) == 0;
+    const int gpus = argc > 3 && strncmp(argv[3], kind, strlen(kind)) == 0;
     const int files = gpus ? 0 : argc - 3;
     int* const fds = calloc((size_t)argc, sizeof *fds);
     if (gpus && !open_nvml(argv[3] + strlen(kind))) return 1;

@@ -1,15 +1,17 @@
-"""Feeds damaged and foreign files to everything that reads files, led by what they reach.
+"""Feeds damaged and foreign files to everything that reads files.
 
-    python tests/fuzz.py [TARGET...] [--seconds 60] [--seed 1]     (make fuzz SECONDS=600)
+    python tests/fuzz.py [TARGET...] [--seconds 60 | --inputs 400] [--seed 1]    (or make fuzz)
 
 What is promised: each input loads, or raises PeprError, or is reported as torn or left out. Never
 another error, a hang, or memory without bounds; and what loads is consistent. The seconds are those
-of all targets together. The same seed tries the same inputs, so that a run of CI tells of what was
-changed and not of the day; `--seed 0` tries others each time. What fails is written to
-build/fuzz/TARGET/, with the command that shows it again.
+of all targets together, in which a fuzzer is led by the branches of our own Python (atheris,
+libFuzzer's engine): where that leads to depends on clocks and addresses too. `--inputs` counts, so
+many of the slowest targets and more of the quicker ones, and is not led: with one seed any machine
+tries the same, so that CI (make fuzz INPUTS=400) passes or fails by the code and by nothing else.
+`--seed 0` tries others each time. What fails is written to build/fuzz/TARGET/, with the command
+that shows it again.
 
-A fuzzer is led by the branches of our own Python (atheris, libFuzzer's engine). JSON is changed as
-a tree half of the time: bytes alone would hardly ever get through its parser.
+JSON is changed as a tree half of the time: bytes alone would hardly ever get through its parser.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +44,7 @@ except ImportError:
 with atheris.instrument_imports(include=["pepr_profiler"]):
     import numpy as np
 
-    from pepr_profiler import commands, summary
+    from pepr_profiler import columns, commands, summary
     from pepr_profiler.commands import compare, report, runs, score  # noqa: F401 - instrumented
     from pepr_profiler.errors import PeprError
     from pepr_profiler.metrics import Metrics
@@ -487,6 +492,7 @@ class Target:
     names: tuple[str, ...]
     seeds: Callable[[Path], Iterator[Files]]
     prepare: Callable[[Path], None] = lambda _: None
+    quickness: int = 1  # its inputs in the time of one of the slowest, about: --inputs times this
 
 
 def seeds_of_lane(scratch: Path) -> Iterator[Files]:
@@ -531,6 +537,11 @@ def seeds_of_index(scratch: Path) -> Iterator[Files]:
     good_runs(scratch, 2)
     store = Store(scratch / "store")
     store.find()
+    saved = columns.Saved.open(store.index_path)
+    assert saved is not None
+    # Stamps have inodes and times: this seed, and all that comes of it, would be another each time.
+    stamps = np.arange(10, dtype=np.int64).reshape(2, 5)
+    columns.write(store.index_path, saved.columns, stamps, [saved.text(row) for row in (0, 1)])
     yield {"index": store.index_path.read_bytes()}
 
 
@@ -560,13 +571,16 @@ TARGETS = {
         read_lane,
         ("demo.arrows", "demo.tail.arrows", "events-h-1.jsonl", "processes-h-1.jsonl"),
         seeds_of_lane,
+        quickness=8,
     ),
     "run": Target(summarise, RUN_FILES, seeds_of_run),
     "store": Target(keep, RUN_FILES, seeds_of_run, good_runs),
-    "index": Target(index, ("index",), seeds_of_index, functools.partial(good_runs, count=2)),
-    "table": Target(table, ("t.csv",), seeds_of_table),
-    "bounds": Target(bounds, ("b.json",), seeds_of_bounds),
-    "metric": Target(metric, METRIC_FILES, seeds_of_metric),
+    "index": Target(
+        index, ("index",), seeds_of_index, functools.partial(good_runs, count=2), quickness=2
+    ),
+    "table": Target(table, ("t.csv",), seeds_of_table, quickness=8),
+    "bounds": Target(bounds, ("b.json",), seeds_of_bounds, quickness=8),
+    "metric": Target(metric, METRIC_FILES, seeds_of_metric, quickness=8),
 }
 
 
@@ -629,12 +643,35 @@ def change_json(content: bytes, dice: random.Random) -> bytes:
     return b"\n".join(lines)
 
 
-def mutator(target: Target) -> Callable[[bytes, int, int], bytes]:
+def change_bytes(content: bytes, most: int, dice: random.Random) -> bytes:
+    """A few bytes of it lost, doubled, moved or replaced, as the fuzzer's engine does it."""
+    changed = bytearray(content)
+    at, other = (dice.randrange(len(changed) + 1) for _ in range(2))
+    size = dice.choice((1, 1, 2, 4, 8, 64))
+    action = dice.randrange(6)
+    if action == 0:
+        del changed[at : at + size]
+    elif action == 1:
+        changed[at:at] = changed[other : other + size]
+    elif action == 2:
+        changed[at : at + size] = changed[other : other + size]
+    elif action == 3:
+        changed[at : at + size] = dice.choice((b"\0", b"\xff", b"0")) * size
+    elif action == 4:
+        changed[at : at + size] = dice.randbytes(size)
+    elif at < len(changed):
+        changed[at] ^= 1 << dice.randrange(8)
+    return bytes(changed[:most])
+
+
+def mutator(
+    target: Target, change_bytes: Callable[[bytes, int, random.Random], bytes]
+) -> Callable[[bytes, int, int], bytes]:
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         dice = random.Random(seed)
         files = unpack(data, target.names)
         if not files or dice.random() < 0.1:
-            return bytes(atheris.Mutate(data, max_size))
+            return change_bytes(data, max_size, dice)
         # Texts are where most of the meaning is, and arrays where most of the bytes are.
         name = dice.choice(sorted(files))
         content = files[name]
@@ -645,7 +682,7 @@ def mutator(target: Target) -> Callable[[bytes, int, int], bytes]:
         elif dice.random() < 0.1:
             content = content[: dice.randrange(len(content) + 1)]
         else:
-            content = bytes(atheris.Mutate(content, len(content) + 64))
+            content = change_bytes(content, len(content) + 64, dice)
         return pack({**files, name: content})[:max_size]
 
     return mutate
@@ -654,7 +691,7 @@ def mutator(target: Target) -> Callable[[bytes, int, int], bytes]:
 # --- running --------------------------------------------------------------------------------------
 
 
-def start(name: str, folder: Path, seconds: float, seed: int) -> int:
+def start(name: str, folder: Path, seed: int, *, seconds: float, inputs: int | None) -> int:
     """Forks a fuzzer of one target, whose output goes to a log beside its corpus; its PID."""
     target = TARGETS[name]
     corpus, scratch, kept = folder / name, folder / f"{name}-files", KEPT / name
@@ -664,26 +701,62 @@ def start(name: str, folder: Path, seconds: float, seed: int) -> int:
     for i, files in enumerate(target.seeds(folder / f"{name}-seeds")):
         (corpus / f"seed-{i:02}").write_bytes(pack(files))
     target.prepare(scratch)
-    options = [
-        *(f"-max_total_time={max(1, round(seconds))}", f"-seed={seed}"),
-        *(f"-timeout={LONGEST_INPUT_S}", f"-rss_limit_mb={MOST_MEMORY_MB}"),
-        *(f"-max_len={LONGEST_INPUT}", f"-artifact_prefix={kept}/", "-print_final_stats=1"),
-    ]
     child = os.fork()
     if child:
         return child
     log = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    mutate = mutator(target)
     random.seed(seed)
+    if inputs is None:
+        search(target, corpus, scratch, kept, seed=seed, seconds=seconds)
+    else:
+        count(target, corpus, scratch, kept, seed=seed, inputs=inputs * target.quickness)
+    os._exit(70)
+
+
+def search(
+    target: Target, corpus: Path, scratch: Path, kept: Path, *, seed: int, seconds: float
+) -> None:
+    """Fuzzes for so long, led by what is reached, and ends this process."""
+    options = [
+        *(f"-max_total_time={max(1, round(seconds))}", f"-seed={seed}"),
+        *(f"-timeout={LONGEST_INPUT_S}", f"-rss_limit_mb={MOST_MEMORY_MB}"),
+        *(f"-max_len={LONGEST_INPUT}", f"-artifact_prefix={kept}/", "-print_final_stats=1"),
+    ]
     atheris.Setup(
         [sys.argv[0], *options, str(corpus)],
         lambda data: target.check(scratch, unpack(data, target.names)),
-        custom_mutator=mutate,
+        custom_mutator=mutator(target, lambda data, most, _: bytes(atheris.Mutate(data, most))),
     )
-    atheris.Fuzz()  # ends this process
-    os._exit(70)
+    atheris.Fuzz()
+
+
+def count(
+    target: Target, corpus: Path, scratch: Path, kept: Path, *, seed: int, inputs: int
+) -> None:
+    """Tries each seed, then so many inputs that hang on nothing but `seed`; ends this process."""
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_MB << 20,) * 2)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    seeds = [file.read_bytes() for file in sorted(corpus.iterdir())]
+    dice = random.Random(seed or None)
+    mutate = mutator(target, change_bytes)
+    for number in range(len(seeds) + inputs):
+        data = seeds[number] if number < len(seeds) else dice.choice(seeds)
+        for _ in range(dice.choice((1, 1, 2, 3, 5)) if number >= len(seeds) else 0):
+            data = mutate(data, LONGEST_INPUT, dice.getrandbits(32))
+        (kept / "input").write_bytes(data)  # whatever ends this process, it is there
+        signal.alarm(LONGEST_INPUT_S)
+        try:
+            target.check(scratch, unpack(data, target.names))
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+    (kept / "input").unlink()
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(f"number_of_executed_units: {len(seeds) + inputs}\npeak_rss_mb: {peak_mb}", flush=True)
+    os._exit(0)
 
 
 def tell(name: str, status: int, text: str, took_s: float) -> bool:
@@ -706,7 +779,9 @@ def tell(name: str, status: int, text: str, took_s: float) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
-    parser.add_argument("--seconds", type=float, default=60.0, help="of all targets together")
+    ends = parser.add_mutually_exclusive_group()
+    ends.add_argument("--seconds", type=float, default=60.0, help="of all targets together")
+    ends.add_argument("--inputs", type=int, help="of the slowest targets; more of the others")
     parser.add_argument("--seed", type=int, default=1, help="0: other inputs each time")
     parser.add_argument("--input", type=Path, help="run one input, of one target, and nothing else")
     chosen = parser.parse_args()
@@ -731,7 +806,11 @@ def main() -> int:
             while waiting and len(running) < at_once:
                 name, now_s = waiting.pop(0), time.monotonic()
                 rounds = -(-(len(waiting) + 1) // at_once)
-                running[start(name, folder, (end_s - now_s) / rounds, chosen.seed)] = name, now_s
+                child = start(
+                    name, folder, chosen.seed, seconds=(end_s - now_s) / rounds,
+                    inputs=chosen.inputs,
+                )  # fmt: skip
+                running[child] = name, now_s
             child, status = os.wait()
             name, began_s = running.pop(child)
             log = (folder / f"{name}.log").read_text(errors="replace")

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sim.nvml import PASCAL, Fault, Gpu, NvmlSim, Scenario
+from sim.nvml import H100, PASCAL, Fault, Gpu, NvmlSim, Scenario, Sensor
 from sim.waves import Constant, Square
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.peers.environments import OURS, TOOLS, Installed
-from benchmarks.peers.report import Row, markdown, read_rows, tables
-from benchmarks.peers.session import Session, living
+from benchmarks.peers.__main__ import MARKS, PUBLISHED, README, rendered
+from benchmarks.peers.environments import OURS, TOOLS, WRITTEN, Installed
+from benchmarks.peers.report import (
+    MISSED,
+    REACHED,
+    UNCLEAR,
+    Row,
+    markdown,
+    read_rows,
+    summary,
+    tables,
+)
+from benchmarks.peers.session import AXIS, Session, end, living
 
 BuildNvml = Callable[[Scenario], NvmlSim]
 
@@ -34,13 +47,19 @@ def environment(sim: NvmlSim, folder: Path) -> dict[str, str]:
     return {**kept, **sim.env, "PEPR_STORE": str(folder / "store"), "PYTHONPATH": repository}
 
 
-@pytest.mark.parametrize("name", [OURS, "pynvml-loop"])
+# A counter without the pauses of a real one: what is tested is the driver.
+COUNTER = replace(H100, counter_refresh_s=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "sensor"), [(OURS, PASCAL), ("pynvml-loop", PASCAL), (WRITTEN, COUNTER)]
+)
 def test_a_tool_measures_the_windows_that_it_is_asked_for(
-    name: str, nvml_sim: BuildNvml, tmp_path: Path
+    name: str, sensor: Sensor, nvml_sim: BuildNvml, tmp_path: Path
 ) -> None:
     pytest.importorskip("pynvml")
     # given two boards of 100 and 300 W
-    gpus = (Gpu(Constant(100), sensor=PASCAL), Gpu(Constant(300), sensor=PASCAL))
+    gpus = (Gpu(Constant(100), sensor=sensor), Gpu(Constant(300), sensor=sensor))
     sim = nvml_sim(Scenario(gpus=gpus))
     began_s = time.monotonic()
     session = Session(here(name), environment(sim, tmp_path))
@@ -134,20 +153,74 @@ def test_a_table_has_a_line_a_scenario_and_a_column_a_tool() -> None:
     ]
 
 
+FACTS: dict[str, Any] = {
+    "date": "2026-11-28 12:00 UTC",
+    "machine": "a CPU; Linux 6; CPython 3.11",
+    "cores": 2,
+    "load_average": (0.5, 1.0, 2.0),
+    "product": "pepr-profiler abc",
+    "tools": {"zeus": "2"},
+    "left_out": "What a read costs.",
+    "took_s": {"accuracy": 300.0, "behaviour": 90.0},
+}
+
+
 def test_the_report_says_first_where_we_fall_short() -> None:
-    facts = {
-        "date": "2026-11-28 12:00 UTC",
-        "machine": "a CPU; Linux 6; CPython 3.11",
-        "cores": 2,
-        "load_average": (0.5, 1.0, 2.0),
-        "product": "pepr-profiler abc",
-        "tools": {"zeus": "2"},
-        "left_out": "What a read costs.",
-    }
-    text = markdown(facts, rows())
-    assert "1 of our 2 goals are reached." in text
+    text = markdown(FACTS, rows())
+    assert "In 1 of 2 places where we have a goal it is reached." in text
     short, table = text.index("## Where we fall short"), text.index("## Accuracy")
     assert short < table < text.index("## Behaviour")
     assert "- accuracy, step, error: 2.50 %. by much" in text
-    for told in ("a CPU; Linux 6", "load average 0.5, 1.0, 2.0", "zeus 2", "What a read costs."):
+    for told in ("a CPU; Linux 6", "at the start 0.5, 1.0, 2.0", "zeus 2", "What a read costs."):
         assert told in text
+    assert "It took 6.5 min: accuracy 5.0 min, behaviour 1.5 min." in text
+
+
+def judged(scenario: str, verdict: str, **facts: Any) -> Row:
+    return Row("overhead", scenario, OURS, "1", "CPU", "x", verdict=verdict, **facts)
+
+
+def test_the_summary_has_a_line_a_goal_and_shows_the_worst() -> None:
+    # given a goal that is missed in one of three scenarios, one that cannot be told in one of two,
+    # and one of yes and no in which a peer is better than we
+    found = [
+        judged("10 Hz", REACHED, value=1.1, goal="lean", strain=1.1, against="loop: 1 us"),
+        judged("1 kHz", MISSED, value=1.4, goal="lean", strain=1.4, against="loop: 2 us"),
+        judged("1 Hz", REACHED, value=1.2, goal="lean", strain=1.2),
+        judged("a", UNCLEAR, value=0.3, goal="quick", strain=0.3),
+        judged("b", REACHED, value=-0.1, goal="quick", strain=-0.1),
+        judged("exit 7", REACHED, value="7", goal="unseen"),
+        judged("Ctrl-C", MISSED, value="hangs", goal="unseen"),
+        Row("overhead", "exit 7", "zeus", "2", "CPU", "x", verdict="as alone"),
+        Row("overhead", "Ctrl-C", "zeus", "2", "CPU", "x", verdict="as alone"),
+        judged("no goal", "", value=3.0),
+    ]
+    # then each is one line
+    assert [tuple(line.values()) for line in summary(found)] == [
+        ("lean", "1.40 x (1 kHz)", "loop: 2 us", "MISSED in 1 of 3"),
+        ("quick", "0.30 x (a)", "", "unclear in 1 of 2"),
+        ("unseen", "1 of 2", "zeus 2", "MISSED in 1 of 2"),
+    ]
+    # and the head of the report, which is all that is published
+    kept = {"environment": FACTS, "summary": summary(found)}
+    assert rendered(kept) in markdown(FACTS, found)
+    assert "| lean | 1.40 x (1 kHz) | loop: 2 us | **MISSED in 1 of 3** |" in rendered(kept)
+
+
+def test_the_readme_shows_what_a_report_printed_and_nothing_else() -> None:
+    shown = README.read_text().partition(MARKS[0] + "\n")[2].partition(MARKS[1])[0]
+    assert shown == rendered(json.loads(PUBLISHED.read_text()))
+
+
+def test_what_a_tool_left_behind_is_found_by_its_mark_and_ended() -> None:
+    # given a process that a process left behind in a session of its own
+    mark = uuid.uuid4().hex
+    command = ["sh", "-c", "setsid sleep 1000 & exec true"]
+    subprocess.run(command, check=True, env={**os.environ, AXIS: mark})
+    assert len(living(mark, AXIS)) == 1
+    # when all of that mark are ended, then it is gone
+    assert end(mark, AXIS) == 1
+    deadline = time.monotonic() + 60
+    while living(mark, AXIS) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert living(mark, AXIS) == []

@@ -27,7 +27,7 @@ from sim.waves import Constant, Square
 
 from benchmarks.peers.environments import OURS, Installed
 from benchmarks.peers.hardware import Machine, machine
-from benchmarks.peers.report import Axis, Row, run_axis
+from benchmarks.peers.report import MISSED, Axis, Row, run_axis
 from benchmarks.peers.session import MARK, PATIENCE_S, Session, end, living, sessions
 
 J_PER_KWH = 3.6e6
@@ -359,12 +359,22 @@ def judged(
     try:
         value = look()
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        return axis.row(name, tool, metric, "", truth=truth, note=" ".join(str(error).split()))
+        note = " ".join(str(error).split())
+        failed = MISSED if tool == OURS else ""
+        return axis.row(
+            name, tool, metric, "", truth=truth, verdict=failed, note=note, goal=goal_of(metric)
+        )
     good = value == truth
     if percent := re.fullmatch(r"(\d+) % of the energy", value):
         good = abs(int(percent[1]) - 100) <= 25  # a flush a second, of 4
     verdict = ("reached" if good else "MISSED") if tool == OURS else "as alone" if good else ""
-    return axis.row(name, tool, metric, "", truth=truth, value=value, verdict=verdict)
+    return axis.row(
+        name, tool, metric, "", truth=truth, value=value, verdict=verdict, goal=goal_of(metric)
+    )
+
+
+def goal_of(metric: str) -> str:
+    return f"{metric}: as without us (status, signals, output, who is left, what is on disk)"
 
 
 # --- the last second ----------------------------------------------------------------------------
@@ -416,7 +426,14 @@ def part_seen(
     seen = 100 * told_j / truth_j
     # A refresh of the counter is 40 J of 430, and the command begins before its first stamp.
     verdict = ("reached" if abs(seen - 100) <= 10 else "MISSED") if tool == OURS else ""
-    return axis.row(how, tool, metric, "%", truth=100.0, value=seen, verdict=verdict)
+    return axis.row(
+        *(how, tool, metric, "%"),
+        truth=100.0,
+        value=seen,
+        verdict=verdict,
+        goal="energy of what ends with a second of high power: within 10 %",
+        strain=abs(seen - 100),
+    )
 
 
 def measure(axis: Axis) -> Iterator[Row]:

@@ -19,6 +19,22 @@ from benchmarks.common import ROOT, UnmeasurableError
 
 TOOLS_FOLDER = Path(__file__).parent / "tools"
 OURS = "pepr-profiler"
+WRITTEN = "python-loop"
+"""What a careful programmer writes to record what we do."""
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a tool reads for a sample, in words; "" is nothing."""
+
+    gpu: str
+    rapl: str = ""
+    besides: str = ""
+
+    @property
+    def as_we(self) -> bool:
+        """Whether it reads the sensors that we do, GPUs and RAPL."""
+        return bool(self.gpu and self.rapl)
 
 
 @dataclass(frozen=True)
@@ -28,7 +44,9 @@ class Tool:
     `kinds` are what it can measure of gpu, cpu (packages) and dram. `driver` is the file of tools/
     that opens it in code; `wrapper` says how it wraps a command: (its bin folder, a scratch folder)
     to the words before the command. None: it has no such mode, for the reason in `lacks`.
-    `takes_rate`: it can be asked to sample at a rate; else `begin` and `end` are all it does.
+    `takes_rate`: it can be asked to sample at a rate, and then reads `reads` each time; else
+    `begin` and `end` are all it does. `by_default`: what is to be known of its own rate. `axes`:
+    those that it takes part in; None: all.
     """
 
     name: str
@@ -39,6 +57,9 @@ class Tool:
     takes_rate: bool = False
     cpu_has_dram: bool = False  # its cpu is packages and their memory in one figure
     lacks: str = ""
+    reads: Reads = Reads("")
+    by_default: str = ""
+    axes: frozenset[str] | None = None
 
     @property
     def distribution(self) -> str:
@@ -61,33 +82,51 @@ def _ours(binaries: Path, _: Path) -> list[str]:
 
 _GPU, _CPU, _DRAM = frozenset({"gpu"}), frozenset({"cpu"}), frozenset({"dram"})
 _IN_CODE = "its documentation has no command that wraps another"
+_LOOP = "it is a loop in a program"
 
 TOOLS = {
     tool.name: tool
     for tool in (
         Tool(
-            OURS, OURS, _GPU | _CPU | _DRAM, "use_pepr_profiler.py", _ours, takes_rate=True
+            *(OURS, OURS, _GPU | _CPU | _DRAM, "use_pepr_profiler.py", _ours),
+            takes_rate=True,
+            reads=Reads(
+                "energy, utilisation, memory, power (instant, average)",
+                "all packages and DRAM",
+                "CPU time and memory of the job's processes, busy time of the machine (10 Hz); "
+                "all on disk",
+            ),
         ),
         Tool("zeus", "zeus==0.16.0", _GPU | _CPU | _DRAM, "use_zeus.py", lacks=_IN_CODE),
         Tool(
             *("zeus-power", "zeus==0.16.0", _GPU, "use_zeus_power.py"),
             takes_rate=True,
             lacks=_IN_CODE,
+            reads=Reads("power (instant, average), a process for each"),
+            # infer_counter_update_period() takes min(0.0, what it detected).
+            by_default="PowerMonitor()'s own update_period comes out as 0 s in 0.16.0: its "
+            "processes read without a pause",
         ),
         Tool(
             *("codecarbon", "codecarbon==3.3.2", _GPU | _CPU, "use_codecarbon.py", _codecarbon),
             takes_rate=True,
+            reads=Reads("energy", "packages", "CPU load and memory of the machine"),
         ),
         Tool(
             *("carbontracker", "carbontracker==2.4.7", _GPU | _CPU),
             *("use_carbontracker.py", _carbontracker),
             takes_rate=True,
             cpu_has_dram=True,
+            reads=Reads("power", "all packages and DRAM"),
         ),
         Tool(
             *("nvitop", "nvitop==1.7.2", _GPU, "use_nvitop.py"),
             takes_rate=True,
             lacks="its command is a screen for people; it wraps nothing",
+            reads=Reads(
+                "power, utilisation, memory, temperature, fan",
+                besides="load and memory of the machine and of its process",
+            ),
         ),
         Tool(
             *("pyjoules", "pyJoules[nvidia]==0.5.1", _GPU | _CPU | _DRAM, "use_pyjoules.py"),
@@ -96,7 +135,19 @@ TOOLS = {
         Tool(
             *("pynvml-loop", "nvidia-ml-py==13.615.71", _GPU, "use_pynvml.py"),
             takes_rate=True,
-            lacks="it is a loop in a program",
+            lacks=_LOOP,
+            reads=Reads("power"),
+        ),
+        Tool(
+            *(WRITTEN, "nvidia-ml-py==13.615.71", _GPU | _CPU | _DRAM, "use_python_loop.py"),
+            takes_rate=True,
+            lacks=_LOOP,
+            reads=Reads(
+                "energy, utilisation, memory, power (instant, average)",
+                "all packages and DRAM",
+                "CPU time and memory of its own process; all to a CSV file",
+            ),
+            axes=frozenset({"overhead", "scale"}),
         ),
     )
 }  # fmt: skip

@@ -6,7 +6,10 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 
 from benchmarks.common import UnmeasurableError, environment, main
 from benchmarks.peers.environments import OURS, TOOLS, Installed, install_all
+from benchmarks.peers.session import AXIS, end
 
 SIMULATED = (
     "The sensors are simulated: a libnvidia-ml.so.1 and powercap files that answer from known "
@@ -23,12 +27,22 @@ SIMULATED = (
 )
 
 
+REACHED, MISSED, UNCLEAR = "reached", "MISSED", "unclear"
+
+
+def verdict(met: bool) -> str:
+    return REACHED if met else MISSED
+
+
 @dataclass(frozen=True)
 class Row:
     """One figure of one tool. `value` None: there is none, and `note` says why.
 
     `low` and `high` are the quartiles of the repetitions. `verdict` is a word or two, of our own
-    rows the goal's: "reached" or "MISSED"; "" where nothing is to be reached.
+    rows the goal's: REACHED, MISSED or UNCLEAR (it cannot be told here); "" where nothing is to be
+    reached. `goal` says which; rows of one goal are one line of the summary, which shows the one of
+    the greatest `strain` (any number, the larger the worse; None: yes or no) and what it is held
+    `against`.
     """
 
     axis: str
@@ -43,6 +57,9 @@ class Row:
     high: float | None = None
     verdict: str = ""
     note: str = ""
+    goal: str = ""
+    strain: float | None = None
+    against: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,7 @@ def run_axis(name: str, measure: Callable[[Axis], Iterable[Row]], about: str) ->
     arguments = parser.parse_args()
 
     def body() -> None:
-        names = arguments.tools.split(",") if arguments.tools else list(TOOLS)
+        names = arguments.tools.split(",") if arguments.tools else of_axis(name)
         if unknown := [tool for tool in names if tool not in TOOLS]:
             raise UnmeasurableError(f"no tool called {unknown[0]}; there are: {', '.join(TOOLS)}")
         found = install_all(names)
@@ -78,12 +95,22 @@ def run_axis(name: str, measure: Callable[[Axis], Iterable[Row]], about: str) ->
             for tool, why in found.items()
             if isinstance(why, str)
         ]
-        rows += measure(axis)
+        mark = os.environ.setdefault(AXIS, uuid.uuid4().hex)  # of all that is started from here on
+        try:
+            rows += measure(axis)
+        finally:
+            if left := end(mark, AXIS):
+                print(f"  ended {left} processes that were left", file=sys.stderr)
         print("\n".join(tables(rows)))
         if arguments.o is not None:
             arguments.o.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
     main(body)
+
+
+def of_axis(name: str) -> list[str]:
+    """The tools that take part in an axis."""
+    return [tool.name for tool in TOOLS.values() if tool.axes is None or name in tool.axes]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -107,31 +134,93 @@ def facts_of_the_machine(tools: Mapping[str, Installed | str]) -> dict[str, Any]
 
 
 def markdown(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """The whole report: the environment, where we lose, a table a metric, what failed."""
-    lines = ["# Side by side", ""]
+    """The whole report: the summary, where we lose, a table a metric, what failed."""
+    lines = ["# Side by side", "", *summary_lines(facts, summary(rows)), ""]
     load = ", ".join(f"{value:.1f}" for value in facts["load_average"])
-    versions = ", ".join(f"{name} {version}" for name, version in facts["tools"].items())
-    lines += [
-        f"{facts['date']}; {facts['machine']}; {facts['cores']} cores; load average {load}.",
-        "",
-        f"{facts['product']}. Tools: {versions}.",
-        "",
-        facts["left_out"],
-        "",
-    ]
+    lines += [f"Load average at the start {load}. {facts['left_out']}", ""]
+    if took_s := facts.get("took_s"):
+        each = ", ".join(f"{name} {minutes(seconds)}" for name, seconds in took_s.items())
+        lines += [f"It took {minutes(sum(took_s.values()))}: {each}.", ""]
     ours = [row for row in rows if row.tool == OURS and row.verdict]
-    missed = [row for row in ours if row.verdict == "MISSED"]
-    lines += [f"{len(ours) - len(missed)} of our {len(ours)} goals are reached.", ""]
+    missed = [row for row in ours if row.verdict == MISSED]
+    reached = sum(row.verdict == REACHED for row in ours)
+    lines += [f"In {reached} of {len(ours)} places where we have a goal it is reached.", ""]
     if missed:
         lines += ["## Where we fall short", ""]
         for row in missed:
             value = f"{_text(row.value)} {row.unit}".strip()
-            lines.append(f"- {row.axis}, {row.scenario}, {row.metric}: {value}. {row.note}")
+            against = f" ({row.against})" if row.against else ""
+            lines.append(
+                f"- {row.axis}, {row.scenario}, {row.metric}: {value}{against}. {row.note}"
+            )
         lines.append("")
     for axis in dict.fromkeys(row.axis for row in rows):
         lines += [f"## {axis.capitalize()}", ""]
         lines += tables([row for row in rows if row.axis == axis])
     return "\n".join(lines).rstrip() + "\n"
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min"
+
+
+def summary(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """A line a goal: ours where it is worst, what it is held against there, the verdict on all."""
+    goals: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.tool == OURS and row.goal:
+            goals.setdefault(row.goal, []).append(row)
+    lines = []
+    for goal, these in goals.items():
+        missed, unclear = (sum(row.verdict == word for row in these) for word in (MISSED, UNCLEAR))
+        told = MISSED if missed else UNCLEAR if unclear else REACHED
+        if len(these) > 1:
+            told += f" in {missed or unclear or len(these)} of {len(these)}"
+        worst = max(these, key=lambda row: (row.verdict == MISSED, row.strain or 0.0))
+        ours = f"{_text(worst.value)} {worst.unit}".strip() + f" ({worst.scenario})"
+        against = worst.against
+        if worst.strain is None:
+            ours, against = f"{len(these) - missed} of {len(these)}", _as_good(rows, these)
+        lines.append(
+            {
+                "goal": goal,
+                "ours": ours,
+                "against": against,
+                "verdict": told,
+            }
+        )
+    return lines
+
+
+def _as_good(rows: Sequence[Row], ours: Sequence[Row]) -> str:
+    """Of those that are asked the same yes or no, the one that says yes the most."""
+    asked = {(row.axis, row.scenario, row.metric) for row in ours}
+    yes = Counter(
+        row.tool
+        for row in rows
+        if row.tool != OURS and row.verdict and (row.axis, row.scenario, row.metric) in asked
+    )
+    return ", ".join(f"{tool} {count}" for tool, count in yes.most_common(1))
+
+
+def summary_lines(facts: Mapping[str, Any], goals: Sequence[Mapping[str, str]]) -> list[str]:
+    """The summary as Markdown: machine, date and versions, then a table."""
+    peers = {name: version for name, version in facts["tools"].items() if name != OURS}
+    versions = ", ".join(f"{name} {version}" for name, version in peers.items())
+    quick = " A quick run, with few repetitions." if facts.get("quick") else ""
+    lines = [
+        f"{facts['date']}; {facts['machine']}; {facts['cores']} cores; simulated sensors.{quick}",
+        f"{facts['product']} beside {versions}.",
+        "",
+        "| goal | ours | beside it | verdict |",
+        "| --- | --- | --- | --- |",
+    ]
+    for line in goals:
+        told = line["verdict"]
+        told = f"**{told}**" if told.startswith(MISSED) else told
+        cells = (line["goal"], line["ours"], line["against"], told)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
@@ -159,7 +248,7 @@ def _cell(row: Row | None, remarks: dict[str, int]) -> str:
     if row is None:
         return ""
     words = "–" if row.value is None else _text(row.value)
-    if row.verdict == "MISSED":
+    if row.verdict == MISSED:
         words = f"**{words}**"
     if row.note:
         number = remarks.setdefault(row.note, len(remarks) + 1)

@@ -23,26 +23,32 @@ PATIENCE_S = 60.0
 
 MARK = "PEPR_PEERS_MARK"
 """The variable by which what a tool has started, at whatever remove, is known as its own."""
+AXIS = "PEERS_AXIS"
+"""Likewise what an axis has started."""
 
 
-def living(mark: str) -> list[int]:
+def living(mark: str, variable: str = MARK) -> list[int]:
     """Processes that have this mark in their environment, zombies left out."""
-    found = []
+    found, sought = [], f"{variable}={mark}".encode()
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with suppress(OSError):
-                marked = f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
+                marked = sought in (folder / "environ").read_bytes().split(b"\0")
                 state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
                 if marked and state != "Z":
                     found.append(int(folder.name))
     return found
 
 
-def end(mark: str) -> None:
-    """Kills them all."""
-    for pid in living(mark):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+def end(mark: str, variable: str = MARK) -> int:
+    """Kills them all but us, and who they start meanwhile; how many there were."""
+    ended: set[int] = set()
+    while left := set(living(mark, variable)) - ended - {os.getpid()}:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        ended |= left
+    return len(ended)
 
 
 @dataclass(frozen=True)
@@ -208,15 +214,22 @@ class Session:
 def sessions(
     tools: Sequence[Installed], env: Mapping[str, str], **options: Any
 ) -> Iterator[list[Session]]:
-    """All of them open, or failed twice; one after the other, as some allow themselves 10 s."""
+    """All of them open, or failed twice; two at a time, as some allow themselves 10 s."""
     opened: list[Session] = []
+
+    def wait_for(place: int) -> None:
+        if not opened[place].ready():
+            opened[place].kill()
+            opened[place] = Session(tools[place], env, **options)
+            opened[place].ready()
+
     try:
-        for tool in tools:
+        for place, tool in enumerate(tools):
             opened.append(Session(tool, env, **options))
-            if not opened[-1].ready():
-                opened[-1].kill()
-                opened[-1] = Session(tool, env, **options)
-                opened[-1].ready()
+            if place:
+                wait_for(place - 1)
+        if tools:
+            wait_for(len(tools) - 1)
         yield opened
     finally:
         for session in opened:

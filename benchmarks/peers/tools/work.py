@@ -1,17 +1,19 @@
-"""Fixed pieces of work, with a tool and without it in turn: what a piece takes, in the tool's
-environment. Standard library only; a training adds the folders that hold torch and examples/.
+"""A training with a tool and without it in turn: what an epoch takes, in the tool's environment.
+Standard library only, besides what lies in the folders that --packages names: torch and examples/.
 
-    work.py {loop,training} --driver use_X.py [--rate HZ]    the tool is opened in this program
-    work.py {loop,training} --wrapped                        its wrapper is our parent
-    work.py {loop,training}                                  no tool: what differs all the same
+    work.py --driver use_X.py [--rate HZ]    the tool is opened in this program
+    work.py --wrapped                        its wrapper is our parent
+    work.py                                  no tool: what differs all the same
 
 In code two forks of one process take turns, with the tool and without, the other one stopped
-(SIGSTOP). A wrapper is stopped for the segments without it. Prints one JSON line:
-{"pairs": [[seconds a piece without, with, CPU of the tool's threads as a share of a core], ...]}
+(SIGSTOP). A wrapper is stopped for the segments without it. The work runs as a user's would: on
+any CPU, with as many threads as torch takes by itself (--threads N: others). Prints a JSON line:
+{"pairs": [[seconds a piece without, with, CPU of the tool as a share of a core], ...]}
 or {"failed": why}; with --windows {"window_s": [...], "phase_s": [...]}.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -23,22 +25,13 @@ from pathlib import Path
 SETTLED_S = 2.5  # by then cadences are learnt and what is done once is done
 
 
-def a_loop():
-    def piece():
-        total = 0
-        for number in range(100_000):
-            total = (total * 31 + number) % 1_000_003
-        return total
-
-    return piece
-
-
-def a_training():
+def training(threads):
     """An epoch of examples/train.py: a small network on handwritten digits."""
     import torch
     import train
 
-    torch.set_num_threads(1)
+    if threads:
+        torch.set_num_threads(threads)
     torch.manual_seed(0)
     data = train.load("digits")["train"]
     model = train.make_model("mlp_small", features=data[0].shape[1], classes=10)
@@ -46,16 +39,42 @@ def a_training():
     return lambda: train.train_epoch(model, optimizer, *data)
 
 
-def segment(piece, seconds):
-    """Whole pieces for so long: (wall seconds each, CPU of other threads per second)."""
-    begin_s, mine_s, all_s = time.perf_counter(), time.thread_time(), time.process_time()
+def segment(piece, seconds, used=lambda: 0.0):
+    """Whole pieces for so long: (wall seconds each, CPU of the tool per second)."""
+    begin_s, used_s = time.perf_counter(), used()
     pieces = 0
     while time.perf_counter() - begin_s < seconds:
         piece()
         pieces += 1
     took_s = time.perf_counter() - begin_s
-    others_s = time.process_time() - all_s - (time.thread_time() - mine_s)
-    return took_s / pieces, others_s / took_s
+    return took_s / pieces, (used() - used_s) / took_s
+
+
+def threads_of(pid):
+    return {int(folder.name) for folder in Path(f"/proc/{pid}/task").iterdir()}
+
+
+def descendants(pid):
+    """What a process has started, at whatever remove."""
+    found = [pid]
+    for each in found:
+        with contextlib.suppress(OSError):
+            for thread in threads_of(each):
+                found += map(int, Path(f"/proc/{each}/task/{thread}/children").read_text().split())
+    return found[1:]
+
+
+def cpu_s(clocks):
+    """CPU time of clocks that are still there."""
+    total_s = 0.0
+    for clock in clocks:
+        with contextlib.suppress(OSError):
+            total_s += time.clock_gettime(clock)
+    return total_s
+
+
+def clock_of(pid, *, thread=False):
+    return (~pid << 3) | (6 if thread else 2)  # as clock_getcpuclockid() names it
 
 
 def open_tool(driver, rate_hz):
@@ -64,16 +83,12 @@ def open_tool(driver, rate_hz):
     return module.Tool(rate_hz)
 
 
-def stay():
-    """Keeps this thread on one CPU, the same for all: in a virtual machine they are not alike."""
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-
-
 class Worker:
     """A fork that does segments on command, and stands still (SIGSTOP) in between: it, its threads
-    and what they started. With a driver it opens the tool first, and is given time to settle."""
+    and what they started. With a driver it opens the tool first, and is given time to settle. The
+    work is made in the fork: OpenMP's threads do not survive one."""
 
-    def __init__(self, piece, seconds, driver=None, rate_hz=None):
+    def __init__(self, make, seconds, driver=None, rate_hz=None):
         commands, self._commands = os.pipe()
         self._results, results = os.pipe()
         self.pid = os.fork()
@@ -81,7 +96,7 @@ class Worker:
             os.setpgid(0, 0)
             os.close(self._commands)
             with os.fdopen(results, "w", buffering=1) as told:
-                told.write(json.dumps(self._serve(piece, seconds, driver, rate_hz, commands, told)))
+                told.write(json.dumps(self._serve(make, seconds, driver, rate_hz, commands, told)))
             os._exit(0)
         for descriptor in (commands, results):
             os.close(descriptor)
@@ -89,17 +104,23 @@ class Worker:
         self._next()
 
     @staticmethod
-    def _serve(piece, seconds, driver, rate_hz, commands, told):
+    def _serve(make, seconds, driver, rate_hz, commands, told):
+        clocks = []
         try:
-            tool = open_tool(driver, rate_hz) if driver is not None else None
-            if tool is not None:
+            if driver is not None:
+                before = threads_of("self")
+                tool = open_tool(driver, rate_hz)
                 tool.begin("work")
-            stay()
-            segment(piece, SETTLED_S)
+                # Those that came with it, before the work has any of its own.
+                clocks = [clock_of(tid, thread=True) for tid in threads_of("self") - before]
+                clocks += [clock_of(pid) for pid in descendants(os.getpid())]
+            piece = make()
+            segment(piece, SETTLED_S if driver is not None else SETTLED_S / 2)
             told.write("{}\n")
             while os.read(commands, 1):
                 segment(piece, seconds / 4)  # it may catch up
-                told.write(json.dumps({"found": segment(piece, seconds)}) + "\n")
+                found = segment(piece, seconds, lambda: cpu_s(clocks))
+                told.write(json.dumps({"found": found}) + "\n")
         except (Exception, SystemExit) as error:
             return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
         return {}
@@ -121,9 +142,9 @@ class Worker:
         os.waitpid(self.pid, 0)
 
 
-def in_code(piece, arguments):
-    bare = Worker(piece, arguments.seconds)
-    with_it = Worker(piece, arguments.seconds, arguments.driver, arguments.rate)
+def in_code(make, arguments):
+    bare = Worker(make, arguments.seconds)
+    with_it = Worker(make, arguments.seconds, arguments.driver, arguments.rate)
     try:
         for number in range(arguments.pairs):
             if number % 2:
@@ -137,26 +158,22 @@ def in_code(piece, arguments):
             worker.end()
 
 
-def wrapped(piece, arguments):
-    wrapper = os.getppid()
-    clock = (~wrapper << 3) | 2  # its CPU time, as clock_getcpuclockid() names it
+def wrapped(make, arguments):
+    wrapper, piece = os.getppid(), make()
+    clocks = [clock_of(wrapper)]
 
     def bare():
         os.kill(wrapper, signal.SIGSTOP)
         try:
-            segment(piece, arguments.seconds / 10)
+            segment(piece, arguments.seconds / 4)
             return segment(piece, arguments.seconds)[0]
         finally:
             os.kill(wrapper, signal.SIGCONT)
 
     def with_it():
-        segment(piece, arguments.seconds / 10)
-        begin_s, used_s = time.perf_counter(), time.clock_gettime(clock)
-        each_s, _ = segment(piece, arguments.seconds)
-        used_s = time.clock_gettime(clock) - used_s
-        return each_s, used_s / (time.perf_counter() - begin_s)
+        segment(piece, arguments.seconds / 4)
+        return segment(piece, arguments.seconds, lambda: cpu_s(clocks))
 
-    stay()
     segment(piece, SETTLED_S)
     for number in range(arguments.pairs):
         if number % 2:
@@ -191,13 +208,13 @@ def windows(arguments):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=("loop", "training"))
     parser.add_argument("--driver", type=Path)
     parser.add_argument("--rate", type=float, default=None)
     parser.add_argument("--wrapped", action="store_true")
     parser.add_argument("--windows", action="store_true")
     parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--seconds", type=float, default=0.3, help="a segment, or all windows")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: what it takes itself")
     parser.add_argument(
         "--packages", action="append", default=[], help="further places to import from"
     )
@@ -213,10 +230,8 @@ def main():
         else:
             for name in arguments.modules:
                 importlib.import_module(name)
-            piece = {"loop": a_loop, "training": a_training}[arguments.kind]()
-            segment(piece, arguments.seconds / 2)
             pairs = wrapped if arguments.wrapped else in_code
-            facts = {"pairs": list(pairs(piece, arguments))}
+            facts = {"pairs": list(pairs(lambda: training(arguments.threads), arguments))}
     except (Exception, SystemExit) as error:
         facts = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
     told.write(json.dumps(facts) + "\n")
