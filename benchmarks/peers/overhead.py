@@ -52,7 +52,8 @@ SLOWDOWN = {None: 0.2, 1000.0: 0.5}  # percent, by the rate that is asked for
 
 
 def boards(count: int = 1) -> tuple[nvml.Gpu, ...]:
-    return tuple(nvml.Gpu(waves.Constant(300.0 + n)) for n in range(count))
+    # Whom the simulated driver finds computing, it seeks in /proc at each call: 200 µs a board.
+    return tuple(nvml.Gpu(waves.Constant(300.0 + n), processes=()) for n in range(count))
 
 
 def zones() -> tuple[powercap.Zone, ...]:
