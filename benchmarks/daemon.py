@@ -175,24 +175,35 @@ def wait_for_lanes(socket: Path) -> list[dict[str, Any]]:
     raise UnmeasurableError(f"not every lane opens: {json.dumps(lanes)}")
 
 
-def bare_share(loop: list[str]) -> float:
-    """What the same calls, reads and sleeps take of a core by themselves."""
-    _, driver_ns, _, files_ns = map(int, run(loop, {}).split())
+def bare_share(socket: Path, loop: list[str]) -> float:
+    """What the same calls, reads and sleeps take of a core by themselves.
+
+    The daemon is stopped meanwhile: who finds the machine awake wakes up for less.
+    """
+    daemon = int(status(socket)["pid"])
+    os.kill(daemon, signal.SIGSTOP)
+    try:
+        _, driver_ns, _, files_ns = map(int, run(loop, {}).split())
+    finally:
+        os.kill(daemon, signal.SIGCONT)
+    time.sleep(0.5)  # it catches up
     return (driver_ns + files_ns) * 1e-9 / LOOK_S
 
 
 def report_cost(socket: Path, spec: str, loop: list[str], rounds: int) -> None:
-    alone, crowded, bare = [], [], []
+    alone, crowded, bare, once = [], [], [], []
     for _ in range(rounds):
         alone.append(cpu_share(socket, LOOK_S))
-        bare.append(bare_share(loop))
+        bare.append(bare_share(socket, loop))
+        once.append(bare_share(socket, [*loop[:1], "--one", *loop[1:]]))
         with watching(spec, CLIENTS):
             time.sleep(0.5)  # their coming is not their being there
             crowded.append(cpu_share(socket, LOOK_S))
     judge("CPU time", Spread.of(alone), "% of a core", scale=100, most=1.0)
-    show("a bare C loop: same driver, reads, sleeps", Spread.of(bare), "% of a core", scale=100)
-    ratios = [a / b for a, b in zip(alone, bare, strict=True)]
-    show("CPU time, daemon / C loop", Spread.of(ratios), "x")
+    for who, shares in (("a thread each", bare), ("one thread", once)):
+        show(f"a bare C loop, {who}", Spread.of(shares), "% of a core", scale=100)
+        ratios = [a / b for a, b in zip(alone, shares, strict=True)]
+        show(f"CPU time, daemon / C loop, {who}", Spread.of(ratios), "x")
     no_sleep = run([loop[0], "0", "0.5", *loop[3:]], {}).split()
     for who, samples, cpu_ns in (("driver", *no_sleep[:2]), ("files", *no_sleep[2:])):
         share = int(cpu_ns) / int(samples) / PERIOD_NS

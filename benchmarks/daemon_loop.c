@@ -1,15 +1,17 @@
 // The least that a daemon's lanes can do: the same calls of the driver, the same reads of the same
-// files and the same sleeps, a thread each, and nothing kept. No parsing, no ring, no counters.
+// files and the same sleeps, and nothing kept. No parsing, no ring, no counters. A thread each for
+// the driver and the files, or one for both.
 //
-//     daemon_loop PERIOD_NS SECONDS LIBRARY FILE...      PERIOD_NS 0: reads without sleeping
+//     daemon_loop [--one] PERIOD_NS SECONDS LIBRARY FILE...      PERIOD_NS 0: reads without sleeping
 //
-// Prints, for the driver and for the files: samples, and CPU time of the loop (ns).
+// Prints, for the driver (with --one: nothing) and for the files: samples, and CPU time of the loop (ns).
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
@@ -113,6 +115,9 @@ static void* run(void* argument) {
 }
 
 int main(int argc, char** argv) {
+    const int one = argc > 1 && strcmp(argv[1], "--one") == 0;
+    argc -= one;
+    argv += one;
     if (argc < 5) return 2;
     period_ns = atoll(argv[1]);
     duration_ns = (long long)(atof(argv[2]) * 1e9);
@@ -121,10 +126,15 @@ int main(int argc, char** argv) {
     if (counters.fds == NULL) return 1;
     for (int i = 0; i < counters.files; ++i)
         if ((counters.fds[i] = open(argv[i + 4], O_RDONLY | O_CLOEXEC)) < 0) return 1;
-    pthread_t thread;
-    if (pthread_create(&thread, NULL, run, &driver) != 0) return 1;
-    run(&counters);
-    pthread_join(thread, NULL);
+    if (one) {
+        counters.library = driver.library;
+        run(&counters);
+    } else {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, run, &driver) != 0) return 1;
+        run(&counters);
+        pthread_join(thread, NULL);
+    }
     printf("%lld %lld %lld %lld\n", driver.samples, driver.cpu_ns, counters.samples,
            counters.cpu_ns);
     return 0;

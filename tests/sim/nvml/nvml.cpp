@@ -1,6 +1,7 @@
 // libnvidia-ml.so.1, simulated: NVML's ABI over a Scenario. Signatures and structs are nvml.h's
 // own, so that a wrong one does not compile. Semantics: nvml.h and MEASUREMENT.md, A and B.
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -22,8 +23,12 @@ unsigned references = 0;
 std::vector<std::unique_ptr<Scenario>> scenarios;
 // Published with release by load(), read with acquire by current().
 std::atomic<const Scenario*> live{nullptr};
-// The process that initialised; relaxed, it changes only under init_mutex and before `live`.
-std::atomic<pid_t> owner{0};
+// A fork's child starts afresh. To compare getpid() at each call would cost more than most answers.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] {
+    live.store(nullptr, std::memory_order_release);
+    forked.store(true);
+});
 
 std::string scenario_path() {
     Dl_info self{};
@@ -41,11 +46,7 @@ std::string scenario_path() {
 
 nvmlReturn_t initialise(const char* function) {
     const std::lock_guard lock(init_mutex);
-    if (owner.load(std::memory_order_relaxed) != getpid()) {  // a fork's child starts afresh
-        references = 0;
-        live.store(nullptr, std::memory_order_release);
-        owner.store(getpid(), std::memory_order_relaxed);
-    }
+    if (forked.exchange(false)) references = 0;
     if (references == 0) {
         try {
             scenarios.push_back(std::make_unique<Scenario>(scenario_path()));
@@ -61,10 +62,7 @@ nvmlReturn_t initialise(const char* function) {
     return NVML_SUCCESS;
 }
 
-const Scenario* current() {
-    const auto* scenario = live.load(std::memory_order_acquire);
-    return owner.load(std::memory_order_relaxed) == getpid() ? scenario : nullptr;
-}
+const Scenario* current() { return live.load(std::memory_order_acquire); }
 
 // A call in progress: initialised, its handle alive, its faults suffered; `code` says how far it
 // got.
