@@ -64,7 +64,7 @@ def lane(spec: str, period_ns: int, seconds: float, *, hold_gil: bool) -> Lane:
     else:
         rows = _Rows()
         while time.monotonic_ns() - begin_ns < seconds * 1e9:
-            time.sleep(0.5)
+            time.sleep(min(0.1, seconds))  # without a pause, 2 million rows a second
             rows.take(sampler)
         end_ns = time.monotonic_ns()
     sampler.stop(1.0)

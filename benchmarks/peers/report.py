@@ -97,13 +97,13 @@ def run_axis(name: str, measure: Callable[[Axis], Iterable[Row]], about: str) ->
         ]
         mark = os.environ.setdefault(AXIS, uuid.uuid4().hex)  # of all that is started from here on
         try:
-            rows += measure(axis)
-        finally:
+            rows.extend(measure(axis))
+        finally:  # what was found is not lost with what fails
             if left := end(mark, AXIS):
                 print(f"  ended {left} processes that were left", file=sys.stderr)
+            if arguments.o is not None:
+                arguments.o.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
         print("\n".join(tables(rows)))
-        if arguments.o is not None:
-            arguments.o.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
     main(body)
 
