@@ -175,6 +175,17 @@ def wait_for_lanes(socket: Path) -> list[dict[str, Any]]:
     raise UnmeasurableError(f"not every lane opens: {json.dumps(lanes)}")
 
 
+@contextmanager
+def a_job() -> Iterator[None]:
+    """A program that computes. On a machine at rest each wake-up pays for leaving that state."""
+    job = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        job.kill()
+        job.wait()
+
+
 def bare_share(socket: Path, loop: list[str]) -> float:
     """What the same calls, reads and sleeps take of a core by themselves.
 
@@ -200,6 +211,10 @@ def report_cost(socket: Path, spec: str, loop: list[str], rounds: int) -> None:
             time.sleep(0.5)  # their coming is not their being there
             crowded.append(cpu_share(socket, LOOK_S))
     judge("CPU time", Spread.of(alone), "% of a core", scale=100, most=1.0)
+    with a_job():
+        time.sleep(0.5)
+        beside = [cpu_share(socket, LOOK_S) for _ in range(rounds)]
+    show("the same beside a job that keeps a CPU busy", Spread.of(beside), "% of a core", scale=100)
     for who, shares in (("a thread each", bare), ("one thread", once)):
         show(f"a bare C loop, {who}", Spread.of(shares), "% of a core", scale=100)
         ratios = [a / b for a, b in zip(alone, shares, strict=True)]
