@@ -44,17 +44,16 @@ struct Crew::State {
     };
 
     const std::int64_t epoch_ns = now_ns();
-    std::mutex mutex;
-    // --- guarded by it ---
+    std::mutex mutex;                      // of all that follows, but for `changes`
     std::vector<Member> members;           // lanes that have not ended
     std::vector<LanePtr> shared;           // of these, those that the leader reads
     std::vector<std::thread> threads;      // as many as members, but for a moment
     std::vector<std::thread> ended;        // to be joined
     std::uint64_t turns = 0, leading = 0;  // leading 0: nobody leads
     bool watched = false;                  // somebody looks after the leader
-    LanePtr busy;                          // what the leader reads, since
+    LanePtr busy;                          // what the leader reads
     std::int64_t busy_since_ns = 0;
-    std::atomic<std::uint32_t> changes{0};  // not guarded: what all threads sleep on
+    std::atomic<std::uint32_t> changes{0};  // what all threads sleep on
 
     void changed() noexcept {
         changes.fetch_add(1, std::memory_order_release);
@@ -76,9 +75,8 @@ struct Crew::State {
 
     void forget(const LanePtr& lane) noexcept {
         remove(shared, lane);
-        members.erase(std::remove_if(members.begin(), members.end(),
-                                     [&](const Member& member) { return member.lane == lane; }),
-                      members.end());
+        if (const Member* const member = find(lane))
+            members.erase(members.begin() + (member - members.data()));
         changed();
     }
 
@@ -167,51 +165,55 @@ struct Crew::State {
         changed();  // somebody has to look after us
         while (!shared.empty()) {
             const std::int64_t wake_ns = next_wake_ns();
+            if (now_ns() < wake_ns) wait(lock, wake_ns);
+            if (leading != turn) return nullptr;
             std::int64_t t_ns = now_ns();
-            if (t_ns < wake_ns) {
-                wait(lock, wake_ns);
-                if (leading != turn) return nullptr;
-                t_ns = now_ns();
-                if (t_ns < next_wake_ns()) continue;
-            }
-            for (std::size_t i = 0; i < shared.size();) {
-                const LanePtr lane = shared[i];
-                const bool last = find(lane)->stopping;
-                if (!last && t_ns < lane->earliest_ns()) {
-                    ++i;
-                    continue;
+            if (t_ns < next_wake_ns()) continue;
+            // Those that cannot wait first: when they are read next, others may go along.
+            for (const bool elastic : {false, true})
+                for (std::size_t i = 0; i < shared.size(); ++i) {
+                    const LanePtr lane = shared[i];
+                    const bool last = find(lane)->stopping;
+                    if (!last && (lane->is_elastic() != elastic || !wants(*lane, t_ns))) continue;
+                    busy = lane;
+                    busy_since_ns = t_ns;
+                    const bool known = read(lock, lane, last, laps);
+                    lane->charge(laps);
+                    if (leading != turn || !known) return lane;
+                    if (last) {
+                        forget(lane);
+                        --i;
+                    } else if (find(lane)->quick == 0) {
+                        depose();
+                        return lane;
+                    }
+                    busy = nullptr;
+                    t_ns = now_ns();
                 }
-                busy = lane;
-                busy_since_ns = t_ns;
-                const bool known = read(lock, lane, last, laps);
-                lane->charge(laps);
-                if (leading != turn || !known) return lane;
-                busy = nullptr;
-                t_ns = now_ns();
-                if (last) {
-                    forget(lane);
-                } else if (find(lane)->quick == 0) {
-                    remove(shared, lane);
-                    leading = 0;
-                    changed();
-                    return lane;
-                } else {
-                    ++i;
-                }
-            }
         }
         leading = 0;
         return nullptr;
     }
 
-    // The earliest instant at which a lane has to be read, if all are read then that may.
-    std::int64_t next_wake_ns() noexcept {
-        std::int64_t rigid_ns = kForever, wake_ns = kForever;
+    // Who is due, and who may go along now but with no later wake-up.
+    bool wants(const Lane& lane, std::int64_t t_ns) const noexcept {
+        const bool in_time = next_rigid_ns() <= lane.latest_ns();
+        return t_ns >= (in_time ? lane.due_ns() : lane.earliest_ns());
+    }
+
+    std::int64_t next_rigid_ns() const noexcept {
+        std::int64_t rigid_ns = kForever;
         for (const LanePtr& lane : shared)
-            if (lane->latest_ns() == lane->due_ns()) rigid_ns = std::min(rigid_ns, lane->due_ns());
+            if (!lane->is_elastic()) rigid_ns = std::min(rigid_ns, lane->due_ns());
+        return rigid_ns;
+    }
+
+    std::int64_t next_wake_ns() noexcept {
+        const std::int64_t rigid_ns = next_rigid_ns();
+        std::int64_t wake_ns = rigid_ns;
         for (const LanePtr& lane : shared) {
             if (find(lane)->stopping) return 0;
-            wake_ns = std::min(wake_ns, rigid_ns <= lane->latest_ns() ? rigid_ns : lane->due_ns());
+            if (rigid_ns > lane->latest_ns()) wake_ns = std::min(wake_ns, lane->due_ns());
         }
         return wake_ns;
     }
@@ -257,9 +259,7 @@ std::shared_ptr<Lane> Crew::add(Lane::How how) {
     const auto lane = std::make_shared<Lane>(std::move(how), state.epoch_ns);
     const Lock lock(state.mutex);
     state.members.push_back({lane});
-    // Threads that read allocate nothing.
-    state.shared.reserve(state.members.size());
-    state.ended.reserve(state.ended.size() + state.members.size());
+    state.shared.reserve(state.members.size());  // who reads allocates nothing
     try {
         state.threads.emplace_back([keep = state_, lane] { keep->work(lane); });
     } catch (...) {

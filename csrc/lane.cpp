@@ -84,7 +84,7 @@ void Lane::plan(std::int64_t begin_ns, std::int64_t end_ns) noexcept {
     earliest_ns_ = latest_ns_ = due_ns_;
     const std::int64_t spacing_ns = due_ns_ - begin_ns;
     spacing_ns_.store(spacing_ns, std::memory_order_relaxed);
-    if (!is_elastic()) return;
+    if (!can_wait()) return;
     // The budget puts a distance between two reads, not one from the deadline.
     if (throttle_.gap_ns() == 0) earliest_ns_ -= kEarlierEighths * spacing_ns / 8;
     const std::int64_t longest_ns = cadence_ ? cadence_->longest_ns() : kLongestGapNs;
@@ -93,7 +93,7 @@ void Lane::plan(std::int64_t begin_ns, std::int64_t end_ns) noexcept {
 }
 
 // A budget says that nobody asked for the period.
-bool Lane::is_elastic() const noexcept {
+bool Lane::can_wait() const noexcept {
     return how_.budget != nullptr && (!cadence_ || cadence_->waits_for_none());
 }
 
@@ -101,7 +101,7 @@ std::int64_t Lane::next_on_grid(std::int64_t begin_ns, std::int64_t end_ns) noex
     const std::int64_t period_ns = how_.period_ns, gap_ns = throttle_.gap_ns();
     const std::int64_t step_ns = std::max(period_ns, gap_ns);
     std::int64_t from_ns = due_ns_;
-    if (is_elastic())
+    if (can_wait())
         from_ns = begin_ns;
     else if (gap_ns <= period_ns)
         from_ns -= (due_ns_ - epoch_ns_) % period_ns;

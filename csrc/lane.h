@@ -79,6 +79,7 @@ public:
     std::int64_t due_ns() const noexcept { return due_ns_; }
     std::int64_t earliest_ns() const noexcept { return earliest_ns_; }
     std::int64_t latest_ns() const noexcept { return latest_ns_; }
+    bool is_elastic() const noexcept { return earliest_ns_ < latest_ns_; }
     std::int64_t took_ns() const noexcept { return took_ns_; }
 
     // --- for anyone ---
@@ -103,7 +104,7 @@ public:
 private:
     void enter(State next) noexcept;
     std::unique_ptr<Ring> make_ring(std::int64_t gap_ns) const;
-    bool is_elastic() const noexcept;
+    bool can_wait() const noexcept;
     void plan(std::int64_t begin_ns, std::int64_t end_ns) noexcept;
     std::int64_t next_on_grid(std::int64_t begin_ns, std::int64_t end_ns) noexcept;
     std::int64_t follow(std::int64_t begin_ns, std::int64_t end_ns) noexcept;

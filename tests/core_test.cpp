@@ -1100,6 +1100,23 @@ void crew_spares_the_wake_ups_of_lanes_that_can_wait() {
     CHECK(all >= 50 && along * 10 >= all * 7);  // by chance it would be 1 in 4
 }
 
+// Going along is no reason to be read more often.
+void crew_reads_lanes_that_can_wait_as_late_as_they_are_due() {
+    const auto crew = std::make_shared<pepr::Crew>();
+    pepr::Lane::How elastic = Moody::how(1, 40 * kMs);
+    elastic.budget = std::make_shared<pepr::Budget>(0.9);
+    Sampler rigid(Moody::how(0, 10 * kMs), crew), other(std::move(elastic), crew);
+    CHECK(comes_true([] { return is_one_reader(0, 1) && Moody::moods[1].reads > 20; }));
+    CHECK(comes_true(
+        [reads = Moody::moods[1].reads.load()] { return Moody::moods[1].reads > reads + 20; }));
+    CHECK(rigid.stop(10 * kNsPerS) && other.stop(10 * kNsPerS));
+    const Recorded rows = read_all(other);
+    std::int64_t early = 0;
+    for (std::size_t i = 1; i + 1 < rows.t_ns.size(); ++i)
+        early += rows.t_ns[i] - rows.t_ns[i - 1] < 35 * kMs;
+    CHECK(early * 5 <= static_cast<std::int64_t>(rows.t_ns.size()));  // 0 on a quiet machine
+}
+
 // --- sensors ----------------------------------------------------------------------------------
 
 std::int64_t burn(clockid_t clock, std::int64_t cpu_ns) {
@@ -1481,6 +1498,7 @@ constexpr Test kTests[] = {
     TEST(crew_cycles_leave_nothing_behind),
     TEST(crew_reads_without_an_allocation),
     TEST(crew_spares_the_wake_ups_of_lanes_that_can_wait),
+    TEST(crew_reads_lanes_that_can_wait_as_late_as_they_are_due),
     TEST(processes_self_counts_threads),
     TEST(processes_count_children_that_were_waited_for),
     TEST(processes_children_leave_us_out),
