@@ -274,7 +274,7 @@ from pepr_profiler import profile
 with profile("inner", experiment="ignored") as run:
     assert run.joined
     with run.phase("train"):
-        threading.Event().wait(0.4)
+        threading.Event().wait(1.2)  # the outer recording is on disk once a second
         with profile("deeper") as deeper:
             assert deeper.run_id == run.run_id
             deeper.log(depth=2)
@@ -302,7 +302,7 @@ def test_block_in_a_wrapped_program_joins_its_run(cli: Cli, meter: str) -> None:
     energy_j, duration_s, run_id = result.stdout.split()
     assert run_id.decode() == summary["run_id"]
     assert float(duration_s) == pytest.approx(phases["inner"]["duration_s"], rel=0.05)
-    assert float(energy_j) >= 100 * 0.4
+    assert float(energy_j) >= 100 * 1.2
     assert float(energy_j) == pytest.approx(phases["inner"]["energy_j"], rel=0.1)
 
 
