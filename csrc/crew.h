@@ -8,11 +8,12 @@ namespace pepr {
 
 // The threads that read the lanes of a recording: as many as lanes, of which most sleep.
 //
-// To wake up costs a thread more than most reads do (55 µs in a virtual machine that leaves its
-// idle state), so lanes that answer quickly are read by one thread, the leader, and all that are
-// due in one wake-up. Leader and followers (Schmidt et al., POSA 2, 2000): should a driver keep the
-// leader, another thread takes the lead of the other lanes, within 0.35 s and once: a lane that was
-// slow is read by the thread that found it so, and by no other, until it has been quick for long.
+// To wake up costs a thread more than most reads do (30 to 60 µs in a virtual machine that
+// leaves its idle state), so lanes that answer quickly are read by one thread, the leader, and all
+// that are due in one wake-up. Leader and followers (Schmidt et al., POSA 2, 2000): should a driver
+// keep the leader, another thread takes the lead of the other lanes, within 0.35 s and once: a lane
+// that was slow is read by the thread that found it so, and by no other, until it has been quick
+// for long.
 class Crew {
 public:
     Crew();

@@ -967,6 +967,20 @@ bool is_one_reader(int a, int b) {
     return Moody::moods[a].reader.load() == Moody::moods[b].reader.load();
 }
 
+// How often the sampling threads of this process went to sleep.
+std::uint64_t sleeps_of_samplers() {
+    std::uint64_t sum = 0;
+    for (const auto& task : fs::directory_iterator("/proc/self/task")) {
+        std::string line, name;
+        std::getline(std::ifstream(task.path() / "comm"), name);
+        std::ifstream status(task.path() / "status");
+        const std::string label = "voluntary_ctxt_switches:";
+        while (name == "pepr-sampler" && std::getline(status, line))
+            if (line.rfind(label, 0) == 0) sum += std::stoull(line.substr(label.size()));
+    }
+    return sum;
+}
+
 std::int64_t longest_gap_ns(const Recorded& rows) {
     std::int64_t longest_ns = 0;
     for (std::size_t i = 1; i < rows.t_ns.size(); ++i)
@@ -976,13 +990,19 @@ std::int64_t longest_gap_ns(const Recorded& rows) {
 
 void crew_reads_quick_lanes_by_one_thread_and_slow_ones_by_another() {
     const auto crew = std::make_shared<pepr::Crew>();
-    Sampler quick(Moody::how(0, 2 * kMs), crew), other(Moody::how(1, 2 * kMs), crew);
-    CHECK(quick.wait_ready(10 * kNsPerS) && other.wait_ready(10 * kNsPerS));
+    Sampler quick(Moody::how(0, 4 * kMs), crew);
+    CHECK(quick.wait_ready(10 * kNsPerS));
+    std::this_thread::sleep_for(std::chrono::microseconds(1500));  // begun apart, they meet
+    Sampler other(Moody::how(1, 4 * kMs), crew);
+    CHECK(other.wait_ready(10 * kNsPerS));
     CHECK(comes_true([] { return is_one_reader(0, 1); }));
-    // due together, they are read in one wake-up: one after the other, without a sleep in between
+    // due together, they are read in one wake-up: the threads sleep once for two reads
     CHECK(comes_true([] {
-        const std::uint64_t a = Moody::moods[0].reads, b = Moody::moods[1].reads;
-        return is_one_reader(0, 1) && a > 50 && b > 50;
+        const std::uint64_t slept = sleeps_of_samplers(), read = Moody::moods[0].reads;
+        std::this_thread::sleep_for(std::chrono::milliseconds(200));
+        const std::uint64_t reads = Moody::moods[0].reads - read;
+        return is_one_reader(0, 1) && reads > 30 &&
+               2 * (sleeps_of_samplers() - slept) < 3 * reads;  // apart they would sleep for each
     }));
     Moody::moods[1].takes_ns = 8 * kMs;
     CHECK(comes_true([] { return !is_one_reader(0, 1); }));
