@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import UnmeasurableError, header, judge, main, product, show
-from pepr_profiler import arrow
+from pepr_profiler import _core, arrow
 from pepr_profiler.trace import Channel, Lane, LaneWriter, write_json
 
 ROWS = 4096
@@ -105,17 +105,17 @@ class WholeWriter:
     """A lane with every row, as a crash would leave none: the most that a reader can meet."""
 
     def __init__(self, directory: Path, lane: Lane) -> None:
-        from pepr_profiler.trace import _Stream
+        from pepr_profiler.trace import _schema_of
 
-        self._stream = _Stream(directory / f"{lane.name}.arrows", lane)
+        self._stream = (directory / f"{lane.name}.arrows").open("wb")
+        self._stream.write(arrow.schema_message(_schema_of(lane)))
 
     def write(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:
         rows = len(t_ns) // 8
         columns = [t_ns, read_ns, bytes(4 * rows), bytes(4 * rows), *values]
-        self._stream.append(arrow.batch_message(columns, rows))
+        self._stream.write(_core.batch_message(columns, rows))
 
     def close(self) -> None:
-        self._stream.finish()
         self._stream.close()
 
 

@@ -1,4 +1,5 @@
-// The only file that knows Python. Columns leave as bytes: whoever records them needs no NumPy.
+// With bindings_files.cpp the only file that knows Python. Columns leave as bytes: whoever records
+// them needs no NumPy.
 
 #include <algorithm>
 #include <cerrno>
@@ -17,14 +18,19 @@
 #include <sys/prctl.h>
 
 #include "clock.h"
+#include "news.h"
 #include "privileges.h"
 #include "ring.h"
 #include "sampler.h"
-#include "thin.h"
+#include "signals.h"
 
 namespace py = pybind11;
+
+void bind_files(py::module_& m);  // bindings_files.cpp
+
 using pepr::Budget;
 using pepr::Channel;
+using pepr::News;
 using pepr::Note;
 using pepr::RingView;
 using pepr::Sampler;
@@ -51,13 +57,7 @@ public:
     std::size_t read(const RingView::Columns& out) noexcept {
         return ring_.read(cursor_, out, lost);
     }
-    // The newest row, seen by nobody's cursor.
-    std::size_t latest(const RingView::Columns& out) const noexcept {
-        std::uint64_t cursor = ring_.head(), passed = 0;
-        if (cursor == 0) return 0;
-        --cursor;
-        return ring_.read(cursor, out, passed);
-    }
+    std::size_t latest(const RingView::Columns& out) const noexcept { return ring_.latest(out); }
     std::uint64_t lost = 0;
 
 private:
@@ -65,10 +65,11 @@ private:
     std::uint64_t cursor_;
 };
 
-py::object latest_row(const RingReader& reader) {
+template <typename Source>
+py::object latest_row(const Source& source) {
     std::int64_t t_ns = 0, read_ns = 0;
-    std::vector<double> values(reader.width());
-    if (reader.latest({&t_ns, &read_ns, values.data(), 1}) == 0) return py::none();
+    std::vector<double> values(source.width());
+    if (source.latest({&t_ns, &read_ns, values.data(), 1}) == 0) return py::none();
     return py::make_tuple(t_ns, values);
 }
 
@@ -115,86 +116,24 @@ const char* state_name(const Sampler& sampler) {
     return kNames[static_cast<std::size_t>(sampler.state())];
 }
 
-pepr::ThinRule rule_of(const std::pair<std::string, double>& rule) {
-    using Kind = pepr::ThinRule::Kind;
-    if (rule.first == "line") return {Kind::kLine, rule.second};
-    if (rule.first == "hold") return {Kind::kHold, rule.second};
-    if (rule.first == "level") return {Kind::kLevel, rule.second};
-    throw py::value_error("a rule is line, hold or level");
-}
-
-template <typename T>
-py::bytes pick(std::string_view column, const std::vector<std::size_t>& rows) {
-    std::vector<T> kept(rows.size());
-    for (std::size_t i = 0; i < rows.size(); ++i)
-        std::memcpy(&kept[i], column.data() + rows[i] * sizeof(T), sizeof(T));
-    return to_bytes(kept.data(), kept.size());
-}
-
-// Columns as LaneWriter keeps them: t_ns, read_ns, skipped, gap_ns, and a float64 a channel.
-py::list thin_columns(const std::vector<std::string_view>& columns,
-                      const std::vector<std::pair<std::string, double>>& rules, std::size_t whole) {
-    constexpr std::size_t kTimes = 4;
-    if (columns.size() != rules.size() + kTimes) throw py::value_error("a rule a channel");
-    const std::size_t n = columns[0].size() / sizeof(std::int64_t);
-    for (std::size_t c = 0; c < columns.size(); ++c)
-        if (columns[c].size() != n * (c == 0 || c >= kTimes ? 8 : 4))
-            throw py::value_error("columns differ in length");
-    std::vector<std::int64_t> t_ns(n);
-    std::vector<double> values(n * rules.size());
-    if (n > 0) std::memcpy(t_ns.data(), columns[0].data(), n * sizeof(std::int64_t));
-    for (std::size_t c = 0; n > 0 && c < rules.size(); ++c)
-        std::memcpy(&values[c * n], columns[kTimes + c].data(), n * sizeof(double));
-    std::vector<pepr::ThinRule> native;
-    for (const auto& rule : rules) native.push_back(rule_of(rule));
-    const auto rows = pepr::thin(native, t_ns.data(), values.data(), n, n, whole);
-    std::vector<std::uint32_t> skipped(rows.size());
-    for (std::size_t i = 1; i < rows.size(); ++i)
-        skipped[i] = static_cast<std::uint32_t>(rows[i] - rows[i - 1] - 1);
-    py::list result;
-    result.append(pick<std::int64_t>(columns[0], rows));
-    result.append(pick<std::uint32_t>(columns[1], rows));
-    result.append(to_bytes(skipped.data(), skipped.size()));
-    result.append(pick<std::uint32_t>(columns[3], rows));
-    for (std::size_t c = 0; c < rules.size(); ++c)
-        result.append(pick<double>(columns[kTimes + c], rows));
-    return result;
-}
-
-// How long before each row the one before it was read, uint32, at most 4.29 s. `before_ns` is the
-// row before the first; none: the first has no row before it.
-py::bytes gaps(std::string_view t_ns, std::optional<std::int64_t> before_ns) {
-    const std::size_t n = t_ns.size() / sizeof(std::int64_t);
-    std::vector<std::uint32_t> result(n);
-    for (std::size_t i = 0; i < n; ++i) {
-        std::int64_t at_ns;
-        std::memcpy(&at_ns, t_ns.data() + i * sizeof at_ns, sizeof at_ns);
-        const std::int64_t gap_ns = at_ns - before_ns.value_or(at_ns);
-        result[i] = static_cast<std::uint32_t>(std::clamp<std::int64_t>(gap_ns, 0, UINT32_MAX));
-        before_ns = at_ns;
-    }
-    return to_bytes(result.data(), n);
-}
-
-// A pending signal of the set as (signo, code, pid), or None when CLOCK_MONOTONIC is at the
-// deadline. As signal.sigtimedwait(), which returns memory that nobody has written when it is
-// stopped (SIGSTOP, Slurm's suspend) and goes on behind its deadline (CPython 3.11 to 3.14).
-py::object wait_signal(const std::vector<int>& signals, std::int64_t deadline_ns) {
+// A pending signal as (signo, code, pid), or None (signals.h). As signal.sigtimedwait(), which
+// returns memory that nobody has written when it is stopped (SIGSTOP, Slurm's suspend) and goes on
+// behind its deadline (CPython 3.11 to 3.14).
+py::object wait_signal(const std::vector<int>& signals, std::int64_t deadline_ns,
+                       const std::shared_ptr<News>& news) {
     sigset_t set;
     sigemptyset(&set);
     for (const int signo : signals) sigaddset(&set, signo);
     for (;;) {
-        const timespec left =
-            pepr::to_timespec(std::max<std::int64_t>(0, deadline_ns - pepr::now_ns()));
-        siginfo_t info{};
+        std::optional<siginfo_t> info;
         int error = 0;
         {
             const py::gil_scoped_release release;
-            if (::sigtimedwait(&set, &info, &left) < 0) error = errno;
+            info = pepr::wait_signal(set, deadline_ns, news ? news->fd() : -1, error);
         }
-        if (error == 0) return py::make_tuple(info.si_signo, info.si_code, info.si_pid);
-        if (error == EAGAIN) return py::none();
-        if (error != EINTR) throw std::system_error(error, std::generic_category(), "sigtimedwait");
+        if (info) return py::make_tuple(info->si_signo, info->si_code, info->si_pid);
+        if (error == 0) return py::none();
+        if (error != EINTR) throw std::system_error(error, std::generic_category(), "wait_signal");
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     }
 }
@@ -240,6 +179,14 @@ PYBIND11_MODULE(_core, m) {
              }),
              py::arg("share"));
 
+    py::class_<News, std::shared_ptr<News>>(m, "News", "Something to look at, see news.h.")
+        .def(py::init<>())
+        .def("raise_", &News::raise)
+        .def("hear", &News::hear)
+        .def(
+            "wait", [](const News& news, double timeout_s) { return news.wait(to_ns(timeout_s)); },
+            py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>());
+
     py::class_<pepr::Crew, std::shared_ptr<pepr::Crew>>(m, "Crew", "The threads of a recording.")
         .def(py::init<>());
 
@@ -247,7 +194,7 @@ PYBIND11_MODULE(_core, m) {
         .def(py::init([](std::string spec, std::int64_t period_ns, bool learn,
                          std::shared_ptr<Budget> budget,
                          std::optional<std::pair<std::int64_t, double>> coarse, bool relinquish,
-                         std::shared_ptr<pepr::Crew> crew) {
+                         std::shared_ptr<pepr::Crew> crew, std::shared_ptr<News> news) {
                  if (period_ns <= 0) throw py::value_error("period_ns must be positive");
                  std::optional<pepr::Coarse> how;
                  if (coarse) how = pepr::Coarse{coarse->first, coarse->second};
@@ -255,12 +202,12 @@ PYBIND11_MODULE(_core, m) {
                      throw py::value_error("coarse is (period_ns, quantum_j), both positive");
                  return std::make_unique<Sampler>(
                      pepr::Lane::How{std::move(spec), period_ns, learn, std::move(budget), how,
-                                     relinquish},
+                                     relinquish, std::move(news)},
                      std::move(crew));
              }),
              py::arg("spec"), py::arg("period_ns"), py::arg("learn") = false,
              py::arg("budget") = nullptr, py::arg("coarse") = py::none(),
-             py::arg("relinquish") = false, py::arg("crew") = nullptr)
+             py::arg("relinquish") = false, py::arg("crew") = nullptr, py::arg("news") = nullptr)
         .def(
             "wait_ready",
             [](const Sampler& s, double timeout_s) { return s.wait_ready(to_ns(timeout_s)); },
@@ -270,15 +217,18 @@ PYBIND11_MODULE(_core, m) {
             py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>())
         .def("share", &Sampler::share, py::arg("coarse") = false)
         .def("read", &read_batch<Sampler>)
+        .def("latest", &latest_row<Sampler>)
         .def("stats", &stats_of)
         .def_property_readonly("state", &state_name)
         .def_property_readonly("channels", &Sampler::channels)
         .def_property_readonly("notes", &Sampler::notes);
 
+    bind_files(m);
+
     py::class_<RingReader>(m, "RingReader", "The ring of another process, read-only.")
         .def(py::init<int, std::int64_t>(), py::arg("fd"), py::arg("since_ns"))
         .def("read", &read_batch<RingReader>)
-        .def("latest", &latest_row)
+        .def("latest", &latest_row<RingReader>)
         .def_property_readonly("width", &RingReader::width)
         .def_readonly("lost", &RingReader::lost);
 
@@ -289,12 +239,10 @@ PYBIND11_MODULE(_core, m) {
     m.def("forbid_privileges", &pepr::forbid_privileges,
           "Nothing that is executed from here on gains a privilege (prctl 24, 38).");
     m.def("now_ns", &pepr::now_ns, "CLOCK_MONOTONIC in ns, as time.monotonic_ns().");
-    m.def("thin", &thin_columns, py::arg("columns"), py::arg("rules"), py::arg("whole") = 0,
-          "The rows of a recording that must be kept, see thin.h.");
-    m.def("gaps", &gaps, py::arg("t_ns"), py::arg("before_ns"),
-          "The time between rows, ns, as uint32; before_ns is the row before the first.");
     m.def("wait_signal", &wait_signal, py::arg("signals"), py::arg("deadline_ns"),
-          "The next of these blocked signals as (signo, code, pid), None at the deadline.");
+          py::arg("news") = nullptr,
+          "The next of these blocked signals as (signo, code, pid); None at the deadline, and when "
+          "there is news.");
     m.def("set_child_subreaper", &set_child_subreaper,
           "Makes orphaned descendants of this process its children (prctl 36).");
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "futex.h"
 #include "privileges.h"
@@ -10,7 +11,7 @@ namespace pepr {
 
 namespace {
 
-constexpr std::int64_t kRingNs = 60 * kNsPerS;  // what a stalled reader may miss without loss
+constexpr std::int64_t kRingNs = 8 * kNsPerS;  // what a stalled reader may miss without loss
 constexpr std::int64_t kMinRows = 1024;
 constexpr std::int64_t kMaxRows = 1 << 20;
 constexpr std::int64_t kDutyFactor = 3;  // a lane that learns is in its driver a quarter at most
@@ -36,13 +37,16 @@ bool Lane::open() noexcept {
     try {
         sensor_ = how_.open(how_.spec);
         if (how_.relinquish) keep_capabilities(0);
-        row_.assign(sensor_->channels().size(), kUnknown);
+        const std::vector<Channel>& channels = sensor_->channels();
+        row_.assign(channels.size(), kUnknown);
+        for (std::size_t c = 0; how_.news != nullptr && c < channels.size(); ++c)
+            if (channels[c].quantity == "identity") identities_.emplace_back(c, 0.0);
         ring_ = make_ring(how_.period_ns);
         if (how_.coarse) {
             coarse_ring_ = make_ring(std::max(how_.period_ns, how_.coarse->period_ns));
-            coarsener_ = std::make_unique<Coarsener>(sensor_->channels(), *how_.coarse);
+            coarsener_ = std::make_unique<Coarsener>(channels, *how_.coarse);
         }
-        if (how_.learn) cadence_.emplace(sensor_->channels(), how_.period_ns);
+        if (how_.learn) cadence_.emplace(channels, how_.period_ns);
         if (cadence_ && !cadence_->watches()) cadence_.reset();
         return true;
     } catch (...) {
@@ -64,6 +68,7 @@ void Lane::read(bool last, CpuLaps& laps) noexcept {
     const std::int64_t end_ns = now_ns();
     took_ns_ = end_ns - begin_ns;
     ring_->push(begin_ns, took_ns_, row_.data());
+    if (knows_others()) how_.news->raise();
     if (coarsener_ != nullptr)
         if (const double* told = coarsener_->take(begin_ns, row_))
             coarse_ring_->push(begin_ns, took_ns_, told);
@@ -77,6 +82,15 @@ void Lane::read(bool last, CpuLaps& laps) noexcept {
     }
     plan(begin_ns, end_ns);
     if (last) enter(State::kStopped);
+}
+
+bool Lane::knows_others() noexcept {
+    bool others = false;
+    for (auto& [channel, known] : identities_) {
+        const double now = std::isnan(row_[channel]) ? known : row_[channel];
+        others |= now != std::exchange(known, now);
+    }
+    return others;
 }
 
 void Lane::plan(std::int64_t begin_ns, std::int64_t end_ns) noexcept {

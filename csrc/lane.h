@@ -12,6 +12,7 @@
 #include "cadence.h"
 #include "clock.h"
 #include "coarse.h"
+#include "news.h"
 #include "ring.h"
 #include "sensor.h"
 
@@ -60,6 +61,8 @@ public:
         std::optional<Coarse> coarse = std::nullopt;
         // The opening thread gives up every capability that it has as soon as the sensor is open.
         bool relinquish = false;
+        // Raised when one of its numbers is another one whose quantity is "identity".
+        std::shared_ptr<News> news = nullptr;
         std::unique_ptr<Sensor> (*open)(const std::string& spec) = open_sensor;
     };
 
@@ -104,6 +107,7 @@ public:
 private:
     void enter(State next) noexcept;
     std::unique_ptr<Ring> make_ring(std::int64_t gap_ns) const;
+    bool knows_others() noexcept;
     bool can_wait() const noexcept;
     void plan(std::int64_t begin_ns, std::int64_t end_ns) noexcept;
     std::int64_t next_on_grid(std::int64_t begin_ns, std::int64_t end_ns) noexcept;
@@ -116,6 +120,7 @@ private:
 
     // The reader's alone.
     std::vector<double> row_;
+    std::vector<std::pair<std::size_t, double>> identities_;  // where they are, and were last
     std::optional<Cadence> cadence_;
     Throttle throttle_;
     std::int64_t due_ns_ = 0, earliest_ns_ = 0, latest_ns_ = 0, took_ns_ = 0;

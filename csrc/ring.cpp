@@ -110,6 +110,13 @@ void RingView::drop_front(const Columns& out, std::size_t rows, std::size_t coun
     }
 }
 
+std::size_t RingView::latest(const Columns& out) const noexcept {
+    std::uint64_t cursor = head(), passed = 0;
+    if (cursor == 0) return 0;
+    --cursor;
+    return read(cursor, out, passed);
+}
+
 std::uint64_t RingView::find(std::int64_t t_ns) const noexcept {
     const std::uint64_t head = this->head();
     // The oldest rows may be overwritten while we search; read() would then notice a lost one.

@@ -42,6 +42,9 @@ public:
     // `lost`. Returns the number of rows copied, 0 when there is nothing new.
     std::size_t read(std::uint64_t& cursor, const Columns& out, std::uint64_t& lost) const noexcept;
 
+    // The newest row, seen by nobody's cursor; 0: there is none yet.
+    std::size_t latest(const Columns& out) const noexcept;
+
     // The number of the last row that began at t_ns or before; the oldest one kept if all did
     // later.
     std::uint64_t find(std::int64_t t_ns) const noexcept;

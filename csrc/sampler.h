@@ -34,10 +34,12 @@ public:
     const std::vector<Channel>& channels() const;
     const std::vector<Note>& notes() const;
     std::size_t read(const Ring::Columns& out);
+    std::size_t latest(const Ring::Columns& out) const { return opened().ring().latest(out); }
     std::size_t width() const;
     std::uint64_t waiting() const;  // rows that read() has not given yet
     int share(bool coarse) const;   // a reader's descriptor of the ring, or of the coarse one
     Stats stats() const noexcept { return lane_->stats(lost_); }
+    std::shared_ptr<const Lane> lane() const noexcept { return lane_; }
 
 private:
     const Lane& opened() const;

@@ -2,16 +2,13 @@
 
 After Arrow's format/Message.fbs and Schema.fbs, which only grow: any Arrow reader opens what is
 written here (the tests hold pyarrow and nanoarrow against it), and what other writers make of such
-columns is read. By hand, for two reasons. A damaged file may end a process that reads it with
-nanoarrow (0.9: a message without its mark, a schema without fields), and a recording is what is
-left of a crash. And all batches of a stream have their numbers at the same places: filling these in
-takes 16 us where nanoarrow takes 260 us (20 columns of 50 rows), twice a second, in a process that
-may be the training.
+columns is read. By hand, because a damaged file may end a process that reads it with nanoarrow
+(0.9: a message without its mark, a schema without fields), and a recording is what is left of a
+crash. The schema is written here, the batches behind it by the recorder (csrc/arrow.h).
 """
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import struct
@@ -29,9 +26,6 @@ if TYPE_CHECKING:
 
 _MARK = b"\xff\xff\xff\xff"
 """What a message begins with; then follow the length of its metadata, these, and its body."""
-
-END = _MARK + bytes(4)
-"""A whole stream ends with it."""
 
 _VERSION = 4
 """MetadataVersion V5, of Arrow 1.0 and later."""
@@ -78,56 +72,6 @@ def schema_message(schema: Schema) -> bytes:
     body: dict[int, _Field] = {0: ("h", 0), 1: fields, 2: _pairs(schema.facts)}  # little-endian
     metadata = _flatbuffer({0: ("h", _VERSION), 1: ("B", _SCHEMA), 2: body, 3: ("q", 0)})
     return _MARK + struct.pack("<i", len(metadata)) + metadata
-
-
-def batch_message(columns: Sequence[bytes], rows: int) -> bytes:
-    """`rows` numbers of each column of the schema."""
-    layout = layout_of(rows, tuple(len(column) // max(1, rows) for column in columns))
-    return layout.head + layout.join(columns)
-
-
-class Layout:
-    """Where the columns of a batch lie: `rows` numbers each, of `sizes` bytes each.
-
-    `head` stands before the batch's body, which `join` makes.
-    """
-
-    __slots__ = ("_begins", "_padding", "_sizes", "head", "rows")
-
-    def __init__(self, rows: int, sizes: tuple[int, ...]) -> None:
-        count = len(sizes)
-        nodes = (rows, 0) * count  # length, unknown
-        buffers: list[int] = []  # begin and length: what is valid of a column (all), its numbers
-        at = 0
-        for size in sizes:
-            buffers += (at, 0, at, rows * size)
-            at += rows * size + -rows * size % 8
-        self.rows, self._sizes, self._begins = rows, sizes, buffers[::4]
-        padding = [(n + 1, bytes(-rows * size % 8)) for n, size in enumerate(sizes)]
-        self._padding = [(place, zeros) for place, zeros in reversed(padding) if zeros]
-        # One struct instead of a tree: at 1 kHz no two batches of a lane are of one length.
-        self.head = struct.pack(
-            f"<4sIi6HiIqhBx5HxxiIqII{2 * count}qxxxxI{4 * count}q",
-            *(_MARK, 80 + 48 * count),
-            *(16, 12, 20, 16, 18, 4, 8),  # the root's place; of a Message: its fields' places
-            *(12, 28, at, _VERSION, _RECORD_BATCH),  # its header, length of the body
-            *(10, 20, 8, 4, 16),  # of a RecordBatch: its fields' places
-            *(12, 16, rows, 12 + 16 * count, count),  # its nodes, length and buffers; how many
-            *(*nodes, 2 * count, *buffers),
-        )
-
-    def join(self, columns: Sequence[bytes]) -> bytes:
-        pieces = [*columns]
-        for place, zeros in self._padding:
-            pieces.insert(place, zeros)
-        return b"".join(pieces)
-
-    def column(self, number: int, body: bytes) -> bytes:
-        begin = self._begins[number]
-        return body[begin : begin + self.rows * self._sizes[number]]
-
-
-layout_of = functools.lru_cache(maxsize=16)(Layout)  # a lane has about as many rows in each flush
 
 
 # A table's fields by their numbers: a scalar with its struct form, or what it refers to.

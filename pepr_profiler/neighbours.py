@@ -14,8 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from pepr_profiler.record import Record
 
@@ -101,6 +100,11 @@ class Neighbours:
             self._scan()
 
     # --- on GPUs ---
+
+    @property
+    def wonders(self) -> bool:
+        """Whether it is not known yet whose some process on a GPU is."""
+        return any(seen.owner is None for seen in self._on_gpu.values())
 
     def on_gpu(self, pids: Iterable[int]) -> None:
         """These processes compute on some GPU now; those that are new are looked up."""
@@ -223,12 +227,6 @@ class _Seen:
         self.owner: str | None = None
         self.start_ticks = -1
         self.missed = 0
-
-
-def last_pids(columns: Sequence[bytes], indices: Iterable[int]) -> set[int]:
-    """The PIDs in the last row of some columns (float64, native); 0 and unknown are none."""
-    last = {columns[index][-8:] for index in indices}  # most are alike: nobody
-    return {int(value) for value in array("d", b"".join(last)) if value > 0}
 
 
 def cuda_environments(root: str) -> list[dict[str, str]]:

@@ -414,6 +414,14 @@ class RemoteLane:
         self._node.keep_up()
         return None
 
+    def latest(self) -> tuple[int, list[float]] | None:
+        """As `_core.Sampler.latest`."""
+        newest = self._reader.latest()
+        if newest is None or self._columns is None:
+            return newest
+        t_ns, values = newest
+        return t_ns, [float("nan") if place is None else values[place] for place in self._columns]
+
     def stop(self, timeout_s: float) -> bool:
         """Waits for the first row after now, so that what ends now lies between two rows."""
         end_ns = time.monotonic_ns()

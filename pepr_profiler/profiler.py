@@ -27,7 +27,7 @@ from pepr_profiler.detect import (
     with_process_lists,
 )
 from pepr_profiler.errors import SensorError, TraceError, UsageError
-from pepr_profiler.neighbours import Neighbours, cuda_environments, last_pids, run_around
+from pepr_profiler.neighbours import Neighbours, cuda_environments, run_around
 from pepr_profiler.node import Node, RemoteLane
 from pepr_profiler.record import Record
 from pepr_profiler.store import Store, recorder_lives
@@ -66,7 +66,12 @@ _STOP_TIMEOUT_S = 1.0
 _REFRESHES_AFTER, _LINGER_S = 2.1, 0.25  # lanes go on for so long behind the end, at most
 
 TICK_S = 0.5
-"""How often `Recorder.tick` is to be called: a crash loses two of them at most."""
+"""How often `Recorder.tick` is to be called while there is something to watch."""
+
+_JOURNAL_S = 0.9
+"""How often what was read is written down: a crash loses no more than 1 s."""
+
+_REMOTE_S, _IDLE_S = 1.0, 10.0
 
 _WORKS_S = 0.01  # a tenth of the process lane's period
 
@@ -102,7 +107,8 @@ class Recorder:
     `root` is "children" for a wrapper, which does not charge itself to its child, "self" for a
     program that profiles itself, and "pids=…" for processes that already run, which `attached`
     describes. `dedicated` says that this process only records: its CPU time is the profiler's.
-    Everything is done by the caller's thread except sampling.
+    Everything is done by the caller's thread except sampling and writing down what was sampled;
+    `news` says when it is worth a `tick`.
     """
 
     def __init__(
@@ -132,7 +138,6 @@ class Recorder:
         self._writers: dict[str, LaneWriter] = {}
         self._watches: dict[str, list[Callable[[Rows], None]]] = {}
         self._events: EventWriter | None = None
-        self._flushes_next = True
         self._full = False
         self._dropped = 0
         self._sampler_facts: dict[str, Any] | None = None
@@ -143,10 +148,12 @@ class Recorder:
         self._around: dict[str, Any] = {}
         self._neighbours: Neighbours | None = None
         self._notes: EventWriter | None = None
-        self._on_gpu: dict[str, set[int]] = {}
+        self._gpu_lists: dict[str, list[int]] = {}  # where in a lane's rows its PIDs are
         self._claims: Claims | None = None
         specs = [*with_process_lists(options.sensors or detect()), f"processes:{root}"]
         budget, crew = _core.Budget(options.overhead), _core.Crew()
+        self.news = _core.News()
+        self._journal = _core.Journal(_JOURNAL_S, self.news)
         self._node = Node()
         self._samplers: dict[str, _core.Sampler | RemoteLane] = {
             name: _core.Sampler(
@@ -155,6 +162,7 @@ class Recorder:
                 learn=self._learns(spec),
                 budget=None if self._is_asked_period(spec) else budget,
                 crew=crew,
+                news=self.news,
             )
             for name, spec in lane_names(specs)
         }
@@ -202,35 +210,37 @@ class Recorder:
             "outer": _outer_facts(self._root),
         }
         self._write_run()
+        self._look()  # the journal begins
 
-    def tick(self) -> None:
-        """To be called each TICK_S: flushes every other time, else looks who lives and computes.
+    def tick(self) -> float:
+        """Looks at what neither sampler nor journal does; after how many seconds to do so again.
 
-        Code that has not run for half a second has left all caches, which costs more than what it
-        does: the rows of two ticks take hardly longer to write than those of one.
+        There may be `news` before. A training whose GPUs we read ourselves is looked at every 10 s.
         """
-        self._flushes_next = not self._flushes_next
-        if not self._flushes_next:
-            self.flush()
-        elif self._pid == os.getpid():
-            for name, watches in self._watches.items():
-                if watches:
-                    self._take(name, self._writers[name])
-            self._note_users()
+        if self._pid != os.getpid():
+            return _IDLE_S
+        self.news.hear()
+        self._look()
+        watching = len(self._writers) < len(self._samplers) or any(self._watches.values())
+        if watching or (self._neighbours is not None and self._neighbours.wonders):
+            return TICK_S
+        return _REMOTE_S if self._remote_lanes() else _IDLE_S
 
     def flush(self) -> None:
-        """Moves what was sampled since the last flush to disk."""
-        if self._pid != os.getpid():
-            return
+        """Moves what was sampled until now to disk."""
+        if self._pid == os.getpid():
+            self._journal.flush()
+            self._look()
+
+    def _look(self) -> None:
         error = None
         for name in list(self._samplers):
             writer = self._writers.get(name) or self._open_writer(name)
             if writer is not None:
                 self._take(name, writer)
-                writer.flush()
                 error = error or writer.error
-        self._note_users()
         if self._neighbours is not None:
+            self._neighbours.on_gpu(self._on_gpu())
             self._neighbours.tick()
         if self._claims is not None and (claim := self._claims.due()) is not None:
             self._node.claim(*claim)
@@ -263,6 +273,7 @@ class Recorder:
                     "its lane ends early",
                     "see dmesg for its driver",
                 )
+        self._journal.stop()
         self.flush()
         if self._claims is not None and (claim := self._claims.due(last=True)) is not None:
             self._node.claim(*claim)
@@ -277,11 +288,11 @@ class Recorder:
                 events.close()
         by_lane = self._stats()
         stats = by_lane.values()
-        through_daemon = [s for s in self._samplers.values() if isinstance(s, RemoteLane)]
-        lost = sum(s["lost"] for s in stats) + sum(lane.lost for lane in through_daemon)
+        lost = sum(lane.lost for lane in self._remote_lanes())
         for writer in self._writers.values():
             writer.close()
-            self._dropped += writer.dropped_rows
+            lost += writer.file.lost_rows
+            self._dropped += writer.file.dropped_rows
         if self._dropped:
             self.add_warning(
                 "rows-lost",
@@ -325,6 +336,7 @@ class Recorder:
 
         for sampler in self._samplers.values():
             sampler.stop(_STOP_TIMEOUT_S)
+        self._journal.stop()
         for writer in self._writers.values():
             writer.close()
         self._node.close()
@@ -363,18 +375,29 @@ class Recorder:
             self._claims.note(facts)
 
     def _take(self, name: str, writer: LaneWriter) -> None:
+        """A lane's rows for those who watch them, and for the disk if its sampler is another's."""
         sampler, watches = self._samplers[name], self._watches[name]
+        remote = isinstance(sampler, RemoteLane)
+        if not remote and not watches:
+            return
         while (rows := sampler.read()) is not None:
-            writer.take(*rows[1:])
+            if remote:
+                writer.file.take(*rows[1:])
             for watch in watches:
                 watch(rows)
+        if remote:
+            writer.file.flush()
 
-    def _note_users(self) -> None:
-        if self._neighbours is not None:
-            self._neighbours.on_gpu(set().union(*self._on_gpu.values()))
+    def _remote_lanes(self) -> list[RemoteLane]:
+        return [lane for lane in self._samplers.values() if isinstance(lane, RemoteLane)]
 
-    def _note_on_gpu(self, name: str, pids: Sequence[int], rows: Rows) -> None:
-        self._on_gpu[name] = last_pids(rows[3], pids)
+    def _on_gpu(self) -> set[int]:
+        """The PIDs in the newest rows of the lists; 0 and unknown are none."""
+        found: set[int] = set()
+        for name, places in self._gpu_lists.items():
+            if name in self._samplers and (newest := self._samplers[name].latest()) is not None:
+                found.update(int(newest[1][place]) for place in places if newest[1][place] > 0)
+        return found
 
     def _note_living(self, places: Sequence[int], rows: Rows) -> None:
         living, cpu_s = (array("d", rows[3][place]) for place in places)
@@ -475,6 +498,8 @@ class Recorder:
             self._unwritable(f"{name}.arrows", error)
             return None
         self._watches[name] = self._watches_of(lane)
+        if isinstance(sampler, _core.Sampler):
+            self._journal.add(sampler, self._writers[name].file)
         return self._writers[name]
 
     def _watches_of(self, lane: Lane) -> list[Callable[[Rows], None]]:
@@ -488,7 +513,7 @@ class Recorder:
             watches.append(functools.partial(self._note_living, places))
         if kind == "nvml-processes":
             places = [i for i, n in enumerate(names) if n.rpartition("/")[2].startswith("pid")]
-            watches.append(functools.partial(self._note_on_gpu, lane.name, places))
+            self._gpu_lists[lane.name] = places
         return watches
 
     def _make_directory(self) -> Path:
@@ -517,7 +542,7 @@ class Recorder:
     def _own_cpu_s(self) -> float:
         """A wrapper's CPU time besides its lanes. A program's own belongs to its job."""
         if not self._dedicated:
-            return 0.0
+            return self._journal.cpu_s
         lanes_s = sum(stats["cpu_s"] for stats in self._stats().values())
         return max(0.0, time.process_time() - lanes_s)
 
@@ -640,7 +665,6 @@ class Run:
         self._window_ns: tuple[int, int | None] = (0, None)
         self._summary: dict[str, Any] | None = None
         self._thread: threading.Thread | None = None
-        self._recording = threading.Lock()  # its release ends the thread; an Event costs more
         self._ending = False
         self._lock = threading.Lock()
         self._pid = 0
@@ -767,16 +791,19 @@ class Run:
         self._recorder, self.directory = recorder, recorder.directory
         if self._pids is None:
             os.environ[RUN_DIR_VARIABLE] = str(recorder.directory)
-        self._recording.acquire()
-        self._thread = threading.Thread(target=self._keep_flushing, name="pepr-flush", daemon=True)
+        self._thread = threading.Thread(target=self._keep_looking, name="pepr-look", daemon=True)
         self._thread.start()
         return begin_ns
 
-    def _keep_flushing(self) -> None:
-        assert self._recorder is not None
-        while not self._recording.acquire(timeout=TICK_S):
+    def _keep_looking(self) -> None:
+        recorder, after_s = self._recorder, TICK_S
+        assert recorder is not None
+        while True:
+            recorder.news.wait(after_s)
+            if self._ending:
+                return
             with self._lock:
-                self._recorder.tick()
+                after_s = recorder.tick()
 
     def _flush(self) -> None:
         if self._recorder is not None and self._pid == os.getpid() and not self._ending:
@@ -787,7 +814,7 @@ class Run:
         recorder, end_ns = self._recorder, self._window_ns[1]
         assert recorder is not None and end_ns is not None and self._thread is not None
         self._ending = True
-        self._recording.release()
+        recorder.news.raise_()
         self._thread.join()
         if os.environ.get(RUN_DIR_VARIABLE) == str(recorder.directory):
             del os.environ[RUN_DIR_VARIABLE]

@@ -3,7 +3,7 @@
     held = hold_signals()                       # first of all, before any thread exists
     relay = Relay(metrics.feed) if metrics.has_patterns else None
     child = Child.spawn(command, held=held, env={"PEPR_RUN": run_dir}, relay=relay)
-    exit = child.supervise(tick=drain_rings, every_s=0.5)
+    exit = child.supervise(tick=recorder.tick, news=recorder.news)
     …                                           # write the summary; signals still wait
     held.release()
     sys.exit(exit.status)
@@ -174,6 +174,14 @@ class Exit:
         return self.code if self.code is not None else 128 + (self.signal or 0)
 
 
+def _next_deadline(deadline_ns: int, after_ns: int) -> int:
+    """The next one of those `after_ns` apart; if the last was not awaited, they begin now."""
+    now_ns = time.monotonic_ns()
+    if now_ns < deadline_ns:
+        return now_ns + after_ns
+    return deadline_ns + ((now_ns - deadline_ns) // after_ns + 1) * after_ns
+
+
 class Child:
     """A running command under supervision, spawned by `spawn`."""
 
@@ -238,28 +246,36 @@ class Child:
             relay.start()
         return cls(pid, started_ns=started_ns, floor_bytes=floor_bytes, relay=relay)
 
-    def supervise(self, *, tick: Callable[[], None] | None = None, every_s: float = 0.5) -> Exit:
+    def supervise(
+        self,
+        *,
+        tick: Callable[[], float] | None = None,
+        first_s: float = 0.5,
+        news: _core.News | None = None,
+    ) -> Exit:
         """Forward signals and reap until the child has ended and its output is passed on.
 
-        `tick` runs at absolute deadlines `every_s` apart, at most that often; deadlines missed
-        (the tick was slow, the job was stopped) are skipped. An exception from it ends the ticking,
-        not the supervision, and is raised when the child has ended, `exit` being set by then.
-        Descendants that outlive the child are neither waited for nor ended.
+        `tick` runs first after `first_s`, then as many seconds after its last deadline as it said,
+        and whenever there is news. Deadlines missed (the tick was slow, the job was stopped) are
+        skipped. An exception from it ends the ticking, not the supervision, and is raised when the
+        child has ended, `exit` being set by then. Descendants that outlive the child are neither
+        waited for nor ended.
         """
-        every_ns = round(every_s * 1e9)
-        deadline_ns = time.monotonic_ns() + every_ns
+        deadline_ns = time.monotonic_ns() + round(first_s * 1e9)
         failure: Exception | None = None
         held = tuple(_HELD)
         while self._status is None or (self._relay is not None and not self._relay.finished):
-            now_ns = time.monotonic_ns()
-            if tick is not None and now_ns >= deadline_ns:
-                deadline_ns += ((now_ns - deadline_ns) // every_ns + 1) * every_ns
+            if tick is None:
+                info = _core.wait_signal(held, _NEVER_NS)
+            elif time.monotonic_ns() < deadline_ns:
+                info = _core.wait_signal(held, deadline_ns, news)
+            else:
+                info = None
+            if info is None and tick is not None:
                 try:
-                    tick()
+                    deadline_ns = _next_deadline(deadline_ns, round(tick() * 1e9))
                 except Exception as error:
                     failure, tick = error, None
-                continue
-            info = _core.wait_signal(held, deadline_ns if tick is not None else _NEVER_NS)
             if info is None:
                 continue
             if self._status is None:

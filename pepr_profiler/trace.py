@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,19 +39,6 @@ if TYPE_CHECKING:
 
 RUN_DIR_VARIABLE = "PEPR_RUN_DIR"
 """Names the run that a process is already part of; `profile()` joins it."""
-
-_BATCH_ROWS = 1024
-"""Rows of a finished batch: large enough that its 400 bytes of header do not matter."""
-
-_TAIL_BYTES = 1 << 24
-"""What the tail may hold before its rows are moved: a flush costs 50 bytes a channel beside its
-numbers, and who uses 64 GPUs is told by 3,000 channels."""
-
-_WHOLE_ROWS = 256
-"""Rows at the beginning of a lane that are all kept: refresh periods are learnt from them."""
-
-_MOST_PENDING_ROWS = 1 << 17
-"""What a full disk may keep waiting in memory before rows are dropped: 2 min at 1 kHz."""
 
 
 class Channel(Record):
@@ -114,99 +100,33 @@ class Batch(Record):
 
 
 class LaneWriter:
-    """Appends one lane's rows to its stream and keeps what the disk does not take for later.
+    """One lane's files: the journal writes there what a sampler reads, we what we are given.
 
-    `error` is why the last write failed, None if it did not; `dropped_rows` were given up for good.
+    Rows that the disk does not take are kept for later, in bounds (csrc/lane_file.h).
     """
 
     def __init__(self, directory: Path, lane: Lane) -> None:
         self.lane = lane
-        self.dropped_rows = 0
-        self.error: OSError | None = None
-        self._main = _Stream(directory / f"{lane.name}.arrows", lane)
-        self._tail = _Stream(directory / f"{lane.name}.tail.arrows", lane)
-        self._sizes = (8, 4, 4, 4, *[8] * len(lane.channels))
-        self._taken: list[tuple[bytes, bytes, Sequence[bytes]]] = []
-        self._kept: list[tuple[arrow.Layout, bytes]] = []  # since the last large batch
-        self._kept_rows = 0
-        self._in_tail = 0  # how many of them, from the first on, the tail holds
-        self._rules = _thin_rules(lane.channels)
-        self._whole = _WHOLE_ROWS
-        self._last_ns: int | None = None
+        self.file = _core.LaneFile(
+            str(directory / lane.name),
+            arrow.schema_message(_schema_of(lane)),
+            _thin_rules(lane.channels),
+        )
+
+    @property
+    def error(self) -> OSError | None:
+        """Why the last write failed, None if it did not."""
+        code = self.file.error
+        return OSError(code, os.strerror(code)) if code else None
 
     def write(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:
         """Appends rows given as native-endian columns; on disk when it returns, unless `error`."""
-        self.take(t_ns, read_ns, values)
-        self.flush()
-
-    def take(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:
-        """As `write`, but on disk at the next flush only."""
-        if t_ns:
-            self._taken.append((t_ns, read_ns, values))
-
-    def flush(self) -> None:
-        """Writes what was taken."""
-        for t_ns, read_ns, values in self._taken:
-            rows = len(t_ns) // 8
-            gap_ns = _core.gaps(t_ns, self._last_ns)
-            layout = arrow.layout_of(rows, self._sizes)
-            # Joined as they lie in the file: to append to each column would touch all their memory.
-            body = layout.join((t_ns, read_ns, bytes(4 * rows), gap_ns, *values))
-            self._kept.append((layout, body))
-            self._kept_rows += rows
-            self._last_ns = int.from_bytes(t_ns[-8:], sys.byteorder, signed=True)
-        self._taken.clear()
-        fresh = self._kept[self._in_tail :]
-        if not fresh:
-            return
-        batches = b"".join([part for layout, body in fresh for part in (layout.head, body)])
-        if self._attempt(self._tail.append, batches):
-            self._in_tail = len(self._kept)
-        if self._kept_rows >= _BATCH_ROWS or self._tail.size >= _TAIL_BYTES:
-            self._consolidate()
+        self.file.take(t_ns, read_ns, values)
+        self.file.flush()
 
     def close(self) -> None:
         """Writes what is left as a last large batch and removes the tail."""
-        self.flush()
-        if self._kept:
-            self._consolidate()
-        if self._kept:
-            self._give_up()
-        else:
-            self._attempt(self._main.finish)
-            with suppress(OSError):  # left behind it does no harm: a reader drops what it has seen
-                self._tail.remove()
-        self._main.close()
-        self._tail.close()
-
-    def _consolidate(self) -> None:
-        numbers = range(len(self._sizes))
-        columns = [b"".join([x.column(n, body) for x, body in self._kept]) for n in numbers]
-        thinned = _core.thin(columns, self._rules, self._whole)
-        batch = arrow.batch_message(thinned, len(thinned[0]) // 8)
-        if self._attempt(self._main.append, batch):
-            self._whole = max(0, self._whole - self._kept_rows)
-            self._kept.clear()
-            self._kept_rows = self._in_tail = 0
-            self._tail.clear()
-        elif self._kept_rows > _MOST_PENDING_ROWS:
-            self._give_up()
-
-    def _give_up(self) -> None:
-        """Lets go of the rows that no file holds."""
-        rows = self._kept_rows
-        del self._kept[self._in_tail :]
-        self._kept_rows = sum(layout.rows for layout, _ in self._kept)
-        self.dropped_rows += rows - self._kept_rows
-
-    def _attempt(self, write: Callable[..., None], *what: bytes) -> bool:
-        try:
-            write(*what)
-        except OSError as error:
-            self.error = error
-            return False
-        self.error = None
-        return True
+        self.file.flush(last=True)
 
 
 def _thin_rules(channels: Sequence[Channel]) -> list[tuple[str, float]]:
@@ -239,51 +159,6 @@ _HOLD = 0.01
 
 _LEVEL_S = 0.25
 """A gauge that nothing is integrated from: a quarter of a second of its level."""
-
-
-class _Stream:
-    """An Arrow IPC stream that never holds half a batch: a failed write is cut off again."""
-
-    def __init__(self, path: Path, lane: Lane) -> None:
-        self._path = path
-        self._lane = lane
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        self.size = self._first_batch = 0
-
-    def append(self, batches: bytes) -> None:
-        """Messages of batches, as `arrow.batch_message` makes them; the first follow the schema."""
-        if self.size:
-            self._write(batches)
-            return
-        schema = arrow.schema_message(_schema_of(self._lane))
-        self._write(schema + batches)
-        self._first_batch = len(schema)
-
-    def finish(self) -> None:
-        """Marks the end, as Arrow readers like it; a stream without rows stays empty."""
-        if self.size:
-            self._write(arrow.END)
-
-    def clear(self) -> None:
-        """Leaves the schema alone, which takes a hundred times as long to make as a batch."""
-        os.ftruncate(self._fd, self._first_batch)
-        self.size = self._first_batch
-
-    def remove(self) -> None:
-        self._path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def _write(self, data: bytes) -> None:
-        written = 0
-        try:
-            while written < len(data):
-                written += os.pwrite(self._fd, data[written:], self.size + written)
-        except OSError:
-            os.ftruncate(self._fd, self.size)
-            raise
-        self.size += len(data)
 
 
 _OF_THE_ROW = (

@@ -150,10 +150,9 @@ def record(directory: Path, lane: Lane, values: Callable[[float], list[float]]) 
         table[0, 5] = np.nan
         reads = np.full(len(part), 40_000, dtype=np.uint32)
         writer.write(t_ns.tobytes(), reads.tobytes(), [column.tobytes() for column in table])
-        if part[0] == rows[0]:
-            writer._consolidate()  # so that there is a main stream as well as a tail
-    for stream in (writer._main, writer._tail):
-        stream.close()
+        if part[0] == rows[0]:  # so that there is a main stream as well as a tail
+            main, tail = (directory / f"{lane.name}{end}" for end in (".arrows", ".tail.arrows"))
+            shutil.copy(tail, main)
 
 
 EVENTS = (

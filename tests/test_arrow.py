@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pepr_profiler import arrow
-from pepr_profiler.arrow import END, Column, DamagedError, Schema
+from pepr_profiler import _core, arrow
+from pepr_profiler.arrow import Column, DamagedError, Schema
+
+END = b"\xff\xff\xff\xff" + bytes(4)
+"""What Arrow has at the end of a stream."""
 
 FORMS = ("<i8", "<u4", "<i4", "<u8", "<f4", "<f8", "<i2", "<u1")
 ROWS = (1, 7, 8, 1000)
@@ -41,7 +44,7 @@ def numbers(about: Schema, rows: int) -> list[np.ndarray[Any, Any]]:
 
 def stream(about: Schema) -> bytes:
     batches = (
-        arrow.batch_message([c.tobytes() for c in numbers(about, rows)], rows) for rows in ROWS
+        _core.batch_message([c.tobytes() for c in numbers(about, rows)], rows) for rows in ROWS
     )
     return b"".join((arrow.schema_message(about), *batches, END))
 
@@ -118,7 +121,7 @@ def test_a_stream_comes_back_up_to_where_it_is_torn() -> None:
     whole = [begin]
     for rows in ROWS:
         columns = [c.tobytes() for c in numbers(about, rows)]
-        whole.append(whole[-1] + len(arrow.batch_message(columns, rows)))
+        whole.append(whole[-1] + len(_core.batch_message(columns, rows)))
     for size in [*range(0, whole[2]), len(data)]:
         read = [len(batch[0]) for batch in arrow.read_batches(data[:size], forms)]
         assert read == [rows for rows, end in zip(ROWS, whole[1:], strict=True) if end <= size]
@@ -136,7 +139,7 @@ def test_what_is_no_stream_is_refused(data: bytes) -> None:
 def test_a_batch_cannot_claim_more_than_there_is() -> None:
     # given a batch of 8 numbers that says it has others
     about = Schema((Column("a", "<f8", {}),), {})
-    begin, batch = arrow.schema_message(about), arrow.batch_message([bytes(64)], 8)
+    begin, batch = arrow.schema_message(about), _core.batch_message([bytes(64)], 8)
     at = batch.index(struct.pack("<q", 8))
     for rows in (9, -1, 2**62, -(2**63)):
         data = begin + batch[:at] + struct.pack("<q", rows) + batch[at + 8 :]

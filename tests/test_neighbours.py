@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from cli import ended, until
 
-from pepr_profiler.neighbours import Neighbours, cuda_environments, last_pids, run_around
+from pepr_profiler.neighbours import Neighbours, cuda_environments, run_around
 
 NO_SUCH_PID = 4_194_303
 
@@ -180,10 +180,3 @@ def test_the_run_around_is_found_in_an_ancestor(
     assert run_around("PEPR_RUN_DIR", f"pids={child}") == "/runs/outer"
     monkeypatch.setenv("PEPR_RUN_DIR", "/runs/mine")
     assert run_around("PEPR_RUN_DIR", "children") == "/runs/mine"
-
-
-def test_the_pids_of_a_row_are_its_last_ones() -> None:
-    from array import array
-
-    columns = [array("d", values).tobytes() for values in ([1, 2], [7, 0], [0, float("nan")])]
-    assert last_pids(columns, [0, 1, 2]) == {2}

@@ -52,10 +52,11 @@ def tick():
     if options["tick"] == "raise":
         raise RuntimeError("the disk is full")
     os.write(options["tick"], b"tick\\n")
+    return options["every_s"]
 failure = None
 started_ns = monotonic_ns()
 try:
-    exit = child.supervise(tick=tick if options["tick"] else None, every_s=options["every_s"])
+    exit = child.supervise(tick=tick if options["tick"] else None, first_s=options["every_s"])
 except RuntimeError as error:
     exit, failure = child.exit, str(error)
 Path(options["report"]).write_text(json.dumps({

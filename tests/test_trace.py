@@ -182,7 +182,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
 writer.write(*columns(2300, 10))
 assert writer.error is None
 writer.close()
-assert writer.dropped_rows == 0
+assert writer.file.dropped_rows == 0
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
     # then all rows are there, those of the failed flush too
@@ -198,7 +198,7 @@ from test_trace import columns, record
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 writer = record(Path({str(tmp_path)!r}), [300, 5000, 1000])
 writer.close()
-print(writer.dropped_rows)
+print(writer.file.dropped_rows)
 """
     done = subprocess.run(
         [sys.executable, "-c", script], check=True, timeout=60, capture_output=True, text=True

@@ -272,6 +272,11 @@ class LiveLine:
         self._line_begun = False
         self._next_s = time.monotonic() + _QUIET_S
 
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a terminal to show it on."""
+        return self._on
+
     def sink(self, channel: int, data: bytes, t_ns: int) -> None:
         """Takes note of what the child has said, and passes it on."""
         self._line_begun = not data.endswith(b"\n")

@@ -93,11 +93,13 @@ def _measure(
         raise
     recorder.begin(child.started_ns)
 
-    def tick() -> None:
-        recorder.tick()
+    def tick() -> float:
+        after_s = recorder.tick()
         log(recorder, metrics)
         if line is not None and live:
             line.update(recorder.directory, child.started_ns)
+        watching = metrics is not None or (line is not None and line.is_on)
+        return min(after_s, TICK_S) if watching else after_s
 
     ended = _supervise(child, tick, recorder)
     if line is not None:
@@ -124,11 +126,11 @@ def _measure(
     return recorder, ended
 
 
-def _supervise(child: Child, tick: Callable[[], None], recorder: Recorder) -> Exit:
+def _supervise(child: Child, tick: Callable[[], float], recorder: Recorder) -> Exit:
     """Waits for the child; a fault of ours on the way is told and does not cost its status."""
     try:
         with collecting_garbage():
-            return child.supervise(tick=tick, every_s=TICK_S)
+            return child.supervise(tick=tick, news=recorder.news)
     except Exception as error:
         if child.exit is None:
             raise

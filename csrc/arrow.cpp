@@ -1,0 +1,122 @@
+#include "arrow.h"
+
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <system_error>
+#include <utility>
+
+#include <fcntl.h>
+#include <unistd.h>
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "streams are little-endian, as memory is");
+
+namespace pepr {
+
+namespace {
+
+// What a message begins with. Then follow the length of its metadata, these, and its body; a length
+// of 0 is the end of the stream.
+constexpr std::uint32_t kMark = 0xffffffff;
+constexpr std::uint16_t kVersion = 4;     // MetadataVersion V5, of Arrow 1.0 and later
+constexpr std::uint8_t kRecordBatch = 3;  // MessageHeader
+
+template <typename T>
+void put(std::string& to, T number) {
+    to.append(reinterpret_cast<const char*>(&number), sizeof number);
+}
+
+template <typename T, typename... Numbers>
+void put_all(std::string& to, Numbers... numbers) {
+    (put(to, static_cast<T>(numbers)), ...);
+}
+
+constexpr std::size_t padded(std::size_t bytes) { return (bytes + 7) / 8 * 8; }
+
+}  // namespace
+
+void append_batch(std::string& stream, const std::vector<ArrowColumn>& columns, std::size_t rows) {
+    const std::size_t count = columns.size();
+    std::size_t body_bytes = 0;
+    for (const ArrowColumn& column : columns) body_bytes += padded(rows * column.size);
+    stream.reserve(stream.size() + 88 + 48 * count + body_bytes);
+    // All batches of so many columns have their numbers at the same places, so this is no tree of
+    // tables that is built, but their bytes in order: offsets are relative to where they stand.
+    put_all<std::uint32_t>(stream, kMark, 80 + 48 * count);
+    put<std::uint32_t>(stream, 16);                        // the root's place
+    put_all<std::uint16_t>(stream, 12, 20, 16, 18, 4, 8);  // of a Message: its fields' places
+    put_all<std::int32_t>(stream, 12, 28);                 // its vtable, its header
+    put<std::int64_t>(stream, static_cast<std::int64_t>(body_bytes));
+    put(stream, kVersion);
+    put(stream, kRecordBatch);
+    stream.append(1, '\0');
+    put_all<std::uint16_t>(stream, 10, 20, 8, 4, 16);  // of a RecordBatch: its fields' places
+    stream.append(2, '\0');
+    put_all<std::int32_t>(stream, 12, 16);  // its vtable, its nodes
+    put<std::int64_t>(stream, static_cast<std::int64_t>(rows));
+    put_all<std::uint32_t>(stream, 12 + 16 * count, count);  // its buffers, how many nodes
+    for (std::size_t c = 0; c < count; ++c) put_all<std::int64_t>(stream, rows, 0);
+    stream.append(4, '\0');
+    put<std::uint32_t>(stream, static_cast<std::uint32_t>(2 * count));
+    std::size_t at = 0;
+    for (const ArrowColumn& column : columns) {
+        const std::size_t bytes = rows * column.size;
+        put_all<std::int64_t>(stream, at, 0, at, bytes);  // what is valid of it (all), its numbers
+        at += padded(bytes);
+    }
+    for (const ArrowColumn& column : columns) {
+        const std::size_t bytes = rows * column.size;
+        stream.append(static_cast<const char*>(column.data), bytes);
+        stream.append(padded(bytes) - bytes, '\0');
+    }
+}
+
+ArrowFile::ArrowFile(std::string path, std::string schema)
+    : path_(std::move(path)),
+      schema_(std::move(schema)),
+      file_(::open(path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)) {
+    if (!file_) throw std::system_error(errno, std::generic_category(), path_);
+}
+
+void ArrowFile::close() noexcept { file_ = File(); }
+
+int ArrowFile::append(const std::string& messages) noexcept {
+    if (size_ == 0)
+        if (const int error = write(schema_)) return error;
+    return write(messages);
+}
+
+int ArrowFile::finish() noexcept {
+    if (size_ == 0) return 0;
+    std::string end;
+    put_all<std::uint32_t>(end, kMark, 0);
+    return write(end);
+}
+
+int ArrowFile::clear() noexcept {
+    const std::size_t left = size_ == 0 ? 0 : schema_.size();
+    if (::ftruncate(file_.fd(), static_cast<off_t>(left)) != 0) return errno;
+    size_ = left;
+    return 0;
+}
+
+void ArrowFile::remove() noexcept { ::unlink(path_.c_str()); }
+
+int ArrowFile::write(const std::string& data) noexcept {
+    for (std::size_t done = 0; done < data.size();) {
+        const ssize_t n = ::pwrite(file_.fd(), data.data() + done, data.size() - done,
+                                   static_cast<off_t>(size_ + done));
+        if (n > 0) {
+            done += static_cast<std::size_t>(n);
+            continue;
+        }
+        const int error = n == 0 ? EIO : errno;
+        if (error == EINTR) continue;
+        (void)!::ftruncate(file_.fd(), static_cast<off_t>(size_));
+        return error;
+    }
+    size_ += data.size();
+    return 0;
+}
+
+}  // namespace pepr

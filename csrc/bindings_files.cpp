@@ -1,0 +1,118 @@
+// What Python sees of a recording's files.
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "arrow.h"
+#include "journal.h"
+#include "lane_file.h"
+#include "news.h"
+#include "sampler.h"
+#include "thin.h"
+
+namespace py = pybind11;
+using pepr::Journal;
+using pepr::LaneFile;
+using pepr::News;
+using pepr::Sampler;
+
+namespace {
+
+py::bytes batch_message(const std::vector<std::string_view>& columns, std::size_t rows) {
+    std::vector<pepr::ArrowColumn> native;
+    for (const std::string_view column : columns) {
+        const std::size_t size = column.size() / std::max<std::size_t>(rows, 1);
+        if (size * rows != column.size()) throw py::value_error("columns differ in length");
+        native.push_back({column.data(), size});
+    }
+    std::string message;
+    pepr::append_batch(message, native, rows);
+    return message;
+}
+
+pepr::ThinRule rule_of(const std::pair<std::string, double>& rule) {
+    using Kind = pepr::ThinRule::Kind;
+    if (rule.first == "line") return {Kind::kLine, rule.second};
+    if (rule.first == "hold") return {Kind::kHold, rule.second};
+    if (rule.first == "level") return {Kind::kLevel, rule.second};
+    throw py::value_error("a rule is line, hold or level");
+}
+
+std::shared_ptr<LaneFile> open_file(std::string stem, std::string_view schema,
+                                    const std::vector<std::pair<std::string, double>>& rules) {
+    LaneFile::How how{std::move(stem), std::string(schema), {}};
+    for (const auto& rule : rules) how.rules.push_back(rule_of(rule));
+    try {
+        return std::make_shared<LaneFile>(std::move(how));
+    } catch (const std::system_error& error) {
+        errno = error.code().value();
+        PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.what());
+        throw py::error_already_set();
+    }
+}
+
+// Rows as Sampler.read gives them.
+void take_rows(LaneFile& file, std::string_view t_ns, std::string_view read_ns,
+               const std::vector<std::string_view>& values) {
+    const std::size_t n = t_ns.size() / sizeof(std::int64_t);
+    if (values.size() != file.width()) throw py::value_error("a column a channel");
+    std::vector<std::int64_t> begun_ns(n), took_ns(n);
+    std::vector<std::uint32_t> short_ns(n);
+    std::vector<double> columns(n * values.size());
+    const auto copy = [](auto* to, std::size_t count, std::string_view from) {
+        if (from.size() != count * sizeof *to) throw py::value_error("columns differ in length");
+        if (count > 0) std::memcpy(to, from.data(), from.size());
+    };
+    copy(begun_ns.data(), n, t_ns);
+    copy(short_ns.data(), n, read_ns);
+    std::copy(short_ns.begin(), short_ns.end(), took_ns.begin());
+    for (std::size_t c = 0; c < values.size(); ++c) copy(columns.data() + c * n, n, values[c]);
+    const py::gil_scoped_release release;
+    file.take({begun_ns.data(), took_ns.data(), columns.data(), n}, n);
+}
+
+}  // namespace
+
+void bind_files(py::module_& m) {
+    py::class_<LaneFile, std::shared_ptr<LaneFile>>(m, "LaneFile", "One lane on disk.")
+        .def(py::init(&open_file), py::arg("stem"), py::arg("schema"), py::arg("rules"))
+        .def("take", &take_rows, py::arg("t_ns"), py::arg("read_ns"), py::arg("values"))
+        .def("flush", &LaneFile::flush, py::arg("last") = false,
+             py::call_guard<py::gil_scoped_release>())
+        .def_property_readonly("error", &LaneFile::error)
+        .def_property_readonly("dropped_rows", &LaneFile::dropped_rows)
+        .def_property_readonly("lost_rows", &LaneFile::lost_rows);
+
+    py::class_<Journal>(m, "Journal", "Writes lanes to disk from a thread of its own.")
+        .def(py::init([](double period_s, std::shared_ptr<News> news) {
+                 return std::make_unique<Journal>(std::llround(period_s * 1e9), std::move(news));
+             }),
+             py::arg("period_s"), py::arg("news"))
+        .def(
+            "add",
+            [](Journal& journal, const Sampler& sampler, std::shared_ptr<LaneFile> file) {
+                if (file->width() != sampler.width()) throw py::value_error("another lane's file");
+                journal.add(sampler.lane(), std::move(file));
+            },
+            py::arg("sampler"), py::arg("file"))
+        .def("flush", &Journal::flush, py::call_guard<py::gil_scoped_release>())
+        .def("stop", &Journal::stop, py::call_guard<py::gil_scoped_release>())
+        .def_property_readonly("cpu_s", [](const Journal& journal) {
+            return 1e-9 * static_cast<double>(journal.cpu_ns());
+        });
+
+    m.def("batch_message", &batch_message, py::arg("columns"), py::arg("rows"),
+          "A record batch as a message of an Arrow IPC stream, see arrow.h.");
+}

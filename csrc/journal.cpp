@@ -1,0 +1,94 @@
+#include "journal.h"
+
+#include <atomic>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include <pthread.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include "futex.h"
+
+namespace pepr {
+
+struct Journal::State {
+    struct Entry {
+        std::shared_ptr<const Lane> lane;
+        std::shared_ptr<LaneFile> file;
+        bool failed = false;
+    };
+
+    State(std::int64_t period_ns, std::shared_ptr<News> news)
+        : period_ns(period_ns), news(std::move(news)) {}
+
+    const std::int64_t period_ns;
+    const std::shared_ptr<News> news;
+    std::mutex mutex;
+    std::vector<Entry> entries;
+    std::atomic<std::uint32_t> stopping{0};
+    std::atomic<std::int64_t> cpu_ns{0};
+    std::thread thread;
+
+    void flush() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        bool is_news = false;
+        for (Entry& entry : entries) {
+            entry.file->drain(entry.lane->ring());
+            entry.file->flush();
+            const bool fails = entry.file->error() != 0;
+            is_news |= fails != std::exchange(entry.failed, fails);
+        }
+        if (is_news) news->raise();
+    }
+
+    void work() noexcept {
+        ::pthread_setname_np(::pthread_self(), "pepr-journal");
+        // Nothing waits for it: it may go along with whatever else wakes the CPU.
+        ::prctl(PR_SET_TIMERSLACK, period_ns / 8);
+        for (std::int64_t due_ns = now_ns() + period_ns; stopping == 0; due_ns += period_ns) {
+            wait_while(stopping, 0, due_ns);
+            try {
+                flush();
+            } catch (const std::exception&) {
+                // No memory: the rings keep what there is until the next time.
+            }
+            // Behind a disk that hung or a stopped process, what was missed is not made up for.
+            if (now_ns() - due_ns > period_ns) due_ns = now_ns();
+            cpu_ns = read_clock_ns(CLOCK_THREAD_CPUTIME_ID);
+        }
+    }
+};
+
+Journal::Journal(std::int64_t period_ns, std::shared_ptr<News> news)
+    : state_(std::make_shared<State>(period_ns, std::move(news))), owner_pid_(::getpid()) {
+    state_->thread = std::thread([state = state_.get()] { state->work(); });
+}
+
+Journal::~Journal() {
+    if (owner_pid_ == ::getpid())
+        stop();
+    else  // a forked child has our memory, but not the thread that may be using it
+        new std::shared_ptr<State>(state_);
+}
+
+void Journal::add(std::shared_ptr<const Lane> lane, std::shared_ptr<LaneFile> file) {
+    const std::lock_guard<std::mutex> lock(state_->mutex);
+    state_->entries.push_back({std::move(lane), std::move(file)});
+}
+
+void Journal::flush() { state_->flush(); }
+
+void Journal::stop() {
+    if (!state_->thread.joinable()) return;
+    state_->stopping = 1;
+    wake_all(state_->stopping);
+    state_->thread.join();
+}
+
+std::int64_t Journal::cpu_ns() const noexcept { return state_->cpu_ns; }
+
+}  // namespace pepr

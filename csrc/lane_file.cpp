@@ -1,0 +1,182 @@
+#include "lane_file.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace pepr {
+
+namespace {
+
+// Rows of a finished batch: large enough that its 400 bytes of header do not matter.
+constexpr std::size_t kBatchRows = 1024;
+
+// What the tail may hold before its rows are moved: a flush costs 50 bytes a channel beside its
+// numbers, and who uses 64 GPUs is told by 3,000 channels.
+constexpr std::size_t kTailBytes = 1 << 24;
+
+// Rows at the beginning of a lane that are all kept: refresh periods are learnt from them.
+constexpr std::size_t kWholeRows = 256;
+
+// What a full disk may keep waiting in memory before rows are dropped: 2 min at 1 kHz.
+constexpr std::size_t kMostPendingRows = 1 << 17;
+
+using Lock = std::lock_guard<std::mutex>;
+
+// 4.3 s is long; a read or a gap that outlasts it shows in t_ns too.
+std::uint32_t short_ns(std::int64_t ns) noexcept {
+    return static_cast<std::uint32_t>(std::clamp<std::int64_t>(ns, 0, UINT32_MAX));
+}
+
+template <typename T>
+std::vector<T> pick(const std::vector<T>& column, const std::vector<std::size_t>& rows) {
+    std::vector<T> picked;
+    picked.reserve(rows.size());
+    for (const std::size_t row : rows) picked.push_back(column[row]);
+    return picked;
+}
+
+}  // namespace
+
+LaneFile::LaneFile(How how)
+    : how_(std::move(how)),
+      main_(how_.stem + ".arrows", how_.schema),
+      tail_(how_.stem + ".tail.arrows", how_.schema),
+      whole_(kWholeRows) {}
+
+void LaneFile::take(const RingView::Columns& columns, std::size_t rows) {
+    const Lock lock(mutex_);
+    keep(columns, rows);
+}
+
+void LaneFile::drain(const RingView& ring) {
+    const Lock lock(mutex_);
+    for (;;) {
+        // Memory for what is there: of a lane with many channels a full batch is megabytes.
+        const auto rows = std::min<std::size_t>(ring.head() - cursor_, kBatchRows);
+        if (rows == 0) return;
+        ring_t_ns_.resize(rows);
+        ring_read_ns_.resize(rows);
+        columns_.resize(rows * width());
+        const RingView::Columns out{ring_t_ns_.data(), ring_read_ns_.data(), columns_.data(), rows};
+        keep(out, ring.read(cursor_, out, lost_));
+    }
+}
+
+void LaneFile::keep(const RingView::Columns& columns, std::size_t rows) {
+    for (std::size_t r = 0; r < rows; ++r) {
+        const std::int64_t t_ns = columns.t_ns[r];
+        t_ns_.push_back(t_ns);
+        read_ns_.push_back(short_ns(columns.read_ns[r]));
+        gap_ns_.push_back(short_ns(t_ns - last_ns_.value_or(t_ns)));
+        for (std::size_t c = 0; c < width(); ++c)
+            values_.push_back(columns.values[c * columns.stride + r]);
+        last_ns_ = t_ns;
+    }
+}
+
+void LaneFile::flush(bool last) {
+    const Lock lock(mutex_);
+    if (in_tail_ < t_ns_.size()) {
+        messages_.clear();
+        const std::size_t n = t_ns_.size() - in_tail_;
+        transpose(in_tail_, columns_);
+        const std::vector<std::uint32_t> skipped(n);
+        std::vector<ArrowColumn> columns{{&t_ns_[in_tail_], sizeof t_ns_[0]},
+                                         {&read_ns_[in_tail_], sizeof read_ns_[0]},
+                                         {skipped.data(), sizeof skipped[0]},
+                                         {&gap_ns_[in_tail_], sizeof gap_ns_[0]}};
+        for (std::size_t c = 0; c < width(); ++c)
+            columns.push_back({&columns_[c * n], sizeof columns_[0]});
+        append_batch(messages_, columns, n);
+        if (attempt(tail_.append(messages_))) in_tail_ = t_ns_.size();
+        if (t_ns_.size() >= kBatchRows || tail_.size() >= kTailBytes) consolidate();
+    }
+    if (last) end();
+}
+
+void LaneFile::end() {
+    if (!t_ns_.empty()) consolidate();
+    if (t_ns_.empty()) {
+        attempt(main_.finish());
+        tail_.remove();  // left behind it does no harm: a reader drops what it has seen
+    } else {
+        give_up();
+    }
+    main_.close();
+    tail_.close();
+}
+
+// The rows from `first` on, column by column.
+void LaneFile::transpose(std::size_t first, std::vector<double>& columns) const {
+    const std::size_t n = t_ns_.size() - first;
+    columns.resize(n * width());
+    for (std::size_t r = 0; r < n; ++r)
+        for (std::size_t c = 0; c < width(); ++c)
+            columns[c * n + r] = values_[(first + r) * width() + c];
+}
+
+void LaneFile::consolidate() {
+    const std::size_t n = t_ns_.size();
+    std::vector<double> values;  // ours alone: of a lane with many channels it is megabytes
+    transpose(0, values);
+    const auto rows = thin(how_.rules, t_ns_.data(), values.data(), n, n, whole_);
+    std::vector<std::uint32_t> skipped(rows.size());
+    for (std::size_t i = 1; i < rows.size(); ++i)
+        skipped[i] = static_cast<std::uint32_t>(rows[i] - rows[i - 1] - 1);
+    const auto t_ns = pick(t_ns_, rows);
+    const auto read_ns = pick(read_ns_, rows), gap_ns = pick(gap_ns_, rows);
+    std::vector<double> kept(rows.size() * width());
+    std::vector<ArrowColumn> columns{{t_ns.data(), sizeof t_ns[0]},
+                                     {read_ns.data(), sizeof read_ns[0]},
+                                     {skipped.data(), sizeof skipped[0]},
+                                     {gap_ns.data(), sizeof gap_ns[0]}};
+    for (std::size_t c = 0; c < width(); ++c) {
+        double* const column = kept.data() + c * rows.size();
+        for (std::size_t i = 0; i < rows.size(); ++i) column[i] = values[c * n + rows[i]];
+        columns.push_back({column, sizeof *column});
+    }
+    std::string batch;
+    append_batch(batch, columns, rows.size());
+    if (attempt(main_.append(batch))) {
+        whole_ -= std::min(whole_, n);
+        t_ns_.clear();
+        read_ns_.clear();
+        gap_ns_.clear();
+        values_.clear();
+        in_tail_ = 0;
+        (void)tail_.clear();
+    } else if (n > kMostPendingRows) {
+        give_up();
+    }
+}
+
+// Lets go of the rows that no file holds.
+void LaneFile::give_up() {
+    dropped_ += t_ns_.size() - in_tail_;
+    t_ns_.resize(in_tail_);
+    read_ns_.resize(in_tail_);
+    gap_ns_.resize(in_tail_);
+    values_.resize(in_tail_ * width());
+}
+
+bool LaneFile::attempt(int error) noexcept {
+    error_ = error;
+    return error == 0;
+}
+
+int LaneFile::error() const {
+    const Lock lock(mutex_);
+    return error_;
+}
+
+std::uint64_t LaneFile::dropped_rows() const {
+    const Lock lock(mutex_);
+    return dropped_;
+}
+
+std::uint64_t LaneFile::lost_rows() const {
+    const Lock lock(mutex_);
+    return lost_;
+}
+
+}  // namespace pepr

@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "arrow.h"
+#include "ring.h"
+#include "thin.h"
+
+namespace pepr {
+
+// One lane on disk, `STEM.arrows`. What was read lately lies in small batches in
+// `STEM.tail.arrows` and is now and then rewritten as one large batch, thinned; a crash between the
+// two leaves rows in both. What the disk does not take is kept for later. Any thread may call any
+// of the functions.
+class LaneFile {
+public:
+    struct How {
+        std::string stem, schema;     // columns: t_ns, read_ns, skipped, gap_ns, and the channels
+        std::vector<ThinRule> rules;  // a channel each
+    };
+
+    // Throws std::system_error.
+    explicit LaneFile(How how);
+
+    std::size_t width() const noexcept { return how_.rules.size(); }
+
+    // Rows to be written at the next flush: given, or what a ring has since it was drained last.
+    void take(const RingView::Columns& columns, std::size_t rows);
+    void drain(const RingView& ring);
+
+    // Writes what was taken. `last`: as a large batch, and that is the end of the files.
+    void flush(bool last = false);
+
+    int error() const;                   // why the last write failed, errno; 0: it did not
+    std::uint64_t dropped_rows() const;  // given up for good, since the disk took none
+    std::uint64_t lost_rows() const;     // overwritten in the ring before they were taken
+
+private:
+    void keep(const RingView::Columns& columns, std::size_t rows);
+    void consolidate();
+    void end();
+    void give_up();
+    bool attempt(int error) noexcept;
+    void transpose(std::size_t first, std::vector<double>& columns) const;
+
+    const How how_;
+    mutable std::mutex mutex_;  // of all that follows
+    ArrowFile main_, tail_;
+    // Rows since the last large batch, of which the tail holds `in_tail_`; values row by row.
+    std::vector<std::int64_t> t_ns_;
+    std::vector<std::uint32_t> read_ns_, gap_ns_;
+    std::vector<double> values_;
+    std::size_t in_tail_ = 0, whole_;
+    std::optional<std::int64_t> last_ns_;
+    // As long each time, so they keep their memory.
+    std::string messages_;
+    std::vector<double> columns_;
+    std::vector<std::int64_t> ring_t_ns_, ring_read_ns_;
+    std::uint64_t cursor_ = 0, lost_ = 0, dropped_ = 0;
+    int error_ = 0;
+};
+
+}  // namespace pepr
