@@ -104,6 +104,7 @@ void bind_files(py::module_& m) {
             "add",
             [](Journal& journal, const Sampler& sampler, std::shared_ptr<LaneFile> file) {
                 if (file->width() != sampler.width()) throw py::value_error("another lane's file");
+                const py::gil_scoped_release release;  // it may be writing
                 journal.add(sampler.lane(), std::move(file));
             },
             py::arg("sampler"), py::arg("file"))

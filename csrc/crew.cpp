@@ -23,7 +23,7 @@ constexpr std::int64_t kQuickShare = 16;
 constexpr std::int64_t kAlwaysQuickNs = 20'000, kNeverQuickNs = kMs;
 constexpr int kProof = 16;
 
-// A leader that is in one read for so long is taken to hang; somebody looks so often.
+// A leader so long in one read is taken to hang; somebody looks so often while it does not sleep.
 constexpr std::int64_t kPatienceNs = 100 * kMs, kLookNs = 250 * kMs;
 
 using LanePtr = std::shared_ptr<Lane>;
@@ -52,7 +52,7 @@ struct Crew::State {
     std::uint64_t turns = 0, leading = 0;  // leading 0: nobody leads
     bool watched = false;                  // somebody looks after the leader
     LanePtr busy;                          // what the leader reads
-    std::int64_t busy_since_ns = 0;
+    std::int64_t busy_since_ns = 0, wakes_ns = 0;
     std::atomic<std::uint32_t> changes{0};  // what all threads sleep on
 
     void changed() noexcept {
@@ -164,8 +164,8 @@ struct Crew::State {
         const std::uint64_t turn = leading = ++turns;
         changed();  // somebody has to look after us
         while (!shared.empty()) {
-            const std::int64_t wake_ns = next_wake_ns();
-            if (now_ns() < wake_ns) wait(lock, wake_ns);
+            wakes_ns = next_wake_ns();
+            if (now_ns() < wakes_ns) wait(lock, wakes_ns);
             if (leading != turn) return nullptr;
             std::int64_t t_ns = now_ns();
             if (t_ns < next_wake_ns()) continue;
@@ -221,7 +221,7 @@ struct Crew::State {
     void follow(Lock& lock, CpuLaps& laps) noexcept {
         if (watched || leading == 0 || shared.size() < 2) return wait(lock, kForever);
         watched = true;
-        wait(lock, now_ns() + kLookNs);
+        wait(lock, std::max(now_ns() + kLookNs, wakes_ns + 5 * kPatienceNs / 4));
         watched = false;
         if (!shared.empty()) shared.front()->charge(laps);
         depose_who_hangs();

@@ -69,10 +69,9 @@ Journal::Journal(std::int64_t period_ns, std::shared_ptr<News> news)
 }
 
 Journal::~Journal() {
-    if (owner_pid_ == ::getpid())
-        stop();
-    else  // a forked child has our memory, but not the thread that may be using it
-        new std::shared_ptr<State>(state_);
+    stop();
+    // A forked child has our memory, but not the thread that may be using it.
+    if (owner_pid_ != ::getpid()) new std::shared_ptr<State>(state_);
 }
 
 void Journal::add(std::shared_ptr<const Lane> lane, std::shared_ptr<LaneFile> file) {
@@ -83,7 +82,7 @@ void Journal::add(std::shared_ptr<const Lane> lane, std::shared_ptr<LaneFile> fi
 void Journal::flush() { state_->flush(); }
 
 void Journal::stop() {
-    if (!state_->thread.joinable()) return;
+    if (owner_pid_ != ::getpid() || !state_->thread.joinable()) return;
     state_->stopping = 1;
     wake_all(state_->stopping);
     state_->thread.join();

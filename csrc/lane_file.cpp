@@ -58,7 +58,9 @@ void LaneFile::drain(const RingView& ring) {
         ring_read_ns_.resize(rows);
         columns_.resize(rows * width());
         const RingView::Columns out{ring_t_ns_.data(), ring_read_ns_.data(), columns_.data(), rows};
-        keep(out, ring.read(cursor_, out, lost_));
+        std::uint64_t lost = 0;
+        keep(out, ring.read(cursor_, out, lost));
+        lost_ += lost;
     }
 }
 
@@ -162,21 +164,6 @@ void LaneFile::give_up() {
 bool LaneFile::attempt(int error) noexcept {
     error_ = error;
     return error == 0;
-}
-
-int LaneFile::error() const {
-    const Lock lock(mutex_);
-    return error_;
-}
-
-std::uint64_t LaneFile::dropped_rows() const {
-    const Lock lock(mutex_);
-    return dropped_;
-}
-
-std::uint64_t LaneFile::lost_rows() const {
-    const Lock lock(mutex_);
-    return lost_;
 }
 
 }  // namespace pepr

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -36,9 +37,10 @@ public:
     // Writes what was taken. `last`: as a large batch, and that is the end of the files.
     void flush(bool last = false);
 
-    int error() const;                   // why the last write failed, errno; 0: it did not
-    std::uint64_t dropped_rows() const;  // given up for good, since the disk took none
-    std::uint64_t lost_rows() const;     // overwritten in the ring before they were taken
+    // These never wait, not for a disk that hangs either.
+    int error() const noexcept { return error_; }  // of the last write, errno; 0: none
+    std::uint64_t dropped_rows() const noexcept { return dropped_; }  // for good: no disk took them
+    std::uint64_t lost_rows() const noexcept { return lost_; }  // overwritten before we took them
 
 private:
     void keep(const RingView::Columns& columns, std::size_t rows);
@@ -49,7 +51,7 @@ private:
     void transpose(std::size_t first, std::vector<double>& columns) const;
 
     const How how_;
-    mutable std::mutex mutex_;  // of all that follows
+    std::mutex mutex_;  // of all that follows
     ArrowFile main_, tail_;
     // Rows since the last large batch, of which the tail holds `in_tail_`; values row by row.
     std::vector<std::int64_t> t_ns_;
@@ -61,8 +63,10 @@ private:
     std::string messages_;
     std::vector<double> columns_;
     std::vector<std::int64_t> ring_t_ns_, ring_read_ns_;
-    std::uint64_t cursor_ = 0, lost_ = 0, dropped_ = 0;
-    int error_ = 0;
+    std::uint64_t cursor_ = 0;
+
+    std::atomic<std::uint64_t> lost_{0}, dropped_{0};
+    std::atomic<int> error_{0};
 };
 
 }  // namespace pepr

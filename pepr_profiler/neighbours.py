@@ -22,9 +22,10 @@ TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
     from typing import Any, TypeAlias
 
-_SCAN_S = 10.0
+_SCAN_S, _SCAN_PART, _LONGEST_SCAN_S = 10.0, 60, 60.0
 _SCAN_SHARE = 400
-"""All processes are looked at so seldom that it takes a four-hundredth of a core."""
+"""All processes are looked at so seldom that it takes a four-hundredth of a core, and so often that
+who comes and goes unseen has taken a sixtieth of the time."""
 
 _NAMED = 8
 _NAMED_SHARE = 0.01
@@ -91,7 +92,9 @@ class Neighbours:
             return
         self._scan()
         cost_s = time.monotonic() - now_s
-        self._next_s = now_s + max(_SCAN_S, _SCAN_SHARE * cost_s)
+        elapsed_s = now_s - self._begin_ns * 1e-9
+        rest_s = min(max(_SCAN_S, elapsed_s / _SCAN_PART), _LONGEST_SCAN_S)
+        self._next_s = now_s + max(rest_s, _SCAN_SHARE * cost_s)
 
     def end(self) -> None:
         """A last look; a run so short that there was no first one is spared it."""

@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 
     _F = TypeVar("_F", bound=Callable[..., Any])
 
-_OWN_PERIOD = ("processes", "nvml-processes")  # whatever is asked for or could be learnt
+_OWN_PERIOD = ("processes", "nvml-processes")  # no shorter one that is asked for or learnt
+_SLOWEST_OWN_NS = 1_000_000_000
 
 OVERHEAD = 0.005
 """CPU time that all lanes together may take by default, as a share of one core."""
@@ -434,10 +435,11 @@ class Recorder:
         return self.options.period_ns is None and kind_of(spec) not in _OWN_PERIOD
 
     def _period_ns(self, spec: str) -> int:
-        kind = kind_of(spec)
-        if self.options.period_ns is not None and kind not in _OWN_PERIOD:
-            return self.options.period_ns
-        return base_period_ns(spec)
+        asked_ns, base_ns = self.options.period_ns, base_period_ns(spec)
+        if kind_of(spec) not in _OWN_PERIOD:
+            return asked_ns or base_ns
+        # Who wants little is asked for little; the end of what is attached to is waited for.
+        return max(base_ns, min(asked_ns or 0, 0 if self.attached else _SLOWEST_OWN_NS))
 
     def _ready(self, name: str, timeout_s: float) -> bool:
         """False: still opening. A sensor that failed is removed, or raised if it was asked for."""

@@ -19,6 +19,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include <fcntl.h>
@@ -33,6 +34,9 @@
 #include "clock.h"
 #include "coarse.h"
 #include "crew.h"
+#include "journal.h"
+#include "lane_file.h"
+#include "news.h"
 #include "ring.h"
 #include "sampler.h"
 #include "sensor.h"
@@ -1014,9 +1018,10 @@ void crew_reads_quick_lanes_by_one_thread_and_slow_ones_by_another() {
     CHECK(quick.stop(10 * kNsPerS) && other.stop(10 * kNsPerS));
     for (Sampler* sampler : {&quick, &other}) {
         const Recorded rows = read_all(*sampler);
-        CHECK(rows.t_ns.size() == sampler->stats().samples);
+        const std::uint64_t lost = sampler->stats().lost;  // where all this took longer than 8 s
+        CHECK(rows.t_ns.size() + lost == sampler->stats().samples);
         for (std::size_t i = 0; i < rows.columns[0].size(); ++i)  // none twice, none left out
-            CHECK(rows.columns[0][i] == static_cast<double>(i + 1));
+            CHECK(rows.columns[0][i] == static_cast<double>(lost + i + 1));
         CHECK(sampler->stats().cpu_ns > 0);
     }
 }
@@ -1135,6 +1140,177 @@ void crew_reads_lanes_that_can_wait_as_late_as_they_are_due() {
     for (std::size_t i = 1; i + 1 < rows.t_ns.size(); ++i)
         early += rows.t_ns[i] - rows.t_ns[i - 1] < 35 * kMs;
     CHECK(early * 5 <= static_cast<std::int64_t>(rows.t_ns.size()));  // 0 on a quiet machine
+}
+
+// --- the journal: lanes on disk ------------------------------------------------------------------
+
+struct Stream {
+    std::size_t batches = 0, stored = 0, read = 0;  // rows that are there, and with those left out
+    bool is_ended = false;
+};
+
+// Of a stream without a schema, by where Arrow has its numbers.
+Stream stream_in(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    const std::string data{std::istreambuf_iterator<char>(file), {}};
+    const auto number = [&](std::size_t at, auto value) {
+        if (at + sizeof value <= data.size()) std::memcpy(&value, &data[at], sizeof value);
+        return static_cast<std::size_t>(value);
+    };
+    Stream stream;
+    for (std::size_t at = 0; at + 8 <= data.size();) {
+        const std::size_t metadata = number(at + 4, std::uint32_t{0});
+        stream.is_ended = metadata == 0;
+        if (stream.is_ended) break;
+        const std::size_t rows = number(at + 64, std::uint64_t{0}), body = at + 8 + metadata;
+        const std::size_t skipped = body + 8 * rows + (4 * rows + 7) / 8 * 8;
+        for (std::size_t row = 0; row < rows; ++row)
+            stream.read += number(skipped + 4 * row, std::uint32_t{0});
+        stream.read += rows;
+        stream.stored += rows;
+        ++stream.batches;
+        at = body + number(at + 32, std::uint64_t{0});
+    }
+    return stream;
+}
+
+std::shared_ptr<pepr::LaneFile> file_of(const Folder& folder, const char* name) {
+    const std::string stem = folder.write(name, "");
+    return std::make_shared<pepr::LaneFile>(
+        pepr::LaneFile::How{stem, "", {{pepr::ThinRule::Kind::kLine, 0.25}}});
+}
+
+void journal_writes_each_row_once_whoever_flushes() {
+    const Folder folder;
+    const auto news = std::make_shared<pepr::News>();
+    const auto crew = std::make_shared<pepr::Crew>();
+    Sampler a(Moody::how(0, kMs), crew), b(Moody::how(1, kMs), crew);
+    CHECK(a.wait_ready(10 * kNsPerS) && b.wait_ready(10 * kNsPerS));
+    const auto of_a = file_of(folder, "a"), of_b = file_of(folder, "b");
+    pepr::Journal journal(3 * kMs, news);
+    journal.add(a.lane(), of_a);
+    const std::string tail = folder.write("a", "") + ".tail.arrows";
+    CHECK(comes_true([&] { return stream_in(tail).read > 0; }));  // by itself
+    journal.add(b.lane(), of_b);
+    CHECK(comes_true([&] {
+        journal.flush();
+        return Moody::moods[0].reads > 1500 && Moody::moods[1].reads > 100;
+    }));
+    CHECK(journal.cpu_ns() > 0);
+    CHECK(a.stop(10 * kNsPerS) && b.stop(10 * kNsPerS));
+    journal.stop();
+    journal.flush();
+    for (const auto& [file, sampler, name] : {std::tuple{of_a, &a, "a"}, {of_b, &b, "b"}}) {
+        file->flush(true);
+        const std::string stem = folder.write(name, "");
+        const Stream whole = stream_in(stem + ".arrows");
+        CHECK(whole.read + file->lost_rows() == sampler->stats().samples);
+        CHECK(whole.is_ended && !fs::exists(stem + ".tail.arrows"));
+        CHECK(file->error() == 0 && file->dropped_rows() == 0);
+    }
+    CHECK(stream_in(folder.write("a", "") + ".arrows").batches > 1);
+    CHECK(!news->wait(0));
+}
+
+void journal_tells_when_a_disk_is_full_and_when_it_is_not() {
+    const Folder folder;
+    const auto news = std::make_shared<pepr::News>();
+    Sampler lane(Moody::how(0, kMs));
+    CHECK(lane.wait_ready(10 * kNsPerS));
+    const auto file = file_of(folder, "a");
+    ::signal(SIGXFSZ, SIG_IGN);
+    rlimit limit{};
+    CHECK(::getrlimit(RLIMIT_FSIZE, &limit) == 0);
+    const rlimit little{4096, limit.rlim_max};
+    CHECK(::setrlimit(RLIMIT_FSIZE, &little) == 0);
+    pepr::Journal journal(2 * kMs, news);
+    journal.add(lane.lane(), file);
+    CHECK(news->wait(20 * kNsPerS));
+    CHECK(file->error() == EFBIG);
+    news->hear();
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    CHECK(!news->wait(0));  // it still is: no news
+    CHECK(::setrlimit(RLIMIT_FSIZE, &limit) == 0);
+    CHECK(news->wait(20 * kNsPerS));
+    CHECK(file->error() == 0);
+    CHECK(lane.stop(10 * kNsPerS));
+    journal.stop();
+    journal.flush();
+    file->flush(true);
+    CHECK(file->dropped_rows() == 0);
+    CHECK(stream_in(folder.write("a", "") + ".arrows").read == lane.stats().samples);
+}
+
+void journal_cycles_leave_nothing_behind_and_a_forked_child_goes() {
+    const Folder folder;
+    const std::size_t threads = entries_of("/proc/self/task"), files = entries_of("/proc/self/fd");
+    {
+        Sampler lane(Moody::how(0, kMs));
+        CHECK(lane.wait_ready(10 * kNsPerS));
+        for (int cycle = 0; cycle < 40; ++cycle) {
+            auto journal = std::make_unique<pepr::Journal>(kMs, std::make_shared<pepr::News>());
+            journal->add(lane.lane(), file_of(folder, "a"));
+            if (cycle % 4 == 0) {
+                const pid_t child = ::fork();
+                if (child == 0) {
+                    ::alarm(10);  // a child that hangs dies of it
+                    journal->stop();
+                    journal.reset();
+                    ::_exit(0);
+                }
+                int status = -1;
+                CHECK(::waitpid(child, &status, 0) == child);
+                CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+            }
+            if (cycle % 2 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(3));
+        }
+    }
+    CHECK(entries_of("/proc/self/task") == threads && entries_of("/proc/self/fd") == files);
+}
+
+// A number that names somebody, among others.
+class Visitor final : public pepr::Sensor {
+public:
+    static std::atomic<double> who;
+    Visitor() {
+        channels_.push_back({"a/energy", "energy", "J", 1.0, 0.0, true, "test", {}});
+        channels_.push_back({"a/pid0", "identity", "1", 1.0, 0.0, false, "test", {}});
+    }
+    void poll(double* out) noexcept override {
+        out[0] = ++count_;
+        out[1] = who;
+    }
+
+private:
+    double count_ = 0;
+};
+
+std::atomic<double> Visitor::who{0};
+
+void lane_tells_when_it_reads_of_somebody_else() {
+    const auto news = std::make_shared<pepr::News>();
+    pepr::Lane::How how{"", kMs};
+    how.news = news;
+    how.open = [](const std::string&) -> std::unique_ptr<pepr::Sensor> {
+        return std::make_unique<Visitor>();
+    };
+    Visitor::who = 0;
+    Sampler lane(std::move(how));
+    CHECK(lane.wait_ready(10 * kNsPerS));
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    CHECK(!news->wait(0));  // nobody, as before
+    for (const double who : {4121.0, 7.0, 0.0}) {
+        Visitor::who = who;
+        CHECK(news->wait(20 * kNsPerS));
+        news->hear();
+        std::int64_t t_ns = 0, read_ns = 0;
+        double values[2] = {};
+        CHECK(lane.latest({&t_ns, &read_ns, values, 1}) == 1);
+        CHECK(values[1] == who);  // what is told can be read already
+        Visitor::who = pepr::kUnknown;
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        CHECK(!news->wait(0));  // that it is unknown for a while is none
+    }
 }
 
 // --- sensors ----------------------------------------------------------------------------------
@@ -1519,6 +1695,10 @@ constexpr Test kTests[] = {
     TEST(crew_reads_without_an_allocation),
     TEST(crew_spares_the_wake_ups_of_lanes_that_can_wait),
     TEST(crew_reads_lanes_that_can_wait_as_late_as_they_are_due),
+    TEST(journal_writes_each_row_once_whoever_flushes),
+    TEST(journal_tells_when_a_disk_is_full_and_when_it_is_not),
+    TEST(journal_cycles_leave_nothing_behind_and_a_forked_child_goes),
+    TEST(lane_tells_when_it_reads_of_somebody_else),
     TEST(processes_self_counts_threads),
     TEST(processes_count_children_that_were_waited_for),
     TEST(processes_children_leave_us_out),
