@@ -17,8 +17,8 @@ namespace {
 constexpr std::int64_t kMs = 1'000'000, kForever = INT64_MAX;
 
 // Quick is a read of up to a 16th of what lies between the reads of any other lane; below 20 µs it
-// always is, above 1 ms never. Lanes are read together that were quick so many times in a row: what
-// is slow now and then delays the others by as little, and so seldom.
+// always is, above 1 ms never. Lanes are read together that were quick so many times in a row, or
+// for 2 s and 4 times: what is slow now and then delays the others by as little, and so seldom.
 constexpr std::int64_t kQuickShare = 16;
 constexpr std::int64_t kAlwaysQuickNs = 20'000, kNeverQuickNs = kMs;
 constexpr int kProof = 16;
@@ -39,7 +39,7 @@ struct Crew::State {
     struct Member {
         LanePtr lane;
         std::thread::id reader{};  // who reads it, or did last
-        int quick = 0;             // reads in a row
+        int quick = 0;             // reads in a row, seldom ones worth more
         bool stopping = false;
     };
 
@@ -95,20 +95,17 @@ struct Crew::State {
         }
         for (;;) {
             if (lane != nullptr && find(lane) == nullptr) return;  // given up, and left behind
-            if (lane != nullptr)
+            if (lane != nullptr) {
                 lane = keep(lock, std::move(lane), laps);
-            else if (threads.size() > members.size())
-                return leave();
-            else if (leading == 0 && !shared.empty())
+            } else if (threads.size() > members.size()) {
+                ended.push_back(take(std::this_thread::get_id()));
+                return changed();
+            } else if (leading == 0 && !shared.empty()) {
                 lane = lead(lock, laps);
-            else
+            } else {
                 follow(lock, laps);
+            }
         }
-    }
-
-    void leave() noexcept {
-        ended.push_back(take(std::this_thread::get_id()));
-        changed();
     }
 
     std::thread take(std::thread::id id) noexcept {
@@ -147,7 +144,9 @@ struct Crew::State {
         lock.lock();
         Member* const member = find(lane);
         if (member == nullptr) return false;
-        member->quick = lane->took_ns() <= quick_ns(lane) ? member->quick + 1 : 0;
+        const std::int64_t worth = lane->spacing_ns() * 8 / kNsPerS;
+        const int proof = static_cast<int>(std::clamp<std::int64_t>(worth, 1, kProof / 4));
+        member->quick = lane->took_ns() <= quick_ns(lane) ? member->quick + proof : 0;
         return true;
     }
 

@@ -12,6 +12,7 @@ Read from /proc alone; nothing is sent to a process. Imported before the child s
 from __future__ import annotations
 
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -85,10 +86,16 @@ class Neighbours:
         self._others: dict[tuple[int, int], dict[str, Any]] = {}
         self._next_s = 0.0
 
-    def tick(self) -> None:
-        """Looks at the CPU time of all processes, if it is time for that again."""
+    def tick(self, others_s: float = math.inf) -> None:
+        """Looks at the CPU time of all processes, if it is time for that again.
+
+        `others_s` is what all others together have used since the first tick, if that is known:
+        too little for any of them to be written down, and nobody need be looked at.
+        """
         now_s = time.monotonic()
         if now_s < self._next_s:
+            return
+        if self._begin_ns and others_s < _NAMED_SHARE * (now_s - self._begin_ns * 1e-9):
             return
         self._scan()
         cost_s = time.monotonic() - now_s

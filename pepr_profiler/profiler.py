@@ -6,6 +6,7 @@ import contextvars
 import functools
 import itertools
 import json
+import math
 import os
 import sys
 import threading
@@ -131,6 +132,8 @@ class Recorder:
         self.deserted_ns: int | None = None  # since when all that is attached to has ended
         self._empty_ns: int | None = None
         self._seen_cpu_s = 0.0
+        self._cpu_places: list[int] = []  # of the job's and of all CPU time, in the process lane
+        self._others_before_s = math.nan
         self._dedicated = dedicated
         self._warn = warn
         self._pid = os.getpid()
@@ -242,7 +245,7 @@ class Recorder:
                 error = error or writer.error
         if self._neighbours is not None:
             self._neighbours.on_gpu(self._on_gpu())
-            self._neighbours.tick()
+            self._neighbours.tick(self._others_cpu_s())
         if self._claims is not None and (claim := self._claims.due()) is not None:
             self._node.claim(*claim)
         if error is not None and not self._full:
@@ -400,6 +403,17 @@ class Recorder:
                 found.update(int(newest[1][place]) for place in places if newest[1][place] > 0)
         return found
 
+    def _others_cpu_s(self) -> float:
+        """What this machine has computed for others since the first time this was asked."""
+        newest = self._samplers["processes"].latest() if "processes" in self._writers else None
+        if newest is None:
+            return math.inf
+        job_s, busy_s = (newest[1][place] for place in self._cpu_places)
+        if math.isnan(self._others_before_s):
+            self._others_before_s = busy_s - job_s
+        others_s = busy_s - job_s - self._others_before_s
+        return math.inf if math.isnan(others_s) else others_s
+
     def _note_living(self, places: Sequence[int], rows: Rows) -> None:
         living, cpu_s = (array("d", rows[3][place]) for place in places)
         for at_ns, count, used_s in zip(array("q", rows[1]), living, cpu_s, strict=True):
@@ -510,6 +524,8 @@ class Recorder:
         watches: list[Callable[[Rows], None]] = []
         if self._claims is not None and kind in _OWN_PERIOD:
             watches.append(functools.partial(self._claims.take, lane))
+        if lane.name == "processes":
+            self._cpu_places = [names.index(wanted) for wanted in ("job/cpu", "system/busy")]
         if lane.name == "processes" and self.attached:
             places = [names.index(wanted) for wanted in ("job/processes", "job/cpu")]
             watches.append(functools.partial(self._note_living, places))

@@ -167,7 +167,8 @@ _OPTIONS = (
         "--period",
         envvar="PEPR_PERIOD",
         metavar="TIME",
-        help="Read every sensor this often [just after each of its refreshes]: 10ms.",
+        help="Read every sensor this often [just after each of its refreshes]: 10ms. Processes are "
+        "read 10 times a second at most.",
     ),
     click.option(
         "--overhead",
