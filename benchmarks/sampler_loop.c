@@ -3,8 +3,8 @@
 //
 //     sampler_loop PERIOD_NS SECONDS FILE...      PERIOD_NS 0: reads without sleeping
 //     sampler_loop PERIOD_NS SECONDS              only wakes up
-//     sampler_loop PERIOD_NS SECONDS nvml:LIBRARY     built with -DWITH_NVML: of each GPU, what the
-//                                                     product reads of an H100
+//     sampler_loop PERIOD_NS SECONDS nvml:LIBRARY [FILE]...   built with -DWITH_NVML: of each GPU,
+//                                                             what the product reads of an H100
 //
 // Prints: samples, CPU time of the loop (ns), time that it took (ns), lateness p50 and p99 (ns).
 #define _GNU_SOURCE
@@ -86,7 +86,7 @@ int main(int argc, char** argv) {
     const long long period_ns = atoll(argv[1]);
     const char* const kind = "nvml:";
     const int gpus = argc > 3 && strncmp(argv[3], kind, strlen(kind)) == 0;
-    const int files = gpus ? 0 : argc - 3;
+    const int first = gpus ? 4 : 3, files = argc - first;
     int* const fds = calloc((size_t)argc, sizeof *fds);
     if (gpus && !open_nvml(argv[3] + strlen(kind))) return 1;
     const double periods = period_ns > 0 ? atof(argv[2]) * 1e9 / (double)period_ns : (double)kMost;
@@ -95,7 +95,7 @@ int main(int argc, char** argv) {
     if (fds == NULL || late_ns == NULL) return 1;
     for (size_t i = 0; i < most; ++i) late_ns[i] = 0;  // pages are touched before the loop
     for (int i = 0; i < files; ++i)
-        if ((fds[i] = open(argv[i + 3], O_RDONLY | O_CLOEXEC)) < 0) return 1;
+        if ((fds[i] = open(argv[i + first], O_RDONLY | O_CLOEXEC)) < 0) return 1;
     prctl(PR_SET_TIMERSLACK, 1);
 
     const long long begin_ns = read_clock_ns(CLOCK_MONOTONIC);

@@ -10,6 +10,9 @@ namespace {
 // Rows of a finished batch: large enough that its 400 bytes of header do not matter.
 constexpr std::size_t kBatchRows = 1024;
 
+// Rows that are taken from a ring and written at a time: their memory is ours for ever.
+constexpr std::size_t kDrainRows = 256;
+
 // What the tail may hold before its rows are moved: a flush costs 50 bytes a channel beside its
 // numbers, and who uses 64 GPUs is told by 3,000 channels.
 constexpr std::size_t kTailBytes = 1 << 24;
@@ -50,10 +53,8 @@ void LaneFile::take(const RingView::Columns& columns, std::size_t rows) {
 
 void LaneFile::drain(const RingView& ring) {
     const Lock lock(mutex_);
-    for (;;) {
-        // Memory for what is there: of a lane with many channels a full batch is megabytes.
-        const auto rows = std::min<std::size_t>(ring.head() - cursor_, kBatchRows);
-        if (rows == 0) return;
+    while (ring.head() != cursor_) {
+        const auto rows = std::min<std::size_t>(ring.head() - cursor_, kDrainRows);
         ring_t_ns_.resize(rows);
         ring_read_ns_.resize(rows);
         columns_.resize(rows * width());
@@ -61,6 +62,7 @@ void LaneFile::drain(const RingView& ring) {
         std::uint64_t lost = 0;
         keep(out, ring.read(cursor_, out, lost));
         lost_ += lost;
+        if (error_ == 0) write();
     }
 }
 
@@ -78,22 +80,25 @@ void LaneFile::keep(const RingView::Columns& columns, std::size_t rows) {
 
 void LaneFile::flush(bool last) {
     const Lock lock(mutex_);
-    if (in_tail_ < t_ns_.size()) {
-        messages_.clear();
-        const std::size_t n = t_ns_.size() - in_tail_;
-        transpose(in_tail_, columns_);
-        const std::vector<std::uint32_t> skipped(n);
-        std::vector<ArrowColumn> columns{{&t_ns_[in_tail_], sizeof t_ns_[0]},
-                                         {&read_ns_[in_tail_], sizeof read_ns_[0]},
-                                         {skipped.data(), sizeof skipped[0]},
-                                         {&gap_ns_[in_tail_], sizeof gap_ns_[0]}};
-        for (std::size_t c = 0; c < width(); ++c)
-            columns.push_back({&columns_[c * n], sizeof columns_[0]});
-        append_batch(messages_, columns, n);
-        if (attempt(tail_.append(messages_))) in_tail_ = t_ns_.size();
-        if (t_ns_.size() >= kBatchRows || tail_.size() >= kTailBytes) consolidate();
-    }
+    write();
     if (last) end();
+}
+
+void LaneFile::write() {
+    const std::size_t n = t_ns_.size() - in_tail_;
+    if (n == 0) return;
+    transpose(in_tail_, columns_);
+    const std::vector<std::uint32_t> skipped(n);
+    std::vector<ArrowColumn> columns{{&t_ns_[in_tail_], sizeof t_ns_[0]},
+                                     {&read_ns_[in_tail_], sizeof read_ns_[0]},
+                                     {skipped.data(), sizeof skipped[0]},
+                                     {&gap_ns_[in_tail_], sizeof gap_ns_[0]}};
+    for (std::size_t c = 0; c < width(); ++c)
+        columns.push_back({&columns_[c * n], sizeof columns_[0]});
+    messages_.clear();
+    append_batch(messages_, columns, n);
+    if (attempt(tail_.append(messages_))) in_tail_ = t_ns_.size();
+    if (t_ns_.size() >= kBatchRows || tail_.size() >= kTailBytes) consolidate();
 }
 
 void LaneFile::end() {

@@ -30,8 +30,10 @@ public:
 
     std::size_t width() const noexcept { return how_.rules.size(); }
 
-    // Rows to be written at the next flush: given, or what a ring has since it was drained last.
+    // Rows to be written at the next flush.
     void take(const RingView::Columns& columns, std::size_t rows);
+
+    // Takes what a ring has since it was drained last, and writes it unless the disk is full.
     void drain(const RingView& ring);
 
     // Writes what was taken. `last`: as a large batch, and that is the end of the files.
@@ -44,6 +46,7 @@ public:
 
 private:
     void keep(const RingView::Columns& columns, std::size_t rows);
+    void write();
     void consolidate();
     void end();
     void give_up();
