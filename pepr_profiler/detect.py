@@ -1,4 +1,4 @@
-"""Which sensors to open on this machine, as which lanes, and what would unlock the rest.
+"""Which sensors to open on this machine, as which lanes, and what would unlock the rest: a daemon.
 
 Decided from the names of a few files and one attempt to open perf: a run waits for it.
 """
@@ -19,6 +19,11 @@ _PERIOD_NS = {"nvml": 10_000_000, "processes": 100_000_000, "nvml-processes": 50
 _OTHER_PERIOD_NS = 20_000_000
 """How often a lane is read until it knows its sensor's refreshes, and where each read brings news:
 RAPL is refreshed each millisecond, which is more than a phase's edge is worth."""
+
+SOCKET_VARIABLE = "PEPR_DAEMON"
+"""Where the node's daemon listens, instead of the usual places; "off": there is none."""
+
+SYSTEM_SOCKET = Path("/run/pepr-profiler/daemon.sock")
 
 _PROBE_NS = 3600 * 10**9  # a probe reads once
 _PROBE_TIMEOUT_S = 1.0
@@ -101,6 +106,29 @@ def with_process_lists(specs: Sequence[str]) -> tuple[str, ...]:
     nvml = [spec for spec in specs if kind_of(spec) == "nvml"]
     lists = ["nvml-processes" + spec.removeprefix("nvml") for spec in nvml]
     return (*specs, *(spec for spec in dict.fromkeys(lists) if spec not in specs))
+
+
+def socket_paths() -> list[Path]:
+    """Where a daemon may listen: the user's own comes first."""
+    given = os.environ.get(SOCKET_VARIABLE)
+    if given:
+        return [] if given == "off" else [Path(given)]
+    own = own_socket()
+    return [*([own] if own else []), SYSTEM_SOCKET]
+
+
+def sockets_there() -> list[Path]:
+    """Those of `socket_paths` where something is for us.
+
+    `su` leaves XDG_RUNTIME_DIR another user's, which we may not look into.
+    """
+    return [path for path in socket_paths() if os.path.exists(path)]  # noqa: PTH110  it never raises
+
+
+def own_socket() -> Path | None:
+    """Where a daemon of this user alone listens."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "pepr-profiler" / "daemon.sock" if runtime else None
 
 
 def kind_of(spec: str) -> str:

@@ -1,4 +1,4 @@
-"""The node's daemon as its clients know it: where it listens, what is said, and a lane of it.
+"""The node's daemon as its clients know it: what is said, and a lane of it.
 
 A lane of the daemon is read like one of our own: its ring is mapped read-only, its rows carry the
 same clock. What is said over the socket is documented in docs/daemon.md.
@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pepr_profiler import _core
+from pepr_profiler.detect import SOCKET_VARIABLE, sockets_there
 from pepr_profiler.errors import PeprError
 from pepr_profiler.record import Record
 from pepr_profiler.trace import Channel, boot_id
@@ -25,11 +26,6 @@ TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
     import socket  # 5 ms; most runs have no use for it
     from typing import Any
-
-SOCKET_VARIABLE = "PEPR_DAEMON"
-"""Where the daemon listens, instead of the usual places; "off": there is none."""
-
-SYSTEM_SOCKET = Path("/run/pepr-profiler/daemon.sock")
 
 VERSION = 1
 MOST_REQUEST_BYTES = 4096
@@ -43,29 +39,6 @@ _LAST_ROW_POLL_S = 0.002
 _MOST_CLOCK_OFFSET_NS = 1_000_000_000
 
 Batch = tuple[int, bytes, bytes, list[bytes]]
-
-
-def socket_paths() -> list[Path]:
-    """Where a daemon may listen: the user's own comes first."""
-    given = os.environ.get(SOCKET_VARIABLE)
-    if given:
-        return [] if given == "off" else [Path(given)]
-    own = own_socket()
-    return [*([own] if own else []), SYSTEM_SOCKET]
-
-
-def sockets_there() -> list[Path]:
-    """Those of `socket_paths` where something is for us.
-
-    `su` leaves XDG_RUNTIME_DIR another user's, which we may not look into.
-    """
-    return [path for path in socket_paths() if os.path.exists(path)]  # noqa: PTH110  it never raises
-
-
-def own_socket() -> Path | None:
-    """Where a daemon of this user alone listens."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "pepr-profiler" / "daemon.sock" if runtime else None
 
 
 class Connection:

@@ -25,11 +25,11 @@ from pepr_profiler.detect import (
     lane_names,
     place,
     remedy,
+    sockets_there,
     with_process_lists,
 )
 from pepr_profiler.errors import SensorError, TraceError, UsageError
 from pepr_profiler.neighbours import Neighbours, cuda_environments, run_around
-from pepr_profiler.node import Node, RemoteLane
 from pepr_profiler.record import Record
 from pepr_profiler.store import Store, recorder_lives
 from pepr_profiler.trace import (
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from pepr_profiler.claims import Claims
     from pepr_profiler.following import Targets
     from pepr_profiler.node import Batch as Rows
+    from pepr_profiler.node import Node, RemoteLane
 
     _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -158,7 +159,7 @@ class Recorder:
         budget, crew = _core.Budget(options.overhead), _core.Crew()
         self.news = _core.News()
         self._journal = _core.Journal(_JOURNAL_S, self.news)
-        self._node = Node()
+        self._node: Node | None = None  # made when there is one to ask
         self._samplers: dict[str, _core.Sampler | RemoteLane] = {
             name: _core.Sampler(
                 spec,
@@ -192,8 +193,9 @@ class Recorder:
                     "the run starts without it",
                     "it joins when it is ready; NVIDIA: sudo nvidia-smi -pm 1",
                 )
-        self._node.announce(self.directory.name)
-        if self._node.wants_claims:
+        if self._node is not None:
+            self._node.announce(self.directory.name)
+        if self._node is not None and self._node.wants_claims:
             from pepr_profiler.claims import Claims  # NumPy, which few runs need before their end
 
             self._claims = Claims()
@@ -246,8 +248,7 @@ class Recorder:
         if self._neighbours is not None:
             self._neighbours.on_gpu(self._on_gpu())
             self._neighbours.tick(self._others_cpu_s())
-        if self._claims is not None and (claim := self._claims.due()) is not None:
-            self._node.claim(*claim)
+        self._claim()
         if error is not None and not self._full:
             self.add_warning(
                 "disk-full",
@@ -279,9 +280,8 @@ class Recorder:
                 )
         self._journal.stop()
         self.flush()
-        if self._claims is not None and (claim := self._claims.due(last=True)) is not None:
-            self._node.claim(*claim)
-        for warning in self._node.close():
+        self._claim(last=True)
+        for warning in self._node.close() if self._node is not None else ():
             self.add_warning(*warning)
         if self._neighbours is not None:
             self._neighbours.end()
@@ -343,7 +343,8 @@ class Recorder:
         self._journal.stop()
         for writer in self._writers.values():
             writer.close()
-        self._node.close()
+        if self._node is not None:
+            self._node.close()
         if self.directory != Path():
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -381,7 +382,7 @@ class Recorder:
     def _take(self, name: str, writer: LaneWriter) -> None:
         """A lane's rows for those who watch them, and for the disk if its sampler is another's."""
         sampler, watches = self._samplers[name], self._watches[name]
-        remote = isinstance(sampler, RemoteLane)
+        remote = not isinstance(sampler, _core.Sampler)
         if not remote and not watches:
             return
         while (rows := sampler.read()) is not None:
@@ -393,7 +394,12 @@ class Recorder:
             writer.file.flush()
 
     def _remote_lanes(self) -> list[RemoteLane]:
-        return [lane for lane in self._samplers.values() if isinstance(lane, RemoteLane)]
+        return [lane for lane in self._samplers.values() if not isinstance(lane, _core.Sampler)]
+
+    def _claim(self, *, last: bool = False) -> None:
+        if self._claims is not None and (claim := self._claims.due(last=last)) is not None:
+            assert self._node is not None
+            self._node.claim(*claim)
 
     def _on_gpu(self) -> set[int]:
         """The PIDs in the newest rows of the lists; 0 and unknown are none."""
@@ -471,7 +477,7 @@ class Recorder:
             del self._samplers[name]
             # Without a driver its energy is missing, and that is said once.
             told = spec.replace("nvml-processes", "nvml") in (spec, *self._living_specs())
-            if told and not self._node.covers(spec):
+            if told and not (self._node is not None and self._node.covers(spec)):
                 self._add_missing(name, error)
             return True
         if any(is_denied(note.why) for note in sampler.notes) and self._through_daemon(name):
@@ -485,6 +491,12 @@ class Recorder:
 
     def _through_daemon(self, name: str) -> bool:
         """Reads through the node's daemon what we may not read; False if it does not, either."""
+        if self._node is None:
+            if not sockets_there():
+                return False
+            from pepr_profiler.node import Node
+
+            self._node = Node()
         lane = self._node.lane(self._specs[name], named=bool(self.options.sensors))
         if lane is None:
             return False
@@ -505,7 +517,7 @@ class Recorder:
             return None
         spec = self._specs[name]
         period_ns = self._period_ns(spec)
-        if isinstance(sampler, RemoteLane):
+        if not isinstance(sampler, _core.Sampler):
             period_ns = sampler.period_ns
         lane = Lane(name, spec, period_ns, describe(sampler.channels))
         try:
@@ -601,7 +613,7 @@ class Recorder:
                 **self._around,
                 "exit": self._exit,
                 "sampler": self._sampler_facts,
-                "daemon": self._node.facts(),
+                "daemon": self._node.facts() if self._node is not None else None,
                 "warnings": self.warnings,
             },
         }

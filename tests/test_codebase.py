@@ -65,6 +65,7 @@ PEERS = {
     "store": {"index", "summary"},
     "cohort": {"columns", "index", "jobs", "ranking"},
     "study": {"cohort", "index", "ranking", "store"},
+    "node": {"detect"},
     "claims": {"node"},
     "profiler": {"summary", "store", "detect", "node", "claims"},
 }

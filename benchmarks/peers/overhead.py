@@ -218,16 +218,14 @@ def at_rates(axis: Axis, hardware: Machine) -> Iterator[Row]:
             keep_up |= {name} if kept else set()
             note = "" if kept else f"not at this rate: it slept {sleeps_hz:.1f} times a second"
             yield axis.row(scenario, name, "CPU", "s/h", **figures(shares, 3600), note=note)
+
         # What this machine takes of anybody who wakes up so often, with one thread, and reads.
-        period_ns = round(1e9 / rate_hz)
-        reads = {BARE_WAKES: [], BARE_LOOP: [hardware.boards.spec, *zones]}
+        def share(reads: list[str], rate_hz: float = rate_hz, seconds: float = seconds) -> float:
+            return run_loop(loop, reads, round(1e9 / rate_hz), seconds).cpu_per_sample_s * rate_hz
+
+        all_reads = [hardware.boards.spec, *zones]
         bare = interleaved(
-            {
-                name: lambda what=what: (  # type: ignore[misc]
-                    run_loop(loop, what, period_ns, seconds).cpu_per_sample_s * rate_hz
-                )
-                for name, what in reads.items()
-            },
+            {BARE_WAKES: lambda: share([]), BARE_LOOP: lambda: share(all_reads)},  # noqa: B023
             rounds,
         )
         for name, shares in bare.items():

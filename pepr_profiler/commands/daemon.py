@@ -176,7 +176,8 @@ def stop(path: Path | None, /) -> None:
 
 def _ask(path: Path | None, operation: str) -> tuple[Path, dict[str, Any]]:
     """The answer of the daemon at `path`, or of the first one that is there."""
-    from pepr_profiler.node import Connection, close_all, socket_paths, sockets_there
+    from pepr_profiler.detect import socket_paths, sockets_there
+    from pepr_profiler.node import Connection, close_all
 
     paths = [path] if path else sockets_there()
     if not paths:

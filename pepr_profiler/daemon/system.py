@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pepr_profiler import _core
+from pepr_profiler.detect import SYSTEM_SOCKET, own_socket
 from pepr_profiler.errors import PeprError, UsageError
-from pepr_profiler.node import SYSTEM_SOCKET, own_socket
 
 ACCOUNT = "pepr-profiler"
 """Whom a daemon that root starts becomes, where the account exists; else `nobody`."""
