@@ -1,7 +1,9 @@
-"""What survives a killed profiler, torn and foreign files, an unwritable store, a full disk."""
+"""What survives a killed profiler, torn and foreign files, an unwritable store, a bad disk."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -307,6 +309,71 @@ def test_full_disk_costs_neither_the_child_nor_the_counters_energy(
     # every row waited in memory
     assert summary["sampler"]["dropped"] == 0
     assert "gap" not in codes(summary)
+
+
+@pytest.fixture
+def freezable_disk(cli: Cli) -> Iterator[Path]:
+    """A file system at the place of the store that can be frozen: who writes there, waits."""
+    image = cli.folder / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(32 << 20)
+    cli.store.mkdir()
+    steps = (
+        ["mkfs.ext4", "-q", str(image)],
+        ["mount", "-o", "loop", str(image), str(cli.store)],
+    )
+    for step in steps:
+        if shutil.which(step[0]) is None or subprocess.call(step, stderr=subprocess.DEVNULL) != 0:
+            pytest.skip("may not make a file system here (not root, or a container)")
+    yield cli.store
+    subprocess.run(["umount", "--lazy", str(cli.store)], check=True)
+
+
+FIFREEZE, FITHAW = 0xC0045877, 0xC0045878  # include/uapi/linux/fs.h
+
+RECORDS_ITSELF = """
+import sys, time
+from pepr_profiler import profile
+with profile("itself", store=sys.argv[1], sensors=(sys.argv[2],), period_s=0.01) as run:
+    longest_s, last_s = 0.0, time.monotonic()
+    until_s = last_s + 5.0
+    print(flush=True)
+    while last_s < until_s:
+        time.sleep(0.001)
+        longest_s, last_s = max(longest_s, time.monotonic() - last_s), time.monotonic()
+parts = {part["id"]: part for part in run.summary["energy"]["components"]}
+print(longest_s, run.summary["sampler"]["dropped"], parts["cpu:package-0"]["device_j"])
+print(*(warning["code"] for warning in run.summary["warnings"]))
+"""
+
+
+def test_a_disk_that_hangs_holds_up_neither_the_program_nor_the_sampling(
+    freezable_disk: Path, powercap_sim: BuildTree
+) -> None:
+    # given a program that records itself, and a disk that takes nothing for 3 s meanwhile
+    tree = powercap_sim(Zone("intel-rapl:0", "package-0", Constant(100)), live=True)
+    command = python(RECORDS_ITSELF, str(freezable_disk), tree.spec)
+    disk = os.open(freezable_disk, os.O_RDONLY)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+        try:
+            assert program.stdout is not None
+            program.stdout.readline()
+            time.sleep(1.0)
+            fcntl.ioctl(disk, FIFREEZE, 0)
+            time.sleep(3.0)
+            assert program.poll() is None
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(disk, FITHAW, 0)
+            os.close(disk)
+        figures, warnings = program.stdout.read().splitlines()
+    # then it did not wait for it, and every row is there
+    longest_s, dropped, package_j = map(float, figures.split())
+    assert program.returncode == 0
+    assert longest_s < 2.0
+    assert dropped == 0
+    assert not {"gap", "rows-lost"} & set(warnings.split())
+    assert package_j == pytest.approx(500, abs=60)
 
 
 def test_a_client_whose_disk_is_full_loses_no_energy_and_costs_the_daemon_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -180,3 +181,13 @@ def test_the_run_around_is_found_in_an_ancestor(
     assert run_around("PEPR_RUN_DIR", f"pids={child}") == "/runs/outer"
     monkeypatch.setenv("PEPR_RUN_DIR", "/runs/mine")
     assert run_around("PEPR_RUN_DIR", "children") == "/runs/mine"
+
+
+def test_nobody_is_looked_for_where_all_others_took_next_to_nothing() -> None:
+    notes: list[dict[str, Any]] = []
+    seen = Neighbours("self", notes.append)
+    seen.tick(0.0)  # the first look, for what had been used before
+    for others_s, told in ((0.0, 0), (math.inf, 1)):
+        seen._next_s = 0.0
+        seen.tick(others_s)
+        assert len(notes) == told

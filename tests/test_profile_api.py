@@ -58,6 +58,32 @@ def script(cli: Cli, code: str, *arguments: str, **options: Any) -> str:
 # --- a block of its own ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("period_s", "expected_s"), [(0.01, 0.1), (0.5, 0.5), (5.0, 1.0)])
+def test_processes_are_read_no_more_often_than_is_asked_for(
+    meter: str, period_s: float, expected_s: float
+) -> None:
+    with profile("seldom", sensors=[meter], period_s=period_s) as run:
+        wait_s(0.1)
+    assert LaneReader(run.directory, "processes").lane.period_ns == expected_s * 1e9
+
+
+def test_python_sleeps_while_there_is_nothing_to_look_at(meter: str) -> None:
+    with profile("quiet", sensors=[meter]) as run:
+        recorder = run._recorder
+        assert recorder is not None
+        with run._lock:
+            assert recorder.tick() >= 10.0
+        assert not recorder.news.wait(0.3)
+    with (
+        ended(subprocess.Popen(["sleep", "60"])) as other,
+        profile("attached", sensors=[meter], pids=[other.pid]) as run,
+    ):
+        recorder = run._recorder
+        assert recorder is not None
+        with run._lock:
+            assert recorder.tick() <= 0.5  # an end has to be noticed
+
+
 def test_phases_that_cover_the_run_have_all_of_its_energy(meter: str) -> None:
     with profile("covered", sensors=[meter]) as run:
         for _ in range(2):
