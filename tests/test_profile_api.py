@@ -132,8 +132,8 @@ def test_decorated_function_is_a_phase_each_time_it_runs(meter: str) -> None:
 def test_a_block_that_cannot_begin_leaves_no_lane_behind(
     meter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def threads() -> list[str]:
-        return sorted(task.name for task in Path("/proc/self/task").iterdir())
+    def threads() -> set[str]:
+        return {task.name for task in Path("/proc/self/task").iterdir()}
 
     # given no place at all for a run
     (tmp_path / "store").write_text("in the way")
@@ -141,8 +141,10 @@ def test_a_block_that_cannot_begin_leaves_no_lane_behind(
     before = threads()
     with pytest.raises((OSError, PeprError)) as kept, profile("nowhere", sensors=[meter]):
         pass
-    # then nothing samples, though the traceback is kept, as interpreters do
-    assert threads() == before, kept
+    # then nothing samples, though the traceback is kept, as interpreters do; the kernel shows a
+    # thread that has been joined for a moment more
+    until(lambda: threads() <= before)
+    del kept
 
 
 def test_log_takes_every_kind_of_number_and_the_last_one_counts(meter: str) -> None:
