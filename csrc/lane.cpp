@@ -12,7 +12,7 @@ namespace pepr {
 namespace {
 
 constexpr std::int64_t kRingNs = 4 * kNsPerS;  // what a stalled reader may miss without loss
-constexpr std::int64_t kMinRows = 1024;
+constexpr std::int64_t kMinRows = 64, kUsualRows = 1024, kUsualBytes = 1 << 20;
 constexpr std::int64_t kMaxRows = 1 << 20;
 constexpr std::int64_t kDutyFactor = 3;  // a lane that learns is in its driver a quarter at most
 
@@ -57,8 +57,12 @@ bool Lane::open() noexcept {
 }
 
 std::unique_ptr<Ring> Lane::make_ring(std::int64_t gap_ns) const {
-    const auto rows = std::clamp(kRingNs / gap_ns, kMinRows, kMaxRows);
-    return std::make_unique<Ring>(sensor_->channels().size(), static_cast<std::size_t>(rows));
+    const std::size_t width = sensor_->channels().size();
+    // Sooner or later a ring touches all of its memory.
+    const auto row_bytes = static_cast<std::int64_t>(8 * (width + 2));
+    const std::int64_t least = std::clamp(kUsualBytes / row_bytes, kMinRows, kUsualRows);
+    const auto rows = std::clamp(kRingNs / gap_ns, least, kMaxRows);
+    return std::make_unique<Ring>(width, static_cast<std::size_t>(rows));
 }
 
 void Lane::read(bool last, CpuLaps& laps) noexcept {
