@@ -11,7 +11,7 @@ namespace pepr {
 
 namespace {
 
-constexpr std::int64_t kRingNs = 4 * kNsPerS;  // what a stalled reader may miss without loss
+constexpr std::int64_t kRingNs = 2 * kNsPerS;  // what a stalled reader may miss without loss
 constexpr std::int64_t kMinRows = 64, kUsualRows = 1024, kUsualBytes = 1 << 20;
 constexpr std::int64_t kMaxRows = 1 << 20;
 constexpr std::int64_t kDutyFactor = 3;  // a lane that learns is in its driver a quarter at most
