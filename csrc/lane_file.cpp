@@ -31,6 +31,12 @@ std::uint32_t short_ns(std::int64_t ns) noexcept {
 }
 
 template <typename T>
+void make_room(std::vector<T>& column, std::size_t more) {
+    const std::size_t size = column.size() + more;
+    if (size > column.capacity()) column.reserve(std::max(size, 2 * column.capacity()));
+}
+
+template <typename T>
 std::vector<T> pick(const std::vector<T>& column, const std::vector<std::size_t>& rows) {
     std::vector<T> picked;
     picked.reserve(rows.size());
@@ -48,6 +54,7 @@ LaneFile::LaneFile(How how)
 
 void LaneFile::take(const RingView::Columns& columns, std::size_t rows) {
     const Lock lock(mutex_);
+    make_room(rows);
     keep(columns, rows);
 }
 
@@ -58,12 +65,21 @@ void LaneFile::drain(const RingView& ring) {
         ring_t_ns_.resize(rows);
         ring_read_ns_.resize(rows);
         columns_.resize(rows * width());
+        make_room(rows);
         const RingView::Columns out{ring_t_ns_.data(), ring_read_ns_.data(), columns_.data(), rows};
         std::uint64_t lost = 0;
         keep(out, ring.read(cursor_, out, lost));
         lost_ += lost;
         if (error_ == 0) write();
     }
+}
+
+// Where there is no memory, the ring has the rows still, and no column is longer than another.
+void LaneFile::make_room(std::size_t rows) {
+    pepr::make_room(t_ns_, rows);
+    pepr::make_room(read_ns_, rows);
+    pepr::make_room(gap_ns_, rows);
+    pepr::make_room(values_, rows * width());
 }
 
 void LaneFile::keep(const RingView::Columns& columns, std::size_t rows) {

@@ -45,6 +45,7 @@ public:
     std::uint64_t lost_rows() const noexcept { return lost_; }  // overwritten before we took them
 
 private:
+    void make_room(std::size_t rows);
     void keep(const RingView::Columns& columns, std::size_t rows);
     void write();
     void consolidate();
