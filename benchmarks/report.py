@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import UnmeasurableError, header, judge, main, product, show
-from pepr_profiler import _core, arrow
+from pepr_profiler import arrow
 from pepr_profiler.trace import Channel, Lane, LaneWriter, write_json
 
 ROWS = 4096
@@ -105,15 +105,23 @@ class WholeWriter:
     """A lane with every row, as a crash would leave none: the most that a reader can meet."""
 
     def __init__(self, directory: Path, lane: Lane) -> None:
+        import pyarrow as pa
+
         from pepr_profiler.trace import _schema_of
 
-        self._stream = (directory / f"{lane.name}.arrows").open("wb")
-        self._stream.write(arrow.schema_message(_schema_of(lane)))
+        self._schema = pa.ipc.read_schema(pa.py_buffer(arrow.schema_message(_schema_of(lane))))
+        self._stream = pa.ipc.new_stream(str(directory / f"{lane.name}.arrows"), self._schema)
 
     def write(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:
+        import pyarrow as pa
+
         rows = len(t_ns) // 8
         columns = [t_ns, read_ns, bytes(4 * rows), bytes(4 * rows), *values]
-        self._stream.write(_core.batch_message(columns, rows))
+        arrays = [
+            pa.Array.from_buffers(field.type, rows, [None, pa.py_buffer(column)])
+            for field, column in zip(self._schema, columns, strict=True)
+        ]
+        self._stream.write_batch(pa.record_batch(arrays, schema=self._schema))
 
     def close(self) -> None:
         self._stream.close()

@@ -15,7 +15,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "arrow.h"
 #include "journal.h"
 #include "lane_file.h"
 #include "news.h"
@@ -29,18 +28,6 @@ using pepr::News;
 using pepr::Sampler;
 
 namespace {
-
-py::bytes batch_message(const std::vector<std::string_view>& columns, std::size_t rows) {
-    std::vector<pepr::ArrowColumn> native;
-    for (const std::string_view column : columns) {
-        const std::size_t size = column.size() / std::max<std::size_t>(rows, 1);
-        if (size * rows != column.size()) throw py::value_error("columns differ in length");
-        native.push_back({column.data(), size});
-    }
-    std::string message;
-    pepr::append_batch(message, native, rows);
-    return message;
-}
 
 pepr::ThinRule rule_of(const std::pair<std::string, double>& rule) {
     using Kind = pepr::ThinRule::Kind;
@@ -113,7 +100,4 @@ void bind_files(py::module_& m) {
         .def_property_readonly("cpu_s", [](const Journal& journal) {
             return 1e-9 * static_cast<double>(journal.cpu_ns());
         });
-
-    m.def("batch_message", &batch_message, py::arg("columns"), py::arg("rows"),
-          "A record batch as a message of an Arrow IPC stream, see arrow.h.");
 }

@@ -1,8 +1,8 @@
 #include "journal.h"
 
 #include <atomic>
-#include <exception>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -53,8 +53,8 @@ struct Journal::State {
             wait_while(stopping, 0, due_ns);
             try {
                 flush();
-            } catch (const std::exception&) {
-                // No memory: the rings keep what there is until the next time.
+            } catch (const std::bad_alloc&) {
+                // The rings keep what there is until the next time; what they lose, is counted.
             }
             // Behind a disk that hung or a stopped process, what was missed is not made up for.
             if (now_ns() - due_ns > period_ns) due_ns = now_ns();

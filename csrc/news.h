@@ -1,7 +1,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdint>
+#include <system_error>
 
 #include <poll.h>
 #include <sys/eventfd.h>
@@ -16,7 +18,9 @@ namespace pepr {
 // so often. Raised by any thread, any number of times; heard once.
 class News {
 public:
-    News() : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
+    News() : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+        if (!event_) throw std::system_error(errno, std::generic_category(), "eventfd");
+    }
 
     void raise() const noexcept {
         const std::uint64_t one = 1;

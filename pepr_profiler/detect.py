@@ -1,4 +1,5 @@
-"""Which sensors to open on this machine, as which lanes, and what would unlock the rest: a daemon.
+"""Which sensors to open on this machine, as which lanes, what would unlock the rest, and where the
+node's daemon may listen, which has some of them.
 
 Decided from the names of a few files and one attempt to open perf: a run waits for it.
 """

@@ -75,6 +75,7 @@ _JOURNAL_S = 0.9
 """How often what was read is written down: a crash loses no more than 1 s."""
 
 _REMOTE_S, _IDLE_S = 1.0, 10.0
+"""How often it is to be called where we write down a daemon's lanes, and where nothing is to do."""
 
 _WORKS_S = 0.01  # a tenth of the process lane's period
 
@@ -216,7 +217,8 @@ class Recorder:
             "outer": _outer_facts(self._root),
         }
         self._write_run()
-        self._look()  # the journal begins
+        for name in list(self._samplers):
+            self._open_writer(name)  # the journal begins; who else computes, a first tick may tell
 
     def tick(self) -> float:
         """Looks at what neither sampler nor journal does; after how many seconds to do so again.
@@ -387,11 +389,9 @@ class Recorder:
             return
         while (rows := sampler.read()) is not None:
             if remote:
-                writer.file.take(*rows[1:])
+                writer.write(*rows[1:])
             for watch in watches:
                 watch(rows)
-        if remote:
-            writer.file.flush()
 
     def _remote_lanes(self) -> list[RemoteLane]:
         return [lane for lane in self._samplers.values() if not isinstance(lane, _core.Sampler)]
@@ -570,7 +570,7 @@ class Recorder:
             self.add_warning("unwritable", text, "free some space or check the permissions")
 
     def _own_cpu_s(self) -> float:
-        """A wrapper's CPU time besides its lanes. A program's own belongs to its job."""
+        """A wrapper's CPU time besides its lanes. Of a program, which is the job: the journal's."""
         if not self._dedicated:
             return self._journal.cpu_s
         lanes_s = sum(stats["cpu_s"] for stats in self._stats().values())
@@ -828,12 +828,11 @@ class Run:
     def _keep_looking(self) -> None:
         recorder, after_s = self._recorder, TICK_S
         assert recorder is not None
-        while True:
+        while not self._ending:  # asked behind each tick, which hears what was raised to end us
             recorder.news.wait(after_s)
-            if self._ending:
-                return
-            with self._lock:
-                after_s = recorder.tick()
+            if not self._ending:
+                with self._lock:
+                    after_s = recorder.tick()
 
     def _flush(self) -> None:
         if self._recorder is not None and self._pid == os.getpid() and not self._ending:

@@ -176,7 +176,7 @@ class Exit:
 
 def _next_deadline(deadline_ns: int, after_ns: int) -> int:
     """The next one of those `after_ns` apart; if the last was not awaited, they begin now."""
-    now_ns = time.monotonic_ns()
+    now_ns, after_ns = time.monotonic_ns(), max(after_ns, 1)
     if now_ns < deadline_ns:
         return now_ns + after_ns
     return deadline_ns + ((now_ns - deadline_ns) // after_ns + 1) * after_ns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,28 @@ END = b"\xff\xff\xff\xff" + bytes(4)
 """What Arrow has at the end of a stream."""
 
 FORMS = ("<i8", "<u4", "<i4", "<u8", "<f4", "<f8", "<i2", "<u1")
+OF_A_LANE = ("<i8", "<u4", "<u4", "<u4")  # before its channels, which are "<f8"
 ROWS = (1, 7, 8, 1000)
 
 
-def schema(columns: int) -> Schema:
+def schema(columns: int, *, forms: Sequence[str] = FORMS) -> Schema:
     """Names and facts of all lengths: what follows them lies at every remainder of 8."""
     return Schema(
         tuple(
             Column(
                 "µ" * (n % 9) + f"c{n}",
-                FORMS[n % len(FORMS)],
+                forms[n % len(forms)],
                 {"a" * m: "b" * n for m in range(n % 5)},
             )
             for n in range(columns)
         ),
         {"x" * n: "ü" * n for n in range(columns % 7)},
     )
+
+
+def of_a_lane(channels: int) -> Schema:
+    columns = len(OF_A_LANE) + channels
+    return schema(columns, forms=(*OF_A_LANE, *["<f8"] * channels))
 
 
 def numbers(about: Schema, rows: int) -> list[np.ndarray[Any, Any]]:
@@ -42,18 +49,35 @@ def numbers(about: Schema, rows: int) -> list[np.ndarray[Any, Any]]:
     ]
 
 
-def stream(about: Schema) -> bytes:
-    batches = (
-        _core.batch_message([c.tobytes() for c in numbers(about, rows)], rows) for rows in ROWS
-    )
-    return b"".join((arrow.schema_message(about), *batches, END))
+def written(about: Schema, folder: Path) -> list[tuple[bytes, list[np.ndarray[Any, Any]]]]:
+    """What the recorder writes of some rows at a time: each message, and what it should tell."""
+    rules = [("hold", 0.0)] * (len(about.columns) - len(OF_A_LANE))
+    file = _core.LaneFile(str(folder / "lane"), arrow.schema_message(about), rules)
+    tail, size = folder / "lane.tail.arrows", len(arrow.schema_message(about))
+    messages, before_ns = [], None
+    for rows in ROWS:
+        t_ns, read_ns, skipped, gap_ns, *values = numbers(about, rows)
+        t_ns += 1000 * len(messages)
+        file.take(t_ns.tobytes(), read_ns.tobytes(), [column.tobytes() for column in values])
+        file.flush()
+        data = tail.read_bytes()
+        gaps_ns = np.diff(t_ns, prepend=t_ns[0] if before_ns is None else before_ns)
+        skipped[:], gap_ns[:], before_ns = 0, np.maximum(gaps_ns, 0), t_ns[-1]
+        messages.append((data[size:], [t_ns, read_ns, skipped, gap_ns, *values]))
+        size = len(data)
+    return messages
 
 
-@pytest.mark.parametrize("columns", range(1, 40))
-def test_pyarrow_reads_what_is_written(columns: int) -> None:
+def stream(about: Schema, messages: Sequence[tuple[bytes, Any]]) -> bytes:
+    return b"".join((arrow.schema_message(about), *(message for message, _ in messages), END))
+
+
+@pytest.mark.parametrize("channels", range(40))
+def test_pyarrow_reads_what_is_written(tmp_path: Path, channels: int) -> None:
     ipc = pytest.importorskip("pyarrow.ipc")
-    about = schema(columns)
-    with ipc.open_stream(stream(about)) as reader:
+    about = of_a_lane(channels)
+    messages = written(about, tmp_path)
+    with ipc.open_stream(stream(about, messages)) as reader:
         told = reader.schema
         batches = list(reader)
     assert [(f.name, np.dtype(f.type.to_pandas_dtype()).str.replace("|", "<")) for f in told] == [
@@ -64,20 +88,31 @@ def test_pyarrow_reads_what_is_written(columns: int) -> None:
         facts = {k.decode(): v.decode() for k, v in (field.metadata or {}).items()}
         assert facts == column.facts
     assert {k.decode(): v.decode() for k, v in (told.metadata or {}).items()} == about.facts
-    for batch, rows in zip(batches, ROWS, strict=True):
+    for batch, (_, told_of) in zip(batches, messages, strict=True):
         batch.validate(full=True)
-        for read, written in zip(batch.columns, numbers(about, rows), strict=True):
-            np.testing.assert_array_equal(read.to_numpy(), written)
+        for read, expected in zip(batch.columns, told_of, strict=True):
+            np.testing.assert_array_equal(read.to_numpy(), expected)
+
+
+@pytest.mark.parametrize("columns", range(1, 40))
+def test_pyarrow_reads_a_schema_of_every_kind(columns: int) -> None:
+    ipc, pa = pytest.importorskip("pyarrow.ipc"), pytest.importorskip("pyarrow")
+    about = schema(columns)
+    told = ipc.read_schema(pa.py_buffer(arrow.schema_message(about)))
+    assert [(f.name, np.dtype(f.type.to_pandas_dtype()).str.replace("|", "<")) for f in told] == [
+        (c.name, c.form) for c in about.columns
+    ]
 
 
 def test_nanoarrow_reads_what_is_written(tmp_path: Path) -> None:
     na = pytest.importorskip("nanoarrow")
-    about = Schema(tuple(c for c in schema(16).columns if c.form[1:] != "u1"), {"pepr": "1"})
-    (tmp_path / "s.arrows").write_bytes(stream(about))
+    about = of_a_lane(12)
+    messages = written(about, tmp_path)
+    (tmp_path / "s.arrows").write_bytes(stream(about, messages))
     read = na.ArrayStream.from_path(str(tmp_path / "s.arrows")).read_all()
     for at, column in enumerate(about.columns):
-        written = np.concatenate([numbers(about, rows)[at] for rows in ROWS])
-        assert read.child(at).to_pylist() == written.tolist(), column
+        expected = np.concatenate([told_of[at] for _, told_of in messages])
+        assert read.child(at).to_pylist() == expected.tolist(), column
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 30])
@@ -114,18 +149,18 @@ def test_batches_of_another_kind_are_not_misread(how: str) -> None:
     assert list(arrow.read_batches(sink.getvalue(), ["<f8"])) == []
 
 
-def test_a_stream_comes_back_up_to_where_it_is_torn() -> None:
-    about = schema(5)
-    data, forms = stream(about), [c.form for c in about.columns]
-    begin = len(arrow.schema_message(about))
-    whole = [begin]
-    for rows in ROWS:
-        columns = [c.tobytes() for c in numbers(about, rows)]
-        whole.append(whole[-1] + len(_core.batch_message(columns, rows)))
+def test_a_stream_comes_back_up_to_where_it_is_torn(tmp_path: Path) -> None:
+    about = of_a_lane(1)
+    forms, whole = [c.form for c in about.columns], [len(arrow.schema_message(about))]
+    data = arrow.schema_message(about)
+    for message, _ in written(about, tmp_path):
+        data += message
+        whole.append(len(data))
+    data += END
     for size in [*range(0, whole[2]), len(data)]:
         read = [len(batch[0]) for batch in arrow.read_batches(data[:size], forms)]
         assert read == [rows for rows, end in zip(ROWS, whole[1:], strict=True) if end <= size]
-        assert (arrow.read_schema(data[:size]) is not None) == (size >= begin)
+        assert (arrow.read_schema(data[:size]) is not None) == (size >= whole[0])
 
 
 @pytest.mark.parametrize(
@@ -136,12 +171,13 @@ def test_what_is_no_stream_is_refused(data: bytes) -> None:
         arrow.read_schema(data)
 
 
-def test_a_batch_cannot_claim_more_than_there_is() -> None:
-    # given a batch of 8 numbers that says it has others
-    about = Schema((Column("a", "<f8", {}),), {})
-    begin, batch = arrow.schema_message(about), _core.batch_message([bytes(64)], 8)
+def test_a_batch_cannot_claim_more_than_there_is(tmp_path: Path) -> None:
+    # given a batch of 8 rows that says it has others
+    about = of_a_lane(0)
+    begin, forms = arrow.schema_message(about), [c.form for c in about.columns]
+    batch = written(about, tmp_path)[ROWS.index(8)][0]
     at = batch.index(struct.pack("<q", 8))
-    for rows in (9, -1, 2**62, -(2**63)):
+    for rows in (1000, -1, 2**62, -(2**63)):
         data = begin + batch[:at] + struct.pack("<q", rows) + batch[at + 8 :]
-        assert list(arrow.read_batches(data, ["<f8"])) == []
-    assert [len(b[0]) for b in arrow.read_batches(begin + batch, ["<f8"])] == [8]
+        assert list(arrow.read_batches(data, forms)) == []
+    assert [len(b[0]) for b in arrow.read_batches(begin + batch, forms)] == [8]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,21 @@ def test_processes_are_read_no_more_often_than_is_asked_for(
     with profile("seldom", sensors=[meter], period_s=period_s) as run:
         wait_s(0.1)
     assert LaneReader(run.directory, "processes").lane.period_ns == expected_s * 1e9
+
+
+def test_a_block_ends_though_its_end_is_heard_by_a_look_that_had_begun(meter: str) -> None:
+    run = profile("raced", sensors=[meter])
+    run.__enter__()
+    assert run._recorder is not None
+    # given a look that has begun, and will hear what is raised until it gets the lock
+    run._lock.acquire()
+    run._recorder.news.raise_()
+    wait_s(0.2)
+    threading.Timer(0.3, run._lock.release).start()
+    begin_s = time.monotonic()
+    run.__exit__(None, None, None)
+    assert time.monotonic() - begin_s < 5.0  # and not when it would look again
+    assert run.summary["complete"]
 
 
 def test_python_sleeps_while_there_is_nothing_to_look_at(meter: str) -> None:

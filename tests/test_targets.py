@@ -669,6 +669,26 @@ def test_frozen_child_does_not_freeze_the_profiler(wrapper: Wrapper, log: Log) -
     assert process.wait(PATIENCE_S) == 0
 
 
+def test_who_has_no_descriptor_left_hears_signals_and_returns_to_look_for_news() -> None:
+    script = """
+import os, resource, signal, time
+from pepr_profiler import _core
+news = _core.News()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+lowest = os.open("/dev/null", os.O_RDONLY)
+os.close(lowest)
+resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, lowest))
+for sent in (True, False):
+    if sent:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    begin_s = time.monotonic()
+    found = _core.wait_signal([signal.SIGUSR1], time.monotonic_ns() + 60 * 10**9, news)
+    print(found and found[0], time.monotonic() - begin_s < 30)
+"""
+    done = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(int(signal.SIGUSR1)), "True", "None", "True"]
+
+
 def test_a_stop_that_outlasts_the_deadline_is_no_signal(wrapper: Wrapper) -> None:
     # given a process that waits for one signal, 10 ms at a time (signal.sigtimedwait() would
     # then return whatever was in its memory, SIGQUIT for example)
