@@ -10,36 +10,52 @@ namespace pepr {
 namespace {
 
 constexpr std::int64_t kWindowNs = kNsPerS;
+constexpr double kGiveWay = 4.0;
 
 }  // namespace
 
-bool Throttle::read(std::int64_t t_ns) noexcept {
+void Budget::want(bool gives_way, std::int64_t by_ppb) noexcept {
+    (gives_way ? give_way_ppb_ : follow_ppb_).fetch_add(by_ppb, std::memory_order_relaxed);
+}
+
+double Budget::stretch(bool gives_way) const noexcept {
+    const auto follow = static_cast<double>(follow_ppb_.load(std::memory_order_relaxed));
+    const auto give_way = static_cast<double>(give_way_ppb_.load(std::memory_order_relaxed));
+    if (follow + give_way <= limit_ppb_) return 1.0;
+    if (follow + give_way / kGiveWay <= limit_ppb_)
+        return gives_way ? give_way / (limit_ppb_ - follow) : 1.0;
+    const double all = (follow + give_way) / limit_ppb_;
+    if (gives_way || all >= kGiveWay) return std::max(all, kGiveWay);
+    return follow / (limit_ppb_ - give_way / kGiveWay);
+}
+
+bool Throttle::read(std::int64_t t_ns, bool held) noexcept {
     if (begin_ns_ < 0) begin_ns_ = t_ns;
     ++reads_;
+    if (held) ++held_;
     return t_ns - begin_ns_ >= kWindowNs && reads_ > 1;
 }
 
-void Throttle::account(std::int64_t t_ns, std::int64_t cpu_ns) noexcept {
+void Throttle::account(std::int64_t t_ns, std::int64_t cpu_ns, bool gives_way) noexcept {
     if (begin_cpu_ns_ >= 0 && budget_ != nullptr && reads_ > 0) {  // the last sample accounts twice
-        const std::int64_t spacing_ns = (t_ns - begin_ns_) / reads_;
         // What it would like: the spacing while it is not held back, remembered while it is.
-        if (spacing_ns > gap_ns_ + gap_ns_ / 8) wanted_ns_ = std::max<std::int64_t>(spacing_ns, 1);
+        if (2 * held_ < reads_) wanted_ns_ = std::max<std::int64_t>((t_ns - begin_ns_) / reads_, 1);
         const std::int64_t read_cpu_ns = (cpu_ns - begin_cpu_ns_) / reads_;
-        want(read_cpu_ns * kNsPerS / wanted_ns_);
-        const auto stretch =
-            static_cast<double>(budget_->wanted_ppb.load(std::memory_order_relaxed)) /
-            static_cast<double>(budget_->limit_ppb);
+        want(gives_way, read_cpu_ns * kNsPerS / wanted_ns_);
+        const double stretch = budget_->stretch(gives_way);
         const double gap_ns = stretch > 1.0 ? stretch * static_cast<double>(wanted_ns_) : 0.0;
         gap_ns_ = static_cast<std::int64_t>(std::min(gap_ns, static_cast<double>(kLongestGapNs)));
     }
     begin_ns_ = t_ns;
     begin_cpu_ns_ = cpu_ns;
-    reads_ = 0;
+    reads_ = held_ = 0;
 }
 
-void Throttle::want(std::int64_t ppb) noexcept {
+void Throttle::want(bool gives_way, std::int64_t ppb) noexcept {
     if (budget_ == nullptr) return;
-    budget_->wanted_ppb.fetch_add(ppb - wanted_ppb_, std::memory_order_relaxed);
+    budget_->want(gives_way_, -wanted_ppb_);
+    budget_->want(gives_way, ppb);
+    gives_way_ = gives_way;
     wanted_ppb_ = ppb;
 }
 

@@ -8,36 +8,49 @@
 namespace pepr {
 
 // CPU time that the lanes of a recording may take together, as a share of one core.
-struct Budget {
-    explicit Budget(double share) : limit_ppb(static_cast<std::int64_t>(share * 1e9)) {}
-    const std::int64_t limit_ppb;
-    // What the lanes would take unstretched; a sum in which each lane keeps its part: relaxed.
-    std::atomic<std::int64_t> wanted_ppb{0};
+//
+// Where they would take more, those that wait for no refresh give way first, up to a fourth of
+// their rate: read less often they lose resolution, where a lane that follows refreshes loses the
+// knowledge of when they come. Then those, to a fourth too, then all alike.
+class Budget {
+public:
+    explicit Budget(double share) : limit_ppb_(share * 1e9) {}
+    double limit_ppb() const noexcept { return limit_ppb_; }
+    // Changes what the lanes that follow refreshes, or those that give way, would like to take.
+    void want(bool gives_way, std::int64_t by_ppb) noexcept;
+    // How many times further apart such a lane is to be read.
+    double stretch(bool gives_way) const noexcept;
+
+private:
+    const double limit_ppb_;
+    // Sums in which each lane keeps its part: relaxed.
+    std::atomic<std::int64_t> follow_ppb_{0}, give_way_ppb_{0};
 };
 
-// One lane's part in a budget. Where the lanes would take more than they may, all are stretched by
-// the same factor: the budget is split by need. Windows of at least 1 s; the first second, in which
-// drivers warm up and cadences are learnt, is not counted.
+// One lane's part in a budget. Windows of at least 1 s; the first second, in which drivers warm up
+// and cadences are learnt, is not counted.
 class Throttle {
 public:
     explicit Throttle(std::shared_ptr<Budget> budget) : budget_(std::move(budget)) {}
-    ~Throttle() { want(0); }
+    ~Throttle() { want(gives_way_, 0); }
     Throttle(const Throttle&) = delete;
     Throttle& operator=(const Throttle&) = delete;
 
-    // Counts a read that ended at t_ns. True once a window is full: `account` wants to be called.
-    bool read(std::int64_t t_ns) noexcept;
-    // The lane's thread had used cpu_ns of CPU time at t_ns.
-    void account(std::int64_t t_ns, std::int64_t cpu_ns) noexcept;
+    // Counts a read that ended at t_ns, and was put off by `gap_ns` if `held`. True once a window
+    // is full: `account` wants to be called.
+    bool read(std::int64_t t_ns, bool held) noexcept;
+    // The lane's thread had used cpu_ns of CPU time at t_ns. `gives_way`: it waits for no refresh.
+    void account(std::int64_t t_ns, std::int64_t cpu_ns, bool gives_way) noexcept;
     // What must lie between the beginnings of two reads; 0: whatever is wanted.
     std::int64_t gap_ns() const noexcept { return gap_ns_; }
 
 private:
-    void want(std::int64_t ppb) noexcept;
+    void want(bool gives_way, std::int64_t ppb) noexcept;
 
     std::shared_ptr<Budget> budget_;
-    std::int64_t begin_ns_ = -1, begin_cpu_ns_ = -1, reads_ = 0;
+    std::int64_t begin_ns_ = -1, begin_cpu_ns_ = -1, reads_ = 0, held_ = 0;
     std::int64_t wanted_ns_ = 1, wanted_ppb_ = 0, gap_ns_ = 0;
+    bool gives_way_ = false;
 };
 
 }  // namespace pepr

@@ -78,7 +78,7 @@ void Lane::read(bool last, CpuLaps& laps) noexcept {
             coarse_ring_->push(begin_ns, took_ns_, told);
     if (!begun_) due_ns_ = begin_ns;
     count(begin_ns - due_ns_);
-    if (throttle_.read(end_ns) || last) meter(end_ns, laps);
+    if (throttle_.read(end_ns, held_) || last) meter(end_ns, laps);
     if (!begun_) {
         charge(laps);
         enter(State::kRunning);
@@ -118,6 +118,7 @@ bool Lane::can_wait() const noexcept {
 std::int64_t Lane::next_on_grid(std::int64_t begin_ns, std::int64_t end_ns) noexcept {
     const std::int64_t period_ns = how_.period_ns, gap_ns = throttle_.gap_ns();
     const std::int64_t step_ns = std::max(period_ns, gap_ns);
+    held_ = gap_ns > period_ns;
     std::int64_t from_ns = due_ns_;
     if (can_wait())
         from_ns = begin_ns;
@@ -140,7 +141,10 @@ std::int64_t Lane::follow(std::int64_t begin_ns, std::int64_t end_ns) noexcept {
     refresh_ns_.store(cadence_->refresh_ns(), std::memory_order_relaxed);
     // Drivers hold locks while they read, which the program may be waiting for.
     const std::int64_t free_ns = end_ns + kDutyFactor * (end_ns - begin_ns);
-    return std::max({cadence_->next_ns(), begin_ns + throttle_.gap_ns(), free_ns});
+    const std::int64_t wanted_ns = std::max(cadence_->next_ns(), free_ns);
+    const std::int64_t allowed_ns = begin_ns + std::min(throttle_.gap_ns(), cadence_->longest_ns());
+    held_ = allowed_ns > wanted_ns;
+    return std::max(wanted_ns, allowed_ns);
 }
 
 void Lane::charge(CpuLaps& laps) noexcept {
@@ -149,7 +153,7 @@ void Lane::charge(CpuLaps& laps) noexcept {
 
 void Lane::meter(std::int64_t t_ns, CpuLaps& laps) noexcept {
     charge(laps);
-    throttle_.account(t_ns, cpu_ns_.load(std::memory_order_relaxed));
+    throttle_.account(t_ns, cpu_ns_.load(std::memory_order_relaxed), can_wait());
     gap_ns_.store(throttle_.gap_ns(), std::memory_order_relaxed);
 }
 

@@ -124,7 +124,7 @@ private:
     std::optional<Cadence> cadence_;
     Throttle throttle_;
     std::int64_t due_ns_ = 0, earliest_ns_ = 0, latest_ns_ = 0, took_ns_ = 0;
-    bool begun_ = false;
+    bool begun_ = false, held_ = false;  // held: the budget put off what is due
 
     // Written by the reader before `state_` leaves kOpening (release), read after (acquire).
     std::unique_ptr<Sensor> sensor_;

@@ -550,18 +550,25 @@ void cadence_is_not_misled_by_unknown_values() {
 }
 
 // Lanes in virtual time, each read costing its CPU time: what they use together, from 10 s on.
-double used_share(pepr::Budget* budget_limits, const std::vector<std::pair<double, double>>& lanes,
+struct VirtualLane {
+    double period_ms, cost_us;
+    bool gives_way = false;
+};
+
+double used_share(double limit, const std::vector<VirtualLane>& lanes,
                   std::vector<double>* rates = nullptr) {
-    const std::shared_ptr<pepr::Budget> budget(budget_limits);
+    const auto budget = std::make_shared<pepr::Budget>(limit);
     struct Lane {
         std::unique_ptr<pepr::Throttle> throttle;
-        std::int64_t period_ns, cost_ns, next_ns = 0, cpu_ns = 0, counted_ns = 0, reads = 0;
+        std::int64_t period_ns, cost_ns;
+        bool gives_way;
+        std::int64_t next_ns = 0, cpu_ns = 0, counted_ns = 0, reads = 0;
     };
     std::vector<Lane> all;
-    for (const auto& [period_ms, cost_us] : lanes)
+    for (const auto& [period_ms, cost_us, gives_way] : lanes)
         all.push_back({std::make_unique<pepr::Throttle>(budget),
                        static_cast<std::int64_t>(1e6 * period_ms),
-                       static_cast<std::int64_t>(1e3 * cost_us)});
+                       static_cast<std::int64_t>(1e3 * cost_us), gives_way});
     constexpr std::int64_t kEndNs = 60 * kNsPerS, kFromNs = 10 * kNsPerS;
     for (;;) {
         Lane& lane = *std::min_element(all.begin(), all.end(), [](const Lane& a, const Lane& b) {
@@ -574,7 +581,9 @@ double used_share(pepr::Budget* budget_limits, const std::vector<std::pair<doubl
             lane.counted_ns += lane.cost_ns;
             ++lane.reads;
         }
-        if (lane.throttle->read(t_ns)) lane.throttle->account(t_ns, lane.cpu_ns);
+        const bool held = lane.throttle->gap_ns() > lane.period_ns;
+        if (lane.throttle->read(t_ns, held))
+            lane.throttle->account(t_ns, lane.cpu_ns, lane.gives_way);
         lane.next_ns = t_ns + std::max(lane.period_ns, lane.throttle->gap_ns());
     }
     double sum_ns = 0;
@@ -586,24 +595,61 @@ double used_share(pepr::Budget* budget_limits, const std::vector<std::pair<doubl
 }
 
 void budget_is_kept_by_stretching_all_lanes_alike() {
-    // given lanes that would take 2 %, 1 % and 0.1 % of a core
+    // given lanes that would take 2 %, 1 % and 0.1 % of a core, of whatever kind
+    for (const bool gives_way : {false, true}) {
+        std::vector<double> rates;
+        const double used =
+            used_share(0.005, {{20, 400, gives_way}, {10, 100}, {100, 100}}, &rates);
+        CHECK(used <= 0.0051 && used > 0.004);
+        CHECK(std::abs(rates[1] / rates[0] - 2) < 0.3 && std::abs(rates[1] / rates[2] - 10) < 1.5);
+    }
+}
+
+void budget_is_kept_by_those_that_wait_for_no_refresh_first() {
+    // given 0.1 % for a lane that follows refreshes, 0.6 % for two that do not
     std::vector<double> rates;
-    const double used =
-        used_share(new pepr::Budget(0.005), {{20, 400}, {10, 100}, {100, 100}}, &rates);
-    CHECK(used <= 0.0051 && used > 0.004);
-    CHECK(std::abs(rates[1] / rates[0] - 2) < 0.3 && std::abs(rates[1] / rates[2] - 10) < 1.5);
+    double used = used_share(0.005, {{100, 100}, {20, 100, true}, {100, 100, true}}, &rates);
+    CHECK(used <= 0.0051 && used > 0.0045);
+    CHECK(std::abs(rates[0] - 10) < 0.1);
+    CHECK(std::abs(rates[1] - 50 / 1.5) < 1 && std::abs(rates[2] - 10 / 1.5) < 0.5);
+
+    // given 0.8 % and 0.4 %: a fourth of that is what these come down to
+    rates.clear();
+    used = used_share(0.005, {{100, 800}, {20, 80, true}}, &rates);
+    CHECK(used <= 0.0051 && used > 0.0045);
+    CHECK(std::abs(rates[0] - 5) < 0.3 && std::abs(rates[1] - 12.5) < 0.5);
+}
+
+void budget_follows_what_a_lane_would_like() {
+    // given a lane that is held back, and then wants less than it may
+    const auto budget = std::make_shared<pepr::Budget>(0.005);
+    pepr::Throttle throttle(budget);
+    std::int64_t t_ns = 0, cpu_ns = 0;
+    const auto live = [&](std::int64_t wanted_ns, std::int64_t until_ns) {
+        for (; t_ns < until_ns; t_ns += std::max(wanted_ns, throttle.gap_ns())) {
+            cpu_ns += 200'000;
+            if (throttle.read(t_ns, throttle.gap_ns() > wanted_ns))
+                throttle.account(t_ns, cpu_ns, false);
+        }
+    };
+    live(10 * kMs, 10 * kNsPerS);
+    CHECK(near(throttle.gap_ns(), 40 * kMs, 0.05));
+    live(50 * kMs, 20 * kNsPerS);
+    CHECK(throttle.gap_ns() == 0);
+    live(10 * kMs, 30 * kNsPerS);
+    CHECK(near(throttle.gap_ns(), 40 * kMs, 0.05));
 }
 
 void budget_that_suffices_stretches_nothing() {
     std::vector<double> rates;
-    const double used = used_share(new pepr::Budget(0.005), {{20, 20}, {100, 100}}, &rates);
+    const double used = used_share(0.005, {{20, 20}, {100, 100}}, &rates);
     CHECK(std::abs(used - 0.002) < 1e-4);
     CHECK(std::abs(rates[0] - 50) < 0.1 && std::abs(rates[1] - 10) < 0.1);
 }
 
 void budget_too_small_still_reads_before_a_gap() {
     std::vector<double> rates;
-    used_share(new pepr::Budget(0.0001), {{20, 5000}}, &rates);
+    used_share(0.0001, {{20, 5000}}, &rates);
     CHECK(rates[0] > 1.0);
 }
 
@@ -614,7 +660,7 @@ void budget_does_not_count_the_start() {
     for (std::int64_t t_ns = 0; t_ns <= 5 * kNsPerS; t_ns += 10 * kMs) {
         const std::int64_t cpu_ns =
             std::min(t_ns, kNsPerS) / 2 + std::max<std::int64_t>(0, t_ns - kNsPerS) / 1000;
-        if (throttle.read(t_ns)) throttle.account(t_ns, cpu_ns);
+        if (throttle.read(t_ns, false)) throttle.account(t_ns, cpu_ns, false);
         CHECK(throttle.gap_ns() == 0);
     }
 }
@@ -1675,6 +1721,8 @@ constexpr Test kTests[] = {
     TEST(cadence_never_sleeps_through_half_a_range),
     TEST(cadence_is_not_misled_by_unknown_values),
     TEST(budget_is_kept_by_stretching_all_lanes_alike),
+    TEST(budget_is_kept_by_those_that_wait_for_no_refresh_first),
+    TEST(budget_follows_what_a_lane_would_like),
     TEST(budget_that_suffices_stretches_nothing),
     TEST(budget_too_small_still_reads_before_a_gap),
     TEST(budget_does_not_count_the_start),

@@ -391,7 +391,7 @@ def slowdown(axis: Axis, hardware: Machine) -> Iterator[Row]:
     for tool in axis.tools.values():
         if not tool.tool.takes_rate:
             continue  # it does nothing between the edges of a window
-        opened = ["--driver", tool.driver()[1], "--import", MODULES.get(tool.name, "json")]
+        opened = ["--driver", tool.driver()[1]]
         for way in ways(tool, scratch):
             options = ["--wrapped"] if way.wrapper else opened
             beside.append((tool.name, way, tool.python, options))

@@ -5,24 +5,33 @@ Standard library only, besides what lies in the folders that --packages names: t
     work.py --wrapped                        its wrapper is our parent
     work.py                                  no tool: what differs all the same
 
-In code two forks of one process take turns, with the tool and without, the other one stopped
-(SIGSTOP). A wrapper is stopped for the segments without it. The work runs as a user's would: on
-any CPU, with as many threads as torch takes by itself (--threads N: others). Prints a JSON line:
+For the segments without it a tool stands still: of one in code the threads (ptrace) and processes
+that it has started, of one around the command the wrapper (SIGSTOP). The work runs as a user's
+would: on any CPU, with as many threads as torch takes by itself (--threads N: others). Prints a
+JSON line:
 {"pairs": [[seconds a piece without, with, CPU of the tool as a share of a core], ...]}
 or {"failed": why}; with --windows {"window_s": [...], "phase_s": [...]}.
 """
 
 import argparse
 import contextlib
+import ctypes
+import errno
 import importlib
 import json
 import os
+import select
 import signal
 import sys
 import time
 from pathlib import Path
 
 SETTLED_S = 2.5  # by then cadences are learnt and what is done once is done
+PATIENCE_S = 20.0
+
+# linux/ptrace.h, linux/wait.h
+PTRACE_CONT, PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 7, 17, 0x4206, 0x4207
+WAIT_ALL = 0x40000000
 
 
 def training(threads):
@@ -84,78 +93,128 @@ def open_tool(driver, rate_hz):
 
 
 class Worker:
-    """A fork that does segments on command, and stands still (SIGSTOP) in between: it, its threads
-    and what they started. With a driver it opens the tool first, and is given time to settle. The
-    work is made in the fork: OpenMP's threads do not survive one."""
+    """A fork that does the work with the tool open in it, in segments on command. We can stop the
+    tool alone: its threads, which are all that the work did not bring, and what it started.
 
-    def __init__(self, make, seconds, driver=None, rate_hz=None):
+    Bare and with the tool it is one process: two would differ by a percent in where their memory
+    lies.
+    """
+
+    def __init__(self, make, arguments):
         commands, self._commands = os.pipe()
         self._results, results = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            os.setpgid(0, 0)
             os.close(self._commands)
             with os.fdopen(results, "w", buffering=1) as told:
-                told.write(json.dumps(self._serve(make, seconds, driver, rate_hz, commands, told)))
+                told.write(json.dumps(self._serve(make, arguments, commands, told)) + "\n")
             os._exit(0)
         for descriptor in (commands, results):
             os.close(descriptor)
         self._lines = os.fdopen(self._results)
-        self._next()
+        self._of_work = set(self._next()["threads"])
 
     @staticmethod
-    def _serve(make, seconds, driver, rate_hz, commands, told):
-        clocks = []
+    def _serve(make, arguments, commands, told):
+        seconds = arguments.seconds
         try:
-            if driver is not None:
-                before = threads_of("self")
-                tool = open_tool(driver, rate_hz)
-                tool.begin("work")
-                # Those that came with it, before the work has any of its own.
-                clocks = [clock_of(tid, thread=True) for tid in threads_of("self") - before]
-                clocks += [clock_of(pid) for pid in descendants(os.getpid())]
             piece = make()
-            segment(piece, SETTLED_S if driver is not None else SETTLED_S / 2)
-            told.write("{}\n")
+            segment(piece, SETTLED_S / 2)
+            of_work = threads_of("self")
+            clocks = [clock_of(tid, thread=True) for tid in of_work]
+            if arguments.driver is not None:
+                tool = open_tool(arguments.driver, arguments.rate)
+                tool.begin("work")
+            segment(piece, SETTLED_S)
+            told.write(json.dumps({"threads": sorted(of_work)}) + "\n")
             while os.read(commands, 1):
                 segment(piece, seconds / 4)  # it may catch up
-                found = segment(piece, seconds, lambda: cpu_s(clocks))
-                told.write(json.dumps({"found": found}) + "\n")
+                started = [clock_of(pid) for pid in descendants(os.getpid())]
+                used = lambda: time.process_time() - cpu_s(clocks) + cpu_s(started)  # noqa: B023, E731
+                told.write(json.dumps({"found": segment(piece, seconds, used)}) + "\n")
         except (Exception, SystemExit) as error:
             return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
         return {}
 
     def _next(self):
+        if not select.select([self._results], [], [], PATIENCE_S)[0]:
+            raise RuntimeError(f"the work stood still for {PATIENCE_S:.0f} s")
         facts = json.loads(self._lines.readline() or '{"failed": "it died"}')
         if "failed" in facts:
             raise RuntimeError(facts["failed"])
-        os.killpg(self.pid, signal.SIGSTOP)
-        return facts.get("found")
+        return facts
 
     def segment(self):
-        os.killpg(self.pid, signal.SIGCONT)
         os.write(self._commands, b".")
-        return self._next()
+        return self._next()["found"]
+
+    def bare(self):
+        stopped = []
+        try:
+            # Until there is none that another one has started meanwhile.
+            while new := threads_of(self.pid) - self._of_work - set(stopped):
+                for tid in new:
+                    if stop_asleep(self.pid, tid):
+                        stopped.append(tid)
+            started = descendants(self.pid)
+            for pid in started:
+                os.kill(pid, signal.SIGSTOP)
+            found = self.segment()
+            for pid in started:
+                os.kill(pid, signal.SIGCONT)
+            return found
+        finally:
+            for tid in stopped:
+                ptrace(PTRACE_DETACH, tid)
 
     def end(self):
-        os.killpg(self.pid, signal.SIGKILL)
+        for pid in (*descendants(self.pid), self.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
 
 
+def ptrace(request, tid):
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (ctypes.c_long(request), ctypes.c_long(tid), ctypes.c_void_p(), ctypes.c_void_p())
+    if libc.ptrace(*arguments) != 0 and ctypes.get_errno() != errno.ESRCH:
+        raise OSError(ctypes.get_errno(), f"no ptrace: {os.strerror(ctypes.get_errno())}")
+
+
+def stop_asleep(pid, tid):
+    """Stops a thread of a child where it sleeps in the kernel: elsewhere it may hold a lock that
+    the work needs, as the interpreter's. False: it has ended."""
+    ptrace(PTRACE_SEIZE, tid)
+    folder, deadline_s = Path(f"/proc/{pid}/task/{tid}"), time.monotonic() + PATIENCE_S / 4
+    while time.monotonic() < deadline_s:
+        try:
+            if (folder / "stat").read_text().rpartition(")")[2].split()[0] != "S":
+                time.sleep(1e-4)
+                continue
+            ptrace(PTRACE_INTERRUPT, tid)
+            _, status = os.waitpid(tid, WAIT_ALL)
+            if not os.WIFSTOPPED(status):
+                return False
+            if not (folder / "syscall").read_text().startswith("-1"):
+                return True
+        except (FileNotFoundError, ChildProcessError):
+            return False
+        ptrace(PTRACE_CONT, tid)
+    raise RuntimeError("a thread of the tool never sleeps")
+
+
 def in_code(make, arguments):
-    bare = Worker(make, arguments.seconds)
-    with_it = Worker(make, arguments.seconds, arguments.driver, arguments.rate)
+    worker = Worker(make, arguments)
     try:
         for number in range(arguments.pairs):
             if number % 2:
-                each_s, share = with_it.segment()
-                yield bare.segment()[0], each_s, share
+                each_s, share = worker.segment()
+                yield worker.bare()[0], each_s, share
             else:
-                before_s, _ = bare.segment()
-                yield (before_s, *with_it.segment())
+                before_s, _ = worker.bare()
+                yield (before_s, *worker.segment())
     finally:
-        for worker in (bare, with_it):
-            worker.end()
+        worker.end()
 
 
 def wrapped(make, arguments):
@@ -218,7 +277,6 @@ def main():
     parser.add_argument(
         "--packages", action="append", default=[], help="further places to import from"
     )
-    parser.add_argument("--import", dest="modules", action="append", default=[])
     arguments = parser.parse_args()
     # Behind the environment's own: a tool finds the versions that it was installed with.
     sys.path += arguments.packages
@@ -228,8 +286,6 @@ def main():
         if arguments.windows:
             facts = windows(arguments)
         else:
-            for name in arguments.modules:
-                importlib.import_module(name)
             pairs = wrapped if arguments.wrapped else in_code
             facts = {"pairs": list(pairs(lambda: training(arguments.threads), arguments))}
     except (Exception, SystemExit) as error:
