@@ -723,12 +723,12 @@ class Run:
         if outer is None:
             begin_ns = self._record()
         else:
-            self.directory, begin_ns = outer, time.monotonic_ns()
+            self.directory, begin_ns = outer, 0
         self._events = EventWriter(self.directory)
         self._window_ns = (begin_ns, None)
         if outer is not None:
             self._block = self.phase(self._options.name)
-            self._block.__enter__()
+            self._window_ns = (self._block.__enter__().t_ns, None)
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
@@ -736,7 +736,10 @@ class Run:
             return  # a forked child leaves the block that its parent is still in
         if self._block is not None:
             self._block.__exit__()
-        self._window_ns = (self._window_ns[0], time.monotonic_ns())
+            end_ns = self._block.t_ns
+        else:
+            end_ns = time.monotonic_ns()
+        self._window_ns = (self._window_ns[0], end_ns)
         self._events.close()
         if self._recorder is not None:
             self._finish(error)
@@ -856,12 +859,14 @@ class Run:
 class Phase:
     """A named part of a run, as a context manager or a decorator; see `Run.phase`."""
 
-    __slots__ = ("_name", "_number", "_run", "_token")
+    __slots__ = ("_name", "_number", "_run", "_token", "t_ns")
 
     def __init__(self, run: Run, name: str) -> None:
         self._run = run
         self._name = name
         self._number = 0
+        self.t_ns = 0
+        """When it was entered, or left."""
 
     def __enter__(self) -> Phase:
         run = self._run
@@ -869,7 +874,7 @@ class Phase:
         if run._synchronise:
             _synchronise_cuda()
         self._number = next(_numbers)
-        events.begin(json.dumps(self._name), self._number, _current_phase.get())
+        self.t_ns = events.begin(json.dumps(self._name), self._number, _current_phase.get())
         self._token = _current_phase.set(self._number)
         return self
 
@@ -878,7 +883,7 @@ class Phase:
         if run._synchronise:
             _synchronise_cuda()
         assert run._events is not None
-        run._events.end(self._number)
+        self.t_ns = run._events.end(self._number)
         _current_phase.reset(self._token)
 
     def __call__(self, function: _F) -> _F:

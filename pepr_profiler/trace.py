@@ -437,23 +437,24 @@ class EventWriter:
 
     def write(self, line: str) -> None:
         """Appends one JSON object (without its newline), written through to the kernel."""
-        if self._pid != os.getpid():
-            self._open()
+        self._open()
         try:
             os.write(self._fd, line.encode() + b"\n")
         except OSError:
             self.lost += 1
 
-    def begin(self, name: str, number: int, parent: int | None) -> None:
-        """A phase begins now."""
-        up = "null" if parent is None else str(parent)
-        self.write(
-            f'{{"event":"begin","t_ns":{time.monotonic_ns()},"id":{number},"parent":{up},"name":{name}}}'
-        )
+    def begin(self, name: str, number: int, parent: int | None) -> int:
+        """A phase begins now: at this instant, ns."""
+        self._open()  # which takes longer than a mark, and is none of the phase's time
+        t_ns, up = time.monotonic_ns(), "null" if parent is None else str(parent)
+        self.write(f'{{"event":"begin","t_ns":{t_ns},"id":{number},"parent":{up},"name":{name}}}')
+        return t_ns
 
-    def end(self, number: int) -> None:
-        """The phase with this number ends now."""
-        self.write(f'{{"event":"end","t_ns":{time.monotonic_ns()},"id":{number}}}')
+    def end(self, number: int) -> int:
+        """The phase with this number ends now: at this instant, ns."""
+        t_ns = time.monotonic_ns()
+        self.write(f'{{"event":"end","t_ns":{t_ns},"id":{number}}}')
+        return t_ns
 
     def mark(self, verb: str, name: str | None, *, series: str, t_ns: int | None = None) -> None:
         """A phase of the whole run, which other processes may end; `verb` is one of MARKS.
@@ -474,6 +475,8 @@ class EventWriter:
         self._fd, self._pid = -1, 0
 
     def _open(self) -> None:
+        if self._pid == os.getpid():
+            return
         if self._fd >= 0:
             os.close(self._fd)  # inherited through fork; the parent keeps its own
         self._pid = os.getpid()

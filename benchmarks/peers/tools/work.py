@@ -24,6 +24,7 @@ import select
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 SETTLED_S = 2.5  # by then cadences are learnt and what is done once is done
@@ -56,7 +57,7 @@ def segment(piece, seconds, used=lambda: 0.0):
         piece()
         pieces += 1
     took_s = time.perf_counter() - begin_s
-    return took_s / pieces, (used() - used_s) / took_s
+    return took_s / pieces, max(0.0, used() - used_s) / took_s
 
 
 def threads_of(pid):
@@ -80,6 +81,11 @@ def cpu_s(clocks):
         with contextlib.suppress(OSError):
             total_s += time.clock_gettime(clock)
     return total_s
+
+
+def cpu_beside(of_work, started):
+    """Of this process all but some of its threads, and of others."""
+    return time.process_time() - cpu_s(of_work) + cpu_s(started)
 
 
 def clock_of(pid, *, thread=False):
@@ -130,7 +136,7 @@ class Worker:
             while os.read(commands, 1):
                 segment(piece, seconds / 4)  # it may catch up
                 started = [clock_of(pid) for pid in descendants(os.getpid())]
-                used = lambda: time.process_time() - cpu_s(clocks) + cpu_s(started)  # noqa: B023, E731
+                used = partial(cpu_beside, clocks, started)
                 told.write(json.dumps({"found": segment(piece, seconds, used)}) + "\n")
         except (Exception, SystemExit) as error:
             return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
@@ -171,7 +177,8 @@ class Worker:
         for pid in (*descendants(self.pid), self.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        while os.waitpid(-1, WAIT_ALL)[0] != self.pid:
+            pass  # a thread that ended while it was traced
 
 
 def ptrace(request, tid):
@@ -188,11 +195,12 @@ def stop_asleep(pid, tid):
     folder, deadline_s = Path(f"/proc/{pid}/task/{tid}"), time.monotonic() + PATIENCE_S / 4
     while time.monotonic() < deadline_s:
         try:
-            if (folder / "stat").read_text().rpartition(")")[2].split()[0] != "S":
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            if state not in "SZ":
                 time.sleep(1e-4)
                 continue
             ptrace(PTRACE_INTERRUPT, tid)
-            _, status = os.waitpid(tid, WAIT_ALL)
+            _, status = os.waitpid(tid, WAIT_ALL)  # of one that has ended, too
             if not os.WIFSTOPPED(status):
                 return False
             if not (folder / "syscall").read_text().startswith("-1"):
