@@ -12,16 +12,17 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
-from sim.nvml import A100, H100, PASCAL, Fault, Gpu, NvmlSim, Scenario, default_uuid
+from sim.nvml import A100, H100, PASCAL, Fault, Gpu, NvmlSim, Scenario, Sensor, default_uuid
 from sim.permissions import obeying_permissions, without_perf
 from sim.powercap import RANGE_UJ, Tree, Zone, ZoneFault, two_socket_server
 from sim.sysfs import JOULE, Event, grace, hwmon_chip, perf_tree, tsc, why_no_tsc
-from sim.waves import Constant, Sine, Square
+from sim.waves import Constant, Points, Sine, Square
 
 from pepr_profiler._core import Channel, Sampler
 from pepr_profiler.errors import SensorError
@@ -741,8 +742,43 @@ def test_nvml_reads_instant_and_average_power(nvml: NvmlFactory) -> None:
         column = rows.columns[f"{default_uuid(0)}/power_{kind}"]
         assert len(set(column)) > 1
         for row, value_mw in enumerate(column):
+            if row > 0 and value_mw == column[row - 1]:
+                continue  # perhaps it was not asked
             possible_w = [truth_w(t_ns) for t_ns in rows.span(row)]
             assert min(possible_w) - 0.002 <= value_mw * 1e-3 <= max(possible_w) + 0.002
+
+
+@pytest.mark.parametrize(
+    ("sensor", "often"),
+    [
+        (H100, {"energy"}),
+        (PASCAL, {"power_instant"}),  # no counter: this is what its energy comes from
+    ],
+)
+def test_nvml_is_asked_seldom_for_what_tells_no_energy(
+    nvml: NvmlFactory, sensor: Sensor, often: set[str]
+) -> None:
+    # given a board of which each number changes in each millisecond
+    ramp = Points(((-10.0, 10.0), (100.0, 600.0)))
+    quick = replace(sensor, refresh_s=0.001, counter_refresh_s=sensor.counter_refresh_s and 0.001)
+    held = Points(((-10.0, 1e9), (100.0, 9e9)))
+    share = Points(((-10.0, 0.0), (2.0, 1.0)))
+    sim = nvml(Scenario((Gpu(ramp, sensor=quick, memory_used_bytes=held, utilization=share),)))
+
+    with lane(sim.spec) as opened:
+        opened_ns = time.monotonic_ns()
+        opened.until(lambda rows: rows.t_ns[-1:] > [opened_ns + 900_000_000])
+        rows = opened.finish()
+
+    t_ns = np.array(rows.t_ns)
+    for name, column in rows.columns.items():
+        changed_ns = t_ns[1:][np.diff(column) != 0]
+        if name.partition("/")[2] in often:
+            assert len(changed_ns) > 0.9 * len(t_ns)
+        else:
+            assert len(changed_ns) >= 3
+            assert (np.diff(changed_ns[:-1]) >= 190_000_000).all()
+            assert changed_ns[-1] == t_ns[-1]  # at the end of all
 
 
 def test_nvml_takes_what_an_older_board_or_driver_offers(nvml: NvmlFactory) -> None:
@@ -786,10 +822,10 @@ def test_nvml_goes_on_when_a_gpu_is_lost_for_a_while(nvml: NvmlFactory) -> None:
     for name, column in rows.columns.items():
         for row, value in enumerate(column):
             first_s, last_s = map(sim.scenario.since_epoch_s, rows.span(row))
-            if name.startswith(default_uuid(1)) or last_s < 0.3 or first_s > 0.45:
+            if name.startswith(default_uuid(1)) or last_s < 0.3:
                 assert not math.isnan(value)
-            elif first_s > 0.3 and last_s < 0.45:
-                assert math.isnan(value)
+            elif name.endswith("/energy") and (first_s > 0.45 or (first_s > 0.3 and last_s < 0.45)):
+                assert math.isnan(value) == (last_s < 0.45)
 
 
 @pytest.mark.parametrize(

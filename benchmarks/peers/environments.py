@@ -91,7 +91,7 @@ TOOLS = {
             *(OURS, OURS, _GPU | _CPU | _DRAM, "use_pepr_profiler.py", _ours),
             takes_rate=True,
             reads=Reads(
-                "energy, utilisation, memory, power (instant, average)",
+                "energy; five times a second utilisation, memory, power (instant, average)",
                 "all packages and DRAM",
                 "CPU time and memory of the job's processes, busy time of the machine (10 Hz); "
                 "all on disk",
@@ -143,7 +143,7 @@ TOOLS = {
             takes_rate=True,
             lacks=_LOOP,
             reads=Reads(
-                "energy, utilisation, memory, power (instant, average)",
+                "energy; five times a second utilisation, memory, power (instant, average)",
                 "all packages and DRAM",
                 "CPU time and memory of its own process; all to a CSV file",
             ),

@@ -1,10 +1,12 @@
 // Every NVIDIA GPU of the machine, through the driver's own library, opened at run time: the same
 // build runs with and without a driver. Devices are known by UUID; indices change across boots.
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <thread>
 
+#include "../clock.h"
 #include "nvml_library.h"
 
 namespace pepr {
@@ -54,7 +56,21 @@ constexpr std::array<Reading, 9> kReadings{{
      "module_power_average", "power", "W", 1e-3, false, "nvml-module-average"},
 }};
 // clang-format on
-enum : std::size_t { kEnergyCall, kPowerCall, kEnergyField = 4, kInstant, kAverage, kModule };
+enum : std::size_t {
+    kEnergyCall,
+    kPowerCall,
+    kUtilisation,
+    kMemory,
+    kEnergyField,
+    kInstant,
+    kAverage,
+    kModule
+};
+
+// A call takes a driver from 2.5 us to milliseconds, under a lock that the program may wait for
+// (docs/measurement, B). So what tells no energy (utilisation, memory, the power of a board that
+// has a counter) is asked for no more often, and stands meanwhile, as it does in the driver.
+constexpr std::int64_t kGaugesNs = 200'000'000;
 
 nvmlFieldValue_t request(const Reading& reading) noexcept {
     nvmlFieldValue_t field{};
@@ -71,24 +87,39 @@ public:
         probe();
         for (Gpu& gpu : gpus_) describe(gpu);
         if (channels_.empty()) throw nvml::nothing_found(notes_);
+        told_.assign(channels_.size(), kUnknown);
     }
 
     void poll(double* out) noexcept override {
+        const std::int64_t t_ns = now_ns();
+        const bool all = t_ns >= gauges_due_ns_;
+        if (all) gauges_due_ns_ = t_ns + kGaugesNs;
+        double* told = told_.data();
         for (Gpu& gpu : gpus_) {
-            for (const Reading* reading : gpu.calls) ask(*reading, gpu.device, *out++);
-            if (gpu.fields.empty()) continue;
+            const std::size_t calls = all ? gpu.calls.size() : gpu.watched_calls;
+            const std::size_t fields = all ? gpu.fields.size() : gpu.watched_fields;
+            for (std::size_t i = 0; i < calls; ++i) ask(*gpu.calls[i], gpu.device, told[i]);
+            told += gpu.calls.size();
             const nvmlReturn_t code =
-                library_.fields(gpu.device, static_cast<int>(gpu.fields.size()), gpu.fields.data());
-            for (const nvmlFieldValue_t& field : gpu.fields)
-                *out++ = code == NVML_SUCCESS ? field_value(field) : kUnknown;
+                fields == 0
+                    ? NVML_SUCCESS
+                    : library_.fields(gpu.device, static_cast<int>(fields), gpu.fields.data());
+            for (std::size_t i = 0; i < fields; ++i)
+                told[i] = code == NVML_SUCCESS ? field_value(gpu.fields[i]) : kUnknown;
+            told += gpu.fields.size();
         }
+        std::copy(told_.begin(), told_.end(), out);
     }
+
+    void finish() noexcept override { gauges_due_ns_ = 0; }
 
 private:
     struct Gpu : nvml::Board {
         std::array<nvmlReturn_t, kReadings.size()> answers;
-        std::vector<const Reading*> calls;  // what poll() reads, in the order of the channels
+        // What poll() reads, in the order of the channels: first what tells the board's energy.
+        std::vector<const Reading*> calls;
         std::vector<nvmlFieldValue_t> fields;
+        std::size_t watched_calls = 0, watched_fields = 0;
     };
 
     void note(const std::string& what, nvmlReturn_t code) {
@@ -134,21 +165,26 @@ private:
         const auto has = [&](std::size_t i) { return !nvml::never(gpu.answers[i]); };
         // PowerUsage repeats one of the fields where they exist; which one, depends on the chip.
         const bool fields = has(kInstant) || has(kAverage);
+        const bool counted = has(kEnergyCall) || has(kEnergyField);
         for (std::size_t i = 0; i < kReadings.size(); ++i) {
             const Reading& reading = kReadings[i];
             if (gpu.answers[i] == NVML_ERROR_NO_PERMISSION)
                 note(std::string(reading.name) + " of GPU " + gpu.labels["index"], gpu.answers[i]);
             if (!has(i) || (i == kPowerCall && fields) || (i == kEnergyField && has(kEnergyCall)))
                 continue;
-            if (reading.call == Call::kField)
+            const bool watched = reading.counter || (i != kUtilisation && i != kMemory && !counted);
+            if (reading.call == Call::kField) {
                 gpu.fields.push_back(request(reading));
-            else
+                if (watched) gpu.watched_fields = gpu.fields.size();
+            } else {
                 gpu.calls.push_back(&reading);
+                if (watched) gpu.watched_calls = gpu.calls.size();
+            }
             channels_.push_back({gpu.labels["uuid"] + "/" + reading.name, reading.quantity,
                                  reading.unit, reading.scale, 0.0, reading.counter, reading.source,
                                  gpu.labels});
         }
-        if (!fields && !has(kEnergyCall) && !has(kEnergyField) && !has(kPowerCall))
+        if (!fields && !counted && !has(kPowerCall))
             notes_.push_back({"energy of GPU " + gpu.labels["index"] + ", " + gpu.labels["model"],
                               "it reports neither an energy counter nor power",
                               "none: its board has no sensor that the driver reads"});
@@ -186,6 +222,8 @@ private:
 
     nvml::Library library_;
     std::vector<Gpu> gpus_;
+    std::vector<double> told_;  // by channel, as the driver answered last
+    std::int64_t gauges_due_ns_ = 0;
 };
 
 }  // namespace

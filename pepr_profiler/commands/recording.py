@@ -168,7 +168,7 @@ _OPTIONS = (
         envvar="PEPR_PERIOD",
         metavar="TIME",
         help="Read every sensor this often [just after each of its refreshes]: 10ms. Processes are "
-        "read 10 times a second at most.",
+        "read 10 times a second at most, what tells no energy of a GPU 5 times.",
     ),
     click.option(
         "--overhead",

@@ -13,6 +13,7 @@ from pathlib import Path
 from serving import serve
 
 POWERCAP = Path("/sys/class/powercap")
+GAUGES_NS = 200_000_000
 
 
 class Tool:
@@ -40,21 +41,27 @@ class Tool:
                 self._ranges_j.append(int((zone / "max_energy_range_uj").read_text()) * 1e-6)
         self._period_ns = round(1e9 / (rate_hz or 10.0))
         self._begins = {}
+        self._gauges, self._gauges_due_ns = [], 0
         threading.Thread(target=self._loop, daemon=True).start()
 
     def _read(self):
-        """A row: of each GPU energy (mJ), utilisation, memory and powers, RAPL (uJ), CPU, RSS."""
-        row = [time.monotonic_ns()]
-        for board in self._boards:
-            instant, average = self._fields(board, self._powers)
-            row += (
-                self._energy_mj(board),
-                self._utilisation(board).gpu,
-                self._memory(board).used,
-                instant.value.uiVal,
-                average.value.uiVal,
-            )
+        """A row: energies of GPUs (mJ), RAPL (uJ), of each GPU utilisation, memory and powers, five
+        times a second, CPU, RSS."""
+        now_ns = time.monotonic_ns()
+        row = [now_ns, *map(self._energy_mj, self._boards)]
         row += [int(os.pread(counter, 32, 0)) for counter in self._counters]
+        if now_ns >= self._gauges_due_ns:
+            self._gauges_due_ns = now_ns + GAUGES_NS
+            self._gauges = []
+            for board in self._boards:
+                instant, average = self._fields(board, self._powers)
+                self._gauges += (
+                    self._utilisation(board).gpu,
+                    self._memory(board).used,
+                    instant.value.uiVal,
+                    average.value.uiVal,
+                )
+        row += self._gauges
         used = resource.getrusage(resource.RUSAGE_SELF)
         row += (used.ru_utime + used.ru_stime, used.ru_maxrss)
         return row
@@ -77,8 +84,8 @@ class Tool:
 
     def _energies_j(self):
         row, boards = self._read(), len(self._boards)
-        energies_mj = row[1 : 1 + 5 * boards : 5]
-        energies_uj = row[1 + 5 * boards : -2]
+        energies_mj = row[1 : 1 + boards]
+        energies_uj = row[1 + boards : 1 + boards + len(self._counters)]
         return [mj * 1e-3 for mj in energies_mj] + [uj * 1e-6 for uj in energies_uj]
 
     def begin(self, name):
