@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from pepr_profiler import pepr
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from pepr_profiler import pepr
 
 COUNTERS = ("epoch", "step")
 """What says when a metric was logged, and is none itself."""
@@ -191,6 +193,8 @@ def curve_of(
     Of several values in a row of one epoch the last is the epoch's: ranks that log the same,
     batches. An epoch that is run again, after a restart, counts again where it was run again.
     """
+    from pepr_profiler.pepr import as_performance  # most runs have no curve
+
     metric = metric or metric_of(summary)
     progress = summary.get("progress")
     if metric is None or not progress or metric not in progress["metrics"]:
@@ -218,7 +222,7 @@ def curve_of(
         energy_j=column(progress["energy_j"])[rows],
         u_j=column(progress["u_j"])[rows],
         epoch=epoch[rows],
-        performance=pepr.as_performance(values[rows], percent=percent, transform=transform),
+        performance=as_performance(values[rows], percent=percent, transform=transform),
         total_j=float(total_j),
     )
 
@@ -254,7 +258,9 @@ def scores_along(curve: Curve, bounds: pepr.Bounds | None = None) -> pepr.Scores
     far over all of the run's, so that no run at all has R = 0 and the whole one R = 1. UsageError
     for a performance outside [0, 1], and a run without energy.
     """
-    return pepr.score(
+    from pepr_profiler.pepr import score
+
+    return score(
         curve.performance,
         curve.energy_j,
         bounds=bounds or (0.0, curve.total_j),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -35,6 +36,17 @@ store_option = click.option(
     help="Where runs live [PEPR_STORE, else the user's data directory].",
 )
 """Every verb that has to do with recorded runs has it; the parameter is `store: Path | None`."""
+
+output_option = click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a file of the form that its extension says: .html, .png, .svg, .pdf, .csv, "
+    ".parquet, .json, .tex (repeatable).",
+)
 
 
 class _Verbs(click.Group):
@@ -117,3 +129,35 @@ def main(arguments: list[str] | None = None, *, began_ns: int | None = None) -> 
         complain("interrupted")
         return 130
     return result if isinstance(result, int) else 0
+
+
+def forms_of(outputs: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Each file of -o with its form. UsageError, before anything is computed, if one cannot be."""
+    from pepr_profiler.report.export import form_of
+
+    return [(path, form_of(path)) for path in outputs]
+
+
+def write_text(path: Path, text: str | bytes) -> None:
+    """Write `path` whole or not at all; what is not a regular file (a pipe) is written directly."""
+    data = text.encode() if isinstance(text, str) else text
+    try:
+        # A rename onto /dev/stdout or a named pipe would replace the device, not fill it.
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        path = path.resolve()  # through a link, so that the link stays one
+        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            draft.write_bytes(data)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise PeprError(
+            f"cannot write {path}",
+            why=error.strerror or str(error),
+            fix="free some space, or write elsewhere"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else "name a file in a directory that exists and is writable",
+        ) from error

@@ -12,8 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands import store_option
-from pepr_profiler.commands.score import forms_of, output_option, write_text
+from pepr_profiler.commands import forms_of, output_option, store_option, write_text
 from pepr_profiler.errors import UsageError
 
 if TYPE_CHECKING:

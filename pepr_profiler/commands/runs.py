@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pepr_profiler.columns import STATES, state_of
-from pepr_profiler.commands import complain, store_option
+from pepr_profiler.commands import complain, store_option, write_text
 from pepr_profiler.errors import UsageError
 from pepr_profiler.index import Filter
 from pepr_profiler.store import Store
@@ -277,8 +277,6 @@ def export_runs(file: Path, *, wanted: Filter, form: str | None, store: Path | N
     if str(file) == "-":
         sys.stdout.buffer.write(data)
     else:
-        from pepr_profiler.commands.score import write_text
-
         write_text(file, data)
         complain(f"wrote {len(found)} runs to {file}")
     complain_of_damaged(found.damaged)

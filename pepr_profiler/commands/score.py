@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
 import math
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.errors import PeprError, UsageError
+from pepr_profiler.commands import write_text
+from pepr_profiler.errors import UsageError
 from pepr_profiler.units import parse_bounds
 
 if TYPE_CHECKING:
@@ -282,50 +282,6 @@ def _screens(study: Study, *, width: int, color: bool) -> Iterator[str]:
             screen = render_ranking(rankings[0].without, width=width, color=color)
             doubtful = sum(len(doubt.names) for doubt in rankings[0].doubts)
             yield f"Without the {doubtful} that are out of proportion:\n\n{screen}"
-
-
-output_option = click.option(
-    "-o",
-    "--output",
-    "outputs",
-    multiple=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write a file of the form that its extension says: .html, .png, .svg, .pdf, .csv, "
-    ".parquet, .json, .tex (repeatable).",
-)
-
-
-def forms_of(outputs: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Each file of -o with its form. UsageError, before anything is computed, if one cannot be."""
-    from pepr_profiler.report.export import form_of
-
-    return [(path, form_of(path)) for path in outputs]
-
-
-def write_text(path: Path, text: str | bytes) -> None:
-    """Write `path` whole or not at all; what is not a regular file (a pipe) is written directly."""
-    data = text.encode() if isinstance(text, str) else text
-    try:
-        # A rename onto /dev/stdout or a named pipe would replace the device, not fill it.
-        if path.exists() and not path.is_file():
-            path.write_bytes(data)
-            return
-        path = path.resolve()  # through a link, so that the link stays one
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            draft.write_bytes(data)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise PeprError(
-            f"cannot write {path}",
-            why=error.strerror or str(error),
-            fix="free some space, or write elsewhere"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else "name a file in a directory that exists and is writable",
-        ) from error
 
 
 class _Table:
