@@ -14,7 +14,25 @@ def main() -> None:
     gc.disable()  # imports leave no garbage: 10 ms less before the child starts
     from pepr_profiler.commands import main as run
 
-    sys.exit(run(began_ns=began_ns))
+    _exit(run(began_ns=began_ns))
+
+
+def _exit(status: int) -> None:
+    """As sys.exit, without taking NumPy apart first: 30 to 45 ms of some 400."""
+    import atexit
+    import os
+    import threading
+
+    if threading.active_count() == 1:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except (OSError, ValueError, AttributeError):
+            pass  # the interpreter knows what to say of it, and which status
+        else:
+            atexit._run_exitfuncs()
+            os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
