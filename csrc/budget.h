@@ -15,7 +15,6 @@ namespace pepr {
 class Budget {
 public:
     explicit Budget(double share) : limit_ppb_(share * 1e9) {}
-    double limit_ppb() const noexcept { return limit_ppb_; }
     // Changes what the lanes that follow refreshes, or those that give way, would like to take.
     void want(bool gives_way, std::int64_t by_ppb) noexcept;
     // How many times further apart such a lane is to be read.

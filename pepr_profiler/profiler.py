@@ -721,14 +721,13 @@ class Run:
         # Whatever run we are part of covers us, not those that we look at.
         outer = _outer_run() if self._pids is None else None
         if outer is None:
-            begin_ns = self._record()
+            self._window_ns = (self._record(), None)
+            self._events = EventWriter(self.directory)
         else:
-            self.directory, begin_ns = outer, 0
-        self._events = EventWriter(self.directory)
-        self._window_ns = (begin_ns, None)
-        if outer is not None:
-            self._block = self.phase(self._options.name)
-            self._window_ns = (self._block.__enter__().t_ns, None)
+            self.directory = outer
+            self._events = EventWriter(self.directory)
+            self._block = self.phase(self._options.name).__enter__()
+            self._window_ns = (self._block.t_ns, None)
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:

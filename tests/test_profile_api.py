@@ -360,6 +360,8 @@ def test_nested_blocks_are_one_run(meter: str, tmp_path: Path) -> None:
         assert not outer.joined
         assert inner.summary["energy"]["total_j"] >= 10
     assert [p["name"] for p in outer.summary["phases"]] == ["inner", "p"]
+    # A block is from mark to mark: not the time in which its file was opened.
+    assert outer.summary["phases"][0]["duration_s"] == inner.summary["duration_s"]
     assert outer.summary["metrics"] == {"a": 1.0}
     assert [p.name for p in tmp_path.glob("store/runs/*")] == [outer.run_id]
     with profile("next", sensors=[meter]) as later:

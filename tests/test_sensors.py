@@ -771,14 +771,17 @@ def test_nvml_is_asked_seldom_for_what_tells_no_energy(
         rows = opened.finish()
 
     t_ns = np.array(rows.t_ns)
+    end_ns = t_ns + np.array(rows.read_ns)
     for name, column in rows.columns.items():
-        changed_ns = t_ns[1:][np.diff(column) != 0]
+        changed = 1 + np.flatnonzero(np.diff(column))
         if name.partition("/")[2] in often:
-            assert len(changed_ns) > 0.9 * len(t_ns)
+            assert len(changed) > 0.9 * len(t_ns)
         else:
-            assert len(changed_ns) >= 3
-            assert (np.diff(changed_ns[:-1]) >= 190_000_000).all()
-            assert changed_ns[-1] == t_ns[-1]  # at the end of all
+            assert len(changed) >= 3
+            asked = changed[:-1]  # at the end of all it is asked once more
+            assert (end_ns[asked[1:]] - t_ns[asked[:-1]] >= 200_000_000).all()
+            if not name.endswith("/utilisation"):  # of which a percent takes 0.12 s
+                assert changed[-1] == len(t_ns) - 1
 
 
 def test_nvml_takes_what_an_older_board_or_driver_offers(nvml: NvmlFactory) -> None:

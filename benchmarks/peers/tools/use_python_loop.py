@@ -52,15 +52,16 @@ class Tool:
         row += [int(os.pread(counter, 32, 0)) for counter in self._counters]
         if now_ns >= self._gauges_due_ns:
             self._gauges_due_ns = now_ns + GAUGES_NS
-            self._gauges = []
+            gauges = []
             for board in self._boards:
                 instant, average = self._fields(board, self._powers)
-                self._gauges += (
+                gauges += (
                     self._utilisation(board).gpu,
                     self._memory(board).used,
                     instant.value.uiVal,
                     average.value.uiVal,
                 )
+            self._gauges = gauges  # whole: windows read in another thread
         row += self._gauges
         used = resource.getrusage(resource.RUSAGE_SELF)
         row += (used.ru_utime + used.ru_stime, used.ru_maxrss)

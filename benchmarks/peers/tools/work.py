@@ -102,8 +102,7 @@ class Worker:
     """A fork that does the work with the tool open in it, in segments on command. We can stop the
     tool alone: its threads, which are all that the work did not bring, and what it started.
 
-    Bare and with the tool it is one process: two would differ by a percent in where their memory
-    lies.
+    Bare and with the tool it is one process: two are not alike, whatever runs in them.
     """
 
     def __init__(self, make, arguments):
