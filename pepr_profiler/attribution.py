@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pepr_profiler import modelled
 from pepr_profiler.curve import Curve, gap_limit_s
+from pepr_profiler.record import Record
 from pepr_profiler.sources import Source
 from pepr_profiler.tenants import (
     Neighbour,
@@ -48,8 +48,7 @@ _TICK_S = 0.01
 """The kernel counts the machine's busy time in these: two uniform edges a window, 10 ms/sqrt(6)."""
 
 
-@dataclass(frozen=True)
-class Activity:
+class Activity(Record):
     """What the job and the machine did, from the process lane. Arrays are (n,), times in ns.
 
     `job_cpu_s` and `busy_s` are cumulative; `rss_bytes` is the tree's, shared pages counted in each
@@ -165,8 +164,7 @@ def cpu_use(activity: Activity, begin_ns: float, end_ns: float) -> Use:
     return Use(edges, job_s / span_s, (busy_s - job_s) / span_s, nobody, nobody)
 
 
-@dataclass(frozen=True)
-class Shares:
+class Shares(Record):
     """One device's energy by owner, J, cumulative at the grid: job + others + idle = device.
 
     `idle_w` is the device's idle draw, `job_idle_j` the part of it that is in `job_j`.
@@ -309,8 +307,7 @@ def _window_edges(begin_ns: float, end_ns: float) -> NDArray[np.float64]:
 # --- which devices are the job's, and who else was there ------------------------------------------
 
 
-@dataclass(frozen=True)
-class Gpus:
+class Gpus(Record):
     """What is known of the NVIDIA GPUs' users, and which boards are the job's at all.
 
     `boards` are the labels of each by UUID, `visible` those that the job's CUDA may use (None: it
@@ -357,7 +354,7 @@ class Gpus:
         excluded = self._excluded(uuid) if uuid in self.boards else ""
         if not excluded or not curve.source.in_total:
             return curve
-        return replace(curve, source=replace(curve.source, in_total=False, excluded=excluded))
+        return curve._replace(source=curve.source._replace(in_total=False, excluded=excluded))
 
     def peak_bytes(self, of_boards: int | None) -> int | None:
         """The job's memory on GPUs where its processes are known; else what the boards held."""
@@ -463,7 +460,7 @@ def _named(neighbours: Sequence[Neighbour], duration_s: float) -> str:
     texts = []
     for one in neighbours[:_NAMED]:
         use = "" if one.part is None else f", {one.part:.0%} of its use"
-        texts.append(f"{_who(vars(one))} ({one.present_s / duration_s:.0%} of the time{use})")
+        texts.append(f"{_who(one._asdict())} ({one.present_s / duration_s:.0%} of the time{use})")
     return ", ".join(texts) + _more(len(neighbours))
 
 

@@ -14,7 +14,6 @@ from pepr_profiler.curve import (
     Accumulator,
     Changes,
     Curve,
-    columns,
 )
 from pepr_profiler.sources import fallen_j, wraps
 from pepr_profiler.trace import LINE_STEPS
@@ -141,7 +140,7 @@ def _taken(values: NDArray[np.float64], index: NDArray[np.int64]) -> NDArray[np.
     return np.where(inside, values[np.clip(index, 0, len(values) - 1)], math.nan)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Counter(Accumulator):
     """A counter: the line goes through its changes.
 
@@ -181,7 +180,7 @@ class Counter(Accumulator):
             (changes.gap_ns[1:] > NARROW * self.refresh_s * NS_PER_S).all()
         )
         if len(placed):
-            self.join(placed, Changes(*(column[1:] for column in columns(changes))))
+            self.join(placed, changes.rest())
 
     def join(self, placed: NDArray[np.float64], changes: Changes) -> None:
         last_ns = self._knots[-1]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pepr_profiler.record import Record
 from pepr_profiler.sources import Source
 from pepr_profiler.trace import Batch
 
@@ -44,8 +45,7 @@ GAP_S = 1.0
 """Without a reading for longer than this (and 10 periods) a lane has a gap worth telling."""
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(Record):
     """Cumulative energy of one source: `energy_j` float64 (n,) at the instants asked for.
 
     Only differences mean anything. Outside [first_ns, last_ns] nothing was recorded.
@@ -88,8 +88,7 @@ def _reads(rows: NDArray[np.bool_], batch: Batch) -> int:
     return int(np.count_nonzero(rows)) + left_out
 
 
-@dataclass
-class Changes:
+class Changes(Record):
     """The readings that differ from the one before: when read, how long after that one, what.
 
     `left_out` is how many rows since the change before were read and not stored.
@@ -100,8 +99,12 @@ class Changes:
     values: NDArray[np.float64]
     left_out: NDArray[np.float64]
 
+    def rest(self) -> Changes:
+        """All but the first."""
+        return Changes(*(column[1:] for column in self))
 
-@dataclass
+
+@dataclass(eq=False, repr=False)
 class Accumulator:
     """Turns a stream of (time, value) into cumulative energy at the instants asked for.
 
@@ -187,17 +190,17 @@ class Accumulator:
 
     def _start(self) -> None:
         """Learns from the first changes and begins the curve with them."""
-        parts = [columns(c) for c in self._early]
-        all_changes = Changes(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        columns = zip(*self._early, strict=True)
+        all_changes = Changes(*(np.concatenate(column) for column in columns))
         self._early.clear()
         self._started = True
         self._learn(all_changes)
-        placed = self._place(Changes(*(column[1:] for column in columns(all_changes))))
+        placed = self._place(all_changes.rest())
         self.begin(placed, all_changes)
 
     def _learn(self, changes: Changes) -> None:
         """Refresh period, jitter and resolution; from a fixed number, however rows are cut."""
-        t, gap, values, _ = (column[: _LEARN_CHANGES + 1] for column in columns(changes))
+        t, gap, values, _ = (column[: _LEARN_CHANGES + 1] for column in changes)
         t, gap = t[1:], gap[1:]  # the first value is no change
         self.refresh_s = self.source.period_s
         if len(t) == 1:
@@ -364,7 +367,3 @@ class Accumulator:
 def median(values: NDArray[np.float64]) -> float:
     """The upper median; np.median loads numpy.ma, 15 ms."""
     return float(np.sort(values)[len(values) // 2])
-
-
-def columns(changes: Changes) -> tuple[NDArray[np.float64], ...]:
-    return changes.t_ns, changes.gap_ns, changes.values, changes.left_out

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -79,11 +78,10 @@ class _Mirrors:
         return [
             curve
             if (first := mirrored.get(curve.source.channel)) is None
-            else replace(
-                curve,
-                source=replace(
-                    curve.source, in_total=False, excluded=f"mirrors {first.label}: one counter"
-                ),
+            else curve._replace(
+                source=curve.source._replace(
+                    in_total=False, excluded=f"mirrors {first.label}: one counter"
+                )
             )
             for curve in curves
         ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pepr_profiler.curve import NS_PER_S, UNIFORM, Accumulator, Changes, Curve, columns, median
+from pepr_profiler.curve import NS_PER_S, UNIFORM, Accumulator, Changes, Curve, median
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,7 +31,7 @@ _ALIAS_DRIFT = 20
 two or three by so much better."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Power(Accumulator):
     """Power readings, joined by straight lines and held at the ends; shifted back by their lag.
 
@@ -82,7 +82,7 @@ class Power(Accumulator):
         self._seen_ns = first_ns
         self.knot_ns = self.begin_ns = first_ns - self.lag_s * NS_PER_S
         if len(placed):
-            self.join(placed, Changes(*(column[1:] for column in columns(changes))))
+            self.join(placed, changes.rest())
 
     def join(self, placed: NDArray[np.float64], changes: Changes) -> None:
         values, period = changes.values, self.refresh_s * NS_PER_S

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from pepr_profiler.record import Record
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -27,8 +28,7 @@ _MOST_POINTS = 200
 """Instants that are kept of a run: what a figure can show, in 20 kB of run.json."""
 
 
-@dataclass(frozen=True, eq=False)
-class Logged:
+class Logged(Record):
     """Instants `at_ns` (n,) at which metrics were logged, in time order, and what: finite numbers.
 
     With each stand the epoch and the step that held then. Instants beyond _MOST_POINTS are
@@ -117,8 +117,7 @@ def finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Curve:
+class Curve(Record):
     """A run's performance where it was logged; arrays are (n,), in time order, n >= 1.
 
     `energy_j` is what is counted from the beginning of the run on, `u_j` its uncertainty (k = 2);
@@ -136,15 +135,14 @@ class Curve:
     total_j: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stop:
+class Stop(Record):
     """A point of a curve at which the run could have been stopped.
 
     The shares are fractions of what the run has at the last point (performance), and of its whole
     energy; `epoch` is None where none was logged.
     """
 
-    index: int
+    point: int
     epoch: float | None
     t_s: float
     energy_j: float
@@ -154,8 +152,7 @@ class Stop:
     energy_share: float
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Envelope:
+class Envelope(Record):
     """The best performance at any energy budget, a step function; arrays are (m,).
 
     From `energy_j[i]` (included) up to `energy_j[i + 1]` it is `performance[i]`, by the point
@@ -274,7 +271,7 @@ def best_stop(curve: Curve, bounds: pepr.Bounds | None = None) -> Stop:
     best = int(scores.pepr.argmax())
     final = float(curve.performance[-1])
     return Stop(
-        index=best,
+        point=best,
         epoch=None if math.isnan(curve.epoch[best]) else float(curve.epoch[best]),
         t_s=float(curve.t_s[best]),
         energy_j=float(curve.energy_j[best]),

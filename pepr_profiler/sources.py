@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
+from pepr_profiler.record import Record
 from pepr_profiler.trace import Channel, Lane
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(Record):
     """One energy component before its numbers: what it is, where it lies, how far to trust it.
 
     `gain` (relative) and `offset_w` are standard uncertainties, fixed per device
@@ -272,7 +271,7 @@ def _without_repeats(sources: list[Source]) -> list[Source]:
             continue
         excluded = source.excluded or f"repeats {first.label} of {first.lane}"
         ident = f"{source.id}@{source.lane}.{source.channel}"
-        seen[ident] = replace(source, id=ident, in_total=False, excluded=excluded)
+        seen[ident] = source._replace(id=ident, in_total=False, excluded=excluded)
     return list(seen.values())
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from pepr_profiler.curve import Curve, gap_limit_s
 from pepr_profiler.energy import integrate
 from pepr_profiler.errors import TraceError
 from pepr_profiler.progress import COUNTERS, Logged, finite
+from pepr_profiler.record import Record
 from pepr_profiler.sources import find_cross_sources, find_sources
 from pepr_profiler.tenants import Tenants, read_tenants
 from pepr_profiler.trace import (
@@ -63,8 +63,7 @@ _BAND_POINTS = 120
 """Instants at which the uncertainty of the energy so far is told."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TimelineComponent:
+class TimelineComponent(Record):
     """One component's power in each step (n,), W; NaN where it was not read.
 
     `job_w` is what is counted of `device_w`: the job's share, or all of it where the run's scope is
@@ -84,8 +83,7 @@ class TimelineComponent:
     gaps_s: tuple[tuple[float, float], ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timeline:
+class Timeline(Record):
     """A run over time, s since its begin: `edges_s` (n + 1,) of n steps that are equally long.
 
     `energy_j` and `u_j` (m,) are what is counted up to `at_s` (m,), and its u (k = 2). `phases`
@@ -289,8 +287,7 @@ def _clip(phase: Phase, begin_ns: int, end_ns: int) -> Phase:
     return Phase(phase.name, max(phase.begin_ns, begin_ns), min(phase_end_ns, end_ns), phase.nested)
 
 
-@dataclass(frozen=True)
-class _Grid:
+class _Grid(Record):
     """The instants at which energy is needed: seconds, buckets, steps, marks, both ends."""
 
     at_ns: NDArray[np.int64]
@@ -315,9 +312,9 @@ class _Grid:
 
     def pick(self, values: NDArray[np.float64], at_ns: NDArray[np.int64]) -> NDArray[np.float64]:
         """The values, given on the grid, at instants that are on it."""
-        return np.asarray(values[self.index(at_ns)])
+        return np.asarray(values[self.where(at_ns)])
 
-    def index(self, at_ns: NDArray[np.int64]) -> NDArray[np.int64]:
+    def where(self, at_ns: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where on the grid these instants of it are."""
         return np.asarray(np.searchsorted(self.at_ns, at_ns))
 
@@ -328,8 +325,7 @@ _FIGURES = (
 )
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(Record):
     """One component with its shares, and what another sensor of the same device says.
 
     `scope` says what of it is counted: "job", the job's share, or "device", all.
@@ -379,14 +375,14 @@ class _Part:
         self, grid: _Grid, begins_ns: NDArray[np.int64], ends_ns: NDArray[np.int64]
     ) -> Budget:
         """The budget of what is counted in some windows whose edges are on the grid."""
-        begins, ends = grid.index(begins_ns), grid.index(ends_ns)
+        begins, ends = grid.where(begins_ns), grid.where(ends_ns)
         energy_j = float(np.sum(self.counting_j[ends] - self.counting_j[begins]))
         of_device = budget(self.curve, grid.at_ns, begins, ends, energy_j=energy_j)
         if self.scope != "job":
             return of_device
         duration_s = float(np.sum(ends_ns - begins_ns)) * 1e-9
         u_j = self.shares.u_j(energy_j, duration_s=duration_s, windows=len(begins))
-        return replace(of_device, attribution_j=u_j)
+        return of_device._replace(attribution_j=u_j)
 
     def whole(self, grid: _Grid) -> Budget:
         """The budget of what is counted in all."""
@@ -420,8 +416,8 @@ class _Part:
             self.device_j / duration_s if duration_s > 0 else None,
             _largest(*_power_w(grid.pick(energy_j, grid.seconds_ns), grid.seconds_ns)),
             self._trace_w(grid),
-            vars(whole),
-            None if self.check is None else vars(self.check),
+            whole._asdict(),
+            None if self.check is None else self.check._asdict(),
         )
         return {**result, **dict(zip(names, values, strict=True))}
 

@@ -32,11 +32,11 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pepr_profiler import _core
 from pepr_profiler.errors import CommandError
+from pepr_profiler.record import Record
 
 if TYPE_CHECKING:
     import threading
@@ -150,8 +150,7 @@ def _fix_not_executable(path: str) -> str:
     return f"name a program; a script needs chmod +x {path}"
 
 
-@dataclass(frozen=True)
-class Exit:
+class Exit(Record):
     """How the child ended: exactly one of `code` and `signal` is set.
 
     `cpu_s` is the user and system time of all processes reaped: the child, what it waited for, and

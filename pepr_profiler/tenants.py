@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pepr_profiler.record import Record
 from pepr_profiler.trace import Batch, Lane
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(Record):
     """Who used a device, interval by interval: `edges_ns` (n + 1,), the rest (n,).
 
     `job` and `others` are use in any unit of which 1 is a device in use all of the time; `job_held`
@@ -55,8 +55,7 @@ def whole_use(at_ns: NDArray[np.int64]) -> Use:
     return Use(np.array([at_ns[0], at_ns[-1]], dtype=np.float64), one, none, one, none)
 
 
-@dataclass(frozen=True)
-class Neighbour:
+class Neighbour(Record):
     """Another's process on a GPU: how long it was there, and its part of all SM use, if known."""
 
     pid: int
@@ -66,8 +65,7 @@ class Neighbour:
     part: float | None
 
 
-@dataclass(frozen=True)
-class Tenants:
+class Tenants(Record):
     """Who computed on one GPU. Times in ns; `unknown_s` is how long that cannot be told, and `why`.
 
     `job_s` and `others_s` are how long any process of the job's, or of others, was there; `reads`
@@ -188,7 +186,7 @@ def _by_pid(notes: Iterable[Mapping[str, Any]]) -> dict[int, list[Mapping[str, A
     return by_pid
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class _Table:
     """The rows of one GPU: `count` (n,), PIDs, bytes and SM fractions (slots, n)."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pepr_profiler.curve import NS_PER_S, Curve
+from pepr_profiler.record import Record
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -17,8 +17,7 @@ _ALIAS_U = 0.2
 """An aliased energy is uncertain by this part of it (docs/measurement, F)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
+class Budget(Record):
     """Standard uncertainties (k = 1) of one device's energy, J, by cause (docs/measurement, F).
 
     `gain_j`, `offset_j` and `model_j` are fixed for the device, whatever it does: over its windows
@@ -39,7 +38,7 @@ class Budget:
     @property
     def u_j(self) -> float:
         """The combined standard uncertainty (k = 1), J."""
-        return math.hypot(*vars(self).values())
+        return math.hypot(*self)
 
 
 _CORRELATED = ("gain_j", "offset_j", "model_j")
@@ -99,8 +98,7 @@ _GAIN_CORRELATION = 0.5
 shunts, other paths; no source measures both)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CrossCheck:
+class CrossCheck(Record):
     """What a second sensor of a device gives: J, J minus the first one's, and u of that (k = 2)."""
 
     source: str
@@ -129,7 +127,7 @@ def cross_check(counter: Curve, power: Curve, at_ns: NDArray[np.int64]) -> Cross
         return None
     ours, theirs = (budget(curve, at_ns, *ends) for curve in (counter, power))
     gain_j = math.sqrt(2 * (1 - _GAIN_CORRELATION)) * 0.5 * (ours.gain_j + theirs.gain_j)
-    u_j = math.hypot(gain_j, replace(ours, gain_j=0.0).u_j, replace(theirs, gain_j=0.0).u_j)
+    u_j = math.hypot(gain_j, ours._replace(gain_j=0.0).u_j, theirs._replace(gain_j=0.0).u_j)
     return CrossCheck(
         source=power.source.source,
         energy_j=energies_j[1],

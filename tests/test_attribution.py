@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -157,7 +156,7 @@ def test_the_shares_of_all_jobs_and_idle_make_the_device_whatever_happens(seed: 
     random = np.random.default_rng(seed)
     curve, at_ns = device(100.0, 30, kind="gpu")
     energy_j = np.concatenate(([0.0], np.cumsum(random.exponential(20.0, len(at_ns) - 1))))
-    curve = replace(curve, energy_j=energy_j)
+    curve = curve._replace(energy_j=energy_j)
     jobs = uses(random, owners=3, intervals=int(random.integers(1, 90)))
     each = [shares_of(curve, at_ns, use, idle_w=random.uniform(0, 120)) for use in jobs[:1]]
     idle_w = each[0].idle_w or 0.0
@@ -180,7 +179,7 @@ def test_the_idle_draw_is_nobodys_for_as_long_as_nobody_works() -> None:
     # 2 % of a CPU at 50 W
     did = activity(8, job=[1.0] * 4 + [0.0] * 4, busy=[1.0] * 4 + [0.02] * 4)
     curve, at_ns = device(80.0, 8)
-    curve = replace(curve, energy_j=np.interp(at_ns, [0, 4 * S, 8 * S], [0.0, 320.0, 520.0]))
+    curve = curve._replace(energy_j=np.interp(at_ns, [0, 4 * S, 8 * S], [0.0, 320.0, 520.0]))
     shares = share(curve, at_ns, did)
     assert shares.idle_w == pytest.approx(50.0)
     assert shares.job_j[-1] == pytest.approx(320.0)
@@ -203,8 +202,8 @@ def test_above_the_idle_draw_use_decides_and_below_it_presence_too() -> None:
 def test_a_counter_that_stands_still_is_no_idle_draw() -> None:
     curve, at_ns = device(100.0, 6)
     stalled = np.interp(at_ns, [0, 2 * S, 4 * S, 6 * S], [0, 200, 200, 500])
-    assert lowest_power_w(replace(curve, energy_j=stalled), at_ns) == pytest.approx(100.0)
-    assert lowest_power_w(replace(curve, first_ns=-1), at_ns) is None
+    assert lowest_power_w(curve._replace(energy_j=stalled), at_ns) == pytest.approx(100.0)
+    assert lowest_power_w(curve._replace(first_ns=-1), at_ns) is None
 
 
 # --- who else was here ------------------------------------------------------------------------
@@ -269,7 +268,7 @@ def seen(*, job_s: float, others_s: float = 0.0, unknown_s: float = 0.0, last_s:
 )
 def test_a_gpu_is_warned_of_when_it_matters(of: Tenants, told: list[str]) -> None:
     curve, _ = device(100.0, 60, kind="gpu")
-    curve = replace(curve, source=replace(curve.source, id="gpu:GPU-1"))
+    curve = curve._replace(source=curve.source._replace(id="gpu:GPU-1"))
     assert [w["code"] for w in gpus(of).warnings([curve], 0, 60 * S)] == told
 
 
@@ -278,7 +277,7 @@ def test_a_recording_that_never_listed_processes_stays_as_it_was() -> None:
     board = {"uuid": "GPU-1", "index": "0", "model": "H100"}
     old = Gpus.of({}, [board], {}, busy=["GPU-1"])
     curve, _ = device(100.0, 60, kind="gpu")
-    curve = replace(curve, source=replace(curve.source, id="gpu:GPU-1"))
+    curve = curve._replace(source=curve.source._replace(id="gpu:GPU-1"))
     assert old.judged(curve) is curve and old.tenants_of(curve) is None
     assert list(old.warnings([curve], 0, 60 * S)) == []
 

@@ -249,13 +249,13 @@ def test_best_stop_is_where_performance_over_one_plus_r_is_highest() -> None:
     # truth by hand: 0.5/1.1, 0.9/1.2, 0.93/1.58, 0.94/2
     assert scores_along(points).pepr == pytest.approx([0.4545454, 0.75, 0.5886075, 0.47])
     stop = best_stop(points)
-    assert (stop.index, stop.epoch, stop.energy_j) == (1, 1.0, 20.0)
+    assert (stop.point, stop.epoch, stop.energy_j) == (1, 1.0, 20.0)
     assert stop.performance_share == pytest.approx(0.9 / 0.94)
     assert stop.energy_share == pytest.approx(0.2)
     # in a cohort that reaches to 10 kJ, energy hardly matters here
-    assert best_stop(points, (0.0, 10_000.0)).index == 3
+    assert best_stop(points, (0.0, 10_000.0)).point == 3
     # and below its lowest bound nothing is left to save
-    assert best_stop(points, (100.0, 200.0)).index == 3
+    assert best_stop(points, (100.0, 200.0)).point == 3
 
 
 def test_loss_as_a_performance_is_refused_where_it_leaves_its_range() -> None:

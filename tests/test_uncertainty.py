@@ -110,7 +110,7 @@ def test_without_gain_and_offset_the_other_terms_hold_too(name: str) -> None:
         wave = virtual.bursts(random, -2.0, 6.0)
         run = virtual.record(virtual.CLASSES[name], wave, random, end_s=5.0, cadenced=True)
         curve, at_ns = measured(run, 0.0, 5.0)
-        terms = vars(whole(curve, at_ns)) | {"gain_j": 0.0, "offset_j": 0.0}
+        terms = whole(curve, at_ns)._asdict() | {"gain_j": 0.0, "offset_j": 0.0}
         error_j = energy_j(curve) - run.board_j()
         inside.append(abs(error_j) <= 2 * math.hypot(*terms.values()))
     assert np.mean(inside) >= 0.82
@@ -156,7 +156,7 @@ def test_phases_of_a_thinned_recording_are_as_sure_as_they_say(tmp_path: Path) -
         terms = budget(curve, at_ns, np.array([begin]), np.array([end]))
         error_j = curve.energy_j[end] - curve.energy_j[begin]
         error_j -= run.truth_j(edges_s[begin], edges_s[end])
-        inside.append(abs(error_j) <= 2 * replace(terms, gain_j=0.0).u_j)
+        inside.append(abs(error_j) <= 2 * terms._replace(gain_j=0.0).u_j)
     assert np.mean(inside) >= 0.93
 
 
@@ -176,7 +176,7 @@ def test_phases_that_follow_each_other_are_as_sure_as_the_whole(name: str) -> No
         # when they are taken together
         together = budget(curve, at_ns, np.arange(20), np.arange(1, 21))
         error_j = energy_j(curve) - run.truth_j(edges_s[0], edges_s[-1])
-        inside.append(abs(error_j) <= 2 * replace(together, gain_j=0.0).u_j)
+        inside.append(abs(error_j) <= 2 * together._replace(gain_j=0.0).u_j)
         # then only the first and the last edge count
         assert together.edges_j == pytest.approx(whole(curve, at_ns).edges_j)
         # and every other one, whose edges are all its own, is less sure

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import click
 from pepr_profiler.commands import complain, store_option, whoever_listens
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.profiler import SCOPES, Options, Recorder, intensity_of
+from pepr_profiler.record import Record
 from pepr_profiler.units import parse_duration, parse_overhead
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ _URGENT = frozenset(
 """Said when they happen; the rest is in the summary."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(Record):
     """What the options that every recording takes ask for, as they were given."""
 
     name: str | None
@@ -191,7 +190,7 @@ def recording_options(verb: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(verb)
     def with_request(**parameters: Any) -> int:
-        asked = {field.name: parameters.pop(field.name) for field in fields(Request)}
+        asked = {field: parameters.pop(field) for field in Request._fields}
         return verb(**parameters, request=Request(**asked))
 
     decorated: Callable[..., int] = with_request

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -64,7 +63,7 @@ def report(
 
             _require_logged(summary, metric)
             curve = curve_of(summary, metric=metric, percent=percent, transform=transform)
-            curve = curve and replace(curve, metric=name_of(metric, transform))
+            curve = curve and curve._replace(metric=name_of(metric, transform))
         for path, form in forms:
             write_text(path, _rendered(summary, timeline, form, curve))
             click.echo(f"pepr-profile: wrote {path}", err=True)

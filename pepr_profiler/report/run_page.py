@@ -399,7 +399,7 @@ def _progress_text(curve: progress.Curve | None) -> dict[str, Any] | None:
             "PePR along it needs a performance from 0 to 1: --percent, or --transform if lower is "
             "better."
         )
-    elif stop.index < len(curve.performance) - 1:
+    elif stop.point < len(curve.performance) - 1:
         where = f"epoch {stop.epoch:.0f}" if stop.epoch is not None else format_duration(stop.t_s)
         lines.append(
             f"Stopping at {where} would have kept {stop.performance_share:.1%} of the final "

@@ -7,10 +7,10 @@ import math
 import shlex
 import signal
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from pepr_profiler.record import Record
 from pepr_profiler.units import (
     J_PER_WH,
     UNKNOWN,
@@ -178,8 +178,7 @@ def _energy_lines(summary: Mapping[str, Any], width: int) -> list[_Line]:
     return [line, *(fact for note in notes for fact in _fact("", [note], width))]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row:
+class _Row(Record):
     """A row of the energy table: one component, or all of a kind; None is unknown."""
 
     name: str
@@ -425,7 +424,7 @@ def _progress(
             f"PePR is best {where}: stopping there keeps {stop.performance_share:.1%} of the "
             f"{name} for {stop.energy_share:.0%} of the energy (bounds: 0 … this run's)"
         )
-        if stop.index == len(values) - 1:
+        if stop.point == len(values) - 1:
             text = "PePR is best at the end (bounds: 0 … this run's energy)"
     return [("progress", shown), ("", text)]
 
@@ -505,8 +504,7 @@ def _saved_lines(summary: Mapping[str, Any], width: int) -> list[_Line]:
     return [[(saved, "bold")], [(f"  {following}", "dim")]]
 
 
-@dataclass(frozen=True)
-class _Column:
+class _Column(Record):
     title: str
     values: list[str]
     left: bool = False
