@@ -343,3 +343,19 @@ def test_output_into_a_closed_pipe_ends_without_a_trace_back(study: Cli) -> None
         ["sh", "-c", script], env=study.environment(), capture_output=True, check=False
     )
     assert shell.stderr == b""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("verb", ["report small", "runs list", "--help"])
+def test_output_onto_a_full_disk_is_an_error_of_ours(
+    study: Cli, verb: str, unbuffered: str
+) -> None:
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "pepr_profiler", *verb.split()],
+            env=study.environment({"PYTHONUNBUFFERED": unbuffered}),
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert result.returncode == 125
+    assert result.stderr.startswith("pepr-profile: cannot write to standard output: No space left")
+    assert result.stderr.count("\n") == 2  # and the fix

@@ -49,6 +49,9 @@ output_option = click.option(
 )
 
 
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
+
+
 class _Verbs(click.Group):
     """Imports a verb's module when the verb is called, and tells of the others without it."""
 
@@ -101,6 +104,26 @@ def whoever_listens(stream: TextIO) -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), stream.fileno())
 
 
+@contextmanager
+def _writable_output() -> Iterator[None]:
+    """Within the block, that stdout's disk is full is an error of ours; a reader may go away."""
+    try:
+        yield
+    except OSError as error:
+        # What has a name is a file that a verb opened.
+        if error.filename is not None or error.errno not in _UNWRITABLE:
+            raise
+        with whoever_listens(sys.stdout):
+            sys.stdout.flush()
+        if error.errno == errno.EPIPE:
+            raise SystemExit(1) from None  # as Click has it
+        raise PeprError(
+            "cannot write to standard output",
+            why=error.strerror or str(error),
+            fix="free some space, or write elsewhere",
+        ) from error
+
+
 def main(arguments: list[str] | None = None, *, began_ns: int | None = None) -> int:
     """Runs the command line; returns the exit status (docs/design.md, Contract).
 
@@ -113,12 +136,14 @@ def main(arguments: list[str] | None = None, *, began_ns: int | None = None) -> 
     if arguments and arguments[0] not in (*VERBS, "-h", "--help", "--version"):
         arguments = ["run", *arguments]
     try:
-        result = cli.main(
-            arguments or ["--help"],
-            prog_name="pepr-profile",
-            standalone_mode=False,
-            obj=began_ns,
-        )
+        with _writable_output():
+            result = cli.main(
+                arguments or ["--help"],
+                prog_name="pepr-profile",
+                standalone_mode=False,
+                obj=began_ns,
+            )
+            sys.stdout.flush()
     except PeprError as error:
         complain(str(error))
         return error.status
