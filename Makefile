@@ -53,7 +53,8 @@ study:  ## Train 13 models on 2 data sets with 3 seeds each (6 min), open study.
 	sh examples/seeds.sh $(PAGE)
 
 compare:  ## Measure beside other tools (25 min, root, a network the first time): build/compare/report.md
-	python -c 'import sklearn, torch' || python -m pip install --quiet torch==2.13.0 '.[examples]'
+	$(VENV)/bin/python -c 'import pepr_profiler._core, pytest, sklearn, torch' || \
+		PYTHON=$(PYTHON) tools/setup.sh -e test examples
 	python -m benchmarks.peers $(ARGS)
 
 clean:  ## Remove everything that was built; the virtual environment stays

@@ -148,7 +148,7 @@ def looks(
         living = {s.name: s for s in opened if s.failed is None}
         for session in living.values():
             session.begin("work")
-        time.sleep(2.0)  # what they do once
+        time.sleep(max(2.0, 6 / (rate_hz or 10)))  # what they do once, and learn in a few periods
         pids = {name: family(session.process.pid) for name, session in living.items()}
         for own in pids.values():
             signal_all(own, signal.SIGSTOP)
