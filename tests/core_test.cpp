@@ -754,6 +754,15 @@ bool explains_itself(F&& call) {
     return false;
 }
 
+template <typename F>
+bool comes_true(F&& condition, std::int64_t timeout_ns = 20 * kNsPerS) {
+    for (const std::int64_t end_ns = now_ns() + timeout_ns; now_ns() < end_ns;) {
+        if (condition()) return true;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return false;
+}
+
 void sampler_takes_its_last_sample_at_once() {
     const Folder folder;
     Sampler sampler({two_channels(folder), 3600 * kNsPerS});
@@ -786,6 +795,28 @@ void sampler_follows_what_it_reads() {
     const Sampler::Stats stats = sampler.stats();
     CHECK(near(stats.refresh_ns, 50 * kMs, 0.1));
     CHECK(stats.settled >= 30 && stats.wasted * 2 < stats.settled);
+}
+
+// However small the budget: beyond half its range, what a counter wrapped by is anybody's guess.
+void sampler_that_is_held_back_still_sees_every_wrap() {
+    // given a counter of 4 kJ, which 20 kW fill in 200 ms, refreshed every 10 ms
+    const Folder folder;
+    std::string text = "channel\ta/energy\tenergy\tJ\t1\t4000\tcounter\treplay\n";
+    for (int i = 0; i < 3000; ++i)
+        text += std::to_string(0.01 * i) + "\t" + std::to_string(i) + "\n";
+    Sampler sampler(
+        {"replay:" + folder.write("steps", text), kMs, true, std::make_shared<pepr::Budget>(1e-6)});
+    CHECK(sampler.wait_ready(10 * kNsPerS));
+    // when the budget would have it read less often than that
+    CHECK(comes_true([&] { return sampler.stats().gap_ns > 500 * kMs; }));
+    const std::int64_t from_ns = now_ns();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+    CHECK(sampler.stop(10 * kNsPerS));
+    // then it is read every 100 ms: held back, but no more
+    const Recorded rows = read_all(sampler);
+    const auto reads = std::count_if(rows.t_ns.begin(), rows.t_ns.end(),
+                                     [from_ns](std::int64_t t_ns) { return t_ns > from_ns; });
+    CHECK(reads >= 8 && reads <= 30);
 }
 
 void sampler_stopped_before_it_is_open_still_samples_once() {
@@ -1003,15 +1034,6 @@ private:
 };
 
 Moody::Mood Moody::moods[Moody::kMoods];
-
-template <typename F>
-bool comes_true(F&& condition, std::int64_t timeout_ns = 20 * kNsPerS) {
-    for (const std::int64_t end_ns = now_ns() + timeout_ns; now_ns() < end_ns;) {
-        if (condition()) return true;
-        std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
-    return false;
-}
 
 bool is_one_reader(int a, int b) {
     return Moody::moods[a].reader.load() == Moody::moods[b].reader.load();
@@ -1727,6 +1749,7 @@ constexpr Test kTests[] = {
     TEST(budget_too_small_still_reads_before_a_gap),
     TEST(budget_does_not_count_the_start),
     TEST(sampler_follows_what_it_reads),
+    TEST(sampler_that_is_held_back_still_sees_every_wrap),
     TEST(sampler_takes_its_last_sample_at_once),
     TEST(sampler_stopped_before_it_is_open_still_samples_once),
     TEST(sampler_forgets_no_deadline),
