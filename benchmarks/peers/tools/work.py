@@ -279,7 +279,7 @@ def main():
     parser.add_argument("--wrapped", action="store_true")
     parser.add_argument("--windows", action="store_true")
     parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=0.3, help="a segment, or all windows")
+    parser.add_argument("--seconds", type=float, default=0.05, help="a segment, or all windows")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: what it takes itself")
     parser.add_argument(
         "--packages", action="append", default=[], help="further places to import from"
