@@ -24,7 +24,12 @@ from pepr_profiler.units import format_duration, format_quantity, parse_duration
     help="Where to listen [/run/pepr-profiler/daemon.sock for root, else below XDG_RUNTIME_DIR].",
 )
 @click.option("--sensor", "sensors", multiple=True, metavar="KIND[:WHERE]", help="Read this one.")
-@click.option("--period", metavar="TIME", help="Read every sensor this often [when refreshed].")
+@click.option(
+    "--period",
+    metavar="TIME",
+    help="Read every sensor this often [when refreshed]: 10ms. What tells no energy of a GPU is "
+    "read 5 times a second at most.",
+)
 @click.option(
     "--overhead", default="1%", metavar="SHARE", help="CPU time that reading may take [1%]."
 )
