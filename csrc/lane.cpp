@@ -105,7 +105,10 @@ void Lane::plan(std::int64_t begin_ns, std::int64_t end_ns) noexcept {
     if (!can_wait()) return;
     // The budget puts a distance between two reads, not one from the deadline.
     if (throttle_.gap_ns() == 0) earliest_ns_ -= kEarlierEighths * spacing_ns / 8;
-    const std::int64_t longest_ns = cadence_ ? cadence_->longest_ns() : kLongestGapNs;
+    // Who is asked for seldom may be later still; else lanes of one period could stay out of step.
+    const std::int64_t longest_ns =
+        cadence_ ? cadence_->longest_ns()
+                 : std::max(kLongestGapNs, (8 + kLaterEighths) * how_.period_ns / 8);
     latest_ns_ = std::clamp(due_ns_ + kLaterEighths * spacing_ns / 8, due_ns_,
                             std::max(due_ns_, begin_ns + longest_ns));
 }

@@ -1194,6 +1194,20 @@ void crew_spares_the_wake_ups_of_lanes_that_can_wait() {
     CHECK(all >= 50 && along * 10 >= all * 7);  // by chance it would be 1 in 4
 }
 
+// Earlier and later together are the whole spacing: whatever the phase, a wake-up of others fits.
+void lane_that_can_wait_may_whatever_its_period() {
+    for (const std::int64_t period_ns : {20 * kMs, 100 * kMs, kNsPerS, 10 * kNsPerS}) {
+        pepr::Lane::How how = Moody::how(0, period_ns);
+        how.budget = std::make_shared<pepr::Budget>(0.9);
+        pepr::Lane lane(std::move(how), now_ns());
+        CHECK(lane.open());
+        pepr::CpuLaps laps;
+        lane.read(false, laps);
+        CHECK(lane.earliest_ns() < lane.due_ns() && lane.due_ns() < lane.latest_ns());
+        CHECK(lane.latest_ns() - lane.earliest_ns() == period_ns);
+    }
+}
+
 // Going along is no reason to be read more often.
 void crew_reads_lanes_that_can_wait_as_late_as_they_are_due() {
     const auto crew = std::make_shared<pepr::Crew>();
@@ -1766,6 +1780,7 @@ constexpr Test kTests[] = {
     TEST(crew_cycles_leave_nothing_behind),
     TEST(crew_reads_without_an_allocation),
     TEST(crew_spares_the_wake_ups_of_lanes_that_can_wait),
+    TEST(lane_that_can_wait_may_whatever_its_period),
     TEST(crew_reads_lanes_that_can_wait_as_late_as_they_are_due),
     TEST(journal_writes_each_row_once_whoever_flushes),
     TEST(journal_tells_when_a_disk_is_full_and_when_it_is_not),
