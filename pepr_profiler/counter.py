@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pepr_profiler.curve import (
-    NARROW,
-    NS_PER_S,
-    Accumulator,
-    Changes,
-    Curve,
-)
+from pepr_profiler.curve import NARROW, NS_PER_S, Accumulator, Changes, Curve
 from pepr_profiler.sources import fallen_j, wraps
 from pepr_profiler.trace import LINE_STEPS
 

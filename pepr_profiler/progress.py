@@ -138,8 +138,8 @@ class Curve(Record):
 class Stop(Record):
     """A point of a curve at which the run could have been stopped.
 
-    The shares are fractions of what the run has at the last point (performance), and of its whole
-    energy; `epoch` is None where none was logged.
+    `point` is its place in the curve's arrays. The shares are fractions of what the run has at the
+    last point (performance), and of its whole energy; `epoch` is None where none was logged.
     """
 
     point: int

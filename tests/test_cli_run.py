@@ -149,6 +149,21 @@ def test_whoever_does_not_listen_costs_neither_status_nor_run(
     assert json.loads((cli.runs()[0] / "run.json").read_text())["complete"]
 
 
+def test_summary_that_stdout_does_not_take_is_said_and_costs_no_status(
+    cli: Cli, quiet_sensor: str
+) -> None:
+    ours = [sys.executable, "-m", "pepr_profiler", "-q", "--sensor", quiet_sensor, "--json", "-"]
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run(
+            [*ours, "--", "sh", "-c", "exit 5"], env=cli.environment(), cwd=cli.folder,
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert result.returncode == 5
+    assert "cannot write to standard output: No space left" in result.stderr
+    assert "fix:" in result.stderr
+    assert json.loads((cli.runs()[0] / "run.json").read_text())["complete"]
+
+
 def test_summary_that_cannot_be_written_at_the_end_is_said_and_costs_no_status(
     cli: Cli, quiet_sensor: str
 ) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.common import ROOT, UnmeasurableError, compile_c, interleaved, product
 from benchmarks.peers.environments import OURS, TOOLS_FOLDER, WRITTEN, Installed
 from benchmarks.peers.hardware import Machine, machine
-from benchmarks.peers.report import UNCLEAR, Axis, Row, run_axis, verdict
+from benchmarks.peers.report import MISSED, REACHED, UNCLEAR, Axis, Row, run_axis, verdict
 from benchmarks.peers.session import MARK, end, sessions
 from benchmarks.sampler import run_lane, run_loop
 from benchmarks.startup import start_s, wall_s
@@ -288,9 +288,7 @@ def over_ours(
 def against_bare_loop(axis: Axis, hardware: Machine) -> Iterator[Row]:
     """Our lanes beside the least that reads the same at the same instants, pair by pair."""
     assert hardware.boards is not None and hardware.tree is not None
-    pairs = (
-        3 if axis.quick else 12
-    )  # a turn is quick or slow by half, as the machine was idle before
+    pairs = 3 if axis.quick else 12  # turns differ by half: how deeply a CPU slept, is chance
     files = [str(hardware.tree.path(key) / "energy_uj") for key in hardware.tree.zones]
     gpus = hardware.boards.spec
     sensors = {"RAPL": (hardware.tree.spec, files), "NVML": (gpus, [gpus])}
@@ -434,20 +432,24 @@ def slowdown_rows(
     facts: dict[str, Any] = {}
     if tool == OURS:
         most = SLOWDOWN[way.rate_hz]
-        missed = low > most
-        met = (value <= most and (low <= 0 or way.rate_hz)) or high <= most
-        shown = missed or (met and high - low <= 2 * RESOLVED)
-        note += f"; goal {most:g} %" + ("" if shown else ", which this machine is too busy to tell")
+        kept = high <= most or (value <= most and (low <= 0 or way.rate_hz is not None))
+        told = UNCLEAR
+        if low > most:
+            told = MISSED
+        elif kept and high - low <= 2 * RESOLVED:
+            told = REACHED
+        note += f"; goal {most:g} %"
+        note += ", which this machine is too busy to tell" if told == UNCLEAR else ""
         settings = "at 1 kHz" if way.rate_hz else "at default settings"
         facts = {
-            "verdict": verdict(not missed) if shown else UNCLEAR,
+            "verdict": told,
             "goal": f"training slowdown {settings} <= {most:g} %"
             + ("" if way.rate_hz else ", interval with 0"),
             "strain": value,
             "against": "; ".join(
                 [
                     f"95 %: {low:+.2f} to {high:+.2f} %",
-                    *(told for (_, rate), told in controls.items() if rate in (None, way.rate_hz)),
+                    *(seen for (_, rate), seen in controls.items() if rate in (None, way.rate_hz)),
                 ]
             ),
         }

@@ -49,7 +49,10 @@ output_option = click.option(
 )
 
 
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
+_UNWRITABLE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EPIPE}
+)
+"""What stdout may answer: a full disk, a terminal that was hung up, a reader that went away."""
 
 
 class _Verbs(click.Group):
@@ -105,18 +108,22 @@ def whoever_listens(stream: TextIO) -> Iterator[None]:
 
 
 @contextmanager
-def _writable_output() -> Iterator[None]:
-    """Within the block, that stdout's disk is full is an error of ours; a reader may go away."""
+def written_output() -> Iterator[None]:
+    """What the block says on stdout is there behind it, else PeprError says why it is not.
+
+    BrokenPipeError: whoever read it went away. What is still buffered is dropped in either case.
+    """
     try:
         yield
+        sys.stdout.flush()
     except OSError as error:
         # What has a name is a file that a verb opened.
         if error.filename is not None or error.errno not in _UNWRITABLE:
             raise
         with whoever_listens(sys.stdout):
-            sys.stdout.flush()
-        if error.errno == errno.EPIPE:
-            raise SystemExit(1) from None  # as Click has it
+            pass
+        if isinstance(error, BrokenPipeError):
+            raise
         raise PeprError(
             "cannot write to standard output",
             why=error.strerror or str(error),
@@ -136,17 +143,18 @@ def main(arguments: list[str] | None = None, *, began_ns: int | None = None) -> 
     if arguments and arguments[0] not in (*VERBS, "-h", "--help", "--version"):
         arguments = ["run", *arguments]
     try:
-        with _writable_output():
+        with written_output():
             result = cli.main(
                 arguments or ["--help"],
                 prog_name="pepr-profile",
                 standalone_mode=False,
                 obj=began_ns,
             )
-            sys.stdout.flush()
     except PeprError as error:
         complain(str(error))
         return error.status
+    except BrokenPipeError:
+        return 1  # as Click has it where it meets one
     except click.ClickException as error:
         error.show()
         return error.exit_code

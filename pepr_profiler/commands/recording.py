@@ -9,13 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands import complain, store_option, whoever_listens
+from pepr_profiler.commands import complain, store_option, whoever_listens, written_output
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.profiler import SCOPES, Options, Recorder, intensity_of
 from pepr_profiler.record import Record
@@ -98,7 +98,7 @@ class Request(Record):
 
         if self.json_file is not None:
             try:
-                with whoever_listens(sys.stdout):
+                with suppress(BrokenPipeError), written_output():
                     write_summary(summary, self.json_file)
             except PeprError as error:  # what was measured has happened: the status stands
                 complain(str(error))
