@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,35 @@ from pepr_profiler.neighbours import Neighbours, cuda_environments, run_around
 
 NO_SUCH_PID = 4_194_303
 
-# A parent that starts a child, says both PIDs and waits; "orphan": it ends, and the child lives on.
-FAMILY = """
+LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
+
+# At a line of input it computes for half a second, says so, and waits for the input's end.
+BURN = """
+import sys, time
+until_s = time.process_time() + 0.5 if sys.stdin.readline() else 0.0
+while time.process_time() < until_s: pass
+print(flush=True); sys.stdin.read()
+"""
+# A parent that starts a child, says its PID and waits; "orphan": it ends, and the child lives on.
+FAMILY = f"""
 import os, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"])
+child = subprocess.Popen([sys.executable, "-c", {BURN!r}])
 print(child.pid, flush=True)
 if sys.argv[1] != "orphan": sys.stdin.read()
+"""
+
+
+# Told a PID, it starts a child that has it, says so, and waits.
+TAKE_OVER = f"""
+import os, subprocess, sys
+pid = int(sys.stdin.readline())
+while True:
+    with open("{LAST_PID}", "w") as file: file.write(str(pid - 1))
+    child = subprocess.Popen([sys.executable, "-c", {BURN!r}], stdin=subprocess.PIPE)
+    if child.pid == pid: break
+    child.communicate()
+child.stdin.write(b"burn\\n"); child.stdin.flush()
+sys.stdin.read()
 """
 
 
@@ -48,6 +72,19 @@ def start() -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], int]]]:
     for process in running:
         with ended(process):
             process.communicate()
+
+
+def running(code: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-c", code]
+    return ended(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+
+
+def say(process: subprocess.Popen[bytes], line: str) -> None:
+    """Says it to the process, and waits for the answer."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(line.encode() + b"\n")
+    process.stdin.flush()
+    process.stdout.readline()
 
 
 def owners(notes: list[dict[str, Any]]) -> list[tuple[int, str]]:
@@ -136,14 +173,8 @@ def test_others_are_known_by_the_cpu_time_they_took(start: Any) -> None:
     notes: list[dict[str, Any]] = []
     seen = Neighbours(f"pids={target.pid}", notes.append)
     seen.tick()
-    burn = (
-        "import sys, time\nwhile time.process_time() < 0.5: pass\n"
-        "print(flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", burn]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with ended(subprocess.Popen(command, **pipes)) as burner:  # type: ignore[call-overload]
-        burner.stdout.readline()
+    with running(BURN) as burner:
+        say(burner, "burn")
         seen._scan()
         burner.communicate()
     seen.end()
@@ -153,6 +184,30 @@ def test_others_are_known_by_the_cpu_time_they_took(start: Any) -> None:
     assert took[burner.pid]["command"].startswith(sys.executable)
     assert target.pid not in took and os.getpid() not in took
     assert last["profiler_s"] >= 0 and last["since_ns"] < last["t_ns"] <= time.monotonic_ns()
+
+
+@pytest.mark.skipif(
+    not os.access(LAST_PID, os.W_OK),
+    reason="the next PID can be chosen only by root, on a kernel that can checkpoint",
+)
+def test_a_pid_that_is_given_out_again_is_another_process(start: Any) -> None:
+    # given a stranger whose child lives on, and whose PID is given to a process of the job
+    notes: list[dict[str, Any]] = []
+    stranger, orphan = start()
+    with running(TAKE_OVER) as target:
+        seen = Neighbours(f"pids={target.pid}", notes.append)
+        seen.tick()
+        stranger.kill()
+        stranger.wait()
+        say(target, str(stranger.pid))
+        # when the stranger's child computes, as the job does
+        say(stranger, "burn")
+        seen._scan()
+        target.communicate()
+    took = {process["pid"]: process["cpu_s"] for process in notes[-1]["processes"]}
+    # then its time is its own, and that of the job's is not among the strangers'
+    assert took[orphan] == pytest.approx(0.5, abs=0.1)
+    assert stranger.pid not in took
 
 
 def test_a_run_that_was_never_looked_at_is_not_looked_at_in_the_end() -> None:
