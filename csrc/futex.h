@@ -14,13 +14,15 @@ namespace pepr {
 
 // Sleeps until `word` differs from `expected` or CLOCK_MONOTONIC reaches `deadline_ns`. A futex is
 // the one sleep with both an absolute deadline and a predicate; it costs what clock_nanosleep does.
-inline void wait_while(const std::atomic<std::uint32_t>& word, std::uint32_t expected,
+// False: it still is `expected`.
+inline bool wait_while(const std::atomic<std::uint32_t>& word, std::uint32_t expected,
                        std::int64_t deadline_ns) noexcept {
     static_assert(sizeof(word) == sizeof(std::uint32_t));
     const timespec deadline = to_timespec(deadline_ns);
     while (word.load(std::memory_order_acquire) == expected && now_ns() < deadline_ns)
         ::syscall(SYS_futex, &word, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG, expected, &deadline,
                   nullptr, FUTEX_BITSET_MATCH_ANY);
+    return word.load(std::memory_order_acquire) != expected;
 }
 
 inline void wake_all(std::atomic<std::uint32_t>& word) noexcept {

@@ -174,8 +174,7 @@ void Lane::enter(State next) noexcept {
 }
 
 bool Lane::wait_while_in(State state, std::int64_t deadline_ns) const noexcept {
-    wait_while(state_, static_cast<std::uint32_t>(state), deadline_ns);
-    return this->state() != state;
+    return wait_while(state_, static_cast<std::uint32_t>(state), deadline_ns);
 }
 
 void Lane::require_open() const {
