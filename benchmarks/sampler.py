@@ -6,9 +6,12 @@ import argparse
 import array
 import itertools
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from benchmarks.common import (
     Spread,
     compile_c,
     header,
+    interleaved,
     judge,
     main,
     percentile,
@@ -42,14 +46,26 @@ class Lane:
     others_ran: int = 0
 
 
-def lane(spec: str, period_ns: int, seconds: float, *, hold_gil: bool) -> Lane:
-    """Runs a lane in this process, the main thread idle or holding the GIL in one C call."""
+def lane(
+    spec: str, period_ns: int, seconds: float, *, hold_gil: bool, loop: Sequence[str] = ()
+) -> tuple[Lane, str]:
+    """Runs a lane in this process, the main thread idle or holding the GIL in one C call.
+
+    `loop` is a command that runs meanwhile; the second that is returned is what it printed.
+    """
     from pepr_profiler import _core
 
     exponent = _exponent(seconds) if hold_gil else 0
     sampler = _core.Sampler(spec, period_ns)
     sampler.wait_ready(10.0)
-    before = sampler.stats()
+    clock = _clock_of("pepr-sampler")
+    time.sleep(1.5e-9 * period_ns)  # in which all is touched for the first time
+    rows = _Rows()
+    rows.take(sampler)
+    # Between two samples of the lane: that is where those of the loop shall be.
+    time.sleep(max(0.0, 1e-9 * (rows.t_ns[-1] + 1.5 * period_ns - time.monotonic_ns())))
+    neighbour = subprocess.Popen(loop, stdout=subprocess.PIPE, text=True) if loop else None
+    before_s, samples_before = time.clock_gettime(clock), sampler.stats()["samples"]
     turns: list[int] = []
     begin_ns = time.monotonic_ns()
     if hold_gil:
@@ -62,7 +78,6 @@ def lane(spec: str, period_ns: int, seconds: float, *, hold_gil: bool) -> Lane:
         stop.set()
         watcher.join()
     else:
-        rows = _Rows()
         # The ring holds 2 s, but without a pause there are 2 million rows a second. A recording is
         # written down once a second; who wakes up more often takes caches from the lane.
         pause_s = min(0.1 if period_ns < 1_000_000 else 1.0, seconds)
@@ -70,23 +85,32 @@ def lane(spec: str, period_ns: int, seconds: float, *, hold_gil: bool) -> Lane:
             time.sleep(pause_s)
             rows.take(sampler)
         end_ns = time.monotonic_ns()
+    cpu_s = time.clock_gettime(clock) - before_s
+    samples = sampler.stats()["samples"] - samples_before
     sampler.stop(1.0)
     stats = sampler.stats()
-    if hold_gil:
-        rows = _Rows()
     rows.take(sampler)
     late_ns = rows.late_ns(period_ns)
     inside = [t_ns for t_ns in rows.t_ns if begin_ns <= t_ns < end_ns]
     assert len(rows.t_ns) == stats["samples"], "the ring lost rows"
-    return Lane(
-        # Opening the sensor is in both, so it is in neither.
-        cpu_per_sample_s=(stats["cpu_s"] - before["cpu_s"])
-        / (stats["samples"] - before["samples"]),
+    measured = Lane(
+        cpu_per_sample_s=cpu_s / samples,
         rate_hz=(len(inside) - 1) / (inside[-1] - inside[0]) * 1e9,
         late_p50_s=percentile(late_ns, 0.5) * 1e-9,
         late_p99_s=percentile(late_ns, 0.99) * 1e-9,
         others_ran=sum(begin_ns < t_ns < end_ns for t_ns in turns),
     )
+    return measured, neighbour.communicate()[0] if neighbour is not None else ""
+
+
+def _clock_of(thread: str) -> int:
+    """The CPU clock of the only thread of that name."""
+    (own,) = (
+        int(task.name)
+        for task in Path("/proc/self/task").iterdir()
+        if (task / "comm").read_text().strip() == thread
+    )
+    return (~own << 3) | 6  # as pthread_getcpuclockid() names it
 
 
 class _Rows:
@@ -100,15 +124,20 @@ class _Rows:
             self._read_ns.frombytes(batch[2])
 
     def late_ns(self, period_ns: int) -> list[int]:
-        """How far behind its deadline each row began; deadlines passed over are not its own."""
+        """How far behind its deadline each row began, less what the promptest took.
+
+        Deadlines passed over are not its own. The first row comes when the sensor is open, the last
+        when the lane is asked to stop.
+        """
         late_ns = []
-        deadline_ns = self.t_ns[0]
-        for t_ns, read_ns in zip(self.t_ns, self._read_ns, strict=True):
+        deadline_ns = self.t_ns[1]
+        for t_ns, read_ns in zip(self.t_ns[1:-1], self._read_ns[1:-1], strict=True):
             late_ns.append(t_ns - deadline_ns)
             deadline_ns += period_ns
             passed = (t_ns + read_ns - deadline_ns) // period_ns + 1
             deadline_ns += max(0, passed) * period_ns
-        return late_ns[1:-1]  # the first sets the grid, the last is taken when asked to stop
+        least_ns = min(late_ns)
+        return [late - least_ns for late in late_ns]
 
 
 def _take_turns(stop: threading.Event, turns: list[int]) -> None:
@@ -131,12 +160,15 @@ def run_lane(
     """The lane in a process of its own."""
     more = ["--hold-gil"] if hold_gil else []
     argv = bench.module("sampler", "--lane", spec, str(period_ns), "--seconds", str(seconds), *more)
-    return Lane(**json.loads(run(argv, bench.env)))
+    return Lane(**json.loads(run(argv, bench.env))["lane"])
 
 
 def run_loop(loop: Path, files: list[str], period_ns: int, seconds: float) -> Lane:
-    words = run([str(loop), str(period_ns), str(seconds), *files], {}).split()
-    samples, cpu_ns, took_ns, p50_ns, p99_ns = map(int, words)
+    return _of_loop(run([str(loop), str(period_ns), str(seconds), *files], {}))
+
+
+def _of_loop(said: str) -> Lane:
+    samples, cpu_ns, took_ns, p50_ns, p99_ns = map(int, said.split())
     return Lane(
         cpu_per_sample_s=1e-9 * cpu_ns / samples,
         rate_hz=1e9 * samples / took_ns,
@@ -155,15 +187,8 @@ def compare(
     pairs: int,
     seconds: float,
 ) -> None:
-    """Lane and loop in turn; their ratio is taken pair by pair."""
-    period_ns = 1_000_000_000 // rate
-    lanes, loops = [], []
-    for number in range(pairs):
-        if number % 2:
-            loops.append(run_loop(loop, files, period_ns, seconds))
-        lanes.append(run_lane(bench, spec, period_ns, seconds))
-        if number % 2 == 0:
-            loops.append(run_loop(loop, files, period_ns, seconds))
+    """Lane and loop side by side; their ratio is taken pair by pair."""
+    lanes, loops = beside_loop(bench, spec, loop, files, rate=rate, pairs=pairs, seconds=seconds)
     ratios = [a.cpu_per_sample_s / b.cpu_per_sample_s for a, b in zip(lanes, loops, strict=True)]
     print(f"  {rate} Hz over {ZONES} counters, {pairs} pairs of {seconds:g} s:")
     _show_all("lane", lanes, rate)
@@ -174,14 +199,57 @@ def compare(
         show("CPU per sample, lane / C loop", Spread.of(ratios), "x")
 
 
-def back_to_back(bench: Product, spec: str, loop: Path, files: list[str], *, pairs: int) -> None:
-    """Without the sleeps, whose cost in a virtual machine hides everything else."""
-    found = [(run_lane(bench, spec, 1, 0.4), run_loop(loop, files, 0, 0.4)) for _ in range(pairs)]
+def beside_loop(
+    bench: Product,
+    spec: str,
+    loop: Path,
+    files: list[str],
+    *,
+    rate: int,
+    pairs: int,
+    seconds: float,
+) -> tuple[list[Lane], list[Lane]]:
+    """Pairs of a lane and a loop with its reads, both at once on one CPU, another one each time.
+
+    What the machine does to one of them at the moment, it does to the other.
+    """
+    period_ns = 1_000_000_000 // rate
+    argv = bench.module("sampler", "--lane", spec, str(period_ns), "--seconds", str(seconds))
+    argv += ["--beside", str(loop), *files]
+    lanes, loops = [], []
+    cpus = sorted(os.sched_getaffinity(0))
+    try:
+        for number in range(pairs):
+            os.sched_setaffinity(0, {cpus[number % len(cpus)]})  # the children inherit it
+            found = json.loads(run(argv, bench.env))
+            lanes.append(Lane(**found["lane"]))
+            loops.append(_of_loop(found["loop"]))
+    finally:
+        os.sched_setaffinity(0, cpus)
+    return lanes, loops
+
+
+def back_to_back(
+    bench: Product, spec: str, loop: Path, files: list[str], *, pairs: int, seconds: float
+) -> tuple[list[Lane], list[Lane]]:
+    """Pairs that never sleep, whose cost in a virtual machine hides all else; so, in turn."""
+    found = interleaved(
+        {
+            "lane": lambda: run_lane(bench, spec, 1, seconds),
+            "loop": lambda: run_loop(loop, files, 0, seconds),
+        },
+        pairs,
+    )
+    return found["lane"], found["loop"]
+
+
+def without_a_pause(bench: Product, spec: str, loop: Path, files: list[str], *, pairs: int) -> None:
+    found = back_to_back(bench, spec, loop, files, pairs=pairs, seconds=0.4)
     print(f"  read without a pause, {pairs} pairs of 0.4 s:")
-    for who, mine in (("lane", 0), ("C loop", 1)):
-        costs = [pair[mine].cpu_per_sample_s for pair in found]
-        show(f"{who}: CPU per sample", Spread.of(costs), "us", scale=1e6)
-    ratios = [a.cpu_per_sample_s / b.cpu_per_sample_s for a, b in found]
+    costs = [[each.cpu_per_sample_s for each in those] for those in found]
+    for who, those in zip(("lane", "C loop"), costs, strict=True):
+        show(f"{who}: CPU per sample", Spread.of(those), "us", scale=1e6)
+    ratios = [a / b for a, b in zip(*costs, strict=True)]
     show("CPU per sample, lane / C loop", Spread.of(ratios), "x")
 
 
@@ -249,20 +317,23 @@ def measure() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--lane", nargs=2, metavar=("SPEC", "PERIOD_NS"), help=argparse.SUPPRESS)
     parser.add_argument("--hold-gil", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--beside", nargs="+", metavar="LOOP", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.lane:
         spec, period_ns = arguments.lane
-        result = lane(spec, int(period_ns), arguments.seconds, hold_gil=arguments.hold_gil)
-        print(json.dumps(vars(result)))
+        seconds, (loop, *files) = arguments.seconds, arguments.beside or [""]
+        argv = [loop, period_ns, str(seconds), *files] if loop else []
+        result, said = lane(spec, int(period_ns), seconds, hold_gil=arguments.hold_gil, loop=argv)
+        print(json.dumps({"lane": vars(result), "loop": said}))
         return
     pairs, seconds = arguments.pairs, arguments.seconds
     header("sampler: one lane against a bare C loop of the same reads and sleeps")
     with product() as bench, powercap_tree(bench.folder) as tree:
-        loop = compile_c("sampler_loop.c", bench.folder)
+        bare = compile_c("sampler_loop.c", bench.folder)
         files = [str(tree.path(key) / "energy_uj") for key in tree.zones]
         for rate in (1000, 100, 10):
-            compare(bench, tree.spec, loop, files, rate=rate, pairs=pairs, seconds=seconds)
-        back_to_back(bench, tree.spec, loop, files, pairs=pairs)
+            compare(bench, tree.spec, bare, files, rate=rate, pairs=pairs, seconds=seconds)
+        without_a_pause(bench, tree.spec, bare, files, pairs=pairs)
         wasted(bench, seconds=5 * seconds)
         print(f"  1000 Hz while the main thread holds the GIL in one C call, {pairs} times:")
         held = [run_lane(bench, tree.spec, 1_000_000, seconds, hold_gil=True) for _ in range(pairs)]

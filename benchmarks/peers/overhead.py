@@ -24,7 +24,7 @@ from benchmarks.peers.environments import OURS, TOOLS_FOLDER, WRITTEN, Installed
 from benchmarks.peers.hardware import Machine, machine
 from benchmarks.peers.report import MISSED, REACHED, UNCLEAR, Axis, Row, run_axis, verdict
 from benchmarks.peers.session import MARK, end, sessions
-from benchmarks.sampler import run_lane, run_loop
+from benchmarks.sampler import back_to_back, beside_loop, run_loop
 from benchmarks.startup import start_s, wall_s
 
 from sim import native, nvml, powercap, waves  # isort: skip  hardware.py says where it lies
@@ -286,9 +286,9 @@ def over_ours(
 
 
 def against_bare_loop(axis: Axis, hardware: Machine) -> Iterator[Row]:
-    """Our lanes beside the least that reads the same at the same instants, pair by pair."""
+    """Our lanes beside the least that reads the same as often, pair by pair."""
     assert hardware.boards is not None and hardware.tree is not None
-    pairs = 3 if axis.quick else 12  # turns differ by half: how deeply a CPU slept, is chance
+    pairs = 4 if axis.quick else 16
     files = [str(hardware.tree.path(key) / "energy_uj") for key in hardware.tree.zones]
     gpus = hardware.boards.spec
     sensors = {"RAPL": (hardware.tree.spec, files), "NVML": (gpus, [gpus])}
@@ -296,29 +296,23 @@ def against_bare_loop(axis: Axis, hardware: Machine) -> Iterator[Row]:
         loop = sampler_loop(bench.folder)
         for rate in (1000, 100, 10, 0):
             seconds = {1000: 0.5, 100: 0.5, 10: 1.0, 0: 0.3}[rate]
-            period_ns = 1_000_000_000 // rate if rate else 0
-            measures: dict[str, Callable[[], float]] = {}
-            for name, (spec, reads) in sensors.items():
-                measures[f"{name} lane"] = lambda s=spec, p=period_ns, t=seconds: (  # type: ignore[misc]
-                    run_lane(bench, s, max(1, p), t).cpu_per_sample_s
-                )
-                measures[f"{name} loop"] = lambda r=reads, p=period_ns, t=seconds: (  # type: ignore[misc]
-                    run_loop(loop, r, p, t).cpu_per_sample_s
-                )
+            period_ns = 1_000_000_000 // rate if rate else 1
             if rate:
-                measures["wakes"] = lambda p=period_ns, t=seconds: (  # type: ignore[misc]
-                    run_loop(loop, [], p, t).cpu_per_sample_s
-                )
-            found = interleaved(measures, pairs)
-            for name in sensors:
-                lanes, loops = found[f"{name} lane"], found[f"{name} loop"]
-                ratios = [a / b for a, b in zip(lanes, loops, strict=True)]
+                wakes = [run_loop(loop, [], period_ns, seconds).cpu_per_sample_s for _ in range(3)]
+            for name, (spec, reads) in sensors.items():
                 scenario = f"{name}, {rate} Hz" if rate else f"{name}, without a pause"
+                if rate:
+                    how = {"rate": rate, "pairs": pairs, "seconds": seconds}
+                    found = beside_loop(bench, spec, loop, reads, **how)
+                else:
+                    found = back_to_back(bench, spec, loop, reads, pairs=pairs, seconds=seconds)
+                lanes, loops = ([each.cpu_per_sample_s for each in those] for those in found)
+                ratios = [a / b for a, b in zip(lanes, loops, strict=True)]
                 yield axis.row(scenario, OURS, "CPU a sample", "us", **figures(lanes, 1e6))
                 yield axis.row(scenario, BARE_LOOP, "CPU a sample", "us", **figures(loops, 1e6))
                 facts: dict[str, Any] = {}
                 if rate:
-                    bare = figures(found["wakes"], 1e6)
+                    bare = figures(wakes, 1e6)
                     yield axis.row(scenario, BARE_WAKES, "CPU a sample", "us", **bare)
                     times = statistics.median(ratios)
                     lane_us, loop_us = (1e6 * statistics.median(each) for each in (lanes, loops))
