@@ -7,6 +7,7 @@
 #include <utility>
 
 #include <fcntl.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "streams are little-endian, as memory is");
@@ -101,6 +102,11 @@ int ArrowFile::clear() noexcept {
 }
 
 void ArrowFile::remove() noexcept { ::unlink(path_.c_str()); }
+
+std::size_t ArrowFile::free_bytes() const noexcept {
+    struct statvfs about{};
+    return ::fstatvfs(file_.fd(), &about) == 0 ? about.f_bavail * about.f_frsize : 0;
+}
 
 int ArrowFile::write(const std::string& data) noexcept {
     for (std::size_t done = 0; done < data.size();) {

@@ -33,6 +33,8 @@ public:
     // Nothing can be appended any more.
     void close() noexcept;
     void remove() noexcept;
+    // What the file system still takes of us, as far as it tells.
+    std::size_t free_bytes() const noexcept;
     std::size_t size() const noexcept { return size_; }
 
 private:

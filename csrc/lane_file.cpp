@@ -1,6 +1,7 @@
 #include "lane_file.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <utility>
 
 namespace pepr {
@@ -119,6 +120,7 @@ void LaneFile::write() {
 
 void LaneFile::end() {
     if (!t_ns_.empty()) consolidate();
+    if (!t_ns_.empty() && (error_ == ENOSPC || error_ == EDQUOT)) squeeze();
     if (t_ns_.empty()) {
         attempt(main_.finish());
         tail_.remove();  // left behind it does no harm: a reader drops what it has seen
@@ -140,11 +142,21 @@ void LaneFile::transpose(std::size_t first, std::vector<double>& columns) const 
 
 void LaneFile::consolidate() {
     const std::size_t n = t_ns_.size();
-    std::vector<double> values;  // ours alone: of a lane with many channels it is megabytes
-    transpose(0, values);
-    const auto rows = thin(how_.rules, t_ns_.data(), values.data(), n, n, whole_);
+    std::vector<double> columns;  // ours alone: of a lane with many channels it is megabytes
+    transpose(0, columns);
+    const auto rows = thin(how_.rules, t_ns_.data(), columns.data(), n, n, whole_);
+    if (store(rows, true)) {
+        whole_ -= std::min(whole_, n);
+        (void)tail_.clear();
+    } else if (n > kMostPendingRows) {
+        give_up();
+    }
+}
+
+// Appends these rows to the main stream, and forgets all. False: they could not be written.
+bool LaneFile::store(const std::vector<std::size_t>& rows, bool thinned) {
     std::vector<std::uint32_t> skipped(rows.size());
-    for (std::size_t i = 1; i < rows.size(); ++i)
+    for (std::size_t i = 1; thinned && i < rows.size(); ++i)
         skipped[i] = static_cast<std::uint32_t>(rows[i] - rows[i - 1] - 1);
     const auto t_ns = pick(t_ns_, rows);
     const auto read_ns = pick(read_ns_, rows), gap_ns = pick(gap_ns_, rows);
@@ -155,21 +167,34 @@ void LaneFile::consolidate() {
                                      {gap_ns.data(), sizeof gap_ns[0]}};
     for (std::size_t c = 0; c < width(); ++c) {
         double* const column = kept.data() + c * rows.size();
-        for (std::size_t i = 0; i < rows.size(); ++i) column[i] = values[c * n + rows[i]];
+        for (std::size_t i = 0; i < rows.size(); ++i) column[i] = values_[rows[i] * width() + c];
         columns.push_back({column, sizeof *column});
     }
     std::string batch;
     append_batch(batch, columns, rows.size());
-    if (attempt(main_.append(batch))) {
-        whole_ -= std::min(whole_, n);
-        t_ns_.clear();
-        read_ns_.clear();
-        gap_ns_.clear();
-        values_.clear();
-        in_tail_ = 0;
-        (void)tail_.clear();
-    } else if (n > kMostPendingRows) {
-        give_up();
+    if (!attempt(main_.append(batch))) return false;
+    t_ns_.clear();
+    read_ns_.clear();
+    gap_ns_.clear();
+    values_.clear();
+    in_tail_ = 0;
+    return true;
+}
+
+// Gives the tail's room for as many rows as half of what is free then takes, from all of the time;
+// the other half is for those that end later.
+void LaneFile::squeeze() {
+    const std::size_t n = t_ns_.size(), row_bytes = 20 + 8 * width();
+    std::size_t count = std::min(n, (main_.free_bytes() + tail_.size()) / 2 / row_bytes);
+    tail_.close();
+    tail_.remove();
+    in_tail_ = 0;
+    for (; count > 0 && !t_ns_.empty(); count /= 2) {
+        std::vector<std::size_t> rows{n - 1};
+        for (std::size_t left = count - 1; left > 0; --left)
+            rows.push_back((left - 1) * (n - 1) / (count - 1));
+        std::reverse(rows.begin(), rows.end());
+        if (store(rows, false)) dropped_ += n - count;
     }
 }
 

@@ -36,7 +36,8 @@ public:
     // Takes what a ring has since it was drained last, and writes it unless the disk is full.
     void drain(const RingView& ring);
 
-    // Writes what was taken. `last`: as a large batch, and that is the end of the files.
+    // Writes what was taken. `last`: as a large batch, and that is the end of the files. On a disk
+    // that is full then, it is fewer rows; but the last is one of them, so counters lose no energy.
     void flush(bool last = false);
 
     // These never wait, not for a disk that hangs either.
@@ -49,7 +50,9 @@ private:
     void keep(const RingView::Columns& columns, std::size_t rows);
     void write();
     void consolidate();
+    bool store(const std::vector<std::size_t>& rows, bool thinned);
     void end();
+    void squeeze();
     void give_up();
     bool attempt(int error) noexcept;
     void transpose(std::size_t first, std::vector<double>& columns) const;

@@ -40,6 +40,7 @@ from pepr_profiler.trace import (
     LaneReader,
     Phase,
     joined,
+    lane_names,
     read_events,
     read_lanes,
     read_neighbours,
@@ -233,7 +234,8 @@ def _examine(
         sampler=_sampler(facts, readers, gauges, duration_s),
         warnings=[
             *facts.get("warnings", []),
-            *_warnings(parts, events.torn_lines, begin_ns, end_ns),
+            *_unwritten(lane_names(directory), readers),
+            *_warnings(parts, events.torn_lines, begin_ns, end_ns, _dropped(facts)),
             *gpus.warnings([part.curve for part in counted], begin_ns, end_ns),
             *_cpu_neighbours(counted, notes, activity, (begin_ns, end_ns)),
         ],
@@ -705,7 +707,7 @@ def _sampler(
         "cpu_s": cpu_s,
         "cpu_fraction": cpu_s / duration_s if cpu_s is not None and duration_s > 0 else None,
         "samples": gauges.rows,
-        "dropped": stats.get("dropped"),
+        "dropped": _dropped(facts),
         "late": stats.get("late"),
         "timed": stats.get("timed"),
         "failed_reads": gauges.unknown,
@@ -719,8 +721,24 @@ def _sampler(
     }
 
 
+def _dropped(facts: Mapping[str, Any]) -> int | None:
+    dropped: int | None = (facts.get("sampler") or {}).get("dropped")
+    return dropped
+
+
+def _unwritten(names: Iterable[str], readers: Mapping[str, LaneReader]) -> Iterator[dict[str, str]]:
+    for name in names:
+        if name not in readers:
+            yield warning(
+                "unwritten",
+                f"nothing that {name} told is on disk; what it measures is not in the total",
+                "free space for the store; of a program that was killed in its first second there "
+                "is no more",
+            )
+
+
 def _warnings(
-    parts: Iterable[_Part], torn_lines: int, begin_ns: int, end_ns: int
+    parts: Iterable[_Part], torn_lines: int, begin_ns: int, end_ns: int, dropped: int | None
 ) -> Iterator[dict[str, str]]:
     for part in parts:
         curve, name = part.curve, part.curve.source.id
@@ -780,7 +798,7 @@ def _warnings(
                 "ended-early",
                 f"{name} gave no reading in the last {early_s:.1f} s; its energy since is not in "
                 "the total",
-                "see dmesg for its driver",
+                "free space for the store" if dropped else "see dmesg for its driver",
             )
         elif curve.longest_gap_s > gap_s:
             kept = "the counter kept its energy" if source.counter else "its power is interpolated"

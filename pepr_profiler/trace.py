@@ -299,10 +299,15 @@ class LaneReader:
             ) from None
 
 
+def lane_names(directory: Path) -> list[str]:
+    """All lanes, those too of which nothing was written."""
+    return sorted({path.name.split(".")[0] for path in directory.glob("*.arrows")})
+
+
 def read_lanes(directory: Path) -> dict[str, LaneReader]:
     """A reader for each lane that holds rows."""
     readers = {}
-    for name in sorted({path.name.split(".")[0] for path in directory.glob("*.arrows")}):
+    for name in lane_names(directory):
         with suppress(_EmptyLaneError):  # a crash before its first flush must not hide the others
             readers[name] = LaneReader(directory, name)
     return readers
