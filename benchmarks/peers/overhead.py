@@ -375,8 +375,10 @@ def slowdown(axis: Axis, hardware: Machine) -> Iterator[Row]:
     except UnmeasurableError as error:
         yield axis.row("training", OURS, "slowdown", "%", note=str(error))
         return
-    # What is uncertain goes down with the number of pairs, however short they are.
-    few, many = (16, 16) if axis.quick else (40, 160)
+    # Turns of one epoch: what is uncertain goes down with the number of pairs, and what the machine
+    # does for some time is in both of a pair, the shorter the surer.
+    work += ["--seconds", "0"]
+    few, many = (16, 16) if axis.quick else (120, 480)
     # Without any tool, twice: who is told to be slower than that is not, here.
     beside: list[tuple[str, Way, str, list[str]]] = [(NOTHING, DEFAULT, sys.executable, [])]
     # And what the machine takes of the work for anybody's wake-ups and reads.

@@ -50,10 +50,10 @@ def training(threads):
 
 
 def segment(piece, seconds, used=lambda: 0.0):
-    """Whole pieces for so long: (wall seconds each, CPU of the tool per second)."""
+    """Whole pieces for so long, one at least: (wall seconds each, CPU of the tool per second)."""
     begin_s, used_s = time.perf_counter(), used()
     pieces = 0
-    while time.perf_counter() - begin_s < seconds:
+    while not pieces or time.perf_counter() - begin_s < seconds:
         piece()
         pieces += 1
     took_s = time.perf_counter() - begin_s
