@@ -177,20 +177,10 @@ def _of_loop(said: str) -> Lane:
     )
 
 
-def compare(
-    bench: Product,
-    spec: str,
-    loop: Path,
-    files: list[str],
-    *,
-    rate: int,
-    pairs: int,
-    seconds: float,
-) -> None:
-    """Lane and loop side by side; their ratio is taken pair by pair."""
-    lanes, loops = beside_loop(bench, spec, loop, files, rate=rate, pairs=pairs, seconds=seconds)
+def compare(lanes: list[Lane], loops: list[Lane], *, rate: int, seconds: float) -> None:
+    """Prints what lanes and loops came to side by side; their ratio is taken pair by pair."""
     ratios = [a.cpu_per_sample_s / b.cpu_per_sample_s for a, b in zip(lanes, loops, strict=True)]
-    print(f"  {rate} Hz over {ZONES} counters, {pairs} pairs of {seconds:g} s:")
+    print(f"  {rate} Hz over {ZONES} counters, {len(lanes)} pairs of {seconds:g} s:")
     _show_all("lane", lanes, rate)
     _show_all("C loop", loops, None)
     if rate == 1000:
@@ -332,7 +322,10 @@ def measure() -> None:
         bare = compile_c("sampler_loop.c", bench.folder)
         files = [str(tree.path(key) / "energy_uj") for key in tree.zones]
         for rate in (1000, 100, 10):
-            compare(bench, tree.spec, bare, files, rate=rate, pairs=pairs, seconds=seconds)
+            found = beside_loop(
+                bench, tree.spec, bare, files, rate=rate, pairs=pairs, seconds=seconds
+            )
+            compare(*found, rate=rate, seconds=seconds)
         without_a_pause(bench, tree.spec, bare, files, pairs=pairs)
         wasted(bench, seconds=5 * seconds)
         print(f"  1000 Hz while the main thread holds the GIL in one C call, {pairs} times:")
