@@ -87,6 +87,13 @@ int ArrowFile::append(const std::string& messages) noexcept {
     return write(messages);
 }
 
+int ArrowFile::replace(const std::string& messages) noexcept {
+    if (size_ < schema_.size() + messages.size()) return ENOSPC;
+    size_ = schema_.size();
+    if (const int error = write(messages)) return error;
+    return ::ftruncate(file_.fd(), static_cast<off_t>(size_)) == 0 ? 0 : errno;
+}
+
 int ArrowFile::finish() noexcept {
     if (size_ == 0) return 0;
     std::string end;

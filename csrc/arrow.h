@@ -28,6 +28,8 @@ public:
     int append(const std::string& messages) noexcept;
     // Marks the end, as Arrow readers like it; a stream without rows stays empty.
     int finish() noexcept;
+    // In the place of all that was appended, which has to be as much or more: it takes no room.
+    int replace(const std::string& messages) noexcept;
     // Leaves the schema alone.
     int clear() noexcept;
     // Nothing can be appended any more.

@@ -120,11 +120,11 @@ void LaneFile::write() {
 
 void LaneFile::end() {
     if (!t_ns_.empty()) consolidate();
-    if (!t_ns_.empty() && (error_ == ENOSPC || error_ == EDQUOT)) squeeze();
     if (t_ns_.empty()) {
         attempt(main_.finish());
         tail_.remove();  // left behind it does no harm: a reader drops what it has seen
     } else {
+        if (error_ == ENOSPC || error_ == EDQUOT) squeeze();
         give_up();
     }
     main_.close();
@@ -145,16 +145,17 @@ void LaneFile::consolidate() {
     std::vector<double> columns;  // ours alone: of a lane with many channels it is megabytes
     transpose(0, columns);
     const auto rows = thin(how_.rules, t_ns_.data(), columns.data(), n, n, whole_);
-    if (store(rows, true)) {
+    if (attempt(main_.append(batch_of(rows, true)))) {
         whole_ -= std::min(whole_, n);
+        forget();
         (void)tail_.clear();
     } else if (n > kMostPendingRows) {
         give_up();
     }
 }
 
-// Appends these rows to the main stream, and forgets all. False: they could not be written.
-bool LaneFile::store(const std::vector<std::size_t>& rows, bool thinned) {
+// `thinned`: what lies between these rows is known from them, else it is lost.
+std::string LaneFile::batch_of(const std::vector<std::size_t>& rows, bool thinned) const {
     std::vector<std::uint32_t> skipped(rows.size());
     for (std::size_t i = 1; thinned && i < rows.size(); ++i)
         skipped[i] = static_cast<std::uint32_t>(rows[i] - rows[i - 1] - 1);
@@ -172,29 +173,32 @@ bool LaneFile::store(const std::vector<std::size_t>& rows, bool thinned) {
     }
     std::string batch;
     append_batch(batch, columns, rows.size());
-    if (!attempt(main_.append(batch))) return false;
+    return batch;
+}
+
+void LaneFile::forget() noexcept {
     t_ns_.clear();
     read_ns_.clear();
     gap_ns_.clear();
     values_.clear();
     in_tail_ = 0;
-    return true;
 }
 
-// Gives the tail's room for as many rows as half of what is free then takes, from all of the time;
-// the other half is for those that end later.
+// Writes fewer rows, from all of the time and with the last, over those of the tail: that room is
+// ours, whoever waits for some. Half of it is for lanes that have none, as of what is free.
 void LaneFile::squeeze() {
     const std::size_t n = t_ns_.size(), row_bytes = 20 + 8 * width();
-    std::size_t count = std::min(n, (main_.free_bytes() + tail_.size()) / 2 / row_bytes);
-    tail_.close();
-    tail_.remove();
-    in_tail_ = 0;
+    const bool over = in_tail_ > 0;
+    std::size_t count = std::min(n, (over ? tail_.size() : main_.free_bytes()) / 2 / row_bytes);
     for (; count > 0 && !t_ns_.empty(); count /= 2) {
         std::vector<std::size_t> rows{n - 1};
         for (std::size_t left = count - 1; left > 0; --left)
             rows.push_back((left - 1) * (n - 1) / (count - 1));
         std::reverse(rows.begin(), rows.end());
-        if (store(rows, false)) dropped_ += n - count;
+        const std::string batch = batch_of(rows, false);
+        if (!attempt(over ? tail_.replace(batch) : main_.append(batch))) continue;
+        dropped_ += n - count;
+        forget();
     }
 }
 

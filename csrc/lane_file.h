@@ -50,7 +50,8 @@ private:
     void keep(const RingView::Columns& columns, std::size_t rows);
     void write();
     void consolidate();
-    bool store(const std::vector<std::size_t>& rows, bool thinned);
+    std::string batch_of(const std::vector<std::size_t>& rows, bool thinned) const;
+    void forget() noexcept;
     void end();
     void squeeze();
     void give_up();

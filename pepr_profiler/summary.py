@@ -234,8 +234,8 @@ def _examine(
         sampler=_sampler(facts, readers, gauges, duration_s),
         warnings=[
             *facts.get("warnings", []),
-            *_unwritten(lane_names(directory), readers),
-            *_warnings(parts, events.torn_lines, begin_ns, end_ns, _dropped(facts)),
+            *_unwritten(facts, lane_names(directory), readers),
+            *_warnings(parts, events.torn_lines, begin_ns, end_ns, full=_is_rows_lost(facts)),
             *gpus.warnings([part.curve for part in counted], begin_ns, end_ns),
             *_cpu_neighbours(counted, notes, activity, (begin_ns, end_ns)),
         ],
@@ -707,7 +707,7 @@ def _sampler(
         "cpu_s": cpu_s,
         "cpu_fraction": cpu_s / duration_s if cpu_s is not None and duration_s > 0 else None,
         "samples": gauges.rows,
-        "dropped": _dropped(facts),
+        "dropped": stats.get("dropped"),
         "late": stats.get("late"),
         "timed": stats.get("timed"),
         "failed_reads": gauges.unknown,
@@ -721,24 +721,27 @@ def _sampler(
     }
 
 
-def _dropped(facts: Mapping[str, Any]) -> int | None:
-    dropped: int | None = (facts.get("sampler") or {}).get("dropped")
-    return dropped
-
-
-def _unwritten(names: Iterable[str], readers: Mapping[str, LaneReader]) -> Iterator[dict[str, str]]:
+def _unwritten(
+    facts: Mapping[str, Any], names: Iterable[str], readers: Mapping[str, LaneReader]
+) -> Iterator[dict[str, str]]:
+    if _is_rows_lost(facts):
+        fix = "free space for the store"
+    elif facts.get("sampler") is None:
+        fix = "nothing: the recording ended before its first flush"
+    else:
+        fix = "run for longer than it takes to give one, or see: pepr-profile sensors"
     for name in names:
         if name not in readers:
-            yield warning(
-                "unwritten",
-                f"nothing that {name} told is on disk; what it measures is not in the total",
-                "free space for the store; of a program that was killed in its first second there "
-                "is no more",
-            )
+            text = f"no reading of {name} is on disk; the summary is without it"
+            yield warning("unwritten", text, fix)
+
+
+def _is_rows_lost(facts: Mapping[str, Any]) -> bool:
+    return any(told.get("code") == "rows-lost" for told in facts.get("warnings", []))
 
 
 def _warnings(
-    parts: Iterable[_Part], torn_lines: int, begin_ns: int, end_ns: int, dropped: int | None
+    parts: Iterable[_Part], torn_lines: int, begin_ns: int, end_ns: int, *, full: bool
 ) -> Iterator[dict[str, str]]:
     for part in parts:
         curve, name = part.curve, part.curve.source.id
@@ -798,7 +801,7 @@ def _warnings(
                 "ended-early",
                 f"{name} gave no reading in the last {early_s:.1f} s; its energy since is not in "
                 "the total",
-                "free space for the store" if dropped else "see dmesg for its driver",
+                f"{'free space for the store, or ' if full else ''}see dmesg for its driver",
             )
         elif curve.longest_gap_s > gap_s:
             kept = "the counter kept its energy" if source.counter else "its power is interpolated"

@@ -1324,6 +1324,23 @@ void journal_tells_when_a_disk_is_full_and_when_it_is_not() {
     CHECK(stream_in(folder.write("a", "") + ".arrows").read == lane.stats().samples);
 }
 
+void arrow_file_is_written_over_in_its_own_room_or_left_alone() {
+    const Folder folder;
+    const std::string path = folder.write("a", "");
+    const auto content = [&] {
+        std::ifstream file(path, std::ios::binary);
+        return std::string{std::istreambuf_iterator<char>(file), {}};
+    };
+    pepr::ArrowFile file(path, "schema");
+    CHECK(file.replace("row") == ENOSPC);  // there is no room yet that would be its own
+    CHECK(file.append("first second") == 0);
+    CHECK(file.replace("more than there was") == ENOSPC);
+    CHECK(content() == "schemafirst second");
+    CHECK(file.replace("fewer") == 0);
+    CHECK(content() == "schemafewer" && file.size() == content().size());
+    CHECK(file.append(" third") == 0 && content() == "schemafewer third");
+}
+
 void journal_cycles_leave_nothing_behind_and_a_forked_child_goes() {
     const Folder folder;
     const std::size_t threads = entries_of("/proc/self/task"), files = entries_of("/proc/self/fd");
@@ -1784,6 +1801,7 @@ constexpr Test kTests[] = {
     TEST(crew_reads_lanes_that_can_wait_as_late_as_they_are_due),
     TEST(journal_writes_each_row_once_whoever_flushes),
     TEST(journal_tells_when_a_disk_is_full_and_when_it_is_not),
+    TEST(arrow_file_is_written_over_in_its_own_room_or_left_alone),
     TEST(journal_cycles_leave_nothing_behind_and_a_forked_child_goes),
     TEST(lane_tells_when_it_reads_of_somebody_else),
     TEST(processes_self_counts_threads),
