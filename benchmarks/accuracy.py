@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,7 +73,7 @@ def simulate(task: Task) -> Table:
             terms = whole(curve, at_ns)
             beside_j = energy_j - run.board_j(begin_s, end_s)
             truth_j = run.truth_j(begin_s, end_s)
-            u_beside_j = replace(terms, gain_j=0.0, offset_j=0.0).u_j
+            u_beside_j = terms._replace(gain_j=0.0, offset_j=0.0).u_j
             open_j = left_open_j(run, curve, begin_s, end_s)
             row = (energy_j - truth_j, beside_j, terms.u_j, truth_j, u_beside_j, open_j)
             table.setdefault(load, []).append(row)

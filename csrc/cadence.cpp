@@ -70,6 +70,9 @@ bool Cadence::saw(std::int64_t t_ns, const double* row) noexcept {
             case State::kEveryRead:
                 tracker.unchanged = changed ? 0 : tracker.unchanged + 1;
                 tracker.due_ns = t_ns + base_ns_;
+                if (tracker.counter)
+                    tracker.due_ns =
+                        t_ns + tracker.steady.gap_ns(value - tracker.value, t_ns - tracker.read_ns);
                 if (tracker.unchanged == kTries) search(tracker, t_ns);
                 break;
             case State::kResting:
@@ -150,6 +153,7 @@ void Cadence::conclude(Tracker& tracker, std::int64_t t_ns) const noexcept {
     tracker.unchanged = 0;
     if (sum_ns / count <= base_ns_ + base_ns_ / 4) {
         tracker.state = State::kEveryRead;
+        tracker.steady = Steady(base_ns_);
         return;
     }
     tracker.state = State::kTracking;

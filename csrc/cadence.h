@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "sensor.h"
+#include "steady.h"
 
 namespace pepr {
 
@@ -22,7 +23,8 @@ constexpr std::int64_t kLongestGapNs = 800'000'000;
 // ns: no clock, no thread; nothing is allocated after construction.
 class Cadence {
 public:
-    // `base_ns`: reads while it searches, and of counters that change at every read.
+    // `base_ns`: reads while it searches, and of counters that change at every read. These are read
+    // more seldom, up to four times, while their power is steady.
     Cadence(const std::vector<Channel>& channels, std::int64_t base_ns);
 
     // Takes in what was read at t_ns. True if a number that is watched had changed.
@@ -55,6 +57,8 @@ private:
         bool edge = false;
         std::int64_t widest_ns = 0;
         std::int64_t rest_ns = 0, rest_until_ns = 0;
+
+        Steady steady{0};  // while every read brings news
 
         // While it tracks: the next refresh lies in (soonest, latest], as expected and as known
         // since. `spread` is how much a refresh may be off from the last one plus the period.

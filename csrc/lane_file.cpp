@@ -144,6 +144,7 @@ void LaneFile::consolidate() {
     const std::size_t n = t_ns_.size();
     std::vector<double> columns;  // ours alone: of a lane with many channels it is megabytes
     transpose(0, columns);
+    learn(columns);
     const auto rows = thin(how_.rules, t_ns_.data(), columns.data(), n, n, whole_);
     if (attempt(main_.append(batch_of(rows, true)))) {
         whole_ -= std::min(whole_, n);
@@ -152,6 +153,15 @@ void LaneFile::consolidate() {
     } else if (n > kMostPendingRows) {
         give_up();
     }
+}
+
+// A counter that is read more seldom while power is steady keeps the line of its first steps.
+void LaneFile::learn(const std::vector<double>& columns) {
+    const std::size_t n = t_ns_.size();
+    for (std::size_t c = 0; c < width(); ++c)
+        if (ThinRule& rule = how_.rules[c];
+            rule.kind == ThinRule::Kind::kLine && rule.usual_s == 0.0)
+            rule.usual_s = first_interval_s(&columns[c * n], t_ns_.data(), n);
 }
 
 // `thinned`: what lies between these rows is known from them, else it is lost.

@@ -50,6 +50,7 @@ private:
     void keep(const RingView::Columns& columns, std::size_t rows);
     void write();
     void consolidate();
+    void learn(const std::vector<double>& columns);
     std::string batch_of(const std::vector<std::size_t>& rows, bool thinned) const;
     void forget() noexcept;
     void end();
@@ -58,7 +59,7 @@ private:
     bool attempt(int error) noexcept;
     void transpose(std::size_t first, std::vector<double>& columns) const;
 
-    const How how_;
+    How how_;
     std::mutex mutex_;  // of all that follows
     ArrowFile main_, tail_;
     // Rows since the last large batch, of which the tail holds `in_tail_`; values row by row.

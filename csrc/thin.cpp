@@ -10,14 +10,16 @@ namespace pepr {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr std::size_t kFirstChanges = 15;
+constexpr double kWide = 1.5;  // usual times, from which on a jump may hide between two changes
 constexpr double kStandstills = 8;  // usual times between changes, from which on it is one
 
 // One column on its way from the row that was kept last.
 struct Column {
     ThinRule rule;
     const double* values;
-    double usual_s = 0.0;  // between two changes
-    double changed_s = 0.0;
+    double usual_s = 0.0;                // between two changes
+    double changed_s = 0.0, rate = 0.0;  // the last change, and how fast it moved there
 
     double t_s = 0.0, first = 0.0;                // of the row kept last
     double least = -kInfinity, most = kInfinity;  // slopes of lines through all that came since
@@ -75,9 +77,12 @@ struct Column {
         const double value = values[row], before = values[row - 1];
         if (std::isnan(value) != std::isnan(before)) return true;
         if (rule.kind != ThinRule::Kind::kLine || value == before) return false;
-        const double still_s = at_s - changed_s;
+        const double still_s = at_s - changed_s, expected = rate * still_s;
+        const bool jumps = still_s > kWide * usual_s &&
+                           std::abs(value - before - expected) > rule.tolerance * rate * usual_s;
         changed_s = at_s;
-        return value < before || still_s > kStandstills * usual_s;
+        rate = (value - before) / still_s;
+        return jumps || value < before || still_s > kStandstills * usual_s;
     }
 
 private:
@@ -113,6 +118,20 @@ std::pair<std::size_t, std::size_t> extremes(const double* values, std::size_t n
 
 }  // namespace
 
+double first_interval_s(const double* values, const std::int64_t* t_ns, std::size_t n) {
+    std::vector<std::int64_t> between_ns;
+    std::int64_t last_ns = -1;
+    for (std::size_t i = 1; i < n && between_ns.size() < kFirstChanges; ++i) {
+        if (values[i] == values[i - 1] || std::isnan(values[i])) continue;
+        if (last_ns >= 0) between_ns.push_back(t_ns[i] - last_ns);
+        last_ns = t_ns[i];
+    }
+    if (between_ns.size() < 2) return 0.0;
+    const auto middle = between_ns.begin() + static_cast<std::ptrdiff_t>(between_ns.size() / 2);
+    std::nth_element(between_ns.begin(), middle, between_ns.end());
+    return 1e-9 * static_cast<double>(*middle);
+}
+
 std::vector<std::size_t> thin(const std::vector<ThinRule>& rules, const std::int64_t* t_ns,
                               const double* values, std::size_t stride, std::size_t n,
                               std::size_t whole) {
@@ -123,7 +142,8 @@ std::vector<std::size_t> thin(const std::vector<ThinRule>& rules, const std::int
         Column column{};
         column.rule = rules[c];
         column.values = values + c * stride;
-        column.usual_s = usual_interval_s(column.values, t_ns, n);
+        column.usual_s =
+            rules[c].usual_s > 0 ? rules[c].usual_s : usual_interval_s(column.values, t_ns, n);
         columns.push_back(column);
     }
     const auto at_s = [&](std::size_t row) {

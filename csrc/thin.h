@@ -17,14 +17,20 @@ struct ThinRule {
     // kLine: how far a change may be off, in usual steps of the counter; kHold: relative;
     // kLevel: s, how much of its level may be added or lost.
     double tolerance;
+    double usual_s = 0.0;  // between two changes; 0: as in the rows themselves
 };
+
+// The median time between the first changes of a column, up to 16; 0 if it has fewer than three.
+// The curve takes it for a counter's refresh, which it tells the line's uncertainty by.
+double first_interval_s(const double* values, const std::int64_t* t_ns, std::size_t n);
 
 // The rows (ascending) of a recording of n that have to be kept, so that between them every column
 // is within its tolerance. Kept are: the first `whole` rows and the last; both rows around anything
-// that becomes unknown or known, around a gap, a wrap, a reset and the end of a standstill; the
-// highest and the lowest value of a gauge; and one row in kThinLongestNs. A kept row is one in
-// which every counter has just changed, or not at all, since the time of a change is that of its
-// row. Columns lie `stride` apart.
+// that becomes unknown or known, around a gap, a wrap, a reset, the end of a standstill, and a step
+// off the line that took longer than usual, as power may jump within; the highest and the lowest
+// value of a gauge; and one row in kThinLongestNs. A kept row is one in which every counter has
+// just changed, or not at all, since the time of a change is that of its row. Columns lie `stride`
+// apart.
 std::vector<std::size_t> thin(const std::vector<ThinRule>& rules, const std::int64_t* t_ns,
                               const double* values, std::size_t stride, std::size_t n,
                               std::size_t whole);

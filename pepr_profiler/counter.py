@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pepr_profiler.curve import NARROW, NS_PER_S, Accumulator, Changes, Curve
+from pepr_profiler.curve import NARROW, NS_PER_S, UNIFORM, Accumulator, Changes, Curve
 from pepr_profiler.sources import fallen_j, wraps
 from pepr_profiler.trace import LINE_STEPS
 
@@ -30,8 +30,12 @@ _FLAT = 0.05
 _ONWARD = 0.25
 """Where power goes on like this part of a jump beside it, it is no jump but a slope."""
 
-_LONG_REFRESHES = 3.5
-"""A longer piece is one whose rows were left out because a line fits, or a gap: it stays a line."""
+_LONG_REFRESHES, _LONG_READS = 3.5, 6.0
+"""A longer piece is a gap: it stays a line. A counter that changes at every read is read at up to
+four times its usual distance, and three eighths more (csrc/steady.h, csrc/lane.cpp)."""
+
+_UNSEEN_S = 1e-3
+"""Between refreshes of a counter that has changed at every read: RAPL's (docs/measurement, C)."""
 
 _ALIKE_SPANS = 1.5
 """A parabola is put through pieces whose lengths differ by no more."""
@@ -173,6 +177,8 @@ class Counter(Accumulator):
         self._blind = not self.dense and bool(
             (changes.gap_ns[1:] > NARROW * self.refresh_s * NS_PER_S).all()
         )
+        if self._blind:
+            self.jitter_s = max(self.jitter_s, _UNSEEN_S / UNIFORM)
         if len(placed):
             self.join(placed, changes.rest())
 
@@ -236,15 +242,17 @@ class Counter(Accumulator):
         piece = begin + np.searchsorted(knots[1:][now], at_ns)
         x = (at_ns - knots[piece]) / NS_PER_S / span_s[piece]
         around = piece + np.arange(-_NEIGHBOURS, _NEIGHBOURS + 1)[:, np.newaxis]
+        thinned = self._thinned[piece]
+        longest_s = (_LONG_READS if self._blind else _LONG_REFRESHES) * self.refresh_s
         beside_j, inside_w, variance_j2 = within_piece(
             _taken(power_w, around),
             _taken(span_s, around),
             x,
-            longest_s=np.where(self._thinned[piece], 0.0, _LONG_REFRESHES * self.refresh_s),
+            longest_s=np.where(thinned, 0.0, longest_s),
             blind=self._blind,
         )
         line_j2 = (LINE_STEPS * power_w[piece] * self.refresh_s) ** 2 / 3
-        variance_j2 = np.where(self._thinned[piece], line_j2, variance_j2)
+        variance_j2 = np.where(thinned, line_j2, variance_j2)
         self._cumulative[0, at] += beside_j
         self._local[0, at] = inside_w
         self._local[1, at] = (inside_w * self.jitter_s) ** 2 + variance_j2

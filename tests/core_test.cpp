@@ -492,16 +492,66 @@ void cadence_follows_the_fastest_of_unlike_devices() {
     CHECK(found.missed == 0 && found.wasted_share() <= 0.30);
 }
 
+// A RAPL counter in uJ, refreshed each ms or so, read as a cadence of 20 ms wants it: how often
+// from from_s to to_s, and how far apart at most.
+struct Counted {
+    std::int64_t reads = 0, widest_ns = 0;
+};
+
+template <typename Power>
+Counted count_reads(const Power& power_w, double from_s, double to_s, double range_uj = 0) {
+    pepr::Channel channel;
+    channel.name = "package/energy";
+    channel.quantity = "energy";
+    channel.counter = true;
+    pepr::Cadence cadence({channel}, 20 * kMs);
+    std::mt19937 random(5);
+    std::uniform_real_distribution<double> jitter_ms(0.9, 1.1);
+    double energy_uj = 1e6, refresh_ms = 0;
+    Counted found;
+    for (std::int64_t t_ns = kMs, last_ns = 0; static_cast<double>(t_ns) < 1e9 * to_s;) {
+        for (; 1e6 * refresh_ms <= static_cast<double>(t_ns); refresh_ms += jitter_ms(random))
+            energy_uj += 1e3 * power_w(1e-3 * refresh_ms);
+        if (range_uj > 0) energy_uj = std::fmod(energy_uj, range_uj);
+        const double value = std::floor(energy_uj);
+        cadence.saw(t_ns, &value);
+        if (static_cast<double>(t_ns) >= 1e9 * from_s) {
+            ++found.reads;
+            found.widest_ns = std::max(found.widest_ns, t_ns - last_ns);
+        }
+        last_ns = t_ns;
+        t_ns = cadence.next_ns();
+    }
+    return found;
+}
+
 void cadence_keeps_to_its_base_where_each_read_brings_news() {
-    const Followed found = follow({{1, 0, 0.3}}, 20 * kMs, 60, 5);
-    CHECK(near(found.reads, 60 * 50, 0.01));
-    CHECK(found.wasted == 0 && found.refresh_ns == 0);
+    // given power that alternates every 0.3 s
+    const auto restless = [](double t_s) { return std::fmod(t_s, 0.6) < 0.3 ? 60.0 : 140.0; };
+    const Counted found = count_reads(restless, 5, 65);
+    CHECK(near(found.reads, 60 * 50, 0.01) && found.widest_ns < 21 * kMs);
     // and a domain that never counts does not matter
     Refreshes off{100, 0, 0.3};
     off.still_from_s = 0;
     off.still_to_s = 1e9;
+    const Followed alone = follow({{1, 0, 0.3}}, 20 * kMs, 60, 5);
     const Followed beside = follow({{1, 0, 0.3}, off}, 20 * kMs, 60, 5);
-    CHECK(near(beside.reads, 60 * 50, 0.01));
+    CHECK(alone.wasted == 0 && alone.refresh_ns == 0);
+    CHECK(beside.wasted == 0 && near(beside.reads, alone.reads, 0.01));
+}
+
+void cadence_reads_steady_power_more_seldom_until_it_changes() {
+    // given noise of 3 %, and a step after a minute, of which nothing is known before
+    std::mt19937 random(11);
+    std::normal_distribution<double> noise(1, 0.03);
+    const auto power_w = [&](double t_s) { return (t_s < 60 ? 100 : 160) * noise(random); };
+    const Counted steady = count_reads(power_w, 10, 60);
+    CHECK(near(steady.reads, 50 * 25 / 2, 0.05) && steady.widest_ns <= 80 * kMs);
+    // when it has stepped, then at the base for 0.6 s, and back in 2 s
+    CHECK(near(count_reads(power_w, 60.1, 60.7).reads, 30, 0.07));
+    CHECK(near(count_reads(power_w, 64, 74).reads, 125, 0.05));
+    // and a wrap, here every 4 s, is taken for a step, no more
+    CHECK(count_reads(power_w, 10, 50, 4e8).reads <= 40 * 30);
 }
 
 void cadence_does_not_take_rest_for_a_slow_sensor() {
@@ -1769,6 +1819,7 @@ constexpr Test kTests[] = {
     TEST(cadence_reads_several_devices_once_a_refresh),
     TEST(cadence_follows_the_fastest_of_unlike_devices),
     TEST(cadence_keeps_to_its_base_where_each_read_brings_news),
+    TEST(cadence_reads_steady_power_more_seldom_until_it_changes),
     TEST(cadence_does_not_take_rest_for_a_slow_sensor),
     TEST(cadence_searches_a_dead_counter_for_a_while_only),
     TEST(cadence_never_sleeps_through_half_a_range),

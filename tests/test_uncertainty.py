@@ -17,7 +17,7 @@ from pepr_profiler.curve import Curve
 from pepr_profiler.energy import integrate
 from pepr_profiler.power import duty_coefficient
 from pepr_profiler.sources import Source, find_cross_sources, find_sources
-from pepr_profiler.trace import LaneReader, LaneWriter
+from pepr_profiler.trace import LINE_STEPS, Batch, LaneReader, LaneWriter
 from pepr_profiler.uncertainty import Budget, budget, cross_check
 
 S = 1_000_000_000
@@ -127,24 +127,53 @@ def test_bursts_seen_a_quarter_of_the_time_are_within_3_percent() -> None:
     assert np.median(errors) <= 0.03
 
 
-def test_phases_of_a_thinned_recording_are_as_sure_as_they_say(tmp_path: Path) -> None:
-    # given ten minutes of long steps, unsteady by 4 % each 0.3 s, behind a counter of 100 ms
-    random = np.random.default_rng(20)
-    knots_s = np.arange(-2.0, 602.0, 0.3)
-    level_w = np.where(np.floor(knots_s / 17) % 2 == 0, 400.0, 90.0)
-    watts = level_w * (1 + 0.04 * random.standard_normal(len(knots_s)))
-    wave = Points(tuple(zip(knots_s.tolist(), watts.tolist(), strict=True)))
-    kind = virtual.CLASSES["counter 100 ms"]
-    run = virtual.record(kind, wave, random, end_s=600.0, gain_u=0.0, cadenced=True)
-    # when it is written, and read back with most rows left out
-    writer = LaneWriter(tmp_path, run.lane)
+@pytest.mark.parametrize("learns", [False, True])
+def test_phases_behind_rapl_are_as_sure_as_they_say(learns: bool) -> None:
+    # given phases of 0.05 to 0.5 s under loads of every kind, after seconds in which a lane may
+    # have learnt that power is steady
+    random = np.random.default_rng([21, learns])
+    distances = []
+    for _ in range(20):
+        for _, wave in virtual.loads(random, 12.0):
+            run = virtual.record(
+                virtual.CLASSES["rapl"], wave, random, end_s=12.0, gain_u=0.0, cadenced=learns
+            )
+            begins_s = random.uniform(4.0, 11.4, 4)
+            ends_s = begins_s + np.exp(random.uniform(np.log(0.05), np.log(0.5), 4))
+            for edges_s in zip(begins_s, ends_s, strict=True):
+                curve, at_ns = measured(run, *edges_s)
+                u_j = whole(curve, at_ns)._replace(gain_j=0.0).u_j
+                distances.append(abs(energy_j(curve) - run.truth_j(*edges_s)) / (2 * u_j))
+    # then it is neither too sure of them, nor far too unsure
+    assert np.mean(np.array(distances) <= 1) >= 0.93
+    assert 1 / np.quantile(distances, 0.95) <= 2.0
+
+
+def stored(run: virtual.Run, directory: Path) -> tuple[Batch, ...]:
+    """The recording as it is on disk."""
+    directory.mkdir(exist_ok=True)
+    writer = LaneWriter(directory, run.lane)
     (rows,) = run.batches
     writer.write(
         rows.t_ns.tobytes(), rows.read_ns.astype(np.uint32).tobytes(), [rows.values[0].tobytes()]
     )
     writer.close()
-    thinned = tuple(LaneReader(tmp_path, run.lane.name))
-    assert sum(len(batch.t_ns) for batch in thinned) < 0.5 * len(rows.t_ns)
+    return tuple(LaneReader(directory, run.lane.name))
+
+
+@pytest.mark.parametrize("name", ["counter 100 ms", "rapl"])
+def test_phases_of_a_thinned_recording_are_as_sure_as_they_say(tmp_path: Path, name: str) -> None:
+    # given ten minutes of long steps, unsteady by 4 % each 0.3 s
+    random = np.random.default_rng([20, *name.encode()])
+    knots_s = np.arange(-2.0, 602.0, 0.3)
+    level_w = np.where(np.floor(knots_s / 17) % 2 == 0, 400.0, 90.0)
+    watts = level_w * (1 + 0.04 * random.standard_normal(len(knots_s)))
+    wave = Points(tuple(zip(knots_s.tolist(), watts.tolist(), strict=True)))
+    kind = virtual.CLASSES[name]
+    run = virtual.record(kind, wave, random, end_s=600.0, gain_u=0.0, cadenced=True)
+    # when it is written, and read back with most rows left out
+    thinned = stored(run, tmp_path)
+    assert sum(len(batch.t_ns) for batch in thinned) < 0.5 * len(run.batches[0].t_ns)
     # then phases anywhere in it are known as well as they say
     begins_s = np.sort(random.uniform(30.0, 590.0, 400))
     ends_s = begins_s + random.uniform(0.2, 5.0, 400)
@@ -158,6 +187,31 @@ def test_phases_of_a_thinned_recording_are_as_sure_as_they_say(tmp_path: Path) -
         error_j -= run.truth_j(edges_s[begin], edges_s[end])
         inside.append(abs(error_j) <= 2 * terms._replace(gain_j=0.0).u_j)
     assert np.mean(inside) >= 0.93
+
+
+def test_phases_that_begin_where_steady_power_steps_keep_their_energy(tmp_path: Path) -> None:
+    # given half a minute of steady power, in which RAPL is read every 0.1 s
+    random = np.random.default_rng(22)
+    raw_j, stored_j, truth_j = [], [], []
+    for number in range(60):
+        step_s = 30 + random.uniform(0, 1)
+        wave = Step(step_s, *random.permutation([100.0, 250.0]).tolist())
+        run = virtual.record(
+            virtual.CLASSES["rapl"], wave, random, end_s=40.0, gain_u=0.0, cadenced=True
+        )
+        assert np.diff(run.batches[0].t_ns).max() > 70e6
+        # when phases of 0.2 s begin about there
+        begin_s = step_s + random.uniform(-0.01, 0.01)
+        edges_s = (begin_s, begin_s + 0.2)
+        on_disk = replace(run, batches=stored(run, tmp_path / str(number)))
+        raw_j.append(energy_j(measured(run, *edges_s)[0]))
+        stored_j.append(energy_j(measured(on_disk, *edges_s)[0]))
+        truth_j.append(run.truth_j(*edges_s))
+    # then energy tells where in that time power jumped, beside what a stored line may be off by
+    assert raw_j == pytest.approx(truth_j, rel=0.02)
+    off_j = np.abs(np.subtract(stored_j, truth_j))
+    assert np.quantile(off_j / truth_j, 0.9) <= 0.02
+    assert off_j.max() <= LINE_STEPS * 0.02 * 250 * 1.1
 
 
 @pytest.mark.parametrize("name", ["counter 20 ms", "counter 100 ms"])

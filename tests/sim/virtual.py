@@ -160,6 +160,38 @@ def cadenced_times_s(
     return np.concatenate(([begin_s], t_s[(t_s > begin_s) & (t_s < end_s - 1e-3)], [end_s]))
 
 
+def steady_times_s(
+    random: np.random.Generator, begin_s: float, end_s: float, *, wave: Wave, base_s: float = 0.02
+) -> Times:
+    """When a lane reads a counter that moves at every read: more seldom while power is steady.
+
+    Twice and four times as far apart as `base_s` after 32 steps each that lie within a quarter of a
+    base's energy of a line. From 1 s on it goes along with another lane that reads each 0.1 s,
+    earlier by up to five eighths of its gap or later by up to three.
+    """
+    grid_s = np.arange(begin_s, end_s, 1e-3)
+    energy_j = cumulative_j(wave, grid_s)
+    late_s = np.minimum(random.exponential(1e-4, len(grid_s)), base_s / 4)
+    phase_s = random.uniform(0, 0.1)
+    times, reached_j, power_w, gap_s, run = [begin_s], float(energy_j[0]), 0.0, base_s, 0
+    while True:
+        t_s = times[-1] + gap_s
+        other_s = np.floor((t_s + 3 / 8 * gap_s - phase_s) / 0.1) * 0.1 + phase_s
+        if t_s > begin_s + 1.0 and other_s >= t_s - 5 / 8 * gap_s:
+            t_s = float(other_s)
+        if t_s >= end_s - 2e-3:
+            return np.append(times, end_s)
+        times.append(t_s + float(late_s[len(times)]))
+        now_j = float(energy_j[int((times[-1] - begin_s) / 1e-3)])
+        since_s = times[-1] - times[-2]
+        off_j = abs(now_j - reached_j - power_w * since_s)
+        run = run + 1 if off_j <= 0.25 * power_w * base_s else 0
+        gap_s = gap_s if run else base_s
+        if run == 32:
+            gap_s, run = min(2 * gap_s, 4 * base_s), 0
+        power_w, reached_j = (now_j - reached_j) / since_s, now_j
+
+
 def batch(t_s: Times, *columns: Times) -> Batch:
     """Reads around `t_s` as a lane's rows, one column a channel, in raw units."""
     t_ns = np.round(np.asarray(t_s) * 1e9).astype(np.int64) + EPOCH_NS - READ_NS // 2
@@ -276,9 +308,13 @@ def record(
         gain_u = RAPL_GAIN if kind.sensor is None else GAIN
     gain = 1 + gain_u * random.standard_normal()
     if kind.sensor is None:
-        wave_t = read_times_s(random, first_s, last_s, period_s=period_s or 0.02)
+        if cadenced:
+            wave_t = steady_times_s(random, first_s, last_s, wave=wave, base_s=period_s or 0.02)
+        else:
+            wave_t = read_times_s(random, first_s, last_s, period_s=period_s or 0.02)
         start_uj = random.uniform(0, 262e9)
-        column = rapl_uj(wave, wave_t, gain=gain, start_uj=start_uj)
+        refresh_s = random.uniform(0.95e-3, 1.05e-3)  # in step with nobody's reads
+        column = rapl_uj(wave, wave_t, gain=gain, refresh_s=refresh_s, start_uj=start_uj)
         lane = rapl_lane(period_s=period_s or 0.02)
         return Run(lane, (batch(wave_t, column),), wave, begin_s, end_s, gain, 0.0)
     offset_w = 0.0 if kind.counter else OFFSET_W * random.standard_normal()

@@ -1,0 +1,40 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+namespace pepr {
+
+// How far apart to read a counter that has moved at every read: up to four times the base gap while
+// its steps lie on a line, which the reads left out would lie on too; the base gap again with the
+// first step off it. What flowed is in the counter either way.
+class Steady {
+public:
+    explicit Steady(std::int64_t base_ns) : base_ns_(base_ns), gap_ns_(base_ns) {}
+
+    // Takes in a step of the counter over since_ns, and says how long to wait for the next one.
+    std::int64_t gap_ns(double step, std::int64_t since_ns) noexcept {
+        const double off = step - slope_ * static_cast<double>(since_ns);
+        if (std::abs(off) > kOff * slope_ * static_cast<double>(base_ns_)) {
+            gap_ns_ = base_ns_;
+            run_ = 0;
+        } else if (++run_ == kRun) {
+            gap_ns_ = std::min(2 * gap_ns_, kGaps * base_ns_);
+            run_ = 0;
+        }
+        slope_ = step / static_cast<double>(std::max<std::int64_t>(since_ns, 1));
+        return gap_ns_;
+    }
+
+private:
+    static constexpr std::int64_t kGaps = 4;
+    static constexpr int kRun = 32;       // steps on a line, to wait twice as long
+    static constexpr double kOff = 0.25;  // base gaps' worth: what a stored line may be off by
+
+    std::int64_t base_ns_, gap_ns_;
+    double slope_ = 0.0;  // per ns
+    int run_ = 0;
+};
+
+}  // namespace pepr
