@@ -134,8 +134,9 @@ def alone_attached_w(scratch: Product, seconds: float) -> float:
     """The energy rate of a training that was started bare, from its second epoch on."""
     command = training(scratch, 1.2 * seconds)
     # Its workers complain when it is ended.
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, env=scratch.env, text=True, **quiet) as bare:
+    with subprocess.Popen(
+        command, env=scratch.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as bare:
         until_epoch(bare, 1)
         rate = rate_w(attach_to(scratch, bare.pid, seconds / 2))
         bare.terminate()

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -210,11 +210,11 @@ def run(argv: Sequence[str], env: dict[str, str]) -> str:
     return done.stdout
 
 
-def interleaved(measures: dict[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+def interleaved(measures: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
     """Measures everything once a round, so that a busy minute hits all alike; order alternates."""
     results: dict[str, list[T]] = {name: [] for name in measures}
     for number in range(rounds):
-        names = list(measures) if number % 2 == 0 else list(reversed(measures))
+        names = list(measures)[:: 1 if number % 2 == 0 else -1]
         for name in names:
             results[name].append(measures[name]())
     return results

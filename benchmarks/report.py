@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +62,7 @@ def gpu_lane(period_ns: int) -> Lane:
     return Lane("nvml", "nvml", period_ns, tuple(channels))
 
 
-def power_w(t_s: NDArray[np.float64], full_w: float, idle_w: float) -> NDArray[np.float64]:
+def power_w(t_s: NDArray[np.floating[Any]], full_w: float, idle_w: float) -> NDArray[np.float64]:
     """Epochs of 10 min that end in 45 s of a lighter load."""
     return np.where(t_s % EPOCH_S < EPOCH_S - 45, full_w, 0.55 * full_w + 0.45 * idle_w)
 

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from threading import Timer
@@ -47,6 +48,7 @@ QUICKER = 7.0
 BARE_LOOP, BARE_WAKES = "bare C loop", "bare wake-ups"
 BARE_LOOPS = "bare C loops"
 NOTHING = "no tool"
+CATCH_UP_S = 0.4  # after it was stopped
 RESOLVED = 1.0  # percent: half an interval at most, for a slowdown to be told
 SLOWDOWN = {None: 0.2, 1000.0: 0.5}  # percent, by the rate that is asked for
 
@@ -66,7 +68,7 @@ def zones() -> tuple[powercap.Zone, ...]:
     )
 
 
-def figures(samples: Sequence[float], scale: float = 1.0) -> dict[str, float]:
+def figures(samples: Sequence[float], scale: float = 1.0) -> dict[str, Any]:
     """Median and quartiles, as a row has them."""
     if len(samples) < 2:
         return {"value": scale * samples[0]}
@@ -153,7 +155,7 @@ def looks(
         for own in pids.values():
             signal_all(own, signal.SIGSTOP)
         try:
-            measures = {name: lambda p=own: used_by(p, seconds) for name, own in pids.items()}
+            measures = {name: partial(used_by, own, seconds) for name, own in pids.items()}
             found = interleaved(measures, rounds)
             memory = {name: peak_bytes(own) for name, own in pids.items()}
         finally:
@@ -171,7 +173,7 @@ def looks(
 def used_by(pids: Sequence[int], seconds: float) -> Use:
     """What a tool uses a second, that goes on meanwhile and is stopped before and after."""
     signal_all(pids, signal.SIGCONT)
-    time.sleep(0.4)  # it may catch up
+    time.sleep(CATCH_UP_S)
     before, begin_s = use_of(pids), time.monotonic()
     time.sleep(seconds)
     after, took_s = use_of(pids), time.monotonic() - begin_s
@@ -204,9 +206,10 @@ def at_rates(axis: Axis, hardware: Machine) -> Iterator[Row]:
     zones = [str(hardware.tree.path(key) / "energy_uj") for key in hardware.tree.zones]
     for rate_hz in RATES_HZ:
         scenario = f"{rate_hz:g} Hz"
-        # Whole periods, and of the slowest rate several. What a tool does every 10 s falls in one.
-        rounds = 2 if axis.quick else 3
-        seconds = max(1.0 if axis.quick else 1.5, 4 / rate_hz)
+        # Whole periods, and of the slowest rate several: there what a tool does every 10 s while it
+        # is not stopped is worth as much as its samples, and falls in half of an even number.
+        rounds = 2 if axis.quick else 4 if rate_hz == min(RATES_HZ) else 3
+        seconds = max(1.0 if axis.quick else 1.5, 5 / rate_hz - CATCH_UP_S)
         found = looks(tools, hardware.env, rate_hz, rounds=rounds, seconds=seconds)
         for name, why in found.failed.items():
             yield axis.row(scenario, name, "CPU", "s/h", note=why)
@@ -302,8 +305,9 @@ def against_bare_loop(axis: Axis, hardware: Machine) -> Iterator[Row]:
             for name, (spec, reads) in sensors.items():
                 scenario = f"{name}, {rate} Hz" if rate else f"{name}, without a pause"
                 if rate:
-                    how = {"rate": rate, "pairs": pairs, "seconds": seconds}
-                    found = beside_loop(bench, spec, loop, reads, **how)
+                    found = beside_loop(
+                        bench, spec, loop, reads, rate=rate, pairs=pairs, seconds=seconds
+                    )
                 else:
                     found = back_to_back(bench, spec, loop, reads, pairs=pairs, seconds=seconds)
                 lanes, loops = ([each.cpu_per_sample_s for each in those] for those in found)
@@ -551,11 +555,8 @@ def start_up(axis: Axis, hardware: Machine) -> Iterator[Row]:
                     "strain": 1 / times,
                     "against": f"{name}: {theirs_ms:.0f} ms, ours {ours_ms:.0f}",
                 }
-            yield axis.row(
-                *(f"{scenario}, beside {name}", OURS, f"{metric}, of the peer over ours", "x"),
-                **figures(ratios),
-                **facts,
-            )
+            beside, over = f"{scenario}, beside {name}", f"{metric}, of the peer over ours"
+            yield axis.row(beside, OURS, over, "x", **figures(ratios), **facts)
 
 
 def imports(axis: Axis, hardware: Machine) -> Iterator[Row]:

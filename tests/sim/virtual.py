@@ -35,8 +35,8 @@ def cumulative_j(wave: Wave, t_s: Times) -> Times:
         return wave.before_w * np.minimum(since_s, 0) + wave.after_w * np.maximum(since_s, 0)
     if isinstance(wave, Square):
         whole, rest_s = np.divmod(t_s - wave.shift_s, wave.period_s)
-        high_s = wave.duty * wave.period_s
-        high_s = whole * high_s + np.minimum(rest_s, high_s)
+        each_s = wave.duty * wave.period_s
+        high_s = whole * each_s + np.minimum(rest_s, each_s)
         return wave.low_w * t_s + (wave.high_w - wave.low_w) * high_s
     if isinstance(wave, Sine):
         turn = 2 * np.pi / wave.period_s
