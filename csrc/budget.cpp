@@ -11,6 +11,7 @@ namespace {
 
 constexpr std::int64_t kWindowNs = kNsPerS;
 constexpr double kGiveWay = 4.0;
+constexpr double kPart = 0.5;
 
 }  // namespace
 
@@ -21,12 +22,14 @@ void Budget::want(bool gives_way, std::int64_t by_ppb) noexcept {
 double Budget::stretch(bool gives_way) const noexcept {
     const auto follow = static_cast<double>(follow_ppb_.load(std::memory_order_relaxed));
     const auto give_way = static_cast<double>(give_way_ppb_.load(std::memory_order_relaxed));
-    if (follow + give_way <= limit_ppb_) return 1.0;
-    if (follow + give_way / kGiveWay <= limit_ppb_)
-        return gives_way ? give_way / (limit_ppb_ - follow) : 1.0;
+    const double least = give_way / kGiveWay;
+    if (follow + least <= limit_ppb_) {
+        const double most = std::min(limit_ppb_ - follow, std::max(limit_ppb_ * kPart, least));
+        return gives_way ? std::max(1.0, give_way / most) : 1.0;
+    }
     const double all = (follow + give_way) / limit_ppb_;
     if (gives_way || all >= kGiveWay) return std::max(all, kGiveWay);
-    return follow / (limit_ppb_ - give_way / kGiveWay);
+    return follow / (limit_ppb_ - least);
 }
 
 bool Throttle::read(std::int64_t t_ns, bool held) noexcept {

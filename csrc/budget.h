@@ -11,7 +11,9 @@ namespace pepr {
 //
 // Where they would take more, those that wait for no refresh give way first, up to a fourth of
 // their rate: read less often they lose resolution, where a lane that follows refreshes loses the
-// knowledge of when they come. Then those, to a fourth too, then all alike.
+// knowledge of when they come. Then those, to a fourth too, then all alike. Resolution is worth
+// half of the budget: beyond that those that wait for none give way, to a fourth at most, whoever
+// else there is.
 class Budget {
 public:
     explicit Budget(double share) : limit_ppb_(share * 1e9) {}

@@ -656,9 +656,9 @@ void budget_is_kept_by_stretching_all_lanes_alike() {
 }
 
 void budget_is_kept_by_those_that_wait_for_no_refresh_first() {
-    // given 0.1 % for a lane that follows refreshes, 0.6 % for two that do not
+    // given 0.3 % for a lane that follows refreshes, 0.3 % for two that do not
     std::vector<double> rates;
-    double used = used_share(0.005, {{100, 100}, {20, 100, true}, {100, 100, true}}, &rates);
+    double used = used_share(0.005, {{100, 300}, {20, 50, true}, {100, 50, true}}, &rates);
     CHECK(used <= 0.0051 && used > 0.0045);
     CHECK(std::abs(rates[0] - 10) < 0.1);
     CHECK(std::abs(rates[1] - 50 / 1.5) < 1 && std::abs(rates[2] - 10 / 1.5) < 0.5);
@@ -668,6 +668,20 @@ void budget_is_kept_by_those_that_wait_for_no_refresh_first() {
     used = used_share(0.005, {{100, 800}, {20, 80, true}}, &rates);
     CHECK(used <= 0.0051 && used > 0.0045);
     CHECK(std::abs(rates[0] - 5) < 0.3 && std::abs(rates[1] - 12.5) < 0.5);
+}
+
+void budget_gives_half_to_those_that_wait_for_no_refresh() {
+    // given 0.1 % for a lane that follows refreshes, 0.4 % for one that does not
+    std::vector<double> rates;
+    double used = used_share(0.005, {{100, 100}, {20, 80, true}}, &rates);
+    CHECK(std::abs(used - 0.0035) < 1e-4);
+    CHECK(std::abs(rates[0] - 10) < 0.1 && std::abs(rates[1] - 50 / 1.6) < 1);
+
+    // given 1.6 %, of which a fourth is more than that half
+    rates.clear();
+    used = used_share(0.005, {{100, 50}, {20, 320, true}}, &rates);
+    CHECK(std::abs(used - 0.0045) < 1e-4);
+    CHECK(std::abs(rates[0] - 10) < 0.1 && std::abs(rates[1] - 12.5) < 0.3);
 }
 
 void budget_follows_what_a_lane_would_like() {
@@ -1826,6 +1840,7 @@ constexpr Test kTests[] = {
     TEST(cadence_is_not_misled_by_unknown_values),
     TEST(budget_is_kept_by_stretching_all_lanes_alike),
     TEST(budget_is_kept_by_those_that_wait_for_no_refresh_first),
+    TEST(budget_gives_half_to_those_that_wait_for_no_refresh),
     TEST(budget_follows_what_a_lane_would_like),
     TEST(budget_that_suffices_stretches_nothing),
     TEST(budget_too_small_still_reads_before_a_gap),

@@ -59,9 +59,14 @@ def boards(count: int = 1) -> tuple[nvml.Gpu, ...]:
 
 
 def zones() -> tuple[powercap.Zone, ...]:
-    """Two packages with memory: four counters."""
+    """Two packages with memory: four counters.
+
+    The power of one never rests: RAPL is then read as often as it ever is, while steady power would
+    spare us reads.
+    """
+    restless = waves.Square(0.3, 60.0, 140.0)
     return (
-        powercap.Zone("intel-rapl:0", "package-0", waves.Constant(100.0), start_uj=123_456_789_012),
+        powercap.Zone("intel-rapl:0", "package-0", restless, start_uj=123_456_789_012),
         powercap.Zone("intel-rapl:0:0", "dram", waves.Constant(11.0), start_uj=23_456_789_012),
         powercap.Zone("intel-rapl:1", "package-1", waves.Constant(90.0), start_uj=113_456_789_012),
         powercap.Zone("intel-rapl:1:0", "dram", waves.Constant(9.0), start_uj=13_456_789_012),
