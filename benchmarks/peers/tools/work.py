@@ -51,8 +51,8 @@ def training(threads):
 
 def segment(piece, seconds, used=lambda: 0.0):
     """Whole pieces for so long, one at least: (wall seconds each, CPU of the tool per second)."""
-    begin_s, used_s = time.perf_counter(), used()
-    pieces = 0
+    used_s = used()  # reading clocks takes as long as the tool may take
+    begin_s, pieces = time.perf_counter(), 0
     while not pieces or time.perf_counter() - begin_s < seconds:
         piece()
         pieces += 1
