@@ -7,8 +7,8 @@
 namespace pepr {
 
 // How far apart to read a counter that has moved at every read: up to four times the base gap while
-// its steps lie on a line, which the reads left out would lie on too; the base gap again with the
-// first step off it. What flowed is in the counter either way.
+// its steps lie about on a line, so that the reads left out would tell little; the base gap again
+// with the first step off it. What flowed is in the counter either way.
 class Steady {
 public:
     explicit Steady(std::int64_t base_ns) : base_ns_(base_ns), gap_ns_(base_ns) {}
@@ -29,8 +29,8 @@ public:
 
 private:
     static constexpr std::int64_t kGaps = 4;
-    static constexpr int kRun = 32;       // steps on a line, to wait twice as long
-    static constexpr double kOff = 0.25;  // base gaps' worth: what a stored line may be off by
+    static constexpr int kRun = 16;      // steps on a line, to wait twice as long
+    static constexpr double kOff = 0.5;  // base gaps' worth: beyond, a step is off the line
 
     std::int64_t base_ns_, gap_ns_;
     double slope_ = 0.0;  // per ns

@@ -547,9 +547,9 @@ void cadence_reads_steady_power_more_seldom_until_it_changes() {
     const auto power_w = [&](double t_s) { return (t_s < 60 ? 100 : 160) * noise(random); };
     const Counted steady = count_reads(power_w, 10, 60);
     CHECK(near(steady.reads, 50 * 25 / 2, 0.05) && steady.widest_ns <= 80 * kMs);
-    // when it has stepped, then at the base for 0.6 s, and back in 2 s
-    CHECK(near(count_reads(power_w, 60.1, 60.7).reads, 30, 0.07));
-    CHECK(near(count_reads(power_w, 64, 74).reads, 125, 0.05));
+    // when it has stepped, then at the base for 0.3 s, and back in 1 s
+    CHECK(near(count_reads(power_w, 60.1, 60.4).reads, 15, 0.14));
+    CHECK(near(count_reads(power_w, 62, 72).reads, 125, 0.05));
     // and a wrap, here every 4 s, is taken for a step, no more
     CHECK(count_reads(power_w, 10, 50, 4e8).reads <= 40 * 30);
 }

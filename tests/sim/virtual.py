@@ -165,7 +165,7 @@ def steady_times_s(
 ) -> Times:
     """When a lane reads a counter that moves at every read: more seldom while power is steady.
 
-    Twice and four times as far apart as `base_s` after 32 steps each that lie within a quarter of a
+    Twice and four times as far apart as `base_s` after 16 steps each that lie within half of a
     base's energy of a line. From 1 s on it goes along with another lane that reads each 0.1 s,
     earlier by up to five eighths of its gap or later by up to three.
     """
@@ -185,9 +185,9 @@ def steady_times_s(
         now_j = float(energy_j[int((times[-1] - begin_s) / 1e-3)])
         since_s = times[-1] - times[-2]
         off_j = abs(now_j - reached_j - power_w * since_s)
-        run = run + 1 if off_j <= 0.25 * power_w * base_s else 0
+        run = run + 1 if off_j <= 0.5 * power_w * base_s else 0
         gap_s = gap_s if run else base_s
-        if run == 32:
+        if run == 16:
             gap_s, run = min(2 * gap_s, 4 * base_s), 0
         power_w, reached_j = (now_j - reached_j) / since_s, now_j
 
