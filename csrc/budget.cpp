@@ -11,7 +11,7 @@ namespace {
 
 constexpr std::int64_t kWindowNs = kNsPerS;
 constexpr double kGiveWay = 4.0;
-constexpr double kPart = 0.5;
+constexpr double kPart = 0.5;  // of the budget, for those that give way
 
 }  // namespace
 

@@ -69,10 +69,10 @@ bool Cadence::saw(std::int64_t t_ns, const double* row) noexcept {
             case State::kTracking: tracked(tracker, t_ns, changed); break;
             case State::kEveryRead:
                 tracker.unchanged = changed ? 0 : tracker.unchanged + 1;
-                tracker.due_ns = t_ns + base_ns_;
-                if (tracker.counter)
-                    tracker.due_ns =
-                        t_ns + tracker.steady.gap_ns(value - tracker.value, t_ns - tracker.read_ns);
+                tracker.due_ns =
+                    t_ns + (tracker.counter ? tracker.steady.gap_ns(value - tracker.value,
+                                                                    t_ns - tracker.read_ns)
+                                            : base_ns_);
                 if (tracker.unchanged == kTries) search(tracker, t_ns);
                 break;
             case State::kResting:

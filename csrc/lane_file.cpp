@@ -155,13 +155,13 @@ void LaneFile::consolidate() {
     }
 }
 
-// A counter that is read more seldom while power is steady keeps the line of its first steps.
+// A counter that is read more seldom while power is steady keeps to a line as close as at first.
 void LaneFile::learn(const std::vector<double>& columns) {
     const std::size_t n = t_ns_.size();
     for (std::size_t c = 0; c < width(); ++c)
         if (ThinRule& rule = how_.rules[c];
-            rule.kind == ThinRule::Kind::kLine && rule.usual_s == 0.0)
-            rule.usual_s = first_interval_s(&columns[c * n], t_ns_.data(), n);
+            rule.kind == ThinRule::Kind::kLine && rule.most_usual_s == 0.0)
+            rule.most_usual_s = first_interval_s(&columns[c * n], t_ns_.data(), n);
 }
 
 // `thinned`: what lies between these rows is known from them, else it is lost.

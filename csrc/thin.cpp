@@ -10,7 +10,7 @@ namespace pepr {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr std::size_t kFirstChanges = 15;
+constexpr std::size_t kFirstIntervals = 15;
 constexpr double kWide = 1.5;  // usual times, from which on a jump may hide between two changes
 constexpr double kStandstills = 8;  // usual times between changes, from which on it is one
 
@@ -76,7 +76,8 @@ struct Column {
     bool breaks(std::size_t row, double at_s) {
         const double value = values[row], before = values[row - 1];
         if (std::isnan(value) != std::isnan(before)) return true;
-        if (rule.kind != ThinRule::Kind::kLine || value == before) return false;
+        if (rule.kind != ThinRule::Kind::kLine || value == before || std::isnan(value))
+            return false;
         const double still_s = at_s - changed_s, expected = rate * still_s;
         const bool jumps = still_s > kWide * usual_s &&
                            std::abs(value - before - expected) > rule.tolerance * rate * usual_s;
@@ -121,7 +122,7 @@ std::pair<std::size_t, std::size_t> extremes(const double* values, std::size_t n
 double first_interval_s(const double* values, const std::int64_t* t_ns, std::size_t n) {
     std::vector<std::int64_t> between_ns;
     std::int64_t last_ns = -1;
-    for (std::size_t i = 1; i < n && between_ns.size() < kFirstChanges; ++i) {
+    for (std::size_t i = 1; i < n && between_ns.size() < kFirstIntervals; ++i) {
         if (values[i] == values[i - 1] || std::isnan(values[i])) continue;
         if (last_ns >= 0) between_ns.push_back(t_ns[i] - last_ns);
         last_ns = t_ns[i];
@@ -142,8 +143,9 @@ std::vector<std::size_t> thin(const std::vector<ThinRule>& rules, const std::int
         Column column{};
         column.rule = rules[c];
         column.values = values + c * stride;
-        column.usual_s =
-            rules[c].usual_s > 0 ? rules[c].usual_s : usual_interval_s(column.values, t_ns, n);
+        column.usual_s = usual_interval_s(column.values, t_ns, n);
+        if (column.rule.most_usual_s > 0)
+            column.usual_s = std::min(column.usual_s, column.rule.most_usual_s);
         columns.push_back(column);
     }
     const auto at_s = [&](std::size_t row) {

@@ -17,11 +17,12 @@ struct ThinRule {
     // kLine: how far a change may be off, in usual steps of the counter; kHold: relative;
     // kLevel: s, how much of its level may be added or lost.
     double tolerance;
-    double usual_s = 0.0;  // between two changes; 0: as in the rows themselves
+    double most_usual_s = 0.0;  // kLine: what usual may be at most between two changes; 0: anything
 };
 
 // The median time between the first changes of a column, up to 16; 0 if it has fewer than three.
-// The curve takes it for a counter's refresh, which it tells the line's uncertainty by.
+// The curve learns a counter's refresh from the same changes, and tells by it how far off a line
+// is.
 double first_interval_s(const double* values, const std::int64_t* t_ns, std::size_t n);
 
 // The rows (ascending) of a recording of n that have to be kept, so that between them every column
