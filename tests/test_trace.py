@@ -302,6 +302,20 @@ def test_extremes_and_both_ends_of_a_gauge_are_kept(tmp_path: Path) -> None:
     assert (batch.t_ns[0], batch.t_ns[-1]) == (t_ns[0], t_ns[-1])
 
 
+def test_a_counter_that_was_idle_at_first_is_held_to_a_line_as_close_later(tmp_path: Path) -> None:
+    # given changes every 2 s, and after 40 s one at each read of 0.1 s, at 70 to 130 W
+    t_ns = np.arange(1, 6001, dtype=np.int64) * 100_000_000
+    step_j = 10 + 3 * np.sin(2 * np.pi * t_ns / (3 * SECOND))
+    step_j[:400] = np.where(np.arange(400) % 20 == 0, 0.05, 0.0)
+    energy_j = np.cumsum(step_j)
+    batch = stored(tmp_path, GPU[:1], t_ns, [np.floor(energy_j * 1e3)])
+    # then behind the batch in which it began, a line is off by a quarter of 0.1 s, not of 2 s
+    later = t_ns >= 110 * SECOND
+    kept_j = np.interp(t_ns[later], batch.t_ns, batch.values[0]) * 1e-3
+    assert np.max(np.abs(kept_j - energy_j[later])) <= 0.25 * 13 * 1.05
+    assert len(batch.t_ns) < 5000
+
+
 def test_nothing_is_left_out_around_what_is_unknown_or_not_read(tmp_path: Path) -> None:
     t_ns, _, values = training(9_000)
     values[0][5000:5400] = np.nan
