@@ -18,10 +18,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 from sim import virtual
 from sim.waves import Constant, Square
 
-from pepr_profiler.curve import Curve
-from pepr_profiler.energy import integrate
-from pepr_profiler.sources import find_sources
-from pepr_profiler.uncertainty import Budget, budget
+from pepr_profiler.energy.curve import EnergyCurve
+from pepr_profiler.energy.integrate import integrate
+from pepr_profiler.energy.sources import find_sources
+from pepr_profiler.energy.uncertainty import UncertaintyBudget, budget
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,14 +44,14 @@ class Task:
     inside: float = 0.0
 
 
-def measured(run: virtual.Run, edges_s: Sequence[float]) -> tuple[Curve, NDArray[np.int64]]:
+def measured(run: virtual.Run, edges_s: Sequence[float]) -> tuple[EnergyCurve, NDArray[np.int64]]:
     """The product's own way from a lane to a curve, at the edges."""
     (source,) = find_sources([run.lane], cpu_vendor="GenuineIntel")
     at_ns = np.array([virtual.instant_ns(edge_s) for edge_s in edges_s])
     return integrate(run.batches, [source], at_ns)[0], at_ns
 
 
-def whole(curve: Curve, at_ns: NDArray[np.int64]) -> Budget:
+def whole(curve: EnergyCurve, at_ns: NDArray[np.int64]) -> UncertaintyBudget:
     """The budget from the first edge to the last."""
     return budget(curve, at_ns, np.array([0]), np.array([len(at_ns) - 1]))
 
@@ -80,7 +80,7 @@ def simulate(task: Task) -> Table:
     return table
 
 
-def left_open_j(run: virtual.Run, curve: Curve, begin_s: float, end_s: float) -> float:
+def left_open_j(run: virtual.Run, curve: EnergyCurve, begin_s: float, end_s: float) -> float:
     """How far two loads may differ in a window, of one counter's readings: half of that, J.
 
     Both between the extremes of this load's power; refreshes known exactly. Whatever method says

@@ -32,8 +32,9 @@ SIZES = (1, 50, 500)
 
 def latencies_s(folder: Path, size: int, rounds: int) -> list[float]:
     """From the request until every lane has its first sample, of a tree of `size` processes."""
-    from pepr_profiler.following import hold
-    from pepr_profiler.profiler import Options, attach
+    from pepr_profiler.recording.attached import hold
+    from pepr_profiler.recording.options import Options
+    from pepr_profiler.recording.recorder import attach
 
     script = f"for i in $(seq {size - 1}); do sleep 600 & done; echo ready; read line; kill 0"
     tree = subprocess.Popen(
@@ -109,7 +110,7 @@ def wrapping(scratch: Product, seconds: float) -> Iterator[subprocess.Popen[str]
 
 def wrapped_w(scratch: Product, begin_ns: int, end_ns: int) -> float:
     """The energy rate of the last training that was wrapped, between two instants."""
-    from pepr_profiler.summary import summarise
+    from pepr_profiler.summary.summarise import summarise
 
     runs = (Path(scratch.env["PEPR_STORE"]) / "runs").glob("wrapped-*")
     last = max(runs, key=lambda path: path.stat().st_mtime_ns)

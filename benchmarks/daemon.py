@@ -72,7 +72,7 @@ def gpus(folder: Path) -> str:
 
 
 def status(socket: Path) -> dict[str, Any]:
-    from pepr_profiler.node import Connection
+    from pepr_profiler.daemon_client.client import Connection
 
     connection = Connection(socket, timeout_s=READY_S)
     try:
@@ -91,10 +91,10 @@ def cpu_share(socket: Path, seconds: float) -> float:
 
 def first_sample_s(spec: str) -> float:
     """From wanting a lane to holding its first row."""
-    from pepr_profiler.node import Node
+    from pepr_profiler.daemon_client.client import DaemonClient
 
     begin_s = time.perf_counter()
-    node = Node()
+    node = DaemonClient()
     lane = node.lane(spec, named=True)
     rows = lane.read() if lane is not None else None
     end_s = time.perf_counter()
@@ -131,9 +131,9 @@ def at_once(spec: str, count: int) -> list[float]:
 @contextmanager
 def watching(spec: str, count: int) -> Iterator[None]:
     """`count` clients that have mapped a lane and hold their connection."""
-    from pepr_profiler.node import Node
+    from pepr_profiler.daemon_client.client import DaemonClient
 
-    nodes = [Node() for _ in range(count)]
+    nodes = [DaemonClient() for _ in range(count)]
     if not all(node.lane(spec, named=True) for node in nodes):
         raise UnmeasurableError("not every client got its lane")
     yield

@@ -135,7 +135,7 @@ def _copy_lanes(store: Path, to: Path) -> Path:
 
 def count(folder: Path) -> dict[str, list[int]]:
     """Bytes and values read of each lane of a folder, by the product's own reader."""
-    from pepr_profiler.trace import read_lanes
+    from pepr_profiler.trace.lane import read_lanes
 
     return {
         name: [

@@ -107,7 +107,8 @@ def measure_both(
 
 def by_command(count: int) -> dict[str, list[float]]:
     """How long `pepr-profile mark` takes, and how much later than its call its time is."""
-    from pepr_profiler.trace import RUN_DIR_VARIABLE, read_events
+    from pepr_profiler.trace.events import read_events
+    from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
     calls_ns, took_ns = [], []
     for _ in range(count):

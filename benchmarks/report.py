@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import UnmeasurableError, header, judge, main, product, show
-from pepr_profiler import arrow
-from pepr_profiler.trace import Channel, Lane, LaneWriter, write_json
+from pepr_profiler.trace import arrow
+from pepr_profiler.trace.lane import Channel, LaneInfo, LaneWriter
+from pepr_profiler.trace.run_json import write_json
 
 ROWS = 4096
 EPOCH_S = 600.0
@@ -24,7 +25,7 @@ GPUS = 8
 RANGE_UJ = 262_143_328_850.0
 
 
-def rapl_lane(period_ns: int) -> Lane:
+def rapl_lane(period_ns: int) -> LaneInfo:
     def zone(name: str, label: str, parent: str = "") -> Channel:
         labels = {"zone": name, "name": label}
         labels |= {"parent": name.rpartition(":")[0], "parent_name": parent} if parent else {}
@@ -44,10 +45,10 @@ def rapl_lane(period_ns: int) -> Lane:
         package = f"package-{socket}"
         channels.append(zone(f"intel-rapl:{socket}", package))
         channels.append(zone(f"intel-rapl:{socket}:0", "dram", package))
-    return Lane("powercap", "powercap", period_ns, tuple(channels))
+    return LaneInfo("powercap", "powercap", period_ns, tuple(channels))
 
 
-def gpu_lane(period_ns: int) -> Lane:
+def gpu_lane(period_ns: int) -> LaneInfo:
     channels = []
     for index in range(GPUS):
         uuid = f"GPU-00000000-0000-4000-8000-{index:012d}"
@@ -59,7 +60,7 @@ def gpu_lane(period_ns: int) -> Lane:
                     labels=labels),
             Channel(f"{uuid}/memory", "memory", "B", source="nvml-memory", labels=labels),
         ]  # fmt: skip
-    return Lane("nvml", "nvml", period_ns, tuple(channels))
+    return LaneInfo("nvml", "nvml", period_ns, tuple(channels))
 
 
 def power_w(t_s: NDArray[np.floating[Any]], full_w: float, idle_w: float) -> NDArray[np.float64]:
@@ -68,7 +69,7 @@ def power_w(t_s: NDArray[np.floating[Any]], full_w: float, idle_w: float) -> NDA
 
 
 def rows_of(
-    lane: Lane, begin_ns: int, seconds: float, rng: np.random.Generator
+    lane: LaneInfo, begin_ns: int, seconds: float, rng: np.random.Generator
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
     """Instants and raw numbers of a lane, ROWS at a time: steps, 3 % of noise, late reads."""
     count = int(seconds * 1e9) // lane.period_ns
@@ -105,10 +106,10 @@ def rows_of(
 class WholeWriter:
     """A lane with every row, as a crash would leave none: the most that a reader can meet."""
 
-    def __init__(self, directory: Path, lane: Lane) -> None:
+    def __init__(self, directory: Path, lane: LaneInfo) -> None:
         import pyarrow as pa
 
-        from pepr_profiler.trace import _schema_of
+        from pepr_profiler.trace.lane import _schema_of
 
         self._schema = pa.ipc.read_schema(pa.py_buffer(arrow.schema_message(_schema_of(lane))))
         self._stream = pa.ipc.new_stream(str(directory / f"{lane.name}.arrows"), self._schema)

@@ -15,6 +15,7 @@ TYPE_CHECKING = False  # typing's own, which type checkers know by name, costs 1
 if TYPE_CHECKING:
     from typing import Any
 
+    from pepr_profiler.block import Run, profile
     from pepr_profiler.errors import (
         PeprError,
         SensorError,
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
         TraceError,
         UsageError,
     )
-    from pepr_profiler.pepr import score
-    from pepr_profiler.profiler import Run, profile
-    from pepr_profiler.study import Study, load
+    from pepr_profiler.study.pepr import pareto_front, score
+    from pepr_profiler.study.study import Study, load
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "TraceError",
     "UsageError",
     "load",
+    "pareto_front",
     "profile",
     "score",
 ]
@@ -47,11 +48,12 @@ _HOMES = {
     "TargetError": "errors",
     "TraceError": "errors",
     "UsageError": "errors",
-    "Run": "profiler",
-    "Study": "study",
-    "load": "study",
-    "profile": "profiler",
-    "score": "pepr",
+    "Run": "block",
+    "Study": "study.study",
+    "load": "study.study",
+    "profile": "block",
+    "pareto_front": "study.pepr",
+    "score": "study.pepr",
 }
 
 

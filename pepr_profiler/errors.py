@@ -49,3 +49,8 @@ class CommandError(PeprError):
     def __init__(self, what: str, *, status: int, why: str = "", fix: str = "") -> None:
         super().__init__(what, why=why, fix=fix)
         self.status = status
+
+
+def warning(code: str, text: str, hint: str) -> dict[str, str]:
+    """A warning as a summary has it."""
+    return {"code": code, "text": text, "hint": hint}

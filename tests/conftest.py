@@ -13,7 +13,7 @@ import pytest
 from cli import write_replay
 from sim import native, nvml, powercap
 
-from pepr_profiler.trace import RUN_DIR_VARIABLE
+from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
 
 def pytest_configure() -> None:

@@ -44,21 +44,17 @@ except ImportError:
 with atheris.instrument_imports(include=["pepr_profiler"]):
     import numpy as np
 
-    from pepr_profiler import columns, commands, summary
+    from pepr_profiler import commands
     from pepr_profiler.commands import compare, report, runs, score  # noqa: F401 - instrumented
     from pepr_profiler.errors import PeprError
-    from pepr_profiler.metrics import Metrics
-    from pepr_profiler.report import run_page, terminal
-    from pepr_profiler.store import Store
-    from pepr_profiler.trace import (
-        Channel,
-        Lane,
-        LaneReader,
-        LaneWriter,
-        read_events,
-        read_neighbours,
-        write_json,
-    )
+    from pepr_profiler.recording.metrics import Metrics
+    from pepr_profiler.report import run_page, run_text
+    from pepr_profiler.store import columns
+    from pepr_profiler.store.runs import Store
+    from pepr_profiler.summary import summarise as summary
+    from pepr_profiler.trace.events import read_events, read_process_notes
+    from pepr_profiler.trace.lane import Channel, LaneInfo, LaneReader, LaneWriter
+    from pepr_profiler.trace.run_json import write_json
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "build" / "fuzz"
@@ -105,7 +101,7 @@ def channels_of_processes() -> tuple[Channel, ...]:
     )
 
 
-def lanes() -> dict[str, tuple[Lane, Callable[[float], list[float]]]]:
+def lanes() -> dict[str, tuple[LaneInfo, Callable[[float], list[float]]]]:
     """A lane and its values at t (s) of each kind that is interpreted differently."""
     gpu = {"uuid": "GPU-1", "model": "NVIDIA H100 80GB HBM3", "index": "0"}
     zone = {"zone": "intel-rapl:0", "name": "package-0"}
@@ -121,26 +117,26 @@ def lanes() -> dict[str, tuple[Lane, Callable[[float], list[float]]]]:
     alone = Channel("m", "power", "W", source="test", labels={"kind": "gpu", "component": "gpu:m"})
     return {
         "nvml": (
-            Lane("nvml", "nvml", S // 10, board),
+            LaneInfo("nvml", "nvml", S // 10, board),
             lambda t: [300e3 * round(t, 1), 300e3, 90.0, 2.0**30],
         ),
         "nvml-processes": (
-            Lane("nvml-processes", "nvml-processes", S // 2, listed),
+            LaneInfo("nvml-processes", "nvml-processes", S // 2, listed),
             lambda t: [2, 4121, 2.0**30, 60, 4122 + (t > 2), 2.0**20, 20],
         ),
         "powercap": (
-            Lane("powercap", "powercap", S // 10, (package,)),
+            LaneInfo("powercap", "powercap", S // 10, (package,)),
             lambda t: [(250e6 + 100e6 * t) % 300e6],
         ),
         "processes": (
-            Lane("processes", "processes:children", S // 10, channels_of_processes()),
+            LaneInfo("processes", "processes:children", S // 10, channels_of_processes()),
             lambda t: [t * 0.9, 2.0**28, 3, 1000 + t * 1.5],
         ),
-        "replay": (Lane("replay", "replay:x", S // 10, (alone,)), lambda _: [100.0]),
+        "replay": (LaneInfo("replay", "replay:x", S // 10, (alone,)), lambda _: [100.0]),
     }
 
 
-def record(directory: Path, lane: Lane, values: Callable[[float], list[float]]) -> None:
+def record(directory: Path, lane: LaneInfo, values: Callable[[float], list[float]]) -> None:
     """A lane of 33 rows with a gap and a failed read, the last of them still in its tail."""
     writer = LaneWriter(directory, lane)
     rows = [i for i in range(33) if not 12 <= i < 16]
@@ -357,7 +353,7 @@ def read_lane(directory: Path, files: Files) -> None:
         found = read_events(directory)
         assert [p.begin_ns for p in found.phases] == sorted(p.begin_ns for p in found.phases)
         assert all(p.end_ns is None or isinstance(p.end_ns, int) for p in found.phases)
-        read_neighbours(directory)
+        read_process_notes(directory)
 
 
 def summarise(directory: Path, files: Files) -> None:
@@ -374,7 +370,7 @@ def summarise(directory: Path, files: Files) -> None:
                 peak_w = max(abs(watts or 0) for watts in part["trace_w"])  # rounding is of it
                 scale = max(abs(part["device_j"]), abs(part["job_j"]), peak_w * run["duration_s"])
                 assert abs(shares - part["device_j"]) <= 1e-6 * scale + 1e-6, part
-        terminal.render_run(run, width=80, color=False)
+        run_text.render_run(run, width=80, color=False)
         if len(files.get("run.json", b"")) % 16 == 0:
             run_page.run_page(run, timeline)
 

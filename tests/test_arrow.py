@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pepr_profiler import _core, arrow
-from pepr_profiler.arrow import Column, DamagedError, Schema
+from pepr_profiler import _core
+from pepr_profiler.trace import arrow
+from pepr_profiler.trace.arrow import Column, DamagedError, Schema
 
 END = b"\xff\xff\xff\xff" + bytes(4)
 """What Arrow has at the end of a stream."""

@@ -23,9 +23,12 @@ import pytest
 from cli import SLOW_S, Cli, codes, component, ended, python, until
 
 from pepr_profiler import TargetError, TraceError, UsageError, profile
-from pepr_profiler.following import hold
-from pepr_profiler.profiler import Options, attach
-from pepr_profiler.trace import RUN_DIR_VARIABLE, LaneReader, read_events
+from pepr_profiler.recording.attached import hold
+from pepr_profiler.recording.options import Options
+from pepr_profiler.recording.recorder import attach
+from pepr_profiler.trace.events import read_events
+from pepr_profiler.trace.lane import LaneReader
+from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
 # Says "ready", and goes on with argv's code once a line comes in.
 WAITING = "import os, sys\nprint('ready', flush=True)\nsys.stdin.readline()\n"

@@ -7,23 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pepr_profiler.attribution import (
-    Activity,
-    Gpus,
-    Shares,
-    certain_shares,
-    cpu_neighbours,
-    cpu_use,
-    lowest_power_w,
-    modelled_curves,
-    read_activity,
-    share,
-)
-from pepr_profiler.curve import Curve
-from pepr_profiler.modelled import CpuModel, RamModel
-from pepr_profiler.sources import Source
-from pepr_profiler.tenants import Neighbour, Tenants, Use
-from pepr_profiler.trace import Batch, Channel, Lane
+from pepr_profiler.energy.activity import Activity, Use, cpu_use, modelled_curves, read_activity
+from pepr_profiler.energy.curve import EnergyCurve
+from pepr_profiler.energy.gpu_users import GpuUsers, OtherProcess
+from pepr_profiler.energy.gpus import Gpus
+from pepr_profiler.energy.modelled import CpuModel, RamModel
+from pepr_profiler.energy.sharing import Shares, certain_shares, lowest_power_w, share
+from pepr_profiler.energy.sources import Source
+from pepr_profiler.summary.doubts import other_cpu_users
+from pepr_profiler.trace.lane import Batch, Channel, LaneInfo
 
 S = 1_000_000_000
 GB = 2**30
@@ -40,10 +32,10 @@ def activity(
     return Activity(t_ns, cumulated[0], cumulated[1], rss, cpus, 16.0 * GB)
 
 
-def device(watts: float, seconds: int, *, kind: str = "cpu") -> tuple[Curve, np.ndarray]:
+def device(watts: float, seconds: int, *, kind: str = "cpu") -> tuple[EnergyCurve, np.ndarray]:
     at_ns = (np.arange(0, seconds * 4 + 1) * (S // 4)).astype(np.int64)
     source = Source(f"{kind}:x", kind, "x", "lane", 0, "test", counter=True)
-    return Curve(source, watts * at_ns / S, 0, int(at_ns[-1])), at_ns
+    return EnergyCurve(source, watts * at_ns / S, 0, int(at_ns[-1])), at_ns
 
 
 def test_energy_is_shared_by_busy_time_second_by_second() -> None:
@@ -124,7 +116,7 @@ def test_rows_with_an_unknown_number_are_left_out_of_the_activity() -> None:
     channels = tuple(Channel(n, "x", u, labels=labels.get(n, {})) for n, u in names)
     values = np.array([[0, 1, 2.0], [5, 7, 6.0], [1, 1, 1.0], [0, np.nan, 3.0]])
     rows = Batch(np.array([0, 1, 2]) * S, np.zeros(3, np.int64), values)
-    did = read_activity(Lane("processes", "processes:self", S, channels), [rows])
+    did = read_activity(LaneInfo("processes", "processes:self", S, channels), [rows])
     assert did is not None
     assert did.job_cpu_s.tolist() == [0.0, 2.0]
     assert (did.cpus, did.peak_rss_bytes) == (8, 6)
@@ -145,8 +137,8 @@ def uses(random: np.random.Generator, owners: int, intervals: int) -> list[Use]:
     ]
 
 
-def shares_of(curve: Curve, at_ns: np.ndarray, use: Use, *, idle_w: float) -> Shares:
-    seen = Tenants(use, 0, 0, 1.0, 1.0, 0.0, "", (), None, 0.5, 0, 2)
+def shares_of(curve: EnergyCurve, at_ns: np.ndarray, use: Use, *, idle_w: float) -> Shares:
+    seen = GpuUsers(use, 0, 0, 1.0, 1.0, 0.0, "", (), None, 0.5, 0, 2)
     return share(curve, at_ns, None, seen, idle_w=idle_w)
 
 
@@ -218,7 +210,7 @@ def look(*processes: tuple[int, float], profiler_s: float = 0.0) -> dict[str, An
 def test_others_on_the_cpu_are_named_with_their_part_of_its_use() -> None:
     # given 10 s of two busy CPUs: the job 10 s, two others 5 s and 2 s, the rest unseen
     did = activity(10, job=[1.0] * 10, busy=[2.0] * 10)
-    (told,) = cpu_neighbours([look((8, 5.0), (9, 2.0))], did, 0.5, (0, 10 * S))
+    (told,) = other_cpu_users([look((8, 5.0), (9, 2.0))], did, 0.5, (0, 10 * S))
     assert told["code"] == "shared-device"
     assert "50% of the CPU time" in told["text"]
     assert "PID 8 run 8 (25%), PID 9 run 9 (10%)" in told["text"]
@@ -227,19 +219,19 @@ def test_others_on_the_cpu_are_named_with_their_part_of_its_use() -> None:
 
 def test_a_few_are_named_and_the_rest_counted() -> None:
     did = activity(10, job=[1.0] * 10, busy=[2.0] * 10)
-    (told,) = cpu_neighbours([look(*((p, 2.0) for p in range(5)))], did, 0.5, (0, 10 * S))
+    (told,) = other_cpu_users([look(*((p, 2.0) for p in range(5)))], did, 0.5, (0, 10 * S))
     assert told["text"].count("PID") == 3 and told["text"].endswith(" and 2 more")
 
 
 def test_the_profiler_is_nobody_to_be_warned_of() -> None:
     did = activity(10, job=[1.0] * 10, busy=[1.3] * 10)
-    assert cpu_neighbours([look(profiler_s=2.8)], did, 0.23, (0, 10 * S)) == []
-    assert cpu_neighbours([look(profiler_s=0.0)], did, 0.23, (0, 10 * S)) != []
-    assert cpu_neighbours([look()], did, 0.04, (0, 10 * S)) == []  # 4 % of the energy
-    assert cpu_neighbours([], did, 0.5, (0, 10 * S)) == []  # nobody has looked
+    assert other_cpu_users([look(profiler_s=2.8)], did, 0.23, (0, 10 * S)) == []
+    assert other_cpu_users([look(profiler_s=0.0)], did, 0.23, (0, 10 * S)) != []
+    assert other_cpu_users([look()], did, 0.04, (0, 10 * S)) == []  # 4 % of the energy
+    assert other_cpu_users([], did, 0.5, (0, 10 * S)) == []  # nobody has looked
 
 
-def gpus(of: Tenants, **more: Any) -> Gpus:
+def gpus(of: GpuUsers, **more: Any) -> Gpus:
     board = {"uuid": "GPU-1", "index": "0", "model": "H100"}
     facts = {"root": "children", "cuda": [{}], **more}
     return Gpus.of(facts, [board], {"GPU-1": of}, busy=[])
@@ -247,11 +239,11 @@ def gpus(of: Tenants, **more: Any) -> Gpus:
 
 def seen(*, job_s: float, others_s: float = 0.0, unknown_s: float = 0.0, last_s: float = 60) -> Any:
     use = Use(np.array([0.0, 60.0 * S]), *(np.array([x]) for x in (0.5, 0.5, 0.5, 0.5)))
-    others = tuple(Neighbour(p, "train.py", "ann", others_s, 0.2) for p in range(5))[
+    others = tuple(OtherProcess(p, "train.py", "ann", others_s, 0.2) for p in range(5))[
         : int(others_s)
     ]
     last_ns = int(last_s * S)
-    return Tenants(use, 0, last_ns, job_s, others_s, unknown_s, "why", others, None, 0.5, 0, 120)
+    return GpuUsers(use, 0, last_ns, job_s, others_s, unknown_s, "why", others, None, 0.5, 0, 120)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +258,7 @@ def seen(*, job_s: float, others_s: float = 0.0, unknown_s: float = 0.0, last_s:
         (seen(job_s=60.0, last_s=56.0), []),
     ],
 )
-def test_a_gpu_is_warned_of_when_it_matters(of: Tenants, told: list[str]) -> None:
+def test_a_gpu_is_warned_of_when_it_matters(of: GpuUsers, told: list[str]) -> None:
     curve, _ = device(100.0, 60, kind="gpu")
     curve = curve._replace(source=curve.source._replace(id="gpu:GPU-1"))
     assert [w["code"] for w in gpus(of).warnings([curve], 0, 60 * S)] == told
@@ -278,7 +270,7 @@ def test_a_recording_that_never_listed_processes_stays_as_it_was() -> None:
     old = Gpus.of({}, [board], {}, busy=["GPU-1"])
     curve, _ = device(100.0, 60, kind="gpu")
     curve = curve._replace(source=curve.source._replace(id="gpu:GPU-1"))
-    assert old.judged(curve) is curve and old.tenants_of(curve) is None
+    assert old.judged(curve) is curve and old.users_of(curve) is None
     assert list(old.warnings([curve], 0, 60 * S)) == []
 
 

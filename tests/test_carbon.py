@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pepr_profiler import carbon
-from pepr_profiler.carbon import GridIntensity, estimate, lookup
+from pepr_profiler.energy import carbon
+from pepr_profiler.energy.carbon import GridIntensity, estimate, lookup
 from pepr_profiler.errors import UsageError
 
-TABLE = Path(carbon.__file__).parent / "data" / "grid_intensity.csv"
+TABLE = Path(carbon.__file__).parents[1] / "data" / "grid_intensity.csv"
 
 # gCO2e/kWh of Ember's yearly data as noted by hand from Our World in Data: 2023, and 2022 below.
 NOTED_2023 = {

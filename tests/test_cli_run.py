@@ -21,7 +21,7 @@ from sim.nvml import Fault, Gpu, NvmlSim, Scenario, default_uuid
 from sim.powercap import Tree, Zone, ZoneFault, two_socket_server
 from sim.waves import Constant, Square
 
-from pepr_profiler.trace import LaneReader
+from pepr_profiler.trace.lane import LaneReader
 
 BuildNvml = Callable[[Scenario], NvmlSim]
 BuildTree = Callable[..., Tree]

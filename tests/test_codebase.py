@@ -15,61 +15,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pepr_profiler"
 CSRC = ROOT / "csrc"
 
-# docs/design.md, "Who may import whom". A module imports from the ranks before its own. Within a
-# rank nobody imports anybody, except in the order of PEERS: a module, and what of its rank it sees.
-RANKS = (
-    ("errors", "record", "units"),
-    ("_core", "arrow", "targets", "following", "neighbours", "metrics"),
-    ("trace",),
-    (
-        "sources",
-        "curve",
-        "counter",
-        "power",
-        "energy",
-        "uncertainty",
-        "modelled",
-        "carbon",
-        "tenants",
-    ),
-    ("attribution", "pepr"),
-    (
-        "progress",
-        "summary",
-        "columns",
-        "index",
-        "jobs",
-        "store",
-        "ranking",
-        "cohort",
-        "study",
-        "detect",
-        "node",
-        "claims",
-        "profiler",
-    ),
-    ("daemon", "integrations", "report"),
-    ("commands",),
-    ("__init__", "__main__"),
+# The house (docs/design.md): a package imports only what stands before it. `_core` is below all.
+HOUSE = (
+    *("_core", "errors", "record", "units"),
+    *("sensors", "trace", "daemon_client", "recording", "energy", "summary", "store", "study"),
+    *("report", "daemon", "block", "pepr", "commands", "__init__", "__main__"),
 )
-PEERS = {
-    "units": {"errors"},
-    "targets": {"_core"},
-    "curve": {"sources"},
-    "counter": {"curve", "sources"},
-    "power": {"curve"},
-    "energy": {"sources", "curve", "counter", "power"},
-    "uncertainty": {"curve"},
-    "summary": {"progress"},
-    "index": {"columns", "summary"},
-    "store": {"index", "summary"},
-    "cohort": {"columns", "index", "jobs", "ranking"},
-    "study": {"cohort", "index", "ranking", "store"},
-    "node": {"detect"},
-    "claims": {"node"},
-    "profiler": {"summary", "store", "detect", "node", "claims"},
-}
-RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+NEVER = {"report": {"recording", "store"}}  # besides: these stand before it
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NATIVE = sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cpp")])
@@ -80,7 +32,7 @@ def relative(path: Path) -> str:
 
 
 def part_of(module: str) -> str:
-    """The name that has a rank: pepr_profiler.report.terminal is of `report`."""
+    """The part of the house that a module belongs to: `trace` for pepr_profiler.trace.lane."""
     return [*module.split("."), "__init__"][1]
 
 
@@ -111,35 +63,28 @@ def imports_of(path: Path) -> Iterator[tuple[int, str]]:
         yield from ((node.lineno, name) for name in names if name.startswith("pepr_profiler"))
 
 
-def test_modules_import_only_from_the_ranks_before_their_own() -> None:
+def test_a_package_imports_only_what_stands_before_it() -> None:
     wrong = []
     for path in MODULES:
         importer = part_of(dotted(path))
-        assert importer in RANK, f"{relative(path)} has no rank: give it one in docs/design.md"
         for line, imported in imports_of(path):
             part = part_of(imported)
-            if part == importer:
-                continue  # a package is one part of the house
-            if RANK[part] >= RANK[importer] and part not in PEERS.get(importer, ()):
+            if part != importer and (
+                HOUSE.index(part) > HOUSE.index(importer) or part in NEVER.get(importer, ())
+            ):
                 wrong.append(f"{relative(path)}:{line} imports {imported}")
     assert wrong == []
 
 
-def test_the_ranks_are_those_of_the_design() -> None:
-    page = " ".join((ROOT / "docs" / "design.md").read_text().split()).replace("`", "")
-    assert " < ".join(", ".join(rank) for rank in RANKS) in page
-    for importer, peers in PEERS.items():
-        assert f"{importer} sees {', '.join(sorted(peers))}" in page
+def test_the_house_has_every_package_and_nothing_else() -> None:
+    parts = {part_of(dotted(path)) for path in MODULES} - {"data"}
+    assert parts | {"_core"} == set(HOUSE)
 
 
-def test_every_module_is_in_the_house_list_of_the_design() -> None:
+def test_the_design_describes_every_module_of_the_house() -> None:
     page = (ROOT / "docs" / "design.md").read_text()
-    house = page[page.index("## The house") : page.index("**Who may import whom**")]
-    missing = [
-        path.name
-        for path in MODULES
-        if path.parent == PACKAGE and not path.stem.startswith("__") and path.name not in house
-    ]
+    house = page[page.index("## The house") : page.index("## Contract")]
+    missing = [relative(p) for p in MODULES if p.stem[:2] != "__" and p.name not in house]
     assert missing == []
 
 
@@ -212,7 +157,7 @@ def test_only_the_bindings_know_python_and_only_nvml_its_driver() -> None:
     [
         "pepr_profiler",
         "pepr_profiler.commands.run",
-        "pepr_profiler.profiler",
+        "pepr_profiler.block",
         "pepr_profiler.daemon.server",
     ],
 )

@@ -23,9 +23,9 @@ from sim.waves import Constant
 
 from pepr_profiler.commands import main
 from pepr_profiler.errors import TraceError
-from pepr_profiler.store import Store
-from pepr_profiler.summary import summarise
-from pepr_profiler.trace import LaneReader
+from pepr_profiler.store.runs import Store
+from pepr_profiler.summary.summarise import summarise
+from pepr_profiler.trace.lane import LaneReader
 
 BuildTree = Callable[..., Tree]
 

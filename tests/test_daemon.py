@@ -43,9 +43,9 @@ from sim.sysfs import perf_tree, why_no_tsc
 from sim.waves import Constant
 
 from pepr_profiler.daemon.lanes import How, Lanes
+from pepr_profiler.daemon_client.client import Connection, DaemonClient
 from pepr_profiler.errors import PeprError
-from pepr_profiler.node import Connection, Node
-from pepr_profiler.trace import LaneReader
+from pepr_profiler.trace.lane import LaneReader
 
 BuildNvml = Callable[[Scenario], NvmlSim]
 BuildTree = Callable[..., Tree]
@@ -343,7 +343,8 @@ def test_a_client_whose_clock_is_another_is_told_so(running: Daemon, tree: Tree)
     namespace = ["unshare", "--time", "--monotonic", "5000", "--fork"]
     if not shutil.which("unshare") or subprocess.run([*namespace, "true"], check=False).returncode:
         pytest.skip("no time namespace can be made here")
-    code = "import sys; from pepr_profiler.node import Node; node = Node(); "
+    code = "import sys; from pepr_profiler.daemon_client.client import DaemonClient; "
+    code += "node = DaemonClient(); "
     code += "assert node.lane(sys.argv[1], named=True) is None; print(node.trouble)"
     done = subprocess.run(
         [*namespace, *python(code, tree.spec)],
@@ -491,10 +492,10 @@ def test_a_daemon_without_descriptors_serves_who_is_there_and_later_all(
 CLIENT = """if True:
     import os, signal, sys
     from pathlib import Path
-    from pepr_profiler.node import Node
+    from pepr_profiler.daemon_client.client import DaemonClient
     for _ in range(int(sys.argv[2])):
         if os.fork() == 0:
-            node = Node()
+            node = DaemonClient()
             lane = node.lane(sys.argv[1], named=True)
             node.announce("run")
             assert lane.read()
@@ -527,7 +528,7 @@ def test_two_hundred_clients_at_once_all_read_the_same_rows(
     running: Daemon, tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PEPR_DAEMON", str(running.socket))
-    nodes = [Node() for _ in range(200)]
+    nodes = [DaemonClient() for _ in range(200)]
     lanes = [node.lane(tree.spec, named=True) for node in nodes]
     assert all(lanes)
     begin = running.lane("powercap")["samples"]
@@ -556,8 +557,8 @@ def energies_uj(lane_bytes: bytes) -> list[float]:
 FINE = """if True:
     import json, sys, time
     from array import array
-    from pepr_profiler.node import Node
-    lane = Node().lane(sys.argv[1], named=True)
+    from pepr_profiler.daemon_client.client import DaemonClient
+    lane = DaemonClient().lane(sys.argv[1], named=True)
     t_ns, values = array("q"), array("d")
     while not t_ns or t_ns[-1] - t_ns[0] < 1_000_000_000 or len(t_ns) < 50:
         if (batch := lane.read()) is None:
@@ -657,7 +658,7 @@ def test_two_users_measure_their_own_at_once_and_it_adds_up(tree: Tree, tmp_path
         assert {run["uid"] for run in everybody} == set(OTHERS)
         for uid in OTHERS:
             program, env = python_of(uid)
-            ask = "import json, sys; from pepr_profiler.node import Connection; "
+            ask = "import json, sys; from pepr_profiler.daemon_client.client import Connection; "
             ask += "from pathlib import Path; "
             ask += "print(json.dumps(Connection(Path(sys.argv[1])).ask('status')[0]))"
             seen = as_user(uid, running, ask, str(running.socket))
@@ -692,7 +693,7 @@ def test_only_a_process_of_ones_own_can_be_registered(tree: Tree, tmp_path: Path
         import json, os, sys
         from pathlib import Path
         from pepr_profiler.errors import PeprError
-        from pepr_profiler.node import Connection
+        from pepr_profiler.daemon_client.client import Connection
         connection, said = Connection(Path(sys.argv[1])), []
         for pid in (os.getpid(), int(sys.argv[2]), 1, 2**31 - 1):
             try:
@@ -886,7 +887,7 @@ def test_a_daemon_that_answers_nonsense_costs_a_warning(
     thread = threading.Thread(target=serve)
     thread.start()
     monkeypatch.setenv("PEPR_DAEMON", str(path))
-    node = Node()
+    node = DaemonClient()
     assert node.lane("powercap", named=False) is None
     thread.join()
     listener.close()

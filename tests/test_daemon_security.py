@@ -41,10 +41,16 @@ from sim.powercap import Tree, two_socket_server
 from pepr_profiler import _core
 from pepr_profiler.daemon import system
 from pepr_profiler.daemon.lanes import How, Lanes
-from pepr_profiler.daemon.protocol import OPERATIONS, ProtocolError, Request, parse
-from pepr_profiler.daemon.server import Limits, Policy, Server
+from pepr_profiler.daemon.server import Policy, Quotas, Server
+from pepr_profiler.daemon_client.client import Connection, close_all
+from pepr_profiler.daemon_client.protocol import (
+    MOST_REQUEST_BYTES,
+    OPERATIONS,
+    ProtocolError,
+    Request,
+    parse,
+)
 from pepr_profiler.errors import PeprError
-from pepr_profiler.node import MOST_REQUEST_BYTES, Connection, close_all
 
 tmp_path = open_folder
 
@@ -279,7 +285,7 @@ def test_a_hundred_thousand_messages_leave_the_server_as_it_was(
     listener = system.listen(path, system.Access(mode=0o600))
     lanes = Lanes([replayed], How())
     lanes.open_privileged()
-    unlimited = Limits(requests_per_s=1e9, requests_at_once=1e9)
+    unlimited = Quotas(requests_per_s=1e9, requests_at_once=1e9)
     policy = Policy(owner=os.getuid(), single_user=True)
     server = Server(
         listener, lanes, policy=policy, manager=system.Manager(), limits=unlimited,
@@ -380,7 +386,7 @@ def test_who_asks_too_often_is_left_and_others_are_served(tmp_path: Path, replay
                     answers += 1
             except (BrokenPipeError, ConnectionResetError):
                 break
-        limits = Limits()
+        limits = Quotas()
         assert limits.requests_at_once * 0.5 < answers < 20 * limits.requests_at_once
         greedy.close()
         # given a moment, the same user is served again
@@ -417,7 +423,7 @@ def test_one_user_has_so_many_clients_and_no_more(tmp_path: Path, replayed: str)
     if hard < 1024:
         pytest.skip(f"only {hard} descriptors may be open here")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1024), hard))
-    most = Limits().clients_per_user
+    most = Quotas().clients_per_user
     with daemon(tmp_path / "d", "--sensor", replayed) as running:
         crowd = []
         for _ in range(most):
@@ -436,7 +442,7 @@ def test_one_user_has_so_many_clients_and_no_more(tmp_path: Path, replayed: str)
 def test_one_user_has_so_many_runs_and_no_more(tmp_path: Path, replayed: str) -> None:
     with daemon(tmp_path / "d", "--sensor", replayed) as running:
         connection = raw(running.socket)
-        for number in range(Limits().runs_per_user):
+        for number in range(Quotas().runs_per_user):
             assert say(connection, op="register", run=f"r{number}")["ok"]
         refusal = say(connection, op="register", run="one more")
         assert refusal["error"]["what"] == "too many runs are registered"
@@ -566,7 +572,8 @@ def test_a_daemon_of_a_stranger_is_not_believed(tmp_path: Path) -> None:
 @needs_root
 def test_a_socket_for_a_group_keeps_others_out(tmp_path: Path, replayed: str) -> None:
     program, env = python_of(OTHERS[0])
-    code = "import sys; from pathlib import Path; from pepr_profiler.node import Connection; "
+    code = "import sys; from pathlib import Path; "
+    code += "from pepr_profiler.daemon_client.client import Connection; "
     code += "Connection(Path(sys.argv[1])).ask('hello')"
     with daemon(tmp_path / "d", "--sensor", replayed, "--group", str(OTHERS[1])) as running:
         for uid in OTHERS:

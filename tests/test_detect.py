@@ -12,8 +12,10 @@ from sim.powercap import Tree, Zone, two_socket_server
 from sim.sysfs import Event, grace, hwmon_chip, perf_tree, why_no_tsc
 
 from pepr_profiler import _core
-from pepr_profiler.detect import Place, detect, detect_lasting, place, remedy
 from pepr_profiler.errors import SensorError
+from pepr_profiler.sensors.detect import detect, detect_lasting
+from pepr_profiler.sensors.machine import Place, place
+from pepr_profiler.sensors.remedy import remedy
 
 BuildTree = Callable[..., Tree]
 

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pytest
 
-from pepr_profiler.counter import within_piece
-from pepr_profiler.curve import Curve
-from pepr_profiler.energy import integrate
-from pepr_profiler.sources import Source, find_sources
-from pepr_profiler.trace import Batch, Channel, Lane
-from pepr_profiler.uncertainty import budget
+from pepr_profiler.energy.counter import within_piece
+from pepr_profiler.energy.curve import EnergyCurve
+from pepr_profiler.energy.integrate import integrate
+from pepr_profiler.energy.sources import Source, find_sources
+from pepr_profiler.energy.uncertainty import budget
+from pepr_profiler.trace.lane import Batch, Channel, LaneInfo
 
 S = 1_000_000_000
 
@@ -35,12 +35,12 @@ def power(**facts: object) -> Source:
     return Source("gpu:x", "gpu", "x", "lane", 0, "test", counter=False, **facts)  # type: ignore[arg-type]
 
 
-def curve_of(source: Source, rows: Iterable[Batch], at_s: Iterable[float]) -> Curve:
+def curve_of(source: Source, rows: Iterable[Batch], at_s: Iterable[float]) -> EnergyCurve:
     at_ns = np.round(np.asarray(list(at_s)) * S).astype(np.int64)
     return integrate(rows, [source], at_ns)[0]
 
 
-def between(curve: Curve) -> float:
+def between(curve: EnergyCurve) -> float:
     return float(curve.energy_j[-1] - curve.energy_j[0])
 
 
@@ -293,7 +293,7 @@ def test_an_averaging_sensor_is_shifted_back_by_its_lag() -> None:
 # --- what is what ---------------------------------------------------------------------------------
 
 
-def rapl(*zones: tuple[str, str, str]) -> Lane:
+def rapl(*zones: tuple[str, str, str]) -> LaneInfo:
     """A powercap lane with (zone, name, parent's name)."""
     channels = tuple(
         Channel(
@@ -308,7 +308,7 @@ def rapl(*zones: tuple[str, str, str]) -> Lane:
         )
         for zone, name, parent in zones
     )
-    return Lane("powercap", "powercap", 20_000_000, channels)
+    return LaneInfo("powercap", "powercap", 20_000_000, channels)
 
 
 def test_packages_and_dram_add_up_and_nothing_else_does() -> None:
@@ -336,7 +336,7 @@ def test_packages_and_dram_add_up_and_nothing_else_does() -> None:
     assert sources["cpu:package-0@intel-rapl-mmio:0"].excluded == "repeats package-0"
 
 
-def gpu_lane(*quantities: str) -> Lane:
+def gpu_lane(*quantities: str) -> LaneInfo:
     about = {
         "nvml-energy": ("energy", "J", True),
         "nvml-power": ("power", "W", False),
@@ -348,7 +348,7 @@ def gpu_lane(*quantities: str) -> Lane:
         Channel(f"GPU-1/{name}", *about[name][:2], 1e-3, 0.0, about[name][2], name, labels)
         for name in quantities
     )
-    return Lane("nvml", "nvml", 50_000_000, channels)
+    return LaneInfo("nvml", "nvml", 50_000_000, channels)
 
 
 @pytest.mark.parametrize(
@@ -367,13 +367,13 @@ def test_a_gpu_is_counted_once_by_its_best_source(offered: tuple[str, ...], take
 
 def test_the_same_component_from_two_lanes_is_counted_once() -> None:
     lane = rapl(("intel-rapl:0", "package-0", ""))
-    again = Lane("powercap-2", lane.spec, lane.period_ns, lane.channels)
+    again = LaneInfo("powercap-2", lane.spec, lane.period_ns, lane.channels)
     sources = find_sources([lane, again])
     assert [source.in_total for source in sources] == [True, False]
     assert sources[1].excluded == "repeats package-0 of powercap"
 
 
-def perf(*events: tuple[str, int, int, int], name: str = "perf") -> Lane:
+def perf(*events: tuple[str, int, int, int], name: str = "perf") -> LaneInfo:
     """Perf events, each with the CPU, package and die that it is counted on."""
     channels = tuple(
         Channel(
@@ -383,10 +383,10 @@ def perf(*events: tuple[str, int, int, int], name: str = "perf") -> Lane:
         )
         for event, cpu, package, die in events
     )  # fmt: skip
-    return Lane(name, name, 20_000_000, channels)
+    return LaneInfo(name, name, 20_000_000, channels)
 
 
-def hwmon(*sensors: tuple[str, str, str], **labels: str) -> Lane:
+def hwmon(*sensors: tuple[str, str, str], **labels: str) -> LaneInfo:
     """Hwmon inputs, each with chip, label and device."""
     channels = tuple(
         Channel(
@@ -395,7 +395,7 @@ def hwmon(*sensors: tuple[str, str, str], **labels: str) -> Lane:
         )
         for n, (chip, label, device) in enumerate(sensors)
     )  # fmt: skip
-    return Lane("hwmon", "hwmon", 20_000_000, channels)
+    return LaneInfo("hwmon", "hwmon", 20_000_000, channels)
 
 
 SERVER = rapl(
@@ -439,7 +439,9 @@ APU = hwmon(("amdgpu", "PPT", "0000:04:00.0"), part_of="processor")
         ([APU], 1),
     ],
 )
-def test_no_combination_of_lanes_counts_a_package_twice(lanes: list[Lane], counted: int) -> None:
+def test_no_combination_of_lanes_counts_a_package_twice(
+    lanes: list[LaneInfo], counted: int
+) -> None:
     # given lanes of one machine, as the kernel's three ways to RAPL show it
     named = [lane._replace(name=f"{lane.name}-{n}") for n, lane in enumerate(lanes)]
     sources = find_sources(named)
@@ -485,7 +487,7 @@ def test_a_module_is_told_beside_the_gpu_that_it_contains() -> None:
         Channel(f"GPU-1/{s}", quantity, "W", 1e-3, 0.0, quantity == "energy", s, labels)
         for s, quantity in facts
     )
-    module, gpu = find_sources([Lane("nvml", "nvml", 50_000_000, channels)])
+    module, gpu = find_sources([LaneInfo("nvml", "nvml", 50_000_000, channels)])
     assert (gpu.in_total, module.in_total, module.excluded) == (True, False, "contains the GPU")
     # and what a MIG instance is charged with is said to be the board's
     assert gpu.label == "gpu:0  GH200 480GB, MIG: whole board"
@@ -493,7 +495,7 @@ def test_a_module_is_told_beside_the_gpu_that_it_contains() -> None:
 
 @pytest.mark.parametrize("lane", [DIES, DIES_PERF], ids=["powercap", "perf"])
 @pytest.mark.parametrize("rows", [7, 1000])
-def test_dies_that_mirror_one_counter_are_counted_once(lane: Lane, rows: int) -> None:
+def test_dies_that_mirror_one_counter_are_counted_once(lane: LaneInfo, rows: int) -> None:
     # given four dies read every 20 ms; 0 and 2 show one counter, refreshed each ms and read 30 us
     # apart, from different starts; 1 and 3 are like them in power but are counters of their own
     random = np.random.default_rng(3)
@@ -534,7 +536,7 @@ def test_the_budget_adds_gain_offset_and_edges_in_squares() -> None:
     # given 250 W for 20 s on a board of 4 % gain and 6 W offset, each edge known to 7 J
     source = power(gain=0.04, offset_w=6.0, period_s=0.05)
     at_ns = np.array([0, 20 * S])
-    curve = Curve(source, np.array([0.0, 5000.0]), 0, 20 * S, edge_j2=np.array([49.0, 49.0]))
+    curve = EnergyCurve(source, np.array([0.0, 5000.0]), 0, 20 * S, edge_j2=np.array([49.0, 49.0]))
     # then gain is 200 J, offset 120 J, edges 7 sqrt(2) J
     terms = budget(curve, at_ns, np.array([0]), np.array([1]))
     assert (terms.gain_j, terms.offset_j) == (200.0, 120.0)
@@ -544,7 +546,7 @@ def test_the_budget_adds_gain_offset_and_edges_in_squares() -> None:
 def test_edges_count_once_a_window_and_offsets_with_time() -> None:
     source = power(offset_w=6.0, gain=0.01)
     at_ns = S * np.arange(10)
-    curve = Curve(source, 100.0 * np.arange(10), 0, 9 * S, edge_j2=np.full(10, 2.0))
+    curve = EnergyCurve(source, 100.0 * np.arange(10), 0, 9 * S, edge_j2=np.full(10, 2.0))
     one = budget(curve, at_ns, np.array([0]), np.array([1]))
     many = budget(curve, at_ns, np.array([0, 2, 4, 6]), np.array([1, 3, 5, 7]))
     assert many.edges_j == pytest.approx(2 * one.edges_j)
@@ -553,7 +555,7 @@ def test_edges_count_once_a_window_and_offsets_with_time() -> None:
 
 def test_a_part_of_a_device_has_that_part_of_its_uncertainty() -> None:
     source = counter(gain=0.03)
-    curve = Curve(source, np.array([0.0, 1000.0]), 0, S, edge_j2=np.array([8.0, 8.0]))
+    curve = EnergyCurve(source, np.array([0.0, 1000.0]), 0, S, edge_j2=np.array([8.0, 8.0]))
     ends = np.array([0]), np.array([1])
     all_of_it = budget(curve, np.array([0, S]), *ends)
     quarter = budget(curve, np.array([0, S]), *ends, energy_j=250.0)

@@ -13,7 +13,7 @@ from cli import Cli, python
 
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report.export import form_of, latex, run_rows
-from pepr_profiler.study import Study
+from pepr_profiler.study.study import Study
 
 
 @pytest.fixture(scope="module")

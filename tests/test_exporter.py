@@ -26,10 +26,10 @@ from sim.permissions import obey_permissions
 from sim.powercap import Tree, Zone, two_socket_server
 from sim.waves import Constant, Square
 
-from pepr_profiler.daemon.exporter import Meter, Meters
 from pepr_profiler.daemon.lanes import How, Lanes
 from pepr_profiler.daemon.ledger import SETTLED_S
-from pepr_profiler.sources import Source
+from pepr_profiler.daemon.meters import Meter, Meters
+from pepr_profiler.energy.sources import Source
 
 pytest.importorskip("prometheus_client", reason="pip install 'pepr-profiler[metrics]'")
 

@@ -13,8 +13,9 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from benchmarks.report import gpu_lane, make_run, rapl_lane, rows_of
-from pepr_profiler.report import figures
-from pepr_profiler.summary import Timeline, TimelineComponent, summarise, with_timeline
+from pepr_profiler.report import figures, run_figures
+from pepr_profiler.summary.summarise import summarise, with_timeline
+from pepr_profiler.summary.timeline import Timeline, TimelineComponent
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,9 @@ def test_a_gap_is_hatched_and_named() -> None:
                              gaps_s=((0.5, 1.5),), **parts)  # fmt: skip
     for component, hatches in ((whole, 0), (torn, 1)):
         timeline = timeline_of(component)
-        drawn = figures.chart("a", "t", "d", lambda w, t=timeline: figures.power_over_time(t, w))
+        drawn = figures.chart(
+            "a", "t", "d", lambda w, t=timeline: run_figures.power_over_time(t, w)
+        )
         assert drawn.wide.count("<pattern") == hatches
         assert ("no reading" in drawn.wide) == bool(hatches)
 
@@ -84,16 +87,16 @@ def test_what_was_not_read_is_a_gap_in_the_figures_and_not_0_w() -> None:
         for i, w in enumerate((some, all_w))
     )  # fmt: skip
     for parts, begins_s in (((late,), [1, 1]), ((whole, late), [0, 1, 1])):
-        (axes,) = figures.power_over_time(timeline_of(*parts)).axes
+        (axes,) = run_figures.power_over_time(timeline_of(*parts)).axes
         # then neither its area nor the outline of the sum has a point there
         assert [drawn_from_s(patch) for patch in axes.patches] == begins_s
     # and where many are drawn as one, it has what is known of them
-    (axes,) = figures.power_over_time(timeline_of(*[late] * 7)).axes
+    (axes,) = run_figures.power_over_time(timeline_of(*[late] * 7)).axes
     assert [drawn_from_s(patch) for patch in axes.patches] == [1, 1]
-    (axes,) = figures.power_over_time(timeline_of(whole, *[late] * 6)).axes
+    (axes,) = run_figures.power_over_time(timeline_of(whole, *[late] * 6)).axes
     assert [drawn_from_s(patch) for patch in axes.patches] == [0, 1]
     # and a panel of its own has neither a line nor an area
-    (axes,) = figures.devices_over_time(timeline_of(late)).axes
+    (axes,) = run_figures.devices_over_time(timeline_of(late)).axes
     assert [drawn_from_s(patch) for patch in axes.patches] == [1, 1]
 
 
@@ -133,7 +136,11 @@ def test_hostile_names_stay_text_in_a_figure(name: str) -> None:
         job_w=watts, device_w=watts, low_w=None, high_w=None, gaps_s=(),
     )  # fmt: skip
     timeline = timeline_of(component, phases=((name, 0.0, 1.0),))
-    for draw in (figures.power_over_time, figures.devices_over_time, figures.energy_over_time):
+    for draw in (
+        run_figures.power_over_time,
+        run_figures.devices_over_time,
+        run_figures.energy_over_time,
+    ):
         drawn = figures.chart("a", name, name, lambda w, draw=draw: draw(timeline, w))
         tags = {element.tag.rpartition("}")[2] for element in ET.fromstring(drawn.wide).iter()}
         assert tags <= {
@@ -155,7 +162,7 @@ def test_hostile_names_stay_text_in_a_figure(name: str) -> None:
 
 def test_svg_of_a_page_has_ids_of_its_own_and_only_the_pages_colours(run: Path) -> None:
     _, timeline = with_timeline(run)
-    drawn = figures.chart("a", "t", "d", lambda w: figures.power_over_time(timeline, w))
+    drawn = figures.chart("a", "t", "d", lambda w: run_figures.power_over_time(timeline, w))
     wide, narrow = (set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (drawn.wide, drawn.narrow))
     assert wide and not wide & narrow
     for svg in (drawn.wide, drawn.narrow):

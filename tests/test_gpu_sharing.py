@@ -15,7 +15,7 @@ from cli import Cli, codes, component, ended, python
 from sim.nvml import STARTED, Fault, Gpu, NvmlSim, Process, Scenario, default_uuid
 from sim.waves import Constant, Step
 
-from pepr_profiler.jobs import merge_jobs
+from pepr_profiler.study.jobs import merge_jobs
 
 BuildNvml = Callable[[Scenario], NvmlSim]
 
@@ -274,8 +274,9 @@ def test_what_is_seen_on_a_gpu_outweighs_what_was_announced(cli: Cli, nvml_sim: 
 
 def test_scope_device_counts_whole_devices(cli: Cli, nvml_sim: BuildNvml) -> None:
     # given a run of which the job has a quarter of a board, summarised both ways from one trace
-    from pepr_profiler.summary import summarise
-    from pepr_profiler.trace import EventWriter, read_run
+    from pepr_profiler.summary.summarise import summarise
+    from pepr_profiler.trace.events import EventWriter
+    from pepr_profiler.trace.run_json import read_run
 
     me = Process(os.getpid(), 2**30, sm=0.75)
     board = Gpu(Constant(200), processes=(Process(STARTED, 2**30, sm=0.25), me))

@@ -26,16 +26,16 @@ pytest.importorskip("matplotlib")
 from cli import Cli, python
 
 from benchmarks.report import make_run
-from pepr_profiler import pepr
 from pepr_profiler.commands.report import report
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report.export import run_rows
 from pepr_profiler.report.html import embedded
 from pepr_profiler.report.run_page import run_page
 from pepr_profiler.report.study_page import study_page
-from pepr_profiler.study import Study
-from pepr_profiler.summary import with_timeline
-from pepr_profiler.trace import read_run, write_json
+from pepr_profiler.study import pepr
+from pepr_profiler.study.study import Study
+from pepr_profiler.summary.summarise import with_timeline
+from pepr_profiler.trace.run_json import read_run, write_json
 from pepr_profiler.units import format_duration
 
 HOSTILE = "<script>alert(1)</script> \"quoted\" 'single' & ]]> --> </title>\n🦜"

@@ -10,8 +10,8 @@ import pytest
 from cli import Cli, component, python, write_replay
 from sim.waves import Constant, Square
 
-from pepr_profiler.jobs import merge_jobs
-from pepr_profiler.study import Study
+from pepr_profiler.study.jobs import merge_jobs
+from pepr_profiler.study.study import Study
 
 S = 1_000_000_000
 GPU, CPU = "gpu:GPU-1", "cpu:package-0"

@@ -17,7 +17,8 @@ from sim.nvml import PASCAL, Gpu, NvmlSim, Scenario, default_uuid
 from sim.powercap import RANGE_UJ, Tree, Zone, two_socket_server
 from sim.waves import Constant, Step
 
-from pepr_profiler.trace import LaneReader, read_events
+from pepr_profiler.trace.events import read_events
+from pepr_profiler.trace.lane import LaneReader
 
 BuildNvml = Callable[[Scenario], NvmlSim]
 BuildTree = Callable[..., Tree]

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from pepr_profiler.claims import MOST_S
-from pepr_profiler.daemon.exporter import Meter
+from pepr_profiler.daemon.claims import MOST_S
 from pepr_profiler.daemon.ledger import SETTLED_S, Ledger, fair
-from pepr_profiler.daemon.protocol import parse
-from pepr_profiler.node import VERSION, Node
-from pepr_profiler.sources import Source
+from pepr_profiler.daemon.meters import Meter
+from pepr_profiler.daemon_client.client import DaemonClient
+from pepr_profiler.daemon_client.protocol import VERSION, parse
+from pepr_profiler.energy.sources import Source
 
 SECOND_NS = 1_000_000_000
 ALICE, BOB, MALLORY = 1000, 1001, 1002
@@ -211,7 +211,7 @@ def test_the_claims_of_many_gpus_are_requests_that_the_daemon_takes(
         def ask(self, operation: str, **fields: Any) -> None:
             sent.append(json.dumps({"v": VERSION, "op": operation, **fields}).encode())
 
-    node = Node()
+    node = DaemonClient()
     monkeypatch.setattr(node, "_connection", Connection())
     monkeypatch.setattr(node, "_run", "x" * 128)
     node.claim(2**40, {"cpu": [1.0]})

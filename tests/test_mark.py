@@ -19,7 +19,8 @@ from sim import native
 from sim.powercap import Tree, Zone
 from sim.waves import Constant, Square
 
-from pepr_profiler.trace import EventWriter, read_events, write_json
+from pepr_profiler.trace.events import EventWriter, read_events
+from pepr_profiler.trace.run_json import write_json
 
 BuildTree = Callable[..., Tree]
 MARK = f"{shlex.quote(sys.executable)} -m pepr_profiler mark"

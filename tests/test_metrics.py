@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pepr_profiler.errors import UsageError
-from pepr_profiler.metrics import MetricPoint, Metrics
+from pepr_profiler.recording.metrics import MetricPoint, Metrics
 
 ACCURACY = "accuracy=test acc: ([0-9.]+)"
 
@@ -367,7 +367,7 @@ def test_file_of_an_earlier_run_is_stale_until_it_is_written_again(tmp_path: Pat
 def test_watched_file_gives_a_curve_and_each_value_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pepr_profiler.metrics._WATCH_SHARE", 0)  # no look is put off
+    monkeypatch.setattr("pepr_profiler.recording.metrics._WATCH_SHARE", 0)  # no look is put off
     # given a file that is written again and again, and one that is none
     path = tmp_path / "results.json"
     os.mkfifo(tmp_path / "fifo")

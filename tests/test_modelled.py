@@ -7,14 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pepr_profiler.energy.modelled import RamModel, cpu_model, power_w
 from pepr_profiler.errors import UsageError
-from pepr_profiler.modelled import (
-    CpuIdentity,
-    RamModel,
-    cpu_model,
-    power_w,
-    read_cpu_identity,
-)
+from pepr_profiler.sensors.machine import CpuIdentity, read_cpu_identity
 
 X86 = """\
 processor\t: 0

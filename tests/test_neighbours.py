@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from cli import ended, until
 
-from pepr_profiler.neighbours import Neighbours, cuda_environments, run_around
+from pepr_profiler.recording.processes import ProcessOwners, cuda_environments, run_around
 
 NO_SUCH_PID = 4_194_303
 
@@ -95,7 +95,7 @@ def test_descendants_of_a_wrapper_are_the_jobs_and_it_is_not(start: Any) -> None
     # given a wrapper, which is this process: its children and theirs are the job
     parent, child = start()
     notes: list[dict[str, Any]] = []
-    seen = Neighbours("children", notes.append)
+    seen = ProcessOwners("children", notes.append)
     seen.on_gpu([parent.pid, child, os.getpid(), 1])
     assert sorted(owners(notes)) == sorted(
         [(parent.pid, "job"), (child, "job"), (os.getpid(), "profiler"), (1, "other")]
@@ -111,7 +111,7 @@ def test_descendants_of_a_wrapper_are_the_jobs_and_it_is_not(start: Any) -> None
 def test_a_program_that_profiles_itself_is_the_job(start: Any) -> None:
     _, child = start()
     notes: list[dict[str, Any]] = []
-    Neighbours("self", notes.append).on_gpu([os.getpid(), child, 1])
+    ProcessOwners("self", notes.append).on_gpu([os.getpid(), child, 1])
     assert dict(owners(notes)) == {os.getpid(): "job", child: "job", 1: "other"}
 
 
@@ -119,7 +119,7 @@ def test_an_attached_process_and_its_children_are_the_job(start: Any) -> None:
     target, child = start()
     stranger, _ = start()
     notes: list[dict[str, Any]] = []
-    seen = Neighbours(f"pids={target.pid}", notes.append)
+    seen = ProcessOwners(f"pids={target.pid}", notes.append)
     seen.on_gpu([target.pid, child, stranger.pid])
     assert dict(owners(notes)) == {target.pid: "job", child: "job", stranger.pid: "other"}
 
@@ -128,7 +128,7 @@ def test_who_was_the_jobs_stays_so_when_its_parent_has_gone(start: Any) -> None:
     # given an attached parent whose child was looked at, and then is an orphan
     target, child = start()
     notes: list[dict[str, Any]] = []
-    seen = Neighbours(f"pids={target.pid}", notes.append)
+    seen = ProcessOwners(f"pids={target.pid}", notes.append)
     seen.tick()
     orphaned = Path(f"/proc/{child}/stat")
     target.kill()
@@ -144,14 +144,14 @@ def test_an_orphan_that_bears_the_runs_mark_is_the_jobs(start: Any) -> None:
     for parent, _ in (marked, plain):
         parent.wait()
     notes: list[dict[str, Any]] = []
-    seen = Neighbours("self", notes.append, marker=("PEPR_RUN_DIR", "/runs/a"))
+    seen = ProcessOwners("self", notes.append, marker=("PEPR_RUN_DIR", "/runs/a"))
     seen.on_gpu([marked[1], plain[1]])
     assert dict(owners(notes)) == {marked[1]: "job", plain[1]: "other"}
 
 
 def test_a_pid_that_is_listed_again_and_again_but_not_here_is_hidden() -> None:
     notes: list[dict[str, Any]] = []
-    seen = Neighbours("children", notes.append)
+    seen = ProcessOwners("children", notes.append)
     seen.on_gpu([NO_SUCH_PID])
     assert notes == []
     seen.on_gpu([NO_SUCH_PID])
@@ -161,7 +161,7 @@ def test_a_pid_that_is_listed_again_and_again_but_not_here_is_hidden() -> None:
 
 def test_one_that_ended_before_it_was_looked_up_has_gone() -> None:
     notes: list[dict[str, Any]] = []
-    seen = Neighbours("children", notes.append)
+    seen = ProcessOwners("children", notes.append)
     seen.on_gpu([NO_SUCH_PID])
     seen.on_gpu([])
     assert owners(notes) == [(NO_SUCH_PID, "gone")]
@@ -171,7 +171,7 @@ def test_others_are_known_by_the_cpu_time_they_took(start: Any) -> None:
     # given a program that computes for half a second beside an attached job, and has ended since
     target, _ = start()
     notes: list[dict[str, Any]] = []
-    seen = Neighbours(f"pids={target.pid}", notes.append)
+    seen = ProcessOwners(f"pids={target.pid}", notes.append)
     seen.tick()
     with running(BURN) as burner:
         say(burner, "burn")
@@ -195,7 +195,7 @@ def test_a_pid_that_is_given_out_again_is_another_process(start: Any) -> None:
     notes: list[dict[str, Any]] = []
     stranger, orphan = start()
     with running(TAKE_OVER) as target:
-        seen = Neighbours(f"pids={target.pid}", notes.append)
+        seen = ProcessOwners(f"pids={target.pid}", notes.append)
         seen.tick()
         stranger.kill()
         stranger.wait()
@@ -212,7 +212,7 @@ def test_a_pid_that_is_given_out_again_is_another_process(start: Any) -> None:
 
 def test_a_run_that_was_never_looked_at_is_not_looked_at_in_the_end() -> None:
     notes: list[dict[str, Any]] = []
-    Neighbours("children", notes.append).end()
+    ProcessOwners("children", notes.append).end()
     assert notes == []
 
 
@@ -240,7 +240,7 @@ def test_the_run_around_is_found_in_an_ancestor(
 
 def test_nobody_is_looked_for_where_all_others_took_next_to_nothing() -> None:
     notes: list[dict[str, Any]] = []
-    seen = Neighbours("self", notes.append)
+    seen = ProcessOwners("self", notes.append)
     seen.tick(0.0)  # the first look, for what had been used before
     for others_s, told in ((0.0, 0), (math.inf, 1)):
         seen._next_s = 0.0

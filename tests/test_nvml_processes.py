@@ -15,9 +15,9 @@ from sim.nvml import Fault, Gpu, NvmlSim, Process, Scenario, default_uuid
 from sim.waves import Constant
 
 from pepr_profiler._core import Sampler
-from pepr_profiler.detect import with_process_lists
 from pepr_profiler.errors import SensorError
-from pepr_profiler.trace import Lane, LaneReader, LaneWriter, describe
+from pepr_profiler.sensors.spec import with_process_lists
+from pepr_profiler.trace.lane import LaneInfo, LaneReader, LaneWriter, describe
 
 BuildNvml = Callable[[Scenario], NvmlSim]
 UUID = default_uuid(0)
@@ -172,7 +172,7 @@ def test_pids_are_stored_exactly_where_other_numbers_are_thinned(
     values = np.zeros((len(channels), count))
     values[names.index("pid0")] = pids
     values[names.index("processes")] = 1
-    writer = LaneWriter(tmp_path, Lane("nvml-processes", "x", 500_000_000, channels))
+    writer = LaneWriter(tmp_path, LaneInfo("nvml-processes", "x", 500_000_000, channels))
     for begin in range(0, count, 100):
         part = slice(begin, begin + 100)
         times = t_ns[part].tobytes(), bytes(400)

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pepr_profiler import pepr
 from pepr_profiler.errors import UsageError
-from pepr_profiler.report.ranking import ranking_data, render_ranking, render_side_by_side
-from pepr_profiler.study import Ranking
+from pepr_profiler.report.ranking_text import ranking_data, render_ranking, render_side_by_side
+from pepr_profiler.study import pepr
+from pepr_profiler.study.study import Ranking
 
 PAPER = Path(__file__).resolve().parents[2] / "shared" / "paper"
 PAPER_COLUMNS = [
@@ -41,7 +41,7 @@ def u_of(
     p: npt.ArrayLike,
     r: npt.ArrayLike,
     u_r: npt.ArrayLike,
-    bounds: pepr.Bounds | None,
+    bounds: pepr.MinMax | None,
     *,
     u_performance: npt.ArrayLike = 0.0,
     shared: npt.ArrayLike = (),
@@ -336,7 +336,7 @@ class Truth:
     def __init__(
         self,
         seeds: int,
-        bounds: pepr.Bounds | None,
+        bounds: pepr.MinMax | None,
         *,
         draws: int,
         own: float,
@@ -379,7 +379,7 @@ class Truth:
 @pytest.mark.parametrize("bounds", [None, (50.0, 2000.0)], ids=["cohort", "fixed"])
 @pytest.mark.parametrize(("seeds", "own"), [(1, 0.02), (3, 0.005), (5, 0.02)])
 def test_the_stated_interval_covers_the_truth(
-    seeds: int, own: float, bounds: pepr.Bounds | None
+    seeds: int, own: float, bounds: pepr.MinMax | None
 ) -> None:
     truth = Truth(seeds, bounds, draws=2_000, own=own)
     assert 0.93 <= np.mean(truth.covered) <= 0.99

@@ -23,7 +23,8 @@ from sim.powercap import Tree
 import pepr_profiler
 from pepr_profiler import UsageError, profile
 from pepr_profiler.errors import PeprError
-from pepr_profiler.trace import RUN_DIR_VARIABLE, LaneReader
+from pepr_profiler.trace.lane import LaneReader
+from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
 BuildTree = Callable[..., Tree]
 

@@ -14,8 +14,9 @@ import pytest
 from cli import Cli, python, write_replay
 
 from pepr_profiler.errors import UsageError
-from pepr_profiler.progress import Curve, Logged, best_stop, curve_of, envelope, scores_along
-from pepr_profiler.report.terminal import render_run
+from pepr_profiler.report.run_text import render_run
+from pepr_profiler.study.progress import ProgressCurve, best_stop, curve_of, envelope, scores_along
+from pepr_profiler.summary.logged import Logged
 
 POWER_W = 200.0
 
@@ -235,9 +236,11 @@ def test_performance_names_the_metric_of_a_curve() -> None:
     assert (curve.metric, list(curve.performance)) == ("b", [3, 4])
 
 
-def curve(performance: Sequence[float], energy_j: Sequence[float], total_j: float = 100.0) -> Curve:
+def curve(
+    performance: Sequence[float], energy_j: Sequence[float], total_j: float = 100.0
+) -> ProgressCurve:
     n = len(performance)
-    return Curve(
+    return ProgressCurve(
         run_id="net-1", name="net", metric="accuracy", t_s=np.array(energy_j) / 10,
         energy_j=np.array(energy_j, dtype=float), u_j=np.zeros(n), epoch=np.arange(n, dtype=float),
         performance=np.array(performance, dtype=float), total_j=total_j,

@@ -19,7 +19,7 @@ from sim.powercap import Tree, Zone, two_socket_server
 from sim.sysfs import hwmon_chip, perf_tree, why_no_tsc
 from sim.waves import Constant
 
-from pepr_profiler.detect import place
+from pepr_profiler.sensors.machine import place
 
 BuildNvml = Callable[[Scenario], NvmlSim]
 BuildTree = Callable[..., Tree]
@@ -148,7 +148,11 @@ AS_NOBODY = """
 import os, sys
 # All that the command loads later: what holds the interpreter may be closed to this user.
 import click, numpy
-from pepr_profiler import _core, detect, energy, modelled, node, trace, units
+from pepr_profiler import _core, units
+from pepr_profiler.sensors import detect
+from pepr_profiler.daemon_client import client
+from pepr_profiler.energy import integrate, modelled
+from pepr_profiler.trace import lane
 from pepr_profiler.commands import main, sensors
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)

@@ -19,10 +19,10 @@ import pytest
 from cli import Cli, write_replay
 from sim.permissions import obey_permissions
 
-from pepr_profiler.columns import NUMBERS, TEXTS, Columns, Facts, Saved, write
 from pepr_profiler.errors import TraceError, UsageError
-from pepr_profiler.index import Filter, _map
-from pepr_profiler.store import Store
+from pepr_profiler.store.columns import NUMBERS, TEXTS, Columns, Facts, Saved, write
+from pepr_profiler.store.index import Filter, _map
+from pepr_profiler.store.runs import Store
 
 Make = Callable[..., Path]
 
@@ -290,7 +290,7 @@ def test_columns_of_nothing_are_saved_and_joined(tmp_path: Path) -> None:
     assert told(some, 0) == as_told(random_facts(3))
 
 
-LIST = "import sys; from pathlib import Path; from pepr_profiler.store import Store; "
+LIST = "import sys; from pathlib import Path; from pepr_profiler.store.runs import Store; "
 
 
 def test_store_that_may_only_be_read_is_listed(store: Store, make: Make) -> None:

@@ -14,15 +14,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 import pepr_profiler
-from pepr_profiler import pepr
 from pepr_profiler.commands.compare import compare, parse_price
 from pepr_profiler.commands.score import score
 from pepr_profiler.errors import PeprError, TraceError, UsageError
-from pepr_profiler.index import Filter
-from pepr_profiler.ranking import Shared
-from pepr_profiler.report.ranking import ranking_data, render_ranking
-from pepr_profiler.store import Store
-from pepr_profiler.study import Study, load, read_bounds
+from pepr_profiler.report.ranking_text import ranking_data, render_ranking
+from pepr_profiler.store.index import Filter
+from pepr_profiler.store.runs import Store
+from pepr_profiler.study import pepr
+from pepr_profiler.study.ranking import Shared
+from pepr_profiler.study.study import Study, load, read_bounds
 
 PAPER = Path(__file__).resolve().parents[2] / "shared" / "paper"
 

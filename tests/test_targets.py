@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from pepr_profiler.errors import CommandError
-from pepr_profiler.targets import resolve
+from pepr_profiler.recording.command import resolve
 
 PYTHON = sys.executable
 PATIENCE_S = 30.0  # what makes a hang a failure; no test waits this long
@@ -34,7 +34,8 @@ import ctypes, json, os, sys
 from pathlib import Path
 from time import monotonic_ns
 from pepr_profiler.errors import CommandError
-from pepr_profiler.targets import Child, Relay, hold_signals
+from pepr_profiler.recording.command import Child, hold_signals
+from pepr_profiler.recording.relay import Relay
 
 options, command = json.loads(sys.argv[1]), sys.argv[2:]
 held = hold_signals()

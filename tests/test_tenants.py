@@ -8,24 +8,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pepr_profiler.tenants import Tenants, read_tenants, visible_gpus
-from pepr_profiler.trace import Batch, Channel, Lane
+from pepr_profiler.energy.gpu_users import GpuUsers, read_gpu_users
+from pepr_profiler.energy.gpus import visible_gpus
+from pepr_profiler.trace.lane import Batch, Channel, LaneInfo
 
 S = 1_000_000_000
 GPU = "GPU-1"
 Row = dict[int, float]  # SM use by PID
 
 
-def lane(*, slots: int = 4, sm: bool = True) -> Lane:
+def lane(*, slots: int = 4, sm: bool = True) -> LaneInfo:
     names = ["processes"]
     for i in range(slots):
         names += [f"pid{i}", f"memory{i}", *([f"sm{i}"] if sm else [])]
     channels = tuple(Channel(f"{GPU}/{name}", "x", "1", labels={"uuid": GPU}) for name in names)
-    return Lane("nvml-processes", "nvml-processes", S // 2, channels)
+    return LaneInfo("nvml-processes", "nvml-processes", S // 2, channels)
 
 
 def batch(
-    of: Lane, rows: Sequence[Row | None], *, count: int | None = None, step_s: float = 1.0
+    of: LaneInfo, rows: Sequence[Row | None], *, count: int | None = None, step_s: float = 1.0
 ) -> Batch:
     """One row each `step_s`; a process keeps its slot; None is a read that failed."""
     values = np.zeros((len(of.channels), len(rows)))
@@ -57,14 +58,14 @@ def note(pid: int, owner: str, *, t_s: float = 0.1) -> dict[str, Any]:
 
 def tenants(
     rows: Sequence[Row | None], *notes: dict[str, Any], sm: bool = True, count: int | None = None
-) -> Tenants:
+) -> GpuUsers:
     of = lane(sm=sm)
     batches = [batch(of, rows, count=count)]
     end_ns = (len(rows) - 1) * S
-    return read_tenants(of, batches, notes, begin_ns=0, end_ns=end_ns)[GPU]
+    return read_gpu_users(of, batches, notes, begin_ns=0, end_ns=end_ns)[GPU]
 
 
-def parts(of: Tenants) -> list[tuple[float, float]]:
+def parts(of: GpuUsers) -> list[tuple[float, float]]:
     """The job's and others' use of each interval."""
     return [(float(a), float(b)) for a, b in zip(of.use.job, of.use.others, strict=True)]
 
@@ -145,7 +146,7 @@ def test_a_pid_that_was_given_out_again_is_another_process() -> None:
 
 def test_a_gpu_that_was_read_once_tells_nothing() -> None:
     of = lane()
-    assert read_tenants(of, [batch(of, [{1: 0.5}])], [JOB], begin_ns=0, end_ns=S) == {}
+    assert read_gpu_users(of, [batch(of, [{1: 0.5}])], [JOB], begin_ns=0, end_ns=S) == {}
 
 
 # --- CUDA_VISIBLE_DEVICES ---------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from pepr_profiler.report.terminal import render_live, render_run
+from pepr_profiler.report.run_text import render_live, render_run
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -537,7 +537,7 @@ def test_the_live_line_costs_no_heavy_import() -> None:
     # given a fresh interpreter, as it is while the child runs
     code = (
         "import sys\n"
-        "from pepr_profiler.report.terminal import render_live\n"
+        "from pepr_profiler.report.run_text import render_live\n"
         "render_live(1.0, 2.0, 3.0, 'measured', 80)\n"
         "print(sorted({'rich', 'numpy'} & set(sys.modules)))\n"
     )

@@ -15,21 +15,19 @@ import numpy as np
 import pytest
 
 from pepr_profiler.errors import TraceError
-from pepr_profiler.trace import (
+from pepr_profiler.trace.events import EventWriter, read_events
+from pepr_profiler.trace.lane import (
     Batch,
     Channel,
-    EventWriter,
-    Lane,
+    LaneInfo,
     LaneReader,
     LaneWriter,
     joined,
-    read_events,
     read_lanes,
-    read_run,
-    write_json,
 )
+from pepr_profiler.trace.run_json import read_run, write_json
 
-LANE = Lane(
+LANE = LaneInfo(
     "demo",
     "replay:x",
     10_000_000,
@@ -145,7 +143,7 @@ def test_rows_left_in_both_files_by_a_crash_are_seen_once(tmp_path: Path) -> Non
 def test_a_tail_of_many_channels_stays_small(tmp_path: Path) -> None:
     # given who uses 64 GPUs, a row a flush
     count, flushes, most = 3136, 150, 1 << 24
-    lane = Lane(
+    lane = LaneInfo(
         "wide", "replay:x", 500_000_000, tuple(Channel(f"c{i}", "count", "1") for i in range(count))
     )
     writer, sizes = LaneWriter(tmp_path, lane), []
@@ -242,7 +240,7 @@ GPU = (
 
 def stored(directory: Path, channels: tuple[Channel, ...], t_ns: Any, values: list[Any]) -> Batch:
     """Writes rows as one lane and reads them back as one batch."""
-    writer = LaneWriter(directory, Lane("demo", "replay:x", 100_000_000, channels))
+    writer = LaneWriter(directory, LaneInfo("demo", "replay:x", 100_000_000, channels))
     for first in range(0, len(t_ns), 500):
         now = slice(first, first + 500)
         times = np.asarray(t_ns[now], np.int64)
@@ -528,7 +526,7 @@ def test_message_without_its_mark_never_reaches_the_arrow_library(tmp_path: Path
 
 READ = """
 import sys, pathlib
-from pepr_profiler.trace import LaneReader, TraceError
+from pepr_profiler.trace.lane import LaneReader, TraceError
 try:
     print(sum(len(batch.t_ns) for batch in LaneReader(pathlib.Path(sys.argv[1]), "demo")))
 except TraceError as error:

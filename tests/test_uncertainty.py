@@ -13,28 +13,28 @@ from sim import virtual
 from sim.nvml import A100, Gpu, Scenario
 from sim.waves import Constant, Points, Sine, Square, Step, Wave, recorded
 
-from pepr_profiler.curve import Curve
-from pepr_profiler.energy import integrate
-from pepr_profiler.power import duty_coefficient
-from pepr_profiler.sources import Source, find_cross_sources, find_sources
-from pepr_profiler.trace import LINE_STEPS, Batch, LaneReader, LaneWriter
-from pepr_profiler.uncertainty import Budget, budget, cross_check
+from pepr_profiler.energy.curve import EnergyCurve
+from pepr_profiler.energy.integrate import integrate
+from pepr_profiler.energy.power import duty_coefficient
+from pepr_profiler.energy.sources import Source, find_cross_sources, find_sources
+from pepr_profiler.energy.uncertainty import UncertaintyBudget, budget, cross_check
+from pepr_profiler.trace.lane import LINE_STEPS, Batch, LaneReader, LaneWriter
 
 S = 1_000_000_000
 
 
-def measured(run: virtual.Run, *edges_s: float) -> tuple[Curve, np.ndarray]:
+def measured(run: virtual.Run, *edges_s: float) -> tuple[EnergyCurve, np.ndarray]:
     """A virtual recording through the product's own way, at the edges."""
     (source,) = find_sources([run.lane], cpu_vendor="GenuineIntel")
     at_ns = np.array([virtual.instant_ns(edge_s) for edge_s in edges_s])
     return integrate(run.batches, [source], at_ns)[0], at_ns
 
 
-def whole(curve: Curve, at_ns: np.ndarray) -> Budget:
+def whole(curve: EnergyCurve, at_ns: np.ndarray) -> UncertaintyBudget:
     return budget(curve, at_ns, np.array([0]), np.array([len(at_ns) - 1]))
 
 
-def energy_j(curve: Curve) -> float:
+def energy_j(curve: EnergyCurve) -> float:
     return float(curve.energy_j[-1] - curve.energy_j[0])
 
 

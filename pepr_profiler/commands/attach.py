@@ -18,13 +18,14 @@ from pepr_profiler.commands.recording import (
     warn_of_fault,
 )
 from pepr_profiler.errors import PeprError, UsageError
-from pepr_profiler.following import StopSignals, Targets, hold
-from pepr_profiler.profiler import TICK_S, Options, Recorder
-from pepr_profiler.profiler import attach as open_recording
+from pepr_profiler.recording.attached import StopSignals, Targets, hold
+from pepr_profiler.recording.options import Options
+from pepr_profiler.recording.recorder import TICK_S, Recorder
+from pepr_profiler.recording.recorder import attach as open_recording
 from pepr_profiler.units import parse_duration
 
 if TYPE_CHECKING:
-    from pepr_profiler.metrics import Metrics
+    from pepr_profiler.recording.metrics import Metrics
 
 
 @click.command()
@@ -111,7 +112,7 @@ def _measure(
         ended_by = "fault"
         warn_of_fault(recorder, error)
     now_ns = time.monotonic_ns()
-    end_ns = {"duration": until_ns, "exit": recorder.deserted_ns}.get(ended_by) or now_ns
+    end_ns = {"duration": until_ns, "exit": recorder.all_exited_ns}.get(ended_by) or now_ns
     line.clear()
     for warning in metrics.finish() if metrics else []:
         recorder.add_warning(**warning)

@@ -77,8 +77,8 @@ def compare(
     -o figure.pdf         performance against the resource (also .png, .svg)
     -o table.csv          the rankings (also .parquet, .json, .tex)
     """
-    from pepr_profiler.store import Store
-    from pepr_profiler.study import Study
+    from pepr_profiler.store.runs import Store
+    from pepr_profiler.study.study import Study
 
     forms = forms_of(outputs)
     wanted = [name.strip() for text in resources for name in text.split(",") if name.strip()]

@@ -86,8 +86,8 @@ def _serve(
     from pepr_profiler.daemon import exporter, system
     from pepr_profiler.daemon.lanes import How, Lanes
     from pepr_profiler.daemon.ledger import Ledger
-    from pepr_profiler.daemon.server import Limits, Policy, Server, raise_descriptor_limit
-    from pepr_profiler.detect import detect_lasting
+    from pepr_profiler.daemon.server import Policy, Quotas, Server, raise_descriptor_limit
+    from pepr_profiler.sensors.detect import detect_lasting
 
     root = os.geteuid() == 0
     how = How(
@@ -115,7 +115,7 @@ def _serve(
     policy = Policy(owner=os.getuid(), single_user=not shared, admin_gid=admin_gid)
     manager = system.Manager()
     lanes = Lanes(sensors or detect_lasting(), how)
-    raise_descriptor_limit(Limits().clients + 256)
+    raise_descriptor_limit(Quotas().clients + 256)
     had_privileges = system.confine(become)
     try:
         lanes.open_privileged()
@@ -181,8 +181,8 @@ def stop(path: Path | None, /) -> None:
 
 def _ask(path: Path | None, operation: str) -> tuple[Path, dict[str, Any]]:
     """The answer of the daemon at `path`, or of the first one that is there."""
-    from pepr_profiler.detect import socket_paths, sockets_there
-    from pepr_profiler.node import Connection, close_all
+    from pepr_profiler.daemon_client.address import socket_paths, sockets_there
+    from pepr_profiler.daemon_client.client import Connection, close_all
 
     paths = [path] if path else sockets_there()
     if not paths:

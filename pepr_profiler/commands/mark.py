@@ -10,8 +10,9 @@ import click
 
 from pepr_profiler.commands import store_option
 from pepr_profiler.errors import PeprError, UsageError
-from pepr_profiler.store import Store, is_recording
-from pepr_profiler.trace import RUN_DIR_VARIABLE, EventWriter, boot_id, read_events, read_run
+from pepr_profiler.store.runs import Store, is_recording
+from pepr_profiler.trace.events import EventWriter, read_events
+from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE, boot_id, read_run
 
 
 @click.command()

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pepr_profiler.commands import complain, store_option, whoever_listens, written_output
+from pepr_profiler.energy.carbon import intensity_of
 from pepr_profiler.errors import PeprError, UsageError
-from pepr_profiler.profiler import SCOPES, Options, Recorder, intensity_of
 from pepr_profiler.record import Record
+from pepr_profiler.recording.options import SCOPES, Options
+from pepr_profiler.recording.recorder import Recorder
 from pepr_profiler.units import parse_duration, parse_overhead
 
 if TYPE_CHECKING:
-    from pepr_profiler.metrics import Metrics
+    from pepr_profiler.recording.metrics import Metrics
 
 _QUIET_S = 3.0  # of silence, before the live line appears
 _LIVE_SHARE = 100  # the live line may take a hundredth of the time
@@ -55,7 +57,7 @@ class Request(Record):
         """The metrics that are asked for. Raises UsageError for one that cannot work."""
         if not patterns and not self.files:
             return None
-        from pepr_profiler.metrics import Metrics
+        from pepr_profiler.recording.metrics import Metrics
 
         return Metrics(patterns, self.files)
 
@@ -68,7 +70,8 @@ class Request(Record):
                 fix="give 1.0 (the machines alone) or more, for example --pue 1.2",
             )
         if self.cpu_power is not None:
-            from pepr_profiler.modelled import CpuIdentity, cpu_model
+            from pepr_profiler.energy.modelled import cpu_model
+            from pepr_profiler.sensors.machine import CpuIdentity
 
             # A bad one fails here, not at the end.
             cpu_model(CpuIdentity(), vcpus=1, override=self.cpu_power)
@@ -289,8 +292,8 @@ class LiveLine:
         now_s = time.monotonic()
         if not self._on or now_s < self._next_s or not _in_foreground():
             return
-        from pepr_profiler.report.terminal import render_live
-        from pepr_profiler.summary import summarise
+        from pepr_profiler.report.run_text import render_live
+        from pepr_profiler.summary.summarise import summarise
 
         energy = summarise(directory, marks=False)["energy"]
         elapsed_s = (time.monotonic_ns() - started_ns) * 1e-9

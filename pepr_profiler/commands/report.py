@@ -15,8 +15,8 @@ from pepr_profiler.commands import forms_of, output_option, store_option, write_
 from pepr_profiler.errors import UsageError
 
 if TYPE_CHECKING:
-    from pepr_profiler.progress import Curve
-    from pepr_profiler.summary import Timeline
+    from pepr_profiler.study.progress import ProgressCurve
+    from pepr_profiler.summary.timeline import Timeline
 
 
 @click.command()
@@ -49,17 +49,17 @@ def report(
     -o table.csv          total, components and phases (also .parquet, .tex)
     -o run.json           the summary, as --json writes it
     """
-    from pepr_profiler.store import Store
+    from pepr_profiler.store.runs import Store
 
     forms = forms_of(outputs)
     directory = Store(store).directory(run)
     if forms:
-        from pepr_profiler.summary import with_timeline
+        from pepr_profiler.summary.summarise import with_timeline
 
         summary, timeline = with_timeline(directory)
         curve = None
         if metric is not None:
-            from pepr_profiler.progress import curve_of, name_of
+            from pepr_profiler.study.progress import curve_of, name_of
 
             _require_logged(summary, metric)
             curve = curve_of(summary, metric=metric, percent=percent, transform=transform)
@@ -68,7 +68,7 @@ def report(
             write_text(path, _rendered(summary, timeline, form, curve))
             click.echo(f"pepr-profile: wrote {path}", err=True)
     else:
-        from pepr_profiler.summary import summarise
+        from pepr_profiler.summary.summarise import summarise
 
         summary = summarise(directory)
     if json_file is not None:
@@ -81,7 +81,7 @@ def report(
 
 
 def _rendered(
-    summary: dict[str, Any], timeline: Timeline, form: str, curve: Curve | None
+    summary: dict[str, Any], timeline: Timeline, form: str, curve: ProgressCurve | None
 ) -> str | bytes:
     from pepr_profiler.report.export import FIGURES, run_table
 
@@ -92,10 +92,10 @@ def _rendered(
 
         return run_page(summary, timeline, curve=curve)
     if form in FIGURES:
-        from pepr_profiler.report import figures
+        from pepr_profiler.report import figures, run_figures
 
         with figures.style():
-            figure = figures.power_over_time(timeline)
+            figure = run_figures.power_over_time(timeline)
         return figures.save(figure, form)
     return run_table(summary, form)
 
@@ -116,7 +116,7 @@ def show(summary: dict[str, Any], *, file: IO[str], curve: Mapping[str, Any] | N
 
     `curve` says what to show over the energy, as in `render_run`.
     """
-    from pepr_profiler.report.terminal import render_run
+    from pepr_profiler.report.run_text import render_run
 
     tty = file.isatty()
     width = 80

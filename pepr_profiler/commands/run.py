@@ -18,14 +18,16 @@ from pepr_profiler.commands.recording import (
     warn_of_fault,
 )
 from pepr_profiler.errors import UsageError
-from pepr_profiler.profiler import TICK_S, Options, Recorder
-from pepr_profiler.targets import Child, Exit, HeldSignals, Relay, hold_signals, resolve
-from pepr_profiler.trace import RUN_DIR_VARIABLE
+from pepr_profiler.recording.command import Child, Exit, HeldSignals, hold_signals, resolve
+from pepr_profiler.recording.options import Options
+from pepr_profiler.recording.recorder import TICK_S, Recorder
+from pepr_profiler.recording.relay import Relay
+from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pepr_profiler.metrics import Metrics
+    from pepr_profiler.recording.metrics import Metrics
 
 
 @click.command(context_settings={"allow_interspersed_args": False})

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.columns import STATES, state_of
 from pepr_profiler.commands import complain, store_option, write_text
 from pepr_profiler.errors import UsageError
-from pepr_profiler.index import Filter
-from pepr_profiler.store import Store
+from pepr_profiler.store.columns import STATES, state_of
+from pepr_profiler.store.index import Filter
+from pepr_profiler.store.runs import Store
 from pepr_profiler.units import format_duration, format_quantity, format_with_u
 
 if TYPE_CHECKING:
-    from pepr_profiler.index import Damaged, Row
+    from pepr_profiler.store.index import Damaged, Row
 
 _FACTS = ("name", "experiment")
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}

@@ -13,8 +13,8 @@ import click
 
 if TYPE_CHECKING:
     from pepr_profiler._core import Sampler
-    from pepr_profiler.node import RemoteLane
-    from pepr_profiler.trace import Lane
+    from pepr_profiler.daemon_client.client import RemoteLane
+    from pepr_profiler.trace.lane import LaneInfo
 
 _LOOK_S = 0.6
 """Six refreshes of the slowest sensors in common use (100 ms)."""
@@ -34,13 +34,15 @@ _LABEL = 30
 @click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
 def sensors(*, specs: tuple[str, ...], as_json: bool) -> None:
     """Open each sensor, read it for a moment, and say what it gives."""
-    from pepr_profiler import detect
+    from pepr_profiler.sensors.detect import detect
+    from pepr_profiler.sensors.machine import place
+    from pepr_profiler.sensors.spec import KINDS
 
-    where = detect.place()
-    recorded = specs or detect.detect()
+    where = place()
+    recorded = specs or detect()
     # What detection left out is looked at too: it is there, or there is a reason why not.
     kinds = {spec.partition(":")[0] for spec in recorded}
-    others = () if specs else tuple(kind for kind in detect.KINDS if kind not in kinds)
+    others = () if specs else tuple(kind for kind in KINDS if kind not in kinds)
     channels, missing = _look((*recorded, *others), recorded, where, named=bool(specs))
     if as_json:
         found = {"place": where._asdict(), "recorded": recorded}
@@ -54,20 +56,21 @@ def _look(
     specs: tuple[str, ...], recorded: tuple[str, ...], where: Any, *, named: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """The channels of all sensors with what they read, and what is missing."""
-    from pepr_profiler import _core, modelled
-    from pepr_profiler.detect import remedy
+    from pepr_profiler import _core
+    from pepr_profiler.daemon_client.client import DaemonClient
+    from pepr_profiler.energy.sources import find_sources
     from pepr_profiler.errors import SensorError
-    from pepr_profiler.node import Node
-    from pepr_profiler.sources import find_sources
-    from pepr_profiler.trace import Lane, describe
+    from pepr_profiler.sensors.machine import read_cpu_identity
+    from pepr_profiler.sensors.remedy import remedy
+    from pepr_profiler.trace.lane import LaneInfo, describe
 
-    node = Node()
+    node = DaemonClient()
     periods_ns = [_PERIOD_NS.get(spec.partition(":")[0], _OTHER_PERIOD_NS) for spec in specs]
     samplers: list[Sampler | RemoteLane] = [
         _core.Sampler(s, p) for s, p in zip(specs, periods_ns, strict=True)
     ]
     deadline = time.monotonic() + _OPEN_S
-    opened: list[tuple[Lane, Sampler | RemoteLane]] = []
+    opened: list[tuple[LaneInfo, Sampler | RemoteLane]] = []
     missing = []
     kinds: list[str] = []
     for spec, period_ns, sampler in zip(specs, periods_ns, samplers, strict=True):
@@ -78,7 +81,9 @@ def _look(
                 continue
         except SensorError as e:
             if remote := node.lane(spec, named=named):
-                lane = Lane(f"daemon {remote.name}", remote.spec, remote.period_ns, remote.channels)
+                lane = LaneInfo(
+                    f"daemon {remote.name}", remote.spec, remote.period_ns, remote.channels
+                )
                 opened.append((lane, remote))
             elif not node.covers(spec):
                 missing.append(remedy(spec, what=e.what, why=e.why, fix=e.fix, where=where))
@@ -86,13 +91,13 @@ def _look(
         kind = spec.partition(":")[0]
         kinds.append(kind)
         name = kind if kinds.count(kind) == 1 else f"{kind}-{kinds.count(kind)}"
-        opened.append((Lane(name, spec, period_ns, describe(sampler.channels)), sampler))
+        opened.append((LaneInfo(name, spec, period_ns, describe(sampler.channels)), sampler))
         missing += [
             remedy(spec, what=n.what, why=n.why, fix=n.fix, where=where) for n in sampler.notes
         ]
     if opened:
         time.sleep(_LOOK_S)  # what it looks at is the passing of time
-    vendor = modelled.read_cpu_identity().vendor or ""
+    vendor = read_cpu_identity().vendor or ""
     sources = find_sources([lane for lane, _ in opened], cpu_vendor=vendor)
     by_channel = {(source.lane, source.channel): source for source in sources}
     through = {lane.spec for lane, sampler in opened if sampler not in samplers}
@@ -114,7 +119,7 @@ def _look(
     return channels, missing
 
 
-def _read(lane: Lane, sampler: Sampler | RemoteLane) -> list[dict[str, Any]]:
+def _read(lane: LaneInfo, sampler: Sampler | RemoteLane) -> list[dict[str, Any]]:
     """What each channel of a lane read, how often it changed and what a read took."""
     import numpy as np
 

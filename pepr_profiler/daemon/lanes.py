@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pepr_profiler import _core
-from pepr_profiler.detect import base_period_ns, is_denied, kind_of, lane_names
 from pepr_profiler.errors import SensorError
-from pepr_profiler.trace import Channel, describe
+from pepr_profiler.sensors.remedy import is_denied
+from pepr_profiler.sensors.spec import base_period_ns, kind_of, lane_names
+from pepr_profiler.trace.lane import Channel, describe
 
 OPEN_TO_ALL = frozenset({"nvml"})
 """Whoever may use a GPU may ask its driver for its energy: there is nothing to keep from anybody.
@@ -45,7 +46,7 @@ class How:
 
 
 @dataclass
-class Lane:
+class ServedLane:
     """One driver, its rings, and what is known of its health."""
 
     name: str
@@ -83,14 +84,14 @@ class Lanes:
         self._how = how
         self._budget, self._crew = _core.Budget(how.overhead), _core.Crew()
         self._names = lane_names(specs)
-        self._lanes: dict[str, Lane] = {}
+        self._lanes: dict[str, ServedLane] = {}
         self._refused: set[str] = set()  # even with privileges
         self._gave_up = False
 
-    def __iter__(self) -> Iterator[Lane]:
+    def __iter__(self) -> Iterator[ServedLane]:
         return iter(self._lanes.values())
 
-    def get(self, name: str) -> Lane | None:
+    def get(self, name: str) -> ServedLane | None:
         """The lane with this name, if it can be read."""
         lane = self._lanes.get(name)
         return lane if lane is not None and lane.ready else None
@@ -109,7 +110,7 @@ class Lanes:
         self._gave_up = gave_up
         self._open([(n, spec) for n, spec in self._names if kind_of(spec) in OPEN_TO_ALL])
 
-    def describe(self, lane: Lane, *, coarse: bool) -> dict[str, Any]:
+    def describe(self, lane: ServedLane, *, coarse: bool) -> dict[str, Any]:
         """What a client is told of a lane that it opens."""
         how = self._how
         told_ns = max(lane.period_ns, how.coarse_period_ns) if coarse else lane.period_ns
@@ -158,7 +159,7 @@ class Lanes:
 
     def _open(self, names: Sequence[tuple[str, str]]) -> None:
         for name, spec in names:
-            self._lanes[name] = Lane(name, spec, self._start(spec), self._period_ns(spec))
+            self._lanes[name] = ServedLane(name, spec, self._start(spec), self._period_ns(spec))
 
     def _start(self, spec: str) -> _core.Sampler:
         how = self._how
@@ -176,7 +177,7 @@ class Lanes:
     def _period_ns(self, spec: str) -> int:
         return self._how.period_ns or base_period_ns(spec)
 
-    def _settle(self, lane: Lane, timeout_s: float) -> bool:
+    def _settle(self, lane: ServedLane, timeout_s: float) -> bool:
         """Whether a lane that was opening has become ready."""
         try:
             if not lane.sampler.wait_ready(timeout_s):
@@ -194,7 +195,7 @@ class Lanes:
         lane.seen, lane.sick_since_s, lane.why, lane.failed = set(), {}, "", False
         return True
 
-    def _came_back(self, lane: Lane, now_s: float) -> bool:
+    def _came_back(self, lane: ServedLane, now_s: float) -> bool:
         """Whether a counter that worked is gone, and opening its sensor again would help."""
         newest = lane.watch.latest() if lane.watch is not None else None
         if newest is None:
@@ -210,7 +211,7 @@ class Lanes:
             for index, since_s in lane.sick_since_s.items()
         )
 
-    def _succeed(self, lane: Lane) -> tuple[bool, str]:
+    def _succeed(self, lane: ServedLane) -> tuple[bool, str]:
         """Puts a lane's successor in its place, if it is better."""
         successor = lane.successor
         assert successor is not None
@@ -235,7 +236,7 @@ class Lanes:
         lane.sampler, lane.watch = successor, None
         return self._settle(lane, 0.0), ""
 
-    def _is_better(self, lane: Lane, successor: _core.Sampler) -> bool:
+    def _is_better(self, lane: ServedLane, successor: _core.Sampler) -> bool:
         if not lane.ready:
             return True
         rows = successor.read()

@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pepr_profiler.daemon.exporter import Meter
-from pepr_profiler.sources import Source
+from pepr_profiler.daemon.meters import Meter
+from pepr_profiler.energy.sources import Source
 
 SETTLED_S = 15
 """So long after a second its energy is given out; a claim that comes later is not heard."""

@@ -22,21 +22,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pepr_profiler.daemon.exporter import Exporter, Meters, families
+from pepr_profiler.daemon.exporter import Exporter, families
 from pepr_profiler.daemon.lanes import Lanes
 from pepr_profiler.daemon.ledger import Ledger
-from pepr_profiler.daemon.protocol import ProtocolError, Request, parse
+from pepr_profiler.daemon.meters import Meters
 from pepr_profiler.daemon.system import Manager, capabilities, owner_of
-from pepr_profiler.errors import PeprError
-from pepr_profiler.node import (
+from pepr_profiler.daemon_client.client import Peer, close_all, peer_of
+from pepr_profiler.daemon_client.protocol import (
     MOST_REPLY_BYTES,
     MOST_REQUEST_BYTES,
     VERSION,
-    Peer,
-    close_all,
-    peer_of,
+    ProtocolError,
+    Request,
+    parse,
 )
-from pepr_profiler.trace import boot_id
+from pepr_profiler.errors import PeprError
+from pepr_profiler.trace.run_json import boot_id
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -52,7 +53,7 @@ _SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class Quotas:
     """What one user, and all together, may take."""
 
     clients: int = 1024
@@ -110,7 +111,7 @@ class Server:
         *,
         policy: Policy,
         manager: Manager,
-        limits: Limits | None = None,
+        limits: Quotas | None = None,
         exporter: Exporter | None = None,
         ledger: Ledger | None = None,
         say: Callable[[str], None],
@@ -118,7 +119,7 @@ class Server:
         self._listener = listener
         self._lanes = lanes
         self._policy = policy
-        self._limits = limits or Limits()
+        self._limits = limits or Quotas()
         self._say = say
         self._manager = manager
         self._exporter = exporter

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pepr_profiler import _core
-from pepr_profiler.detect import SYSTEM_SOCKET, own_socket
+from pepr_profiler.daemon_client.address import SYSTEM_SOCKET, own_socket
 from pepr_profiler.errors import PeprError, UsageError
 
 ACCOUNT = "pepr-profiler"

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from pepr_profiler import progress
-from pepr_profiler.report import figures
+from pepr_profiler.report import figures, run_figures, study_figures
 from pepr_profiler.report.html import clip, render
-from pepr_profiler.summary import Timeline
+from pepr_profiler.study import progress
+from pepr_profiler.summary.timeline import Timeline
 from pepr_profiler.units import (
     J_PER_WH,
     UNKNOWN,
@@ -37,7 +37,7 @@ _CAUSES = {
 
 
 def run_page(
-    summary: Mapping[str, Any], timeline: Timeline, *, curve: progress.Curve | None = None
+    summary: Mapping[str, Any], timeline: Timeline, *, curve: progress.ProgressCurve | None = None
 ) -> str:
     """The page of one run, from its summary and the run over time.
 
@@ -58,13 +58,13 @@ def run_page(
             "Power over time by component",
             f"{whose} power was {format_quantity(energy.get('mean_w'), 'W')} on average over "
             f"{format_duration(duration_s)}. The table of components has the numbers.",
-            lambda width: figures.power_over_time(timeline, width),
+            lambda width: run_figures.power_over_time(timeline, width),
         ),
         "energy": figures.chart(
             "energy",
             "Energy so far",
             f"{whose} energy rises to {shown_energy}.",
-            lambda width: figures.energy_over_time(timeline, width),
+            lambda width: run_figures.energy_over_time(timeline, width),
         ),
     }
     if timeline.components:
@@ -72,7 +72,7 @@ def run_page(
             "devices",
             "Power of each device",
             "One panel a device. The table of components has mean and highest power.",
-            lambda width: figures.devices_over_time(timeline, width),
+            lambda width: run_figures.devices_over_time(timeline, width),
         )
     curve = curve or progress.curve_shown(summary)
     if curve is not None:
@@ -80,7 +80,7 @@ def run_page(
             "progress",
             "Performance against energy",
             "The performance that was reached, over the energy spent until then.",
-            lambda width: figures.progress_curves([curve], width=width),
+            lambda width: study_figures.progress_curves([curve], width=width),
         )
     hatched = any(c.gaps_s for c in timeline.components if c.in_total)
     phases = summary.get("phases") or []
@@ -218,7 +218,7 @@ def _components(energy: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         known = c.get(counted) is not None
         source = clip(_SOURCES.get(c["source"], str(c["source"])), 60)
         yield {
-            "name": figures.component_name(str(c["kind"]), str(c.get("label") or c["id"])),
+            "name": run_figures.component_name(str(c["kind"]), str(c.get("label") or c["id"])),
             "kind": c["kind"] if c["kind"] in figures.KIND_COLORS else "other",
             "in_total": c["in_total"],
             "excluded": c.get("excluded") or ("" if known else "unknown"),
@@ -291,7 +291,7 @@ def _cross_checks(energy: Mapping[str, Any]) -> Iterable[str]:
         if check and abs(check["difference_j"]) <= check["u_j"]:
             agreeing.append(check)
         elif check:
-            name = figures.component_name(str(c["kind"]), str(c.get("label") or c["id"]))
+            name = run_figures.component_name(str(c["kind"]), str(c.get("label") or c["id"]))
             yield (
                 f"Cross-check: the power readings of {clip(name, 60)}, integrated, are "
                 f"{format_quantity(check['difference_j'], 'J')} from its energy counter; "
@@ -388,7 +388,7 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e5 else f"{value:,.0f}"
 
 
-def _progress_text(curve: progress.Curve | None) -> dict[str, Any] | None:
+def _progress_text(curve: progress.ProgressCurve | None) -> dict[str, Any] | None:
     if curve is None:
         return None
     lines = []

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from pepr_profiler import progress
 from pepr_profiler.errors import UsageError
-from pepr_profiler.ranking import Ranking
-from pepr_profiler.report import figures
+from pepr_profiler.report import figures, study_figures
 from pepr_profiler.report.html import clip, render
-from pepr_profiler.study import Study
+from pepr_profiler.study import progress
+from pepr_profiler.study.ranking import Ranking
+from pepr_profiler.study.study import Study
 from pepr_profiler.units import format_duration, format_quantity, format_with_u
 
 _MOST_ROWS = 1000
@@ -81,7 +81,7 @@ def study_page(
         groups=shown,
         left_out=study.left_out,
         method=list(_study_method(study, provenance)),
-        data={"levels": list(figures.LEVELS), "groups": data},
+        data={"levels": list(study_figures.LEVELS), "groups": data},
     )
 
 
@@ -96,7 +96,7 @@ def study_figure(study: Study, form: str) -> bytes:
     """Performance against the resource, a panel a ranking, as a png, svg or pdf file."""
     by_id = _runs(study)
     with figures.style():
-        figure = figures.panels(
+        figure = study_figures.panels(
             [
                 (ranking.group or "", cost_points(ranking, by_id))
                 for ranking in study.rankings[:_MOST_PANELS]
@@ -121,10 +121,10 @@ def _group(
     live: list[dict[str, Any]] = []
 
     def add(
-        *, kind: str, k: int, heading: str, caption: str, text: str, points: figures.Points
+        *, kind: str, k: int, heading: str, caption: str, text: str, points: study_figures.Points
     ) -> None:
         ident = f"g{number}-{kind}-{k}"
-        drawn, places = figures.study_chart(ident, heading, text, points)
+        drawn, places = study_figures.study_chart(ident, heading, text, points)
         charts.append({"chart": drawn, "caption": caption, "heading": heading})
         live.append({"id": ident, "kind": kind, "ranking": k, "places": places})
 
@@ -161,7 +161,9 @@ def _group(
             f"g{number}-way",
             heading,
             "Each run's performance as it was logged, over the energy until then.",
-            lambda width: figures.progress_curves(curves, progress.envelope(curves), width=width),
+            lambda width: study_figures.progress_curves(
+                curves, progress.envelope(curves), width=width
+            ),
         )
         caption = (
             f"A thin line a run: {clip(curves[0].metric, 60)} as it was logged, over the job's "
@@ -217,7 +219,7 @@ def _group(
     return view, facts
 
 
-def cost_points(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> figures.Points:
+def cost_points(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> study_figures.Points:
     """Performance over the resource of every row, and of the runs behind it where known."""
     n = len(ranking.names)
     nothing = np.full(n, np.nan)
@@ -231,7 +233,7 @@ def cost_points(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> fig
                 r = _OF_RUN[ranking.key](run)
                 if p is not None and r is not None and len(ids) > 1:
                     runs.append((i, float(r), scale * float(p)))
-    return figures.Points(
+    return study_figures.Points(
         names=ranking.names,
         x=ranking.resource,
         y=ranking.performance,
@@ -254,13 +256,15 @@ _OF_RUN: Mapping[str, Any] = {
 }
 
 
-def score_points(ranking: Ranking, parameters: Sequence[float | None]) -> figures.Points | None:
+def score_points(
+    ranking: Ranking, parameters: Sequence[float | None]
+) -> study_figures.Points | None:
     """Scores over the number of parameters; None where a row's is unknown."""
     if any(p is None for p in parameters):
         return None
     n = len(ranking.names)
     nothing = np.full(n, np.nan)
-    return figures.Points(
+    return study_figures.Points(
         names=ranking.names,
         x=np.array(parameters, dtype=np.float64),
         y=ranking.scores.pepr,

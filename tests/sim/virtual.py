@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pepr_profiler.trace import Batch, Channel, Lane
+from pepr_profiler.trace.lane import Batch, Channel, LaneInfo
 from sim.nvml import Gpu, Sensor
 from sim.waves import Constant, Points, Sine, Square, Step, Wave, recorded
 
@@ -215,21 +215,21 @@ _NVML = {
 }
 
 
-def nvml_lane(*sources: str, model: str = "NVIDIA GPU", period_s: float = 0.05) -> Lane:
+def nvml_lane(*sources: str, model: str = "NVIDIA GPU", period_s: float = 0.05) -> LaneInfo:
     """A lane with these readings of one board."""
     labels = {"uuid": "GPU-1", "model": model, "index": "0"}
     channels = tuple(
         Channel(f"GPU-1/{name}", *_NVML[name][:2], 1e-3, 0.0, _NVML[name][2], name, dict(labels))
         for name in sources
     )
-    return Lane("nvml", "nvml", round(period_s * 1e9), channels)
+    return LaneInfo("nvml", "nvml", round(period_s * 1e9), channels)
 
 
-def rapl_lane(*, range_uj: float = 262_143_328_850.0, period_s: float = 0.02) -> Lane:
+def rapl_lane(*, range_uj: float = 262_143_328_850.0, period_s: float = 0.02) -> LaneInfo:
     """A lane with one package."""
     labels = {"zone": "intel-rapl:0", "name": "package-0"}
     channel = Channel("p", "energy", "J", 1e-6, range_uj, True, "powercap", labels)
-    return Lane("powercap", "powercap", round(period_s * 1e9), (channel,))
+    return LaneInfo("powercap", "powercap", round(period_s * 1e9), (channel,))
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ RAPL_GAIN = 0.03
 class Run:
     """A recording of one source in virtual time, and its truth."""
 
-    lane: Lane
+    lane: LaneInfo
     batches: tuple[Batch, ...]
     wave: Wave
     begin_s: float

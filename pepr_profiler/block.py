@@ -1,0 +1,358 @@
+"""The `with` block that measures a part of a program from inside."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pepr_profiler.energy.carbon import intensity_of
+from pepr_profiler.errors import TraceError, UsageError
+from pepr_profiler.recording.options import OVERHEAD, SCOPES, Options
+from pepr_profiler.recording.recorder import TICK_S, Recorder, attach
+from pepr_profiler.store.runs import recorder_lives
+from pepr_profiler.trace.events import EventWriter
+from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE, read_run
+
+TYPE_CHECKING = False  # typing takes 0.5 MB
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    _F = TypeVar("_F", bound=Callable[..., Any])
+
+# --- inside a program ----------------------------------------------------------------------------
+
+_numbers = itertools.count(1)  # of phases: all blocks of a process write to one file
+_current_phase: contextvars.ContextVar[int | None] = contextvars.ContextVar("phase", default=None)
+
+
+class Run:
+    """A profiled block: marks phases, logs metrics, knows its energy. Made by `profile()`."""
+
+    def __init__(self, options: Options, *, pids: Sequence[int] | None, synchronise: bool) -> None:
+        self._options = options
+        self._pids = None if pids is None else tuple(pids)
+        self._synchronise = synchronise
+        self._recorder: Recorder | None = None
+        self._events: EventWriter | None = None
+        self._block: Phase | None = None
+        self._window_ns: tuple[int, int | None] = (0, None)
+        self._summary: dict[str, Any] | None = None
+        self._thread: threading.Thread | None = None
+        self._ending = False
+        self._lock = threading.Lock()
+        self._pid = 0
+        self.directory = Path()
+
+    @property
+    def run_id(self) -> str:
+        """The id of the run that this block belongs to."""
+        return self.directory.name
+
+    @property
+    def joined(self) -> bool:
+        """Whether the block is part of a run that somebody else records."""
+        return self._recorder is None
+
+    def __enter__(self) -> Run:
+        if self._events is not None:
+            raise UsageError(
+                "this profile() block has been entered already",
+                why="a run happens once",
+                fix="call profile() again for a new run",
+            )
+        self._pid = os.getpid()
+        # Whatever run we are part of covers us, not those that we look at.
+        outer = _outer_run() if self._pids is None else None
+        if outer is None:
+            self._window_ns = (self._record(), None)
+            self._events = EventWriter(self.directory)
+        else:
+            self.directory = outer
+            self._events = EventWriter(self.directory)
+            self._block = self.phase(self._options.name).__enter__()
+            self._window_ns = (self._block.t_ns, None)
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if self._pid != os.getpid() or self._events is None:
+            return  # a forked child leaves the block that its parent is still in
+        if self._block is not None:
+            self._block.__exit__()
+            end_ns = self._block.t_ns
+        else:
+            end_ns = time.monotonic_ns()
+        self._window_ns = (self._window_ns[0], end_ns)
+        self._events.close()
+        if self._recorder is not None:
+            self._finish(error)
+
+    def phase(self, name: str) -> Phase:
+        """A named part of the run: `with run.phase("train"):`, or a decorator. Phases nest."""
+        return Phase(self, name)
+
+    def log(self, **metrics: Any) -> None:
+        """Records numbers that hold from now on; a name's last value is the run's.
+
+        Accepts anything that `float()` takes (a torch or NumPy scalar too). Raises UsageError for
+        what is not a number.
+        """
+        events = self._writer("run.log()")
+        events.metrics({name: _number(name, value) for name, value in metrics.items()})
+
+    def _writer(self, what: str) -> EventWriter:
+        """Where marks and metrics go. Raises UsageError outside the block."""
+        if self._events is None or self._window_ns[1] is not None:
+            raise UsageError(
+                f"{what} outside the block",
+                why="the run has not begun" if self._events is None else "the run has ended",
+                fix="use it inside `with profile(...) as run:`",
+            )
+        return self._events
+
+    @property
+    def energy_j(self) -> float | None:
+        """The job's energy so far, J; None while it is unknown.
+
+        Computed from the recording, so it costs milliseconds (more for a long run): read it once
+        an epoch, not once a batch. In a joined run it may trail by the outer flush, 1 s at most.
+        """
+        until_ns = self._window_ns[1] or time.monotonic_ns()
+        so_far = self._summarise(until_ns=until_ns, marks=False)
+        total_j = so_far["energy"]["total_j"]
+        return None if total_j is None else float(total_j)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The run's summary (docs/design.md, Contract), after the block has ended.
+
+        Of a joined run: the outer run's figures over this block.
+        """
+        if self._summary is None:
+            end_ns = self._window_ns[1]
+            if end_ns is None:
+                raise UsageError(
+                    "there is no summary yet",
+                    why="the block has not ended",
+                    fix="read run.energy_j inside the block, run.summary after it",
+                )
+            _wait_for_rows(self.directory, end_ns)
+            self._summary = self._summarise(until_ns=end_ns)
+        return self._summary
+
+    def _summarise(self, *, until_ns: int, marks: bool = True) -> dict[str, Any]:
+        from pepr_profiler.summary.summarise import summarise
+
+        self._flush()
+        since_ns = self._window_ns[0]
+        run = self._recorder.facts() if self._recorder is not None else None
+        return summarise(self.directory, since_ns=since_ns, until_ns=until_ns, marks=marks, run=run)
+
+    def _record(self) -> int:
+        """Begins a recording of our own; when it began, ns."""
+        if self._pids is not None:
+            from pepr_profiler.recording.attached import hold
+
+            with hold(self._pids) as targets:
+                recorder = attach(self._options, targets)
+        else:
+            recorder = Recorder(self._options, root="self", command=[sys.executable, *sys.argv])
+            try:
+                recorder.open()
+            except BaseException:  # Ctrl-C too: the program may go on
+                recorder.discard()
+                raise
+        begin_ns = time.monotonic_ns()
+        recorder.begin(begin_ns)
+        self._recorder, self.directory = recorder, recorder.directory
+        if self._pids is None:
+            os.environ[RUN_DIR_VARIABLE] = str(recorder.directory)
+        self._thread = threading.Thread(target=self._keep_looking, name="pepr-look", daemon=True)
+        self._thread.start()
+        return begin_ns
+
+    def _keep_looking(self) -> None:
+        recorder, after_s = self._recorder, TICK_S
+        assert recorder is not None
+        while not self._ending:  # asked behind each tick, which hears what was raised to end us
+            recorder.news.wait(after_s)
+            if not self._ending:
+                with self._lock:
+                    after_s = recorder.tick()
+
+    def _flush(self) -> None:
+        if self._recorder is not None and self._pid == os.getpid() and not self._ending:
+            with self._lock:
+                self._recorder.flush()
+
+    def _finish(self, error: BaseException | None) -> None:
+        recorder, end_ns = self._recorder, self._window_ns[1]
+        assert recorder is not None and end_ns is not None and self._thread is not None
+        self._ending = True
+        recorder.news.raise_()
+        self._thread.join()
+        if os.environ.get(RUN_DIR_VARIABLE) == str(recorder.directory):
+            del os.environ[RUN_DIR_VARIABLE]
+        recorder.close(end_ns, exit_code=_exit_code(error) if self._pids is None else None)
+        self._summary = recorder.summarise()
+        for warning in recorder.warnings:  # last: a warning may be an error (python -W error)
+            warnings.warn(f"pepr: {warning['text']} ({warning['hint']})", stacklevel=3)
+
+
+class Phase:
+    """A named part of a run, as a context manager or a decorator; see `Run.phase`."""
+
+    __slots__ = ("_name", "_number", "_run", "_token", "t_ns")
+
+    def __init__(self, run: Run, name: str) -> None:
+        self._run = run
+        self._name = name
+        self._number = 0
+        self.t_ns = 0
+        """When it was entered, or left."""
+
+    def __enter__(self) -> Phase:
+        run = self._run
+        events = run._writer(f"phase '{self._name}'")
+        if run._synchronise:
+            _synchronise_cuda()
+        self._number = next(_numbers)
+        self.t_ns = events.begin(json.dumps(self._name), self._number, _current_phase.get())
+        self._token = _current_phase.set(self._number)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        run = self._run
+        if run._synchronise:
+            _synchronise_cuda()
+        assert run._events is not None
+        self.t_ns = run._events.end(self._number)
+        _current_phase.reset(self._token)
+
+    def __call__(self, function: _F) -> _F:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with Phase(self._run, self._name):  # a fresh one: calls may nest or run in threads
+                return function(*args, **kwargs)
+
+        return wrapper  # type: ignore[return-value]
+
+
+def profile(
+    name: str,
+    *,
+    experiment: str | None = None,
+    store: str | os.PathLike[str] | None = None,
+    sensors: Sequence[str] = (),
+    period_s: float | None = None,
+    overhead: float = OVERHEAD,
+    region: str | None = None,
+    carbon_intensity: float | None = None,
+    pue: float = 1.0,
+    cpu_power: str | None = None,
+    performance: str | None = None,
+    scope: str = "job",
+    pids: Sequence[int] | None = None,
+    synchronise: bool = True,
+) -> Run:
+    """Profiles a `with` block: `with profile("resnet18") as run:`.
+
+    Inside a program that `pepr-profile` wraps (or another block) it joins that run: its phases and
+    metrics land there and nothing is sampled twice; the other arguments are then the outer run's.
+    With `pids` it measures those running processes and all that they start, instead of this one,
+    as long as the block lasts; that is a run of its own, whatever is around it.
+    `scope` says what the total is: "job", its share of the devices, or "device", all they took.
+    Where torch is loaded and uses CUDA, phase edges wait for the GPU unless `synchronise` is False.
+    Raises UsageError, TargetError or SensorError before anything starts.
+    """
+    if not name:
+        raise UsageError("a run needs a name", why="name is empty", fix='profile("resnet18")')
+    if not 0 < overhead <= 1:
+        raise UsageError(
+            f"an overhead of {overhead!r} is not possible",
+            why="it is the share of one core that reading the sensors may take",
+            fix="give a fraction in (0, 1], for example overhead=0.005",
+        )
+    if scope not in SCOPES:
+        raise UsageError(
+            f"a scope of {scope!r} is not possible",
+            why="it says what the total is",
+            fix='scope="job" for the job\'s share, scope="device" for the whole devices',
+        )
+    options = Options(
+        name=name,
+        experiment=experiment,
+        store=Path(store) if store is not None else None,
+        sensors=tuple(sensors),
+        period_ns=None if period_s is None else round(period_s * 1e9),
+        overhead=overhead,
+        intensity=intensity_of(region, carbon_intensity),
+        pue=pue,
+        cpu_power=cpu_power,
+        performance=performance,
+        scope=scope,
+    )
+    return Run(options, pids=pids, synchronise=synchronise)
+
+
+def _outer_run() -> Path | None:
+    """The unfinished run that this process is part of, if any."""
+    value = os.environ.get(RUN_DIR_VARIABLE)
+    if not value:
+        return None
+    directory = Path(value)
+    try:
+        run = read_run(directory)
+        return directory if not run.get("complete") and recorder_lives(run) else None
+    except TraceError:
+        return None
+
+
+def _wait_for_rows(directory: Path, t_ns: int) -> None:
+    """Waits, 2 s at most, until the outer profiler has flushed what was sampled up to `t_ns`."""
+    from pepr_profiler.trace.lane import LaneReader
+
+    deadline = time.monotonic() + 2.0
+    while time.monotonic() < deadline:
+        try:
+            last = [int(batch.t_ns[-1]) for batch in LaneReader(directory, "processes")]
+        except TraceError:
+            last = []
+        if last and last[-1] >= t_ns:
+            return
+        time.sleep(0.05)
+
+
+def _exit_code(error: BaseException | None) -> int:
+    """The status that a program would end with if `error` ended it."""
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        return error.code or 0
+    return 0 if error is None else 1
+
+
+def _number(name: str, value: Any) -> float | int:
+    if isinstance(value, bool | int | float):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"metric {name}={value!r} is not a number",
+            why=f"it is a {type(value).__name__}",
+            fix="log a number, or a scalar tensor or array",
+        ) from None
+
+
+def _synchronise_cuda() -> None:
+    """Waits for the GPU if the program uses it: a phase would else end before its work does."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -1,0 +1,146 @@
+"""Joules and watts of each source, from the rows that the daemon's lanes read."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import isnan, nan
+
+from pepr_profiler import _core
+from pepr_profiler.daemon.lanes import Lanes
+from pepr_profiler.energy.sources import Source, fallen_j, find_sources
+from pepr_profiler.trace.lane import LaneInfo
+
+_STALE_S = 5.0  # a number that is unknown for longer is not told any more
+_SECOND_NS, _SECONDS_KEPT = 1_000_000_000, 32
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+@dataclass
+class Meter:
+    """One source, from the rows of its lane: joules since the daemon began, or watts now."""
+
+    source: Source
+    energy_j: float = 0.0
+    value: float = nan  # the last one that was known, in J or W
+    t_ns: int = 0
+    at_seconds_j: dict[int, float] = field(default_factory=dict)  # of CLOCK_MONOTONIC, the latest
+
+    def take(self, t_ns: array[int], values: array[float]) -> None:
+        """Goes on through rows, times in ns and values as they were read."""
+        source = self.source
+        for at_ns, raw in zip(t_ns, values, strict=True):
+            # A GPU that is asked too fast answers 0, as its counter and as its power.
+            if isnan(raw) or (raw <= 0 and (not source.counter or source.source == "nvml-energy")):
+                continue
+            value = raw * source.scale
+            if source.counter and self.t_ns:
+                step_j, span_s = value - self.value, (at_ns - self.t_ns) * 1e-9
+                range_j = source.modulus * source.scale
+                step_j = step_j if step_j >= 0 else fallen_j(step_j, value, range_j, span_s)
+                if self.t_ns // _SECOND_NS != at_ns // _SECOND_NS:
+                    self._pass_seconds(at_ns, step_j)
+                self.energy_j += step_j
+            self.value, self.t_ns = value, at_ns
+
+    def in_second_j(self, second: int) -> float | None:
+        """What was counted in a whole second; None if it is not known, or long ago."""
+        ends = self.at_seconds_j.get(second), self.at_seconds_j.get(second + 1)
+        return None if ends[0] is None or ends[1] is None else ends[1] - ends[0]
+
+    def _pass_seconds(self, at_ns: int, step_j: float) -> None:
+        """Between two rows power is what it is on average."""
+        seconds = range(self.t_ns // _SECOND_NS + 1, at_ns // _SECOND_NS + 1)
+        for second in seconds[-_SECONDS_KEPT:]:
+            part = (second * _SECOND_NS - self.t_ns) / (at_ns - self.t_ns)
+            self.at_seconds_j[second] = self.energy_j + part * step_j
+        for second in [s for s in self.at_seconds_j if s <= seconds[-1] - _SECONDS_KEPT]:
+            del self.at_seconds_j[second]
+
+    def known(self, now_ns: int) -> float | None:
+        """Joules, or watts; None while unknown."""
+        if not self.t_ns or now_ns - self.t_ns > _STALE_S * 1e9:
+            return None
+        return self.energy_j if self.source.counter else self.value
+
+
+@dataclass
+class _Feed:
+    """Where a lane's rows come from: its ring for all, which a successor's replaces."""
+
+    sampler: _core.Sampler
+    rows: _core.RingReader
+    lane: LaneInfo
+
+
+class Meters:
+    """Every source of all lanes. Called by the daemon's thread only."""
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+        self._feeds: dict[str, _Feed] = {}
+        self._meters: dict[str, Meter] = {}  # of what is there
+        self._known: dict[str, Meter] = {}  # and of what was
+
+    def update(self) -> None:
+        """Takes the rows since the last time; more seldom than a ring is full costs nothing else.
+
+        A counter of a lane that was opened again goes on where it was.
+        """
+        changed = False
+        for lane in self._lanes:
+            feed = self._feeds.get(lane.name)
+            if not lane.ready or (feed is not None and feed.sampler is lane.sampler):
+                continue
+            if feed is not None:
+                self._take(feed)
+            try:
+                descriptor = lane.sampler.share(lane.closed)
+            except RuntimeError:
+                continue  # descriptors are short: its numbers are unknown until the next time
+            try:
+                rows = _core.RingReader(descriptor, (feed and self._newest_ns(lane.name)) or 0)
+            finally:
+                os.close(descriptor)
+            facts = LaneInfo(lane.name, lane.spec, lane.period_ns, lane.channels)
+            self._feeds[lane.name] = _Feed(lane.sampler, rows, facts)
+            changed = True
+        if changed:
+            self._find()
+        for feed in self._feeds.values():
+            self._take(feed)
+
+    def __iter__(self) -> Iterator[Meter]:
+        return iter(self._meters.values())
+
+    def lost(self, lane: str) -> int:
+        """Rows of a lane that were overwritten unread; no counter loses a joule by it."""
+        feed = self._feeds.get(lane)
+        return feed.rows.lost if feed is not None else 0
+
+    # --- parts ---
+
+    def _find(self) -> None:
+        """The sources of all lanes that are there, each with what it has counted so far."""
+        lanes = [self._feeds[lane.name].lane for lane in self._lanes if lane.name in self._feeds]
+        self._meters = {}
+        for source in find_sources(lanes):
+            meter = self._known.setdefault(source.id, Meter(source))
+            if meter.source.lane != source.lane:
+                meter.t_ns = 0  # another driver's counter begins elsewhere
+            meter.source = source
+            self._meters[source.id] = meter
+
+    def _newest_ns(self, lane: str) -> int:
+        return max((m.t_ns for m in self._meters.values() if m.source.lane == lane), default=0)
+
+    def _take(self, feed: _Feed) -> None:
+        while (rows := feed.rows.read()) is not None:
+            t_ns = array("q", rows[1])
+            for meter in self._meters.values():
+                if meter.source.lane == feed.lane.name:
+                    meter.take(t_ns, array("d", rows[3][meter.source.channel]))

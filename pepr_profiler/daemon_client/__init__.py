@@ -1,0 +1,1 @@
+"""The node's daemon as its clients know it."""

@@ -1,0 +1,1 @@
+"""From readings to joules, and whose they are."""

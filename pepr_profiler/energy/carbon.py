@@ -1,0 +1,202 @@
+"""Grid intensity by country and the carbon of an energy; every value carries year and source.
+
+The table is Ember's, through Our World in Data (CC BY 4.0); data/README.md says how it was made.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypedDict
+
+from pepr_profiler.errors import UsageError
+from pepr_profiler.units import J_PER_KWH
+
+TYPE_CHECKING = False  # typing takes 0.5 MB
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    _F = TypeVar("_F", bound=Callable[..., Any])
+
+# What people type for a country, beside its codes and the table's name; written as _key() does.
+_ALIASES = {
+    "america": "USA",
+    "bolivarian republic of venezuela": "VEN",
+    "britain": "GBR",
+    "brunei darussalam": "BRN",
+    "burma": "MMR",
+    "cabo verde": "CPV",
+    "congo brazzaville": "COG",
+    "congo kinshasa": "COD",
+    "czech republic": "CZE",
+    "democratic peoples republic of korea": "PRK",
+    "democratic republic of the congo": "COD",
+    "drc": "COD",
+    "el": "GRC",  # the European Union's code
+    "emirates": "ARE",
+    "england": "GBR",
+    "great britain": "GBR",
+    "holland": "NLD",
+    "hong kong sar": "HKG",
+    "islamic republic of iran": "IRN",
+    "ivory coast": "CIV",
+    "korea": "KOR",
+    "lao pdr": "LAO",
+    "macau": "MAC",
+    "northern ireland": "GBR",
+    "palestinian territories": "PSE",
+    "peoples republic of china": "CHN",
+    "prc": "CHN",
+    "republic of china": "TWN",
+    "republic of congo": "COG",
+    "republic of korea": "KOR",
+    "republic of moldova": "MDA",
+    "republic of the congo": "COG",
+    "roc": "TWN",
+    "russian federation": "RUS",
+    "scotland": "GBR",
+    "slovak republic": "SVK",
+    "state of palestine": "PSE",
+    "swaziland": "SWZ",
+    "syrian arab republic": "SYR",
+    "timor leste": "TLS",
+    "turkiye": "TUR",
+    "uae": "ARE",
+    "uk": "GBR",
+    "united states of america": "USA",
+    "us virgin islands": "VIR",
+    "viet nam": "VNM",
+    "wales": "GBR",
+}
+
+
+class Carbon(TypedDict):
+    """The `carbon` object of a summary."""
+
+    g_co2e: float
+    intensity_g_per_kwh: float
+    pue: float
+    source: str
+    year: int | None
+
+
+@dataclass(frozen=True)
+class GridIntensity:
+    """gCO2e per kWh of a grid, who says so and for which year (None for a value given by hand)."""
+
+    g_per_kwh: float
+    year: int | None
+    source: str
+    region: str | None = None
+    iso3: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.g_per_kwh) and self.g_per_kwh >= 0):
+            raise UsageError(
+                f"a carbon intensity of {self.g_per_kwh:g} g/kWh is not possible",
+                why="it must be a finite number, 0 or more",
+                fix="give grams of CO2e per kWh, for example --carbon-intensity 56",
+            )
+
+    @classmethod
+    def given(cls, g_per_kwh: float) -> GridIntensity:
+        """An intensity that the user states."""
+        return cls(g_per_kwh, year=None, source="given")
+
+
+def lookup(region: str) -> GridIntensity:
+    """The newest yearly intensity of a country, by ISO-2 or ISO-3 code or name, in any case.
+
+    UsageError names close matches for a region that the table does not have.
+    """
+    by_key = _table()
+    key = _key(region)
+    found = by_key.get(key)
+    if found is not None:
+        return found
+    # Four letters or fewer are a mistyped code: every other code would be "close".
+    import difflib  # only now: every summary loads this module
+
+    close = difflib.get_close_matches(key, [k for k in by_key if len(k) > 3], n=3, cutoff=0.7)
+    names = list(dict.fromkeys(f"{by_key[k].region} ({by_key[k].iso3})" for k in close))
+    raise UsageError(
+        f"no carbon intensity is known for region {region!r}",
+        why=f"close matches: {', '.join(names)}"
+        if names
+        else "the table has countries only, by name or ISO 3166 code (no states, no cloud zones)",
+        fix="give a country such as --region DK, or the grid's own value: "
+        "--carbon-intensity G_PER_KWH",
+    )
+
+
+def estimate(energy_j: float, *, intensity: GridIntensity, pue: float) -> Carbon:
+    """The carbon of `energy_j` joules of IT energy: energy x PUE x intensity.
+
+    Linear in the energy, so u(g_co2e) = g_co2e x u(energy_j) / energy_j, with the same k; the
+    intensity and the PUE are taken as stated, without an uncertainty of their own.
+    """
+    if not (math.isfinite(pue) and pue >= 1):
+        raise UsageError(
+            f"a PUE of {pue:g} is not possible",
+            why="a data centre draws at least what its machines draw",
+            fix="give 1.0 (the machines alone) or more, for example --pue 1.2",
+        )
+    region = f", {intensity.region}" if intensity.region else ""
+    return Carbon(
+        g_co2e=energy_j / J_PER_KWH * pue * intensity.g_per_kwh,
+        intensity_g_per_kwh=intensity.g_per_kwh,
+        pue=pue,
+        source=intensity.source + region,
+        year=intensity.year,
+    )
+
+
+@functools.cache
+def _table() -> dict[str, GridIntensity]:
+    """Every key that finds a country: both codes, the name and the aliases."""
+    by_key: dict[str, GridIntensity] = {}
+    import csv
+    from importlib import resources
+
+    path = resources.files("pepr_profiler") / "data" / "grid_intensity.csv"
+    for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+        entry = GridIntensity(
+            float(row["g_per_kwh"]),
+            int(row["year"]),
+            source=row["source"],
+            region=row["name"],
+            iso3=row["iso3"],
+        )
+        for column in ("iso3", "iso2", "name"):
+            by_key[_key(row[column])] = entry
+    # A name of the table wins over an alias of the same spelling.
+    return {alias: by_key[iso3.lower()] for alias, iso3 in _ALIASES.items()} | by_key
+
+
+def _key(text: str) -> str:
+    """One spelling for the ways to write a name: no case, accents, punctuation or article."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    words = re.findall(r"[a-z0-9]+", re.sub(r"['.]", "", plain.replace("&", " and ")))
+    key = " ".join(word for word in words if word != "the")
+    return re.sub(r"^st ", "saint ", key)
+
+
+def intensity_of(region: str | None, carbon_intensity: float | None) -> GridIntensity | None:
+    """The grid intensity that was asked for. Raises UsageError if unknown or asked for twice."""
+    if region is None and carbon_intensity is None:
+        return None
+
+    if region is not None and carbon_intensity is not None:
+        raise UsageError(
+            "both a region and a carbon intensity are given",
+            why="either says how much carbon a kWh costs",
+            fix="keep one of --region and --carbon-intensity",
+        )
+    if carbon_intensity is not None:
+        return GridIntensity.given(carbon_intensity)
+    assert region is not None
+    return lookup(region)

@@ -1,0 +1,138 @@
+"""How sure an energy is: its budget by cause, and what a second sensor says."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pepr_profiler.energy.curve import NS_PER_S, EnergyCurve
+from pepr_profiler.record import Record
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_ALIAS_U = 0.2
+"""An aliased energy is uncertain by this part of it (docs/measurement, F)."""
+
+
+class UncertaintyBudget(Record):
+    """Standard uncertainties (k = 1) of one device's energy, J, by cause (docs/measurement, F).
+
+    `gain_j`, `offset_j` and `model_j` are fixed for the device, whatever it does: over its windows
+    and runs they add and subtract as they stand. The others are independent: their squares add.
+    """
+
+    gain_j: float = 0.0
+    offset_j: float = 0.0
+    model_j: float = 0.0
+    edges_j: float = 0.0
+    duty_j: float = 0.0
+    lag_j: float = 0.0
+    quantisation_j: float = 0.0
+    gaps_j: float = 0.0
+    aliasing_j: float = 0.0
+    attribution_j: float = 0.0
+
+    @property
+    def u_j(self) -> float:
+        """The combined standard uncertainty (k = 1), J."""
+        return math.hypot(*self)
+
+
+_CORRELATED = ("gain_j", "offset_j", "model_j")
+
+
+def budget(
+    curve: EnergyCurve,
+    at_ns: NDArray[np.int64],
+    begins: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    *,
+    energy_j: float | None = None,
+) -> UncertaintyBudget:
+    """The budget of the windows from grid index `begins` to `ends`, taken together.
+
+    `at_ns` is the curve's grid. `energy_j` is what of the windows' energy is meant, a part of it
+    where a device is shared; all of it unless given.
+    """
+    source = curve.source
+    device_j = float(np.sum(curve.energy_j[ends] - curve.energy_j[begins]))
+    seconds = float(np.sum(at_ns[ends] - at_ns[begins])) / NS_PER_S
+    part = 1.0 if energy_j is None or not device_j else energy_j / device_j
+
+    # How often the energy up to an instant is in the sum: where one window ends and the next begins
+    # it is not, and how sure it is does not matter.
+    count = len(at_ns)
+    times = np.bincount(ends, minlength=count) - np.bincount(begins, minlength=count)
+
+    def summed(variance_j2: NDArray[np.float64] | None, weights: NDArray[np.int64]) -> float:
+        if variance_j2 is None:
+            return 0.0
+        return abs(part) * math.sqrt(max(0.0, float(weights @ variance_j2)))
+
+    lag_j = 0.0
+    if curve.power_w is not None:
+        lag_j = abs(float(np.sum(curve.power_w[ends] - curve.power_w[begins]))) * curve.lag_u_s
+    readings = int(times @ times)
+    if not source.counter:  # each refresh is a reading, of as many seconds
+        readings = seconds * max(curve.refresh_s, 1e-9)  # type: ignore[assignment]
+    scale_j = source.gain * device_j * part
+    modelled = source.provenance == "modelled"
+    return UncertaintyBudget(
+        gain_j=0.0 if modelled else scale_j,
+        model_j=scale_j if modelled else 0.0,
+        offset_j=source.offset_w * seconds * part,
+        edges_j=summed(curve.edge_j2, times**2),
+        duty_j=summed(curve.duty_j2, times),
+        gaps_j=summed(curve.gap_j2, times),
+        lag_j=abs(part) * lag_j,
+        quantisation_j=abs(part) * curve.quantum * math.sqrt(readings / 12),
+        aliasing_j=_ALIAS_U * abs(device_j * part) if curve.aliased else 0.0,
+    )
+
+
+_GAIN_CORRELATION = 0.5
+"""How much of a board's gain its counter and its power readings have in common (judgement: the same
+shunts, other paths; no source measures both)."""
+
+
+class CrossCheck(Record):
+    """What a second sensor of a device gives: J, J minus the first one's, and u of that (k = 2)."""
+
+    source: str
+    energy_j: float
+    difference_j: float
+    u_j: float
+
+
+def cross_check(
+    counter: EnergyCurve, power: EnergyCurve, at_ns: NDArray[np.int64]
+) -> CrossCheck | None:
+    """Holds the integral of power against the counter; None if one is unknown.
+
+    Over the part of the grid in which both were read: past its last reading a source is held, each
+    for its own while.
+
+    Their gains are taken to agree in part (_GAIN_CORRELATION), so of the two gains' variance
+    2 (1 - correlation) is left; all other terms of both are in the difference.
+    """
+    begin_ns, end_ns = max(counter.first_ns, power.first_ns), min(counter.last_ns, power.last_ns)
+    first = int(np.searchsorted(at_ns, begin_ns, side="left"))
+    last = int(np.searchsorted(at_ns, end_ns, side="right")) - 1
+    if last <= first:
+        return None
+    ends = np.array([first]), np.array([last])
+    energies_j = [float(curve.energy_j[last] - curve.energy_j[first]) for curve in (counter, power)]
+    if not all(math.isfinite(energy_j) for energy_j in energies_j):
+        return None
+    ours, theirs = (budget(curve, at_ns, *ends) for curve in (counter, power))
+    gain_j = math.sqrt(2 * (1 - _GAIN_CORRELATION)) * 0.5 * (ours.gain_j + theirs.gain_j)
+    u_j = math.hypot(gain_j, ours._replace(gain_j=0.0).u_j, theirs._replace(gain_j=0.0).u_j)
+    return CrossCheck(
+        source=power.source.source,
+        energy_j=energies_j[1],
+        difference_j=energies_j[1] - energies_j[0],
+        u_j=2 * u_j,
+    )

@@ -1,0 +1,1 @@
+"""A run being recorded. Nothing here knows of joules."""

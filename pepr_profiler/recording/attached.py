@@ -1,0 +1,351 @@
+"""Processes that already run: held, checked and waited for, and never touched.
+
+    stop = StopSignals()                          # from here on Ctrl-C ends us in order
+    with hold([4121, 4122]) as targets:
+        …                                         # sample processes:{targets.root}
+        ended = targets.watch(tick=drain_rings, every_s=0.5, stop=stop)
+
+A pidfd names one process for ever, a PID only until it is given out again: the descriptor is opened
+first, then /proc is asked who that is, and then the descriptor whether it still is. Nothing is sent
+to a target and nothing of it is collected or stopped; a pidfd alone permits none of that.
+"""
+
+from __future__ import annotations
+
+# pathlib would cost the command line's start 5 ms.
+# ruff: noqa: PTH116
+import errno
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pepr_profiler.errors import TargetError, UsageError
+from pepr_profiler.recording.procfs import (
+    _ancestors,
+    _command,
+    _from_inside,
+    _inner_pid,
+    _leader_of,
+    _link,
+    _proc_options,
+    _read_stat,
+    _user,
+)
+
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PF_KTHREAD = 0x00200000  # include/linux/sched.h
+_INITIAL_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
+_LISTED = 3
+_SHOWN = 40  # characters of a command in a message
+
+
+class StopSignals:
+    """SIGINT, SIGTERM and SIGHUP as something to wait for; what was ignored stays so (nohup).
+
+    Until `close()` none of them interrupts anything: a second Ctrl-C must not cost the summary.
+    For the main thread.
+    """
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self.fd, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._before = {
+            signo: signal.signal(signo, lambda number, _: self._received.append(number))
+            for signo in _STOPS
+            if signal.getsignal(signo) is not signal.SIG_IGN
+        }
+
+    @property
+    def received(self) -> str | None:
+        """The name of the first of them that came, if one did."""
+        return signal.Signals(self._received[0]).name if self._received else None
+
+    def close(self) -> None:
+        """Restores what these signals did before."""
+        for signo, action in self._before.items():
+            signal.signal(signo, action)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self.fd)
+        os.close(self._writer)
+
+    def __enter__(self) -> StopSignals:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One running process; `inner_pid` is what its own PID namespace (a container) calls it."""
+
+    pid: int
+    fd: int
+    command: tuple[str, ...]
+    inner_pid: int | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has exited, collected by its parent or not."""
+        return _is_ready(self.fd)
+
+    def __str__(self) -> str:
+        inside = f", PID {self.inner_pid} of its container" if self.inner_pid is not None else ""
+        return f"{_who(self.pid, self.command)}{inside}"
+
+
+class Targets:
+    """Running processes that are held by their pidfds; made by `hold`."""
+
+    def __init__(self, targets: Sequence[Target], warnings: Sequence[dict[str, str]]) -> None:
+        self._held = list(targets)
+        self.warnings = list(warnings)
+
+    @property
+    def roots(self) -> list[Target]:
+        """Those that descend from no other of them: whoever follows these follows all."""
+        pids = {target.pid for target in self._held}
+        return [t for t in self._held if not pids & set(_ancestors(t.pid))]
+
+    def drop_ended(self) -> bool:
+        """Lets go of those that have exited; whether there were any.
+
+        Raises TargetError if none is left.
+        """
+        gone = [target for target in self._held if target.ended]
+        for target in gone:
+            os.close(target.fd)
+            self._held.remove(target)
+            self.warnings.append(
+                {
+                    "code": "target-ended",
+                    "text": f"{target} exited while pepr-profile attached to it; it is not in the "
+                    "figures",
+                    "hint": "to measure it from its start: pepr-profile -- CMD",
+                }
+            )
+        if not self._held:
+            raise _ended(str(gone[0]) if gone else "the process")
+        return bool(gone)
+
+    def watch(
+        self,
+        *,
+        tick: Callable[[], bool],
+        every_s: float,
+        stop: StopSignals,
+        until_ns: int | None = None,
+    ) -> str:
+        """Waits until all have exited ("exit"), `until_ns` ("duration"), or a signal (its name).
+
+        `tick` runs at absolute deadlines `every_s` apart, missed ones are skipped, and at once when
+        the last of them exits. It says whether anything lives that they started: that too is
+        waited for.
+        """
+        every_ns = round(every_s * 1e9)
+        deadline_ns = time.monotonic_ns() + every_ns
+        poller = select.poll()
+        poller.register(stop.fd, select.POLLIN)
+        living = {target.fd for target in self._held}
+        for fd in living:
+            poller.register(fd, select.POLLIN)
+        while True:
+            now_ns = time.monotonic_ns()
+            if until_ns is not None and now_ns >= until_ns:
+                return "duration"
+            if now_ns >= deadline_ns:
+                deadline_ns += ((now_ns - deadline_ns) // every_ns + 1) * every_ns
+                if not tick() and not living:
+                    return "exit"
+                continue
+            wake_ns = min(deadline_ns, until_ns or deadline_ns)
+            ready = {fd for fd, _ in poller.poll(-((now_ns - wake_ns) // 1_000_000))}
+            if stop.received is not None:
+                return stop.received
+            for fd in living & ready:
+                poller.unregister(fd)
+                living.remove(fd)
+                if not living:
+                    deadline_ns = time.monotonic_ns()
+
+    def close(self) -> None:
+        """Lets go of all of them."""
+        for target in self._held:
+            os.close(target.fd)
+        self._held.clear()
+
+    def __enter__(self) -> Targets:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def hold(pids: Sequence[int]) -> Targets:
+    """Takes hold of running processes; one that is named twice is held once.
+
+    Raises TargetError for what cannot be followed (no such process, one that /proc hides, a zombie,
+    a thread of the kernel) and UsageError for what never makes sense; nothing is held then.
+    """
+    if not pids:
+        raise UsageError(
+            "no process to attach to", why="no PID is given", fix="pepr-profile attach 4121"
+        )
+    targets: list[Target] = []
+    warnings: list[dict[str, str]] = []
+    try:
+        for pid in dict.fromkeys(pids):
+            targets.append(_hold_one(pid))
+            if pid in _ancestors(os.getpid()):
+                warnings.append(_of_ancestor(targets[-1]))
+    except BaseException:
+        Targets(targets, ()).close()
+        raise
+    return Targets(targets, warnings)
+
+
+def _hold_one(pid: int) -> Target:
+    if pid < 1:
+        raise UsageError(
+            f"{pid} is not a PID", why="PIDs are positive", fix="see: ps -eo pid,user,args"
+        )
+    if pid == os.getpid():
+        raise UsageError(
+            f"{pid} is this process itself",
+            why="a profiler that follows itself measures its own work",
+            fix="attach to another process; in code: with profile(NAME): without pids",
+        )
+    fd = _open(pid)
+    try:
+        try:
+            stat, command, inner_pid = _read_stat(pid), _command(pid), _inner_pid(pid)
+        except OSError as error:
+            # Gone, or not shown to us: the pidfd, which needs no /proc, knows.
+            raise (_ended(str(pid)) if _is_ready(fd) else _hidden(pid, error)) from error
+        if stat.flags & _PF_KTHREAD:
+            raise TargetError(
+                f"{_who(pid, command)} is a thread of the kernel",
+                why="it works for whoever needs the kernel, and belongs to no job",
+                fix="attach to the program that causes its work",
+            )
+        if _is_ready(fd):
+            if stat.state != "Z":
+                raise _ended(_who(pid, command))
+            parent = _who(stat.parent, _command(stat.parent))
+            raise TargetError(
+                f"{_who(pid, command)} has ended already",
+                why=f"it is a zombie: its parent {parent} has not collected it",
+                fix="attach to what still runs; to measure it from its start: pepr-profile -- CMD",
+            )
+        if pid == 1 and pid in _ancestors(os.getpid()):
+            raise TargetError(
+                f"{_who(pid, command)} is where every process comes from, the profiler too",
+                why="following it would follow all that runs here, whoever started it",
+                fix="name the program itself (see: ps -eo pid,user,args); for the whole machine: "
+                "pepr-profile --scope device -- sleep 60",
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return Target(pid=pid, fd=fd, command=command, inner_pid=inner_pid)
+
+
+def _open(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OverflowError:
+        raise _no_such(pid) from None
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            raise TargetError(
+                f"{pid} cannot be followed",
+                why="this kernel has no pidfds, and a PID alone may come to name another process",
+                fix="use Linux 5.3 or newer, or start the program under pepr-profile",
+            ) from error
+        if error.errno == errno.EPERM:
+            raise TargetError(
+                f"{pid} cannot be followed",
+                why="pidfd_open is not permitted here, as in a container with an old seccomp "
+                "profile",
+                fix="attach from the host, or: docker run --security-opt seccomp=unconfined …",
+            ) from error
+        leader = _leader_of(pid)
+        if leader is not None:  # EINVAL, or ENOENT since Linux 6.9: a thread has none of its own
+            raise TargetError(
+                f"{pid} is a thread, not a process",
+                why=f"it is one of {_who(leader, _command(leader))}",
+                fix=f"pepr-profile attach {leader}",
+            ) from error
+        raise _no_such(pid) from error
+
+
+# --- what went wrong ------------------------------------------------------------------------------
+
+
+def _ended(who: str) -> TargetError:
+    return TargetError(
+        f"{who} exited while pepr-profile attached to it",
+        why="nothing of it is left to measure",
+        fix="to measure it from its start: pepr-profile -- CMD",
+    )
+
+
+def _no_such(pid: int) -> TargetError:
+    why, fix = "no process has this PID", "see which there are: ps -eo pid,user,args"
+    outer = _from_inside(pid)
+    if outer:
+        said = ", ".join(_who(other, _command(other)) for other in outer[:_LISTED])
+        why += f" here; in its container {said} has"
+        fix = f"name it as it is called here: pepr-profile attach {outer[0]}"
+    elif _link("/proc/self/ns/pid") not in ("", _INITIAL_NAMESPACE):
+        why += " in this container, where those of the host mean nothing"
+    return TargetError(f"there is no process {pid}", why=why, fix=fix)
+
+
+def _hidden(pid: int, error: OSError) -> TargetError:
+    """A process that runs and that /proc does not show us."""
+    try:
+        owner = _user(os.stat(f"/proc/{pid}").st_uid)
+    except OSError:
+        owner = None
+    options = _proc_options()
+    hidepid = options.get("hidepid", "0")
+    why = f"/proc does not let us read it ({error.strerror})"
+    if hidepid not in ("0", "off"):
+        why = f"/proc is mounted with hidepid={hidepid} and shows a process to its owner alone"
+    ways = [f"run pepr-profile as {owner or 'the user it runs as'}"]
+    ways.append("with sudo" if os.geteuid() else "with CAP_SYS_PTRACE")
+    # hidepid=4 (ptraceable) knows no group. One that is not stated is root's.
+    if "gid" in options and hidepid not in ("4", "ptraceable"):
+        ways.append(f"as a member of group {options['gid']}")
+    return TargetError(
+        f"process {pid} may not be followed",
+        why=f"it runs as {owner}, and {why}" if owner else f"it is another user's, and {why}",
+        fix=", or ".join(ways),
+    )
+
+
+def _of_ancestor(target: Target) -> dict[str, str]:
+    return {
+        "code": "attached-to-ancestor",
+        "text": f"pepr-profile itself was started from {target}: whatever else was, now and "
+        "later, is in the figures",
+        "hint": "attach to the program itself",
+    }
+
+
+def _who(pid: int, command: Sequence[str]) -> str:
+    text = " ".join(" ".join(command).split())
+    shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+    return f"{pid} ({shown})" if shown else str(pid)
+
+
+def _is_ready(fd: int) -> bool:
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(0))

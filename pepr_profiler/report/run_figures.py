@@ -1,0 +1,230 @@
+"""Figures of one run: power and energy over time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pepr_profiler.report.figures import (
+    _ALARM,
+    _INK,
+    _MUTED,
+    _POINT,
+    KIND_COLORS,
+    NARROW,
+    WIDE,
+    _amounts,
+    _label_right,
+    _time_axis,
+    plain,
+)
+from pepr_profiler.summary.timeline import Timeline, TimelineComponent
+from pepr_profiler.units import format_with_u
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+
+_KIND_NAMES = {"gpu": "GPUs", "cpu": "packages", "dram": "memories", "other": "others"}
+_TINTS = (1.0, 0.72, 0.52, 0.86, 0.62)  # parts of one kind lie on each other: told apart by tone
+
+_MOST_LAYERS = 6
+MOST_DEVICES = 24
+_MOST_PHASES = 7
+
+
+# --- one run -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layer:
+    label: str
+    kind: str
+    tint: float
+    watts: NDArray[np.float64]
+
+
+def _layers(components: Iterable[TimelineComponent]) -> list[_Layer]:
+    """What is stacked: the job's power by component, by kind where that were too many; NaN where
+    nothing of it was read."""
+    counted = [c for c in components if c.in_total]
+    kinds = [kind for kind in KIND_COLORS if any(c.kind == kind for c in counted)]
+    layers = []
+    for kind in kinds:
+        same = [c for c in counted if c.kind == kind]
+        if len(counted) > _MOST_LAYERS and len(same) > 1:
+            parts_w = np.array([c.job_w for c in same])
+            known = np.isfinite(parts_w).any(axis=0)
+            watts = np.where(known, np.nansum(parts_w, axis=0), np.nan)
+            name = f"{len(same)} {_KIND_NAMES[kind]}"
+            layers.append(_Layer(name, kind, 1.0, watts))
+            continue
+        for number, c in enumerate(same):
+            tint = _TINTS[number % len(_TINTS)]
+            layers.append(_Layer(component_name(c.kind, c.label), kind, tint, c.job_w))
+    return layers
+
+
+def component_name(kind: str, label: str) -> str:
+    """A component as it is called in figures and tables: "gpu:0 H100", "cpu package-0"."""
+    label = " ".join(label.split())
+    return label if label.startswith(kind) or kind == "other" else f"{kind} {label}"
+
+
+def power_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
+    """The job's power stacked by component, its phases below, gaps hatched."""
+    from matplotlib.figure import Figure
+
+    rows = _phase_rows(timeline)
+    below = 0.24 * len(rows)
+    figure = Figure(figsize=(width, 3.3 + below), layout="constrained")
+    grid = figure.add_gridspec(2 if rows else 1, 1, height_ratios=[3.3, below] if rows else [1])
+    axes = figure.add_subplot(grid[0])
+    edges, top = timeline.edges_s, np.zeros(len(timeline.edges_s) - 1)
+    marks = []
+    for layer in _layers(timeline.components):
+        axes.stairs(top + layer.watts, edges, baseline=top, fill=True, linewidth=0,
+                    color=KIND_COLORS[layer.kind], alpha=layer.tint)  # fmt: skip
+        watts = np.nan_to_num(layer.watts)  # to stack on and to place names by, not drawn
+        marks.append((float(np.mean((top + 0.5 * watts)[-len(top) // 6 :])), layer))
+        top = top + watts
+    # Of a sum that lacks a part, the part that is known is no sum.
+    unread = np.zeros(len(top), dtype=np.bool_)
+    for c in timeline.components:
+        unread |= np.isnan(c.job_w) & c.in_total
+    axes.stairs(np.where(unread, np.nan, top), edges, baseline=None, color=_INK, linewidth=0.8)
+    axes.set_ylim(0, max(1e-9, 1.08 * float(np.max(top, initial=0.0))))
+    _hatch_gaps(axes, [c for c in timeline.components if c.in_total])
+    if not marks:
+        axes.text(0.5, 0.5, "no component could be measured or modelled", transform=axes.transAxes,
+                  ha="center", color=_MUTED)  # fmt: skip
+    _amounts(axes.yaxis, "W")
+    axes.grid(axis="y")
+    axes.spines["left"].set_visible(False)
+    _label_right(axes, [(y, layer.label, KIND_COLORS[layer.kind]) for y, layer in marks], width)
+    _time_axis(axes, float(edges[-1]), width, labels=not rows)
+    if rows:
+        _draw_phases(figure.add_subplot(grid[1], sharex=axes), rows, float(edges[-1]), width)
+    return figure
+
+
+def _phase_rows(timeline: Timeline) -> list[tuple[str, list[tuple[float, float]]]]:
+    """Phases by name, the longest ones, in order of appearance; bars one pixel apart join."""
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for name, begin, end in timeline.phases:
+        spans.setdefault(name, []).append((begin, end))
+    longest = sorted(spans, key=lambda name: -sum(e - b for b, e in spans[name]))[:_MOST_PHASES]
+    pixel_s = float(timeline.edges_s[-1]) / 900
+    rows = []
+    for name in (name for name in spans if name in longest):
+        bars: list[tuple[float, float]] = []
+        for begin, end in sorted(spans[name]):
+            if bars and begin - bars[-1][1] < pixel_s:
+                bars[-1] = (bars[-1][0], max(bars[-1][1], end))
+            else:
+                bars.append((begin, end))
+        rows.append((name, bars))
+    return rows
+
+
+def _draw_phases(
+    axes: Axes, rows: Sequence[tuple[str, list[tuple[float, float]]]], end_s: float, width: float
+) -> None:
+    for number, (_, bars) in enumerate(rows):
+        least = end_s / 700  # what is shorter than a pixel is still there
+        widths = [(begin, max(end - begin, least)) for begin, end in bars]
+        axes.broken_barh(widths, (number - 0.34, 0.68), color=_MUTED, alpha=0.55, linewidth=0)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), [plain(name, 16) for name, _ in rows])
+    axes.tick_params(axis="y", labelcolor=_INK)
+    axes.spines["left"].set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    _time_axis(axes, end_s, width)
+
+
+def _hatch_gaps(axes: Axes, components: Sequence[TimelineComponent]) -> None:
+    spans: list[list[float]] = []
+    for begin, end in sorted(gap for c in components for gap in c.gaps_s):
+        if spans and begin <= spans[-1][1]:
+            spans[-1][1] = max(spans[-1][1], end)
+        else:
+            spans.append([begin, end])
+    for number, (begin, end) in enumerate(spans):
+        axes.axvspan(begin, end, facecolor="none", edgecolor=_ALARM, hatch="////", linewidth=0)
+        if number == 0:
+            axes.annotate("no reading", ((begin + end) / 2, 1.0), ha="center", va="bottom",
+                          xycoords=("data", "axes fraction"), color=_ALARM, fontsize=8)  # fmt: skip
+
+
+def energy_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
+    """The job's energy so far, with its band of k = 2."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    at, energy, u = timeline.at_s, timeline.energy_j, timeline.u_j
+    axes.fill_between(
+        at, np.maximum(energy - u, 0), energy + u, color=_POINT, alpha=0.2, linewidth=0
+    )
+    axes.plot(at, energy, color=_POINT, linewidth=1.6)
+    _amounts(axes.yaxis, "J")
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y")
+    axes.spines["left"].set_visible(False)
+    if len(energy):
+        end = format_with_u(float(energy[-1]), float(u[-1]), "J").replace(" ± ", "\n± ")
+        _label_right(axes, [(float(energy[-1]), end, _POINT)], width)
+    _time_axis(axes, float(timeline.edges_s[-1]), width)
+    return figure
+
+
+def devices_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
+    """Every device in a panel of its own: its power, the job's part, its lowest and highest."""
+    from matplotlib.figure import Figure
+
+    shown = sorted(timeline.components, key=lambda c: list(KIND_COLORS).index(c.kind))[
+        :MOST_DEVICES
+    ]
+    columns = 2 if width > NARROW and len(shown) > 1 else 1
+    rows = max(1, math.ceil(len(shown) / columns))
+    height = 0.4 + 1.05 * rows
+    figure = Figure(figsize=(width, height))
+    # Placed by hand: matplotlib's own layout takes seconds for a dozen panels.
+    left = 0.62
+    panel = (width - columns * (left + 0.3)) / columns, 0.72
+    size = max(1, math.ceil((len(timeline.edges_s) - 1) / (240 if width > NARROW else 160)))
+    for number, c in enumerate(shown):
+        column, row = divmod(number, rows)
+        x, y = left + column * (panel[0] + left + 0.3), height - 0.28 - panel[1] - 1.05 * row
+        axes = figure.add_axes((x / width, y / height, panel[0] / width, panel[1] / height))
+        color = KIND_COLORS.get(c.kind, KIND_COLORS["other"])
+        first = np.arange(0, len(timeline.edges_s) - 1, size)
+        edges = np.append(timeline.edges_s[first], timeline.edges_s[-1])
+        count = np.diff(np.append(first, len(timeline.edges_s) - 1))
+        if c.low_w is not None and c.high_w is not None:
+            low, high = np.minimum.reduceat(c.low_w, first), np.maximum.reduceat(c.high_w, first)
+            axes.stairs(high, edges, baseline=low, fill=True, color=color, alpha=0.3, linewidth=0)
+        else:
+            job = np.add.reduceat(c.job_w, first) / count
+            axes.stairs(job, edges, fill=True, color=color, alpha=0.3, linewidth=0)
+        device = np.add.reduceat(c.device_w, first) / count
+        axes.stairs(device, edges, color=color, linewidth=1.0, baseline=None)
+        _hatch_gaps(axes, [c])
+        aside = "" if c.in_total else " (not added)"
+        name = plain(component_name(c.kind, c.label), 34) + aside
+        axes.set_title(name, loc="left", fontsize=9, color=_INK, pad=3)
+        top = float(np.nanmax(c.high_w if c.high_w is not None else c.device_w, initial=0.0))
+        axes.set_ylim(0, max(1e-9, 1.1 * top))
+        _amounts(axes.yaxis, "W", most=3)
+        axes.grid(axis="y")
+        axes.spines["left"].set_visible(False)
+        _time_axis(
+            axes, float(edges[-1]), width, labels=row == rows - 1 or number == len(shown) - 1
+        )
+    return figure

@@ -1,0 +1,629 @@
+"""The run on a terminal: a screen from its summary, and one live line while it runs."""
+
+from __future__ import annotations
+
+import io
+import math
+import shlex
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from pepr_profiler.record import Record
+from pepr_profiler.units import (
+    J_PER_WH,
+    UNKNOWN,
+    format_duration,
+    format_quantity,
+    format_with_u,
+)
+
+# rich costs some 30 ms and numpy more: this module is imported while the child runs
+# (render_live), so both stay out of it; rich is imported where a finished run is drawn.
+
+_KINDS = ("gpu", "cpu", "dram", "other")
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_TITLE = "power over time"
+_NAME_CELLS = 18  # keeps the energy column of the two tables, and of two runs, in one place
+_ENERGY_CELLS = 14
+_KEY_CELLS = 9
+_MAX_PHASES = 12
+_GAP = "   "
+# RAPL domains that repeat what is added already, and what each is to the package.
+_ASIDE = {
+    "uncore": "inside package",
+    "core": "inside package",
+    "mmio": "repeats package",
+    "psys": "contains package",
+}
+_STYLES = {"measured": "green", "derived": "green", "modelled": "yellow", "mixed": "yellow"}
+
+_Line = list[tuple[str, str]]  # (text, rich style) pieces, left to right
+
+
+def render_live(
+    elapsed_s: float,
+    energy_j: float | None,
+    power_w: float | None,
+    provenance: str,
+    width: int,
+) -> str:
+    """The status line while the child runs, at most `width` cells, without a line end."""
+    minutes, seconds = divmod(int(elapsed_s), 60)
+    clock = f"{minutes:02d}:{seconds:02d}"
+    if minutes >= 60:
+        clock = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+    energy, power = format_quantity(energy_j, "J"), format_quantity(power_w, "W")
+    return f"pepr  {clock}  {energy}  {power}  {provenance}"[:width].rstrip()
+
+
+def render_run(
+    summary: Mapping[str, Any],
+    *,
+    width: int = 80,
+    color: bool = False,
+    curve: Mapping[str, Any] | None = None,
+) -> str:
+    """The screen of a run from its summary (DESIGN's contract), without a final line end.
+
+    `curve` are the options of `progress.curve_of`: which metric over the energy, how to read it.
+    No line is wider than `width` cells or ends in a space; there are no escape codes unless
+    `color`. Names and commands are shown as they are, their control characters made visible.
+    """
+    energy = summary["energy"]
+    sections = [
+        [_headline(summary, width)],
+        _energy_lines(summary, width),
+        _component_lines(energy, width),
+        _phase_lines(summary.get("phases") or [], energy, width),
+        _fact_lines(summary, width, curve or {}),
+        _saved_lines(summary, width),
+    ]
+    lines: list[_Line] = []
+    for index, section in enumerate(filter(None, sections)):
+        lines += [[], *section] if index else section
+    if color:
+        return _colored(lines, width)
+    # The sections fit 80 columns by themselves; the cut holds the promise below that.
+    return "\n".join(_cut("".join(text for text, _ in line).rstrip(), width) for line in lines)
+
+
+def _colored(lines: Iterable[_Line], width: int) -> str:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(
+        file=io.StringIO(),
+        width=width,
+        force_terminal=True,
+        color_system="standard",
+        highlight=False,
+    )
+    with console.capture() as capture:
+        for line in lines:
+            text = Text.assemble(*line)
+            text.rstrip()
+            text.truncate(width, overflow="ellipsis")
+            console.print(text, soft_wrap=True)
+    return capture.get().removesuffix("\n")
+
+
+def _headline(summary: Mapping[str, Any], width: int) -> _Line:
+    code = summary.get("exit_code")
+    if not summary.get("complete"):
+        status, style = "incomplete", "bold red"
+    elif code is None:
+        status, style = "", ""
+    else:
+        status, style = _exit_text(code), "green" if code == 0 else "red"
+    status = f"{_GAP}{status}" if status else ""
+    duration = f"{_GAP}{format_duration(summary.get('duration_s'))}"
+    head = "pepr > "
+    room = max(8, width - len(head) - len(status) - len(duration))
+    return [
+        (head, "bold cyan"),
+        (_cut(_clean(_subject(summary)), room), "bold"),
+        (status, style),
+        (duration, ""),
+    ]
+
+
+def _subject(summary: Mapping[str, Any]) -> str:
+    """What was measured: the command, or "attach 4121 4122 (python train.py)"."""
+    by_command: dict[str, list[str]] = {}
+    for target in (summary.get("recording") or {}).get("attached") or []:
+        by_command.setdefault(shlex.join(target["command"]), []).append(str(target["pid"]))
+    if by_command:
+        parts = (f"{' '.join(pids)} ({command})" for command, pids in by_command.items())
+        return f"attach {', '.join(parts)}"
+    command = summary.get("command")
+    return shlex.join(command) if command else str(summary.get("name") or "")
+
+
+def _exit_text(code: int) -> str:
+    # A shell's own convention, which DESIGN keeps: 128 + n for a child that signal n killed.
+    try:
+        return f"killed by {signal.Signals(code - 128).name} ({code})"
+    except ValueError:
+        return f"exit {code}"
+
+
+def _energy_lines(summary: Mapping[str, Any], width: int) -> list[_Line]:
+    energy = summary["energy"]
+    total_j, u_j, provenance = energy.get("total_j"), energy.get("u_j"), energy.get("provenance")
+    line: _Line = [(f"  {'Energy':<{_KEY_CELLS}}", "bold")]
+    notes: list[tuple[str, str]] = []
+    if _known(total_j) is None:
+        line.append((UNKNOWN, "bold red"))
+    else:
+        line.append((format_with_u(total_j, u_j, "J"), "bold"))
+        line.append((f"{_GAP}({format_quantity(total_j / J_PER_WH, 'Wh')})", ""))
+        line.append((f"{_GAP}mean {format_quantity(energy.get('mean_w'), 'W')}", ""))
+        line.append((f"{_GAP}{provenance or UNKNOWN}", _STYLES.get(str(provenance), "red")))
+        if provenance == "modelled":
+            within = ""
+            if _known(u_j) is not None and total_j > 0:
+                within = f", ± {u_j / total_j:.0%}"
+            notes.append(
+                (f"an estimate from utilisation{within}: no sensor, see missing", "yellow")
+            )
+        elif provenance == "mixed":
+            notes.append(("modelled rows are estimates: no sensor for them, see missing", "yellow"))
+    if energy.get("scope") == "device":
+        notes.append(("all that the devices took, whoever used them (--scope device)", ""))
+    if not summary.get("complete"):
+        note = "incomplete: the profiler died or still runs; figures are those so far"
+        notes.append((note, "bold red"))
+    return [line, *(fact for note in notes for fact in _fact("", [note], width))]
+
+
+class _Row(Record):
+    """A row of the energy table: one component, or all of a kind; None is unknown."""
+
+    name: str
+    provenance: str
+    energy_j: float | None
+    u_j: float | None
+    mean_w: float | None
+    max_w: float | None
+    max_is_bound: bool  # peaks of several parts need not coincide: their sum is an upper bound
+    trace_w: Sequence[float | None] | None
+
+
+def _rows(components: Iterable[Mapping[str, Any]], key: str) -> list[_Row]:
+    """The rows of the table; `key` is what of a component is in the total, "job_j" by default."""
+
+    def kind_of(component: Mapping[str, Any]) -> str:
+        return component["kind"] if component.get("kind") in _KINDS else "other"
+
+    added = sorted(
+        (c for c in components if c.get("in_total")), key=lambda c: _KINDS.index(kind_of(c))
+    )
+    rows = []
+    for kind, group in groupby(added, key=kind_of):
+        parts = list(group)
+        if kind in ("cpu", "dram"):
+            name = f"cpu    {len(parts)} packages" if kind == "cpu" else kind
+            rows.append(_merged(parts, name if len(parts) > 1 else None, key))
+        else:
+            rows.extend(_merged([part], None, key) for part in parts)
+    return rows
+
+
+def _merged(parts: Sequence[Mapping[str, Any]], name: str | None, key: str) -> _Row:
+    """The sum of `parts`: unknown if one is; their u adds in squares, being per board."""
+
+    def total(figure: str) -> float | None:
+        values = [_known(part.get(figure)) for part in parts]
+        return None if None in values else math.fsum(v for v in values if v is not None)
+
+    if name is None:
+        kind, label = str(parts[0].get("kind")), _label(parts[0])
+        name = label if label.startswith(kind) or kind == "other" else f"{kind:<5}  {label}"
+    uncertainties = [_known(part.get("u_j")) for part in parts]
+    traces = [part.get("trace_w") for part in parts]
+    trace_w: list[float | None] | None = None
+    if all(traces):
+        columns = zip(*(trace or () for trace in traces), strict=True)
+        trace_w = [None if None in column else math.fsum(column) for column in columns]
+    provenances = {str(part.get("provenance") or UNKNOWN) for part in parts}
+    return _Row(
+        name=_clean(name),
+        provenance=provenances.pop() if len(provenances) == 1 else "mixed",
+        energy_j=total(key),
+        u_j=None if None in uncertainties else math.hypot(*filter(None, uncertainties)),
+        mean_w=total("mean_w"),
+        max_w=total("max_w"),
+        max_is_bound=len(parts) > 1,
+        trace_w=trace_w,
+    )
+
+
+def _label(component: Mapping[str, Any]) -> str:
+    return str(component.get("label") or str(component.get("id", "")).partition(":")[2])
+
+
+def _component_lines(energy: Mapping[str, Any], width: int) -> list[_Line]:
+    components = energy.get("components") or []
+    rows = _rows(components, "device_j" if energy.get("scope") == "device" else "job_j")
+    lines: list[_Line] = []
+    if rows:
+        total = energy.get("total_j"), energy.get("u_j")
+        mixed = len({energy.get("provenance"), *(row.provenance for row in rows)}) > 1
+        columns = [
+            _Column("energy", [format_with_u(r.energy_j, r.u_j, "J", like=total) for r in rows]),
+            _Column("share", [_percent(r.energy_j, total[0]) for r in rows]),
+            _Column("mean W", _watts([r.mean_w for r in rows])),
+            _Column("max W", _watts([r.max_w for r in rows], [r.max_is_bound for r in rows])),
+        ]
+        gap = _GAP
+        if mixed:
+            columns.insert(0, _Column("", [r.provenance for r in rows], left=True))
+            gap = "  "  # the provenance's place is taken from the gaps, not from the sparkline
+        spare = width - _table_cells(_NAME_CELLS, columns, gap) - len(gap)
+        longer = max(_cells(row.name) for row in rows) - _NAME_CELLS
+        longer = max(0, min(longer, spare - len(_TITLE)))
+        spare -= longer
+        if any(row.trace_w for row in rows) and spare >= len("power"):
+            title = _TITLE if spare >= len(_TITLE) else "power"
+            columns.append(_Column(title, [_sparkline(r, min(48, spare)) for r in rows], left=True))
+        names = [row.name for row in rows]
+        lines = _table("source", names, columns, room=_NAME_CELLS + longer, gap=gap)
+    aside = _aside(components)
+    if aside:
+        lines.extend([(f"  {part}", "dim")] for part in _wrap(f"not added: {aside}", width - 2))
+    return lines
+
+
+def _aside(components: Iterable[Mapping[str, Any]]) -> str:
+    """The components outside the total: "core, uncore (inside package); psys (…)"."""
+    names: dict[str, list[str]] = {}
+    for component in components:
+        if component.get("in_total"):
+            continue
+        name = _clean(_label(component))
+        if component.get("kind") != "gpu":  # whose names may well have a "core" in them
+            text = f"{component.get('id')} {name}".lower()
+            name = next((key for key in _ASIDE if key in text), name)
+        group = names.setdefault(_ASIDE.get(name, ""), [])
+        if name not in group:
+            group.append(name)
+    return "; ".join(
+        ", ".join(sorted(group)) + (f" ({why})" if why else "") for why, group in names.items()
+    )
+
+
+def _phase_lines(
+    phases: Sequence[Mapping[str, Any]], energy: Mapping[str, Any], width: int
+) -> list[_Line]:
+    if not phases:
+        return []
+    total = energy.get("total_j"), energy.get("u_j")
+
+    def rank(phase: Mapping[str, Any]) -> float:
+        energy_j = _known(phase.get("energy_j"))
+        return math.inf if energy_j is None else -energy_j
+
+    shown = sorted(phases, key=rank)[:_MAX_PHASES]
+    columns = [
+        _Column("energy", [format_with_u(p["energy_j"], p["u_j"], "J", like=total) for p in shown]),
+        _Column("share", [_percent(p["energy_j"], total[0]) for p in shown]),
+        _Column("count", [f"{p['count']:,}" for p in shown]),
+        _Column("time", [format_duration(p["duration_s"]) for p in shown]),
+    ]
+    spare = width - _table_cells(0, columns, _GAP)
+    names = [_clean(str(phase["name"])) for phase in shown]
+    room = max(_NAME_CELLS, min(spare, max(map(_cells, names))))
+    lines = _table("phase", names, columns, room=room, gap=_GAP)
+    if len(phases) > len(shown):
+        lines.append([(f"  … {len(phases) - len(shown)} more", "dim")])
+    return lines
+
+
+def _fact_lines(
+    summary: Mapping[str, Any], width: int, curve_options: Mapping[str, Any]
+) -> list[_Line]:
+    components = summary["energy"].get("components") or []
+    facts = [
+        ("carbon", _carbon(summary.get("carbon"))),
+        ("metrics", _metrics(summary)),
+        *_progress(summary, curve_options),
+        ("memory", _memory(summary.get("memory") or {}, components)),
+        ("scope", _scope(summary["energy"])),
+        ("quality", _quality(summary)),
+    ]
+    lines: list[_Line] = []
+    for key, text in facts:
+        if text:
+            lines += _fact(key, [(text, "")], width)
+    missing: dict[tuple[str, str], list[str]] = {}
+    for item in summary.get("missing") or []:
+        missing.setdefault((item.get("why", ""), item.get("fix", "")), []).append(item["what"])
+    key = "missing"
+    for (why, fix), names in missing.items():
+        text = ", ".join(names) + (f": {why}" if why else "")
+        lines += _fact(key, [(text, ""), (f"fix: {fix}" if fix else "", "dim")], width)
+        key = ""
+    key = "warning"
+    for warning in summary.get("warnings") or []:
+        hint = warning.get("hint")
+        notes = [(warning["text"], "yellow"), (f"fix: {hint}" if hint else "", "dim")]
+        lines += _fact(key, notes, width)
+        key = ""
+    return lines
+
+
+def _fact(key: str, notes: Iterable[tuple[str, str]], width: int) -> list[_Line]:
+    """`key` and its text, wrapped beside it; every further note is indented below the first."""
+    lines: list[_Line] = []
+    for index, (text, style) in enumerate(note for note in notes if note[0]):
+        indent = 2 if index else 0
+        for part in _wrap(_clean(text), width - 2 - _KEY_CELLS - indent):
+            head = key if not lines else ""
+            lines.append([(f"  {head:<{_KEY_CELLS}}", "bold"), (" " * indent + part, style)])
+    return lines
+
+
+def _carbon(carbon: Mapping[str, Any] | None) -> str:
+    if carbon is None:
+        return f"{UNKNOWN}: set --region CODE or --carbon-intensity G_PER_KWH"
+    grams = format_quantity(carbon.get("g_co2e"), "g")
+    year = f" {carbon['year']}" if carbon.get("year") is not None else ""
+    return (
+        f"{grams} CO2e at {carbon['intensity_g_per_kwh']:.1f} g/kWh, PUE {carbon['pue']:.2f} "
+        f"({carbon['source']}{year})"
+    )
+
+
+def _metrics(summary: Mapping[str, Any]) -> str:
+    metrics = dict(summary.get("metrics") or {})
+    performance = summary.get("performance")
+    parts = []
+    if performance:
+        metrics.pop(performance["metric"], None)
+        parts = [f"{performance['metric']} {_number(performance['value'])} (performance)"]
+    return ", ".join([*parts, *(f"{name} {_number(value)}" for name, value in metrics.items())])
+
+
+_CURVE_CELLS = 24
+
+
+def _progress(
+    summary: Mapping[str, Any], curve_options: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """The performance over the run's energy as a line of blocks, and where PePR along it is best.
+
+    Without a cohort the bounds are the run's own (`progress.scores_along`).
+    """
+    if not summary.get("progress"):
+        return []
+    from pepr_profiler.study.progress import best_stop, curve_of, name_of
+
+    curve = curve_of(summary, **curve_options)
+    if curve is None or len(curve.t_s) < 2:
+        return []
+    values = [float(value) for value in curve.performance]
+    first, last, text = values[0], values[-1], ""
+    blocks = _curve_line([float(e) for e in curve.energy_j], values, curve.total_j)
+    name = name_of(curve.metric, curve_options.get("transform"))
+    shown = f"{name} {first:.4g} {blocks} {last:.4g} over the energy"
+    if not all(0 <= value <= 1 for value in values):
+        text = (
+            "PePR along it needs a performance from 0 to 1: pepr-profile report --percent, "
+            "or --transform if lower is better"
+        )
+    elif last < first:
+        text = "it falls; if lower is better: pepr-profile report --transform one-minus|exp-neg"
+    elif curve.total_j > 0:
+        stop = best_stop(curve)
+        where = f"after {format_duration(stop.t_s)}"
+        if stop.epoch is not None:
+            where = f"at epoch {stop.epoch:g}"
+        text = (
+            f"PePR is best {where}: stopping there keeps {stop.performance_share:.1%} of the "
+            f"{name} for {stop.energy_share:.0%} of the energy (bounds: 0 … this run's)"
+        )
+        if stop.point == len(values) - 1:
+            text = "PePR is best at the end (bounds: 0 … this run's energy)"
+    return [("progress", shown), ("", text)]
+
+
+def _curve_line(energy_j: Sequence[float], values: Sequence[float], total_j: float) -> str:
+    """The values over the energy in eighth blocks, from lowest to highest; " " before the first."""
+    low, span = min(values), max(values) - min(values)
+    line = ""
+    for cell in range(_CURVE_CELLS):
+        reached = [v for e, v in zip(energy_j, values, strict=True)
+                   if e * _CURVE_CELLS <= total_j * (cell + 1)]  # fmt: skip
+        if not reached:
+            line += " "
+        else:
+            line += _BLOCKS[min(7, int((reached[-1] - low) / span * 8)) if span > 0 else 7]
+    return line
+
+
+def _memory(memory: Mapping[str, Any], components: Iterable[Mapping[str, Any]]) -> str:
+    text = f"peak {format_quantity(memory.get('peak_rss_bytes'), 'B')} in RAM"
+    gpu_bytes = memory.get("gpu_peak_bytes")
+    if gpu_bytes is not None or any(c.get("kind") == "gpu" for c in components):
+        text += f", {format_quantity(gpu_bytes, 'B')} on GPUs"
+    return text
+
+
+def _scope(energy: Mapping[str, Any]) -> str:
+    added = [c for c in energy.get("components") or [] if c.get("in_total")]
+    if not added:
+        return ""
+
+    def total(key: str) -> str:
+        values = [value for c in added if (value := _known(c.get(key))) is not None]
+        if not values:
+            return UNKNOWN
+        at_least = "at least " if len(values) < len(added) else ""
+        return at_least + format_quantity(math.fsum(values), "J")
+
+    shares = f"this job {total('job_j')}, others {total('others_j')}, idle {total('idle_j')}"
+    return f"{shares} on the same devices"
+
+
+def _quality(summary: Mapping[str, Any]) -> str:
+    sampler = summary.get("sampler") or {}
+    samples = sampler.get("samples")
+    if samples is None:
+        return ""
+    text = f"{samples:,} samples, {_count(sampler.get('dropped'))} dropped"
+    daemon = (summary.get("recording") or {}).get("daemon") or {}
+    read = ", ".join(daemon.get("lanes") or ())
+    late, timed = sampler.get("late"), sampler.get("timed")
+    timed = samples if timed is None else timed  # as older recordings tell it
+    text += f", {_percent(late, timed)}" if timed else f", {_count(late)}"
+    text += " of our own late" if read else " late"  # when the daemon read, it alone knows
+    cpu_s = _known(sampler.get("cpu_s"))
+    fraction = _known(sampler.get("cpu_fraction"))
+    duration_s = _known(summary.get("duration_s"))
+    if fraction is None and cpu_s is not None and duration_s:
+        fraction = cpu_s / duration_s
+    text += f"; profiler used {format_duration(cpu_s)} CPU"
+    text += "" if fraction is None else f" ({fraction:.1%})"
+    return f"{text}; {_clean(read)} read by the node's daemon" if read else text
+
+
+def _saved_lines(summary: Mapping[str, Any], width: int) -> list[_Line]:
+    run_id = _clean(str(summary.get("run_id") or ""))
+    if not run_id:
+        return []
+    experiment = summary.get("experiment")
+    following = f"next: pepr-profile report {run_id}"
+    if experiment:
+        following = f"next: pepr-profile compare --experiment {_clean(shlex.quote(experiment))}"
+    saved = f"  saved {run_id}"
+    gap = width - _cells(saved) - _cells(following)
+    if gap >= len(_GAP):
+        return [[(saved, "bold"), (" " * gap, ""), (following, "dim")]]
+    return [[(saved, "bold")], [(f"  {following}", "dim")]]
+
+
+class _Column(Record):
+    title: str
+    values: list[str]
+    left: bool = False
+
+    @property
+    def cells(self) -> int:
+        least = _ENERGY_CELLS if self.title == "energy" else 0
+        # A ≤ hangs into the gap, so that the digits stay below each other and below the title.
+        return max(least, len(self.title), *(len(value.lstrip("≤")) for value in self.values))
+
+    def after(self, gap: str, text: str) -> str:
+        """`gap` and `text`, aligned in the column."""
+        # The energy is wide: its title sits over the digits that it is read from.
+        if self.left or (self.title == "energy" and text == self.title):
+            return gap + text.ljust(self.cells)
+        return text.rjust(len(gap) + self.cells)
+
+
+def _table_cells(room: int, columns: Sequence[_Column], gap: str) -> int:
+    return 2 + room + sum(len(gap) + column.cells for column in columns)
+
+
+def _table(
+    title: str, names: Sequence[str], columns: Sequence[_Column], *, room: int, gap: str
+) -> list[_Line]:
+    """A header and a line for each name, the names cut and padded to `room` cells."""
+    header = "".join(column.after(gap, column.title) for column in columns)
+    lines: list[_Line] = [[(f"  {title:<{room}}{header}", "dim")]]
+    for index, name in enumerate(names):
+        shown = _cut(name, room)
+        pad = " " * (room - _cells(shown))
+        cells = "".join(column.after(gap, column.values[index]) for column in columns)
+        lines.append([(f"  {shown}{pad}{cells}", "")])
+    return lines
+
+
+def _sparkline(row: _Row, cells: int) -> str:
+    """The row's power over the run in eighth blocks from 0 W to its max W; a gap is a space."""
+    trace_w = row.trace_w or []
+    means = [
+        _mean_between(trace_w, i * len(trace_w) / cells, (i + 1) * len(trace_w) / cells)
+        for i in range(cells if trace_w else 0)
+    ]
+    full_w = max([row.max_w or 0.0, *(w for w in means if w is not None)])
+    return "".join(
+        " " if w is None else _BLOCKS[max(0, min(7, int(w / full_w * 8)) if full_w > 0 else 0)]
+        for w in means
+    )
+
+
+def _mean_between(trace_w: Sequence[float | None], start: float, stop: float) -> float | None:
+    """The mean of the known buckets in [start, stop), each weighted by how much of it is in."""
+    weighted, weight = 0.0, 0.0
+    for index in range(int(start), min(len(trace_w), math.ceil(stop))):
+        value, part = _known(trace_w[index]), min(index + 1, stop) - max(index, start)
+        if value is not None and part > 1e-9:  # rounding of start and stop is no sample
+            weighted, weight = weighted + part * value, weight + part
+    return weighted / weight if weight else None
+
+
+def _watts(values: Sequence[float | None], bounds: Sequence[bool] | None = None) -> list[str]:
+    """A column of watts with one number of decimals, two where a value is below 10 W."""
+    known = [abs(value) for value in values if value is not None]
+    decimals = 2 if any(value < 9.95 for value in known) else 1
+    return [
+        "?" if value is None else f"{'≤' if bound else ''}{value:.{decimals}f}"
+        for value, bound in zip(values, bounds or [False] * len(values), strict=True)
+    ]
+
+
+def _percent(part: float | None, whole: float | None) -> str:
+    part, whole = _known(part), _known(whole)
+    return "?" if part is None or not whole else f"{part / whole:.1%}"
+
+
+def _count(number: int | None) -> str:
+    return UNKNOWN if number is None else f"{number:,}"
+
+
+def _number(value: Any) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return UNKNOWN
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _known(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _clean(text: str) -> str:
+    """`text` with what would move the cursor, hide or fail to encode written as an escape."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
+def _cells(text: str) -> int:
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _cut(text: str, cells: int) -> str:
+    from rich.cells import set_cell_size
+
+    if _cells(text) <= cells:
+        return text
+    return set_cell_size(text, cells - 1).rstrip() + "…"
+
+
+def _wrap(text: str, cells: int) -> list[str]:
+    """Lines of at most `cells` cells; a word longer than that is folded."""
+    if all(_cells(character) == 1 for character in set(text)):
+        # As the profiler's own texts are: this spares a plain screen rich's console, 30 ms.
+        from textwrap import wrap
+
+        return wrap(text, max(cells, 1), break_on_hyphens=False)
+    from rich.console import Console
+    from rich.text import Text
+
+    lines = Text(text).wrap(Console(file=io.StringIO()), max(cells, 1), overflow="fold")
+    return [line.plain.rstrip() for line in lines]

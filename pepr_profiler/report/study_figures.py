@@ -1,0 +1,303 @@
+"""Figures of a study: performance against the resource, and over energy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pepr_profiler.report.figures import (
+    _ALARM,
+    _INK,
+    _MUTED,
+    _PAPER,
+    _POINT,
+    KIND_COLORS,
+    NARROW,
+    WIDE,
+    Chart,
+    _label_right,
+    chart,
+    plain,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from pepr_profiler.study.progress import Envelope, ProgressCurve
+
+# --- a study -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Points:
+    """Rows of a study as points: `x`, `y` (n,) with their u (NaN: unknown), and each one's runs.
+
+    `runs` are (row, x, y). `bounds` are (r_min, r_max) where `y` is a performance over the resource
+    that they bound.
+    """
+
+    names: tuple[str, ...]
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    u_x: NDArray[np.float64]
+    u_y: NDArray[np.float64]
+    front: NDArray[np.bool_]
+    suspect: NDArray[np.bool_]
+    x_label: str
+    y_label: str
+    x_unit: str
+    bounds: tuple[float, float] | None = None
+    runs: tuple[tuple[int, float, float], ...] = ()
+
+
+LEVELS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+"""Scores whose lines of equal PePR are drawn."""
+
+_ISO_POINTS = 64
+_MOST_NAMED = 14
+
+
+def study_chart(ident: str, title: str, text: str, points: Points) -> tuple[Chart, dict[str, Any]]:
+    """A scatter of a study, and how its two drawings map numbers to places, for the page's script.
+
+    A map is [slope, offset] of log10 x (of x where `log` is false) and of y, in SVG units.
+    """
+    places: dict[str, Any] = {"log": _log_fits(points.x)}
+
+    def draw(width: float) -> Figure:
+        figure = scatter(points, width)
+        axes = figure.axes[0]
+        height = figure.get_size_inches()[1] * figure.dpi
+        (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
+        corners = axes.transData.transform([(x0, y0), (x1, y1)]) * 72 / figure.dpi
+        if places["log"]:
+            x0, x1 = math.log10(x0), math.log10(x1)
+        slope_x = (corners[1, 0] - corners[0, 0]) / (x1 - x0)
+        slope_y = -(corners[1, 1] - corners[0, 1]) / (y1 - y0)
+        bottom = height * 72 / figure.dpi - corners[0, 1]
+        places["wide" if width == WIDE else "narrow"] = {
+            "x": [slope_x, corners[0, 0] - slope_x * x0],
+            "y": [slope_y, bottom - slope_y * y0],
+            "xlim": [x0, x1],
+            "top": y1,
+        }
+        return figure
+
+    return chart(ident, title, text, draw), places
+
+
+def _log_fits(x: NDArray[np.float64]) -> bool:
+    return bool((x > 0).all())
+
+
+def scatter(points: Points, width: float = WIDE) -> Figure:
+    """Performance over a resource, its axis logarithmic, with lines of equal PePR and the front.
+
+    Bars are u; faint dots are single runs; a cross is a row whose numbers look wrong.
+    """
+    return panels([("", points)], width=width, height=4.4 if width > NARROW else 4.0)
+
+
+def panels(
+    parts: Sequence[tuple[str, Points]], *, width: float = WIDE, height: float = 4.0
+) -> Figure:
+    """Scatters side by side, two a row, each with its name."""
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(parts))
+    rows = math.ceil(len(parts) / columns)
+    figure = Figure(figsize=(width, height * rows), dpi=72, layout="constrained")
+    places = [figure.add_subplot(rows, columns, i + 1) for i in range(len(parts))]
+    each = width / columns
+    for axes, (name, points) in zip(places, parts, strict=True):
+        _prepare(axes, points, each)
+        if name:
+            axes.set_title(plain(name), loc="right", fontsize=10, fontweight="bold", pad=16)
+    figure.draw_without_rendering()  # now pixels are known, and stay
+    figure.set_layout_engine("none")
+    for axes, (_, points) in zip(places, parts, strict=True):
+        _fill(axes, points)
+    return figure
+
+
+def _prepare(axes: Axes, points: Points, width: float) -> None:
+    xs, ys = [points.x], [points.y]
+    if points.runs:
+        xs.append(np.array([x for _, x, _ in points.runs]))
+        ys.append(np.array([y for _, _, y in points.runs]))
+    all_x, all_y = np.concatenate(xs), np.concatenate(ys)
+    log = _log_fits(points.x) and _log_fits(all_x)
+    if log:
+        axes.set_xscale("log")
+        span = max(0.12, 0.11 * math.log10(all_x.max() / all_x.min()))
+        axes.set_xlim(all_x.min() / 10 ** (1.2 * span), all_x.max() * 10 ** (1.8 * span))
+    _amounts_below(axes, points.x_unit, width)
+    low, high = float(all_y.min()), float(all_y.max())
+    pad = max(0.02, 0.14 * (high - low))
+    axes.set_ylim(max(0.0, low - pad), min(1.03, high + pad))
+    axes.set_xlabel(plain(points.x_label, 60), loc="right")
+    axes.set_title(plain(points.y_label, 60), loc="left", fontsize=9, color=_MUTED, pad=16)
+    axes.grid(axis="y")
+    axes.spines["left"].set_visible(False)
+
+
+def _amounts_below(axes: Axes, unit: str, width: float) -> None:
+    """Ticks of the x axis: amounts with their unit, few and round on a logarithmic one too."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    if axes.get_xscale() == "log":
+        low, high = axes.get_xlim()
+        decades = math.log10(high / low)
+        subs: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0) if decades < 1 else (1.0, 2.0, 5.0)
+        if decades > (2.5 if width > NARROW else 1.5):
+            subs = (1.0,)
+        axes.xaxis.set_major_locator(LogLocator(subs=list(subs)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="x", which="minor", size=0)
+    axes.xaxis.set_major_formatter(EngFormatter(unit=unit, sep=" " if unit else ""))
+
+
+def _fill(axes: Axes, points: Points) -> None:
+    if points.bounds is not None:
+        _draw_isolines(axes, points.bounds, log=axes.get_xscale() == "log")
+    order = np.argsort(points.x[points.front])
+    axes.plot(points.x[points.front][order], points.y[points.front][order], color=_INK,
+              linewidth=0.9, linestyle=(0, (1, 2.5)), gid="front", zorder=2)  # fmt: skip
+    for row, x, y in points.runs:
+        axes.plot([x], [y], ".", color=_POINT, alpha=0.4, markersize=4, gid=f"run-{row}", zorder=3)
+    for i in range(len(points.names)):
+        _draw_point(axes, points, i)
+    _name_points(axes, points)
+
+
+def _draw_isolines(axes: Axes, bounds: tuple[float, float], *, log: bool) -> None:
+    (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
+    x = np.geomspace(x0, x1, _ISO_POINTS) if log else np.linspace(x0, x1, _ISO_POINTS)
+    r = np.clip((x - bounds[0]) / (bounds[1] - bounds[0]), 0.0, 1.0)
+    named = False
+    for level in LEVELS:
+        axes.plot(x, level * (1 + r), color=_MUTED, linewidth=0.7, alpha=0.55,
+                  gid=f"iso-{level}", zorder=1, scalex=False, scaley=False)  # fmt: skip
+        # Named where it leaves the figure at its top; the page's script moves the name along.
+        end = bounds[0] + (y1 / level - 1) * (bounds[1] - bounds[0])
+        if level < y1 <= 2 * level and x0 <= end <= x1:
+            axes.annotate(f"{level:g}" if named else f"PePR {level:g}", (end, 1.0),
+                          xycoords=("data", "axes fraction"), textcoords="offset points",
+                          xytext=(8, 3), ha="right", color=_MUTED, fontsize=8,
+                          gid=f"isoname-{level}", annotation_clip=False)  # fmt: skip
+            named = True
+    axes.set_xlim(x0, x1)
+    axes.set_ylim(y0, y1)
+
+
+def _draw_point(axes: Axes, points: Points, i: int) -> None:
+    x, y, u_x, u_y = (float(a[i]) for a in (points.x, points.y, points.u_x, points.u_y))
+    suspect = bool(points.suspect[i])
+    color = _ALARM if suspect else _POINT
+    if math.isfinite(u_x) and u_x > 0:
+        left = max(x - u_x, axes.get_xlim()[0])
+        axes.plot([left, x + u_x], [y, y], color=color, linewidth=1, alpha=0.5, gid=f"barx-{i}",
+                  scalex=False, scaley=False)  # fmt: skip
+    if math.isfinite(u_y) and u_y > 0:
+        axes.plot([x, x], [y - u_y, y + u_y], color=color, linewidth=1, alpha=0.5, gid=f"bary-{i}",
+                  scalex=False, scaley=False)  # fmt: skip
+    filled = _POINT if points.front[i] and not suspect else _PAPER
+    axes.plot([x], [y], "X" if suspect else "o", color=color, markerfacecolor=filled,
+              markersize=6.5, markeredgewidth=1.6, gid=f"point-{i}", zorder=5)  # fmt: skip
+
+
+def _name_points(axes: Axes, points: Points) -> None:
+    """Names beside points where they cover neither a point nor another name."""
+    pixels = axes.transData.transform(np.column_stack((points.x, points.y)))
+    box = axes.get_window_extent()
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
+    first = [*np.flatnonzero(points.front), *np.flatnonzero(points.suspect), *np.argsort(-points.y)]
+    for i in list(dict.fromkeys(int(i) for i in first))[:_MOST_NAMED]:
+        name = plain(points.names[i], 22)
+        w, h = 5.1 * len(name), 10.0
+        x, y = pixels[i]
+        places = (
+            (x + 8, y - h / 2, "left"), (x - 8 - w, y - h / 2, "right"),
+            (x - w / 2, y + 8, "center"), (x - w / 2, y - 8 - h, "center"),
+            (x + 6, y + 6, "left"), (x + 6, y - 6 - h, "left"),
+            (x - 6 - w, y + 6, "right"), (x - 6 - w, y - 6 - h, "right"),
+        )  # fmt: skip
+        for left, bottom, side in places:
+            here = (left, bottom, left + w, bottom + h)
+            inside = (
+                here[0] > box.x0 - 4
+                and here[2] < box.x1 + 8
+                and here[1] > box.y0
+                and here[3] < box.y1
+            )
+            if inside and not any(_touch(here, other) for other in taken):
+                taken.append(here)
+                anchor = {"left": left, "right": left + w, "center": left + w / 2}[side]
+                axes.annotate(name, (points.x[i], points.y[i]), textcoords="offset points",
+                              xytext=(anchor - x, bottom + h / 2 - y), ha=side, va="center",
+                              gid=f"name-{i}", fontsize=9)  # fmt: skip
+                break
+
+
+def _touch(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+_MOST_CURVES = 60
+
+
+def progress_curves(
+    curves: Sequence[ProgressCurve], best: Envelope | None = None, *, width: float = WIDE
+) -> Figure:
+    """Performance over the energy until then, a line a run; `best` is the envelope of them all.
+
+    Lines of one name are one colour and named once; energy is logarithmic where there are several.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 3.4), dpi=72, layout="constrained")
+    axes = figure.add_subplot()
+    names = list(dict.fromkeys(curve.name for curve in curves))
+    cycle = [*KIND_COLORS.values(), _ALARM, _MUTED]
+    if len(curves) > 1 and all(_log_fits(curve.energy_j) for curve in curves):
+        axes.set_xscale("log")
+    for curve in curves[:_MOST_CURVES]:
+        color = _POINT if len(names) == 1 else cycle[names.index(curve.name) % len(cycle)]
+        axes.plot(curve.energy_j, curve.performance, color=color, linewidth=1.1,
+                  linestyle="-" if names.index(curve.name) < len(cycle) else "--",
+                  alpha=1 if len(curves) == 1 else 0.6, marker="o" if len(curves) == 1 else "",
+                  markersize=4)  # fmt: skip
+    if best is not None and len(best.energy_j):
+        last = max(float(curve.energy_j[-1]) for curve in curves)
+        energy_j = np.append(best.energy_j, last)
+        performance = np.append(best.performance, best.performance[-1])
+        axes.plot(
+            energy_j, performance, color=_INK, linewidth=1.8, drawstyle="steps-post", zorder=4
+        )
+    if len(names) > 1:
+        ends = {curve.name: curve for curve in curves[:_MOST_CURVES]}
+        marks = [
+            (
+                float(c.performance[-1]),
+                plain(name) if names.index(name) < len(cycle) else f"{plain(name, 10)} (dashed)",
+                cycle[names.index(name) % len(cycle)],
+            )
+            for name, c in ends.items()
+        ]
+        _label_right(axes, marks, width)
+    elif curves:
+        axes.set_xlim(left=0)
+    _amounts_below(axes, "J", width)
+    axes.set_title(
+        plain(curves[0].metric, 60) if curves else "", loc="left", fontsize=9, color=_MUTED
+    )
+    axes.set_xlabel("energy", loc="right")
+    axes.grid(axis="y")
+    axes.spines["left"].set_visible(False)
+    return figure

@@ -1,0 +1,113 @@
+"""Which sensors to open on this machine, as which lanes, what would unlock the rest, and where the
+node's daemon may listen, which has some of them.
+
+Decided from the names of a few files and one attempt to open perf: a run waits for it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pepr_profiler import _core
+from pepr_profiler.errors import SensorError
+from pepr_profiler.sensors.machine import _text
+
+_PROBE_NS = 3600 * 10**9  # a probe reads once
+_PROBE_TIMEOUT_S = 1.0
+
+# What powercap calls a domain, and perf.
+_DOMAINS = {"package": "energy-pkg", "dram": "energy-ram", "psys": "energy-psys"}
+
+
+def detect_lasting(sysfs: Path = Path("/sys")) -> tuple[str, ...]:
+    """As `detect`, for a reader that may be restarted: counters that go on without it come first.
+
+    perf counts from when it is opened, so that a restart loses what was used meanwhile; powercap
+    shows the processor's own counter. Who is asking has privileges, so permission does not count.
+    """
+    zones = {domain for domain, _ in _zones(sysfs)}
+    rapl = "perf" if not zones and _perf_offers(sysfs) else "powercap"
+    hwmon = _hwmon_specs(sysfs, cpu_covered="package" in zones)
+    return ("nvml", _spec(rapl, sysfs), *hwmon)
+
+
+def detect(sysfs: Path = Path("/sys")) -> tuple[str, ...]:
+    """The specs that a recording should open here; none is opened that only repeats another.
+
+    NVML is always tried: only loading its library tells. perf is preferred to powercap, whose
+    counters wrap and are root's own; powercap is added for what perf lacks. hwmon chips are opened
+    one by one, for devices that neither covers. Where nothing gives the CPU's energy, what could is
+    in the list all the same: opening it says why it does not.
+    """
+    zones = _zones(sysfs)
+    events = _perf_events(sysfs)
+    specs = ["nvml"]
+    if events:
+        specs.append(_spec("perf", sysfs))
+    denied = not events and _perf_offers(sysfs)
+    readable = {domain for domain, may_read in zones if may_read}
+    if {_DOMAINS[domain] for domain in readable} - events:
+        specs.append(_spec("powercap", sysfs))
+    elif not events:
+        specs += [_spec("perf", sysfs)] if denied else []
+        specs += [_spec("powercap", sysfs)] if zones or not denied else []
+    covered = "energy-pkg" in events or "package" in readable
+    return (*specs, *_hwmon_specs(sysfs, cpu_covered=covered))
+
+
+# --- what lies in sysfs ---------------------------------------------------------------------------
+
+
+def _spec(kind: str, sysfs: Path) -> str:
+    if sysfs == Path("/sys"):
+        return kind
+    return f"{kind}:{sysfs if kind == 'perf' else sysfs / 'class' / kind}"
+
+
+def _perf_offers(sysfs: Path) -> bool:
+    return (sysfs / "bus/event_source/devices/power/events/energy-pkg").exists()
+
+
+def _perf_events(sysfs: Path) -> set[str]:
+    """The events that perf lets us count. Only the kernel knows whether it does: it is asked."""
+    if not _perf_offers(sysfs):
+        return set()
+    probe = _core.Sampler(_spec("perf", sysfs), _PROBE_NS)
+    try:
+        if not probe.wait_ready(_PROBE_TIMEOUT_S):
+            return set()
+        return {channel.labels["event"] for channel in probe.channels}
+    except SensorError:
+        return set()  # said again, with its reason, by whoever opens it for good
+    finally:
+        probe.stop(_PROBE_TIMEOUT_S)
+
+
+def _zones(sysfs: Path) -> list[tuple[str, bool]]:
+    """Of each powercap zone that could count, its domain, and whether we may read it."""
+    zones = []
+    for folder in _listed(sysfs / "class/powercap"):
+        domain = _text(folder / "name").partition("-")[0]
+        if domain in _DOMAINS and not folder.name.startswith("intel-rapl-mmio"):
+            zones.append((domain, os.access(folder / "energy_uj", os.R_OK)))
+    return zones
+
+
+def _hwmon_specs(sysfs: Path, *, cpu_covered: bool) -> list[str]:
+    specs = []
+    for chip in _listed(sysfs / "class/hwmon"):
+        names = [*_listed(chip), *_listed(chip / "device")]
+        inputs = [n.name for n in names if n.name.endswith(("_input", "_average"))]
+        name = _text(chip / "name") or _text(chip / "device/name")
+        energetic = any(n.startswith(("energy", "power")) for n in inputs) or name == "ina3221"
+        if energetic and not (cpu_covered and name == "amd_energy"):
+            specs.append(f"hwmon:{chip}")
+    return specs
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []

@@ -1,0 +1,1 @@
+"""Runs on disk: found, loaded, changed, removed."""

@@ -1,0 +1,242 @@
+"""Runs on disk: `STORE/runs/RUN_ID/`, found by id, unique prefix, path, or as the last one.
+
+The run directories are the truth; the name of one is the run's id, wherever it was copied from.
+`STORE/index` is a cache (see index), without which everything works, later.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from pepr_profiler.errors import PeprError, TraceError, UsageError
+from pepr_profiler.trace.events import EventWriter
+from pepr_profiler.trace.run_json import boot_id, files_of, has_ended, read_run, write_json
+
+TYPE_CHECKING = False  # typing takes 0.5 MB
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pepr_profiler.store.index import Filter, Found
+
+LAST = "last"
+"""What the newest run may be called."""
+
+_QUIET_S = 60.0
+"""A recording is flushed at least once a second. A run without an end, which changed within the
+last minute, may be recorded on another machine or in another container."""
+
+
+def default_path() -> Path:
+    """`PEPR_STORE`, else the user's data directory, so that any shell finds every run."""
+    given = os.environ.get("PEPR_STORE")
+    if given:
+        return Path(given)
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "pepr-profiler"
+
+
+class Store:
+    """A directory of runs."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path if path is not None else default_path()
+
+    @property
+    def runs_path(self) -> Path:
+        return self.path / "runs"
+
+    @property
+    def index_path(self) -> Path:
+        return self.path / "index"
+
+    def create(self, name: str) -> Path:
+        """A new run directory, named after the run. Raises OSError where none can be made."""
+        slug = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:40] or "run"
+        self.runs_path.mkdir(parents=True, exist_ok=True)
+        while True:
+            directory = self.runs_path / f"{slug}-{os.urandom(3).hex()}"
+            try:
+                directory.mkdir()
+            except FileExistsError:
+                continue
+            return directory
+
+    def find(self, wanted: Filter | None = None) -> Found:
+        """The runs that are wanted, incomplete ones with what they cost so far."""
+        from pepr_profiler.store.index import Index
+
+        return Index(self.path / "index", self.runs_path).find(self._names(), wanted)
+
+    def directory(self, ref: str) -> Path:
+        """The directory of a run: an id, a unique prefix of one, a run directory, or `last`.
+
+        Raises UsageError if there is none or more than one.
+        """
+        as_path = Path(ref)
+        if (as_path / "run.json").is_file():
+            return as_path
+        names = [ref] if self._holds(ref) else []
+        if not names and ref == LAST:
+            names = self.find().ids[-1:]
+        if not names:
+            starts = sorted(name for name in self._names() if name.startswith(ref))
+            names = [name for name in starts if (self.runs_path / name).is_dir()]
+        if len(names) == 1:
+            return self.runs_path / names[0]
+        if names:
+            raise UsageError(
+                f"run '{ref}' is ambiguous",
+                why=f"it could be {', '.join(names[:5])}{' …' if len(names) > 5 else ''}",
+                fix="give more of its id",
+            )
+        raise UsageError(
+            f"there is no run '{ref}'",
+            why=f"no run in {self.path} has an id that begins so, and it is no run directory",
+            fix="see: pepr-profile runs list, or give --store DIR",
+        )
+
+    def load(self, ref: str) -> dict[str, Any]:
+        """The whole summary of a run: as written at its end, computed now if it has no end.
+
+        UsageError as `directory`; TraceError for what is no recording, or a newer version's.
+        """
+        directory = self.directory(ref)
+        return self._identified(_summary_of(directory), directory)
+
+    def set(
+        self,
+        ref: str,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        facts: Mapping[str, str | None] | None = None,
+    ) -> dict[str, Any]:
+        """Adds metrics to a run, as a new line of events, and changes its `name`, `experiment`.
+
+        Returns its summary, computed anew. Facts of a run that is still being recorded are refused
+        with UsageError: its recorder writes them at the end.
+        """
+        directory = self.directory(ref)
+        run = _summary_of(directory)  # raises for what is no recording, before anything is written
+        if facts and is_recording(directory, run):
+            raise _still_recording(directory, "changed", fix="wait for its end")
+        if metrics:
+            writer = EventWriter(directory)
+            writer.metrics(dict(metrics), t_ns=run["clock"][-1]["t_ns"])
+            writer.close()
+            if writer.lost:
+                raise _unwritable(directory, f"the metrics of {ref} could not be written")
+        summary = _summarise(directory, {**read_run(directory), **(facts or {})})
+        try:
+            write_json(directory / "run.json", summary)
+        except OSError as error:
+            raise _unwritable(directory, f"{ref} could not be changed", error) from error
+        return self._identified(summary, directory)
+
+    def removable(self, ref: str, *, force: bool = False) -> Path:
+        """The directory that `remove` would take for `ref`.
+
+        UsageError where there is none inside this store, and for a run that is being recorded
+        unless `force`.
+        """
+        directory = self.directory(ref)
+        # Of a link in the store the link is meant, so only what is above it is resolved.
+        inside = directory.absolute().parent.resolve() == self.runs_path.resolve()
+        if not inside or directory.name in ("", ".", ".."):
+            raise UsageError(
+                f"{ref} is not removed",
+                why=f"it is outside the store {self.path}",
+                fix="remove the directory itself, or say which store it is in: --store DIR",
+            )
+        run: dict[str, Any] = {}
+        with suppress(TraceError):  # what cannot be read may still be removed, if nobody writes it
+            run = read_run(directory)
+        if not force and is_recording(directory, run):
+            raise _still_recording(
+                directory, "removed", fix="wait for its end; if it has none: --force"
+            )
+        return directory
+
+    def remove(self, directory: Path) -> None:
+        """Removes what `removable` gave: it is gone at once, its files soon after."""
+        import shutil
+
+        try:
+            if directory.is_symlink():
+                directory.unlink()
+                return
+            doomed = self.runs_path / f".removed-{os.urandom(6).hex()}"
+            directory.rename(doomed)
+            for path in self.runs_path.glob(".removed-*"):  # those too that a crash left over
+                shutil.rmtree(path)
+        except FileNotFoundError:
+            return  # somebody else was faster
+        except OSError as error:
+            raise _unwritable(directory, f"{directory} could not be removed", error) from error
+
+    def _names(self) -> list[str]:
+        """What may be a run; a name with a dot in front is none."""
+        try:
+            return [name for name in os.listdir(self.runs_path) if name[0] != "."]  # noqa: PTH208
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise PeprError(
+                f"the store {self.path} cannot be read",
+                why=error.strerror or str(error),
+                fix="give --store DIR (or PEPR_STORE) that you may read",
+            ) from error
+
+    def _holds(self, name: str) -> bool:
+        plain = name == Path(name).name and name not in ("", "..")
+        return plain and (self.runs_path / name).is_dir()
+
+    def _identified(self, run: dict[str, Any], directory: Path) -> dict[str, Any]:
+        """The run with the id that it has here: a directory may have been copied and renamed."""
+        if directory.absolute().parent == self.runs_path.absolute():
+            run["run_id"] = directory.name
+        return run
+
+
+def is_recording(directory: Path, run: Mapping[str, Any]) -> bool:
+    """Whether somebody may still be recording a run (its run.json, {} if it cannot be read)."""
+    if run.get("complete"):
+        return False
+    if run and recorder_lives(run):
+        return True
+    changed_ns, _ = files_of(directory)
+    return time.time() - changed_ns * 1e-9 < _QUIET_S
+
+
+def recorder_lives(run: Mapping[str, Any]) -> bool:
+    """Whether the profiler of an unfinished run may still be there; only one killed is not."""
+    here = boot_id()
+    if not here or run.get("boot_id") != here:
+        return False
+    pid = (run.get("recording") or {}).get("profiler_pid")
+    return pid is None or Path(f"/proc/{pid}").exists()
+
+
+def _summary_of(directory: Path) -> dict[str, Any]:
+    """A run's summary: read if it is complete, else computed from what was flushed."""
+    run = read_run(directory)
+    return run if has_ended(run) else _summarise(directory, run)
+
+
+def _summarise(directory: Path, run: dict[str, Any]) -> dict[str, Any]:
+    from pepr_profiler.summary.summarise import summarise
+
+    return summarise(directory, run=run)
+
+
+def _still_recording(directory: Path, verb: str, *, fix: str) -> UsageError:
+    return UsageError(f"{directory.name} is not {verb}", why="it may still be recorded", fix=fix)
+
+
+def _unwritable(directory: Path, what: str, error: OSError | None = None) -> PeprError:
+    why = f"{directory} does not take them" if error is None else error.strerror or str(error)
+    return PeprError(what, why=why, fix="check its permissions and the free space")

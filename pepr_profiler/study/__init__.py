@@ -1,0 +1,18 @@
+"""Runs weighed against each other."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pepr_profiler.study.study import Study, load, read_bounds
+
+__all__ = ["Study", "load", "read_bounds"]
+
+
+def __getattr__(name: str) -> object:
+    """Imports `study.study` only for whoever asks for one of its names."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pepr_profiler.study import study
+
+    return getattr(study, name)

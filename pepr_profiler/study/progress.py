@@ -1,0 +1,211 @@
+"""Performance over resource: what a run had reached when it had spent so much energy.
+
+A summary keeps the instants at which metrics were logged, and the energy up to each (`progress`,
+docs/design.md, Contract). A curve is one metric of them. PePR along it is that of the run as if it
+had been stopped there; its bounds are a cohort's, or 0 and the run's own energy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pepr_profiler.record import Record
+from pepr_profiler.summary.logged import COUNTERS
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from pepr_profiler.study import pepr
+
+
+class ProgressCurve(Record):
+    """A run's performance where it was logged; arrays are (n,), in time order, n >= 1.
+
+    `energy_j` is what is counted from the beginning of the run on, `u_j` its uncertainty (k = 2);
+    `total_j` is that of the whole run. `epoch` is the epoch of each point, NaN if none was logged.
+    """
+
+    run_id: str
+    name: str
+    metric: str
+    t_s: pepr.Floats
+    energy_j: pepr.Floats
+    u_j: pepr.Floats
+    epoch: pepr.Floats
+    performance: pepr.Floats
+    total_j: float
+
+
+class Stop(Record):
+    """A point of a curve at which the run could have been stopped.
+
+    `point` is its place in the curve's arrays. The shares are fractions of what the run has at the
+    last point (performance), and of its whole energy; `epoch` is None where none was logged.
+    """
+
+    point: int
+    epoch: float | None
+    t_s: float
+    energy_j: float
+    performance: float
+    pepr: float
+    performance_share: float
+    energy_share: float
+
+
+class Envelope(Record):
+    """The best performance at any energy budget, a step function; arrays are (m,).
+
+    From `energy_j[i]` (included) up to `energy_j[i + 1]` it is `performance[i]`, by the point
+    `point[i]` of the curve `curve[i]`; below `energy_j[0]` no curve has one. Both rise strictly.
+    """
+
+    energy_j: pepr.Floats
+    performance: pepr.Floats
+    curve: npt.NDArray[np.intp]
+    point: npt.NDArray[np.intp]
+
+
+def metric_of(summary: Mapping[str, Any]) -> str | None:
+    """The metric that a run's curve is of unless another is named: its performance, or its only."""
+    progress = summary.get("progress")
+    if not progress:
+        return None
+    performance = summary.get("performance")
+    if performance and performance["metric"] in progress["metrics"]:
+        return str(performance["metric"])
+    names = [name for name in progress["metrics"] if name not in COUNTERS]
+    return str(names[0]) if len(names) == 1 else None
+
+
+def curve_of(
+    summary: Mapping[str, Any],
+    *,
+    metric: str | None = None,
+    percent: bool = False,
+    transform: str | None = None,
+) -> ProgressCurve | None:
+    """A run's curve of `metric`; None where it has none, or its energy is unknown.
+
+    `percent` and `transform` as in `pepr.as_performance`. Values that are no number are left out.
+    Of several values in a row of one epoch the last is the epoch's: ranks that log the same,
+    batches. An epoch that is run again, after a restart, counts again where it was run again.
+    """
+    from pepr_profiler.study.pepr import as_performance  # most runs have no curve
+
+    metric = metric or metric_of(summary)
+    progress = summary.get("progress")
+    if metric is None or not progress or metric not in progress["metrics"]:
+        return None
+    total_j = summary["energy"]["total_j"]
+    if total_j is None or progress["energy_j"] is None:
+        return None
+
+    def column(values: Sequence[float | None]) -> pepr.Floats:
+        return np.array([math.nan if v is None else v for v in values], dtype=np.float64)
+
+    values = column(progress["metrics"][metric])
+    epochs = progress["metrics"].get("epoch")
+    epoch = np.full(len(values), math.nan) if epochs is None else column(epochs)
+    known = np.flatnonzero(np.isfinite(values))
+    if not len(known):
+        return None
+    last = np.append(epoch[known][1:] != epoch[known][:-1], True)  # NaN differs from NaN
+    rows = known[last]
+    return ProgressCurve(
+        run_id=str(summary["run_id"]),
+        name=str(summary["name"]),
+        metric=metric,
+        t_s=column(progress["t_s"])[rows],
+        energy_j=column(progress["energy_j"])[rows],
+        u_j=column(progress["u_j"])[rows],
+        epoch=epoch[rows],
+        performance=as_performance(values[rows], percent=percent, transform=transform),
+        total_j=float(total_j),
+    )
+
+
+def name_of(metric: str, transform: str | None) -> str:
+    """What a metric is called after a transform of `pepr.TRANSFORMS`: 1 - error."""
+    return {"one-minus": "1 - {}", "exp-neg": "exp(-{})"}.get(transform or "", "{}").format(metric)
+
+
+def curve_shown(summary: Mapping[str, Any]) -> ProgressCurve | None:
+    """The curve of a run that tells most: of two points or more, all of them in [0, 1].
+
+    It is that of its performance; where that was logged once, of what is called after it.
+
+    `val_accuracy` an epoch tells how `accuracy`, computed at the end, came about.
+    """
+    logged = (summary.get("progress") or {}).get("metrics") or {}
+    own = metric_of(summary)
+    named = str((summary.get("performance") or {}).get("metric") or "\0")
+    for metric in dict.fromkeys([own, *(name for name in logged if str(name).endswith(named))]):
+        curve = curve_of(summary, metric=metric) if metric is not None else None
+        if curve is not None and len(curve.performance) > 1:
+            low, high = float(curve.performance.min()), float(curve.performance.max())
+            if low >= 0 and high <= 1:
+                return curve
+    return None
+
+
+def scores_along(curve: ProgressCurve, bounds: pepr.MinMax | None = None) -> pepr.Scores:
+    """PePR of the run as if it had been stopped at each point.
+
+    `bounds` are those of a cohort, J. Within one run there is no cohort: R is then the energy so
+    far over all of the run's, so that no run at all has R = 0 and the whole one R = 1. UsageError
+    for a performance outside [0, 1], and a run without energy.
+    """
+    from pepr_profiler.study.pepr import score
+
+    return score(
+        curve.performance,
+        curve.energy_j,
+        bounds=bounds or (0.0, curve.total_j),
+        names=[f"point {i + 1} of {curve.run_id}" for i in range(len(curve.t_s))],
+    )
+
+
+def best_stop(curve: ProgressCurve, bounds: pepr.MinMax | None = None) -> Stop:
+    """Where PePR along a curve is highest, the earliest of equals; see `scores_along`."""
+    scores = scores_along(curve, bounds)
+    best = int(scores.pepr.argmax())
+    final = float(curve.performance[-1])
+    return Stop(
+        point=best,
+        epoch=None if math.isnan(curve.epoch[best]) else float(curve.epoch[best]),
+        t_s=float(curve.t_s[best]),
+        energy_j=float(curve.energy_j[best]),
+        performance=float(curve.performance[best]),
+        pepr=float(scores.pepr[best]),
+        performance_share=float(curve.performance[best]) / final if final else math.nan,
+        energy_share=float(curve.energy_j[best]) / curve.total_j,
+    )
+
+
+def envelope(curves: Sequence[ProgressCurve]) -> Envelope:
+    """The best performance that any of the runs had reached within an energy budget.
+
+    Of points that are equal in both the first curve's counts. O(n log n) in the points of all.
+    """
+    if not curves:
+        none = np.empty(0)
+        nowhere = np.empty(0, dtype=np.intp)
+        return Envelope(energy_j=none, performance=none, curve=nowhere, point=nowhere)
+    energy_j = np.concatenate([curve.energy_j for curve in curves])
+    performance = np.concatenate([curve.performance for curve in curves])
+    number = np.repeat(np.arange(len(curves)), [len(curve.t_s) for curve in curves])
+    point = np.concatenate([np.arange(len(curve.t_s)) for curve in curves])
+    order = np.lexsort((-performance, energy_j))  # stable: curves stay in their order
+    best = np.maximum.accumulate(np.concatenate(([-np.inf], performance[order])))
+    rows = order[performance[order] > best[:-1]]
+    return Envelope(
+        energy_j=energy_j[rows],
+        performance=performance[rows],
+        curve=number[rows],
+        point=point[rows],
+    )

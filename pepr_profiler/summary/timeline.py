@@ -1,0 +1,123 @@
+"""A run over time, for figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pepr_profiler.energy.curve import gap_limit_s
+from pepr_profiler.record import Record
+from pepr_profiler.summary.component import ComponentResult, _Grid
+from pepr_profiler.trace.events import Phase
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_BANDED_S = 2.0
+"""Steps this long or longer hold seconds to take the lowest and highest of."""
+
+_BAND_POINTS = 120
+"""Instants at which the uncertainty of the energy so far is told."""
+
+
+class TimelineComponent(Record):
+    """One component's power in each step (n,), W; NaN where it was not read.
+
+    `job_w` is what is counted of `device_w`: the job's share, or all of it where the run's scope is
+    "device". `low_w` and `high_w` are the lowest and the highest
+    mean over one second in the step, of the device; None where the steps are shorter.
+    """
+
+    id: str
+    kind: str
+    label: str
+    provenance: str
+    in_total: bool
+    job_w: NDArray[np.float64]
+    device_w: NDArray[np.float64]
+    low_w: NDArray[np.float64] | None
+    high_w: NDArray[np.float64] | None
+    gaps_s: tuple[tuple[float, float], ...]
+
+
+class Timeline(Record):
+    """A run over time, s since its begin: `edges_s` (n + 1,) of n steps that are equally long.
+
+    `energy_j` and `u_j` (m,) are what is counted up to `at_s` (m,), and its u (k = 2). `phases`
+    are (name, begin, end).
+    """
+
+    edges_s: NDArray[np.float64]
+    components: tuple[TimelineComponent, ...]
+    at_s: NDArray[np.float64]
+    energy_j: NDArray[np.float64]
+    u_j: NDArray[np.float64]
+    phases: tuple[tuple[str, float, float], ...]
+
+
+def _timeline(parts: Sequence[ComponentResult], grid: _Grid, phases: Sequence[Phase]) -> Timeline:
+    begin_ns = int(grid.steps_ns[0])
+
+    def since_begin_s(t_ns: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.asarray((t_ns - begin_ns) * 1e-9)
+
+    apart = max(1, (len(grid.steps_ns) - 1) // _BAND_POINTS)
+    at_ns = np.append(grid.steps_ns[:-1:apart], grid.steps_ns[-1])
+    counted = [part for part in parts if part.counted]
+    energy_j, variance_j2 = np.zeros(len(at_ns)), np.zeros(len(at_ns))
+    for part in counted:
+        energy_j += grid.pick(part.counting_j, at_ns)
+        whole = [part.budget(grid, at_ns[:1], at_ns[i : i + 1]).u_j for i in range(len(at_ns))]
+        variance_j2 += np.square(whole)
+    return Timeline(
+        edges_s=since_begin_s(grid.steps_ns),
+        components=tuple(_over_time(part, grid) for part in parts if part.known),
+        at_s=since_begin_s(at_ns),
+        energy_j=energy_j,
+        u_j=2 * np.sqrt(variance_j2),
+        phases=tuple(
+            (phase.name, (phase.begin_ns - begin_ns) * 1e-9, (phase.end_ns - begin_ns) * 1e-9)
+            for phase in phases
+            if phase.end_ns is not None
+        ),
+    )
+
+
+def _over_time(part: ComponentResult, grid: _Grid) -> TimelineComponent:
+    curve, steps_ns = part.curve, grid.steps_ns
+    begin_ns, end_ns = int(steps_ns[0]), int(steps_ns[-1])
+    span_s = np.maximum(np.diff(steps_ns) * 1e-9, 1e-9)
+    unread = (steps_ns[1:] < curve.first_ns) | (steps_ns[:-1] > curve.last_ns)
+
+    def mean_w(energy_j: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.where(unread, np.nan, np.diff(grid.pick(energy_j, steps_ns)) / span_s)
+
+    low_w = high_w = None
+    if span_s[0] >= _BANDED_S:
+        seconds_ns = grid.seconds_ns
+        second_w = np.diff(grid.pick(curve.energy_j, seconds_ns)) / (np.diff(seconds_ns) * 1e-9)
+        first = np.searchsorted(seconds_ns[:-1], steps_ns[:-1])
+        low_w = np.where(unread, np.nan, np.minimum.reduceat(second_w, first))
+        high_w = np.where(unread, np.nan, np.maximum.reduceat(second_w, first))
+    # What lies beyond the first and the last reading is as little known as a gap between two.
+    limit_ns = gap_limit_s(curve.source.period_s) * 1e9
+    ends = [(begin_ns, curve.first_ns), (curve.last_ns, end_ns)]
+    gaps_ns = [*curve.gaps_ns, *(gap for gap in ends if gap[1] - gap[0] > limit_ns)]
+    return TimelineComponent(
+        id=curve.source.id,
+        kind=curve.source.kind,
+        label=curve.source.label,
+        provenance=curve.source.provenance,
+        in_total=curve.source.in_total,
+        job_w=mean_w(part.counting_j),
+        device_w=mean_w(curve.energy_j),
+        low_w=low_w,
+        high_w=high_w,
+        gaps_s=tuple(
+            ((max(one, begin_ns) - begin_ns) * 1e-9, (min(two, end_ns) - begin_ns) * 1e-9)
+            for one, two in sorted(gaps_ns)
+            if two > begin_ns and one < end_ns
+        ),
+    )

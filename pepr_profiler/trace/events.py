@@ -1,0 +1,247 @@
+"""Marks and metrics of a run, and notes about processes: lines of JSON, one writer a file.
+
+Lines of `events-HOST-PID.jsonl` are appended and written through at once: they survive `kill -9` of
+the program that made them. A block of a program begins and ends in one file; a mark
+(`pepr-profile mark`) says its phase's name and belongs to the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from pepr_profiler.record import Record
+from pepr_profiler.trace.shape import MALFORMED, shape_error
+
+TYPE_CHECKING = False  # typing takes 0.5 MB
+if TYPE_CHECKING:
+    from typing import Any
+
+
+# --- marks and metrics -------------------------------------------------------------------------
+
+MARKS = ("next", "begin", "end")
+"""What a mark may say: "next" ends the phase that "next" began before in its series, and begins
+one; "begin" and "end" go by the phase's name."""
+
+
+class EventWriter:
+    """Appends marks and metrics of this process to its own file of a run directory.
+
+    Safe across fork: a child opens a file of its own at its first event. Raises nothing once it is
+    open: a line that cannot be written is counted in `lost`.
+    """
+
+    def __init__(self, directory: Path, kind: str = "events") -> None:
+        self._directory = directory
+        self._kind = kind
+        self._pid = 0
+        self._fd = -1
+        self.lost = 0
+
+    def write(self, line: str) -> None:
+        """Appends one JSON object (without its newline), written through to the kernel."""
+        self._open()
+        try:
+            os.write(self._fd, line.encode() + b"\n")
+        except OSError:
+            self.lost += 1
+
+    def begin(self, name: str, number: int, parent: int | None) -> int:
+        """A phase begins now: at this instant, ns."""
+        self._open()  # which takes longer than a mark, and is none of the phase's time
+        t_ns, up = time.monotonic_ns(), "null" if parent is None else str(parent)
+        self.write(f'{{"event":"begin","t_ns":{t_ns},"id":{number},"parent":{up},"name":{name}}}')
+        return t_ns
+
+    def end(self, number: int) -> int:
+        """The phase with this number ends now: at this instant, ns."""
+        t_ns = time.monotonic_ns()
+        self.write(f'{{"event":"end","t_ns":{t_ns},"id":{number}}}')
+        return t_ns
+
+    def mark(self, verb: str, name: str | None, *, series: str, t_ns: int | None = None) -> None:
+        """A phase of the whole run, which other processes may end; `verb` is one of MARKS.
+
+        A file knows only its own writer, so marks are paired where they are read (`read_events`).
+        """
+        mark = {"event": "mark", "t_ns": time.monotonic_ns() if t_ns is None else t_ns}
+        self.write(json.dumps({**mark, "verb": verb, "series": series, "name": name}))
+
+    def metrics(self, values: dict[str, Any], *, t_ns: int | None = None) -> None:
+        """Metrics that hold from now on; the last value of a name is the run's."""
+        t_ns = time.monotonic_ns() if t_ns is None else t_ns
+        self.write(f'{{"event":"metrics","t_ns":{t_ns},"metrics":{json.dumps(values)}}}')
+
+    def close(self) -> None:
+        if self._fd >= 0 and self._pid == os.getpid():
+            os.close(self._fd)
+        self._fd, self._pid = -1, 0
+
+    def _open(self) -> None:
+        if self._pid == os.getpid():
+            return
+        if self._fd >= 0:
+            os.close(self._fd)  # inherited through fork; the parent keeps its own
+        self._pid = os.getpid()
+        name = f"{self._kind}-{os.uname().nodename}-{self._pid}.jsonl"
+        path = self._directory / name
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            self._fd = os.open(path, flags, 0o644)
+        except OSError:
+            self._fd = -1
+
+
+class Phase(Record):
+    """One pass through a phase; `end_ns` is None if it never ended.
+
+    `series` is whose mark began it; None for a program's own block, which no mark ends.
+    """
+
+    name: str
+    begin_ns: int
+    end_ns: int | None
+    nested: bool
+    series: str | None = None
+
+
+class Events(Record):
+    """What the programs of a run marked and logged, in time order."""
+
+    phases: tuple[Phase, ...]
+    metrics: tuple[tuple[int, dict[str, Any]], ...]
+    torn_lines: int
+
+
+_EVENT = {"t_ns": int, "id": int, "metrics": {}}
+"""What of an event is computed with; see EventWriter."""
+
+
+def _lines_of(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines()
+    except OSError:
+        return []
+
+
+def read_events(directory: Path) -> Events:
+    """Reads every events file of a run directory; a torn last line is counted, not fatal."""
+    phases: list[Phase] = []
+    metrics: list[tuple[int, dict[str, Any]]] = []
+    marks: list[_Mark] = []
+    torn = 0
+    for path in sorted(directory.glob("events-*.jsonl")):
+        open_phases: dict[int, dict[str, Any]] = {}
+        for line in _lines_of(path):
+            try:
+                event = json.loads(line)
+                kind = event["event"]
+                if wrong := shape_error(event, _EVENT):
+                    raise ValueError(wrong)
+                t_ns = event["t_ns"]
+                if kind == "begin":
+                    _ = event["name"]
+                    # A program that replaced itself (exec) kept its pid and counts from 1 again.
+                    if event["id"] in open_phases:
+                        phases.append(_phase(open_phases[event["id"]], None))
+                    open_phases[event["id"]] = event
+                elif kind == "end":
+                    begin = open_phases.pop(event["id"], None)
+                    if begin is not None:
+                        phases.append(_phase(begin, t_ns))
+                elif kind == "mark":
+                    marks.append(_Mark.of(event))
+                elif kind == "metrics":
+                    metrics.append((t_ns, event["metrics"]))
+            except MALFORMED:
+                torn += 1
+        phases.extend(_phase(begin, None) for begin in open_phases.values())
+    phases.extend(_marked(marks))
+    phases.sort(key=lambda phase: phase.begin_ns)
+    metrics.sort(key=lambda item: item[0])
+    return Events(tuple(phases), tuple(metrics), torn)
+
+
+class _Mark(Record):
+    t_ns: int
+    verb: str
+    series: str
+    name: str | None
+
+    @classmethod
+    def of(cls, event: dict[str, Any]) -> _Mark:
+        name, verb = event["name"], event["verb"]
+        if verb not in MARKS or not (isinstance(name, str) or (name is None and verb == "end")):
+            raise ValueError(f"no mark: {event}")
+        return cls(int(event["t_ns"]), verb, str(event["series"]), name)
+
+    def ends(self, begun: _Mark) -> bool:
+        """Whether this mark ends the phase that `begun` began, if no better one is open."""
+        if self.verb == "next":
+            return begun.verb == "next" and begun.series == self.series
+        if self.name is None:
+            return begun.series == self.series
+        return self.verb == "end" and begun.name == self.name
+
+
+def _marked(marks: Sequence[_Mark]) -> Iterator[Phase]:
+    """The phases that marks of all processes make; of several that one could end, the last begun.
+
+    A phase of the mark's own series comes first: scripts side by side use the same names. One that
+    another began is ended too: who begins and who ends may be two processes.
+    """
+    begun: list[_Mark] = []
+    for mark in sorted(marks, key=lambda mark: mark.t_ns):
+        if mark.verb != "begin":
+            found = [other for other in begun if mark.ends(other)]
+            found = [other for other in found if other.series == mark.series] or found
+            if found:
+                begun.remove(found[-1])
+                yield _between(found[-1], mark.t_ns, begun)
+        if mark.verb != "end":
+            begun.append(mark)
+    yield from (_between(mark, None, begun[:i]) for i, mark in enumerate(begun))
+
+
+def _between(begin: _Mark, end_ns: int | None, begun: Sequence[_Mark]) -> Phase:
+    around = any(m.series == begin.series and m.t_ns <= begin.t_ns for m in begun)
+    return Phase(str(begin.name), begin.t_ns, end_ns, around, begin.series)
+
+
+def read_process_notes(directory: Path) -> list[dict[str, Any]]:
+    """What was written down of processes while they lived (neighbours.py), in time order.
+
+    In a file of its own: whoever only looks at a run in progress need not read its marks. A torn
+    line is left out.
+    """
+    notes: list[dict[str, Any]] = []
+    for path in sorted(directory.glob("processes-*.jsonl")):
+        for line in _lines_of(path):
+            with suppress(*MALFORMED):
+                note = json.loads(line)
+                if not shape_error(note, _NOTE) and note.keys() >= _NOTED[note["event"]]:
+                    notes.append(note)
+    return sorted(notes, key=lambda note: int(note["t_ns"]))
+
+
+_NOTE = {
+    "t_ns": int,
+    "since_ns": int,
+    "pid": int,
+    "profiler_s": float,
+    "owner": str,
+    "command": (str, None),
+    "user": (str, None),
+    "processes": [{"cpu_s": float, "pid": int, "command": (str, None), "user": (str, None)}],
+}
+_NOTED = {"process": {"t_ns", "pid"}, "cpu": {"t_ns", "since_ns", "profiler_s", "processes"}}
+"""What is computed with of a note, by its kind; see neighbours.py."""
+
+
+def _phase(begin: dict[str, Any], end_ns: int | None) -> Phase:
+    return Phase(str(begin["name"]), int(begin["t_ns"]), end_ns, begin.get("parent") is not None)

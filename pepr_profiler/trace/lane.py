@@ -1,0 +1,370 @@
+"""A recording on disk: written while the run goes on, readable up to the last flush.
+
+A run directory holds one Arrow IPC stream a lane, `LANE.arrows`, with the columns `t_ns`
+(CLOCK_MONOTONIC when the read began), `read_ns` (how long it took, at most 4.29 s), `skipped`,
+`gap_ns` and a float64 a channel; what a channel is stands in the schema's metadata. Small batches,
+one a flush, would cost more bytes than their numbers, so they go to `LANE.tail.arrows` and are
+rewritten as one large batch now and then. A crash between the two leaves rows in both; a reader
+drops those it has seen.
+
+A large batch is stored more sparsely than it was read: rows between which every counter went
+straight, and every gauge stayed level, are left out (csrc/thin.h). `skipped` says how many lay just
+before a row, and `gap_ns` how long ago the last of them was read, so that a quiet stretch is never
+taken for a gap. Around a gap nothing is left out.
+
+Marks and metrics are lines of `events-HOST-PID.jsonl`, one writer a file, append only, written
+through at once: they survive `kill -9` of the program that made them. A block of a program begins
+and ends in one file; a mark (`pepr-profile mark`) says its phase's name and belongs to the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from pepr_profiler import _core
+from pepr_profiler.errors import TraceError
+from pepr_profiler.record import Record
+from pepr_profiler.trace import arrow
+from pepr_profiler.trace.shape import MALFORMED, shape_error
+
+TYPE_CHECKING = False  # typing takes 0.5 MB
+if TYPE_CHECKING:
+    from typing import Any
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Channel(Record):
+    """What one recorded number is; see `Channel` in csrc/sensor.h."""
+
+    name: str
+    quantity: str
+    unit: str
+    scale: float = 1.0
+    modulus: float = 0.0
+    counter: bool = False
+    source: str = ""
+    labels: Mapping[str, str] = {}
+
+
+class LaneInfo(Record):
+    """One driver's part of a recording."""
+
+    name: str
+    spec: str
+    period_ns: int
+    channels: tuple[Channel, ...]
+
+
+def describe(channels: Iterable[Any]) -> tuple[Channel, ...]:
+    """The native core's channels as plain data."""
+    return tuple(Channel(*(getattr(c, name) for name in Channel._fields)) for c in channels)
+
+
+class Batch(Record):
+    """Rows of one lane: `t_ns`, `read_ns` int64 (n,), `values` float64 (channels, n) as recorded.
+
+    A recorded value times its channel's `scale` is in the channel's unit; NaN is unknown.
+    `skipped` int64 (n,) rows were read just before a row and left out, the last of them `gap_ns`
+    before it; in them, the same channels were unknown as in the row. Where it is 0, `gap_ns` is the
+    time since the row before. None: nothing was left out.
+    """
+
+    t_ns: NDArray[np.int64]
+    read_ns: NDArray[np.int64]
+    values: NDArray[np.float64]
+    skipped: NDArray[np.int64] | None = None
+    gap_ns: NDArray[np.int64] | None = None
+
+    @property
+    def reads(self) -> int:
+        """Rows that were read, those left out too."""
+        return len(self.t_ns) + (0 if self.skipped is None else int(self.skipped.sum()))
+
+    def since(self, row: int) -> Batch:
+        """The rows from `row` on."""
+        return Batch(
+            self.t_ns[row:],
+            self.read_ns[row:],
+            self.values[:, row:],
+            None if self.skipped is None else self.skipped[row:],
+            None if self.gap_ns is None else self.gap_ns[row:],
+        )
+
+
+class LaneWriter:
+    """One lane's files: the journal writes there what a sampler reads, we what we are given.
+
+    Rows that the disk does not take are kept for later, in bounds (csrc/lane_file.h).
+    """
+
+    def __init__(self, directory: Path, lane: LaneInfo) -> None:
+        self.lane = lane
+        self.file = _core.LaneFile(
+            str(directory / lane.name),
+            arrow.schema_message(_schema_of(lane)),
+            _thin_rules(lane.channels),
+        )
+
+    @property
+    def error(self) -> OSError | None:
+        """Why the last write failed, None if it did not."""
+        code = self.file.error
+        return OSError(code, os.strerror(code)) if code else None
+
+    def write(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:
+        """Appends rows given as native-endian columns; on disk when it returns, unless `error`."""
+        self.file.take(t_ns, read_ns, values)
+        self.file.flush()
+
+    def close(self) -> None:
+        """Writes what is left as a last large batch and removes the tail."""
+        self.file.flush(last=True)
+
+
+def _thin_rules(channels: Sequence[Channel]) -> list[tuple[str, float]]:
+    """How sparsely each channel may be stored; the numbers are explained in docs/design.md."""
+    counted = {_device_of(c) for c in channels if c.quantity == "energy"}
+    return [
+        ("line", LINE_STEPS if c.quantity == "energy" else _FINE_LINE_STEPS)
+        if c.counter
+        else ("hold", 0.0)
+        if c.quantity == "identity"  # a PID is no quantity: the next number is another process
+        else ("hold", _HOLD)
+        if c.quantity == "power" and _device_of(c) not in counted
+        else ("level", _LEVEL_S)
+        for c in channels
+    ]
+
+
+def _device_of(channel: Channel) -> str:
+    return channel.name.rpartition("/")[0]
+
+
+LINE_STEPS = 0.25
+"""What a counter's stored line may be off by, in parts of a refresh's energy; u takes it in."""
+
+_FINE_LINE_STEPS = 0.06
+"""CPU times are set against each other in windows of 1 s."""
+
+_HOLD = 0.01
+"""Power that is integrated, relative."""
+
+_LEVEL_S = 0.25
+"""A gauge that nothing is integrated from: a quarter of a second of its level."""
+
+
+_OF_THE_ROW = (
+    arrow.Column("t_ns", "<i8", {"unit": "ns", "clock": "CLOCK_MONOTONIC"}),
+    arrow.Column("read_ns", "<u4", {"unit": "ns"}),
+    arrow.Column("skipped", "<u4", {"unit": "1"}),
+    arrow.Column("gap_ns", "<u4", {"unit": "ns"}),
+)
+"""The columns before the channels'; of recordings in which nothing was left out, the first two."""
+
+
+def _schema_of(lane: LaneInfo) -> arrow.Schema:
+    channels = (
+        arrow.Column(
+            channel.name,
+            "<f8",
+            {
+                "quantity": channel.quantity,
+                "unit": channel.unit,
+                "scale": repr(channel.scale),
+                "modulus": repr(channel.modulus),
+                "counter": json.dumps(channel.counter),
+                "source": channel.source,
+                "labels": json.dumps(channel.labels),
+            },
+        )
+        for channel in lane.channels
+    )
+    facts = {"pepr": "1", "lane": lane.name, "spec": lane.spec, "period_ns": str(lane.period_ns)}
+    return arrow.Schema((*_OF_THE_ROW, *channels), facts)
+
+
+class _EmptyLaneError(TraceError):
+    """Not even a lane's schema was written whole."""
+
+
+class LaneReader:
+    """Iterates the batches of one lane of a run directory, in time order, each row once.
+
+    Raises TraceError if the file is not a recording of ours. A torn tail ends the iteration; what
+    was flushed before it is all there.
+    """
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self._main = directory / f"{name}.arrows"
+        # The tail first: rows that move to the main stream while we look are then seen twice and
+        # dropped once, instead of being missed.
+        self._tail = _read_bytes(directory / f"{name}.tail.arrows")
+        schema = self._schema_in(self._main) or self._schema_in(self._tail)
+        if schema is None:
+            raise _EmptyLaneError(
+                f"lane '{name}' of {directory} is empty",
+                why="the recording ended before its first flush",
+                fix="nothing can be recovered from this lane",
+            )
+        self._schema = schema
+        try:
+            self.lane = _lane_of(schema)
+        except MALFORMED as error:
+            pepr = schema.facts.get("pepr", "nothing")
+            damage = f"its schema describes no lane ({type(error).__name__}: {error})"
+            raise TraceError(
+                f"{self._main} is not a pepr recording of a version that this one reads",
+                why=damage if pepr == "1" else f"its schema says pepr={pepr!r}",
+                fix="update pepr-profiler, or point at a run directory that it wrote",
+            ) from error
+
+    def __iter__(self) -> Iterator[Batch]:
+        import numpy as np
+
+        seen_ns = -1
+        for source in (self._main, self._tail):
+            if self._schema_in(source) != self._schema:
+                continue  # not yet written
+            for batch in _batches(source, self._schema):
+                fresh = int(np.searchsorted(batch.t_ns, seen_ns, side="right"))
+                if fresh:
+                    batch = batch.since(fresh)  # noqa: PLW2901
+                if len(batch.t_ns):
+                    seen_ns = int(batch.t_ns[-1])
+                    yield batch
+
+    def _schema_in(self, source: Path | bytes) -> arrow.Schema | None:
+        try:
+            return arrow.read_schema(source)
+        except arrow.DamagedError as error:
+            raise TraceError(
+                f"{self._main} is not an Arrow stream",
+                why=str(error),
+                fix="point at a run directory that pepr-profile wrote",
+            ) from None
+
+
+def lane_names(directory: Path) -> list[str]:
+    """All lanes, those too of which nothing was written."""
+    return sorted({path.name.split(".")[0] for path in directory.glob("*.arrows")})
+
+
+def read_lanes(directory: Path) -> dict[str, LaneReader]:
+    """A reader for each lane that holds rows."""
+    readers = {}
+    for name in lane_names(directory):
+        with suppress(_EmptyLaneError):  # a crash before its first flush must not hide the others
+            readers[name] = LaneReader(directory, name)
+    return readers
+
+
+_JOINED_ROWS = 1 << 15
+"""What a reader handles at once: below it the calls cost more than the numbers."""
+
+
+def joined(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same rows in fewer batches: a stored one that was thinned well holds 60 rows.
+
+    A day of RAPL at 1 kHz is integrated in a fifth of the time.
+    """
+    waiting: list[Batch] = []
+    rows = 0
+    for batch in batches:
+        waiting.append(batch)
+        rows += len(batch.t_ns)
+        if rows >= _JOINED_ROWS:
+            yield _join(waiting)
+            waiting, rows = [], 0
+    if waiting:
+        yield _join(waiting)
+
+
+def _join(batches: Sequence[Batch]) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
+    import numpy as np
+
+    def column(name: str) -> Any:
+        parts = [getattr(batch, name) for batch in batches]
+        return None if parts[0] is None else np.concatenate(parts)  # all of a lane have it, or none
+
+    times = (column(name) for name in ("skipped", "gap_ns"))
+    values = np.concatenate([batch.values for batch in batches], axis=1)
+    return Batch(column("t_ns"), column("read_ns"), values, *times)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _lane_of(schema: arrow.Schema) -> LaneInfo:
+    """The lane that a schema describes; raises one of MALFORMED if it describes none."""
+    if schema.facts["pepr"] != "1":
+        raise ValueError("it is of another version")
+    columns = [(column.name, column.form) for column in schema.columns]
+    about = [(column.name, column.form) for column in _OF_THE_ROW]
+    first = next((n for n in (len(about), 2) if columns[:n] == about[:n]), 0)
+    if not first or {form for _, form in columns[first:]} != {"<f8"}:
+        raise ValueError(f"its columns are {columns[:9]}")
+    channels = []
+    for column in schema.columns[first:]:
+        told = column.facts
+        counter, labels = json.loads(told["counter"]), json.loads(told["labels"])
+        if wrong := shape_error(counter, bool) or shape_error(labels, {...: str}):
+            raise ValueError(f"of {column.name}, {wrong}")
+        channels.append(
+            Channel(
+                name=column.name,
+                quantity=told["quantity"],
+                unit=told["unit"],
+                scale=_number(told["scale"]),
+                modulus=_number(told["modulus"], least=0.0),
+                counter=counter,
+                source=told["source"],
+                labels=labels,
+            )
+        )
+    period_ns = int(_number(schema.facts["period_ns"], least=1.0))
+    return LaneInfo(schema.facts["lane"], schema.facts["spec"], period_ns, tuple(channels))
+
+
+def _number(text: str, *, least: float = -1e30) -> float:
+    value = float(text)
+    if not least <= value <= 1e30:
+        raise ValueError(f"{text} is out of range")
+    return value
+
+
+_LAST_NS = 1 << 62
+"""A machine that runs for 146 years."""
+
+
+_MOST = 2.0**64
+"""No register that is read holds more; what seems to is unknown."""
+
+
+def _batches(source: Path | bytes, schema: arrow.Schema) -> Iterator[Batch]:
+    """The batches of a lane's stream, up to the first that is torn or damaged: times rise."""
+    import numpy as np
+
+    forms = [column.form for column in schema.columns]
+    channels = forms.count("<f8")
+    last_ns = -1
+    for numbers in arrow.read_batches(source, forms):
+        t_ns = numbers[0].view(np.int64)
+        if t_ns[0] <= last_ns or t_ns[-1] > _LAST_NS or not (t_ns[1:] > t_ns[:-1]).all():
+            return
+        last_ns = int(t_ns[-1])
+        times = [column.astype(np.int64) for column in numbers[1:-channels]]
+        values = np.vstack(numbers[-channels:])
+        values[np.abs(values) > _MOST] = np.nan  # one flipped bit would else drown all others
+        yield Batch(t_ns, times[0], values, *times[1:])
