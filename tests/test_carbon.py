@@ -155,7 +155,7 @@ def test_an_impossible_pue_is_refused(pue: float) -> None:
 def test_importing_carbon_is_light() -> None:
     # given a fresh interpreter, when carbon is imported, then nothing heavy came along
     code = (
-        "import sys; from pepr_profiler import carbon; "
+        "import sys; from pepr_profiler.energy import carbon; "
         "assert not {'numpy', 'rich', 'click'} & set(sys.modules); "
         "assert carbon._table.cache_info().currsize == 0"
     )
