@@ -13,7 +13,7 @@ import click
 
 if TYPE_CHECKING:
     from pepr_profiler._core import Sampler
-    from pepr_profiler.daemon_client.client import RemoteLane
+    from pepr_profiler.daemon_client.client import DaemonClient, RemoteLane
     from pepr_profiler.trace.lane import LaneInfo
 
 _LOOK_S = 0.6
@@ -36,12 +36,12 @@ def sensors(*, specs: tuple[str, ...], as_json: bool) -> None:
     """Open each sensor, read it for a moment, and say what it gives."""
     from pepr_profiler.sensors.detect import detect
     from pepr_profiler.sensors.machine import place
-    from pepr_profiler.sensors.spec import KINDS
+    from pepr_profiler.sensors.spec import KINDS, kind_of
 
     where = place()
     recorded = specs or detect()
     # What detection left out is looked at too: it is there, or there is a reason why not.
-    kinds = {spec.partition(":")[0] for spec in recorded}
+    kinds = {kind_of(spec) for spec in recorded}
     others = () if specs else tuple(kind for kind in KINDS if kind not in kinds)
     channels, missing = _look((*recorded, *others), recorded, where, named=bool(specs))
     if as_json:
@@ -55,68 +55,78 @@ def sensors(*, specs: tuple[str, ...], as_json: bool) -> None:
 def _look(
     specs: tuple[str, ...], recorded: tuple[str, ...], where: Any, *, named: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """The channels of all sensors with what they read, and what is missing."""
-    from pepr_profiler import _core
+    """What each channel of all sensors reads, and what is missing."""
     from pepr_profiler.daemon_client.client import DaemonClient
-    from pepr_profiler.energy.sources import find_sources
+
+    client = DaemonClient()
+    opened, missing = _open(specs, where, client, named=named)
+    if opened:
+        time.sleep(_LOOK_S)  # what it looks at is the passing of time
+    channels = _describe(opened, recorded)
+    client.close()
+    return channels, missing
+
+
+def _open(
+    specs: tuple[str, ...], where: Any, client: DaemonClient, *, named: bool
+) -> tuple[list[tuple[LaneInfo, Sampler | RemoteLane]], list[dict[str, str]]]:
+    """The sensors that can be read, by ourselves or through the daemon, and what is missing."""
+    from pepr_profiler import _core
     from pepr_profiler.errors import SensorError
-    from pepr_profiler.sensors.machine import read_cpu_identity
     from pepr_profiler.sensors.remedy import remedy
+    from pepr_profiler.sensors.spec import kind_of, lane_names
     from pepr_profiler.trace.lane import LaneInfo, describe
 
-    node = DaemonClient()
-    periods_ns = [_PERIOD_NS.get(spec.partition(":")[0], _OTHER_PERIOD_NS) for spec in specs]
-    samplers: list[Sampler | RemoteLane] = [
-        _core.Sampler(s, p) for s, p in zip(specs, periods_ns, strict=True)
-    ]
+    periods_ns = [_PERIOD_NS.get(kind_of(spec), _OTHER_PERIOD_NS) for spec in specs]
+    samplers = [_core.Sampler(s, p) for s, p in zip(specs, periods_ns, strict=True)]
     deadline = time.monotonic() + _OPEN_S
     opened: list[tuple[LaneInfo, Sampler | RemoteLane]] = []
     missing = []
-    kinds: list[str] = []
-    for spec, period_ns, sampler in zip(specs, periods_ns, samplers, strict=True):
+    for (name, spec), period_ns, own in zip(lane_names(specs), periods_ns, samplers, strict=True):
         try:
-            if not sampler.wait_ready(max(0.0, deadline - time.monotonic())):
+            if not own.wait_ready(max(0.0, deadline - time.monotonic())):
                 why = f"its driver has not answered for {_OPEN_S:.0f} s"
                 missing.append({"what": spec, "why": why, "fix": "see dmesg for its driver"})
                 continue
         except SensorError as e:
-            if remote := node.lane(spec, named=named):
-                lane = LaneInfo(
-                    f"daemon {remote.name}", remote.spec, remote.period_ns, remote.channels
-                )
-                opened.append((lane, remote))
-            elif not node.covers(spec):
+            if lane := client.lane(spec, named=named):
+                info = LaneInfo(f"daemon {lane.name}", lane.spec, lane.period_ns, lane.channels)
+                opened.append((info, lane))
+            elif not client.covers(spec):
                 missing.append(remedy(spec, what=e.what, why=e.why, fix=e.fix, where=where))
             continue
-        kind = spec.partition(":")[0]
-        kinds.append(kind)
-        name = kind if kinds.count(kind) == 1 else f"{kind}-{kinds.count(kind)}"
-        opened.append((LaneInfo(name, spec, period_ns, describe(sampler.channels)), sampler))
-        missing += [
-            remedy(spec, what=n.what, why=n.why, fix=n.fix, where=where) for n in sampler.notes
-        ]
-    if opened:
-        time.sleep(_LOOK_S)  # what it looks at is the passing of time
+        opened.append((LaneInfo(name, spec, period_ns, describe(own.channels)), own))
+        missing += [remedy(spec, what=n.what, why=n.why, fix=n.fix, where=where) for n in own.notes]
+    return opened, missing
+
+
+def _describe(
+    opened: list[tuple[LaneInfo, Sampler | RemoteLane]], recorded: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """What each channel has read, and whether a recording counts it."""
+    from pepr_profiler import _core
+    from pepr_profiler.energy.sources import find_sources
+    from pepr_profiler.sensors.machine import read_cpu_identity
+
     vendor = read_cpu_identity().vendor or ""
     sources = find_sources([lane for lane, _ in opened], cpu_vendor=vendor)
     by_channel = {(source.lane, source.channel): source for source in sources}
-    through = {lane.spec for lane, sampler in opened if sampler not in samplers}
     channels = []
     for lane, sampler in opened:
+        through_daemon = not isinstance(sampler, _core.Sampler)
         sampler.stop(1.0)
         for index, facts in enumerate(_read(lane, sampler)):
             source = by_channel.get((lane.name, index))
-            used = source is not None and source.in_total and lane.spec in (*recorded, *through)
-            facts["via"] = "daemon" if lane.spec in through else None
+            used = source is not None and source.in_total
+            facts["via"] = "daemon" if through_daemon else None
             facts["component"] = source.id if source else None
             facts["label"] = source.label if source else None
-            facts["in_total"] = used
+            facts["in_total"] = used and (through_daemon or lane.spec in recorded)
             facts["excluded"] = source.excluded if source else ""
-            if source and source.in_total and not used:
+            if used and not facts["in_total"]:
                 facts["excluded"] = "not recorded: what is recorded covers it"
             channels.append(facts)
-    node.close()
-    return channels, missing
+    return channels
 
 
 def _read(lane: LaneInfo, sampler: Sampler | RemoteLane) -> list[dict[str, Any]]:
