@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from cli import write_replay
+from cli import Cli, write_replay
 from sim import native, nvml, powercap
 
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
@@ -57,7 +57,7 @@ def native_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture
-def nvml_sim(tmp_path: Path, native_cache: Path) -> Callable[[nvml.Scenario], nvml.NvmlSim]:
+def nvml_sim(tmp_path: Path, native_cache: Path) -> nvml.BuildNvml:
     """Builds a libnvidia-ml.so.1 for a scenario; each call gives a library of its own."""
     numbers = itertools.count()
     # Compiled before the test begins: a scenario's epoch may be its first moment.
@@ -76,7 +76,7 @@ def nvml_sim(tmp_path: Path, native_cache: Path) -> Callable[[nvml.Scenario], nv
 
 
 @pytest.fixture
-def powercap_sim(tmp_path: Path, native_cache: Path) -> Iterator[Callable[..., powercap.Tree]]:
+def powercap_sim(tmp_path: Path, native_cache: Path) -> Iterator[powercap.BuildTree]:
     """Builds a powercap tree: powercap_sim(*zones, live=False, period_s=0.001, epoch_ns=now)."""
     trees: list[powercap.Tree] = []
     with suppress(native.UnavailableError):
@@ -100,6 +100,12 @@ def powercap_sim(tmp_path: Path, native_cache: Path) -> Iterator[Callable[..., p
     yield build
     for tree in trees:
         tree.stop()
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """The command line, with a store in the test's folder."""
+    return Cli(tmp_path)
 
 
 @pytest.fixture

@@ -55,6 +55,7 @@ with atheris.instrument_imports(include=["pepr_profiler"]):
     from pepr_profiler.trace.events import read_events, read_process_notes
     from pepr_profiler.trace.lane import Channel, LaneInfo, LaneReader, LaneWriter
     from pepr_profiler.trace.run_json import write_json
+    from pepr_profiler.units import NS_PER_S as S
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "build" / "fuzz"
@@ -63,7 +64,6 @@ LONGEST_INPUT_S = 60  # a hang, on a machine that others use too
 LONGEST_INPUT = 32768  # bytes
 MARK = b"\n--8<-- "  # before the name of each file of an input that is several
 
-S = 1_000_000_000
 BEGIN_NS = 1000 * S
 END_NS = BEGIN_NS + 3 * S
 

@@ -38,11 +38,6 @@ BUSY = "import time\nwhile time.process_time() < {cpu_s}: pass\n"
 pytestmark = pytest.mark.usefixtures("on_our_own")
 
 
-@pytest.fixture
-def cli(tmp_path: Path) -> Cli:
-    return Cli(tmp_path)
-
-
 @contextmanager
 def running(
     command: Sequence[str], *, says: bytes = b"ready\n", **options: Any

@@ -16,8 +16,8 @@ from pepr_profiler.energy.sharing import Shares, certain_shares, lowest_power_w,
 from pepr_profiler.energy.sources import Source
 from pepr_profiler.summary.doubts import other_cpu_users
 from pepr_profiler.trace.lane import Batch, Channel, LaneInfo
+from pepr_profiler.units import NS_PER_S as S
 
-S = 1_000_000_000
 GB = 2**30
 
 

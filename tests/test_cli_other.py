@@ -15,14 +15,10 @@ from pathlib import Path
 import pytest
 from cli import Cli, ended, until, write_replay
 from pyarrow import parquet
-from sim.nvml import NvmlSim, Scenario
-from sim.powercap import Tree
 
 from pepr_profiler.commands import main
 from pepr_profiler.commands.runs import _instant
 
-BuildNvml = Callable[[Scenario], NvmlSim]
-BuildTree = Callable[..., Tree]
 Say = Callable[..., tuple[int, str, str]]
 
 

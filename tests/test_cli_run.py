@@ -11,28 +11,19 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli import SLOW_S, Cli, codes, component, ended, python, until, write_replay
-from sim.nvml import Fault, Gpu, NvmlSim, Scenario, default_uuid
-from sim.powercap import Tree, Zone, ZoneFault, two_socket_server
+from sim.nvml import BuildNvml, Fault, Gpu, Scenario, default_uuid
+from sim.powercap import BuildTree, Zone, ZoneFault, two_socket_server
 from sim.waves import Constant, Square
 
 from pepr_profiler.trace.lane import LaneReader
 
-BuildNvml = Callable[[Scenario], NvmlSim]
-BuildTree = Callable[..., Tree]
-
 # Lives until CLOCK_MONOTONIC is argv[1] ns: how long it starts late does not matter.
 UNTIL = "import sys, time\nt = int(sys.argv[1])\nwhile time.monotonic_ns() < t: time.sleep(0.01)"
-
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Cli:
-    return Cli(tmp_path)
 
 
 @pytest.fixture

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli import Cli, codes, component, ended, python
-from sim.powercap import Tree, Zone
+from sim.powercap import BuildTree, Zone
 from sim.waves import Constant
-
-BuildTree = Callable[..., Tree]
 
 # Computes until an instant of CLOCK_MONOTONIC, when the other has begun; says its CPU time.
 BURN = """

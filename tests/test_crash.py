@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 from cli import SLOW_S, Cli, codes, component, ended, python, until
 from daemons import daemon, lock, open_place
 from sim.permissions import obey_permissions
-from sim.powercap import Tree, Zone
+from sim.powercap import BuildTree, Tree, Zone
 from sim.waves import Constant
 
 from pepr_profiler.commands import main
@@ -26,13 +26,6 @@ from pepr_profiler.errors import TraceError
 from pepr_profiler.store.runs import Store
 from pepr_profiler.summary.summarise import summarise
 from pepr_profiler.trace.lane import LaneReader
-
-BuildTree = Callable[..., Tree]
-
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Cli:
-    return Cli(tmp_path)
 
 
 @pytest.fixture(scope="module")

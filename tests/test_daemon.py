@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ from daemons import (
     unlock,
 )
 from sim import native
-from sim.nvml import Fault, Gpu, NvmlSim, Scenario
+from sim.nvml import BuildNvml, Fault, Gpu, Scenario
 from sim.permissions import obey_permissions
-from sim.powercap import Tree, Zone, ZoneFault, two_socket_server
+from sim.powercap import BuildTree, Tree, Zone, ZoneFault, two_socket_server
 from sim.sysfs import perf_tree, why_no_tsc
 from sim.waves import Constant
 
@@ -46,9 +46,6 @@ from pepr_profiler.daemon.lanes import How, Lanes
 from pepr_profiler.daemon_client.client import Connection, DaemonClient
 from pepr_profiler.errors import PeprError
 from pepr_profiler.trace.lane import LaneReader
-
-BuildNvml = Callable[[Scenario], NvmlSim]
-BuildTree = Callable[..., Tree]
 
 tmp_path = open_folder
 

@@ -8,7 +8,7 @@ import pwd
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from cli import SLOW_S, component, ended, until
 from daemons import BURN, OTHERS, give_go, needs_root, open_folder, python_of
-from sim.powercap import Tree, two_socket_server
+from sim.powercap import BuildTree, Tree, two_socket_server
 
 pytestmark = needs_root
 tmp_path = open_folder
@@ -78,7 +78,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 
 
 @pytest.fixture
-def tree(powercap_sim: Callable[..., Tree]) -> Tree:
+def tree(powercap_sim: BuildTree) -> Tree:
     """Counters of root's, in a folder of root's."""
     made = powercap_sim(*two_socket_server(), live=True)
     for key in made.zones:

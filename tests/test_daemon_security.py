@@ -36,7 +36,7 @@ from daemons import (
     restart,
     say,
 )
-from sim.powercap import Tree, two_socket_server
+from sim.powercap import BuildTree, two_socket_server
 
 from pepr_profiler import _core
 from pepr_profiler.daemon import system
@@ -598,9 +598,7 @@ def test_bad_options_fail_before_anything_is_opened(tmp_path: Path, options: lis
     assert not (tmp_path / "run").exists()
 
 
-def test_the_tree_is_only_read_once_for_all(
-    powercap_sim: Callable[..., Tree], tmp_path: Path
-) -> None:
+def test_the_tree_is_only_read_once_for_all(powercap_sim: BuildTree, tmp_path: Path) -> None:
     """The sampler does not know how many look."""
     tree = powercap_sim(*two_socket_server())
     with daemon(tmp_path / "d", "--sensor", tree.spec, "--period", "10ms") as running:

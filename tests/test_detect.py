@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from sim.permissions import obeying_permissions, without_perf
-from sim.powercap import Tree, Zone, two_socket_server
+from sim.powercap import BuildTree, Tree, Zone, two_socket_server
 from sim.sysfs import Event, grace, hwmon_chip, perf_tree, why_no_tsc
 
 from pepr_profiler import _core
@@ -16,8 +15,6 @@ from pepr_profiler.errors import SensorError
 from pepr_profiler.sensors.detect import detect, detect_lasting
 from pepr_profiler.sensors.machine import Place, place
 from pepr_profiler.sensors.remedy import remedy
-
-BuildTree = Callable[..., Tree]
 
 BOTH = (Event("energy-pkg"), Event("energy-ram"), Event("energy-psys"))
 

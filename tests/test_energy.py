@@ -14,8 +14,7 @@ from pepr_profiler.energy.integrate import integrate
 from pepr_profiler.energy.sources import Source, find_sources
 from pepr_profiler.energy.uncertainty import budget
 from pepr_profiler.trace.lane import Batch, Channel, LaneInfo
-
-S = 1_000_000_000
+from pepr_profiler.units import NS_PER_S as S
 
 
 def batches(t_s: Iterable[float], *columns: Iterable[float], rows: int = 10_000) -> Iterator[Batch]:

@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 from cli import SLOW_S, Cli, component, ended, python, until
 from daemons import Daemon, daemon, lock, open_folder, open_place, raw, say
-from sim.nvml import STARTED, Gpu, NvmlSim, Process, Scenario, Sensor
+from sim.nvml import STARTED, BuildNvml, Gpu, Process, Scenario, Sensor
 from sim.permissions import obey_permissions
-from sim.powercap import Tree, Zone, two_socket_server
+from sim.powercap import BuildTree, Tree, Zone, two_socket_server
 from sim.waves import Constant, Square
 
 from pepr_profiler.daemon.lanes import How, Lanes
@@ -35,8 +35,6 @@ pytest.importorskip("prometheus_client", reason="pip install 'pepr-profiler[metr
 
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-BuildTree = Callable[..., Tree]
-BuildNvml = Callable[[Scenario], NvmlSim]
 DATA = Path(__file__).parents[1] / "pepr_profiler" / "data"
 QUANTUM_J = 0.1
 LATE_S = 0.2  # of a row, and of the tree's writer, on a machine with other things to do

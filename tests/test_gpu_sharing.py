@@ -6,18 +6,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli import Cli, codes, component, ended, python
-from sim.nvml import STARTED, Fault, Gpu, NvmlSim, Process, Scenario, default_uuid
+from sim.nvml import STARTED, BuildNvml, Fault, Gpu, Process, Scenario, default_uuid
 from sim.waves import Constant, Step
 
 from pepr_profiler.study.jobs import merge_jobs
-
-BuildNvml = Callable[[Scenario], NvmlSim]
 
 NO_SUCH_PID = 4_194_303  # below pid_max of 64-bit kernels, and given out last of all
 
@@ -32,11 +30,6 @@ for step in script:
         new.write(lines.replace("ME", str(os.getpid())).replace(";", "\\n"))
     os.replace(file + ".new", file)
 """
-
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Cli:
-    return Cli(tmp_path)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from sim.waves import Constant, Square
 
 from pepr_profiler.study.jobs import merge_jobs
 from pepr_profiler.study.study import Study
+from pepr_profiler.units import NS_PER_S as S
 
-S = 1_000_000_000
 GPU, CPU = "gpu:GPU-1", "cpu:package-0"
 Part = dict[str, Any]
 

@@ -7,21 +7,17 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli import SLOW_S, Cli, codes, component, python
-from sim.nvml import PASCAL, Gpu, NvmlSim, Scenario, default_uuid
-from sim.powercap import RANGE_UJ, Tree, Zone, two_socket_server
+from sim.nvml import PASCAL, BuildNvml, Gpu, Scenario, default_uuid
+from sim.powercap import RANGE_UJ, BuildTree, Zone, two_socket_server
 from sim.waves import Constant, Step
 
 from pepr_profiler.trace.events import read_events
 from pepr_profiler.trace.lane import LaneReader
-
-BuildNvml = Callable[[Scenario], NvmlSim]
-BuildTree = Callable[..., Tree]
 
 # Lives until CLOCK_MONOTONIC is argv[1] ns, and for 1 s: how late it starts does not matter.
 UNTIL = """
@@ -29,11 +25,6 @@ import sys, time
 end_ns = max(int(sys.argv[1]), time.monotonic_ns() + 1_000_000_000)
 while time.monotonic_ns() < end_ns: time.sleep(0.01)
 """
-
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Cli:
-    return Cli(tmp_path)
 
 
 def window_ns(summary: dict[str, Any]) -> tuple[int, int]:

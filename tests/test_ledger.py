@@ -15,8 +15,8 @@ from pepr_profiler.daemon.meters import Meter
 from pepr_profiler.daemon_client.client import DaemonClient
 from pepr_profiler.daemon_client.protocol import VERSION, parse
 from pepr_profiler.energy.sources import Source
+from pepr_profiler.units import NS_PER_S as S
 
-SECOND_NS = 1_000_000_000
 ALICE, BOB, MALLORY = 1000, 1001, 1002
 
 
@@ -25,8 +25,8 @@ def meter(watts: float, seconds: int, *, kind: str = "cpu", number: int = 0) -> 
     ident = f"{kind}:{number}"
     source = Source(ident, kind, ident, "l", 0, "test", counter=True)
     made = Meter(source)
-    times = [100 * SECOND_NS + n * SECOND_NS // 50 - 7_000_000 for n in range(50 * seconds + 2)]
-    made.take(array("q", times), array("d", [1e4 + watts * t / SECOND_NS for t in times]))
+    times = [100 * S + n * S // 50 - 7_000_000 for n in range(50 * seconds + 2)]
+    made.take(array("q", times), array("d", [1e4 + watts * t / S for t in times]))
     return made
 
 
@@ -93,7 +93,7 @@ def test_parts_of_a_device_that_is_inside_another_are_nobodys() -> None:
     inside = Source("cpu:x", "cpu", "x", "l", 0, "test", counter=True, in_total=False)
     watts = Source("gpu:x", "gpu", "x", "l", 0, "test", counter=False)
     meters = [Meter(inside), Meter(watts)]
-    times = [100 * SECOND_NS + n * SECOND_NS // 50 for n in range(600)]
+    times = [100 * S + n * S // 50 for n in range(600)]
     for each in meters:
         each.take(array("q", times), array("d", [float(n) + 1 for n in range(600)]))
     ledger = settled(meters, (ALICE, "a", 102, [1.0, 1.0]))
@@ -160,7 +160,7 @@ def test_a_meter_knows_whole_seconds_between_rows_and_not_for_ever() -> None:
     assert device.in_second_j(148) == pytest.approx(100.0)
     assert device.in_second_j(110) is None  # long ago
     # a gap of 5 s: in it power is what it was on average
-    device.take(array("q", [156 * SECOND_NS]), array("d", [device.value + 100 * 5.973]))
+    device.take(array("q", [156 * S]), array("d", [device.value + 100 * 5.973]))
     assert device.in_second_j(153) == pytest.approx(100.0, rel=0.01)
     assert len(device.at_seconds_j) <= 32
 

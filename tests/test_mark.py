@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,13 @@ from typing import Any
 import pytest
 from cli import SLOW_S, Cli, ended, until, write_replay
 from sim import native
-from sim.powercap import Tree, Zone
+from sim.powercap import BuildTree, Zone
 from sim.waves import Constant, Square
 
 from pepr_profiler.trace.events import EventWriter, read_events
 from pepr_profiler.trace.run_json import write_json
 
-BuildTree = Callable[..., Tree]
 MARK = f"{shlex.quote(sys.executable)} -m pepr_profiler mark"
-
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Cli:
-    return Cli(tmp_path)
 
 
 @pytest.fixture

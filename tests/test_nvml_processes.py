@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli import until
-from sim.nvml import Fault, Gpu, NvmlSim, Process, Scenario, default_uuid
+from sim.nvml import BuildNvml, Fault, Gpu, NvmlSim, Process, Scenario, default_uuid
 from sim.waves import Constant
 
 from pepr_profiler._core import Sampler
@@ -19,7 +19,6 @@ from pepr_profiler.errors import SensorError
 from pepr_profiler.sensors.spec import with_process_lists
 from pepr_profiler.trace.lane import LaneInfo, LaneReader, LaneWriter, describe
 
-BuildNvml = Callable[[Scenario], NvmlSim]
 UUID = default_uuid(0)
 PERIOD_NS = 20_000_000
 Row = dict[str, float]

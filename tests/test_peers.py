@@ -8,13 +8,12 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sim.nvml import H100, PASCAL, Fault, Gpu, NvmlSim, Scenario, Sensor
+from sim.nvml import H100, PASCAL, BuildNvml, Fault, Gpu, NvmlSim, Scenario, Sensor
 from sim.waves import Constant, Square
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -32,8 +31,6 @@ from benchmarks.peers.report import (
     tables,
 )
 from benchmarks.peers.session import AXIS, Session, end, living
-
-BuildNvml = Callable[[Scenario], NvmlSim]
 
 
 def here(name: str) -> Installed:

@@ -11,14 +11,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from cli import SLOW_S, Cli, component, ended, python, until
-from sim.powercap import Tree
 
 import pepr_profiler
 from pepr_profiler import UsageError, profile
@@ -26,15 +24,7 @@ from pepr_profiler.errors import PeprError
 from pepr_profiler.trace.lane import LaneReader
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
-BuildTree = Callable[..., Tree]
-
-
 pytestmark = pytest.mark.usefixtures("on_our_own")
-
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Cli:
-    return Cli(tmp_path)
 
 
 def wait_s(duration_s: float) -> None:

@@ -7,12 +7,11 @@ import os
 import threading
 import time
 from array import array
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from sim.nvml import H100, Gpu, NvmlSim, Scenario
+from sim.nvml import H100, BuildNvml, Gpu, Scenario
 from sim.waves import Constant
 
 from pepr_profiler import _core, profile
@@ -113,7 +112,7 @@ def repeated(sampler: _core.Sampler) -> list[bool]:
 
 
 def test_a_lane_that_learns_wastes_few_reads_and_one_that_does_not_most(
-    nvml_sim: Callable[[Scenario], NvmlSim],
+    nvml_sim: BuildNvml,
 ) -> None:
     # given an energy counter that is refreshed every 100 ms
     sim = nvml_sim(Scenario(gpus=(Gpu(Constant(300.0), sensor=H100),)))

@@ -18,9 +18,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sim.nvml import A100, H100, PASCAL, Fault, Gpu, NvmlSim, Scenario, Sensor, default_uuid
+from sim.nvml import (
+    A100,
+    H100,
+    PASCAL,
+    BuildNvml,
+    Fault,
+    Gpu,
+    Scenario,
+    Sensor,
+    default_uuid,
+)
 from sim.permissions import obeying_permissions, without_perf
-from sim.powercap import RANGE_UJ, Tree, Zone, ZoneFault, two_socket_server
+from sim.powercap import RANGE_UJ, BuildTree, Zone, ZoneFault, two_socket_server
 from sim.sysfs import JOULE, Event, grace, hwmon_chip, perf_tree, tsc, why_no_tsc
 from sim.waves import Constant, Points, Sine, Square
 
@@ -34,15 +44,12 @@ PATIENCE_S = 20.0
 QUANTITIES = {"energy", "power", "utilisation", "memory", "cpu_time", "count"}
 UNITS = {"J", "W", "1", "B", "s"}
 
-NvmlFactory = Callable[[Scenario], NvmlSim]
-PowercapFactory = Callable[..., Tree]
-
 
 # --- helpers ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def nvml(nvml_sim: NvmlFactory) -> NvmlFactory:
+def nvml(nvml_sim: BuildNvml) -> BuildNvml:
     """The factory, once all is compiled: a scenario's clock runs from when it is written down."""
     nvml_sim(Scenario())
     return nvml_sim
@@ -163,7 +170,7 @@ def spec(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     kind: str = request.param
     if kind == "nvml":
         gpus = (Gpu(Square(0.2, 100, 300)), Gpu(Constant(70), sensor=A100))
-        nvml: NvmlFactory = request.getfixturevalue("nvml")
+        nvml: BuildNvml = request.getfixturevalue("nvml")
         return nvml(Scenario(gpus)).spec
     if kind == "perf" and (reason := why_no_tsc()):
         pytest.skip(reason)
@@ -174,7 +181,7 @@ def spec(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         hwmon_chip(tmp_path, "amdgpu", {"power1_average": 30_000_000}, device="0000:03:00.0")
         return f"hwmon:{tmp_path}/class/hwmon"
     if kind.startswith("powercap"):
-        powercap: PowercapFactory = request.getfixturevalue("powercap_sim")
+        powercap: BuildTree = request.getfixturevalue("powercap_sim")
         # 10 J before the wrap: psys, at 260 W, is there after 38 ms, a package after 100 ms.
         zones = two_socket_server(range_uj=100_000_000, start_uj=90_000_000)
         return powercap(*zones, live=kind.endswith("live")).spec
@@ -252,11 +259,11 @@ def test_stop_takes_a_last_sample_at_once(spec: str) -> None:
 def dying_spec(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A source of which a part fails after 0.3 s."""
     if request.param == "nvml":
-        nvml: NvmlFactory = request.getfixturevalue("nvml")
+        nvml: BuildNvml = request.getfixturevalue("nvml")
         lost = Fault("nvmlDevice", "GPU_IS_LOST", start_s=0.3, gpu=0)
         return nvml(Scenario((Gpu(Constant(50)), Gpu(Constant(60))), (lost,))).spec
     if request.param == "powercap":
-        powercap: PowercapFactory = request.getfixturevalue("powercap_sim")
+        powercap: BuildTree = request.getfixturevalue("powercap_sim")
         gone = (ZoneFault("vanish", 0.3),)
         zones = (Zone("intel-rapl:0", "a", Constant(5), faults=gone), Zone("intel-rapl:1", "b"))
         return powercap(*zones, live=True).spec
@@ -292,7 +299,7 @@ def test_a_period_must_be_positive() -> None:
 # --- powercap -------------------------------------------------------------------------------------
 
 
-def test_powercap_finds_every_zone_once(powercap_sim: PowercapFactory) -> None:
+def test_powercap_finds_every_zone_once(powercap_sim: BuildTree) -> None:
     tree = powercap_sim(
         *two_socket_server(), Zone("intel-rapl-mmio:1", "package-1", range_uj=65_712_999_613)
     )
@@ -312,7 +319,7 @@ def test_powercap_finds_every_zone_once(powercap_sim: PowercapFactory) -> None:
         assert "parent" not in channels["intel-rapl:1"].labels
 
 
-def test_powercap_reads_each_zone_from_its_own_file(powercap_sim: PowercapFactory) -> None:
+def test_powercap_reads_each_zone_from_its_own_file(powercap_sim: BuildTree) -> None:
     tree = powercap_sim(*two_socket_server())
     values = {key: 17 + 1_000_003 * index for index, key in enumerate(tree.zones)}
     values["intel-rapl:0"] = RANGE_UJ - 1  # 12 digits arrive to the last
@@ -325,7 +332,7 @@ def test_powercap_reads_each_zone_from_its_own_file(powercap_sim: PowercapFactor
     assert rows.columns == {key: [0.0, float(value_uj)] for key, value_uj in values.items()}
 
 
-def test_powercap_follows_counters_that_wrap(powercap_sim: PowercapFactory) -> None:
+def test_powercap_follows_counters_that_wrap(powercap_sim: BuildTree) -> None:
     wave = Sine(200, 100, 0.07)
     tree = powercap_sim(Zone("intel-rapl:0", "package-0", wave, range_uj=40_000_000), live=True)
 
@@ -341,7 +348,7 @@ def test_powercap_follows_counters_that_wrap(powercap_sim: PowercapFactory) -> N
     assert total_uj * 1e-6 == pytest.approx(truth_j, abs=300 * 0.03)
 
 
-def test_powercap_notes_a_zone_that_it_may_not_read(powercap_sim: PowercapFactory) -> None:
+def test_powercap_notes_a_zone_that_it_may_not_read(powercap_sim: BuildTree) -> None:
     tree = powercap_sim(*two_socket_server())
     denied = tree.path("intel-rapl:1:1") / "energy_uj"
     denied.chmod(0)
@@ -356,7 +363,7 @@ def test_powercap_notes_a_zone_that_it_may_not_read(powercap_sim: PowercapFactor
     assert f"chmod o+r {denied}" in notes[0].fix
 
 
-def test_powercap_without_a_readable_zone_is_no_sensor(powercap_sim: PowercapFactory) -> None:
+def test_powercap_without_a_readable_zone_is_no_sensor(powercap_sim: BuildTree) -> None:
     tree = powercap_sim(*two_socket_server())
     for key in tree.zones:
         (tree.path(key) / "energy_uj").chmod(0)
@@ -375,7 +382,7 @@ def test_powercap_without_zones_is_no_sensor(tmp_path: Path) -> None:
     assert "modprobe" in error.fix
 
 
-def test_powercap_survives_garbage_and_a_zone_that_vanishes(powercap_sim: PowercapFactory) -> None:
+def test_powercap_survives_garbage_and_a_zone_that_vanishes(powercap_sim: BuildTree) -> None:
     tree = powercap_sim(
         Zone("intel-rapl:0", "a", Constant(9), faults=(ZoneFault("garbage", 0.3, 0.4),)),
         Zone("intel-rapl:1", "b", Constant(9), faults=(ZoneFault("vanish", 0.35),)),
@@ -393,7 +400,7 @@ def test_powercap_survives_garbage_and_a_zone_that_vanishes(powercap_sim: Powerc
     assert all(map(math.isnan, vanished[first_unknown:]))
 
 
-def test_powercap_notes_a_counter_whose_range_is_not_told(powercap_sim: PowercapFactory) -> None:
+def test_powercap_notes_a_counter_whose_range_is_not_told(powercap_sim: BuildTree) -> None:
     tree = powercap_sim(Zone("intel-rapl:0", "package-0"))
     (tree.path("intel-rapl:0") / "max_energy_range_uj").unlink()
 
@@ -403,7 +410,7 @@ def test_powercap_notes_a_counter_whose_range_is_not_told(powercap_sim: Powercap
     assert "max_energy_range_uj" in note.why and "reset" in note.why
 
 
-def test_powercap_notes_a_directory_that_it_may_not_enter(powercap_sim: PowercapFactory) -> None:
+def test_powercap_notes_a_directory_that_it_may_not_enter(powercap_sim: BuildTree) -> None:
     tree = powercap_sim(*two_socket_server())
     closed = tree.path("intel-rapl:1")
     closed.chmod(0)
@@ -417,7 +424,7 @@ def test_powercap_notes_a_directory_that_it_may_not_enter(powercap_sim: Powercap
         closed.chmod(0o755)
 
 
-def test_powercap_that_may_not_be_entered_at_all_says_how(powercap_sim: PowercapFactory) -> None:
+def test_powercap_that_may_not_be_entered_at_all_says_how(powercap_sim: BuildTree) -> None:
     tree = powercap_sim(*two_socket_server())
     tree.where.chmod(0)
 
@@ -687,7 +694,7 @@ def gpu_channels(opened: Lane, gpu: int) -> set[str]:
     return {name.partition("/")[2] for name in opened.channels if name.startswith(uuid)}
 
 
-def test_nvml_energy_is_the_truth_within_one_refresh(nvml: NvmlFactory) -> None:
+def test_nvml_energy_is_the_truth_within_one_refresh(nvml: BuildNvml) -> None:
     sim = nvml(Scenario((Gpu(Square(0.13, 60, 640)),)))
 
     with lane(sim.spec) as opened:
@@ -706,7 +713,7 @@ def test_nvml_energy_is_the_truth_within_one_refresh(nvml: NvmlFactory) -> None:
     assert seen_j > 0
 
 
-def test_nvml_knows_every_gpu_by_its_uuid(nvml: NvmlFactory) -> None:
+def test_nvml_knows_every_gpu_by_its_uuid(nvml: BuildNvml) -> None:
     uuids = (
         "GPU-ffff0000-1111-4222-8333-444444444444",
         None,
@@ -730,7 +737,7 @@ def test_nvml_knows_every_gpu_by_its_uuid(nvml: NvmlFactory) -> None:
             assert opened.channels[f"{name}/utilisation"].scale == 0.01
 
 
-def test_nvml_reads_instant_and_average_power(nvml: NvmlFactory) -> None:
+def test_nvml_reads_instant_and_average_power(nvml: BuildNvml) -> None:
     sim = nvml(Scenario((Gpu(Square(0.4, 100, 500)),)))
 
     with lane(sim.spec) as opened:
@@ -756,7 +763,7 @@ def test_nvml_reads_instant_and_average_power(nvml: NvmlFactory) -> None:
     ],
 )
 def test_nvml_is_asked_seldom_for_what_tells_no_energy(
-    nvml: NvmlFactory, sensor: Sensor, often: set[str]
+    nvml: BuildNvml, sensor: Sensor, often: set[str]
 ) -> None:
     # given a board of which each number changes in each millisecond
     ramp = Points(((-10.0, 10.0), (100.0, 600.0)))
@@ -784,7 +791,7 @@ def test_nvml_is_asked_seldom_for_what_tells_no_energy(
                 assert changed[-1] == len(t_ns) - 1
 
 
-def test_nvml_takes_what_an_older_board_or_driver_offers(nvml: NvmlFactory) -> None:
+def test_nvml_takes_what_an_older_board_or_driver_offers(nvml: BuildNvml) -> None:
     fields, counter = "nvmlDeviceGetFieldValues", "nvmlDeviceGetTotalEnergyConsumption"
     rest = {"utilisation", "memory_used"}
     cases = (
@@ -809,13 +816,13 @@ def test_nvml_takes_what_an_older_board_or_driver_offers(nvml: NvmlFactory) -> N
             assert all(column[-1] == 90_000 for column in powers)
 
 
-def test_nvml_without_the_calls_of_every_driver_is_no_sensor(nvml: NvmlFactory) -> None:
+def test_nvml_without_the_calls_of_every_driver_is_no_sensor(nvml: BuildNvml) -> None:
     error = why_not(nvml(Scenario((Gpu(Constant(1)),), absent=("nvmlInit_v2",))).spec)
 
     assert "nvml:" in error.fix
 
 
-def test_nvml_goes_on_when_a_gpu_is_lost_for_a_while(nvml: NvmlFactory) -> None:
+def test_nvml_goes_on_when_a_gpu_is_lost_for_a_while(nvml: BuildNvml) -> None:
     lost = Fault("nvmlDevice", "GPU_IS_LOST", start_s=0.3, end_s=0.45, gpu=0)
     sim = nvml(Scenario((Gpu(Constant(50)), Gpu(Constant(60))), (lost,)))
 
@@ -840,19 +847,17 @@ def test_nvml_goes_on_when_a_gpu_is_lost_for_a_while(nvml: NvmlFactory) -> None:
         ("UNKNOWN", "nvidia-smi"),
     ],
 )
-def test_nvml_that_does_not_start_names_the_remedy(
-    nvml: NvmlFactory, code: str, remedy: str
-) -> None:
+def test_nvml_that_does_not_start_names_the_remedy(nvml: BuildNvml, code: str, remedy: str) -> None:
     error = why_not(nvml(Scenario((Gpu(Constant(1)),), (Fault("nvmlInit", code),))).spec)
 
     assert remedy in error.fix
 
 
-def test_nvml_without_a_gpu_is_no_sensor(nvml: NvmlFactory) -> None:
+def test_nvml_without_a_gpu_is_no_sensor(nvml: BuildNvml) -> None:
     assert "NVIDIA_VISIBLE_DEVICES" in why_not(nvml(Scenario()).spec).fix
 
 
-def test_nvml_notes_a_gpu_that_it_cannot_open(nvml: NvmlFactory) -> None:
+def test_nvml_notes_a_gpu_that_it_cannot_open(nvml: BuildNvml) -> None:
     broken = Fault("nvmlDeviceGetHandleByIndex", "GPU_IS_LOST", gpu=1)
     sim = nvml(Scenario((Gpu(Constant(1)), Gpu(Constant(2))), (broken,)))
 
@@ -865,13 +870,13 @@ def test_nvml_notes_a_gpu_that_it_cannot_open(nvml: NvmlFactory) -> None:
     assert "nvidia-smi --gpu-reset" in notes[0].fix
 
 
-def test_nvml_with_no_openable_gpu_tells_the_reason(nvml: NvmlFactory) -> None:
+def test_nvml_with_no_openable_gpu_tells_the_reason(nvml: BuildNvml) -> None:
     denied = Fault("nvmlDeviceGetHandleByIndex", "NO_PERMISSION")
 
     assert "/dev/nvidia" in why_not(nvml(Scenario((Gpu(Constant(1)),), (denied,))).spec).fix
 
 
-def test_nvml_call_that_hangs_stops_nothing_else(nvml: NvmlFactory, tmp_path: Path) -> None:
+def test_nvml_call_that_hangs_stops_nothing_else(nvml: BuildNvml, tmp_path: Path) -> None:
     hang = Fault("nvmlDeviceGetTotalEnergyConsumption", "HANG", start_s=0.3, end_s=5.0)
     sim = nvml(Scenario((Gpu(Constant(100)),), (hang,)))
 
@@ -887,7 +892,7 @@ def test_nvml_call_that_hangs_stops_nothing_else(nvml: NvmlFactory, tmp_path: Pa
         assert other.take(after + 20).t_ns[-1] < sim.scenario.epoch_ns + 5e9
 
 
-def test_nvml_is_not_put_off_by_a_spurious_refusal(nvml: NvmlFactory) -> None:
+def test_nvml_is_not_put_off_by_a_spurious_refusal(nvml: BuildNvml) -> None:
     # Each second call of each kind; with two GPUs, one of them meets it while it is being opened.
     spurious = tuple(
         Fault(function, "NOT_SUPPORTED", every=2)
@@ -905,7 +910,7 @@ def test_nvml_is_not_put_off_by_a_spurious_refusal(nvml: NvmlFactory) -> None:
     assert min(value for value in values if not math.isnan(value)) >= 1_000_000
 
 
-def test_nvml_keeps_the_power_of_the_module_apart(nvml: NvmlFactory) -> None:
+def test_nvml_keeps_the_power_of_the_module_apart(nvml: BuildNvml) -> None:
     sim = nvml(Scenario((Gpu(Constant(300), module=Constant(450)),)))
 
     with lane(sim.spec, HOUR_NS) as opened:
@@ -915,7 +920,7 @@ def test_nvml_keeps_the_power_of_the_module_apart(nvml: NvmlFactory) -> None:
     assert (read_w["power_instant"], read_w["module_power_instant"]) == (300, 450)
 
 
-def test_nvml_says_that_mig_energy_is_the_boards(nvml: NvmlFactory) -> None:
+def test_nvml_says_that_mig_energy_is_the_boards(nvml: BuildNvml) -> None:
     sim = nvml(Scenario((Gpu(Constant(300), mig=True), Gpu(Constant(100), mig=None))))
 
     with lane(sim.spec, HOUR_NS) as opened:
@@ -926,7 +931,7 @@ def test_nvml_says_that_mig_energy_is_the_boards(nvml: NvmlFactory) -> None:
     assert "MIG" in note.what and "whole board" in note.why and "-i 0 -mig 0" in note.fix
 
 
-def test_nvml_uses_what_is_permitted_and_names_what_is_not(nvml: NvmlFactory) -> None:
+def test_nvml_uses_what_is_permitted_and_names_what_is_not(nvml: BuildNvml) -> None:
     denied = (
         Fault("nvmlDeviceGetTotalEnergy", "NO_PERMISSION"),
         Fault("nvmlDeviceGetFieldValues", "NO_PERMISSION", field=83),
@@ -942,7 +947,7 @@ def test_nvml_uses_what_is_permitted_and_names_what_is_not(nvml: NvmlFactory) ->
 
 
 @pytest.mark.parametrize("code", ["NO_PERMISSION", "GPU_IS_LOST", "NOT_SUPPORTED", "TIMEOUT"])
-def test_nvml_reading_that_fails_later_is_unknown_alone(nvml: NvmlFactory, code: str) -> None:
+def test_nvml_reading_that_fails_later_is_unknown_alone(nvml: BuildNvml, code: str) -> None:
     fault = Fault("nvmlDeviceGetFieldValues", code, start_s=0.25, field=186)
     sim = nvml(Scenario((Gpu(Constant(300)),), (fault,)))
 
@@ -953,7 +958,7 @@ def test_nvml_reading_that_fails_later_is_unknown_alone(nvml: NvmlFactory, code:
         assert name == key or not any(map(math.isnan, column))
 
 
-def test_nvml_asks_again_without_keeping_the_run_waiting(nvml: NvmlFactory) -> None:
+def test_nvml_asks_again_without_keeping_the_run_waiting(nvml: BuildNvml) -> None:
     # given eight boards that lack a counter and average power (each refused three times)
     boards = tuple(Gpu(Constant(100), sensor=PASCAL) for _ in range(8))
     sim = nvml(Scenario(boards))

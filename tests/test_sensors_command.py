@@ -8,26 +8,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli import Cli
-from sim.nvml import Gpu, NvmlSim, Scenario, default_uuid
-from sim.powercap import Tree, Zone, two_socket_server
+from sim.nvml import BuildNvml, Gpu, Scenario, default_uuid
+from sim.powercap import BuildTree, Tree, Zone, two_socket_server
 from sim.sysfs import hwmon_chip, perf_tree, why_no_tsc
 from sim.waves import Constant
 
 from pepr_profiler.sensors.machine import place
-
-BuildNvml = Callable[[Scenario], NvmlSim]
-BuildTree = Callable[..., Tree]
-
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Cli:
-    return Cli(tmp_path)
 
 
 def said(cli: Cli, *specs: str) -> dict[str, Any]:

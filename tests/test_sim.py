@@ -24,6 +24,7 @@ from sim.nvml import (
     PASCAL,
     RETURNS,
     VOLTA,
+    BuildNvml,
     Fault,
     Gpu,
     NvmlSim,
@@ -33,11 +34,8 @@ from sim.nvml import (
     default_uuid,
 )
 from sim.permissions import obey_permissions, obeying_permissions
-from sim.powercap import RANGE_UJ, Tree, Zone, ZoneFault, two_socket_server
+from sim.powercap import RANGE_UJ, BuildTree, Zone, ZoneFault, two_socket_server
 from sim.waves import TRAINING_LOAD, Constant, Points, Sine, Square, Step, Wave, recorded
-
-BuildNvml = Callable[[Scenario], NvmlSim]
-BuildTree = Callable[..., Tree]
 
 T = TypeVar("T")
 

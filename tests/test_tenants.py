@@ -11,8 +11,8 @@ import pytest
 from pepr_profiler.energy.gpu_users import GpuUsers, read_gpu_users
 from pepr_profiler.energy.gpus import visible_gpus
 from pepr_profiler.trace.lane import Batch, Channel, LaneInfo
+from pepr_profiler.units import NS_PER_S as S
 
-S = 1_000_000_000
 GPU = "GPU-1"
 Row = dict[int, float]  # SM use by PID
 

@@ -26,6 +26,7 @@ from pepr_profiler.trace.lane import (
     read_lanes,
 )
 from pepr_profiler.trace.run_json import read_run, write_json
+from pepr_profiler.units import NS_PER_S as S
 
 LANE = LaneInfo(
     "demo",
@@ -230,7 +231,6 @@ def test_an_empty_lane_is_no_lane(tmp_path: Path) -> None:
 
 # --- what is left out ----------------------------------------------------------------------------
 
-SECOND = 10**9
 GPU = (
     Channel("g/energy", "energy", "J", 1e-3, 0.0, True, "nvml-energy", {"kind": "gpu"}),
     Channel("g/power", "power", "W", 1e-3, 0.0, False, "nvml-power"),
@@ -263,7 +263,7 @@ def training(rows: int, *, seed: int = 3) -> tuple[Any, Any, list[Any]]:
     """Refreshes of 100 ms: 500 W with 3 % of noise for 50 s, 100 W for 10 s, in turn."""
     noise = np.random.default_rng(seed)
     t_ns = np.arange(1, rows + 1, dtype=np.int64) * 100_000_000 + noise.integers(0, 50_000, rows)
-    busy = (t_ns // SECOND) % 60 < 50
+    busy = (t_ns // S) % 60 < 50
     power_w = np.where(busy, 500.0, 100.0) * (1 + 0.03 * noise.standard_normal(rows))
     energy_mj = np.floor(np.cumsum(power_w * 0.1) * 1e3)
     memory = np.where(busy, 6e10, 2e10)
@@ -277,7 +277,7 @@ def test_a_quiet_lane_is_stored_sparsely_and_every_phase_keeps_its_energy(tmp_pa
     assert len(batch.t_ns) < 18_000 / 8
     assert batch.reads == 18_000
     # then any stretch has its energy within a quarter of a refresh's at each of its ends
-    edges = np.arange(40, 1790, 1.37) * SECOND
+    edges = np.arange(40, 1790, 1.37) * S
     true_j = np.interp(edges, t_ns, values[0]) * 1e-3
     energy_j = np.interp(edges, batch.t_ns, batch.values[0]) * 1e-3
     assert np.max(np.abs(energy_j - true_j)) <= 0.25 * 500 * 0.1 * 1.1
@@ -287,7 +287,7 @@ def test_a_quiet_lane_is_stored_sparsely_and_every_phase_keeps_its_energy(tmp_pa
     assert (np.diff(np.searchsorted(t_ns, batch.t_ns)) - 1 == batch.skipped[1:]).all()
     direct = batch.skipped[1:] == 0
     assert (batch.gap_ns[1:][direct] == spans[direct]).all()
-    assert (batch.gap_ns[1:] < 0.2 * SECOND).all()
+    assert (batch.gap_ns[1:] < 0.2 * S).all()
 
 
 def test_extremes_and_both_ends_of_a_gauge_are_kept(tmp_path: Path) -> None:
@@ -303,12 +303,12 @@ def test_extremes_and_both_ends_of_a_gauge_are_kept(tmp_path: Path) -> None:
 def test_a_counter_that_was_idle_at_first_is_held_to_a_line_as_close_later(tmp_path: Path) -> None:
     # given changes every 2 s, and after 40 s one at each read of 0.1 s, at 70 to 130 W
     t_ns = np.arange(1, 6001, dtype=np.int64) * 100_000_000
-    step_j = 10 + 3 * np.sin(2 * np.pi * t_ns / (3 * SECOND))
+    step_j = 10 + 3 * np.sin(2 * np.pi * t_ns / (3 * S))
     step_j[:400] = np.where(np.arange(400) % 20 == 0, 0.05, 0.0)
     energy_j = np.cumsum(step_j)
     batch = stored(tmp_path, GPU[:1], t_ns, [np.floor(energy_j * 1e3)])
     # then behind the batch in which it began, a line is off by a quarter of 0.1 s, not of 2 s
-    later = t_ns >= 110 * SECOND
+    later = t_ns >= 110 * S
     kept_j = np.interp(t_ns[later], batch.t_ns, batch.values[0]) * 1e-3
     assert np.max(np.abs(kept_j - energy_j[later])) <= 0.25 * 13 * 1.05
     assert len(batch.t_ns) < 5000
@@ -317,7 +317,7 @@ def test_a_counter_that_was_idle_at_first_is_held_to_a_line_as_close_later(tmp_p
 def test_nothing_is_left_out_around_what_is_unknown_or_not_read(tmp_path: Path) -> None:
     t_ns, _, values = training(9_000)
     values[0][5000:5400] = np.nan
-    t_ns[7000:] += 30 * SECOND
+    t_ns[7000:] += 30 * S
     batch = stored(tmp_path, GPU, t_ns, values)
     for edge in (4999, 5000, 5399, 5400, 6999, 7000):
         assert t_ns[edge] in batch.t_ns
@@ -382,7 +382,7 @@ def test_a_day_of_eight_gpus_and_two_sockets_is_small(tmp_path: Path) -> None:
     noise = np.random.default_rng(7)
     rows = int(hours * 180_000)
     t_ns = np.arange(rows, dtype=np.int64) * 20_000_000
-    power_w = np.where((t_ns // SECOND) % 60 < 50, 150.0, 60.0)
+    power_w = np.where((t_ns // S) % 60 < 50, 150.0, 60.0)
     energy_uj = [
         np.floor(np.cumsum(power_w * (1 + 0.03 * noise.standard_normal(rows)) * 2e4)) % 2.6e11
         for _ in zones

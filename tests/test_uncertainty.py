@@ -20,8 +20,6 @@ from pepr_profiler.energy.sources import Source, find_cross_sources, find_source
 from pepr_profiler.energy.uncertainty import UncertaintyBudget, budget, cross_check
 from pepr_profiler.trace.lane import LINE_STEPS, Batch, LaneReader, LaneWriter
 
-S = 1_000_000_000
-
 
 def measured(run: virtual.Run, *edges_s: float) -> tuple[EnergyCurve, np.ndarray]:
     """A virtual recording through the product's own way, at the edges."""

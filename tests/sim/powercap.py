@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,10 @@ class Tree:
         if self._writer.stdout.readline() != "ready\n":
             self.stop()
             raise RuntimeError("the powercap writer did not start; its words are above")
+
+
+BuildTree = Callable[..., Tree]
+"""What the fixture `powercap_sim` is: zones, and how they behave, in."""
 
 
 def _padded(value_uj: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -239,6 +240,10 @@ class NvmlSim:
             "LD_LIBRARY_PATH": str(self.library.parent),
             "PEPR_SIM_NVML": f"{self.library}.scenario",
         }
+
+
+BuildNvml = Callable[[Scenario], NvmlSim]
+"""What the fixture `nvml_sim` is."""
 
 
 def install(scenario: Scenario, folder: Path, cache: Path) -> NvmlSim:
