@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from pepr_profiler.errors import SensorError
 from pepr_profiler.sensors.detect import detect, detect_lasting
 from pepr_profiler.sensors.machine import Place, place
 from pepr_profiler.sensors.remedy import remedy
+from pepr_profiler.sensors.spec import ProcessRoot, SensorSpec, lanes_by_name
 
 BOTH = (Event("energy-pkg"), Event("energy-ram"), Event("energy-psys"))
 
@@ -234,3 +237,35 @@ def test_what_is_absent_is_explained_for_where_we_are(kind: str, tmp_path: Path)
     # a place that was named by hand keeps what the driver says of it
     named = told(f"{kind}:/there", error)
     assert (named["what"], named["why"], named["fix"]) == (error.what, error.why, error.fix)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "where"),
+    [
+        ("nvml", "nvml", ""),
+        ("powercap:/host/sys/class/powercap", "powercap", "/host/sys/class/powercap"),
+        ("hwmon:/sys/devices/pci0000:00/hwmon0", "hwmon", "/sys/devices/pci0000:00/hwmon0"),
+        ("processes:pids=12,34", "processes", "pids=12,34"),
+    ],
+)
+def test_a_spec_is_its_kind_and_place_and_still_the_text(text: str, kind: str, where: str) -> None:
+    spec = SensorSpec(text)
+    assert (spec.kind, spec.where) == (kind, where)
+    assert SensorSpec.of(kind, where) == text
+    assert json.loads(json.dumps({"spec": spec})) == {"spec": text}
+
+
+def test_lanes_of_one_kind_are_numbered_from_the_second_on() -> None:
+    lanes = lanes_by_name(["hwmon:/a", "nvml", "hwmon:/b", "hwmon:/c"])
+    assert lanes == {"hwmon": "hwmon:/a", "nvml": "nvml", "hwmon-2": "hwmon:/b",
+                     "hwmon-3": "hwmon:/c"}  # fmt: skip
+
+
+def test_the_core_understands_the_roots_that_we_write() -> None:
+    own = os.getpid()
+    for root in (ProcessRoot("self"), ProcessRoot("children"), ProcessRoot.of_pids([own])):
+        sampler = _core.Sampler(SensorSpec.of("processes", root), 10**9)
+        assert sampler.wait_ready(10)
+        sampler.stop(10)
+    assert ProcessRoot.of_pids([12, 34]) == "pids=12,34"
+    assert [ProcessRoot(r).pids for r in ("self", "children", "pids=12,34")] == [(), (), (12, 34)]

@@ -36,12 +36,12 @@ def sensors(*, specs: tuple[str, ...], as_json: bool) -> None:
     """Open each sensor, read it for a moment, and say what it gives."""
     from pepr_profiler.sensors.detect import detect
     from pepr_profiler.sensors.machine import place
-    from pepr_profiler.sensors.spec import KINDS, kind_of
+    from pepr_profiler.sensors.spec import KINDS, SensorSpec
 
     where = place()
     recorded = specs or detect()
     # What detection left out is looked at too: it is there, or there is a reason why not.
-    kinds = {kind_of(spec) for spec in recorded}
+    kinds = {SensorSpec(spec).kind for spec in recorded}
     others = () if specs else tuple(kind for kind in KINDS if kind not in kinds)
     channels, missing = _look((*recorded, *others), recorded, where, named=bool(specs))
     if as_json:
@@ -74,15 +74,16 @@ def _open(
     from pepr_profiler import _core
     from pepr_profiler.errors import SensorError
     from pepr_profiler.sensors.remedy import remedy
-    from pepr_profiler.sensors.spec import kind_of, lane_names
+    from pepr_profiler.sensors.spec import lanes_by_name
     from pepr_profiler.trace.lane import LaneInfo, describe
 
-    periods_ns = [_PERIOD_NS.get(kind_of(spec), _OTHER_PERIOD_NS) for spec in specs]
-    samplers = [_core.Sampler(s, p) for s, p in zip(specs, periods_ns, strict=True)]
+    lanes = lanes_by_name(specs)
+    periods_ns = [_PERIOD_NS.get(spec.kind, _OTHER_PERIOD_NS) for spec in lanes.values()]
+    samplers = [_core.Sampler(s, p) for s, p in zip(lanes.values(), periods_ns, strict=True)]
     deadline = time.monotonic() + _OPEN_S
     opened: list[tuple[LaneInfo, Sampler | RemoteLane]] = []
     missing = []
-    for (name, spec), period_ns, own in zip(lane_names(specs), periods_ns, samplers, strict=True):
+    for (name, spec), period_ns, own in zip(lanes.items(), periods_ns, samplers, strict=True):
         try:
             if not own.wait_ready(max(0.0, deadline - time.monotonic())):
                 why = f"its driver has not answered for {_OPEN_S:.0f} s"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from pepr_profiler import _core
 from pepr_profiler.errors import SensorError
 from pepr_profiler.sensors.remedy import is_denied
-from pepr_profiler.sensors.spec import base_period_ns, kind_of, lane_names
+from pepr_profiler.sensors.spec import SensorSpec, lanes_by_name
 from pepr_profiler.trace.lane import Channel, describe
 
 OPEN_TO_ALL = frozenset({"nvml"})
@@ -50,7 +50,7 @@ class ServedLane:
     """One driver, its rings, and what is known of its health."""
 
     name: str
-    spec: str
+    spec: SensorSpec
     sampler: _core.Sampler
     period_ns: int
     channels: tuple[Channel, ...] = ()
@@ -65,7 +65,7 @@ class ServedLane:
     @property
     def closed(self) -> bool:
         """Whether it is not for all: opened with privileges, and told coarsely to most."""
-        return kind_of(self.spec) not in OPEN_TO_ALL
+        return self.spec.kind not in OPEN_TO_ALL
 
     @property
     def ready(self) -> bool:
@@ -83,7 +83,7 @@ class Lanes:
     def __init__(self, specs: Sequence[str], how: How) -> None:
         self._how = how
         self._budget, self._crew = _core.Budget(how.overhead), _core.Crew()
-        self._names = lane_names(specs)
+        self._specs = lanes_by_name(specs)
         self._lanes: dict[str, ServedLane] = {}
         self._refused: set[str] = set()  # even with privileges
         self._gave_up = False
@@ -98,7 +98,7 @@ class Lanes:
 
     def open_privileged(self) -> None:
         """Opens what may need privileges and waits for it; its threads give theirs up."""
-        self._open([(n, spec) for n, spec in self._names if kind_of(spec) not in OPEN_TO_ALL])
+        self._open({n: s for n, s in self._specs.items() if s.kind not in OPEN_TO_ALL})
         deadline = time.monotonic() + _OPEN_S
         for lane in self:
             self._settle(lane, max(0.0, deadline - time.monotonic()))
@@ -108,7 +108,7 @@ class Lanes:
     def open_rest(self, *, gave_up: bool) -> None:
         """Opens what anybody may. `gave_up`: privileges were there and are gone by now."""
         self._gave_up = gave_up
-        self._open([(n, spec) for n, spec in self._names if kind_of(spec) in OPEN_TO_ALL])
+        self._open({n: s for n, s in self._specs.items() if s.kind in OPEN_TO_ALL})
 
     def describe(self, lane: ServedLane, *, coarse: bool) -> dict[str, Any]:
         """What a client is told of a lane that it opens."""
@@ -157,13 +157,13 @@ class Lanes:
 
     # --- parts ---
 
-    def _open(self, names: Sequence[tuple[str, str]]) -> None:
-        for name, spec in names:
+    def _open(self, specs: Mapping[str, SensorSpec]) -> None:
+        for name, spec in specs.items():
             self._lanes[name] = ServedLane(name, spec, self._start(spec), self._period_ns(spec))
 
-    def _start(self, spec: str) -> _core.Sampler:
+    def _start(self, spec: SensorSpec) -> _core.Sampler:
         how = self._how
-        closed = kind_of(spec) not in OPEN_TO_ALL
+        closed = spec.kind not in OPEN_TO_ALL
         return _core.Sampler(
             spec,
             self._period_ns(spec),
@@ -174,8 +174,8 @@ class Lanes:
             crew=self._crew,
         )
 
-    def _period_ns(self, spec: str) -> int:
-        return self._how.period_ns or base_period_ns(spec)
+    def _period_ns(self, spec: SensorSpec) -> int:
+        return self._how.period_ns or spec.base_period_ns
 
     def _settle(self, lane: ServedLane, timeout_s: float) -> bool:
         """Whether a lane that was opening has become ready."""
@@ -251,14 +251,13 @@ def _why(error: SensorError | RuntimeError) -> str:
     return error.why if isinstance(error, SensorError) else str(error)
 
 
-def _exists(spec: str, channel: Channel) -> bool:
+def _exists(spec: SensorSpec, channel: Channel) -> bool:
     """Whether a counter's file is there, readable or not; unknown counts as being there."""
     zone = channel.labels.get("zone")
-    if kind_of(spec) != "powercap" or zone is None:
+    if spec.kind != "powercap" or zone is None:
         return True
-    where = spec.partition(":")[2] or "/sys/class/powercap"
     try:
-        (Path(where) / zone / "energy_uj").stat()
+        (Path(spec.where or "/sys/class/powercap") / zone / "energy_uj").stat()
     except OSError:
         return False
     return True

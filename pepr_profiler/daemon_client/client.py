@@ -21,6 +21,7 @@ from pepr_profiler.daemon_client.address import SOCKET_VARIABLE, sockets_there
 from pepr_profiler.daemon_client.protocol import MOST_REPLY_BYTES, VERSION
 from pepr_profiler.errors import PeprError
 from pepr_profiler.record import Record
+from pepr_profiler.sensors.spec import SensorSpec
 from pepr_profiler.trace.lane import Channel
 from pepr_profiler.trace.run_json import boot_id
 
@@ -347,7 +348,7 @@ def _listed(names: Iterable[str]) -> str:
 def _stands_for(offered: str, wanted: str, named: bool) -> bool:
     if offered == wanted or named:
         return offered == wanted
-    kinds = [spec.partition(":")[0] for spec in (offered, wanted)]
+    kinds = [SensorSpec(spec).kind for spec in (offered, wanted)]
     # Each hwmon chip is a sensor of its own.
     return len({_FAMILY.get(kind, kind) for kind in kinds}) == 1 and kinds[0] != "hwmon"
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from pepr_profiler.record import Record
+from pepr_profiler.sensors.spec import ProcessRoot
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def _roots_of(root: str, profiler: int) -> tuple[int, ...]:
         return ()
     if root == "self":
         return (profiler,)
-    return tuple(int(pid) for pid in root.removeprefix("pids=").split(","))
+    return ProcessRoot(root).pids
 
 
 def _read(path: str) -> bytes:

@@ -19,7 +19,7 @@ from pepr_profiler.recording.processes import ProcessOwners, cuda_environments, 
 from pepr_profiler.sensors.detect import detect
 from pepr_profiler.sensors.machine import place
 from pepr_profiler.sensors.remedy import is_denied, remedy
-from pepr_profiler.sensors.spec import base_period_ns, kind_of, lane_names, with_process_lists
+from pepr_profiler.sensors.spec import ProcessRoot, SensorSpec, lanes_by_name, with_process_lists
 from pepr_profiler.store.runs import Store, recorder_lives
 from pepr_profiler.trace.events import EventWriter
 from pepr_profiler.trace.lane import LaneInfo, LaneWriter, describe
@@ -108,7 +108,8 @@ class Recorder:
         self._notes: EventWriter | None = None
         self._gpu_lists: dict[str, list[int]] = {}  # where in a lane's rows its PIDs are
         self._claims: Claims | None = None
-        specs = [*with_process_lists(options.sensors or detect()), f"processes:{root}"]
+        specs = with_process_lists(options.sensors or detect())
+        self._specs = lanes_by_name([*specs, SensorSpec.of("processes", root)])
         budget, crew = _core.Budget(options.overhead), _core.Crew()
         self.news = _core.News()
         self._journal = _core.Journal(_JOURNAL_S, self.news)
@@ -122,9 +123,8 @@ class Recorder:
                 crew=crew,
                 news=self.news,
             )
-            for name, spec in lane_names(specs)
+            for name, spec in self._specs.items()
         }
-        self._specs = dict(lane_names(specs))
 
     # --- the life of a recording ---
 
@@ -137,7 +137,7 @@ class Recorder:
         self.directory = self._make_directory()
         deadline = time.monotonic() + _OPEN_TIMEOUT_S
         for name in list(self._samplers):
-            if kind_of(self._specs[name]) == "nvml-processes":
+            if self._specs[name].kind == "nvml-processes":
                 continue  # it joins when it is ready: who uses a GPU is no reason to wait
             if not self._ready(name, max(0.0, deadline - time.monotonic())):
                 self.add_warning(
@@ -402,15 +402,15 @@ class Recorder:
             "gap_s": {name: s["gap_s"] for name, s in by_lane.items() if s["gap_s"]},
         }
 
-    def _is_asked_period(self, spec: str) -> bool:
-        return self.options.period_ns is not None and kind_of(spec) not in _OWN_PERIOD
+    def _is_asked_period(self, spec: SensorSpec) -> bool:
+        return self.options.period_ns is not None and spec.kind not in _OWN_PERIOD
 
-    def _learns(self, spec: str) -> bool:
-        return self.options.period_ns is None and kind_of(spec) not in _OWN_PERIOD
+    def _learns(self, spec: SensorSpec) -> bool:
+        return self.options.period_ns is None and spec.kind not in _OWN_PERIOD
 
-    def _period_ns(self, spec: str) -> int:
-        asked_ns, base_ns = self.options.period_ns, base_period_ns(spec)
-        if kind_of(spec) not in _OWN_PERIOD:
+    def _period_ns(self, spec: SensorSpec) -> int:
+        asked_ns, base_ns = self.options.period_ns, spec.base_period_ns
+        if spec.kind not in _OWN_PERIOD:
             return asked_ns or base_ns
         # Who wants little is asked for little; the end of what is attached to is waited for.
         return max(base_ns, min(asked_ns or 0, 0 if self.attached else _SLOWEST_OWN_NS))
@@ -455,7 +455,7 @@ class Recorder:
         if lane is None:
             return False
         self._samplers[name].stop(_STOP_TIMEOUT_S)
-        self._samplers[name], self._specs[name] = lane, lane.spec
+        self._samplers[name], self._specs[name] = lane, SensorSpec(lane.spec)
         return True
 
     def _add_missing(self, name: str, part: SensorError | _core.Note) -> None:
@@ -486,7 +486,7 @@ class Recorder:
 
     def _watches_of(self, lane: LaneInfo) -> list[Callable[[RawRows], None]]:
         """What is done with a lane's rows besides writing them down."""
-        kind, names = kind_of(lane.spec), [channel.name for channel in lane.channels]
+        kind, names = SensorSpec(lane.spec).kind, [channel.name for channel in lane.channels]
         watches: list[Callable[[RawRows], None]] = []
         if self._claims is not None and kind in _OWN_PERIOD:
             watches.append(functools.partial(self._claims.take, lane))
@@ -588,7 +588,7 @@ def attach(
         roots = targets.roots
         recorder = Recorder(
             options,
-            root=f"pids={','.join(str(target.pid) for target in roots)}",
+            root=ProcessRoot.of_pids(target.pid for target in roots),
             command=roots[0].command,
             attached=[{"pid": t.pid, "command": t.command} for t in roots],
             dedicated=dedicated,

@@ -12,6 +12,7 @@ from pathlib import Path
 from pepr_profiler import _core
 from pepr_profiler.errors import SensorError
 from pepr_profiler.sensors.machine import _text
+from pepr_profiler.sensors.spec import SensorSpec
 
 _PROBE_NS = 3600 * 10**9  # a probe reads once
 _PROBE_TIMEOUT_S = 1.0
@@ -20,7 +21,7 @@ _PROBE_TIMEOUT_S = 1.0
 _DOMAINS = {"package": "energy-pkg", "dram": "energy-ram", "psys": "energy-psys"}
 
 
-def detect_lasting(sysfs: Path = Path("/sys")) -> tuple[str, ...]:
+def detect_lasting(sysfs: Path = Path("/sys")) -> tuple[SensorSpec, ...]:
     """As `detect`, for a reader that may be restarted: counters that go on without it come first.
 
     perf counts from when it is opened, so that a restart loses what was used meanwhile; powercap
@@ -29,10 +30,10 @@ def detect_lasting(sysfs: Path = Path("/sys")) -> tuple[str, ...]:
     zones = {domain for domain, _ in _zones(sysfs)}
     rapl = "perf" if not zones and _perf_offers(sysfs) else "powercap"
     hwmon = _hwmon_specs(sysfs, cpu_covered="package" in zones)
-    return ("nvml", _spec(rapl, sysfs), *hwmon)
+    return (SensorSpec("nvml"), _spec(rapl, sysfs), *hwmon)
 
 
-def detect(sysfs: Path = Path("/sys")) -> tuple[str, ...]:
+def detect(sysfs: Path = Path("/sys")) -> tuple[SensorSpec, ...]:
     """The specs that a recording should open here; none is opened that only repeats another.
 
     NVML is always tried: only loading its library tells. perf is preferred to powercap, whose
@@ -42,7 +43,7 @@ def detect(sysfs: Path = Path("/sys")) -> tuple[str, ...]:
     """
     zones = _zones(sysfs)
     events = _perf_events(sysfs)
-    specs = ["nvml"]
+    specs = [SensorSpec("nvml")]
     if events:
         specs.append(_spec("perf", sysfs))
     denied = not events and _perf_offers(sysfs)
@@ -59,10 +60,10 @@ def detect(sysfs: Path = Path("/sys")) -> tuple[str, ...]:
 # --- what lies in sysfs ---------------------------------------------------------------------------
 
 
-def _spec(kind: str, sysfs: Path) -> str:
+def _spec(kind: str, sysfs: Path) -> SensorSpec:
     if sysfs == Path("/sys"):
-        return kind
-    return f"{kind}:{sysfs if kind == 'perf' else sysfs / 'class' / kind}"
+        return SensorSpec(kind)
+    return SensorSpec.of(kind, sysfs if kind == "perf" else sysfs / "class" / kind)
 
 
 def _perf_offers(sysfs: Path) -> bool:
@@ -94,7 +95,7 @@ def _zones(sysfs: Path) -> list[tuple[str, bool]]:
     return zones
 
 
-def _hwmon_specs(sysfs: Path, *, cpu_covered: bool) -> list[str]:
+def _hwmon_specs(sysfs: Path, *, cpu_covered: bool) -> list[SensorSpec]:
     specs = []
     for chip in _listed(sysfs / "class/hwmon"):
         names = [*_listed(chip), *_listed(chip / "device")]
@@ -102,7 +103,7 @@ def _hwmon_specs(sysfs: Path, *, cpu_covered: bool) -> list[str]:
         name = _text(chip / "name") or _text(chip / "device/name")
         energetic = any(n.startswith(("energy", "power")) for n in inputs) or name == "ina3221"
         if energetic and not (cpu_covered and name == "amd_energy"):
-            specs.append(f"hwmon:{chip}")
+            specs.append(SensorSpec.of("hwmon", chip))
     return specs
 
 

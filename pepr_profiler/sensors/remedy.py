@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pepr_profiler.sensors.machine import Place
+from pepr_profiler.sensors.spec import SensorSpec
 
 _DENIED = "Permission denied"  # csrc/sensor.h, kDenied
 
@@ -17,11 +18,11 @@ def remedy(spec: str, *, what: str, why: str, fix: str, where: Place) -> dict[st
 
     `what`, `why` and `fix` are the driver's, which knows the file but not who is asking.
     """
-    kind, _, path = spec.partition(":")
+    sensor = SensorSpec(spec)
     if is_denied(why):
-        fix = _permit(kind, fix, where)
-    elif not path:  # a place that was named by hand is checked by hand
-        why, fix = _provide(kind, why, fix, where)
+        fix = _permit(sensor.kind, fix, where)
+    elif not sensor.where:  # a place that was named by hand is checked by hand
+        why, fix = _provide(sensor.kind, why, fix, where)
     if where.root and not where.container:
         fix = fix.replace("sudo ", "")
     return {"what": what, "why": why, "fix": fix}

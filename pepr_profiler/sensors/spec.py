@@ -1,39 +1,80 @@
-"""What a sensor spec, `kind[:where]`, means: its driver, its lane, how often it is first read."""
+"""Sensor specs, `kind[:where]`: which driver, at which place, and how often it is first read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 KINDS = ("nvml", "perf", "powercap", "hwmon")
+"""The drivers that measure energy."""
 
-_PERIOD_NS = {"nvml": 10_000_000, "processes": 100_000_000, "nvml-processes": 500_000_000}
-_OTHER_PERIOD_NS = 20_000_000
-"""How often a lane is read until it knows its sensor's refreshes, and where each read brings news:
-RAPL is refreshed each millisecond, which is more than a phase's edge is worth."""
-
-
-def with_process_lists(specs: Sequence[str]) -> tuple[str, ...]:
-    """The specs, and a lane beside each NVML for who uses its GPUs; it may hang without harm."""
-    nvml = [spec for spec in specs if kind_of(spec) == "nvml"]
-    lists = ["nvml-processes" + spec.removeprefix("nvml") for spec in nvml]
-    return (*specs, *(spec for spec in dict.fromkeys(lists) if spec not in specs))
+# RAPL is refreshed each millisecond, which is finer than the edge of a phase needs.
+_BASE_PERIOD_NS = {"nvml": 10_000_000, "processes": 100_000_000, "nvml-processes": 500_000_000}
+_OTHER_BASE_PERIOD_NS = 20_000_000
 
 
-def kind_of(spec: str) -> str:
-    """Which driver a spec is for."""
-    return spec.partition(":")[0]
+class SensorSpec(str):
+    """A sensor as users, recordings and the core write it: "nvml", "powercap:/sys/class/powercap".
+
+    It is that text, so that it can be passed on, compared and stored as it is.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, kind: str, where: object = "") -> SensorSpec:
+        """The spec of a driver at a place, or at its usual place."""
+        return cls(f"{kind}:{where}" if str(where) else kind)
+
+    @property
+    def kind(self) -> str:
+        """The driver's name."""
+        return self.partition(":")[0]
+
+    @property
+    def where(self) -> str:
+        """A library, a directory, a file or a ProcessRoot; empty for the driver's usual place."""
+        return self.partition(":")[2]
+
+    @property
+    def base_period_ns(self) -> int:
+        """How often the sensor is read until its refreshes are known."""
+        return _BASE_PERIOD_NS.get(self.kind, _OTHER_BASE_PERIOD_NS)
 
 
-def base_period_ns(spec: str) -> int:
-    """How often a sensor is read until its refreshes are known."""
-    return _PERIOD_NS.get(kind_of(spec), _OTHER_PERIOD_NS)
+class ProcessRoot(str):
+    """Whose processes the spec `processes:ROOT` counts as the job; each with its descendants.
+
+    "self" is the process that records, "children" what it starts, but not itself, and "pids=12,34"
+    are processes that already run.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of_pids(cls, pids: Iterable[int]) -> ProcessRoot:
+        return cls("pids=" + ",".join(map(str, pids)))
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes that are named; none for "self" and "children"."""
+        names, _, numbers = self.partition("=")
+        return tuple(map(int, numbers.split(","))) if names == "pids" else ()
 
 
-def lane_names(specs: Sequence[str]) -> list[tuple[str, str]]:
-    """A lane is called after its driver; a second one of the same kind gets a number."""
-    names: list[tuple[str, str]] = []
-    for spec in specs:
-        kind = kind_of(spec)
-        taken = sum(kind_of(other) == kind for _, other in names)
-        names.append((f"{kind}-{taken + 1}" if taken else kind, spec))
-    return names
+def with_process_lists(specs: Iterable[str]) -> tuple[SensorSpec, ...]:
+    """The specs, and for each NVML one that lists which processes use its GPUs.
+
+    These lists are lanes of their own: if the driver hangs over one, its energy is still read.
+    """
+    given = [SensorSpec(spec) for spec in specs]
+    lists = [SensorSpec.of("nvml-processes", spec.where) for spec in given if spec.kind == "nvml"]
+    return (*given, *(spec for spec in dict.fromkeys(lists) if spec not in given))
+
+
+def lanes_by_name(specs: Iterable[str]) -> dict[str, SensorSpec]:
+    """Each spec by the name of its lane: its kind, with a number from the second one on."""
+    lanes: dict[str, SensorSpec] = {}
+    for spec in map(SensorSpec, specs):
+        same = sum(other.kind == spec.kind for other in lanes.values())
+        lanes[f"{spec.kind}-{same + 1}" if same else spec.kind] = spec
+    return lanes

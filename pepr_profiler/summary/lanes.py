@@ -15,6 +15,7 @@ from pepr_profiler.energy.integrate import integrate
 from pepr_profiler.energy.sources import find_cross_sources, find_sources
 from pepr_profiler.energy.uncertainty import CrossCheck, cross_check
 from pepr_profiler.sensors.machine import CpuIdentity
+from pepr_profiler.sensors.spec import SensorSpec
 from pepr_profiler.trace.lane import Batch, LaneReader, joined
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _curves(
 
 
 def _lists_processes(reader: LaneReader) -> bool:
-    return reader.lane.spec.partition(":")[0] == "nvml-processes"
+    return SensorSpec(reader.lane.spec).kind == "nvml-processes"
 
 
 def _tenants(
