@@ -105,10 +105,10 @@ def output_of(*arguments: str) -> bytes:
 
 @contextmanager
 def server() -> Iterator[str]:
-    """Two sockets whose power alternates; the counter of the first wraps within 2 s."""
+    """Two sockets; the power of the first alternates, and its counter wraps every 1.2 s."""
     wave = Square(0.5, 40, 160)
     zones = (
-        powercap.Zone("intel-rapl:0", "package-0", wave, start_uj=262_143_328_850 - 60_000_000),
+        powercap.Zone("intel-rapl:0", "package-0", wave, range_uj=120_000_000),
         powercap.Zone("intel-rapl:0:0", "dram", Constant(12)),
         powercap.Zone("intel-rapl:1", "package-1", Constant(45)),
     )
