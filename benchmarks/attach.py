@@ -32,9 +32,9 @@ SIZES = (1, 50, 500)
 
 def latencies_s(folder: Path, size: int, rounds: int) -> list[float]:
     """From the request until every lane has its first sample, of a tree of `size` processes."""
+    from pepr_profiler.block import open_attached
     from pepr_profiler.recording.attached import hold
     from pepr_profiler.recording.options import Options
-    from pepr_profiler.recording.recorder import attach
 
     script = f"for i in $(seq {size - 1}); do sleep 600 & done; echo ready; read line; kill 0"
     tree = subprocess.Popen(
@@ -45,12 +45,12 @@ def latencies_s(folder: Path, size: int, rounds: int) -> list[float]:
     )
     assert tree.stdout is not None
     tree.stdout.readline()
-    options = Options(name="latency", store=folder)
+    options = Options(name="latency")
     found = []
     for _ in range(rounds):
         begin_ns = time.monotonic_ns()
         with hold([tree.pid]) as targets:
-            recorder = attach(options, targets)
+            recorder = open_attached(options, folder, targets)
         found.append((time.monotonic_ns() - begin_ns) * 1e-9)
         recorder.discard()
     tree.communicate(b"\n")

@@ -1,4 +1,4 @@
-"""The `with` block that measures a part of a program from inside."""
+"""A recording and its summary in one: the `with` block, and what the command line needs of it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,139 @@ import contextvars
 import functools
 import itertools
 import json
+import operator
 import os
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from pepr_profiler.energy.carbon import intensity_of
-from pepr_profiler.errors import TraceError, UsageError
-from pepr_profiler.recording.options import OVERHEAD, SCOPES, Options
-from pepr_profiler.recording.recorder import TICK_S, Recorder, attach
-from pepr_profiler.store.runs import recorder_lives
+from pepr_profiler.errors import SensorError, TraceError, UsageError
+from pepr_profiler.recording.options import OVERHEAD, Options
+from pepr_profiler.recording.recorder import TICK_S, Recorder
+from pepr_profiler.sensors.spec import ProcessRoot
+from pepr_profiler.store.runs import Store
 from pepr_profiler.trace.events import EventWriter
-from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE, read_run
+from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE, read_run, recorder_lives
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
     from typing import Any, TypeVar
 
+    from pepr_profiler.recording.attached import Targets
+    from pepr_profiler.recording.lanes import AddWarning
+    from pepr_profiler.recording.watches import Claims
+
     _F = TypeVar("_F", bound=Callable[..., Any])
+
+# --- a recording, from its directory to its summary -----------------------------------------------
+
+
+def open_recording(
+    options: Options,
+    store: Path | None,
+    *,
+    root: str,
+    command: Sequence[str],
+    attached: Sequence[Mapping[str, Any]] = (),
+    dedicated: bool = False,
+    warn: AddWarning | None = None,
+) -> Recorder:
+    """A recording in a new directory of the store, whose lanes sample; `begin` is still to come.
+
+    The arguments are those of `Recorder`. Raises as `Recorder.open` does; nothing is left then.
+    """
+    recorder = Recorder(
+        options,
+        root=root,
+        command=command,
+        attached=attached,
+        dedicated=dedicated,
+        warn=warn,
+        claims=_claims,
+    )
+    try:
+        directory, warning = Store(store).create_somewhere(options.name)
+        if warning is not None:
+            recorder.add_warning(**warning)
+        recorder.open(directory)
+    except BaseException:  # Ctrl-C too: the program may go on
+        recorder.discard()
+        raise
+    return recorder
+
+
+def open_attached(
+    options: Options,
+    store: Path | None,
+    targets: Targets,
+    *,
+    dedicated: bool = False,
+    warn: AddWarning | None = None,
+) -> Recorder:
+    """An open recording of running processes, with all of `targets` in it.
+
+    Those that exit before it is open are let go. Raises TargetError if none is left, else as
+    `open_recording` does.
+    """
+    while True:
+        roots = targets.roots
+        try:
+            recorder = open_recording(
+                options,
+                store,
+                root=ProcessRoot.of_pids(target.pid for target in roots),
+                command=roots[0].command,
+                attached=[{"pid": t.pid, "command": t.command} for t in roots],
+                dedicated=dedicated,
+                warn=warn,
+            )
+        except SensorError:
+            if not targets.drop_ended():
+                raise
+            continue
+        try:
+            # Who lives now has lived all the while: the lane met no later owner of a PID.
+            some_ended = targets.drop_ended()
+        except BaseException:
+            recorder.discard()
+            raise
+        if not some_ended:
+            for warning in targets.warnings:
+                recorder.add_warning(**warning)
+            return recorder
+        recorder.discard()
+
+
+def close_recording(
+    recorder: Recorder,
+    end_ns: int,
+    *,
+    exit_code: int | None,
+    exit_facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Closes a recording at `end_ns`, and loads what its summary needs while the lanes go on."""
+    recorder.close(end_ns, exit_code=exit_code, exit_facts=exit_facts, meanwhile=_load_summary)
+
+
+def complete_recording(recorder: Recorder) -> dict[str, Any]:
+    """The summary of a closed recording, also written to its run.json."""
+    from pepr_profiler.summary.summarise import summarise
+
+    return recorder.complete(summarise(recorder.directory, run=recorder.facts()))
+
+
+def _load_summary() -> None:
+    from pepr_profiler.summary import summarise  # noqa: F401  takes as long as a refresh
+
+
+def _claims() -> Claims:
+    from pepr_profiler.daemon.claims import Claims  # NumPy, which few runs need before their end
+
+    return Claims()
+
 
 # --- inside a program ----------------------------------------------------------------------------
 
@@ -37,8 +149,16 @@ _current_phase: contextvars.ContextVar[int | None] = contextvars.ContextVar("pha
 class Run:
     """A profiled block: marks phases, logs metrics, knows its energy. Made by `profile()`."""
 
-    def __init__(self, options: Options, *, pids: Sequence[int] | None, synchronise: bool) -> None:
+    def __init__(
+        self,
+        options: Options,
+        *,
+        store: Path | None,
+        pids: Sequence[int] | None,
+        synchronise: bool,
+    ) -> None:
         self._options = options
+        self._store = store
         self._pids = None if pids is None else tuple(pids)
         self._synchronise = synchronise
         self._recorder: Recorder | None = None
@@ -162,14 +282,10 @@ class Run:
             from pepr_profiler.recording.attached import hold
 
             with hold(self._pids) as targets:
-                recorder = attach(self._options, targets)
+                recorder = open_attached(self._options, self._store, targets)
         else:
-            recorder = Recorder(self._options, root="self", command=[sys.executable, *sys.argv])
-            try:
-                recorder.open()
-            except BaseException:  # Ctrl-C too: the program may go on
-                recorder.discard()
-                raise
+            command = [sys.executable, *sys.argv]
+            recorder = open_recording(self._options, self._store, root="self", command=command)
         begin_ns = time.monotonic_ns()
         recorder.begin(begin_ns)
         self._recorder, self.directory = recorder, recorder.directory
@@ -201,8 +317,9 @@ class Run:
         self._thread.join()
         if os.environ.get(RUN_DIR_VARIABLE) == str(recorder.directory):
             del os.environ[RUN_DIR_VARIABLE]
-        recorder.close(end_ns, exit_code=_exit_code(error) if self._pids is None else None)
-        self._summary = recorder.summarise()
+        exit_code = _exit_code(error) if self._pids is None else None
+        close_recording(recorder, end_ns, exit_code=exit_code)
+        self._summary = complete_recording(recorder)
         for warning in recorder.warnings:  # last: a warning may be an error (python -W error)
             warnings.warn(f"pepr: {warning['text']} ({warning['hint']})", stacklevel=3)
 
@@ -273,34 +390,33 @@ def profile(
     Where torch is loaded and uses CUDA, phase edges wait for the GPU unless `synchronise` is False.
     Raises UsageError, TargetError or SensorError before anything starts.
     """
-    if not name:
-        raise UsageError("a run needs a name", why="name is empty", fix='profile("resnet18")')
-    if not 0 < overhead <= 1:
-        raise UsageError(
-            f"an overhead of {overhead!r} is not possible",
-            why="it is the share of one core that reading the sensors may take",
-            fix="give a fraction in (0, 1], for example overhead=0.005",
-        )
-    if scope not in SCOPES:
-        raise UsageError(
-            f"a scope of {scope!r} is not possible",
-            why="it says what the total is",
-            fix='scope="job" for the job\'s share, scope="device" for the whole devices',
-        )
-    options = Options(
+    intensity = None
+    if region is not None or carbon_intensity is not None:
+        from pepr_profiler.energy.carbon import intensity_of
+
+        intensity = intensity_of(region, carbon_intensity)
+    options = Options.checked(
         name=name,
         experiment=experiment,
-        store=Path(store) if store is not None else None,
-        sensors=tuple(sensors),
-        period_ns=None if period_s is None else round(period_s * 1e9),
+        sensors=sensors,
+        period=period_s,
         overhead=overhead,
-        intensity=intensity_of(region, carbon_intensity),
+        intensity=intensity,
         pue=pue,
         cpu_power=cpu_power,
         performance=performance,
         scope=scope,
     )
-    return Run(options, pids=pids, synchronise=synchronise)
+    try:
+        where = None if store is None else Path(store)
+        followed = None if pids is None else [operator.index(pid) for pid in pids]
+    except TypeError as error:
+        raise UsageError(
+            f"store={store!r} or pids={pids!r} cannot be used",
+            why=str(error),
+            fix='a store is a path, pids is a list of numbers: store="runs", pids=[4121]',
+        ) from error
+    return Run(options, store=where, pids=followed, synchronise=synchronise)
 
 
 def _outer_run() -> Path | None:

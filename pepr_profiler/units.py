@@ -147,6 +147,36 @@ def parse_bounds(
     )
 
 
+def parse_cpu_power(text: str) -> tuple[float, float]:
+    """Idle and full-load power of a machine in W, from "IDLE:MAX". Raises UsageError."""
+    example = "12:95 (watts of the whole machine, idle and fully loaded)"
+    idle_w, max_w = parse_bounds(text, option="--cpu-power", form="IDLE:MAX", example=example)
+    if idle_w < 0:
+        raise UsageError(
+            f"--cpu-power {text!r} cannot be used",
+            why="IDLE is below 0 W",
+            fix=f"write for example --cpu-power {example}",
+        )
+    return idle_w, max_w
+
+
+def check_pue(pue: float) -> float:
+    """A power usage effectiveness as it was given. Raises UsageError unless finite and >= 1."""
+    try:
+        possible = math.isfinite(pue) and pue >= 1
+    except TypeError:
+        possible = False
+    if not possible:
+        raise UsageError(
+            f"a PUE of {pue:g} is not possible"
+            if isinstance(pue, int | float)
+            else f"a PUE of {pue!r} is not possible",
+            why="a data centre draws at least what its machines draw",
+            fix="give 1.0 (the machines alone) or more, for example --pue 1.2",
+        )
+    return pue
+
+
 def parse_overhead(text: str) -> float:
     """A share of one core: "0.5%" or "0.005" -> 0.005. Raises UsageError unless in (0, 1]."""
     number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
@@ -158,7 +188,8 @@ def parse_overhead(text: str) -> float:
         raise UsageError(
             f"an overhead of '{text}' is not possible",
             why="it is the share of one core that reading the sensors may take",
-            fix="give more than 0% and at most 100%, for example --overhead 0.5%",
+            fix="give more than 0% and at most 100%, for example --overhead 0.5%, in code "
+            "overhead=0.005",
         )
     return share
 

@@ -23,9 +23,9 @@ import pytest
 from cli import SLOW_S, Cli, codes, component, ended, python, until
 
 from pepr_profiler import TargetError, TraceError, UsageError, profile
+from pepr_profiler.block import open_attached
 from pepr_profiler.recording.attached import hold
 from pepr_profiler.recording.options import Options
-from pepr_profiler.recording.recorder import attach
 from pepr_profiler.trace.events import read_events
 from pepr_profiler.trace.lane import LaneReader
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
@@ -516,18 +516,18 @@ child.kill()
 
 
 def test_target_that_exits_while_we_attach_is_told_and_not_followed(tmp_path: Path) -> None:
-    options = Options(name="race", store=tmp_path / "store", sensors=(), cpu_power="1:2")
+    options, store = Options(name="race", cpu_power="1:2"), tmp_path / "store"
     with sleeping() as stays, sleeping() as goes, hold([goes.pid, stays.pid]) as targets:
         goes.kill()
         goes.wait()
-        recorder = attach(options, targets)
+        recorder = open_attached(options, store, targets)
         recorder.discard()
         assert [target["pid"] for target in recorder.attached] == [stays.pid]
         assert [warning["code"] for warning in recorder.warnings] == ["target-ended"]
         stays.kill()
         stays.wait()
         with pytest.raises(TargetError, match="exited while pepr-profile attached"):
-            attach(options, targets)
+            open_attached(options, store, targets)
     assert list((tmp_path / "store" / "runs").iterdir()) == []
 
 
@@ -535,7 +535,7 @@ def test_pid_that_was_given_to_another_process_is_not_followed(tmp_path: Path) -
     last_pid = Path("/proc/sys/kernel/ns_last_pid")
     if not os.access(last_pid, os.W_OK):
         pytest.skip("the next PID can be chosen only by root, on a kernel that can checkpoint")
-    options = Options(name="reused", store=tmp_path / "store", cpu_power="1:2")
+    options, store = Options(name="reused", cpu_power="1:2"), tmp_path / "store"
     with sleeping() as before, hold([before.pid]) as targets:
         before.kill()
         before.wait()
@@ -552,7 +552,7 @@ def test_pid_that_was_given_to_another_process_is_not_followed(tmp_path: Path) -
         with ended(until(take_over)) as after:
             assert after.pid == before.pid
             with pytest.raises(TargetError, match="exited while pepr-profile attached"):
-                attach(options, targets)
+                open_attached(options, store, targets)
             assert after.poll() is None
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pepr_profiler.block import close_recording, open_attached
 from pepr_profiler.commands import complain
 from pepr_profiler.commands.recording import (
     LiveLine,
@@ -21,7 +22,6 @@ from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.recording.attached import StopSignals, Targets, hold
 from pepr_profiler.recording.options import Options
 from pepr_profiler.recording.recorder import TICK_S, Recorder
-from pepr_profiler.recording.recorder import attach as open_recording
 from pepr_profiler.units import parse_duration
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def attach(
         metrics = request.metrics()
         options = request.options(targets.roots[0].command, metrics)
         measured = _measure(
-            options, targets, metrics, stop=stop, duration_ns=duration_ns, quiet=request.quiet
+            options, targets, metrics, stop=stop, duration_ns=duration_ns, request=request
         )
         if measured is None:
             return 130
@@ -77,16 +77,16 @@ def _measure(
     *,
     stop: StopSignals,
     duration_ns: int | None,
-    quiet: bool,
+    request: Request,
 ) -> tuple[Recorder, int] | None:
     """The closed recording and our status; None if it was broken off before it began."""
-    line = LiveLine()
+    line, quiet = LiveLine(), request.quiet
 
     def warn(code: str, text: str, hint: str) -> None:
         line.clear()
         say_urgent(code, text, hint)
 
-    recorder = open_recording(options, targets, dedicated=True, warn=warn)
+    recorder = open_attached(options, request.store, targets, dedicated=True, warn=warn)
     begin_ns = time.monotonic_ns()
     if stop.received is not None:
         recorder.discard()
@@ -117,7 +117,7 @@ def _measure(
     for warning in metrics.finish() if metrics else []:
         recorder.add_warning(**warning)
     log(recorder, metrics)
-    recorder.close(end_ns, exit_code=None, exit_facts={"ended_by": ended_by})
+    close_recording(recorder, end_ns, exit_code=None, exit_facts={"ended_by": ended_by})
     return recorder, PeprError.status if ended_by == "fault" else 0
 
 

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pepr_profiler.block import complete_recording
 from pepr_profiler.commands import complain, store_option, whoever_listens, written_output
-from pepr_profiler.energy.carbon import intensity_of
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.record import Record
 from pepr_profiler.recording.options import SCOPES, Options
 from pepr_profiler.recording.recorder import Recorder
-from pepr_profiler.units import parse_duration, parse_overhead
 
 if TYPE_CHECKING:
     from pepr_profiler.recording.metrics import Metrics
@@ -63,29 +62,21 @@ class Request(Record):
 
     def options(self, command: Sequence[str], metrics: Metrics | None) -> Options:
         """The recording of `command` that is asked for. Raises UsageError for what cannot be."""
-        if not (self.pue >= 1.0 and self.pue < float("inf")):
-            raise UsageError(
-                f"a PUE of {self.pue:g} is not possible",
-                why="a data centre draws at least what its machines draw",
-                fix="give 1.0 (the machines alone) or more, for example --pue 1.2",
-            )
-        if self.cpu_power is not None:
-            from pepr_profiler.energy.modelled import cpu_model
-            from pepr_profiler.sensors.machine import CpuIdentity
-
-            # A bad one fails here, not at the end.
-            cpu_model(CpuIdentity(), vcpus=1, override=self.cpu_power)
         if self.json_file is not None and self.json_file != "-":
             _require_writable(Path(self.json_file))
-        return Options(
+        intensity = None
+        if self.region is not None or self.carbon_intensity is not None:
+            from pepr_profiler.energy.carbon import intensity_of
+
+            intensity = intensity_of(self.region, self.carbon_intensity)
+        return Options.checked(
             name=self.name or name_of(command),
             experiment=self.experiment,
             job=self.job,
-            store=self.store,
             sensors=self.sensors,
-            period_ns=parse_duration(self.period) if self.period else None,
-            overhead=parse_overhead(self.overhead),
-            intensity=intensity_of(self.region, self.carbon_intensity),
+            period=self.period or None,
+            overhead=self.overhead,
+            intensity=intensity,
             pue=self.pue,
             cpu_power=self.cpu_power,
             performance=metrics.names[0] if metrics else None,
@@ -96,7 +87,7 @@ class Request(Record):
         """Computes the summary of a closed recording and says it where it was asked for."""
         # NumPy's BLAS would start a thread a core that nothing uses: 0.1 s of CPU on two cores.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        summary = recorder.summarise()
+        summary = complete_recording(recorder)
         from pepr_profiler.commands.report import show, write_summary
 
         if self.json_file is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pepr_profiler.block import close_recording, open_recording
 from pepr_profiler.commands.recording import (
     LiveLine,
     Request,
@@ -53,7 +54,7 @@ def run(command: tuple[str, ...], *, patterns: tuple[str, ...], request: Request
     metrics = request.metrics(patterns)
     options = request.options(command, metrics)
     with hold_signals() as held:
-        recorder, ended = _measure(command, options, metrics, held, live=not request.quiet)
+        recorder, ended = _measure(command, options, metrics, held, request)
         request.finish(recorder)
     if ended.signal == signal.SIGINT:
         # A shell breaks off its loop only if we die of the Ctrl-C too; it sees 130 either way.
@@ -67,15 +68,14 @@ def _measure(
     options: Options,
     metrics: Metrics | None,
     held: HeldSignals,
-    *,
-    live: bool,
+    request: Request,
 ) -> tuple[Recorder, Exit]:
     """Samples before, during and after the command; returns the closed recording."""
     from pepr_profiler import _core
 
     # Orphaned grandchildren become ours, so that their time is counted when they end.
     _core.set_child_subreaper()
-    relay = line = None
+    relay, line, live = None, None, not request.quiet
     if metrics is not None and metrics.has_patterns:
         line = LiveLine(metrics.feed)
         relay = Relay(line.sink, before=line.clear) if live else Relay(metrics.feed)
@@ -85,9 +85,10 @@ def _measure(
             line.clear()
         say_urgent(code, text, hint)
 
-    recorder = Recorder(options, root="children", command=command, dedicated=True, warn=warn)
+    recorder = open_recording(
+        options, request.store, root="children", command=command, dedicated=True, warn=warn
+    )
     try:
-        recorder.open()
         environment = {RUN_DIR_VARIABLE: str(recorder.directory.absolute())}
         child = Child.spawn(command, held=held, env=environment, relay=relay)
     except BaseException:
@@ -116,7 +117,8 @@ def _measure(
             "what they cost from now on is not counted",
             "let the command wait for them",
         )
-    recorder.close(
+    close_recording(
+        recorder,
         ended.ended_ns,
         exit_code=ended.status,
         exit_facts={

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from pepr_profiler.errors import UsageError
-from pepr_profiler.units import J_PER_KWH
+from pepr_profiler.units import J_PER_KWH, check_pue
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
@@ -139,12 +139,7 @@ def estimate(energy_j: float, *, intensity: GridIntensity, pue: float) -> Carbon
     Linear in the energy, so u(g_co2e) = g_co2e x u(energy_j) / energy_j, with the same k; the
     intensity and the PUE are taken as stated, without an uncertainty of their own.
     """
-    if not (math.isfinite(pue) and pue >= 1):
-        raise UsageError(
-            f"a PUE of {pue:g} is not possible",
-            why="a data centre draws at least what its machines draw",
-            fix="give 1.0 (the machines alone) or more, for example --pue 1.2",
-        )
+    check_pue(pue)
     region = f", {intensity.region}" if intensity.region else ""
     return Carbon(
         g_co2e=energy_j / J_PER_KWH * pue * intensity.g_per_kwh,
@@ -185,18 +180,24 @@ def _key(text: str) -> str:
     return re.sub(r"^st ", "saint ", key)
 
 
-def intensity_of(region: str | None, carbon_intensity: float | None) -> GridIntensity | None:
-    """The grid intensity that was asked for. Raises UsageError if unknown or asked for twice."""
-    if region is None and carbon_intensity is None:
-        return None
+def intensity_of(region: str | None, carbon_intensity: float | None) -> dict[str, Any]:
+    """The grid intensity that was asked for, as run.json has it; one of the two is given.
 
+    Raises UsageError if it is unknown or asked for twice.
+    """
     if region is not None and carbon_intensity is not None:
         raise UsageError(
             "both a region and a carbon intensity are given",
             why="either says how much carbon a kWh costs",
             fix="keep one of --region and --carbon-intensity",
         )
-    if carbon_intensity is not None:
-        return GridIntensity.given(carbon_intensity)
-    assert region is not None
-    return lookup(region)
+    if carbon_intensity is None:
+        return dict(vars(lookup(str(region))))
+    try:
+        return dict(vars(GridIntensity.given(float(carbon_intensity))))
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"a carbon intensity of {carbon_intensity!r} is not possible",
+            why="a number is expected",
+            fix="give grams of CO2e per kWh, for example carbon_intensity=56",
+        ) from None

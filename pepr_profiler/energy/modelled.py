@@ -7,10 +7,9 @@ than ±50 % (k = 2), a figure borrowed from a related CPU claims more.
 
 from __future__ import annotations
 
-from pepr_profiler.errors import UsageError
 from pepr_profiler.record import Record
 from pepr_profiler.sensors.machine import CpuIdentity
-from pepr_profiler.units import parse_bounds
+from pepr_profiler.units import parse_cpu_power
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
@@ -143,14 +142,7 @@ def _identify(cpuinfo: CpuIdentity) -> tuple[str, str | None, float]:
 
 
 def _given(override: str) -> CpuModel:
-    example = "12:95 (watts of the whole machine, idle and fully loaded)"
-    idle_w, max_w = parse_bounds(override, option="--cpu-power", form="IDLE:MAX", example=example)
-    if idle_w < 0:
-        raise UsageError(
-            f"--cpu-power {override!r} cannot be used",
-            why="IDLE is below 0 W",
-            fix=f"write for example --cpu-power {example}",
-        )
+    idle_w, max_w = parse_cpu_power(override)
     return CpuModel(
         idle_w=idle_w,
         max_w=max_w,

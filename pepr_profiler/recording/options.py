@@ -1,19 +1,17 @@
-"""What a recording is asked to be."""
+"""What a recording is asked to be, checked before anything starts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import math
+from collections.abc import Mapping, Sequence
 
+from pepr_profiler.errors import UsageError
 from pepr_profiler.record import Record
+from pepr_profiler.units import check_pue, parse_cpu_power, parse_duration, parse_overhead
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
-    from typing import Any, TypeVar
-
-    from pepr_profiler.energy.carbon import GridIntensity
-
-    _F = TypeVar("_F", bound=Callable[..., Any])
+    from typing import Any
 
 OVERHEAD = 0.005
 """CPU time that all lanes together may take by default, as a share of one core."""
@@ -21,24 +19,102 @@ OVERHEAD = 0.005
 SCOPES = ("job", "device")
 """What a run's total can be: the job's share of its devices, or all that they took."""
 
+_LONGEST_PERIOD_S = 366 * 86_400.0
+
 
 class Options(Record):
-    """What a recording is asked to be.
+    """What a recording is asked to be. `Options.checked` makes one from what a user gave.
 
     `period_ns` None: each sensor is read when it is refreshed. `overhead` is the CPU time that
-    reading may take, as a share of one core; lanes are stretched to keep it, all by one factor,
-    except those whose period was asked for.
+    reading may take, as a share of one core. Lanes are read less often to keep it, except those
+    whose period was asked for. `intensity` is what run.json says of the grid's carbon intensity.
     """
 
     name: str
     experiment: str | None = None
     job: str | None = None
-    store: Path | None = None
     sensors: tuple[str, ...] = ()
     period_ns: int | None = None
     overhead: float = OVERHEAD
-    intensity: GridIntensity | None = None
+    intensity: Mapping[str, Any] | None = None
     pue: float = 1.0
     cpu_power: str | None = None
     performance: str | None = None
     scope: str = "job"
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        name: str,
+        sensors: Sequence[str] = (),
+        period: str | float | None = None,
+        overhead: str | float = OVERHEAD,
+        pue: float = 1.0,
+        cpu_power: str | None = None,
+        scope: str = "job",
+        intensity: Mapping[str, Any] | None = None,
+        **texts: str | None,
+    ) -> Options:
+        """Options from what a user gave on the command line or in code.
+
+        `period` is text such as "10ms", or seconds. `overhead` is text such as "0.5%", or a
+        fraction. `texts` are `experiment`, `job` and `performance`. Raises UsageError for what
+        cannot be used.
+        """
+        if name == "":
+            raise UsageError("a run needs a name", why="name is empty", fix='profile("resnet18")')
+        for what, text in {"name": name, "cpu_power": cpu_power, **texts}.items():
+            if not isinstance(text, str) and (text is not None or what == "name"):
+                raise UsageError(
+                    f"{what}={text!r} cannot be used",
+                    why=f"its type is {type(text).__name__}, and text is expected",
+                    fix=f'write it in quotes: {what}="{text}"',
+                )
+        if cpu_power is not None:
+            parse_cpu_power(cpu_power)
+        if scope not in SCOPES:
+            raise UsageError(
+                f"a scope of {scope!r} is not possible",
+                why="it says what the total is",
+                fix='scope="job" for the job\'s share, scope="device" for the whole devices',
+            )
+        return cls(
+            name=name,
+            sensors=_checked_sensors(sensors),
+            period_ns=None if period is None else _period_ns(period),
+            overhead=parse_overhead(str(overhead)),
+            pue=check_pue(pue),
+            cpu_power=cpu_power,
+            scope=scope,
+            intensity=intensity,
+            **texts,
+        )
+
+
+def _checked_sensors(sensors: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(sensors, str) or not all(isinstance(spec, str) and spec for spec in sensors):
+        raise UsageError(
+            f"sensors={sensors!r} cannot be used",
+            why="a list of sensors is expected, each as text: KIND or KIND:WHERE",
+            fix='for example sensors=["nvml", "powercap"]; see: pepr-profile sensors',
+        )
+    return tuple(sensors)
+
+
+def _period_ns(period: str | float) -> int:
+    """The period in ns. Raises UsageError unless it is above 0 and at most a year."""
+    if isinstance(period, str):
+        period_s = parse_duration(period) * 1e-9
+    else:
+        try:
+            period_s = float(period)
+        except (TypeError, ValueError, OverflowError):
+            period_s = math.nan
+    if not 1e-9 <= period_s <= _LONGEST_PERIOD_S:  # NaN is neither
+        raise UsageError(
+            f"a period of {period!r} is not possible",
+            why="it must be at least 1 ns and at most 366 days",
+            fix="give seconds in code, for example period_s=0.01, or --period 10ms",
+        )
+    return round(period_s * 1e9)

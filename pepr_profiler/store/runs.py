@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from pepr_profiler.errors import PeprError, TraceError, UsageError
+from pepr_profiler.errors import PeprError, TraceError, UsageError, warning
 from pepr_profiler.trace.events import EventWriter
-from pepr_profiler.trace.run_json import boot_id, files_of, has_ended, read_run, write_json
+from pepr_profiler.trace.run_json import files_of, has_ended, read_run, recorder_lives, write_json
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
@@ -65,6 +65,25 @@ class Store:
             except FileExistsError:
                 continue
             return directory
+
+    def create_somewhere(self, name: str) -> tuple[Path, dict[str, str] | None]:
+        """A new run directory, absolute, and a warning if it had to be made outside the store.
+
+        A program must run, and what it costs must not be lost, also where nothing can be written.
+        """
+        try:
+            # Absolute: the program that records itself may change its working directory.
+            return self.create(name).absolute(), None
+        except OSError as error:
+            import tempfile
+
+            fallback = Path(tempfile.mkdtemp(prefix="pepr-"))
+            return Store(fallback).create(name), warning(
+                "store-unwritable",
+                f"the store {self.path} cannot be written: {error.strerror or error}; "
+                f"this run is kept in {fallback} instead",
+                f"give --store DIR (or PEPR_STORE) that you may write; {fallback} is a store too",
+            )
 
     def find(self, wanted: Filter | None = None) -> Found:
         """The runs that are wanted, incomplete ones with what they cost so far."""
@@ -210,15 +229,6 @@ def is_recording(directory: Path, run: Mapping[str, Any]) -> bool:
         return True
     changed_ns, _ = files_of(directory)
     return time.time() - changed_ns * 1e-9 < _QUIET_S
-
-
-def recorder_lives(run: Mapping[str, Any]) -> bool:
-    """Whether the profiler of an unfinished run may still be there; only one killed is not."""
-    here = boot_id()
-    if not here or run.get("boot_id") != here:
-        return False
-    pid = (run.get("recording") or {}).get("profiler_pid")
-    return pid is None or Path(f"/proc/{pid}").exists()
 
 
 def _summary_of(directory: Path) -> dict[str, Any]:

@@ -199,6 +199,15 @@ _ALWAYS = {
 """What every summary has had from the first version on."""
 
 
+def recorder_lives(run: Mapping[str, Any]) -> bool:
+    """Whether the profiler of an unfinished run may still be there; only one killed is not."""
+    here = boot_id()
+    if not here or run.get("boot_id") != here:
+        return False
+    pid = (run.get("recording") or {}).get("profiler_pid")
+    return pid is None or Path(f"/proc/{pid}").exists()
+
+
 def files_of(directory: Path) -> tuple[int, int]:
     """The latest change of a directory's files, ns, and their size in all; zeros: there is none."""
     changed_ns = size = 0
