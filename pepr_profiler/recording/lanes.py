@@ -153,8 +153,9 @@ class Lanes:
                 raise
             del self._lanes[lane.name]
             # A missing driver is reported once, for its energy, and not for its process list too.
-            gpu = lane.spec.replace("nvml-processes", "nvml")
-            reported = gpu != lane.spec and gpu not in (o.spec for o in self._lanes.values())
+            specs = [other.spec for other in self._lanes.values()]
+            is_list = lane.spec.kind == "nvml-processes"
+            reported = is_list and SensorSpec.of("nvml", lane.spec.where) not in specs
             if not reported and not (self.client is not None and self.client.covers(lane.spec)):
                 self._add_missing(lane, error)
             return True
