@@ -15,7 +15,8 @@ import numpy.typing as npt
 import pytest
 
 from pepr_profiler.errors import UsageError
-from pepr_profiler.report.ranking_text import ranking_data, render_ranking, render_side_by_side
+from pepr_profiler.report.export import ranking_data
+from pepr_profiler.report.ranking_text import render_ranking, render_side_by_side
 from pepr_profiler.study import pepr
 from pepr_profiler.study.study import Ranking
 
@@ -440,14 +441,17 @@ def test_several_resources_stand_side_by_side_in_the_order_of_the_first() -> Non
     # PePR-T is 0.96, 0.8 / 1.2 = 0.667 and 0.45; on its front is vit_b alone
     expected = """\
 PePR   3 runs   metric accuracy
-  PePR-E   bounds 100.0 kJ … 500.0 kJ (this cohort)
-  PePR-T   bounds 1 min 40 s … 10 min 00 s (this cohort)
 
   #  model          accuracy   PePR-E    PePR-T
   1  mobilenet_v3      0.800   0.800 *   0.667
   2  resnet18          0.900   0.720 *   0.450
   3  vit_b             0.960   0.480 *   0.960 *
-  ranked by PePR-E; * on its Pareto front
+
+  PePR         accuracy / (1 + R); the rows are in the order of PePR-E
+  R of PePR-E  0 at 100.0 kJ, 1 at 500.0 kJ (normalisation range of these runs)
+  R of PePR-T  0 at 1 min 40 s, 1 at 10 min 00 s (normalisation range of these
+               runs)
+  *            on the Pareto front of accuracy and that resource
 """
     rankings = [small_ranking(standing=None), dataclasses.replace(by_time, standing=None)]
     assert render_side_by_side(rankings) == expected
@@ -480,21 +484,24 @@ def small_ranking(**changes: Any) -> Ranking:
 
 def test_the_ranking_screen_is_exact_at_80_columns() -> None:
     expected = """\
-PePR-E   3 runs   metric accuracy   bounds 100.0 kJ … 500.0 kJ (this cohort)
+PePR-E   3 runs   metric accuracy
 
-  #  model         accuracy    energy    R    PePR-E         swap
+  #  model         accuracy    energy    R    PePR-E         P(rev.)
   1  mobilenet_v3     0.800  100.0 kJ  0.000  0.800 ± 0.000   <1%  ████████▊   *
   2  resnet18         0.900  200.0 kJ  0.250  0.720 ± 0.015   <1%  ███████▉    *
   3  vit_b            0.960  500.0 kJ  1.000  0.480 ± 0.000        █████▎      *
-  * on the accuracy/energy Pareto front
-  swap: how likely a row and the next are in truth the other way round
-  one run a model: the spread over repeats is unknown, and not in ± and swap
+
+  PePR-E   accuracy / (1 + R)
+  R        0 at 100.0 kJ, 1 at 500.0 kJ (normalisation range of these runs)
+  P(rev.)  probability that the order of this row and the next is reversed
+  ±        k = 2; one run per model, so the spread over repeats is not in it
+  *        on the accuracy/energy Pareto front
 """
     assert render_ranking(small_ranking()) == expected
 
 
 def test_fixed_bounds_and_rows_outside_them_are_said_on_the_screen() -> None:
-    # given bounds that the dearest run exceeds, in time, with no uncertainty, and a beaten run;
+    # given a range that the most expensive run exceeds, in time, no uncertainty, and a beaten run;
     # the bar has 80 - 64 = 16 cells, of whose 128 eighths 0.8, 0.56 and 0.48 are 102, 72 and 61
     p, r = np.array([0.96, 0.8, 0.7]), np.array([847.0, 100.0, 200.0])
     ranking = small_ranking(
@@ -508,14 +515,17 @@ def test_fixed_bounds_and_rows_outside_them_are_said_on_the_screen() -> None:
         standing=None,
     )
     expected = """\
-PePR-T   3 runs   metric accuracy   bounds 1 min 40 s … 8 min 20 s (given)
+PePR-T   3 runs   metric accuracy
 
   #  model          accuracy          time     R      PePR-T
   1  mobilenet_v3      0.800    1 min 40 s   0.000    0.800   ████████████▊    *
   2  resnet18          0.700    3 min 20 s   0.250    0.560   █████████
   3  vit_b             0.960   14 min 07 s   1.000!   0.480   ███████▋         *
-  * on the accuracy/time Pareto front
-  ! outside the bounds, R clamped
+
+  PePR-T  accuracy / (1 + R)
+  R       0 at 1 min 40 s, 1 at 8 min 20 s (normalisation range, as given)
+  !       time outside of the normalisation range: R is set to 0 or 1
+  *       on the accuracy/time Pareto front
 """
     assert render_ranking(ranking) == expected
 
@@ -526,7 +536,7 @@ def test_any_names_fit_80_columns_and_move_no_cursor() -> None:
     for line in text.splitlines():
         wide = sum(2 if ord(c) > 0x2E80 else 1 for c in line)
         assert wide <= 80, line
-    assert "\x1b" not in text and "…" in text and "evil?[2J?name" in text
+    assert "\x1b" not in text and "…" in text and r"evil\x1b[2J" in text
 
 
 def test_colour_adds_escape_codes_and_changes_no_character() -> None:

@@ -61,14 +61,17 @@ def test_the_ranking_of_a_table_goes_to_stdout_and_nothing_else_does(models: Pat
     result = scored(models, *COLUMNS)
     # then; the bar has 80 - 47 = 33 cells, of which it takes 20
     assert result.stdout == (
-        "PePR   4 rows   metric accuracy   bounds 1 … 5 (this cohort)\n"
+        "PePR   4 rows   metric accuracy\n"
         "\n"
         "  #  model      accuracy   kwh     R     PePR\n"
         "  1  small         0.800     1   0.000   0.800  ████████████████     *\n"
         "  2  middle        0.900     2   0.250   0.720  ██████████████▍      *\n"
         "  3  tiny          0.600     1   0.000   0.600  ████████████\n"
         "  4  large         0.960     5   1.000   0.480  █████████▋           *\n"
-        "  * on the accuracy/kwh Pareto front\n"
+        "\n"
+        "  PePR  accuracy / (1 + R)\n"
+        "  R     0 at 1, 1 at 5 (normalisation range of these rows)\n"
+        "  *     on the accuracy/kwh Pareto front\n"
     )
     assert result.stderr == ""
 
@@ -120,7 +123,8 @@ def test_groups_are_scored_inside_themselves(models: Path, tmp_path: Path) -> No
     scores = [float(row["pepr_kwh"]) for row in csv.DictReader(out.read_text().splitlines())]
     assert scores == [0.8, 0.45, 0.48, 0.6]
     screen = scored(models, *COLUMNS, "--group", "task").stdout
-    assert screen.count("(this group)") == 2 and "group a" in screen and "group b" in screen
+    assert screen.count("range of these rows") == 2
+    assert "2 rows   task a" in screen and "2 rows   task b" in screen
 
 
 def test_rows_outside_fixed_bounds_are_clamped_flagged_and_named(
@@ -342,7 +346,8 @@ def test_compare_ranks_an_experiments_runs_and_names_the_left_out(store: Path) -
 def test_compare_takes_runs_by_name_and_other_resources(store: Path) -> None:
     result = run_compare("--store", store, "a-1", "b-1", "a-1", "--bounds", "0:6k")
     assert result.exit_code == 0, result.exception
-    assert "PePR-E   2 runs   metric accuracy   bounds 0 J … 6.000 kJ (given)" in result.stdout
+    assert "PePR-E   2 runs   metric accuracy\n" in result.stdout
+    assert "0 at 0 J, 1 at 6.000 kJ (normalisation range, as given)" in result.stdout
     carbon = run_compare("--store", store, "--resource", "carbon")
     assert isinstance(carbon.exception, UsageError) and "--region" in carbon.exception.fix
     time = run_compare("--store", store, "--resource", "time")

@@ -17,7 +17,8 @@ import pepr_profiler
 from pepr_profiler.commands.compare import compare, parse_price
 from pepr_profiler.commands.score import score
 from pepr_profiler.errors import PeprError, TraceError, UsageError
-from pepr_profiler.report.ranking_text import ranking_data, render_ranking
+from pepr_profiler.report.export import ranking_data
+from pepr_profiler.report.ranking_text import render_ranking
 from pepr_profiler.store.index import Filter
 from pepr_profiler.store.runs import Store
 from pepr_profiler.study import pepr
@@ -128,7 +129,7 @@ def test_the_spread_that_one_run_does_not_show_is_unknown_and_said() -> None:
     assert huge["sd_performance"] is huge["u_performance"] is huge["sd_resource"] is None
     assert huge["spread_known"] is False and large["spread_known"] is True
     screen = render_ranking(ranking)
-    assert "0.950 ± ?" in screen and "n = 1: the spread over repeats is unknown" in screen
+    assert "0.950 ± ?" in screen and "n = 1    the spread over repeats is unknown" in screen
 
 
 def test_the_uncertainty_of_a_mean_is_student_ts() -> None:
@@ -442,7 +443,7 @@ def test_a_new_model_is_scored_against_a_saved_study(store: Path, tmp_path: Path
         ("giant", pytest.approx(0.98 / 2), True),
     ]
     screen = run_compare("--store", new, "--bounds-from", file)
-    assert "(of study.json)" in screen.stdout and "giant" in screen.stderr
+    assert "(normalisation range of study.json)" in screen.stdout and "giant" in screen.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -36,18 +36,6 @@ store_option = click.option(
     help="Where runs live [PEPR_STORE, else the user's data directory].",
 )
 """Every verb that has to do with recorded runs has it; the parameter is `store: Path | None`."""
-
-output_option = click.option(
-    "-o",
-    "--output",
-    "outputs",
-    multiple=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write a file of the form that its extension says: .html, .png, .svg, .pdf, .csv, "
-    ".parquet, .json, .tex (repeatable).",
-)
-
 
 _UNWRITABLE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EPIPE}
@@ -162,13 +150,6 @@ def main(arguments: list[str] | None = None, *, began_ns: int | None = None) -> 
         complain("interrupted")
         return 130
     return result if isinstance(result, int) else 0
-
-
-def forms_of(outputs: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Each file of -o with its form. UsageError, before anything is computed, if one cannot be."""
-    from pepr_profiler.report.export import form_of
-
-    return [(path, form_of(path)) for path in outputs]
 
 
 def write_text(path: Path, text: str | bytes) -> None:

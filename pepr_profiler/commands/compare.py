@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from pepr_profiler.commands import forms_of, output_option, store_option
+from pepr_profiler.commands import store_option
+from pepr_profiler.commands.report import forms_of, output_option
 from pepr_profiler.commands.score import bounds_files, limits_of, publish
 from pepr_profiler.errors import UsageError
 

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands import forms_of, output_option, store_option, write_text
+from pepr_profiler.commands import store_option, write_text
 from pepr_profiler.errors import UsageError
+from pepr_profiler.report import FORMS
 
 if TYPE_CHECKING:
     from pepr_profiler.study.progress import ProgressCurve
     from pepr_profiler.summary.timeline import Timeline
+
+output_option = click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a file whose extension says what it is: "
+    f"{', '.join(f'.{form}' for form in FORMS)} (repeatable).",
+)
+"""`-o FILE` of report and compare; the parameter is `outputs`, see `forms_of`."""
+
+
+def forms_of(outputs: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Each file of -o with its form. UsageError, before anything is computed, if one cannot be."""
+    from pepr_profiler.report.export import form_of
+
+    return [(path, form_of(path)) for path in outputs]
 
 
 @click.command()
@@ -83,20 +102,19 @@ def report(
 def _rendered(
     summary: dict[str, Any], timeline: Timeline, form: str, curve: ProgressCurve | None
 ) -> str | bytes:
-    from pepr_profiler.report.export import FIGURES, run_table
+    from pepr_profiler.report.export import run_json, run_table
 
-    if form == "json":
-        return json.dumps(summary, indent=1, allow_nan=False) + "\n"
-    if form == "html":
+    kind = FORMS[form][0]
+    if kind == "data":
+        return run_json(summary)
+    if kind == "page":
         from pepr_profiler.report.run_page import run_page
 
         return run_page(summary, timeline, curve=curve)
-    if form in FIGURES:
-        from pepr_profiler.report import figures, run_figures
+    if kind == "figure":
+        from pepr_profiler.report.run_figures import run_figure
 
-        with figures.style():
-            figure = run_figures.power_over_time(timeline)
-        return figures.save(figure, form)
+        return run_figure(timeline, form)
     return run_table(summary, form)
 
 
@@ -131,7 +149,9 @@ def show(summary: dict[str, Any], *, file: IO[str], curve: Mapping[str, Any] | N
 
 def write_summary(summary: dict[str, Any], path: str) -> None:
     """Writes a summary as JSON; `-` is stdout."""
-    text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    from pepr_profiler.report.export import run_json
+
+    text = run_json(summary)
     if path == "-":
         click.echo(text, nl=False)
     else:

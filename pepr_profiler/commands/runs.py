@@ -16,6 +16,8 @@ import click
 
 from pepr_profiler.commands import complain, store_option, write_text
 from pepr_profiler.errors import UsageError
+from pepr_profiler.report import EXPORTS
+from pepr_profiler.report.text import number, printable
 from pepr_profiler.store.columns import STATES, state_of
 from pepr_profiler.store.index import Filter
 from pepr_profiler.store.runs import Store
@@ -113,7 +115,7 @@ def list_runs(*, wanted: Filter, as_json: bool, store: Path | None) -> None:
         return
     sys.stdout.writelines(map(_line, found.rows))
     for bad in found.damaged:
-        sys.stdout.write(f"{_plain(bad.run_id):<28} damaged: {_plain(bad.why)}\n")
+        sys.stdout.write(f"{printable(bad.run_id):<28} damaged: {printable(bad.why)}\n")
     if not len(found) and not found.damaged:
         all_of_them = wanted == Filter()
         complain(f"no {'' if all_of_them else 'such '}runs in {Store(store).path}")
@@ -124,16 +126,9 @@ def _line(row: Row) -> str:
     state = "attached" if math.isnan(row.exit_code) else f"exit {row.exit_code:.0f}"
     state = "incomplete" if row.state == "incomplete" else state
     joules, duration = format_with_u(row.total_j, row.u_j, "J"), format_duration(row.duration_s)
-    metric = "" if row.metric is None else f"{row.metric} {row.performance:g}"
+    metric = "" if row.metric is None else f"{row.metric} {number(row.performance)}"
     text = f"{row.run_id:<28} {row.started_at[:16]}  {duration:>11}  {joules:>18}  {state:<10} "
-    return f"{_plain(text + metric).rstrip()}\n"
-
-
-def _plain(text: str) -> str:
-    """Names come from anywhere: what would move a cursor or break a line is shown escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return f"{printable(text + metric).rstrip()}\n"
 
 
 @runs.command("show")
@@ -148,7 +143,7 @@ def show_run(run: str, *, as_json: bool, store: Path | None) -> None:
         click.echo(json.dumps(facts, indent=1))
         return
     for key, value in _facts(facts, directory):
-        click.echo(f"{key:<12} {_plain(value)}")
+        click.echo(f"{key:<12} {printable(value)}")
 
 
 def _facts(run: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
@@ -176,7 +171,7 @@ def _facts(run: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
         ("carbon", carbon and f"{format_quantity(carbon['g_co2e'], 'g')} CO2e, {carbon['source']}"),
         ("memory", format_quantity(memory["peak_rss_bytes"], "B")),
         ("GPU memory", _quantity(memory["gpu_peak_bytes"], "B")),
-        *(("metric", f"{name} = {_number(value)}") for name, value in run["metrics"].items()),
+        *(("metric", f"{name} = {number(value)}") for name, value in run["metrics"].items()),
         *(("warning", warning["text"]) for warning in run["warnings"]),
         ("directory", str(directory)),
     ]
@@ -185,10 +180,6 @@ def _facts(run: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
 
 def _quantity(value: float | None, unit: str) -> str | None:
     return None if value is None else format_quantity(value, unit)
-
-
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:g}"
 
 
 @runs.command("set")
@@ -221,7 +212,7 @@ def set_values(run: str, values: tuple[str, ...], *, store: Path | None) -> None
     summary = Store(store).set(run, metrics=metrics, facts=facts)
     said = [f"{k}={v or ''}" for k, v in facts.items()]
     said += [f"{k}={v:g}" for k, v in metrics.items()]
-    click.echo(_plain(f"{summary['run_id']}: {', '.join(said)}"), err=True)
+    click.echo(printable(f"{summary['run_id']}: {', '.join(said)}"), err=True)
 
 
 @runs.command("rm")
@@ -233,7 +224,7 @@ def remove_runs(refs: tuple[str, ...], *, yes: bool, force: bool, store: Path | 
     """Remove runs of the store for good; asks first. Nothing outside the store is touched."""
     recorded = Store(store)
     doomed = list(dict.fromkeys(recorded.removable(ref, force=force) for ref in refs))
-    names = ", ".join(_plain(directory.name) for directory in doomed)
+    names = ", ".join(printable(directory.name) for directory in doomed)
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(
@@ -253,7 +244,7 @@ def remove_runs(refs: tuple[str, ...], *, yes: bool, force: bool, store: Path | 
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["csv", "json", "jsonl", "parquet"]),
+    type=click.Choice(EXPORTS),
     help="How to write it [the extension of FILE].",
 )
 @store_option
@@ -263,15 +254,16 @@ def export_runs(file: Path, *, wanted: Filter, form: str | None, store: Path | N
     The units are in the names of the columns. Metrics are columns called metric_NAME; what is not
     known is empty.
     """
-    from pepr_profiler.report.table import FORMATS, encode, flat_run
+    from pepr_profiler.report.export import encode, flat_run, require_packages
 
     form = form or file.suffix.removeprefix(".")
-    if form not in FORMATS:
+    if form not in EXPORTS:
         raise UsageError(
             f"{file} does not say how to write it",
-            why=f"its extension is none of {', '.join(FORMATS)}",
+            why=f"its extension is none of {', '.join(EXPORTS)}",
             fix="name it so, or give --format csv",
         )
+    require_packages(form)
     found = Store(store).find(wanted)
     data = encode([flat_run(run) for run in found], form)
     if str(file) == "-":

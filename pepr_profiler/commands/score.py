@@ -14,6 +14,8 @@ import click
 
 from pepr_profiler.commands import write_text
 from pepr_profiler.errors import UsageError
+from pepr_profiler.report import FORMS
+from pepr_profiler.report.text import brief
 from pepr_profiler.study.table import _Table
 from pepr_profiler.units import parse_bounds
 
@@ -134,16 +136,16 @@ def score(
     columns: dict[str, Any] = {
         column: rows.numbers(column, labels) for column in (*numeric, *times)
     }
-    # Names of our own: a column may have any name.
-    columns["\0name"] = labels
+    # A column of texts may also be one of those that were read as numbers: hence the "\0".
+    columns["\0"] = labels
     if group is not None:
-        columns["\0group"] = rows.cells(group)
+        columns[f"\0{group}"] = rows.cells(group)
     study = Study.from_table(
         columns,
         performance=performance,
         resources=resources,
-        name="\0name",
-        group=None if group is None else "\0group",
+        name="\0",
+        group=None if group is None else f"\0{group}",
         time=times,
         bounds=limits,
         percent=percent,
@@ -194,14 +196,17 @@ def publish(
     With `forms` (of `forms_of`) they go to those files instead; `load` is `study_page`'s. What was
     left out, looks wrong, or lies outside given bounds is named on stderr.
     """
+    from pepr_profiler.report.export import ranking_json
+    from pepr_profiler.study.ranking import listed
+
     for who, why in study.left_out:
-        click.echo(f"pepr-profile: left out {_line(who)}: {_line(why)}", err=True)
+        click.echo(f"pepr-profile: left out {brief(who)}: {brief(why)}", err=True)
     for ranking in study.rankings:
         for doubt in ranking.doubts:
             click.echo(
                 f"pepr-profile: warning: {len(doubt.names)} of {_counted(ranking.n, ranking.names)}"
                 f" {'runs' if ranking.run_ids else 'rows'} are out of proportion in "
-                f"{_line(doubt.what)}: {_some(doubt.names)}"
+                f"{brief(doubt.what)}: {listed(list(map(brief, doubt.names)))}"
                 f"\n  why: {doubt.why}; readings that are wrong set the bounds and flatten every"
                 " other R, so the ranking is also given without them"
                 "\n  fix: check these rows and leave wrong ones out, or fix the bounds with"
@@ -212,19 +217,19 @@ def publish(
         if clamped:
             click.echo(
                 f"pepr-profile: {len(clamped)} {ranking.of}(s) outside the bounds, R clamped: "
-                + _some(clamped),
+                + listed(list(map(brief, clamped))),
                 err=True,
             )
     if save_bounds:
         write_text(save_bounds, json.dumps(study.bounds_data(), indent=2) + "\n")
         click.echo(f"pepr-profile: wrote {save_bounds}", err=True)
     for path, form in forms:
-        write_text(path, _as_json(study) if form == "json" else _rendered(study, form, load))
+        write_text(path, _rendered(study, form, load))
         click.echo(f"pepr-profile: wrote {path}", err=True)
     if json_file == "-":
-        click.echo(_as_json(study), nl=False)
+        click.echo(ranking_json(study), nl=False)
     elif json_file:
-        write_text(Path(json_file), _as_json(study))
+        write_text(Path(json_file), ranking_json(study))
     elif screen and not forms:
         tty = sys.stdout.isatty()
         width = max(60, min(100, shutil.get_terminal_size().columns)) if tty else 80
@@ -232,28 +237,20 @@ def publish(
         click.echo("\n".join(_screens(study, width=width, color=color)), nl=False, color=color)
 
 
-def _as_json(study: Study) -> str:
-    from pepr_profiler.report.ranking_text import ranking_data
-
-    data = {
-        "schema": 1,
-        "rankings": [ranking_data(ranking) for ranking in study.rankings],
-        "left_out": [{"run": run, "why": why} for run, why in study.left_out],
-    }
-    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def _rendered(
     study: Study, form: str, load: Callable[[str], Mapping[str, Any]] | None
 ) -> str | bytes:
-    from pepr_profiler.report.export import FIGURES, ranking_table
+    from pepr_profiler.report.export import ranking_json, ranking_table
 
-    if form == "html":
+    kind = FORMS[form][0]
+    if kind == "data":
+        return ranking_json(study)
+    if kind == "page":
         from pepr_profiler.report.study_page import study_page
 
         return study_page(study, load=load)
-    if form in FIGURES:
-        from pepr_profiler.report.study_page import study_figure
+    if kind == "figure":
+        from pepr_profiler.report.study_figures import study_figure
 
         return study_figure(study, form)
     return ranking_table(study.rows(), form)
@@ -280,17 +277,6 @@ def _screens(study: Study, *, width: int, color: bool) -> Iterator[str]:
 def _added(resources: Sequence[str], clamped: bool) -> list[str]:
     forms = ("{}_n", "pepr_{}", "{}_clamped")[: 3 if clamped else 2]
     return [form.format(column) for column in resources for form in forms]
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(map(_line, names[:5])) + more
-
-
-def _line(text: str) -> str:
-    """A name as part of one line of a terminal: nothing that moves its cursor, and not pages."""
-    text = "".join(c if c.isprintable() else "?" for c in text[:201])
-    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def _counted(n: Any, names: Sequence[str]) -> int:

@@ -1,1 +1,22 @@
-"""Reports: a summary or a ranking in, text out; nothing here prints, measures or stores."""
+"""Renderers: a summary or a ranking in, text or the bytes of a file out. Nothing is printed."""
+
+from __future__ import annotations
+
+FORMS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "html": ("page", ("jinja2", "matplotlib"), "report"),
+    "png": ("figure", ("matplotlib",), "report"),
+    "svg": ("figure", ("matplotlib",), "report"),
+    "pdf": ("figure", ("matplotlib",), "report"),
+    "csv": ("table", (), ""),
+    "parquet": ("table", ("pyarrow",), "parquet"),
+    "tex": ("table", (), ""),
+    "json": ("data", (), ""),
+}
+"""What `-o FILE` writes, by extension: its kind, the packages it needs, the extra that has them."""
+
+EXPORTS = ("csv", "json", "jsonl", "parquet")
+"""What `runs export FILE` writes.
+
+Both stand here and not in `export`, as the help of these options lists the forms, and `export` is
+imported only when there is something to write.
+"""

@@ -1,56 +1,47 @@
-"""What `-o FILE` writes: its extension chooses the form, which is checked before all else."""
+"""What reports write as files: `-o FILE`, `--json FILE` and `runs export`.
+
+The extension of FILE chooses its form, which is checked before anything is computed.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pepr_profiler.errors import UsageError
-from pepr_profiler.report import table
+from pepr_profiler.report import FORMS
+from pepr_profiler.report.text import KINDS, amount, counted, percent
 from pepr_profiler.units import format_duration, format_with_u
 
-# What an extension needs, and the extra of ours that installs it.
-_NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "html": (("jinja2", "matplotlib"), "report"),
-    "png": (("matplotlib",), "report"),
-    "svg": (("matplotlib",), "report"),
-    "pdf": (("matplotlib",), "report"),
-    "csv": ((), ""),
-    "json": ((), ""),
-    "tex": ((), ""),
-    "parquet": (("pyarrow",), "parquet"),
-}
-FIGURES = ("png", "svg", "pdf")
+if TYPE_CHECKING:
+    from pepr_profiler.study.ranking import Ranking
+    from pepr_profiler.study.study import Study
 
 Installed = Callable[[str], object]
 
 
 def form_of(path: Path, *, installed: Installed = find_spec) -> str:
-    """The form that a file's extension asks for: html, png, svg, pdf, csv, parquet, json or tex.
+    """The form that a file's extension asks for, a key of FORMS.
 
     UsageError for any other, for one that needs a package which is not installed, and for a folder
     that does not exist.
     """
     form = path.suffix.lower().removeprefix(".")
-    if form not in _NEEDS:
+    if form not in FORMS:
         raise UsageError(
             f"{path} has no extension that says what to write"
             if not form
-            else f"nothing here writes .{form} files",
-            why=f"known are {', '.join(f'.{known}' for known in _NEEDS)}",
+            else f".{form} files cannot be written",
+            why=f"known are {', '.join(f'.{known}' for known in FORMS)}",
             fix="name for example -o report.html, -o figure.pdf or -o table.csv",
         )
-    modules, extra = _NEEDS[form]
-    lacking = [module for module in modules if installed(module) is None]
-    if lacking:
-        raise UsageError(
-            f".{form} files need {' and '.join(lacking)}",
-            why="not installed here",
-            fix=f"pip install 'pepr-profiler[{extra}]'",
-        )
+    require_packages(form, installed=installed)
     if not path.absolute().parent.is_dir():
         raise UsageError(
             f"{path} cannot be written",
@@ -60,6 +51,133 @@ def form_of(path: Path, *, installed: Installed = find_spec) -> str:
     return form
 
 
+def require_packages(form: str, *, installed: Installed = find_spec) -> None:
+    """UsageError if a form needs a package that is not installed."""
+    _, modules, extra = FORMS.get(form, ("table", (), ""))
+    lacking = [module for module in modules if installed(module) is None]
+    if lacking:
+        raise UsageError(
+            f".{form} files need {' and '.join(lacking)}",
+            why="not installed here",
+            fix=f"pip install 'pepr-profiler[{extra}]'",
+        )
+
+
+def run_json(summary: Mapping[str, Any]) -> str:
+    """A summary as the text of a JSON file."""
+    return json.dumps(summary, indent=1, allow_nan=False) + "\n"
+
+
+def ranking_json(study: Study) -> str:
+    """The rankings of a study as the text of a JSON file."""
+    data = {
+        "schema": 1,
+        "rankings": [ranking_data(ranking) for ranking in study.rankings],
+        "left_out": [{"run": run, "why": why} for run, why in study.left_out],
+    }
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def ranking_data(ranking: Ranking) -> dict[str, Any]:
+    """The ranking as JSON data, best score first; SI or the table's own unit; unknown is None."""
+    from pepr_profiler.study.ranking import flat_rows
+
+    low, high = ranking.scores.bounds
+    order = ranking.order
+    rows = []
+    for i, flat in zip(order, flat_rows(ranking), strict=True):
+        row = {key: value for key, value in flat.items() if key not in _OF_ALL_ROWS}
+        rows.append({**row, "runs": list(ranking.run_ids[i]) if ranking.run_ids else []})
+    return {
+        "label": ranking.label,
+        "group": ranking.group,
+        "metric": ranking.metric,
+        "percent": ranking.percent,
+        "transform": ranking.transform,
+        "resource": ranking.resource_name,
+        "resource_key": ranking.key,
+        "unit": ranking.unit or None,
+        "provenance": ranking.provenance,
+        "bounds": {
+            "min": low,
+            "max": high,
+            "set_by": "given" if ranking.bounds_given else "cohort",
+            "source": ranking.bounds_source or None,
+        },
+        "rows": rows,
+        "doubts": [
+            {"what": doubt.what, "why": doubt.why, "names": list(doubt.names)}
+            for doubt in ranking.doubts
+        ],
+        "without_doubtful": ranking_data(ranking.without) if ranking.without else None,
+    }
+
+
+_OF_ALL_ROWS = {"group", "metric", "resource_key", "unit", "label"}
+
+
+def flat_run(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary as one flat row, the units in the names of its columns; None is unknown.
+
+    `energy_u_j` is expanded (k = 2), `energy_KIND_j` is the job's.
+    """
+    energy, carbon, performance = run["energy"], run["carbon"] or {}, run["performance"] or {}
+    by_kind: dict[str, float | None] = dict.fromkeys(f"energy_{kind}_j" for kind in KINDS)
+    for part in energy["components"]:
+        key = f"energy_{part['kind']}_j"
+        if part["in_total"] and part["job_j"] is not None and key in by_kind:
+            by_kind[key] = (by_kind[key] or 0.0) + part["job_j"]
+    return {
+        "run_id": run["run_id"],
+        "job": run["job"],
+        "name": run["name"],
+        "experiment": run["experiment"],
+        "host": run["host"],
+        "started_at": run["started_at"],
+        "complete": run["complete"],
+        "exit_code": run["exit_code"],
+        "time_s": run["time_s"],
+        "energy_j": energy["total_j"],
+        "energy_u_j": energy["u_j"],
+        "power_mean_w": energy["mean_w"],
+        "provenance": energy["provenance"],
+        **by_kind,
+        "carbon_g_co2e": carbon.get("g_co2e"),
+        "intensity_g_per_kwh": carbon.get("intensity_g_per_kwh"),
+        "pue": carbon.get("pue"),
+        "peak_rss_bytes": run["memory"]["peak_rss_bytes"],
+        "gpu_peak_bytes": run["memory"]["gpu_peak_bytes"],
+        "performance_metric": performance.get("metric"),
+        "performance": performance.get("value"),
+        **{f"metric_{name}": value for name, value in run["metrics"].items()},
+    }
+
+
+def encode(rows: Sequence[Mapping[str, Any]], form: str) -> bytes:
+    """Rows as a file of one of EXPORTS, with the columns of all of them in order of appearance.
+
+    In CSV what is unknown is empty; numbers have all their digits.
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if form == "parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        file = io.BytesIO()
+        parquet.write_table(pa.table({c: [row.get(c) for row in rows] for c in columns}), file)
+        return file.getvalue()
+    if form == "csv":
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue().encode("utf-8", "backslashreplace")
+    full = [{name: row.get(name) for name in columns} for row in rows]
+    if form == "json":
+        return (json.dumps(full, indent=1) + "\n").encode()
+    return "".join(json.dumps(row) + "\n" for row in full).encode()
+
+
 def run_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A run as a table: its total, then its components, then its phases, each with ± u (k = 2).
 
@@ -67,7 +185,6 @@ def run_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     energy = summary["energy"]
     total_j, time_s = energy.get("total_j"), summary.get("time_s")
-    counted = "device_j" if energy.get("scope") == "device" else "job_j"
 
     def row(part: str, name: str, **facts: Any) -> dict[str, Any]:
         energy_j = facts.get("energy_j")
@@ -99,7 +216,7 @@ def run_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         figures = ("u_j", "device_j", "others_j", "idle_j", "mean_w", "max_w")
         rows.append(
             row("component", str(c["id"]), source=c["source"], provenance=c["provenance"],
-                in_total=c["in_total"], duration_s=time_s, energy_j=c.get(counted),
+                in_total=c["in_total"], duration_s=time_s, energy_j=c.get(counted(energy)),
                 **{name: c.get(name) for name in figures})
         )  # fmt: skip
     for p in summary.get("phases") or []:
@@ -116,14 +233,14 @@ def run_table(summary: Mapping[str, Any], form: str) -> bytes:
     """`run_rows` as csv, parquet or tex."""
     rows = run_rows(summary)
     if form != "tex":
-        return table.encode(rows, form)
+        return encode(rows, form)
     cells = [
         [
             str(r["name"]) if r["part"] != "total" else "total",
             r["part"] if r["in_total"] is not False else f"{r['part']}, not added",
             format_duration(r["duration_s"]),
             format_with_u(r["energy_j"], r["u_j"], "J"),
-            "" if r["share"] is None or r["in_total"] is False else f"{r['share']:.1%}",
+            "" if r["in_total"] is False else percent(r["share"], unknown=""),
         ]
         for r in rows
     ]
@@ -133,17 +250,17 @@ def run_table(summary: Mapping[str, Any], form: str) -> bytes:
 def ranking_table(rows: Sequence[Mapping[str, Any]], form: str) -> bytes:
     """A study's rows (`Study.rows`) as csv, parquet or tex."""
     if form != "tex":
-        return table.encode(rows, form)
+        return encode(rows, form)
     several = len({row["group"] for row in rows}) > 1
     cells = []
     for r in rows:
         score = f"{r['pepr']:.3f}"
         if r["u_pepr"] is not None and math.isfinite(r["u_pepr"]):
             score += f" ± {r['u_pepr']:.3f}"
-        amount = f"{r['resource']:.4g}"
-        if r["unit"]:
-            u = r["u_resource"]
-            amount = format_with_u(r["resource"], u, r["unit"]) if u is not None else amount
+        unit, u = r["unit"] or "", r["u_resource"]
+        resource = amount(r["resource"], unit)
+        if unit and u is not None:
+            resource = format_with_u(r["resource"], u, unit)
         cells.append(
             [
                 *([_cut(r["group"] or "")] if several else []),
@@ -152,7 +269,7 @@ def ranking_table(rows: Sequence[Mapping[str, Any]], form: str) -> bytes:
                 _cut(r["name"]),
                 str(r["n"]),
                 f"{r['performance']:.3f}",
-                amount,
+                resource,
                 f"{r['r_norm']:.3f}",
                 score,
             ]

@@ -14,10 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
-import numpy as np
-
-from pepr_profiler.summary.timeline import Timeline
-from pepr_profiler.units import format_duration
+from pepr_profiler.report.text import KINDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,16 +23,16 @@ if TYPE_CHECKING:
 
 # Hues that stay apart for colour-blind readers (Okabe and Ito), toned down; each has a CSS variable
 # of the page, whose dark values are in page.css.
-_INK, _MUTED, _RULE, _PAPER = "#1d2329", "#5c6670", "#dde1e5", "#fffffe"
-KIND_COLORS = {"gpu": "#2b6cb0", "cpu": "#d97a1e", "dram": "#1f9179", "other": "#8a6fb3"}
-_ALARM, _POINT = "#b3372b", "#2b6cb1"
+INK, MUTED, RULE, PAPER = "#1d2329", "#5c6670", "#dde1e5", "#fffffe"
+KIND_COLORS = dict(zip(KINDS, ("#2b6cb0", "#d97a1e", "#1f9179", "#8a6fb3"), strict=True))
+ALARM, POINT = "#b3372b", "#2b6cb1"
 _VARIABLES = {
-    _INK: "--ink",
-    _MUTED: "--muted",
-    _RULE: "--rule",
-    _PAPER: "--paper",
-    _ALARM: "--alarm",
-    _POINT: "--point",
+    INK: "--ink",
+    MUTED: "--muted",
+    RULE: "--rule",
+    PAPER: "--paper",
+    ALARM: "--alarm",
+    POINT: "--point",
     **{color: f"--{kind}" for kind, color in KIND_COLORS.items()},
 }
 
@@ -67,25 +64,25 @@ def style() -> Iterator[None]:
     import matplotlib as mpl
 
     look: Any = {
-        "axes.edgecolor": _RULE,
-        "axes.labelcolor": _MUTED,
+        "axes.edgecolor": RULE,
+        "axes.labelcolor": MUTED,
         "axes.labelsize": 9,
         "axes.spines.right": False,
         "axes.spines.top": False,
         "axes.axisbelow": True,
-        "figure.facecolor": _PAPER,
+        "figure.facecolor": PAPER,
         "axes.facecolor": "none",
         "font.family": "sans-serif",
         "font.size": 9,
-        "grid.color": _RULE,
+        "grid.color": RULE,
         "grid.linewidth": 0.8,
-        "hatch.color": _ALARM,
+        "hatch.color": ALARM,
         "hatch.linewidth": 0.6,
-        "text.color": _INK,
+        "text.color": INK,
         "text.parse_math": False,  # a name may hold a "$"
-        "xtick.color": _MUTED,
+        "xtick.color": MUTED,
         "xtick.major.size": 3,
-        "ytick.color": _MUTED,
+        "ytick.color": MUTED,
         "ytick.major.size": 0,
         "svg.fonttype": "none",
         "svg.hashsalt": "pepr",
@@ -189,40 +186,7 @@ def _shorter(path: str) -> str:
     return "".join(pieces)
 
 
-def _amounts(axis: Any, unit: str, *, most: int = 5) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(EngFormatter(unit=unit, sep=" "))
-
-
-_TIME_STEPS = (
-    *(m * 10.0**e for e in range(-4, 1) for m in (1, 2, 5)),
-    10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 900.0, 1800.0, 3600.0, 7200.0, 10800.0, 21600.0,
-    43200.0, *(86400.0 * d for d in (1, 2, 5, 10, 20, 50, 100)),
-)  # fmt: skip
-
-
-def _time_axis(axes: Axes, end_s: float, width: float, *, labels: bool = True) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter
-
-    most = 8 if width > NARROW else 5
-    step = next((s for s in _TIME_STEPS if end_s / s <= most), end_s or 1.0)
-    ticks = np.arange(0, end_s * 1.0001, step)
-    unit, size = next(
-        (u, s)
-        for u, s in (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))
-        if step >= s or s == 1e-3
-    )
-    axes.set_xlim(0, max(end_s, 1e-9))
-    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda t, _: f"{t / size:.4g} {unit}" if t else "0")
-    )
-    axes.tick_params(axis="x", labelbottom=labels)
-
-
-def _label_right(axes: Axes, marks: Sequence[tuple[float, str, str]], width: float) -> None:
+def label_right(axes: Axes, marks: Sequence[tuple[float, str, str]], width: float) -> None:
     """Names beside the ends of what they name, moved apart where they would touch."""
     if not marks:
         return
@@ -243,12 +207,3 @@ def _label_right(axes: Axes, marks: Sequence[tuple[float, str, str]], width: flo
             textcoords="offset points", va="center", color=color, fontsize=9, fontweight="bold",
             annotation_clip=False,
         )  # fmt: skip
-
-
-def step_text(timeline: Timeline) -> str:
-    """What a step of the power figures is, in words."""
-    step_s = float(timeline.edges_s[1] - timeline.edges_s[0])
-    text = f"Each step is the mean over {format_duration(step_s)}: energy divided by time, exactly"
-    if any(c.low_w is not None for c in timeline.components):
-        text += "; the band spans the lowest and the highest second within it"
-    return text + "."

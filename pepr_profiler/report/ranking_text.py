@@ -1,96 +1,95 @@
-"""The PePR ranking as a screen of text and as data."""
+"""The PePR ranking on a terminal."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from pepr_profiler import units
-from pepr_profiler.study.ranking import Ranking, flat_rows
+from pepr_profiler.report.text import (
+    Line,
+    amount,
+    brief,
+    cells,
+    cut,
+    drawn,
+    left,
+    printable,
+    right,
+    wrap,
+)
+from pepr_profiler.study.ranking import Ranking
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _HEADING_CELLS = 12  # a column's heading is cut here; names of metrics can be long
 _LABEL_CELLS = 17  # PePR-parameters
 _NAME_CELLS = (8, 14)  # what a name keeps at least, and before a bar is drawn
 _BAR_CELLS = (5, 20)
-
-# A line is pieces of text, each with the style that a colour terminal gives it.
-_Line = list[tuple[str, str]]
+_REVERSED, _REVERSED_CELLS = "P(rev.)", len("100%")
 
 
 def render_ranking(ranking: Ranking, *, width: int = 80, color: bool = False) -> str:
-    """The ranking as lines of at most `width` terminal cells, best score first.
+    """The ranking as lines of at most `width` terminal cells, best score first, and its legend.
 
-    The rank of a row that cannot be told from others is the range of its possible ranks. Long names
-    are cut with "…", unprintable characters become "?". `!` marks a resource outside fixed bounds,
-    `*` the Pareto front. Without `color` the text has no escape codes.
+    A row whose score is too close to others' for a rank of its own has the range of its possible
+    ranks. Long names are cut with "…", unprintable characters are shown as escapes. `!` marks a
+    resource outside a given normalisation range, `*` the Pareto front. Without `color` the text
+    has no escape codes.
     """
-    scores, order = ranking.scores, ranking.order
-    front = ranking.front
+    scores, order, standing = ranking.scores, ranking.order, ranking.standing
     marks = ["!" if clamped else "" for clamped in scores.clamped]
     pad = " " if any(marks) else ""
     columns = [
-        (_short(ranking.metric, _HEADING_CELLS), _performance_cells(ranking)),
-        (
-            _short(ranking.resource_name, _HEADING_CELLS),
-            [_amount(r, ranking.unit) for r in ranking.resource],
-        ),
+        (_heading(ranking.metric), _performance_cells(ranking)),
+        (_heading(ranking.resource_name), [amount(r, ranking.unit) for r in ranking.resource]),
         ("R  " + pad, [f"{r:.3f}{m or pad}" for r, m in zip(scores.r_norm, marks, strict=True)]),
-        (_short(ranking.label, _LABEL_CELLS), _score_cells(ranking)),
+        (_heading(ranking.label, _LABEL_CELLS), _score_cells(ranking)),
     ]
     if ranking.repeated and ranking.n is not None:
         columns.insert(0, ("n", [str(n) for n in ranking.n]))
-    if ranking.standing is not None:
-        columns.append(("swap", [_percent(x) for x in ranking.standing.swap]))
-        columns[-1][1][order[-1]] = ""  # there is no next row
+    widths = [max(map(cells, [heading, *column])) for heading, column in columns]
+    gap = 3 if standing is None else 2  # one column more
     ranks = _ranks(ranking)
-    widths = [max(map(_cells, [heading, *cells])) for heading, cells in columns]
     rank_cells = max(map(len, ranks))
     # Indent, gaps, the mark of the front: what is neither name, bar nor column.
-    gap = 3 if ranking.standing is None else 2  # one column more
-    left = width - (2 + rank_cells + 2 + sum(widths) + gap * len(widths) + 2 + 2)
+    room = width - (2 + rank_cells + 2 + sum(widths) + gap * len(widths) + 2 + 2)
+    if standing is not None:
+        room -= gap + _REVERSED_CELLS
     # Names come first, bars have what is left of the line.
-    longest = max(map(_cells, ["model", *ranking.names]))
-    name_cells = max(min(longest, _NAME_CELLS[1], left), min(longest, left - _BAR_CELLS[0]))
+    longest = max(cells(printable(name)) for name in ("model", *ranking.names))
+    name_cells = max(min(longest, _NAME_CELLS[1], room), min(longest, room - _BAR_CELLS[0]))
     name_cells = max(_NAME_CELLS[0], name_cells)
-    bar_cells = min(_BAR_CELLS[1], left - name_cells)
+    bar_cells = min(_BAR_CELLS[1], room - name_cells)
     if bar_cells < _BAR_CELLS[0]:  # no room: the numbers say it
-        name_cells, bar_cells = max(_NAME_CELLS[0], min(longest, left)), 0
-    score_at = len(columns) - (ranking.standing is not None) - 1
+        name_cells, bar_cells = max(_NAME_CELLS[0], min(longest, room)), 0
 
-    def row(rank: str, name: str, cells: list[str]) -> str:
+    def row(rank: str, name: str, values: Sequence[str], last: Sequence[str]) -> str:
+        *numbers, score = zip(values, widths, strict=True)
         # The score is flush left under its heading, as its uncertainty may be missing.
-        numbers = [
-            (_left if at == score_at else _right)(cell, w)
-            for at, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return (gap * " ").join([f"  {rank:>{rank_cells}}  {_left(name, name_cells)}", *numbers])
+        texts = [*(right(*value) for value in numbers), left(*score), *last]
+        return (gap * " ").join([f"  {rank:>{rank_cells}}  {left(name, name_cells)}", *texts])
 
-    lines: list[_Line] = [[(line, "bold")] for line in _title(ranking, width)]
-    lines += [[], [(row("#", "model", [heading for heading, _ in columns]), "dim")]]
+    lines = [_title(ranking, ranking.label, width), []]
+    # The last heading hangs over the bars, which have none.
+    last = [] if standing is None else [_REVERSED]
+    lines.append([(row("#", "model", [heading for heading, _ in columns], last), "dim")])
     for rank, i in zip(ranks, order, strict=True):
-        line = [(row(rank, ranking.names[i], [cells[i] for _, cells in columns]) + "  ", "")]
-        if front[i]:
-            line += [(_left(_bar(scores.pepr[i], bar_cells), bar_cells), "green"), (" *", "yellow")]
-        else:
-            line += [(_bar(scores.pepr[i], bar_cells), "green")]
-        lines.append(line)
-    trade_off = f"{_printable(ranking.metric)}/{_printable(ranking.resource_name)}"
-    lines.append([(_short(f"  * on the {trade_off} Pareto front", width), "dim")])
-    if any(marks):
-        lines.append([("  ! outside the bounds, R clamped", "dim")])
-    lines += [[(note, "dim")] for note in _notes(ranking, ranks)]
-    return _written(lines, color=color, width=width)
+        if standing is not None:
+            next_row = "" if i == order[-1] else _probability(standing.swap[i])
+            last = [right(next_row, _REVERSED_CELLS)]
+        values = row(rank, ranking.names[i], [column[i] for _, column in columns], last)
+        bar = _bar(scores.pepr[i], bar_cells)
+        line = [(f"{values}  ", ""), (left(bar, bar_cells), "green")]
+        lines.append([*line, (" *", "yellow")] if ranking.front[i] else line)
+    lines += [[], *_legend(_notes(ranking, ranks), width)]
+    return drawn(lines, width=width, color=color) + "\n"
 
 
 def render_side_by_side(
     rankings: Sequence[Ranking], *, width: int = 80, color: bool = False
 ) -> str:
-    """Rankings of one cohort by several resources as one table, in the order of the first.
+    """Rankings of the same runs by several resources as one table, in the order of the first.
 
     Each score has its ± where all of them fit; `*` marks the Pareto front of each resource.
     """
@@ -98,7 +97,7 @@ def render_side_by_side(
     order = first.order
     at = [{name: i for i, name in enumerate(ranking.names)} for ranking in rankings]
 
-    def cells_of(with_u: bool) -> list[list[str]]:
+    def columns_of(with_u: bool) -> list[list[str]]:
         columns = [[f"{p:.3f}" for p in first.performance]]
         for ranking, where in zip(rankings, at, strict=True):
             scored = _score_cells(ranking) if with_u else [f"{x:.3f}" for x in ranking.scores.pepr]
@@ -110,99 +109,45 @@ def render_side_by_side(
             columns.append(marked)
         return columns
 
-    headings = [_short(first.metric, _HEADING_CELLS)]
-    headings += [_short(ranking.label, _HEADING_CELLS) for ranking in rankings]
+    headings = [_heading(first.metric), *(_heading(ranking.label) for ranking in rankings)]
     rank_cells = len(str(len(order)))
-    for columns in (cells_of(True), cells_of(False)):
+    for columns in (columns_of(True), columns_of(False)):
         widths = [
-            max(map(_cells, [heading, *cells]))
-            for heading, cells in zip(headings, columns, strict=True)
+            max(map(cells, [heading, *column]))
+            for heading, column in zip(headings, columns, strict=True)
         ]
-        left = width - (2 + rank_cells + 2 + sum(widths) + 3 * len(widths))
-        if left >= _NAME_CELLS[0]:
+        room = width - (2 + rank_cells + 2 + sum(widths) + 3 * len(widths))
+        if room >= _NAME_CELLS[0]:
             break
-    name_cells = max(_NAME_CELLS[0], min(max(map(_cells, ["model", *first.names])), left))
+    longest = max(cells(printable(name)) for name in ("model", *first.names))
+    name_cells = max(_NAME_CELLS[0], min(longest, room))
 
-    def row(rank: str, name: str, cells: Sequence[str]) -> str:
-        numbers = [_right(cells[0], widths[0])]
-        numbers += [_left(cell, w) for cell, w in zip(cells[1:], widths[1:], strict=True)]
-        return "   ".join([f"  {rank:>{rank_cells}}  {_left(name, name_cells)}", *numbers])
+    def row(rank: str, name: str, values: Sequence[str]) -> str:
+        texts = [right(values[0], widths[0])]
+        texts += [left(value, w) for value, w in zip(values[1:], widths[1:], strict=True)]
+        return "   ".join([f"  {rank:>{rank_cells}}  {left(name, name_cells)}", *texts])
 
-    n = len(first.names)
-    title = [f"PePR   {n} {first.of}{'s' if n != 1 else ''}"]
-    if first.group is not None:
-        title.append(f"group {_printable(first.group)}")
-    title.append(f"metric {_printable(first.metric)}")
-    lines: list[_Line] = [[(_short("   ".join(title), width), "bold")]]
-    for ranking in rankings:
-        lines.append([(_short(f"  {ranking.label}   {_bounds(ranking)}", width), "")])
-    lines += [[], [(row("#", "model", headings), "dim")]]
+    lines = [_title(first, "PePR", width), [], [(row("#", "model", headings), "dim")]]
     for rank, i in enumerate(order, start=1):
-        lines.append([(row(str(rank), first.names[i], [cells[i] for cells in columns]), "")])
-    lines.append([(_short(f"  ranked by {first.label}; * on its Pareto front", width), "dim")])
-    return _written(lines, color=color, width=width)
+        values = [column[i] for column in columns]
+        lines.append([(row(str(rank), first.names[i], values), "")])
+    notes = [
+        ("PePR", f"{_in_text(first.metric)} / (1 + R); the rows are in the order of {first.label}")
+    ]
+    notes += [(f"R of {ranking.label}", _range_text(ranking)) for ranking in rankings]
+    notes += [_outside(ranking) for ranking in rankings if ranking.scores.clamped.any()][:1]
+    notes.append(("*", f"on the Pareto front of {_in_text(first.metric)} and that resource"))
+    lines += [[], *_legend(notes, width)]
+    return drawn(lines, width=width, color=color) + "\n"
 
 
-def ranking_data(ranking: Ranking) -> dict[str, Any]:
-    """The ranking as JSON data, best score first; SI or the table's own unit; unknown is None."""
-    low, high = ranking.scores.bounds
-    order = ranking.order
-    rows = []
-    for i, flat in zip(order, flat_rows(ranking), strict=True):
-        row = {key: value for key, value in flat.items() if key not in _OF_RANKING}
-        rows.append({**row, "runs": list(ranking.run_ids[i]) if ranking.run_ids else []})
-    return {
-        "label": ranking.label,
-        "group": ranking.group,
-        "metric": ranking.metric,
-        "percent": ranking.percent,
-        "transform": ranking.transform,
-        "resource": ranking.resource_name,
-        "resource_key": ranking.key,
-        "unit": ranking.unit or None,
-        "provenance": ranking.provenance,
-        "bounds": {
-            "min": low,
-            "max": high,
-            "set_by": "given" if ranking.bounds_given else "cohort",
-            "source": ranking.bounds_source or None,
-        },
-        "rows": rows,
-        "doubts": [
-            {"what": doubt.what, "why": doubt.why, "names": list(doubt.names)}
-            for doubt in ranking.doubts
-        ],
-        "without_doubtful": ranking_data(ranking.without) if ranking.without else None,
-    }
-
-
-_OF_RANKING = {"group", "metric", "resource_key", "unit", "label"}
-
-
-def _title(ranking: Ranking, width: int) -> list[str]:
-    """What is ranked and who set the bounds: one line, or two where one is too short."""
+def _title(ranking: Ranking, label: str, width: int) -> Line:
     n = len(ranking.names)
-    parts = [ranking.label, f"{n} {ranking.of}{'s' if n != 1 else ''}"]
+    parts = [label, f"{n} {ranking.of}{'s' if n != 1 else ''}"]
     if ranking.group is not None:
-        parts.append(f"group {_printable(ranking.group)}")
-    parts.append(f"metric {_printable(ranking.metric)}")
-    parts.append(_bounds(ranking))
-    lines = [""]
-    for part in parts:
-        joined = f"{lines[-1]}   {part}" if lines[-1] else part
-        if _cells(joined) > width:
-            lines.append(_short("  " + part, width))
-        else:
-            lines[-1] = joined
-    return lines
-
-
-def _bounds(ranking: Ranking) -> str:
-    low, high = (_amount(bound, ranking.unit) for bound in ranking.scores.bounds)
-    who = f"this {'group' if ranking.group else 'cohort'}"
-    if ranking.bounds_given:
-        who = f"of {_printable(ranking.bounds_source)}" if ranking.bounds_source else "given"
-    return f"bounds {low} … {high} ({who})"
+        parts.append(f"{ranking.grouped_by} {ranking.group}".strip())
+    parts.append(f"metric {ranking.metric}")
+    return [(cut("   ".join(map(printable, parts)), width), "bold")]
 
 
 def _ranks(ranking: Ranking) -> list[str]:
@@ -216,20 +161,63 @@ def _ranks(ranking: Ranking) -> list[str]:
     ]
 
 
-def _notes(ranking: Ranking, ranks: Sequence[str]) -> list[str]:
-    """What a reader has to know of ranks, ± and swap."""
+def _notes(ranking: Ranking, ranks: Sequence[str]) -> list[tuple[str, str]]:
+    """What a reader has to know of the columns and marks that are shown."""
+    metric, resource = _in_text(ranking.metric), _in_text(ranking.resource_name)
+    notes = [(ranking.label, f"{metric} / (1 + R)"), ("R", _range_text(ranking))]
     standing = ranking.standing
-    if standing is None:
-        return []
-    notes = []
-    if ranged := next((rank for rank in ranks if "–" in rank), None):
-        notes.append(f"  # {ranged}: any of these ranks; such rows differ by less than ± (k = 2)")
-    notes.append("  swap: how likely a row and the next are in truth the other way round")
-    if ranking.repeated and ranking.single.any():
-        notes.append("  n = 1: the spread over repeats is unknown; ± and swap are at least that")
-    elif not ranking.repeated:
-        notes.append("  one run a model: the spread over repeats is unknown, and not in ± and swap")
+    if standing is not None:
+        notes.append((_REVERSED, "probability that the order of this row and the next is reversed"))
+        if ranged := next((rank for rank in ranks if "–" in rank), None):
+            notes.append((f"# {ranged}", "any of these ranks: the scores differ by less than ±"))
+    if ranking.repeated:
+        notes.append(("n", "runs of the model; its numbers are their means"))
+        if ranking.single.any():
+            notes.append(
+                ("n = 1", "the spread over repeats is unknown: ± and P(rev.) leave it out")
+            )
+    elif standing is not None:
+        notes.append(("±", "k = 2; one run per model, so the spread over repeats is not in it"))
+    if any(ranking.scores.clamped):
+        notes.append(_outside(ranking))
+    notes.append(("*", f"on the {metric}/{resource} Pareto front"))
     return notes
+
+
+def _range_text(ranking: Ranking) -> str:
+    low, high = (amount(end, ranking.unit) for end in ranking.scores.bounds)
+    who = f" of these {ranking.of}s"
+    if ranking.bounds_given:
+        who = f" of {ranking.bounds_source}" if ranking.bounds_source else ", as given"
+    return f"0 at {low}, 1 at {high} (normalisation range{who})"
+
+
+def _outside(ranking: Ranking) -> tuple[str, str]:
+    return (
+        "!",
+        f"{_in_text(ranking.resource_name)} outside of the normalisation range: R is set to 0 or 1",
+    )
+
+
+def _legend(notes: Sequence[tuple[str, str]], width: int) -> list[Line]:
+    """The notes below each other, their texts in one column."""
+    room = max(cells(printable(key)) for key, _ in notes)
+    lines: list[Line] = []
+    for key, text in notes:
+        head = left(key, room)
+        for part in wrap(printable(text), width - 2 - room - 2):
+            lines.append([(f"  {head}  {part}", "dim")])
+            head = " " * room
+    return lines
+
+
+def _heading(text: str, room: int = _HEADING_CELLS) -> str:
+    return cut(printable(text), room)
+
+
+def _in_text(name: str) -> str:
+    """A name within the legend: names of metrics can be long."""
+    return brief(name, 40)
 
 
 def _performance_cells(ranking: Ranking) -> list[str]:
@@ -250,69 +238,12 @@ def _with_u(value: float, u: float) -> str:
     return f"{value:.3f} ± " + ("?" if math.isnan(u) else f"{u:.3f}")
 
 
-def _percent(probability: float) -> str:
-    if math.isnan(probability):
+def _probability(value: float) -> str:
+    if math.isnan(value):
         return "?"
-    return "<1%" if probability < 0.01 else f"{probability:.0%}"
+    return "<1%" if value < 0.01 else f"{value:.0%}"
 
 
-def _amount(value: float, unit: str) -> str:
-    if unit == "s":
-        return units.format_duration(value)
-    if unit in ("J", "g", "B"):
-        return units.format_quantity(value, unit)
-    if unit:
-        return f"{value:#.4g} {unit}"  # a currency takes no prefix
-    return units.format_quantity(value, "").rstrip() if value >= 1e4 else f"{value:.4g}"
-
-
-def _bar(fraction: float, cells: int) -> str:
-    full, eighths = divmod(round(fraction * cells * 8), 8)
+def _bar(fraction: float, room: int) -> str:
+    full, eighths = divmod(round(fraction * room * 8), 8)
     return "█" * full + (_EIGHTHS[eighths] if eighths else "")
-
-
-def _written(lines: list[_Line], *, color: bool, width: int) -> str:
-    if not color:
-        return "\n".join("".join(text for text, _ in line).rstrip() for line in lines) + "\n"
-    from rich.console import Console
-    from rich.text import Text
-
-    screen = io.StringIO()
-    console = Console(
-        file=screen, force_terminal=True, color_system="standard", no_color=False, width=width
-    )
-    for line in lines:
-        console.print(Text.assemble(*line), no_wrap=True, overflow="ignore", crop=False)
-    return screen.getvalue()
-
-
-def _cells(text: str) -> int:
-    if text.isascii():  # the common case, and 5 times faster
-        return len(text)
-    from rich.cells import cell_len  # names can be wide: one CJK character takes two cells
-
-    return cell_len(_printable(text))
-
-
-def _left(text: str, cells: int) -> str:
-    """`text` in exactly `cells` terminal cells, cut with "…" or padded on its right."""
-    text = _printable(text)
-    taken = _cells(text)
-    if taken <= cells:
-        return text + " " * (cells - taken)
-    from rich.cells import set_cell_size
-
-    return set_cell_size(set_cell_size(text, cells - 1).rstrip() + "…", cells)
-
-
-def _right(text: str, cells: int) -> str:
-    return " " * (cells - _cells(text)) + _printable(text)
-
-
-def _short(text: str, cells: int) -> str:
-    return _left(text, min(_cells(text), cells))
-
-
-def _printable(text: str) -> str:
-    """No control characters: a name from a file could move the cursor or ring the bell."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)

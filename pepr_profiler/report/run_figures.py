@@ -5,25 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pepr_profiler.report.figures import (
-    _ALARM,
-    _INK,
-    _MUTED,
-    _POINT,
+    ALARM,
+    INK,
     KIND_COLORS,
+    MUTED,
     NARROW,
+    POINT,
     WIDE,
-    _amounts,
-    _label_right,
-    _time_axis,
+    label_right,
     plain,
+    save,
+    style,
 )
+from pepr_profiler.report.text import KINDS, component_name
 from pepr_profiler.summary.timeline import Timeline, TimelineComponent
-from pepr_profiler.units import format_with_u
+from pepr_profiler.units import format_duration, format_with_u
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,9 +40,6 @@ MOST_DEVICES = 24
 _MOST_PHASES = 7
 
 
-# --- one run -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Layer:
     label: str
@@ -54,7 +52,7 @@ def _layers(components: Iterable[TimelineComponent]) -> list[_Layer]:
     """What is stacked: the job's power by component, by kind where that were too many; NaN where
     nothing of it was read."""
     counted = [c for c in components if c.in_total]
-    kinds = [kind for kind in KIND_COLORS if any(c.kind == kind for c in counted)]
+    kinds = [kind for kind in KINDS if any(c.kind == kind for c in counted)]
     layers = []
     for kind in kinds:
         same = [c for c in counted if c.kind == kind]
@@ -67,14 +65,19 @@ def _layers(components: Iterable[TimelineComponent]) -> list[_Layer]:
             continue
         for number, c in enumerate(same):
             tint = _TINTS[number % len(_TINTS)]
-            layers.append(_Layer(component_name(c.kind, c.label), kind, tint, c.job_w))
+            layers.append(_Layer(_name(c), kind, tint, c.job_w))
     return layers
 
 
-def component_name(kind: str, label: str) -> str:
-    """A component as it is called in figures and tables: "gpu:0 H100", "cpu package-0"."""
-    label = " ".join(label.split())
-    return label if label.startswith(kind) or kind == "other" else f"{kind} {label}"
+def _name(component: TimelineComponent) -> str:
+    return component_name({"kind": component.kind, "label": " ".join(component.label.split())})
+
+
+def run_figure(timeline: Timeline, form: str) -> bytes:
+    """Power over time as a png, svg or pdf file."""
+    with style():
+        figure = power_over_time(timeline)
+    return save(figure, form)
 
 
 def power_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
@@ -98,16 +101,16 @@ def power_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
     unread = np.zeros(len(top), dtype=np.bool_)
     for c in timeline.components:
         unread |= np.isnan(c.job_w) & c.in_total
-    axes.stairs(np.where(unread, np.nan, top), edges, baseline=None, color=_INK, linewidth=0.8)
+    axes.stairs(np.where(unread, np.nan, top), edges, baseline=None, color=INK, linewidth=0.8)
     axes.set_ylim(0, max(1e-9, 1.08 * float(np.max(top, initial=0.0))))
     _hatch_gaps(axes, [c for c in timeline.components if c.in_total])
     if not marks:
         axes.text(0.5, 0.5, "no component could be measured or modelled", transform=axes.transAxes,
-                  ha="center", color=_MUTED)  # fmt: skip
+                  ha="center", color=MUTED)  # fmt: skip
     _amounts(axes.yaxis, "W")
     axes.grid(axis="y")
     axes.spines["left"].set_visible(False)
-    _label_right(axes, [(y, layer.label, KIND_COLORS[layer.kind]) for y, layer in marks], width)
+    label_right(axes, [(y, layer.label, KIND_COLORS[layer.kind]) for y, layer in marks], width)
     _time_axis(axes, float(edges[-1]), width, labels=not rows)
     if rows:
         _draw_phases(figure.add_subplot(grid[1], sharex=axes), rows, float(edges[-1]), width)
@@ -139,10 +142,10 @@ def _draw_phases(
     for number, (_, bars) in enumerate(rows):
         least = end_s / 700  # what is shorter than a pixel is still there
         widths = [(begin, max(end - begin, least)) for begin, end in bars]
-        axes.broken_barh(widths, (number - 0.34, 0.68), color=_MUTED, alpha=0.55, linewidth=0)
+        axes.broken_barh(widths, (number - 0.34, 0.68), color=MUTED, alpha=0.55, linewidth=0)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [plain(name, 16) for name, _ in rows])
-    axes.tick_params(axis="y", labelcolor=_INK)
+    axes.tick_params(axis="y", labelcolor=INK)
     axes.spines["left"].set_visible(False)
     axes.spines["bottom"].set_visible(False)
     _time_axis(axes, end_s, width)
@@ -156,10 +159,10 @@ def _hatch_gaps(axes: Axes, components: Sequence[TimelineComponent]) -> None:
         else:
             spans.append([begin, end])
     for number, (begin, end) in enumerate(spans):
-        axes.axvspan(begin, end, facecolor="none", edgecolor=_ALARM, hatch="////", linewidth=0)
+        axes.axvspan(begin, end, facecolor="none", edgecolor=ALARM, hatch="////", linewidth=0)
         if number == 0:
             axes.annotate("no reading", ((begin + end) / 2, 1.0), ha="center", va="bottom",
-                          xycoords=("data", "axes fraction"), color=_ALARM, fontsize=8)  # fmt: skip
+                          xycoords=("data", "axes fraction"), color=ALARM, fontsize=8)  # fmt: skip
 
 
 def energy_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
@@ -170,16 +173,16 @@ def energy_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
     axes = figure.add_subplot()
     at, energy, u = timeline.at_s, timeline.energy_j, timeline.u_j
     axes.fill_between(
-        at, np.maximum(energy - u, 0), energy + u, color=_POINT, alpha=0.2, linewidth=0
+        at, np.maximum(energy - u, 0), energy + u, color=POINT, alpha=0.2, linewidth=0
     )
-    axes.plot(at, energy, color=_POINT, linewidth=1.6)
+    axes.plot(at, energy, color=POINT, linewidth=1.6)
     _amounts(axes.yaxis, "J")
     axes.set_ylim(bottom=0)
     axes.grid(axis="y")
     axes.spines["left"].set_visible(False)
     if len(energy):
         end = format_with_u(float(energy[-1]), float(u[-1]), "J").replace(" ± ", "\n± ")
-        _label_right(axes, [(float(energy[-1]), end, _POINT)], width)
+        label_right(axes, [(float(energy[-1]), end, POINT)], width)
     _time_axis(axes, float(timeline.edges_s[-1]), width)
     return figure
 
@@ -188,9 +191,7 @@ def devices_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
     """Every device in a panel of its own: its power, the job's part, its lowest and highest."""
     from matplotlib.figure import Figure
 
-    shown = sorted(timeline.components, key=lambda c: list(KIND_COLORS).index(c.kind))[
-        :MOST_DEVICES
-    ]
+    shown = sorted(timeline.components, key=lambda c: KINDS.index(c.kind))[:MOST_DEVICES]
     columns = 2 if width > NARROW and len(shown) > 1 else 1
     rows = max(1, math.ceil(len(shown) / columns))
     height = 0.4 + 1.05 * rows
@@ -217,8 +218,8 @@ def devices_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
         axes.stairs(device, edges, color=color, linewidth=1.0, baseline=None)
         _hatch_gaps(axes, [c])
         aside = "" if c.in_total else " (not added)"
-        name = plain(component_name(c.kind, c.label), 34) + aside
-        axes.set_title(name, loc="left", fontsize=9, color=_INK, pad=3)
+        name = plain(_name(c), 34) + aside
+        axes.set_title(name, loc="left", fontsize=9, color=INK, pad=3)
         top = float(np.nanmax(c.high_w if c.high_w is not None else c.device_w, initial=0.0))
         axes.set_ylim(0, max(1e-9, 1.1 * top))
         _amounts(axes.yaxis, "W", most=3)
@@ -228,3 +229,45 @@ def devices_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
             axes, float(edges[-1]), width, labels=row == rows - 1 or number == len(shown) - 1
         )
     return figure
+
+
+def _amounts(axis: Any, unit: str, *, most: int = 5) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(EngFormatter(unit=unit, sep=" "))
+
+
+_TIME_STEPS = (
+    *(m * 10.0**e for e in range(-4, 1) for m in (1, 2, 5)),
+    10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 900.0, 1800.0, 3600.0, 7200.0, 10800.0, 21600.0,
+    43200.0, *(86400.0 * d for d in (1, 2, 5, 10, 20, 50, 100)),
+)  # fmt: skip
+
+
+def _time_axis(axes: Axes, end_s: float, width: float, *, labels: bool = True) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter
+
+    most = 8 if width > NARROW else 5
+    step = next((s for s in _TIME_STEPS if end_s / s <= most), end_s or 1.0)
+    ticks = np.arange(0, end_s * 1.0001, step)
+    unit, size = next(
+        (u, s)
+        for u, s in (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))
+        if step >= s or s == 1e-3
+    )
+    axes.set_xlim(0, max(end_s, 1e-9))
+    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda t, _: f"{t / size:.4g} {unit}" if t else "0")
+    )
+    axes.tick_params(axis="x", labelbottom=labels)
+
+
+def step_text(timeline: Timeline) -> str:
+    """What a step of the power figures is, in words."""
+    step_s = float(timeline.edges_s[1] - timeline.edges_s[0])
+    text = f"Each step is the mean over {format_duration(step_s)}: energy divided by time, exactly"
+    if any(c.low_w is not None for c in timeline.components):
+        text += "; the band spans the lowest and the highest second within it"
+    return text + "."

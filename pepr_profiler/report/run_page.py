@@ -10,6 +10,7 @@ from typing import Any
 
 from pepr_profiler.report import figures, run_figures, study_figures
 from pepr_profiler.report.html import clip, render
+from pepr_profiler.report.text import KINDS, component_name, counted, number, percent, ratio
 from pepr_profiler.study import progress
 from pepr_profiler.summary.timeline import Timeline
 from pepr_profiler.units import (
@@ -50,7 +51,7 @@ def run_page(
     status, status_class = _status(summary)
     name = clip(str(summary.get("name") or summary["run_id"]), 120)
     shown_energy = format_with_u(*total, "J")
-    steps = figures.step_text(timeline)
+    steps = run_figures.step_text(timeline)
     duration_s = float(timeline.edges_s[-1])
     charts = {
         "power": figures.chart(
@@ -170,7 +171,7 @@ def _facts(summary: Mapping[str, Any]) -> Iterable[dict[str, str]]:
     performance = summary.get("performance")
     if performance:
         yield fact(
-            clip(str(performance["metric"]), 40), _number(performance["value"]), "performance"
+            clip(str(performance["metric"]), 40), number(performance["value"]), "performance"
         )
     carbon = summary.get("carbon")
     if carbon:
@@ -206,24 +207,23 @@ _SOURCES = {
 
 def _components(energy: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     total = energy.get("total_j"), energy.get("u_j")
-    kinds = list(figures.KIND_COLORS)
-    counted = "device_j" if energy.get("scope") == "device" else "job_j"
+    key = counted(energy)
 
     def place(c: Mapping[str, Any]) -> tuple[bool, int, str]:
-        kind = kinds.index(c["kind"]) if c["kind"] in kinds else len(kinds)
+        kind = KINDS.index(c["kind"]) if c["kind"] in KINDS else len(KINDS)
         return not c["in_total"], kind, str(c.get("label"))
 
     for c in sorted(energy.get("components") or [], key=place):
-        share = _ratio(c.get(counted), total[0]) if c["in_total"] else None
-        known = c.get(counted) is not None
+        share = ratio(c.get(key), total[0]) if c["in_total"] else None
+        known = c.get(key) is not None
         source = clip(_SOURCES.get(c["source"], str(c["source"])), 60)
         yield {
-            "name": run_figures.component_name(str(c["kind"]), str(c.get("label") or c["id"])),
-            "kind": c["kind"] if c["kind"] in figures.KIND_COLORS else "other",
+            "name": component_name(c),
+            "kind": c["kind"] if c["kind"] in KINDS else "other",
             "in_total": c["in_total"],
             "excluded": c.get("excluded") or ("" if known else "unknown"),
-            "energy": format_with_u(c.get(counted), c.get("u_j"), "J", like=_like(total, c)),
-            "share": _percent(share),
+            "energy": format_with_u(c.get(key), c.get("u_j"), "J", like=_like(total, c)),
+            "share": percent(share, unknown=""),
             "percent": f"{100 * share:.2f}" if share is not None else "0",
             "others": _rest(c, "others_j"),
             "idle": _rest(c, "idle_j"),
@@ -249,14 +249,14 @@ def _phases(
     phases: Sequence[Mapping[str, Any]], total: tuple[float | None, float | None]
 ) -> Iterable[dict[str, Any]]:
     for p in sorted(phases, key=lambda p: -(p["energy_j"] or 0.0))[:_MOST_PHASES]:
-        share = _ratio(p["energy_j"], total[0])
+        share = ratio(p["energy_j"], total[0])
         yield {
             "name": str(p["name"]),
             "energy": format_with_u(p["energy_j"], p["u_j"], "J", like=total),
-            "share": _percent(share),
+            "share": percent(share, unknown=""),
             "percent": f"{min(100.0, 100 * share):.2f}" if share is not None else "0",
             "time": format_duration(p["duration_s"]),
-            "mean": format_quantity(_ratio(p["energy_j"], p["duration_s"]), "W"),
+            "mean": format_quantity(ratio(p["energy_j"], p["duration_s"]), "W"),
             "count": f"{p['count']:,}",
         }
 
@@ -291,7 +291,7 @@ def _cross_checks(energy: Mapping[str, Any]) -> Iterable[str]:
         if check and abs(check["difference_j"]) <= check["u_j"]:
             agreeing.append(check)
         elif check:
-            name = run_figures.component_name(str(c["kind"]), str(c.get("label") or c["id"]))
+            name = component_name(c)
             yield (
                 f"Cross-check: the power readings of {clip(name, 60)}, integrated, are "
                 f"{format_quantity(check['difference_j'], 'J')} from its energy counter; "
@@ -310,7 +310,7 @@ def _cross_checks(energy: Mapping[str, Any]) -> Iterable[str]:
 def _metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     performance = (summary.get("performance") or {}).get("metric")
     return [
-        {"name": name, "value": _number(value), "performance": name == performance}
+        {"name": name, "value": number(value), "performance": name == performance}
         for name, value in (summary.get("metrics") or {}).items()
     ][:100]
 
@@ -372,20 +372,6 @@ def _quality(summary: Mapping[str, Any]) -> str:
         if sampler.get("cpu_fraction") is not None:
             text += f" ({sampler['cpu_fraction']:.1%} of one CPU)"
     return f"Recording {clip(str(summary['run_id']), 80)}: {text}."
-
-
-def _ratio(part: float | None, whole: float | None) -> float | None:
-    return None if part is None or not whole else part / whole
-
-
-def _percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{fraction:.1%}"
-
-
-def _number(value: Any) -> str:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return UNKNOWN
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e5 else f"{value:,.0f}"
 
 
 def _progress_text(curve: progress.ProgressCurve | None) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import shlex
 import signal
@@ -11,6 +10,23 @@ from itertools import groupby
 from typing import Any
 
 from pepr_profiler.record import Record
+from pepr_profiler.report.text import (
+    KINDS,
+    Line,
+    cells,
+    component_name,
+    counted,
+    cut,
+    drawn,
+    known,
+    label_of,
+    left,
+    number,
+    percent,
+    printable,
+    ratio,
+    wrap,
+)
 from pepr_profiler.units import (
     J_PER_WH,
     UNKNOWN,
@@ -22,7 +38,6 @@ from pepr_profiler.units import (
 # rich costs some 30 ms and numpy more: this module is imported while the child runs
 # (render_live), so both stay out of it; rich is imported where a finished run is drawn.
 
-_KINDS = ("gpu", "cpu", "dram", "other")
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _TITLE = "power over time"
 _NAME_CELLS = 18  # keeps the energy column of the two tables, and of two runs, in one place
@@ -38,8 +53,6 @@ _ASIDE = {
     "psys": "contains package",
 }
 _STYLES = {"measured": "green", "derived": "green", "modelled": "yellow", "mixed": "yellow"}
-
-_Line = list[tuple[str, str]]  # (text, rich style) pieces, left to right
 
 
 def render_live(
@@ -80,36 +93,13 @@ def render_run(
         _fact_lines(summary, width, curve or {}),
         _saved_lines(summary, width),
     ]
-    lines: list[_Line] = []
+    lines: list[Line] = []
     for index, section in enumerate(filter(None, sections)):
         lines += [[], *section] if index else section
-    if color:
-        return _colored(lines, width)
-    # The sections fit 80 columns by themselves; the cut holds the promise below that.
-    return "\n".join(_cut("".join(text for text, _ in line).rstrip(), width) for line in lines)
+    return drawn(lines, width=width, color=color)
 
 
-def _colored(lines: Iterable[_Line], width: int) -> str:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(
-        file=io.StringIO(),
-        width=width,
-        force_terminal=True,
-        color_system="standard",
-        highlight=False,
-    )
-    with console.capture() as capture:
-        for line in lines:
-            text = Text.assemble(*line)
-            text.rstrip()
-            text.truncate(width, overflow="ellipsis")
-            console.print(text, soft_wrap=True)
-    return capture.get().removesuffix("\n")
-
-
-def _headline(summary: Mapping[str, Any], width: int) -> _Line:
+def _headline(summary: Mapping[str, Any], width: int) -> Line:
     code = summary.get("exit_code")
     if not summary.get("complete"):
         status, style = "incomplete", "bold red"
@@ -123,7 +113,7 @@ def _headline(summary: Mapping[str, Any], width: int) -> _Line:
     room = max(8, width - len(head) - len(status) - len(duration))
     return [
         (head, "bold cyan"),
-        (_cut(_clean(_subject(summary)), room), "bold"),
+        (cut(printable(_subject(summary)), room), "bold"),
         (status, style),
         (duration, ""),
     ]
@@ -149,12 +139,12 @@ def _exit_text(code: int) -> str:
         return f"exit {code}"
 
 
-def _energy_lines(summary: Mapping[str, Any], width: int) -> list[_Line]:
+def _energy_lines(summary: Mapping[str, Any], width: int) -> list[Line]:
     energy = summary["energy"]
     total_j, u_j, provenance = energy.get("total_j"), energy.get("u_j"), energy.get("provenance")
-    line: _Line = [(f"  {'Energy':<{_KEY_CELLS}}", "bold")]
+    line: Line = [(f"  {'Energy':<{_KEY_CELLS}}", "bold")]
     notes: list[tuple[str, str]] = []
-    if _known(total_j) is None:
+    if known(total_j) is None:
         line.append((UNKNOWN, "bold red"))
     else:
         line.append((format_with_u(total_j, u_j, "J"), "bold"))
@@ -163,7 +153,7 @@ def _energy_lines(summary: Mapping[str, Any], width: int) -> list[_Line]:
         line.append((f"{_GAP}{provenance or UNKNOWN}", _STYLES.get(str(provenance), "red")))
         if provenance == "modelled":
             within = ""
-            if _known(u_j) is not None and total_j > 0:
+            if known(u_j) is not None and total_j > 0:
                 within = f", ± {u_j / total_j:.0%}"
             notes.append(
                 (f"an estimate from utilisation{within}: no sensor, see missing", "yellow")
@@ -195,10 +185,10 @@ def _rows(components: Iterable[Mapping[str, Any]], key: str) -> list[_Row]:
     """The rows of the table; `key` is what of a component is in the total, "job_j" by default."""
 
     def kind_of(component: Mapping[str, Any]) -> str:
-        return component["kind"] if component.get("kind") in _KINDS else "other"
+        return component["kind"] if component.get("kind") in KINDS else "other"
 
     added = sorted(
-        (c for c in components if c.get("in_total")), key=lambda c: _KINDS.index(kind_of(c))
+        (c for c in components if c.get("in_total")), key=lambda c: KINDS.index(kind_of(c))
     )
     rows = []
     for kind, group in groupby(added, key=kind_of):
@@ -215,13 +205,12 @@ def _merged(parts: Sequence[Mapping[str, Any]], name: str | None, key: str) -> _
     """The sum of `parts`: unknown if one is; their u adds in squares, being per board."""
 
     def total(figure: str) -> float | None:
-        values = [_known(part.get(figure)) for part in parts]
+        values = [known(part.get(figure)) for part in parts]
         return None if None in values else math.fsum(v for v in values if v is not None)
 
     if name is None:
-        kind, label = str(parts[0].get("kind")), _label(parts[0])
-        name = label if label.startswith(kind) or kind == "other" else f"{kind:<5}  {label}"
-    uncertainties = [_known(part.get("u_j")) for part in parts]
+        name = component_name(parts[0], column=6)
+    uncertainties = [known(part.get("u_j")) for part in parts]
     traces = [part.get("trace_w") for part in parts]
     trace_w: list[float | None] | None = None
     if all(traces):
@@ -229,7 +218,7 @@ def _merged(parts: Sequence[Mapping[str, Any]], name: str | None, key: str) -> _
         trace_w = [None if None in column else math.fsum(column) for column in columns]
     provenances = {str(part.get("provenance") or UNKNOWN) for part in parts}
     return _Row(
-        name=_clean(name),
+        name=printable(name),
         provenance=provenances.pop() if len(provenances) == 1 else "mixed",
         energy_j=total(key),
         u_j=None if None in uncertainties else math.hypot(*filter(None, uncertainties)),
@@ -240,20 +229,16 @@ def _merged(parts: Sequence[Mapping[str, Any]], name: str | None, key: str) -> _
     )
 
 
-def _label(component: Mapping[str, Any]) -> str:
-    return str(component.get("label") or str(component.get("id", "")).partition(":")[2])
-
-
-def _component_lines(energy: Mapping[str, Any], width: int) -> list[_Line]:
+def _component_lines(energy: Mapping[str, Any], width: int) -> list[Line]:
     components = energy.get("components") or []
-    rows = _rows(components, "device_j" if energy.get("scope") == "device" else "job_j")
-    lines: list[_Line] = []
+    rows = _rows(components, counted(energy))
+    lines: list[Line] = []
     if rows:
         total = energy.get("total_j"), energy.get("u_j")
         mixed = len({energy.get("provenance"), *(row.provenance for row in rows)}) > 1
         columns = [
             _Column("energy", [format_with_u(r.energy_j, r.u_j, "J", like=total) for r in rows]),
-            _Column("share", [_percent(r.energy_j, total[0]) for r in rows]),
+            _Column("share", [percent(ratio(r.energy_j, total[0])) for r in rows]),
             _Column("mean W", _watts([r.mean_w for r in rows])),
             _Column("max W", _watts([r.max_w for r in rows], [r.max_is_bound for r in rows])),
         ]
@@ -262,7 +247,7 @@ def _component_lines(energy: Mapping[str, Any], width: int) -> list[_Line]:
             columns.insert(0, _Column("", [r.provenance for r in rows], left=True))
             gap = "  "  # the provenance's place is taken from the gaps, not from the sparkline
         spare = width - _table_cells(_NAME_CELLS, columns, gap) - len(gap)
-        longer = max(_cells(row.name) for row in rows) - _NAME_CELLS
+        longer = max(cells(row.name) for row in rows) - _NAME_CELLS
         longer = max(0, min(longer, spare - len(_TITLE)))
         spare -= longer
         if any(row.trace_w for row in rows) and spare >= len("power"):
@@ -272,7 +257,7 @@ def _component_lines(energy: Mapping[str, Any], width: int) -> list[_Line]:
         lines = _table("source", names, columns, room=_NAME_CELLS + longer, gap=gap)
     aside = _aside(components)
     if aside:
-        lines.extend([(f"  {part}", "dim")] for part in _wrap(f"not added: {aside}", width - 2))
+        lines.extend([(f"  {part}", "dim")] for part in wrap(f"not added: {aside}", width - 2))
     return lines
 
 
@@ -282,7 +267,7 @@ def _aside(components: Iterable[Mapping[str, Any]]) -> str:
     for component in components:
         if component.get("in_total"):
             continue
-        name = _clean(_label(component))
+        name = printable(label_of(component))
         if component.get("kind") != "gpu":  # whose names may well have a "core" in them
             text = f"{component.get('id')} {name}".lower()
             name = next((key for key in _ASIDE if key in text), name)
@@ -296,25 +281,25 @@ def _aside(components: Iterable[Mapping[str, Any]]) -> str:
 
 def _phase_lines(
     phases: Sequence[Mapping[str, Any]], energy: Mapping[str, Any], width: int
-) -> list[_Line]:
+) -> list[Line]:
     if not phases:
         return []
     total = energy.get("total_j"), energy.get("u_j")
 
     def rank(phase: Mapping[str, Any]) -> float:
-        energy_j = _known(phase.get("energy_j"))
+        energy_j = known(phase.get("energy_j"))
         return math.inf if energy_j is None else -energy_j
 
     shown = sorted(phases, key=rank)[:_MAX_PHASES]
     columns = [
         _Column("energy", [format_with_u(p["energy_j"], p["u_j"], "J", like=total) for p in shown]),
-        _Column("share", [_percent(p["energy_j"], total[0]) for p in shown]),
+        _Column("share", [percent(ratio(p["energy_j"], total[0])) for p in shown]),
         _Column("count", [f"{p['count']:,}" for p in shown]),
         _Column("time", [format_duration(p["duration_s"]) for p in shown]),
     ]
     spare = width - _table_cells(0, columns, _GAP)
-    names = [_clean(str(phase["name"])) for phase in shown]
-    room = max(_NAME_CELLS, min(spare, max(map(_cells, names))))
+    names = [printable(str(phase["name"])) for phase in shown]
+    room = max(_NAME_CELLS, min(spare, max(map(cells, names))))
     lines = _table("phase", names, columns, room=room, gap=_GAP)
     if len(phases) > len(shown):
         lines.append([(f"  … {len(phases) - len(shown)} more", "dim")])
@@ -323,7 +308,7 @@ def _phase_lines(
 
 def _fact_lines(
     summary: Mapping[str, Any], width: int, curve_options: Mapping[str, Any]
-) -> list[_Line]:
+) -> list[Line]:
     components = summary["energy"].get("components") or []
     facts = [
         ("carbon", _carbon(summary.get("carbon"))),
@@ -333,7 +318,7 @@ def _fact_lines(
         ("scope", _scope(summary["energy"])),
         ("quality", _quality(summary)),
     ]
-    lines: list[_Line] = []
+    lines: list[Line] = []
     for key, text in facts:
         if text:
             lines += _fact(key, [(text, "")], width)
@@ -354,12 +339,12 @@ def _fact_lines(
     return lines
 
 
-def _fact(key: str, notes: Iterable[tuple[str, str]], width: int) -> list[_Line]:
+def _fact(key: str, notes: Iterable[tuple[str, str]], width: int) -> list[Line]:
     """`key` and its text, wrapped beside it; every further note is indented below the first."""
-    lines: list[_Line] = []
+    lines: list[Line] = []
     for index, (text, style) in enumerate(note for note in notes if note[0]):
         indent = 2 if index else 0
-        for part in _wrap(_clean(text), width - 2 - _KEY_CELLS - indent):
+        for part in wrap(printable(text), width - 2 - _KEY_CELLS - indent):
             head = key if not lines else ""
             lines.append([(f"  {head:<{_KEY_CELLS}}", "bold"), (" " * indent + part, style)])
     return lines
@@ -382,8 +367,8 @@ def _metrics(summary: Mapping[str, Any]) -> str:
     parts = []
     if performance:
         metrics.pop(performance["metric"], None)
-        parts = [f"{performance['metric']} {_number(performance['value'])} (performance)"]
-    return ", ".join([*parts, *(f"{name} {_number(value)}" for name, value in metrics.items())])
+        parts = [f"{performance['metric']} {number(performance['value'])} (performance)"]
+    return ", ".join([*parts, *(f"{name} {number(value)}" for name, value in metrics.items())])
 
 
 _CURVE_CELLS = 24
@@ -457,7 +442,7 @@ def _scope(energy: Mapping[str, Any]) -> str:
         return ""
 
     def total(key: str) -> str:
-        values = [value for c in added if (value := _known(c.get(key))) is not None]
+        values = [value for c in added if (value := known(c.get(key))) is not None]
         if not values:
             return UNKNOWN
         at_least = "at least " if len(values) < len(added) else ""
@@ -477,28 +462,28 @@ def _quality(summary: Mapping[str, Any]) -> str:
     read = ", ".join(daemon.get("lanes") or ())
     late, timed = sampler.get("late"), sampler.get("timed")
     timed = samples if timed is None else timed  # as older recordings tell it
-    text += f", {_percent(late, timed)}" if timed else f", {_count(late)}"
+    text += f", {percent(ratio(late, timed))}" if timed else f", {_count(late)}"
     text += " of our own late" if read else " late"  # when the daemon read, it alone knows
-    cpu_s = _known(sampler.get("cpu_s"))
-    fraction = _known(sampler.get("cpu_fraction"))
-    duration_s = _known(summary.get("duration_s"))
+    cpu_s = known(sampler.get("cpu_s"))
+    fraction = known(sampler.get("cpu_fraction"))
+    duration_s = known(summary.get("duration_s"))
     if fraction is None and cpu_s is not None and duration_s:
         fraction = cpu_s / duration_s
     text += f"; profiler used {format_duration(cpu_s)} CPU"
     text += "" if fraction is None else f" ({fraction:.1%})"
-    return f"{text}; {_clean(read)} read by the node's daemon" if read else text
+    return f"{text}; {printable(read)} read by the node's daemon" if read else text
 
 
-def _saved_lines(summary: Mapping[str, Any], width: int) -> list[_Line]:
-    run_id = _clean(str(summary.get("run_id") or ""))
+def _saved_lines(summary: Mapping[str, Any], width: int) -> list[Line]:
+    run_id = printable(str(summary.get("run_id") or ""))
     if not run_id:
         return []
     experiment = summary.get("experiment")
     following = f"next: pepr-profile report {run_id}"
     if experiment:
-        following = f"next: pepr-profile compare --experiment {_clean(shlex.quote(experiment))}"
+        following = f"next: pepr-profile compare --experiment {printable(shlex.quote(experiment))}"
     saved = f"  saved {run_id}"
-    gap = width - _cells(saved) - _cells(following)
+    gap = width - cells(saved) - cells(following)
     if gap >= len(_GAP):
         return [[(saved, "bold"), (" " * gap, ""), (following, "dim")]]
     return [[(saved, "bold")], [(f"  {following}", "dim")]]
@@ -529,24 +514,22 @@ def _table_cells(room: int, columns: Sequence[_Column], gap: str) -> int:
 
 def _table(
     title: str, names: Sequence[str], columns: Sequence[_Column], *, room: int, gap: str
-) -> list[_Line]:
+) -> list[Line]:
     """A header and a line for each name, the names cut and padded to `room` cells."""
     header = "".join(column.after(gap, column.title) for column in columns)
-    lines: list[_Line] = [[(f"  {title:<{room}}{header}", "dim")]]
+    lines: list[Line] = [[(f"  {title:<{room}}{header}", "dim")]]
     for index, name in enumerate(names):
-        shown = _cut(name, room)
-        pad = " " * (room - _cells(shown))
-        cells = "".join(column.after(gap, column.values[index]) for column in columns)
-        lines.append([(f"  {shown}{pad}{cells}", "")])
+        values = "".join(column.after(gap, column.values[index]) for column in columns)
+        lines.append([(f"  {left(name, room)}{values}", "")])
     return lines
 
 
-def _sparkline(row: _Row, cells: int) -> str:
+def _sparkline(row: _Row, room: int) -> str:
     """The row's power over the run in eighth blocks from 0 W to its max W; a gap is a space."""
     trace_w = row.trace_w or []
     means = [
-        _mean_between(trace_w, i * len(trace_w) / cells, (i + 1) * len(trace_w) / cells)
-        for i in range(cells if trace_w else 0)
+        _mean_between(trace_w, i * len(trace_w) / room, (i + 1) * len(trace_w) / room)
+        for i in range(room if trace_w else 0)
     ]
     full_w = max([row.max_w or 0.0, *(w for w in means if w is not None)])
     return "".join(
@@ -559,7 +542,7 @@ def _mean_between(trace_w: Sequence[float | None], start: float, stop: float) ->
     """The mean of the known buckets in [start, stop), each weighted by how much of it is in."""
     weighted, weight = 0.0, 0.0
     for index in range(int(start), min(len(trace_w), math.ceil(stop))):
-        value, part = _known(trace_w[index]), min(index + 1, stop) - max(index, start)
+        value, part = known(trace_w[index]), min(index + 1, stop) - max(index, start)
         if value is not None and part > 1e-9:  # rounding of start and stop is no sample
             weighted, weight = weighted + part * value, weight + part
     return weighted / weight if weight else None
@@ -575,55 +558,5 @@ def _watts(values: Sequence[float | None], bounds: Sequence[bool] | None = None)
     ]
 
 
-def _percent(part: float | None, whole: float | None) -> str:
-    part, whole = _known(part), _known(whole)
-    return "?" if part is None or not whole else f"{part / whole:.1%}"
-
-
 def _count(number: int | None) -> str:
     return UNKNOWN if number is None else f"{number:,}"
-
-
-def _number(value: Any) -> str:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return UNKNOWN
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _known(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _clean(text: str) -> str:
-    """`text` with what would move the cursor, hide or fail to encode written as an escape."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
-
-
-def _cells(text: str) -> int:
-    from rich.cells import cell_len
-
-    return cell_len(text)
-
-
-def _cut(text: str, cells: int) -> str:
-    from rich.cells import set_cell_size
-
-    if _cells(text) <= cells:
-        return text
-    return set_cell_size(text, cells - 1).rstrip() + "…"
-
-
-def _wrap(text: str, cells: int) -> list[str]:
-    """Lines of at most `cells` cells; a word longer than that is folded."""
-    if all(_cells(character) == 1 for character in set(text)):
-        # As the profiler's own texts are: this spares a plain screen rich's console, 30 ms.
-        from textwrap import wrap
-
-        return wrap(text, max(cells, 1), break_on_hyphens=False)
-    from rich.console import Console
-    from rich.text import Text
-
-    lines = Text(text).wrap(Console(file=io.StringIO()), max(cells, 1), overflow="fold")
-    return [line.plain.rstrip() for line in lines]

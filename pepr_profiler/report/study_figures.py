@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pepr_profiler.report.figures import (
-    _ALARM,
-    _INK,
-    _MUTED,
-    _PAPER,
-    _POINT,
+    ALARM,
+    INK,
     KIND_COLORS,
+    MUTED,
     NARROW,
+    PAPER,
+    POINT,
     WIDE,
     Chart,
-    _label_right,
     chart,
+    label_right,
     plain,
+    save,
+    style,
 )
 
 if TYPE_CHECKING:
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pepr_profiler.study.progress import Envelope, ProgressCurve
-
-# --- a study -------------------------------------------------------------------------------------
+    from pepr_profiler.study.ranking import Ranking
+    from pepr_profiler.study.study import Study
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -59,8 +61,96 @@ class Points:
 LEVELS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """Scores whose lines of equal PePR are drawn."""
 
+MOST_RUNS = 1000
+"""Single runs, as dots and curves, that a figure can show and a page can hold."""
+
+_MOST_PANELS = 12
 _ISO_POINTS = 64
 _MOST_NAMED = 14
+
+
+def shown_runs(study: Study) -> dict[str, Mapping[str, Any]]:
+    """The runs by their ids; none where they are more than can be shown."""
+    if len(study.runs) > MOST_RUNS:
+        return {}
+    return {str(run["run_id"]): run for run in study.runs}
+
+
+def study_figure(study: Study, form: str) -> bytes:
+    """Performance against the resource, a panel a ranking, as a png, svg or pdf file."""
+    by_id = shown_runs(study)
+    with style():
+        figure = panels(
+            [
+                (ranking.group or "", cost_points(ranking, by_id))
+                for ranking in study.rankings[:_MOST_PANELS]
+            ]
+        )
+    return save(figure, form)
+
+
+def cost_points(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> Points:
+    """Performance over the resource of every row, and of the runs behind it where known."""
+    n = len(ranking.names)
+    nothing = np.full(n, np.nan)
+    runs = []
+    if ranking.repeated and ranking.key in _OF_RUN and ranking.transform is None:
+        scale = 0.01 if ranking.percent else 1.0
+        all_of_them = all(x in by_id for ids in ranking.run_ids for x in ids)
+        for i, ids in enumerate(ranking.run_ids):
+            for run in (by_id[x] for x in ids if all_of_them):
+                p = (run.get("metrics") or {}).get(ranking.metric)
+                r = _OF_RUN[ranking.key](run)
+                if p is not None and r is not None and len(ids) > 1:
+                    runs.append((i, float(r), scale * float(p)))
+    return Points(
+        names=ranking.names,
+        x=ranking.resource,
+        y=ranking.performance,
+        u_x=nothing if ranking.u_resource is None else ranking.u_resource,
+        u_y=nothing if ranking.u_performance is None else ranking.u_performance,
+        front=ranking.front,
+        suspect=_suspect(ranking),
+        x_label=ranking.resource_name,
+        y_label=ranking.metric,
+        x_unit=ranking.unit,
+        bounds=ranking.scores.bounds,
+        runs=tuple(runs),
+    )
+
+
+_OF_RUN: Mapping[str, Any] = {
+    "energy": lambda run: run["energy"]["total_j"],
+    "time": lambda run: run["time_s"],
+    "carbon": lambda run: (run.get("carbon") or {}).get("g_co2e"),
+}
+
+
+def score_points(ranking: Ranking, parameters: Sequence[float | None]) -> Points | None:
+    """Scores over the number of parameters; None where a row's is unknown."""
+    if any(p is None for p in parameters):
+        return None
+    n = len(ranking.names)
+    nothing = np.full(n, np.nan)
+    return Points(
+        names=ranking.names,
+        x=np.array(parameters, dtype=np.float64),
+        y=ranking.scores.pepr,
+        u_x=nothing,
+        u_y=nothing if ranking.u_pepr is None else ranking.u_pepr,
+        front=np.zeros(n, dtype=np.bool_),
+        suspect=_suspect(ranking),
+        x_label="parameters",
+        y_label=ranking.label,
+        x_unit="",
+    )
+
+
+def _suspect(ranking: Ranking) -> Any:
+    mask = np.zeros(len(ranking.names), dtype=np.bool_)
+    for doubt in ranking.doubts:
+        mask[list(doubt.rows)] = True
+    return mask
 
 
 def study_chart(ident: str, title: str, text: str, points: Points) -> tuple[Chart, dict[str, Any]]:
@@ -142,7 +232,7 @@ def _prepare(axes: Axes, points: Points, width: float) -> None:
     pad = max(0.02, 0.14 * (high - low))
     axes.set_ylim(max(0.0, low - pad), min(1.03, high + pad))
     axes.set_xlabel(plain(points.x_label, 60), loc="right")
-    axes.set_title(plain(points.y_label, 60), loc="left", fontsize=9, color=_MUTED, pad=16)
+    axes.set_title(plain(points.y_label, 60), loc="left", fontsize=9, color=MUTED, pad=16)
     axes.grid(axis="y")
     axes.spines["left"].set_visible(False)
 
@@ -167,10 +257,10 @@ def _fill(axes: Axes, points: Points) -> None:
     if points.bounds is not None:
         _draw_isolines(axes, points.bounds, log=axes.get_xscale() == "log")
     order = np.argsort(points.x[points.front])
-    axes.plot(points.x[points.front][order], points.y[points.front][order], color=_INK,
+    axes.plot(points.x[points.front][order], points.y[points.front][order], color=INK,
               linewidth=0.9, linestyle=(0, (1, 2.5)), gid="front", zorder=2)  # fmt: skip
     for row, x, y in points.runs:
-        axes.plot([x], [y], ".", color=_POINT, alpha=0.4, markersize=4, gid=f"run-{row}", zorder=3)
+        axes.plot([x], [y], ".", color=POINT, alpha=0.4, markersize=4, gid=f"run-{row}", zorder=3)
     for i in range(len(points.names)):
         _draw_point(axes, points, i)
     _name_points(axes, points)
@@ -182,14 +272,14 @@ def _draw_isolines(axes: Axes, bounds: tuple[float, float], *, log: bool) -> Non
     r = np.clip((x - bounds[0]) / (bounds[1] - bounds[0]), 0.0, 1.0)
     named = False
     for level in LEVELS:
-        axes.plot(x, level * (1 + r), color=_MUTED, linewidth=0.7, alpha=0.55,
+        axes.plot(x, level * (1 + r), color=MUTED, linewidth=0.7, alpha=0.55,
                   gid=f"iso-{level}", zorder=1, scalex=False, scaley=False)  # fmt: skip
         # Named where it leaves the figure at its top; the page's script moves the name along.
         end = bounds[0] + (y1 / level - 1) * (bounds[1] - bounds[0])
         if level < y1 <= 2 * level and x0 <= end <= x1:
             axes.annotate(f"{level:g}" if named else f"PePR {level:g}", (end, 1.0),
                           xycoords=("data", "axes fraction"), textcoords="offset points",
-                          xytext=(8, 3), ha="right", color=_MUTED, fontsize=8,
+                          xytext=(8, 3), ha="right", color=MUTED, fontsize=8,
                           gid=f"isoname-{level}", annotation_clip=False)  # fmt: skip
             named = True
     axes.set_xlim(x0, x1)
@@ -199,7 +289,7 @@ def _draw_isolines(axes: Axes, bounds: tuple[float, float], *, log: bool) -> Non
 def _draw_point(axes: Axes, points: Points, i: int) -> None:
     x, y, u_x, u_y = (float(a[i]) for a in (points.x, points.y, points.u_x, points.u_y))
     suspect = bool(points.suspect[i])
-    color = _ALARM if suspect else _POINT
+    color = ALARM if suspect else POINT
     if math.isfinite(u_x) and u_x > 0:
         left = max(x - u_x, axes.get_xlim()[0])
         axes.plot([left, x + u_x], [y, y], color=color, linewidth=1, alpha=0.5, gid=f"barx-{i}",
@@ -207,7 +297,7 @@ def _draw_point(axes: Axes, points: Points, i: int) -> None:
     if math.isfinite(u_y) and u_y > 0:
         axes.plot([x, x], [y - u_y, y + u_y], color=color, linewidth=1, alpha=0.5, gid=f"bary-{i}",
                   scalex=False, scaley=False)  # fmt: skip
-    filled = _POINT if points.front[i] and not suspect else _PAPER
+    filled = POINT if points.front[i] and not suspect else PAPER
     axes.plot([x], [y], "X" if suspect else "o", color=color, markerfacecolor=filled,
               markersize=6.5, markeredgewidth=1.6, gid=f"point-{i}", zorder=5)  # fmt: skip
 
@@ -264,11 +354,11 @@ def progress_curves(
     figure = Figure(figsize=(width, 3.4), dpi=72, layout="constrained")
     axes = figure.add_subplot()
     names = list(dict.fromkeys(curve.name for curve in curves))
-    cycle = [*KIND_COLORS.values(), _ALARM, _MUTED]
+    cycle = [*KIND_COLORS.values(), ALARM, MUTED]
     if len(curves) > 1 and all(_log_fits(curve.energy_j) for curve in curves):
         axes.set_xscale("log")
     for curve in curves[:_MOST_CURVES]:
-        color = _POINT if len(names) == 1 else cycle[names.index(curve.name) % len(cycle)]
+        color = POINT if len(names) == 1 else cycle[names.index(curve.name) % len(cycle)]
         axes.plot(curve.energy_j, curve.performance, color=color, linewidth=1.1,
                   linestyle="-" if names.index(curve.name) < len(cycle) else "--",
                   alpha=1 if len(curves) == 1 else 0.6, marker="o" if len(curves) == 1 else "",
@@ -277,9 +367,7 @@ def progress_curves(
         last = max(float(curve.energy_j[-1]) for curve in curves)
         energy_j = np.append(best.energy_j, last)
         performance = np.append(best.performance, best.performance[-1])
-        axes.plot(
-            energy_j, performance, color=_INK, linewidth=1.8, drawstyle="steps-post", zorder=4
-        )
+        axes.plot(energy_j, performance, color=INK, linewidth=1.8, drawstyle="steps-post", zorder=4)
     if len(names) > 1:
         ends = {curve.name: curve for curve in curves[:_MOST_CURVES]}
         marks = [
@@ -290,12 +378,12 @@ def progress_curves(
             )
             for name, c in ends.items()
         ]
-        _label_right(axes, marks, width)
+        label_right(axes, marks, width)
     elif curves:
         axes.set_xlim(left=0)
     _amounts_below(axes, "J", width)
     axes.set_title(
-        plain(curves[0].metric, 60) if curves else "", loc="left", fontsize=9, color=_MUTED
+        plain(curves[0].metric, 60) if curves else "", loc="left", fontsize=9, color=MUTED
     )
     axes.set_xlabel("energy", loc="right")
     axes.grid(axis="y")

@@ -11,16 +11,13 @@ import numpy as np
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import figures, study_figures
 from pepr_profiler.report.html import clip, render
+from pepr_profiler.report.text import amount
 from pepr_profiler.study import progress
 from pepr_profiler.study.ranking import Ranking
 from pepr_profiler.study.study import Study
-from pepr_profiler.units import format_duration, format_quantity, format_with_u
+from pepr_profiler.units import format_with_u
 
 _MOST_ROWS = 1000
-_MOST_PANELS = 12
-
-_MOST_RUNS = 1000
-"""Single runs, as dots and curves, that a figure can show and a page can hold."""
 
 
 def study_page(
@@ -39,7 +36,7 @@ def study_page(
             why=f"{_MOST_ROWS:,} are the most that it shows",
             fix="compare fewer: --experiment NAME; or write a table: -o ranking.csv",
         )
-    by_id = _runs(study)
+    by_id = study_figures.shown_runs(study)
     if load is not None:
         # One that was named by its folder is whole already, and may be of no store.
         by_id = {i: run if "progress" in run else load(i) for i, run in by_id.items()}
@@ -85,26 +82,6 @@ def study_page(
     )
 
 
-def _runs(study: Study) -> dict[str, Mapping[str, Any]]:
-    """The runs by their ids; none where they are more than can be shown."""
-    if len(study.runs) > _MOST_RUNS:
-        return {}
-    return {str(run["run_id"]): run for run in study.runs}
-
-
-def study_figure(study: Study, form: str) -> bytes:
-    """Performance against the resource, a panel a ranking, as a png, svg or pdf file."""
-    by_id = _runs(study)
-    with figures.style():
-        figure = study_figures.panels(
-            [
-                (ranking.group or "", cost_points(ranking, by_id))
-                for ranking in study.rankings[:_MOST_PANELS]
-            ]
-        )
-    return figures.save(figure, form)
-
-
 def _group(
     number: int,
     group: str | None,
@@ -129,7 +106,7 @@ def _group(
         live.append({"id": ident, "kind": kind, "ranking": k, "places": places})
 
     for k, ranking in enumerate(rankings):
-        points = cost_points(ranking, by_id)
+        points = study_figures.cost_points(ranking, by_id)
         add(
             kind="cost",
             k=k,
@@ -141,7 +118,7 @@ def _group(
             text=_said(ranking),
             points=points,
         )
-        against = score_points(ranking, parameters) if k == 0 and n > 1 else None
+        against = study_figures.score_points(ranking, parameters) if k == 0 and n > 1 else None
         if against is not None:
             add(
                 kind="score",
@@ -219,72 +196,6 @@ def _group(
     return view, facts
 
 
-def cost_points(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> study_figures.Points:
-    """Performance over the resource of every row, and of the runs behind it where known."""
-    n = len(ranking.names)
-    nothing = np.full(n, np.nan)
-    runs = []
-    if ranking.repeated and ranking.key in _OF_RUN and ranking.transform is None:
-        scale = 0.01 if ranking.percent else 1.0
-        all_of_them = all(x in by_id for ids in ranking.run_ids for x in ids)
-        for i, ids in enumerate(ranking.run_ids):
-            for run in (by_id[x] for x in ids if all_of_them):
-                p = (run.get("metrics") or {}).get(ranking.metric)
-                r = _OF_RUN[ranking.key](run)
-                if p is not None and r is not None and len(ids) > 1:
-                    runs.append((i, float(r), scale * float(p)))
-    return study_figures.Points(
-        names=ranking.names,
-        x=ranking.resource,
-        y=ranking.performance,
-        u_x=nothing if ranking.u_resource is None else ranking.u_resource,
-        u_y=nothing if ranking.u_performance is None else ranking.u_performance,
-        front=ranking.front,
-        suspect=_suspect(ranking),
-        x_label=ranking.resource_name,
-        y_label=clip(ranking.metric, 60),
-        x_unit=ranking.unit,
-        bounds=ranking.scores.bounds,
-        runs=tuple(runs),
-    )
-
-
-_OF_RUN: Mapping[str, Any] = {
-    "energy": lambda run: run["energy"]["total_j"],
-    "time": lambda run: run["time_s"],
-    "carbon": lambda run: (run.get("carbon") or {}).get("g_co2e"),
-}
-
-
-def score_points(
-    ranking: Ranking, parameters: Sequence[float | None]
-) -> study_figures.Points | None:
-    """Scores over the number of parameters; None where a row's is unknown."""
-    if any(p is None for p in parameters):
-        return None
-    n = len(ranking.names)
-    nothing = np.full(n, np.nan)
-    return study_figures.Points(
-        names=ranking.names,
-        x=np.array(parameters, dtype=np.float64),
-        y=ranking.scores.pepr,
-        u_x=nothing,
-        u_y=nothing if ranking.u_pepr is None else ranking.u_pepr,
-        front=np.zeros(n, dtype=np.bool_),
-        suspect=_suspect(ranking),
-        x_label="parameters",
-        y_label=ranking.label,
-        x_unit="",
-    )
-
-
-def _suspect(ranking: Ranking) -> Any:
-    mask = np.zeros(len(ranking.names), dtype=np.bool_)
-    for doubt in ranking.doubts:
-        mask[list(doubt.rows)] = True
-    return mask
-
-
 def _parameters(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> list[float | None]:
     """What the runs of each row logged as their number of parameters."""
     found: list[float | None] = []
@@ -302,32 +213,25 @@ def _parameters(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> lis
 def _said(ranking: Ranking) -> str:
     """What the ranking says, in a sentence or two."""
     best, top = int(ranking.order[0]), int(np.argmax(ranking.performance))
-    shown = clip(ranking.names[best], 60)
+    metric, resource = clip(ranking.metric, 40), ranking.resource
     text = (
-        f"By {ranking.label} the best of {len(ranking.names)} is {shown}: "
-        f"{clip(ranking.metric, 40)} {ranking.performance[best]:.3f} for "
-        f"{_amount(ranking.resource[best], ranking)}."
+        f"By {ranking.label} the best of {len(ranking.names)} is {clip(ranking.names[best], 60)}: "
+        f"{metric} {ranking.performance[best]:.3f} for "
+        f"{amount(float(resource[best]), ranking.unit)}."
     )
     if top != best:
-        factor = (
-            ranking.resource[top] / ranking.resource[best] if ranking.resource[best] else math.inf
-        )
+        factor = resource[top] / resource[best] if resource[best] else math.inf
         more = f", {factor:.1f} times as much" if 1.05 < factor < 1e4 else ""
         text += (
-            f" The highest {clip(ranking.metric, 40)}, {ranking.performance[top]:.3f}, is that of "
-            f"{clip(ranking.names[top], 60)}, for {_amount(ranking.resource[top], ranking)}{more}."
+            f" {clip(ranking.names[top], 60)} has the highest {metric}, "
+            f"{ranking.performance[top]:.3f}, for "
+            f"{amount(float(resource[top]), ranking.unit)}{more}."
         )
     return text
 
 
-def _amount(value: float, ranking: Ranking) -> str:
-    if ranking.unit == "s":
-        return format_duration(float(value))
-    return format_quantity(float(value), ranking.unit) if ranking.unit else f"{value:.4g}"
-
-
 def _bounds_text(ranking: Ranking) -> str:
-    low, high = (_amount(bound, ranking) for bound in ranking.scores.bounds)
+    low, high = (amount(bound, ranking.unit) for bound in ranking.scores.bounds)
     who = "given" if ranking.bounds_given else "set by the cheapest and the dearest here"
     return f"Bounds of R: {low} … {high}, {who}."
 
@@ -357,13 +261,13 @@ def _fraction(value: float, u: Any, i: int) -> str:
 def _resource_cells(ranking: Ranking, i: int, *, u: bool) -> dict[str, Any]:
     """One row's cells; `u` where there is room for it, the figures have it all."""
     value, u_resource = float(ranking.resource[i]), ranking.u_resource
-    amount = _amount(value, ranking)
+    shown = amount(value, ranking.unit)
     if u and u_resource is not None and math.isfinite(u_resource[i]) and ranking.unit:
-        amount = format_with_u(value, float(u_resource[i]), ranking.unit)
+        shown = format_with_u(value, float(u_resource[i]), ranking.unit)
     score = float(ranking.scores.pepr[i])
     u_score = None if ranking.u_pepr is None else float(ranking.u_pepr[i])
     return {
-        "amount": amount,
+        "amount": shown,
         "score": f"{score:.3f}",
         "u": "" if u_score is None or math.isnan(u_score) else f"{u_score:.3f}",
         "front": bool(ranking.front[i]),

@@ -39,8 +39,9 @@ class Ranking:
 
     `label` heads the score ("PePR-E"), `of` says what a row is ("run", "model", "row"). `key` is
     the resource as it was asked for, `resource_name` how it is called; `unit` is one that
-    units.format_quantity knows, a currency, or "" where only the user knows it. Every u covers
-    95.45 % (k = 2, or Student's t for few repeats), NaN is unknown.
+    units.format_quantity knows, a currency, or "" where only the user knows it. `group` is the
+    experiment or host of the runs, or the value of a table's column, and `grouped_by` which of
+    these. Every u covers 95.45 % (k = 2, or Student's t for few repeats), NaN is unknown.
 
     `n` is the repeats of each row. Where n = 1, `u_pepr` lacks the spread over repeats, which
     nobody has seen (`sd_performance` and `sd_resource` are NaN): it is what is known of that run,
@@ -63,6 +64,7 @@ class Ranking:
     bounds_source: str = ""
     key: str = ""
     group: str | None = None
+    grouped_by: str = ""
     provenance: str | None = None
     percent: bool = False
     transform: str | None = None

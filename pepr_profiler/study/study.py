@@ -110,6 +110,7 @@ class Study:
                         bounds=bounds,
                         metric=metric,
                         group=value,
+                        grouped_by=group or "experiment",
                         provenance=provenance,
                         percent=percent,
                         transform=transform,
@@ -210,6 +211,7 @@ class Study:
                         bounds=bounds,
                         metric=performance,
                         group=None if value is None else str(value),
+                        grouped_by=(group or "").strip("\0"),
                         percent=percent,
                         transform=transform,
                     )
