@@ -1,4 +1,4 @@
-"""What a user meets who builds from source."""
+"""What a user gets who builds from source: errors that help, and one version everywhere."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import pepr_profiler
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,3 +38,27 @@ def test_build_without_a_compiler_says_what_to_install(tmp_path: Path, named: st
     assert (named or "g++").split()[0] in done.stderr
     assert "sudo apt-get install g++" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_version_stands_in_one_place() -> None:
+    written = [*ROOT.glob("*.toml"), *ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "Makefile"]
+    for folder in ("csrc", "docs", "pepr_profiler"):
+        written += [
+            p for p in (ROOT / folder).rglob("*") if p.suffix in {".cpp", ".h", ".md", ".py"}
+        ]
+    copies = [p for p in written if f'"{pepr_profiler.__version__}"' in p.read_text()]
+    assert copies == [ROOT / "pepr_profiler" / "__init__.py"]
+
+
+def test_printing_the_version_reads_no_metadata_of_packages() -> None:
+    code = (
+        "import atexit, sys; from pepr_profiler.__main__ import main; sys.argv[1:] = ['--version'];"
+        "atexit.register(lambda: print('importlib.metadata' in sys.modules)); main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        f"pepr-profile, version {pepr_profiler.__version__}",
+        "False",
+    ]

@@ -53,7 +53,8 @@ def imports_of(path: Path) -> Iterator[tuple[int, str]]:
             around = package.split(".")[: len(package.split(".")) - node.level + 1]
             base = ".".join([*(around if node.level else []), *filter(None, [node.module])])
             # `from package import module` imports the module, `from module import name` does not.
-            whole = [f"{base}.{alias.name}" for alias in node.names]
+            # The version is the root's, which is imported anyway and loads nothing.
+            whole = [f"{base}.{n.name}" for n in node.names if n.name != "__version__"]
             names = [name if name in known else base for name in whole]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             # A computed name tells at least the package that it begins with.

@@ -13,6 +13,7 @@ from typing import TextIO
 
 import click
 
+from pepr_profiler import __version__
 from pepr_profiler.errors import PeprError
 
 VERBS = {
@@ -62,7 +63,7 @@ class _Verbs(click.Group):
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="pepr-profiler", prog_name="pepr-profile")
+@click.version_option(__version__, prog_name="pepr-profile")
 def cli() -> None:
     """What a training run cost in energy, time, memory and carbon, and whether it was worth it.
 

@@ -18,10 +18,10 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pepr_profiler import __version__
 from pepr_profiler.daemon.exporter import Exporter, families
 from pepr_profiler.daemon.lanes import Lanes
 from pepr_profiler.daemon.ledger import Ledger
@@ -134,7 +134,7 @@ class Server:
         self._paused_until_s: float | None = None
         self._check_at_s = self._tell_at_s = 0.0
         self._started_s = time.monotonic()
-        self._version, self._boot_id = _VERSION, boot_id()
+        self._version, self._boot_id = __version__, boot_id()
 
     def serve(self) -> int:
         """Until a signal, a client or a lane ends it; the exit status."""
@@ -483,13 +483,6 @@ class Server:
         }
 
 
-def _version() -> str:
-    try:
-        return metadata.version("pepr-profiler")
-    except metadata.PackageNotFoundError:
-        return "uninstalled"
-
-
 def _failure(error: PeprError) -> dict[str, Any]:
     told = {"what": error.what, "why": error.why, "fix": error.fix}
     return {"v": VERSION, "ok": False, "error": told}
@@ -523,7 +516,3 @@ def raise_descriptor_limit(wanted: int) -> None:
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-# Found at import: once the privileges are gone, Python's own files may be out of reach.
-_VERSION = _version()

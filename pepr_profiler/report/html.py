@@ -7,8 +7,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib import metadata, resources
+from importlib import resources
 from typing import TYPE_CHECKING, Any
+
+from pepr_profiler import __version__
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -31,10 +33,6 @@ def render(template: str, *, scripts: Sequence[str], **values: Any) -> str:
         f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}; "
         "base-uri 'none'; form-action 'none'"
     )
-    try:
-        version = metadata.version("pepr-profiler")
-    except metadata.PackageNotFoundError:
-        version = "from its source"
     return (
         _environment()
         .get_template(template)
@@ -42,7 +40,7 @@ def render(template: str, *, scripts: Sequence[str], **values: Any) -> str:
             css=_asset("page.css"),
             scripts=code,
             policy=policy,
-            version=version,
+            version=__version__,
             made_on=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
             **values,
         )
