@@ -12,8 +12,6 @@ to a target and nothing of it is collected or stopped; a pidfd alone permits non
 
 from __future__ import annotations
 
-# pathlib would cost the command line's start 5 ms.
-# ruff: noqa: PTH116
 import errno
 import os
 import select
@@ -24,20 +22,19 @@ from dataclasses import dataclass
 
 from pepr_profiler.errors import TargetError, UsageError
 from pepr_profiler.recording.procfs import (
-    _ancestors,
-    _command,
-    _from_inside,
-    _inner_pid,
-    _leader_of,
-    _link,
-    _proc_options,
-    _read_stat,
-    _user,
+    ancestors_of,
+    command_of,
+    find_by_inner_pid,
+    inner_pid_of,
+    is_in_container,
+    mount_options,
+    owner_of,
+    process_of_thread,
+    read_stat,
 )
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PF_KTHREAD = 0x00200000  # include/linux/sched.h
-_INITIAL_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _LISTED = 3
 _SHOWN = 40  # characters of a command in a message
 
@@ -110,7 +107,7 @@ class Targets:
     def roots(self) -> list[Target]:
         """Those that descend from no other of them: whoever follows these follows all."""
         pids = {target.pid for target in self._held}
-        return [t for t in self._held if not pids & set(_ancestors(t.pid))]
+        return [t for t in self._held if not pids & set(ancestors_of(t.pid))]
 
     def drop_ended(self) -> bool:
         """Lets go of those that have exited; whether there were any.
@@ -201,7 +198,7 @@ def hold(pids: Sequence[int]) -> Targets:
     try:
         for pid in dict.fromkeys(pids):
             targets.append(_hold_one(pid))
-            if pid in _ancestors(os.getpid()):
+            if pid in ancestors_of(os.getpid()):
                 warnings.append(_of_ancestor(targets[-1]))
     except BaseException:
         Targets(targets, ()).close()
@@ -223,7 +220,7 @@ def _hold_one(pid: int) -> Target:
     fd = _open(pid)
     try:
         try:
-            stat, command, inner_pid = _read_stat(pid), _command(pid), _inner_pid(pid)
+            stat, command, inner_pid = read_stat(pid), command_of(pid), inner_pid_of(pid)
         except OSError as error:
             # Gone, or not shown to us: the pidfd, which needs no /proc, knows.
             raise (_ended(str(pid)) if _is_ready(fd) else _hidden(pid, error)) from error
@@ -236,13 +233,13 @@ def _hold_one(pid: int) -> Target:
         if _is_ready(fd):
             if stat.state != "Z":
                 raise _ended(_who(pid, command))
-            parent = _who(stat.parent, _command(stat.parent))
+            parent = _who(stat.parent, command_of(stat.parent))
             raise TargetError(
                 f"{_who(pid, command)} has ended already",
                 why=f"it is a zombie: its parent {parent} has not collected it",
                 fix="attach to what still runs; to measure it from its start: pepr-profile -- CMD",
             )
-        if pid == 1 and pid in _ancestors(os.getpid()):
+        if pid == 1 and pid in ancestors_of(os.getpid()):
             raise TargetError(
                 f"{_who(pid, command)} is where every process comes from, the profiler too",
                 why="following it would follow all that runs here, whoever started it",
@@ -274,11 +271,11 @@ def _open(pid: int) -> int:
                 "profile",
                 fix="attach from the host, or: docker run --security-opt seccomp=unconfined …",
             ) from error
-        leader = _leader_of(pid)
+        leader = process_of_thread(pid)
         if leader is not None:  # EINVAL, or ENOENT since Linux 6.9: a thread has none of its own
             raise TargetError(
                 f"{pid} is a thread, not a process",
-                why=f"it is one of {_who(leader, _command(leader))}",
+                why=f"it is one of {_who(leader, command_of(leader))}",
                 fix=f"pepr-profile attach {leader}",
             ) from error
         raise _no_such(pid) from error
@@ -297,23 +294,20 @@ def _ended(who: str) -> TargetError:
 
 def _no_such(pid: int) -> TargetError:
     why, fix = "no process has this PID", "see which there are: ps -eo pid,user,args"
-    outer = _from_inside(pid)
+    outer = find_by_inner_pid(pid)
     if outer:
-        said = ", ".join(_who(other, _command(other)) for other in outer[:_LISTED])
+        said = ", ".join(_who(other, command_of(other)) for other in outer[:_LISTED])
         why += f" here; in its container {said} has"
         fix = f"name it as it is called here: pepr-profile attach {outer[0]}"
-    elif _link("/proc/self/ns/pid") not in ("", _INITIAL_NAMESPACE):
+    elif is_in_container():
         why += " in this container, where those of the host mean nothing"
     return TargetError(f"there is no process {pid}", why=why, fix=fix)
 
 
 def _hidden(pid: int, error: OSError) -> TargetError:
     """A process that runs and that /proc does not show us."""
-    try:
-        owner = _user(os.stat(f"/proc/{pid}").st_uid)
-    except OSError:
-        owner = None
-    options = _proc_options()
+    owner = owner_of(pid)
+    options = mount_options()
     hidepid = options.get("hidepid", "0")
     why = f"/proc does not let us read it ({error.strerror})"
     if hidepid not in ("0", "off"):
