@@ -163,7 +163,7 @@ def test_pids_are_stored_exactly_where_other_numbers_are_thinned(
     # given an hour of a list in which PIDs that differ by 1 follow each other
     with opened(nvml_sim(Scenario(gpus=(board(Process(41, 1)),)))) as sampler:
         channels = describe(sampler.channels)
-    names = [channel.name.rpartition("/")[2] for channel in channels]
+    names = [channel.reading for channel in channels]
     count = 7200
     t_ns = np.arange(count, dtype=np.int64) * 500_000_000
     random = np.random.default_rng(5)

@@ -30,7 +30,7 @@ def batch(
 ) -> Batch:
     """One row each `step_s`; a process keeps its slot; None is a read that failed."""
     values = np.zeros((len(of.channels), len(rows)))
-    index = {c.name.rpartition("/")[2]: i for i, c in enumerate(of.channels)}
+    index = {c.reading: i for i, c in enumerate(of.channels)}
     slots: list[int] = []
     for at, row in enumerate(rows):
         if row is None:

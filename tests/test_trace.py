@@ -300,6 +300,20 @@ def test_extremes_and_both_ends_of_a_gauge_are_kept(tmp_path: Path) -> None:
     assert (batch.t_ns[0], batch.t_ns[-1]) == (t_ns[0], t_ns[-1])
 
 
+def test_power_beside_the_counter_of_another_device_is_kept_as_closely_as_alone(
+    tmp_path: Path,
+) -> None:
+    # given two devices, neither of whose names has a slash
+    energy = Channel("meter", "energy", "J", 1e-3, 0.0, True, "test")
+    power = Channel("lamp", "power", "W", 1e-3, 0.0, False, "test")
+    t_ns, _, values = training(9_000)
+    batch = stored(tmp_path, (energy, power), t_ns, values[:2])
+    # then the power, which is integrated, is held only where it hardly changed
+    before = np.searchsorted(batch.t_ns, t_ns, side="right") - 1
+    held_w, read_w = batch.values[1][before], values[1]
+    assert np.max(np.abs(held_w / read_w - 1)) <= 0.011
+
+
 def test_a_counter_that_was_idle_at_first_is_held_to_a_line_as_close_later(tmp_path: Path) -> None:
     # given changes every 2 s, and after 40 s one at each read of 0.1 s, at 70 to 130 W
     t_ns = np.arange(1, 6001, dtype=np.int64) * 100_000_000

@@ -86,8 +86,7 @@ def read_gpu_users(
     known = _by_pid(notes)
     boards: dict[str, dict[str, int]] = {}
     for index, channel in enumerate(lane.channels):
-        uuid, _, name = channel.name.rpartition("/")
-        boards.setdefault(uuid, {})[name] = index
+        boards.setdefault(channel.device, {})[channel.reading] = index
     found = {}
     for uuid, at in boards.items():
         count = columns.of([at["processes"]])[0]

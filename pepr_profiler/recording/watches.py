@@ -100,8 +100,9 @@ class Watches:
                 self.presence = JobPresence(names)
                 watchers.append(self.presence.take)
         if kind == "nvml-processes":
-            places = [i for i, n in enumerate(names) if n.rpartition("/")[2].startswith("pid")]
-            self._pid_places[lane.name] = places
+            self._pid_places[lane.name] = [
+                i for i, channel in enumerate(lane.channels) if channel.reading.startswith("pid")
+            ]
         return watchers
 
     def look(self) -> None:

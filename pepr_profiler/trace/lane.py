@@ -51,6 +51,16 @@ class Channel(Record):
     source: str = ""
     labels: Mapping[str, str] = {}
 
+    @property
+    def device(self) -> str:
+        """The device in the name: UUID of `UUID/energy`; a name without a slash is a device."""
+        return self.name.rpartition("/")[0] or self.name
+
+    @property
+    def reading(self) -> str:
+        """What of the device is read: energy of `UUID/energy`."""
+        return self.name.rpartition("/")[2]
+
 
 class LaneInfo(Record):
     """One driver's part of a recording."""
@@ -129,21 +139,17 @@ class LaneWriter:
 
 def _thin_rules(channels: Sequence[Channel]) -> list[tuple[str, float]]:
     """How sparsely each channel may be stored; the numbers are explained in docs/design.md."""
-    counted = {_device_of(c) for c in channels if c.quantity == "energy"}
+    counted = {c.device for c in channels if c.quantity == "energy"}
     return [
         ("line", LINE_STEPS if c.quantity == "energy" else _FINE_LINE_STEPS)
         if c.counter
         else ("hold", 0.0)
         if c.quantity == "identity"  # a PID is no quantity: the next number is another process
         else ("hold", _HOLD)
-        if c.quantity == "power" and _device_of(c) not in counted
+        if c.quantity == "power" and c.device not in counted
         else ("level", _LEVEL_S)
         for c in channels
     ]
-
-
-def _device_of(channel: Channel) -> str:
-    return channel.name.rpartition("/")[0]
 
 
 LINE_STEPS = 0.25
