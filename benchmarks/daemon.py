@@ -99,7 +99,7 @@ def first_sample_s(spec: str) -> float:
     rows = lane.read() if lane is not None else None
     end_s = time.perf_counter()
     if rows is None:
-        raise UnmeasurableError(f"the daemon gives no row of {spec}: {node.trouble}")
+        raise UnmeasurableError(f"the daemon gives no row of {spec}: {node.error}")
     node.close()
     return end_s - begin_s
 

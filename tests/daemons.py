@@ -21,8 +21,8 @@ import pytest
 from cli import REPOSITORY, SLOW_S, Cli, ended
 from sim.powercap import Tree
 
-from pepr_profiler.daemon_client.client import Connection, close_all
-from pepr_profiler.daemon_client.protocol import VERSION
+from pepr_profiler.daemon_client.client import Connection
+from pepr_profiler.daemon_client.protocol import VERSION, close_all
 
 OTHERS = (23451, 23452)
 """Two users that no machine has; the kernel asks for no account."""

@@ -342,7 +342,7 @@ def test_a_client_whose_clock_is_another_is_told_so(running: Daemon, tree: Tree)
         pytest.skip("no time namespace can be made here")
     code = "import sys; from pepr_profiler.daemon_client.client import DaemonClient; "
     code += "node = DaemonClient(); "
-    code += "assert node.lane(sys.argv[1], named=True) is None; print(node.trouble)"
+    code += "assert node.lane(sys.argv[1], named=True) is None; print(node.error)"
     done = subprocess.run(
         [*namespace, *python(code, tree.spec)],
         env=running.cli.environment(),
@@ -888,5 +888,5 @@ def test_a_daemon_that_answers_nonsense_costs_a_warning(
     assert node.lane("powercap", named=False) is None
     thread.join()
     listener.close()
-    assert isinstance(node.trouble, PeprError)
+    assert isinstance(node.error, PeprError)
     assert [code for code, _, _ in node.close()] == ["daemon-unusable"]

@@ -42,12 +42,13 @@ from pepr_profiler import _core
 from pepr_profiler.daemon import system
 from pepr_profiler.daemon.lanes import How, Lanes
 from pepr_profiler.daemon.server import Policy, Quotas, Server
-from pepr_profiler.daemon_client.client import Connection, close_all
+from pepr_profiler.daemon_client.client import Connection
 from pepr_profiler.daemon_client.protocol import (
     MOST_REQUEST_BYTES,
     OPERATIONS,
     ProtocolError,
     Request,
+    close_all,
     parse,
 )
 from pepr_profiler.errors import PeprError
@@ -288,8 +289,8 @@ def test_a_hundred_thousand_messages_leave_the_server_as_it_was(
     unlimited = Quotas(requests_per_s=1e9, requests_at_once=1e9)
     policy = Policy(owner=os.getuid(), single_user=True)
     server = Server(
-        listener, lanes, policy=policy, manager=system.Manager(), limits=unlimited,
-        say=faults.append,
+        listener, lanes, policy=policy, manager=system.ServiceManager(), quotas=unlimited,
+        log=faults.append,
     )  # fmt: skip
     junk = [os.open("/dev/null", os.O_RDONLY), *os.pipe(), memory_file(b"x")]
     answered = []

@@ -421,7 +421,7 @@ def test_a_place_that_is_none_is_refused_before_anything_starts(tmp_path: Path, 
     cli = Cli(tmp_path, {"PEPR_DAEMON": str(tmp_path / "run" / "d.sock")})
     result = cli("daemon", "--metrics", where)
     assert result.status == 2
-    assert "is no place to serve metrics at" in result.stderr
+    assert "is no address for metrics" in result.stderr
     assert not (tmp_path / "run").exists()
 
 

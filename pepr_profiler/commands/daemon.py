@@ -113,7 +113,7 @@ def _serve(
     where = path or system.default_path() if inherited is None else inherited.getsockname()
     listener = inherited or system.listen(Path(where), access)
     policy = Policy(owner=os.getuid(), single_user=not shared, admin_gid=admin_gid)
-    manager = system.Manager()
+    manager = system.ServiceManager()
     lanes = Lanes(sensors or detect_lasting(), how)
     raise_descriptor_limit(Quotas().clients + 256)
     had_privileges = system.confine(become)
@@ -132,7 +132,7 @@ def _serve(
             manager=manager,
             exporter=serves,
             ledger=Ledger() if metrics_runs else None,
-            say=complain,
+            log=complain,
         )
         complain(f"serving {where} as user {os.geteuid()}")
         if serves is not None:
@@ -182,7 +182,8 @@ def stop(path: Path | None, /) -> None:
 def _ask(path: Path | None, operation: str) -> tuple[Path, dict[str, Any]]:
     """The answer of the daemon at `path`, or of the first one that is there."""
     from pepr_profiler.daemon_client.address import socket_paths, sockets_there
-    from pepr_profiler.daemon_client.client import Connection, close_all
+    from pepr_profiler.daemon_client.client import Connection
+    from pepr_profiler.daemon_client.protocol import close_all
 
     paths = [path] if path else sockets_there()
     if not paths:

@@ -1,8 +1,8 @@
-"""The daemon's numbers as metrics, for Prometheus and what understands its formats.
+"""The daemon's numbers as metrics, for Prometheus and whatever reads its formats.
 
-Whoever can reach a port is nobody in particular, so it is told what unprivileged clients are: the
-meter reads the coarse rings. Scrapers are served by threads of their own, which ask the daemon's
-one thread for its numbers and never touch a lane: how slow a scraper is, is its own affair.
+Anybody may read a port, so the metrics hold no more than an unprivileged client may see: the
+meters read the coarse rings. Each scraper is served by a thread of its own, which asks the daemon's
+one thread for its numbers and never touches a lane. So a slow scraper delays nobody else.
 """
 
 from __future__ import annotations
@@ -18,34 +18,46 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from pepr_profiler.daemon.lanes import Lanes
-from pepr_profiler.daemon.meters import _STALE_S, Meters
+from pepr_profiler.daemon.meters import STALE_S, Meters
+from pepr_profiler.daemon.system import NO_DESCRIPTORS_LEFT
 from pepr_profiler.errors import PeprError, UsageError
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
-_SCRAPERS = 16  # at once; a stuck one keeps its place for _PATIENCE_S
-_PATIENCE_S = 10.0
-_PAUSE_S = 1.0  # when descriptors are short
+_MOST_SCRAPERS = 16  # at once; one that hangs is dropped after _TIMEOUT_S
+_TIMEOUT_S = 10.0
+_PAUSE_S = 1.0  # when there are no descriptors left
 
 
-# --- what it is called ----------------------------------------------------------------------------
+# --- the metrics ----------------------------------------------------------------------------------
 
 
 def families(
     meters: Meters,
     lanes: Lanes,
     *,
-    facts: Mapping[str, float],
+    gauges: Mapping[str, float],
     refused: Mapping[str, int],
     version: str,
     runs: Iterable[tuple[int, str, float]] | None = None,
 ) -> list[Metric]:
-    """All that is served, as families of `prometheus_client`, but the process's own (`process_…`).
+    """All metrics but the process's own (`process_…`), as families of `prometheus_client`.
 
-    Meters tell what they have taken so far. What adds up is `pepr_device_…`; what lies inside a
-    device, around it or repeats it has another name, so that a sum over a metric's labels always
-    means something.
+    `gauges` and `refused` are the daemon's own numbers, by name and by reason; `runs` has each
+    run's number, a kind of device and J. What meters have taken so far is what they show.
+    """
+    return [
+        *_device_families(meters),
+        *([] if runs is None else [_run_family(runs)]),
+        *_lane_families(lanes, meters),
+        *_daemon_families(gauges, refused, version),
+    ]
+
+
+def _device_families(meters: Meters) -> list[Metric]:
+    """What adds up is `pepr_device_…`. What lies inside a device, contains or repeats one is
+    `pepr_domain_…`, so that a sum over a metric's labels always means something.
     """
     from prometheus_client.metrics_core import (
         CounterMetricFamily,
@@ -54,72 +66,94 @@ def families(
     )
 
     now_ns = time.monotonic_ns()
-    told: list[Metric] = []
-    device = InfoMetricFamily(
-        "pepr_device", "What a device is and what tells of it.", labels=["device", "kind"]
+    info = InfoMetricFamily(
+        "pepr_device", "What a device is, and which sensor measures it.", labels=["device", "kind"]
     )
-    told.append(device)
-    for prefix, about, added in (
+    found: list[Metric] = [info]
+    for prefix, what, adds_up in (
         ("pepr_device", "a device; devices add up", True),
-        ("pepr_domain", "a part of a device, what contains or what repeats one (why)", False),
+        ("pepr_domain", "what is inside a device, contains or repeats one (why)", False),
     ):
-        names = ["device", "kind"] if added else ["device", "kind", "why"]
+        names = ["device", "kind"] if adds_up else ["device", "kind", "why"]
         energy = CounterMetricFamily(
-            f"{prefix}_energy_joules", f"Energy since the daemon's start of {about}.",
+            f"{prefix}_energy_joules", f"Energy since the daemon's start of {what}.",
             labels=names, unit="joules",
         )  # fmt: skip
         power = GaugeMetricFamily(
-            f"{prefix}_power_watts", f"Power now, where there is no energy counter, of {about}.",
+            f"{prefix}_power_watts", f"Power now, where there is no energy counter, of {what}.",
             labels=names, unit="watts",
         )  # fmt: skip
         for meter in meters:
             source = meter.source
-            if source.in_total != added:
+            if source.in_total != adds_up:
                 continue
-            facts_of = {"label": source.label, "source": source.source, "lane": source.lane}
-            device.add_metric([source.id, source.kind], facts_of)
+            facts = {"label": source.label, "source": source.source, "lane": source.lane}
+            info.add_metric([source.id, source.kind], facts)
             value = meter.known(now_ns)
             if value is not None:
-                labels = [source.id, source.kind, *([] if added else [source.excluded])]
+                labels = [source.id, source.kind, *([] if adds_up else [source.excluded])]
                 (energy if source.counter else power).add_metric(labels, value)
-        told += [energy, power]
-    if runs is not None:
-        of_runs = CounterMetricFamily(
-            "pepr_run_energy_joules", "Energy that is surely a registered run's, some seconds ago.",
-            labels=["run", "kind"], unit="joules",
-        )  # fmt: skip
-        for number, kind, energy_j in runs:
-            of_runs.add_metric([str(number), kind], energy_j)
-        told.append(of_runs)
+        found += [energy, power]
+    return found
+
+
+def _run_family(runs: Iterable[tuple[int, str, float]]) -> Metric:
+    from prometheus_client.metrics_core import CounterMetricFamily
+
+    energy = CounterMetricFamily(
+        "pepr_run_energy_joules", "Energy that is surely a registered run's, some seconds ago.",
+        labels=["run", "kind"], unit="joules",
+    )  # fmt: skip
+    for number, kind, energy_j in runs:
+        energy.add_metric([str(number), kind], energy_j)
+    return energy
+
+
+def _lane_families(lanes: Lanes, meters: Meters) -> list[Metric]:
+    from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+
     up = GaugeMetricFamily(
         "pepr_lane_up", "Whether a sensor is open and was read lately.", labels=["lane"]
     )
-    told.append(up)
-    for lane in lanes:
-        age_s = lane.age_s()
-        up.add_metric([lane.name], float(age_s is not None and age_s < _STALE_S))
-    for name, key, help_text in _LANE_COUNTERS:
-        counter = CounterMetricFamily(f"pepr_lane_{name}", help_text, labels=["lane"])
-        for lane in lanes:
-            counter.add_metric([lane.name], lane.sampler.stats()[key])
-        told.append(counter)
     lost = CounterMetricFamily(
         "pepr_lane_lost_samples", "Samples overwritten before the metrics took them.",
         labels=["lane"],
     )  # fmt: skip
+    counters = {
+        key: CounterMetricFamily(f"pepr_lane_{name}", help_text, labels=["lane"])
+        for name, key, help_text in _LANE_COUNTERS
+    }
     for lane in lanes:
+        age_s, stats = lane.age_s(), lane.sampler.stats()
+        up.add_metric([lane.name], float(age_s is not None and age_s < STALE_S))
         lost.add_metric([lane.name], meters.lost(lane.name))
-    told.append(lost)
-    for name, value in facts.items():
-        told.append(GaugeMetricFamily(f"pepr_daemon_{name}", _DAEMON_GAUGES[name], value=value))
+        for key, counter in counters.items():
+            counter.add_metric([lane.name], stats[key])
+    return [up, *counters.values(), lost]
+
+
+def _daemon_families(
+    gauges: Mapping[str, float], refused: Mapping[str, int], version: str
+) -> list[Metric]:
+    from prometheus_client.metrics_core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        InfoMetricFamily,
+    )
+
     refusals = CounterMetricFamily(
         "pepr_daemon_refusals", "Connections and requests that were refused.", labels=["why"]
     )
     for why, count in refused.items():
         refusals.add_metric([why], count)
-    told.append(refusals)
-    told.append(InfoMetricFamily("pepr_daemon", "The daemon.", value={"version": version}))
-    return told
+    return [
+        *(
+            GaugeMetricFamily(f"pepr_daemon_{name}", _DAEMON_GAUGES[name], value=value)
+            for name, value in gauges.items()
+        ),
+        refusals,
+        InfoMetricFamily("pepr_daemon", "The daemon.", value={"version": version}),
+    ]
 
 
 _LANE_COUNTERS = (
@@ -141,7 +175,8 @@ _DAEMON_GAUGES = {
 def listen(where: str) -> socket.socket:
     """A listener at ADDR:PORT, or at PORT of the loopback interface.
 
-    Raises UsageError for anything else or without prometheus_client, PeprError where it cannot.
+    Raises UsageError for anything else and without prometheus_client, PeprError if the address
+    cannot be used.
     """
     try:
         import prometheus_client  # noqa: F401
@@ -156,7 +191,7 @@ def listen(where: str) -> socket.socket:
     host = host[1:-1] if bracketed else host
     if not host or (":" in host and not bracketed) or not port.isdecimal() or int(port) > 65535:
         raise UsageError(
-            f"'{where}' is no place to serve metrics at",
+            f"'{where}' is no address for metrics",
             why="it is neither PORT nor ADDR:PORT",
             fix="--metrics 9187 for this machine alone, --metrics 0.0.0.0:9187 for all others too",
         )
@@ -167,7 +202,7 @@ def listen(where: str) -> socket.socket:
         listener = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(_SCRAPERS)
+        listener.listen(_MOST_SCRAPERS)
     except OSError as error:
         if listener is not None:
             listener.close()
@@ -183,22 +218,22 @@ def listen(where: str) -> socket.socket:
 
 
 class Exporter:
-    """Serves families that somebody else's thread makes; `wake` is readable when it is asked to.
+    """Serves metrics over HTTP. Another thread makes them, by `answer` whenever `wake` is readable.
 
-    That thread calls `answer` then. `start` is called when no privilege is left: threads inherit.
+    Call `start` when no privilege is left, because its threads inherit what there is.
     """
 
     def __init__(self, listener: socket.socket) -> None:
         from prometheus_client import CollectorRegistry, ProcessCollector
 
-        self._asked: SimpleQueue[SimpleQueue[list[Metric] | None]] = SimpleQueue()
+        self._waiting: SimpleQueue[SimpleQueue[list[Metric] | None]] = SimpleQueue()
         self.wake, self._waker = socket.socketpair()
         for end in (self.wake, self._waker):
             end.setblocking(False)
         registry = CollectorRegistry()
         registry.register(self)
         ProcessCollector(registry=registry)
-        self._server = _Scrapers(listener, registry)
+        self._server = _HttpServer(listener, registry)
         self._thread = threading.Thread(target=self._server.serve, name="pepr-metrics", daemon=True)
 
     @property
@@ -208,7 +243,7 @@ class Exporter:
 
     @property
     def refused(self) -> int:
-        """Scrapers that were turned away, went away, or were too slow."""
+        """Scrapers that found no slot, went away, or were too slow."""
         return self._server.refused
 
     def start(self) -> None:
@@ -216,19 +251,19 @@ class Exporter:
 
     def stop(self) -> None:
         self._server.end()
-        self._thread.join(_PATIENCE_S)
+        self._thread.join(_TIMEOUT_S)
         self.wake.close()
         self._waker.close()
 
     def answer(self, make: Callable[[], list[Metric]]) -> None:
-        """Makes the families for everybody who waits for them, once."""
+        """Makes the metrics once for all scrapers that wait."""
         try:
             self.wake.recv(4096)
         except BlockingIOError:
             return
         waiting = []
-        while not self._asked.empty():
-            waiting.append(self._asked.get())
+        while not self._waiting.empty():
+            waiting.append(self._waiting.get())
         made: list[Metric] | None = None
         try:
             made = make()
@@ -237,13 +272,13 @@ class Exporter:
                 reply.put(made)
 
     def collect(self) -> Iterable[Metric]:
-        """For the registry, in a scraper's thread. Raises TimeoutError if nobody answers."""
+        """Called by the registry in a scraper's thread. Raises TimeoutError if nobody answers."""
         reply: SimpleQueue[list[Metric] | None] = SimpleQueue()
-        self._asked.put(reply)
-        with suppress(BlockingIOError):  # so many wait that it is awake
+        self._waiting.put(reply)
+        with suppress(BlockingIOError):  # full: so many wait that `wake` is readable anyway
             self._waker.send(b"m")
         try:
-            made = reply.get(timeout=_PATIENCE_S)
+            made = reply.get(timeout=_TIMEOUT_S)
         except Empty:
             made = None
         if made is None:
@@ -251,8 +286,8 @@ class Exporter:
         return made
 
 
-class _Scrapers(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """HTTP for a bounded number at once, each in a thread that waits for its own peer only."""
+class _HttpServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Serves a bounded number of scrapers at once, each in a thread of its own."""
 
     daemon_threads = True
 
@@ -260,12 +295,12 @@ class _Scrapers(socketserver.ThreadingMixIn, socketserver.TCPServer):
         from prometheus_client import MetricsHandler
 
         handler = MetricsHandler.factory(registry)
-        handler.timeout = _PATIENCE_S  # type: ignore[attr-defined]
+        handler.timeout = _TIMEOUT_S  # type: ignore[attr-defined]
         super().__init__(listener.getsockname(), handler, bind_and_activate=False)
         self.socket.close()
         self.socket = self.listener = listener
         self.refused = 0
-        self._places = threading.BoundedSemaphore(_SCRAPERS)
+        self._slots = threading.BoundedSemaphore(_MOST_SCRAPERS)
         self._ended = False
 
     def serve(self) -> None:
@@ -275,32 +310,32 @@ class _Scrapers(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def end(self) -> None:
         self._ended = True
-        self.socket.shutdown(socket.SHUT_RDWR)  # wakes who waits in it
+        self.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for a scraper
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
             return self.socket.accept()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                time.sleep(_PAUSE_S)  # who waits keeps it readable: looking at once would be a loop
+            if error.errno in NO_DESCRIPTORS_LEFT:
+                time.sleep(_PAUSE_S)  # the queue stays readable: without a pause this would spin
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._places.acquire(blocking=False):
+        if not self._slots.acquire(blocking=False):
             self.refused += 1
             self.shutdown_request(request)
             return
         try:
             super().process_request(request, client_address)
-        except RuntimeError:  # no thread to be had
-            self._places.release()
+        except RuntimeError:  # no thread could be started
+            self._slots.release()
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._places.release()
+            self._slots.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        self.refused += 1  # it went away, or was too slow; the count is served
+        self.refused += 1  # it went away or was too slow

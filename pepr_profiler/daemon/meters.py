@@ -13,28 +13,28 @@ from pepr_profiler.daemon.lanes import Lanes
 from pepr_profiler.energy.sources import Source, fallen_j, find_sources
 from pepr_profiler.trace.lane import LaneInfo
 
-_STALE_S = 5.0  # a number that is unknown for longer is not told any more
+STALE_S = 5.0
+"""A number that has been unknown for longer is left out of the metrics."""
+
 _SECOND_NS, _SECONDS_KEPT = 1_000_000_000, 32
-
-
-# --- what is measured -----------------------------------------------------------------------------
 
 
 @dataclass
 class Meter:
-    """One source, from the rows of its lane: joules since the daemon began, or watts now."""
+    """One source: the joules that it counted since the daemon began, or its watts now."""
 
     source: Source
     energy_j: float = 0.0
-    value: float = nan  # the last one that was known, in J or W
-    t_ns: int = 0
-    at_seconds_j: dict[int, float] = field(default_factory=dict)  # of CLOCK_MONOTONIC, the latest
+    value: float = nan  # the last known reading, J or W
+    t_ns: int = 0  # of that reading
+    at_seconds_j: dict[int, float] = field(default_factory=dict)
+    """`energy_j` at the latest whole seconds of CLOCK_MONOTONIC."""
 
     def take(self, t_ns: array[int], values: array[float]) -> None:
-        """Goes on through rows, times in ns and values as they were read."""
+        """Takes in rows of its lane: their times and its values, unscaled."""
         source = self.source
         for at_ns, raw in zip(t_ns, values, strict=True):
-            # A GPU that is asked too fast answers 0, as its counter and as its power.
+            # A GPU that is read too often answers 0, for its counter and for its power.
             if isnan(raw) or (raw <= 0 and (not source.counter or source.source == "nvml-energy")):
                 continue
             value = raw * source.scale
@@ -48,12 +48,12 @@ class Meter:
             self.value, self.t_ns = value, at_ns
 
     def in_second_j(self, second: int) -> float | None:
-        """What was counted in a whole second; None if it is not known, or long ago."""
+        """What was counted in a whole second; None if that is unknown, or too long ago."""
         ends = self.at_seconds_j.get(second), self.at_seconds_j.get(second + 1)
         return None if ends[0] is None or ends[1] is None else ends[1] - ends[0]
 
     def _pass_seconds(self, at_ns: int, step_j: float) -> None:
-        """Between two rows power is what it is on average."""
+        """Notes the energy at each whole second up to a row, with constant power since the last."""
         seconds = range(self.t_ns // _SECOND_NS + 1, at_ns // _SECOND_NS + 1)
         for second in seconds[-_SECONDS_KEPT:]:
             part = (second * _SECOND_NS - self.t_ns) / (at_ns - self.t_ns)
@@ -62,15 +62,15 @@ class Meter:
             del self.at_seconds_j[second]
 
     def known(self, now_ns: int) -> float | None:
-        """Joules, or watts; None while unknown."""
-        if not self.t_ns or now_ns - self.t_ns > _STALE_S * 1e9:
+        """J of a counter, else W; None if it has been unknown for STALE_S."""
+        if not self.t_ns or now_ns - self.t_ns > STALE_S * 1e9:
             return None
         return self.energy_j if self.source.counter else self.value
 
 
 @dataclass
 class _Feed:
-    """Where a lane's rows come from: its ring for all, which a successor's replaces."""
+    """A lane's rows, from the ring that unprivileged clients read too."""
 
     sampler: _core.Sampler
     rows: _core.RingReader
@@ -78,18 +78,18 @@ class _Feed:
 
 
 class Meters:
-    """Every source of all lanes. Called by the daemon's thread only."""
+    """A meter for each source of all lanes. Only the daemon's thread calls it."""
 
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
         self._feeds: dict[str, _Feed] = {}
-        self._meters: dict[str, Meter] = {}  # of what is there
-        self._known: dict[str, Meter] = {}  # and of what was
+        self._meters: dict[str, Meter] = {}  # of the sources that are there
+        self._ever: dict[str, Meter] = {}  # and of those that were
 
     def update(self) -> None:
-        """Takes the rows since the last time; more seldom than a ring is full costs nothing else.
+        """Takes the rows since the last call. Rows lost in between cost no counter a joule.
 
-        A counter of a lane that was opened again goes on where it was.
+        A counter whose lane was opened again goes on from where it was.
         """
         changed = False
         for lane in self._lanes:
@@ -101,7 +101,7 @@ class Meters:
             try:
                 descriptor = lane.sampler.share(lane.closed)
             except RuntimeError:
-                continue  # descriptors are short: its numbers are unknown until the next time
+                continue  # no descriptors left: its numbers are unknown until the next call
             try:
                 rows = _core.RingReader(descriptor, (feed and self._newest_ns(lane.name)) or 0)
             finally:
@@ -118,18 +118,18 @@ class Meters:
         return iter(self._meters.values())
 
     def lost(self, lane: str) -> int:
-        """Rows of a lane that were overwritten unread; no counter loses a joule by it."""
+        """Rows of a lane that were overwritten before they were taken."""
         feed = self._feeds.get(lane)
         return feed.rows.lost if feed is not None else 0
 
     # --- parts ---
 
     def _find(self) -> None:
-        """The sources of all lanes that are there, each with what it has counted so far."""
+        """Finds the sources of all lanes; each keeps what it has counted so far."""
         lanes = [self._feeds[lane.name].lane for lane in self._lanes if lane.name in self._feeds]
         self._meters = {}
         for source in find_sources(lanes):
-            meter = self._known.setdefault(source.id, Meter(source))
+            meter = self._ever.setdefault(source.id, Meter(source))
             if meter.source.lane != source.lane:
                 meter.t_ns = 0  # another driver's counter begins elsewhere
             meter.source = source

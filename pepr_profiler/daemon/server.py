@@ -1,13 +1,12 @@
-"""The daemon's one thread: who is connected, what they may, and what they are told.
+"""The daemon's one thread: who is connected, what they may do, and what it answers.
 
-It never waits for anybody. What cannot be sent at once ends the connection, and so does silence
-before the first word, a message that is none of ours, and asking too often; a client that was
-treated so connects again and has lost nothing.
+It never waits for anybody. A client is disconnected if an answer cannot be sent at once, if it does
+not ask anything at first, if its message is no request, and if it asks too often. It may connect
+again and has lost nothing.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import resource
@@ -18,23 +17,31 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from pepr_profiler import __version__
 from pepr_profiler.daemon.exporter import Exporter, families
 from pepr_profiler.daemon.lanes import Lanes
 from pepr_profiler.daemon.ledger import Ledger
 from pepr_profiler.daemon.meters import Meters
-from pepr_profiler.daemon.system import Manager, capabilities, owner_of
-from pepr_profiler.daemon_client.client import Peer, close_all, peer_of
+from pepr_profiler.daemon.system import (
+    NO_DESCRIPTORS_LEFT,
+    ServiceManager,
+    capabilities,
+    owner_of,
+)
 from pepr_profiler.daemon_client.protocol import (
     MOST_REPLY_BYTES,
     MOST_REQUEST_BYTES,
     VERSION,
+    Peer,
     ProtocolError,
     Request,
+    close_all,
     parse,
+    peer_of,
 )
 from pepr_profiler.errors import PeprError
 from pepr_profiler.trace.run_json import boot_id
@@ -46,27 +53,26 @@ STOPPED, RESTART = 0, 75
 """Exit statuses. 75 (EX_TEMPFAIL): start it again, with its privileges."""
 
 _CHECK_S, _OPENING_CHECK_S = 5.0, 0.5
-_PAUSE_S = 1.0  # without new clients, when descriptors are short
+_PAUSE_S = 1.0  # without new clients, when there are no descriptors left
 _SO_PEERGROUPS = getattr(socket, "SO_PEERGROUPS", 59)  # Linux 4.13
 _MOST_GROUPS_BYTES = 1024  # what getsockopt of Python takes
-_SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quotas:
-    """What one user, and all together, may take."""
+    """How much one user, and all together, may use."""
 
     clients: int = 1024
     clients_per_user: int = 300
     runs_per_user: int = 300
     silence_s: float = 10.0
     requests_per_s: float = 200.0
-    requests_at_once: float = 3000.0  # 300 clients that begin together say ten things each
+    requests_at_once: float = 3000.0  # 300 clients that begin together, with ten requests each
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Who may what. `owner` started the daemon; a single user's daemon serves nobody else."""
+    """Who may do what. `owner` started the daemon; a single user's daemon serves nobody else."""
 
     owner: int
     single_user: bool
@@ -76,16 +82,16 @@ class Policy:
         return not self.single_user or uid in (0, self.owner)
 
     def trusts(self, uid: int, groups: Sequence[int]) -> bool:
-        """Whether somebody sees fine-grained energy and everybody's runs, and may stop us."""
+        """Whether a user sees fine-grained energy and everybody's runs, and may stop the daemon."""
         return uid in (0, self.owner) or self.admin_gid in groups
 
 
 @dataclass
 class _User:
-    """What is kept of a user while they have clients, or have asked a lot."""
+    """A user with clients, or with many requests lately. `tokens`: requests that are still free."""
 
     tokens: float
-    at_s: float
+    counted_at_s: float
     clients: int = 0
     runs: int = 0
 
@@ -102,7 +108,7 @@ class _Client:
 
 
 class Server:
-    """Serves lanes to clients that come through a listener, until it is stopped."""
+    """Serves lanes to the clients of a listener until it is stopped."""
 
     def __init__(
         self,
@@ -110,17 +116,17 @@ class Server:
         lanes: Lanes,
         *,
         policy: Policy,
-        manager: Manager,
-        limits: Quotas | None = None,
+        manager: ServiceManager,
+        quotas: Quotas | None = None,
         exporter: Exporter | None = None,
         ledger: Ledger | None = None,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self._listener = listener
         self._lanes = lanes
         self._policy = policy
-        self._limits = limits or Quotas()
-        self._say = say
+        self._quotas = quotas or Quotas()
+        self._log = log
         self._manager = manager
         self._exporter = exporter
         self._meters = Meters(lanes) if exporter is not None else None
@@ -132,12 +138,12 @@ class Server:
         self._users: dict[int, _User] = {}
         self._status: int | None = None
         self._paused_until_s: float | None = None
-        self._check_at_s = self._tell_at_s = 0.0
+        self._check_at_s = self._watchdog_at_s = 0.0
         self._started_s = time.monotonic()
-        self._version, self._boot_id = __version__, boot_id()
+        self._boot_id = boot_id()
 
     def serve(self) -> int:
-        """Until a signal, a client or a lane ends it; the exit status."""
+        """Serves until a signal, a client or a lane ends it; returns the exit status."""
         self._listener.setblocking(False)
         waker, woken = socket.socketpair()
         for end in (waker, woken):
@@ -149,15 +155,15 @@ class Server:
         if self._exporter is not None:
             self._selector.register(self._exporter.wake, selectors.EVENT_READ, self._export)
             self._exporter.start()
-        self._manager.tell(READY="1", STATUS=self._lanes_in_words())
+        self._manager.notify(READY="1", STATUS=self._describe_lanes())
         try:
             while self._status is None:
-                for key, _ in self._selector.select(self._patience_s()):
+                for key, _ in self._selector.select(self._timeout_s()):
                     key.data()
                 self._tick()
             return self._status
         finally:
-            self._manager.tell(STOPPING="1")
+            self._manager.notify(STOPPING="1")
             if self._exporter is not None:
                 self._exporter.stop()
             for client in list(self._clients):
@@ -171,12 +177,13 @@ class Server:
 
     # --- time ---
 
-    def _patience_s(self) -> float:
+    def _timeout_s(self) -> float:
+        """How long nothing is to be done unless somebody asks."""
         now_s = time.monotonic()
         until_s = [self._check_at_s]
         until_s += [min(c.greet_by_s or now_s for c in self._greeting)] if self._greeting else []
         until_s += [self._paused_until_s] if self._paused_until_s is not None else []
-        until_s += [self._tell_at_s] if self._manager.every_s is not None else []
+        until_s += [self._watchdog_at_s] if self._manager.watchdog_s is not None else []
         return max(0.0, min(until_s) - now_s)
 
     def _tick(self) -> None:
@@ -186,33 +193,33 @@ class Server:
         if self._paused_until_s is not None and now_s >= self._paused_until_s:
             self._paused_until_s = None
             self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        if self._manager.every_s is not None and now_s >= self._tell_at_s:
-            self._tell_at_s = now_s + self._manager.every_s
-            self._manager.tell(WATCHDOG="1")
+        if self._manager.watchdog_s is not None and now_s >= self._watchdog_at_s:
+            self._watchdog_at_s = now_s + self._manager.watchdog_s
+            self._manager.notify(WATCHDOG="1")
         if now_s >= self._check_at_s:
-            self._look_after_lanes()
-            self._measure()
+            self._check_lanes()
+            self._update_meters()
             self._check_at_s = now_s + (_OPENING_CHECK_S if self._lanes.opening else _CHECK_S)
             self._forget_users(now_s)
 
-    def _measure(self) -> None:
+    def _update_meters(self) -> None:
         if self._meters is not None:
             self._meters.update()
             if self._ledger is not None:
                 self._ledger.settle(self._meters, time.monotonic())
 
-    def _look_after_lanes(self) -> None:
+    def _check_lanes(self) -> None:
         changed, restart = self._lanes.check()
         if restart:
-            self._say(restart)
+            self._log(restart)
             self._status = RESTART
         elif changed:
-            # Who reads an old ring would see it stand still; a new connection gives the new one.
-            self._manager.tell(STATUS=self._lanes_in_words())
+            # Clients of the old ring would see it stand still. They connect again and get the new.
+            self._manager.notify(STATUS=self._describe_lanes())
             for client in [c for c in self._clients if c.uses_lanes]:
                 self._drop(client)
 
-    def _lanes_in_words(self) -> str:
+    def _describe_lanes(self) -> str:
         ready = [f"{lane.name} ({len(lane.channels)})" for lane in self._lanes if lane.ready]
         return f"reading {', '.join(ready) or 'nothing'}"
 
@@ -220,23 +227,23 @@ class Server:
         self._status = STOPPED
 
     def _export(self) -> None:
-        """Answers the scrapers that wait. A fault of ours must not end everybody's service."""
+        """Answers the scrapers that wait. A bug in this must not end the service for all."""
         assert self._exporter is not None
         try:
             self._exporter.answer(self._families)
         except Exception as error:
-            self._say(f"a fault in making metrics: {error!r}")
+            self._log(f"metrics could not be made: {error!r}")
 
     def _families(self) -> list[Metric]:
         assert self._exporter is not None and self._meters is not None
-        self._measure()
+        self._update_meters()
         runs = sum(len(client.runs) for client in self._clients)
         return families(
             self._meters,
             self._lanes,
-            facts={"clients": len(self._clients), "runs": runs},
+            gauges={"clients": len(self._clients), "runs": runs},
             refused={**self._refused, "scrape": self._exporter.refused},
-            version=self._version,
+            version=__version__,
             runs=self._ledger,
         )
 
@@ -246,11 +253,11 @@ class Server:
         try:
             connection, _ = self._listener.accept()
         except OSError as error:
-            if error.errno in _SHORT:
-                # Who waits in the queue keeps it readable: looking again at once would be a loop.
+            if error.errno in NO_DESCRIPTORS_LEFT:
+                # Clients in the queue keep it readable: without a pause this would spin.
                 self._selector.unregister(self._listener)
                 self._paused_until_s = time.monotonic() + _PAUSE_S
-            return  # else it has gone away already
+            return  # else the client has gone already
         try:
             connection.setblocking(False)
             self._admit(connection, peer_of(connection))
@@ -258,15 +265,15 @@ class Server:
             connection.close()
 
     def _admit(self, connection: socket.socket, peer: Peer) -> None:
-        limits, user = self._limits, self._user(peer.uid)
+        quotas, user = self._quotas, self._user(peer.uid)
         if not self._policy.admits(peer.uid):
             self._refused["user"] += 1
             return _refuse(connection, "this daemon serves another user", "start one of your own")
         if not self._may_ask(user):
             self._refused["requests"] += 1
             return _refuse(connection, "too many requests", "come back in a second")
-        full = len(self._clients) >= limits.clients and peer.uid != 0  # root can still stop us
-        if full or user.clients >= limits.clients_per_user:
+        full = len(self._clients) >= quotas.clients and peer.uid != 0  # root may always stop us
+        if full or user.clients >= quotas.clients_per_user:
             self._refused["clients"] += 1
             return _refuse(connection, "too many clients", "end some recordings")
         client = _Client(
@@ -274,7 +281,7 @@ class Server:
             peer,
             user,
             trusted=self._policy.trusts(peer.uid, _groups_of(connection, peer)),
-            greet_by_s=time.monotonic() + limits.silence_s,
+            greet_by_s=time.monotonic() + quotas.silence_s,
         )
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(client))
         user.clients += 1
@@ -296,10 +303,10 @@ class Server:
 
     def _user(self, uid: int) -> _User:
         now_s = time.monotonic()
-        user = self._users.setdefault(uid, _User(self._limits.requests_at_once, now_s))
-        gained = (now_s - user.at_s) * self._limits.requests_per_s
-        user.tokens = min(self._limits.requests_at_once, user.tokens + gained)
-        user.at_s = now_s
+        user = self._users.setdefault(uid, _User(self._quotas.requests_at_once, now_s))
+        gained = (now_s - user.counted_at_s) * self._quotas.requests_per_s
+        user.tokens = min(self._quotas.requests_at_once, user.tokens + gained)
+        user.counted_at_s = now_s
         return user
 
     def _may_ask(self, user: _User) -> bool:
@@ -309,12 +316,12 @@ class Server:
         return True
 
     def _forget_users(self, now_s: float) -> None:
-        patience_s = self._limits.requests_at_once / self._limits.requests_per_s
+        patience_s = self._quotas.requests_at_once / self._quotas.requests_per_s
         for uid, user in list(self._users.items()):
-            if not user.clients and now_s - user.at_s > patience_s:
+            if not user.clients and now_s - user.counted_at_s > patience_s:
                 del self._users[uid]
 
-    # --- what they say ---
+    # --- requests ---
 
     def _receive(self, client: _Client) -> None:
         if client not in self._clients:
@@ -344,8 +351,8 @@ class Server:
         except OSError as error:
             why = error.strerror or str(error)
             self._send(client, _failure(PeprError("that did not work", why=why, fix="try again")))
-        except Exception as error:  # a fault of ours must not end everybody's service
-            self._say(f"a fault in answering user {client.peer.uid}: {error!r}")
+        except Exception as error:  # a bug in this must not end the service for all
+            self._log(f"a request of user {client.peer.uid} failed: {error!r}")
             self._drop(client)
         finally:
             close_all(descriptors)
@@ -358,7 +365,7 @@ class Server:
             data = json.dumps(_failure(PeprError("the answer is too long"))).encode()
         try:
             socket.send_fds(client.connection, [data], list(descriptors))
-        except OSError:  # gone, or it does not read what it asks for
+        except OSError:  # it is gone, or does not read its answers
             self._drop(client)
 
     def _answer(self, client: _Client, request: Request) -> tuple[dict[str, Any], list[int]]:
@@ -368,7 +375,7 @@ class Server:
             return self._open(client, request.lane)
         answer = {
             "hello": self._hello,
-            "status": self._report,
+            "status": self._describe,
             "register": lambda who: self._register(who, request),
             "unregister": lambda who: self._unregister(who, request),
             "claim": lambda who: self._claim(who, request),
@@ -378,7 +385,7 @@ class Server:
 
     def _hello(self, client: _Client) -> dict[str, Any]:
         return {
-            "version": self._version,
+            "version": __version__,
             "boot_id": self._boot_id,
             "t_ns": time.monotonic_ns(),
             "fine": client.trusted,
@@ -406,7 +413,7 @@ class Server:
         if owner_of(pid) != client.peer.uid and client.peer.uid != 0:
             raise PeprError(f"process {pid} is not yours", fix="register one of your own")
         if request.run not in client.runs:
-            if client.user.runs >= self._limits.runs_per_user:
+            if client.user.runs >= self._quotas.runs_per_user:
                 raise PeprError("too many runs are registered", fix="end some of them")
             client.user.runs += 1
             if self._ledger is not None:
@@ -426,8 +433,8 @@ class Server:
         if request.run not in client.runs:
             raise PeprError(f"run '{request.run}' is not registered here")
         if self._ledger is not None:
-            said = client.peer.uid, request.run, request.first_s, request.shares
-            self._ledger.claim(*said, time.monotonic())
+            claim = client.peer.uid, request.run, request.first_s, request.shares
+            self._ledger.claim(*claim, time.monotonic())
         return {}
 
     def _leave(self, client: _Client, run: str) -> None:
@@ -447,18 +454,19 @@ class Server:
         self._status = STOPPED
         return {}
 
-    def _report(self, client: _Client) -> dict[str, Any]:
-        """The daemon's health; of clients and runs, what is the asker's own unless trusted."""
+    def _describe(self, client: _Client) -> dict[str, Any]:
+        """The daemon's health. Clients and runs are the user's own, or everybody's if trusted."""
         seen = [c for c in self._clients if client.trusted or c.peer.uid == client.peer.uid]
+        process = psutil.Process()
         return {
-            "version": self._version,
+            "version": __version__,
             "pid": os.getpid(),
             "user": os.geteuid(),
             "capabilities": capabilities(),
             "up_s": time.monotonic() - self._started_s,
             "cpu_s": time.process_time(),
-            "rss_bytes": _rss_bytes(),
-            "descriptors": len(list(Path("/proc/self/fd").iterdir())) - 1,
+            "rss_bytes": process.memory_info().rss,
+            "descriptors": process.num_fds() - 1,  # without the one that lists them
             "fine": client.trusted,
             "metrics": self._exporter and self._exporter.url,
             "clients": len(seen),
@@ -484,8 +492,8 @@ class Server:
 
 
 def _failure(error: PeprError) -> dict[str, Any]:
-    told = {"what": error.what, "why": error.why, "fix": error.fix}
-    return {"v": VERSION, "ok": False, "error": told}
+    facts = {"what": error.what, "why": error.why, "fix": error.fix}
+    return {"v": VERSION, "ok": False, "error": facts}
 
 
 def _refuse(connection: socket.socket, what: str, fix: str) -> None:
@@ -493,11 +501,11 @@ def _refuse(connection: socket.socket, what: str, fix: str) -> None:
         try:
             connection.send(json.dumps(_failure(PeprError(what, fix=fix))).encode())
         except OSError:
-            return  # it is not told, then
+            return  # it has gone already
 
 
 def _groups_of(connection: socket.socket, peer: Peer) -> list[int]:
-    """The groups of a peer. Who has more than 256 is known by the primary one only."""
+    """The groups of a peer. Of somebody with more than 256 only the primary one is known."""
     try:
         data = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS_BYTES)
     except OSError:
@@ -505,13 +513,8 @@ def _groups_of(connection: socket.socket, peer: Peer) -> list[int]:
     return [peer.gid, *struct.unpack(f"{len(data) // 4}I", data)]
 
 
-def _rss_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()
-
-
 def raise_descriptor_limit(wanted: int) -> None:
-    """A descriptor a client: as many as the system lets us have, up to `wanted`."""
+    """Allows as many descriptors as the system lets us have, up to `wanted`: one a client."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < most:

@@ -1,7 +1,8 @@
-"""What the daemon asks of the system: a socket that is safely its own, and fewer privileges."""
+"""The daemon and its system: a socket that nobody can replace, few privileges, and systemd."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import grp
 import os
@@ -13,18 +14,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from pepr_profiler import _core
 from pepr_profiler.daemon_client.address import SYSTEM_SOCKET, own_socket
 from pepr_profiler.errors import PeprError, UsageError
 
 ACCOUNT = "pepr-profiler"
-"""Whom a daemon that root starts becomes, where the account exists; else `nobody`."""
+"""The account that a daemon becomes which root starts; `nobody` where there is none."""
 
 _LISTEN_FD = 3  # sd_listen_fds(3)
 _BACKLOG = 512  # 200 clients may come at once, each waits for milliseconds
 
-# linux/capability.h. What opening a counter takes, and nothing else: to read a file of root's, and
-# to count a whole machine's events.
+NO_DESCRIPTORS_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""The errors of accept(2) that pass when a connection ends."""
+
+# linux/capability.h. Opening counters takes no more than these: to read files of root's, and to
+# count the events of a whole machine.
 _DAC_READ_SEARCH, _PERFMON = 2, 38
 _OPENING = 1 << _DAC_READ_SEARCH | 1 << _PERFMON
 
@@ -53,7 +59,7 @@ def default_path() -> Path:
 
 
 def inherited_socket() -> socket.socket | None:
-    """The listener that systemd opened for us, if it did. Raises PeprError for one of no use."""
+    """The listener that systemd opened for us, if any. Raises PeprError if it is of no use."""
     mine = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
     count = os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
@@ -74,11 +80,11 @@ def inherited_socket() -> socket.socket | None:
 
 
 def listen(path: Path, access: Access) -> socket.socket:
-    """A listener at `path`, in a directory that only we can have put it in.
+    """A listener at `path`, in a directory that only we may write to.
 
-    Whoever can write to the directory could put a socket of theirs in our place: it must be ours,
-    no symbolic link, and closed to all others. Everything is then done through its descriptor.
-    Raises PeprError for a directory that is not safe, and where a daemon runs already.
+    Whoever can write to the directory could replace the socket by their own. So the directory must
+    be ours, no symbolic link, and closed to others, and everything is done through its descriptor.
+    Raises PeprError for a directory that is not safe, and if a daemon runs already.
     """
     try:
         made = not path.parent.exists()
@@ -89,7 +95,7 @@ def listen(path: Path, access: Access) -> socket.socket:
         raise _unsafe(path.parent, error.strerror or str(error)) from None
     about = os.fstat(directory)
     if made and about.st_uid == os.geteuid():
-        os.fchmod(directory, 0o755)  # whatever our umask
+        os.fchmod(directory, 0o755)  # mkdir's mode was subject to the umask
         about = os.fstat(directory)
     if about.st_uid != os.geteuid():
         os.close(directory)
@@ -117,7 +123,7 @@ def listen(path: Path, access: Access) -> socket.socket:
 
 
 def _lock(directory: int, path: Path) -> None:
-    """Held as long as this process lives: whoever has it knows that any socket there is dead."""
+    """Takes the lock that this process keeps for life: a socket beside a free lock is dead."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     lock = os.open(f"{path.name}.lock", flags, 0o600, dir_fd=directory)
     try:
@@ -138,7 +144,7 @@ def _bind(listener: socket.socket, directory: int, name: str, access: Access) ->
         os.unlink(name, dir_fd=directory)
     except FileNotFoundError:
         pass
-    before = os.umask(0o177)  # closed until it is as it should be
+    before = os.umask(0o177)  # closed to others until group and mode are set
     try:
         listener.bind(f"/proc/self/fd/{directory}/{name}")
     finally:
@@ -174,7 +180,7 @@ def group_id(name: str) -> int:
 
 @dataclass(frozen=True)
 class Account:
-    """Whom the daemon becomes."""
+    """The user that the daemon becomes."""
 
     name: str
     uid: int
@@ -199,13 +205,13 @@ def account(name: str | None) -> Account:
 
 
 def confine(become: Account | None) -> bool:
-    """Leaves the process what opening counters takes, as another user if root; before any thread.
+    """Keeps only the capabilities that open counters, and becomes another user if root.
 
-    From then on nothing is gained back, whatever is executed. Returns whether there is anything
-    left for `give_up` to give up.
+    To be called before any thread exists. From then on nothing that is executed gains privileges.
+    Returns whether any capability is left for `give_up`.
     """
     if os.geteuid() == 0 and become is not None:
-        _core.forbid_privileges()  # while we may empty the bounding set
+        _core.forbid_privileges()  # first: only root may empty the bounding set
         _core.keep_across_setuid(True)
         os.initgroups(become.name, become.gid)
         os.setresgid(become.gid, become.gid, become.gid)
@@ -218,7 +224,7 @@ def confine(become: Account | None) -> bool:
 
 
 def give_up() -> None:
-    """The main thread has no capability any more. Each sampling thread does it by itself."""
+    """Drops the main thread's last capabilities. Each sampling thread drops its own."""
     _core.keep_capabilities(0)
 
 
@@ -229,35 +235,34 @@ def capabilities() -> int:
 
 
 def owner_of(pid: int) -> int | None:
-    """The real user of a process; None if there is none that we may see."""
+    """The real user of a process; None if there is no such process that we may see."""
     try:
-        with Path(f"/proc/{pid}/status").open(encoding="utf-8", errors="replace") as lines:
-            return int(next(line for line in lines if line.startswith("Uid:")).split()[1])
-    except (OSError, StopIteration):
+        return int(psutil.Process(pid).uids().real)
+    except psutil.Error:
         return None
 
 
 # --- systemd --------------------------------------------------------------------------------------
 
 
-class Manager:
-    """Whoever started us and wants to know how we are (sd_notify(3)); nobody, often."""
+class ServiceManager:
+    """The service manager that started us and wants to be notified (sd_notify(3)), if any."""
 
     def __init__(self) -> None:
         address = os.environ.pop("NOTIFY_SOCKET", "")
         watchdog_us = os.environ.pop("WATCHDOG_USEC", "")
         mine = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.every_s = float(watchdog_us) / 2e6 if mine and watchdog_us.isdigit() else None
+        self.watchdog_s = float(watchdog_us) / 2e6 if mine and watchdog_us.isdigit() else None
         self._socket: socket.socket | None = None
         if address[:1] in ("/", "@"):
             kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
             self._socket = socket.socket(socket.AF_UNIX, kind)
             with self._unless_gone():
-                # At once: where it lies may be closed to whom we become.
+                # Now: the user that we become may not be allowed to reach it.
                 self._socket.connect(f"\0{address[1:]}" if address[0] == "@" else address)
 
-    def tell(self, **facts: str) -> None:
-        """READY="1", STATUS="…", STOPPING="1", WATCHDOG="1". A manager that is gone is no fault."""
+    def notify(self, **facts: str) -> None:
+        """Sends READY="1", STATUS="…", STOPPING="1" or WATCHDOG="1"; a manager may be gone."""
         if self._socket is not None:
             with self._unless_gone():
                 self._socket.send("\n".join(f"{k}={v}" for k, v in facts.items()).encode())

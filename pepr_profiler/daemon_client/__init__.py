@@ -1,1 +1,1 @@
-"""The node's daemon as its clients know it."""
+"""The daemon of this machine, as its clients use it."""

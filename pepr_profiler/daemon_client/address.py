@@ -1,4 +1,4 @@
-"""Where the node's daemon may listen."""
+"""Where the daemon's socket may be."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 SOCKET_VARIABLE = "PEPR_DAEMON"
-"""Where the node's daemon listens, instead of the usual places; "off": there is none."""
+"""Names the daemon's socket instead of the usual places; "off": use no daemon."""
 
 SYSTEM_SOCKET = Path("/run/pepr-profiler/daemon.sock")
 
 
 def socket_paths() -> list[Path]:
-    """Where a daemon may listen: the user's own comes first."""
+    """Where a daemon may listen; the user's own comes first."""
     given = os.environ.get(SOCKET_VARIABLE)
     if given:
         return [] if given == "off" else [Path(given)]
@@ -21,14 +21,14 @@ def socket_paths() -> list[Path]:
 
 
 def sockets_there() -> list[Path]:
-    """Those of `socket_paths` where something is for us.
+    """Those of `socket_paths` that exist and that we may reach.
 
-    `su` leaves XDG_RUNTIME_DIR another user's, which we may not look into.
+    After `su`, XDG_RUNTIME_DIR is another user's directory, which we may not enter.
     """
-    return [path for path in socket_paths() if os.path.exists(path)]  # noqa: PTH110  it never raises
+    return [path for path in socket_paths() if os.path.exists(path)]  # noqa: PTH110  never raises
 
 
 def own_socket() -> Path | None:
-    """Where a daemon of this user alone listens."""
+    """Where a daemon that serves this user alone listens."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return Path(runtime) / "pepr-profiler" / "daemon.sock" if runtime else None

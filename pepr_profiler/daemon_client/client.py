@@ -1,7 +1,7 @@
-"""The node's daemon as its clients know it: what is said, and a lane of it.
+"""The daemon of this machine as a recording uses it.
 
-A lane of the daemon is read like one of our own: its ring is mapped read-only, its rows carry the
-same clock. What is said over the socket is documented in docs/daemon.md.
+A lane of the daemon is read like one of our own: its ring is mapped read-only, and its rows carry
+times of the same clock.
 """
 
 from __future__ import annotations
@@ -9,41 +9,39 @@ from __future__ import annotations
 import bisect
 import json
 import os
-import struct
 import time
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from pepr_profiler import _core
 from pepr_profiler.daemon_client.address import SOCKET_VARIABLE, sockets_there
-from pepr_profiler.daemon_client.protocol import MOST_REPLY_BYTES, VERSION
+from pepr_profiler.daemon_client.protocol import MOST_REPLY_BYTES, VERSION, close_all, peer_of
 from pepr_profiler.errors import PeprError
-from pepr_profiler.record import Record
 from pepr_profiler.sensors.spec import SensorSpec
 from pepr_profiler.trace.lane import Channel
 from pepr_profiler.trace.run_json import boot_id
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
-    import socket  # 5 ms; most runs have no use for it
     from typing import Any
 
 _FIRST_ANSWER_S = 5.0  # as long as a driver may take to open
-_LATER_ANSWER_S = 0.25  # a recording that goes on is not held up
+_LATER_ANSWER_S = 0.25  # short, because a recording that goes on waits for it
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.1, 5.0
-_DEVICES_A_CLAIM = 16  # eight seconds of so many GPUs are half of the longest request
+_DEVICES_PER_CLAIM = 16  # eight seconds of so many GPUs fill half of the longest request
 _LAST_ROW_POLL_S = 0.002
 _MOST_CLOCK_OFFSET_NS = 1_000_000_000
 
 RawRows = tuple[int, bytes, bytes, list[bytes]]
+"""Rows as the core gives them: how many, `t_ns`, `read_ns` and the channels, native-endian."""
 
 
 class Connection:
-    """One connection to a daemon that we may believe. Raises PeprError in all that it does.
+    """A connection to a daemon that root or our own user runs. Every method may raise PeprError.
 
-    Believed are root and ourselves: a socket somewhere on the way could be anybody's.
+    Another user's daemon is refused: anybody can make a socket where others may write.
     """
 
     def __init__(self, path: Path, *, timeout_s: float = _FIRST_ANSWER_S) -> None:
@@ -95,76 +93,56 @@ class Connection:
             reply = json.loads(data) if data and not flags & socket.MSG_TRUNC else None
         except (OSError, ValueError) as error:
             close_all(descriptors)
-            raise self._silence(str(error)) from None
+            raise self._no_answer(str(error)) from None
         if not isinstance(reply, dict):
             close_all(descriptors)
-            raise self._silence("it closed the connection" if reply is None else "it was no object")
+            why = "it closed the connection" if reply is None else "it was no object"
+            raise self._no_answer(why)
         if not reply.get("ok"):
             close_all(descriptors)
-            told = reply.get("error") or {}
+            refusal = reply.get("error") or {}
             raise PeprError(
-                str(told.get("what", "the daemon refused")),
-                why=str(told.get("why", "")),
-                fix=str(told.get("fix", "")),
+                str(refusal.get("what", "the daemon refused")),
+                why=str(refusal.get("why", "")),
+                fix=str(refusal.get("fix", "")),
             )
         return reply, descriptors
 
-    def _silence(self, why: str) -> PeprError:
+    def _no_answer(self, why: str) -> PeprError:
         fix = "see: pepr-profile daemon status, or its journal"
         return PeprError(f"the daemon at {self.path} gave no answer", why=why, fix=fix)
 
-    def patience(self, timeout_s: float) -> None:
-        """How long an answer is waited for from now on."""
+    def set_timeout(self, timeout_s: float) -> None:
+        """From now on `ask` waits so long for an answer."""
         self._socket.settimeout(timeout_s)
 
     def is_up(self) -> bool:
         """Whether the daemon still holds its end."""
         import select
 
-        state = select.poll()  # not recv: with a timeout set, Python would wait for it
-        state.register(self._socket, 0)  # hang-ups and errors are always told
+        state = select.poll()  # not recv, which would wait for as long as the timeout
+        state.register(self._socket, 0)  # hang-ups and errors are reported in any case
         return not state.poll(0)
 
     def close(self) -> None:
         self._socket.close()
 
 
-class Peer(Record):
-    """Who is at the other end of a Unix socket, as the kernel says."""
-
-    pid: int
-    uid: int
-    gid: int
-
-
-def peer_of(connection: socket.socket) -> Peer:
-    """Who connected; of a connection to a listener: who listened."""
-    import socket
-
-    layout = struct.Struct("iII")
-    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size)
-    return Peer(*layout.unpack(data))
-
-
-def close_all(descriptors: Sequence[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
-
-
 class DaemonClient:
-    """The daemon of this machine for one recording: its lanes, kept through its restarts.
+    """The lanes of the daemon that one recording reads. They survive a restart of the daemon.
 
-    Nothing is tried before the first lane is asked for. A daemon that goes away is tried again
-    with growing pauses whenever a lane is read; counters go on meanwhile.
+    It connects when the first lane is asked for. If the daemon goes away, reading a lane tries to
+    connect again, at growing intervals; the counters go on meanwhile. `error` says why a daemon
+    that is there cannot be used.
     """
 
     def __init__(self) -> None:
-        self.trouble: PeprError | None = None
+        self.error: PeprError | None = None
         self.reconnects = 0
         self.version = ""
         self.wants_claims = False
         self._connection: Connection | None = None
-        self._asked = False
+        self._tried = False
         self._offered: list[Mapping[str, Any]] = []
         self._lanes: dict[str, RemoteLane] = {}
         self._run: str | None = None
@@ -175,27 +153,27 @@ class DaemonClient:
     def lane(self, spec: str, *, named: bool) -> RemoteLane | None:
         """The daemon's lane for a sensor that we may not read ourselves; None if it has none.
 
-        A sensor that was asked for by `name` is only replaced by the same one, a detected one by
-        any of its family: perf and powercap tell of the same counters.
+        `named`: the user asked for this very sensor. A detected one may be replaced by another
+        that reads the same counters, as perf and powercap do.
         """
-        self._greet()
+        self._connect_once()
         for offered in self._offered:
             name = str(offered["name"])
-            if name not in self._lanes and _stands_for(str(offered["spec"]), spec, named):
+            if name not in self._lanes and _replaces(str(offered["spec"]), spec, named=named):
                 try:
                     self._lanes[name] = RemoteLane(self, name, *self._open(name))
                 except _UNUSABLE as error:
-                    self.trouble = _as_error(error, self._path)
+                    self.error = _as_error(error, self._path)
                     return None
                 return self._lanes[name]
         return None
 
     def covers(self, spec: str) -> bool:
-        """Whether a lane of the daemon is in use that makes this sensor superfluous."""
-        return any(_stands_for(lane.spec, spec, False) for lane in self._lanes.values())
+        """Whether a lane that we read from the daemon has the counters of this sensor."""
+        return any(_replaces(lane.spec, spec, named=False) for lane in self._lanes.values())
 
     def announce(self, run: str) -> None:
-        """Registers the run with the daemon, if there is one in use."""
+        """Registers the run with the daemon, if we read any of its lanes; else hangs up."""
         if self._lanes:
             self._run = run
             self._register()
@@ -203,20 +181,20 @@ class DaemonClient:
             self._hang_up()
 
     def claim(self, first_s: int, shares: Mapping[str, Sequence[float]]) -> None:
-        """Tells the daemon what parts of its devices are surely ours, in seconds from `first_s` on.
+        """Claims parts of devices for the run, one a second from `first_s` on.
 
-        What does not reach it is missing from its metrics, and from nothing else.
+        A claim that does not reach the daemon is missing in its metrics, and nowhere else.
         """
         if self._connection is None or not self.wants_claims:
             return
         devices = list(shares)
         with suppress(PeprError):
-            for n in range(0, len(devices), _DEVICES_A_CLAIM):
-                told = {device: shares[device] for device in devices[n : n + _DEVICES_A_CLAIM]}
-                self._connection.ask("claim", run=self._run, first_s=first_s, shares=told)
+            for n in range(0, len(devices), _DEVICES_PER_CLAIM):
+                some = {device: shares[device] for device in devices[n : n + _DEVICES_PER_CLAIM]}
+                self._connection.ask("claim", run=self._run, first_s=first_s, shares=some)
 
     def facts(self) -> dict[str, Any] | None:
-        """What a recording notes of the daemon that it read through."""
+        """What run.json says of the daemon; None if none of its lanes was read."""
         if not self._lanes:
             return None
         return {
@@ -229,8 +207,8 @@ class DaemonClient:
             },
         }
 
-    def keep_up(self) -> None:
-        """Notices that the daemon is gone, and finds it again once it is back."""
+    def reconnect(self) -> None:
+        """Does nothing while connected. Else connects again, if it is time to try that."""
         if self._lost_s is None:
             if self._connection is not None and self._connection.is_up():
                 return
@@ -242,7 +220,7 @@ class DaemonClient:
         try:
             self._connect(self._path, timeout_s=_LATER_ANSWER_S)
             for name, lane in self._lanes.items():
-                lane.follow(*self._open(name))
+                lane.continue_in(*self._open(name))
         except _UNUSABLE:
             self._hang_up()
             self._retry_at_s = time.monotonic() + self._retry_s
@@ -253,37 +231,37 @@ class DaemonClient:
         self._register()
 
     def close(self) -> list[tuple[str, str, str]]:
-        """Leaves the daemon; what was read stays readable. Returns warnings: code, text, hint."""
+        """Hangs up; lanes can still be read to their ends. Returns warnings: code, text, hint."""
         self._hang_up()
         warnings = []
         if self._lanes and self._lost_s is not None:
-            away_s = time.monotonic() - self._lost_s
+            gone_s = time.monotonic() - self._lost_s
             warnings.append(
                 (
                     "daemon-gone",
-                    f"the daemon at {self._path} was gone for the last {away_s:.1f} s; "
-                    f"{_listed(self._lanes)} ended early",
+                    f"the daemon at {self._path} was gone for the last {gone_s:.1f} s; "
+                    f"{', '.join(sorted(self._lanes))} ended early",
                     "start it again: sudo pepr-profile daemon",
                 )
             )
-        if self.trouble is not None:
-            why = f": {self.trouble.why}" if self.trouble.why else ""
-            fix = self.trouble.fix or "see: pepr-profile daemon status"
-            warnings.append(("daemon-unusable", f"{self.trouble.what}{why}", fix))
+        if self.error is not None:
+            why = f": {self.error.why}" if self.error.why else ""
+            fix = self.error.fix or "see: pepr-profile daemon status"
+            warnings.append(("daemon-unusable", f"{self.error.what}{why}", fix))
         return warnings
 
-    def _greet(self) -> None:
-        if self._asked:
+    def _connect_once(self) -> None:
+        if self._tried:
             return
-        self._asked = True
+        self._tried = True
         for path in sockets_there():
             try:
                 self._connect(path, timeout_s=_FIRST_ANSWER_S)
             except _UNUSABLE as error:
-                self.trouble = _as_error(error, path)
+                self.error = _as_error(error, path)
                 self._hang_up()
                 continue
-            self.trouble = None
+            self.error = None
             return
 
     def _connect(self, path: Path, *, timeout_s: float) -> None:
@@ -292,7 +270,7 @@ class DaemonClient:
         reply, descriptors = self._connection.ask("hello")
         close_all(descriptors)
         after_ns = time.monotonic_ns()
-        self._connection.patience(_LATER_ANSWER_S if self._lanes else _FIRST_ANSWER_S)
+        self._connection.set_timeout(_LATER_ANSWER_S if self._lanes else _FIRST_ANSWER_S)
         offset_ns = max(before_ns - int(reply["t_ns"]), int(reply["t_ns"]) - after_ns)
         if reply.get("boot_id") != boot_id() or offset_ns > _MOST_CLOCK_OFFSET_NS:
             raise PeprError(
@@ -319,7 +297,7 @@ class DaemonClient:
                 reply, _ = self._connection.ask("register", run=self._run, pid=os.getpid())
                 self.wants_claims = bool(reply.get("claims"))
             except PeprError as error:
-                self.trouble = error
+                self.error = error
 
     def _hang_up(self) -> None:
         if self._connection is not None:
@@ -328,7 +306,7 @@ class DaemonClient:
 
 
 _UNUSABLE = (PeprError, KeyError, TypeError, ValueError)
-"""What a daemon can do to us: refuse, or answer what this version does not understand."""
+"""Raised if a daemon refuses, or answers what this version does not understand."""
 
 
 def _as_error(error: Exception, path: Path) -> PeprError:
@@ -337,15 +315,15 @@ def _as_error(error: Exception, path: Path) -> PeprError:
     return PeprError(
         f"the daemon at {path} gives answers that are not understood",
         why=repr(error),
-        fix="give it and the profiler the same version of pepr-profiler",
+        fix="use one version of pepr-profiler for both",
     )
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
+_FAMILY = {"perf": "rapl", "powercap": "rapl"}  # they read the same counters
 
 
-def _stands_for(offered: str, wanted: str, named: bool) -> bool:
+def _replaces(offered: str, wanted: str, *, named: bool) -> bool:
+    """Whether one sensor can be read instead of another."""
     if offered == wanted or named:
         return offered == wanted
     kinds = [SensorSpec(spec).kind for spec in (offered, wanted)]
@@ -353,27 +331,24 @@ def _stands_for(offered: str, wanted: str, named: bool) -> bool:
     return len({_FAMILY.get(kind, kind) for kind in kinds}) == 1 and kinds[0] != "hwmon"
 
 
-_FAMILY = {"perf": "rapl", "powercap": "rapl"}
-
-
 class RemoteLane:
-    """A lane of the daemon, read like a `_core.Sampler`; made by `DaemonClient.lane`."""
+    """A lane of the daemon, read as a `_core.Sampler` is; made by `DaemonClient.lane`."""
 
     state = "running"
 
     def __init__(
-        self, node: DaemonClient, name: str, facts: Mapping[str, Any], descriptor: int
+        self, client: DaemonClient, name: str, facts: Mapping[str, Any], descriptor: int
     ) -> None:
         self.name = name
         self.notes: list[_core.Note] = []
-        self._node = node
-        # The newest row is already there, and is ours: what is measured begins between two rows.
+        self._client = client
+        # Of the rows that are there, the newest is ours: the run begins between it and the next.
         self._since_ns, self._last_ns = time.monotonic_ns(), -1
         self._lost = 0
-        # Where each of our columns is in the daemon's rows; None while they are the same.
+        # Where in the daemon's rows each of our channels is, if not at the same place.
         self._columns: list[int | None] | None = None
         self._reader = self._map(facts, descriptor)
-        self.spec, self.coarse = str(facts["spec"]), bool(facts["coarse"])
+        self.spec, self.coarse = SensorSpec(facts["spec"]), bool(facts["coarse"])
         self.period_ns = int(facts["period_ns"])
         self.channels = _channels(facts)
 
@@ -381,11 +356,11 @@ class RemoteLane:
         return True
 
     def read(self) -> RawRows | None:
-        """As `_core.Sampler.read`. When nothing is left, sees to it that the daemon is there."""
+        """As `_core.Sampler.read`. When nothing is left, it also looks whether the daemon lives."""
         while (batch := self._reader.read()) is not None:
             if fresh := self._fresh(batch):
                 return fresh
-        self._node.keep_up()
+        self._client.reconnect()
         return None
 
     def latest(self) -> tuple[int, list[float]] | None:
@@ -394,37 +369,37 @@ class RemoteLane:
         if newest is None or self._columns is None:
             return newest
         t_ns, values = newest
-        return t_ns, [float("nan") if place is None else values[place] for place in self._columns]
+        return t_ns, [float("nan") if at is None else values[at] for at in self._columns]
 
     def stop(self, timeout_s: float) -> bool:
-        """Waits for the first row after now, so that what ends now lies between two rows."""
+        """Waits for the first row after now, so that the run ends between two rows."""
         end_ns = time.monotonic_ns()
         deadline_ns = end_ns + round(timeout_s * 1e9)
         while time.monotonic_ns() < deadline_ns:
             newest = self._reader.latest()
             if newest is not None and newest[0] >= end_ns:
                 break
-            self._node.keep_up()
+            self._client.reconnect()
             time.sleep(_LAST_ROW_POLL_S)
-        return True  # what is missing by now is told as the daemon's absence
+        return True  # if there was no such row, `DaemonClient.close` warns that the daemon is gone
 
     @property
     def lost(self) -> int:
         """Rows that were overwritten before we read them."""
         return self._lost + self._reader.lost
 
-    def follow(self, facts: Mapping[str, Any], descriptor: int) -> None:
-        """Goes on in another daemon's ring, behind the last row that was read."""
+    def continue_in(self, facts: Mapping[str, Any], descriptor: int) -> None:
+        """Goes on in the ring of a restarted daemon, after the last row that was read."""
         known = {channel.name: (n, channel) for n, channel in enumerate(_channels(facts))}
         columns: list[int | None] = []
         for channel in self.channels:
-            place, same = known.get(channel.name, (-1, None))
-            columns.append(place if same == channel else None)
+            column, same = known.get(channel.name, (-1, None))
+            columns.append(column if same == channel else None)
         lost = self._reader.lost
         self._reader = self._map(facts, descriptor)
         self._lost += lost
-        same_places = columns == list(range(len(known)))
-        self._columns = None if same_places else columns
+        unchanged = columns == list(range(len(known)))
+        self._columns = None if unchanged else columns
 
     def _map(self, facts: Mapping[str, Any], descriptor: int) -> _core.RingReader:
         try:
@@ -434,11 +409,11 @@ class RemoteLane:
         finally:
             os.close(descriptor)
         if reader.width != len(facts["channels"]):
-            raise PeprError("the daemon's ring is not what it says of it")
+            raise PeprError("the daemon's ring has another width than its description")
         return reader
 
     def _fresh(self, batch: RawRows) -> RawRows | None:
-        """The rows behind the last one, in our order of channels; None if there are none."""
+        """The rows after the last one that was read, in our order of channels; None if none."""
         rows, t_ns, read_ns, values = batch
         times = array("q", t_ns)
         seen = bisect.bisect_right(times, self._last_ns) if times[0] <= self._last_ns else 0
@@ -447,7 +422,7 @@ class RemoteLane:
         self._last_ns = times[-1]
         if self._columns is not None:
             unknown = array("d", [float("nan")]).tobytes() * rows
-            values = [unknown if place is None else values[place] for place in self._columns]
+            values = [unknown if at is None else values[at] for at in self._columns]
         if seen:
             rows, t_ns, read_ns = rows - seen, t_ns[8 * seen :], read_ns[4 * seen :]
             values = [column[8 * seen :] for column in values]
@@ -458,4 +433,5 @@ def _channels(facts: Mapping[str, Any]) -> tuple[Channel, ...]:
     try:
         return tuple(Channel(**channel) for channel in facts["channels"])
     except TypeError as error:
-        raise PeprError("the daemon describes a lane strangely", why=str(error)) from None
+        why = str(error)
+        raise PeprError("the daemon's description of a lane is not understood", why=why) from None

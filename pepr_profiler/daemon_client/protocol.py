@@ -1,33 +1,41 @@
-"""What a client may say, checked before anything is done with it."""
+"""What client and daemon say to each other; docs/daemon.md, "Messages", has the list."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 
 from pepr_profiler.errors import PeprError
+from pepr_profiler.record import Record
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
+    import socket  # 5 ms; most recordings have no use for it
     from typing import Any
+
+VERSION = 1
+MOST_REQUEST_BYTES = 4096
+MOST_REPLY_BYTES = 1 << 17  # a lane of 16 GPUs takes 40 kB; a socket's buffer holds 208 kB
 
 OPERATIONS = ("hello", "open", "status", "register", "unregister", "claim", "stop")
 
-_MOST_NAME = 128
+_LONGEST_NAME = 128
 _MOST_DEVICES, _MOST_SECONDS = 64, 16
 
 
+# --- requests -------------------------------------------------------------------------------------
+
+
 class ProtocolError(PeprError):
-    """A message that is none of ours. Its sender is told why, and is then left."""
+    """A message that is no request. The daemon answers with it and closes the connection."""
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(Record):
     """One message of a client. `lane` and `run` are printable and short; `pid` is positive.
 
-    `shares` are numbers in [0, 1] by device, in the seconds from `first_s` on.
+    `shares` has numbers in [0, 1] for each device, one a second from `first_s` on.
     """
 
     operation: str
@@ -35,40 +43,41 @@ class Request:
     run: str = ""
     pid: int | None = None
     first_s: int = 0
-    shares: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    shares: Mapping[str, Sequence[float]] = {}
 
 
 def parse(data: bytes) -> Request:
     """The request in a message. Raises ProtocolError for anything else, whatever the bytes."""
     if len(data) > MOST_REQUEST_BYTES:
-        raise _wrong(f"it is longer than {MOST_REQUEST_BYTES} bytes")
+        raise _invalid(f"it is longer than {MOST_REQUEST_BYTES} bytes")
     try:
         message = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):
-        raise _wrong("it is no JSON object in UTF-8") from None
+        raise _invalid("it is no JSON object in UTF-8") from None
     if not isinstance(message, dict):
-        raise _wrong("it is no JSON object")
+        raise _invalid("it is no JSON object")
     if message.get("v") != VERSION or isinstance(message["v"], bool):
-        raise _wrong(f"this daemon speaks version {VERSION}")
+        raise _invalid(f"this daemon speaks version {VERSION}")
     operation = message.get("op")
     if operation not in OPERATIONS:
-        raise _wrong(f"op is none of {', '.join(OPERATIONS)}")
+        raise _invalid(f"op is none of {', '.join(OPERATIONS)}")
     request = Request(
         operation, _name(message, "lane"), _name(message, "run"), _pid(message.get("pid"))
     )
     if operation == "open" and not request.lane:
-        raise _wrong("open needs a lane")
+        raise _invalid("open needs a lane")
     if operation in ("register", "unregister", "claim") and not request.run:
-        raise _wrong(f"{operation} needs a run")
+        raise _invalid(f"{operation} needs a run")
     if operation == "claim":
-        return replace(request, first_s=_second(message.get("first_s")), shares=_shares(message))
+        first_s, shares = _second(message.get("first_s")), _shares(message.get("shares"))
+        return request._replace(first_s=first_s, shares=shares)
     return request
 
 
 def _name(message: dict[str, Any], key: str) -> str:
     name = message.get(key, "")
-    if not isinstance(name, str) or len(name) > _MOST_NAME or not (name.isprintable()):
-        raise _wrong(f"{key} is no printable name of at most {_MOST_NAME} characters")
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME or not name.isprintable():
+        raise _invalid(f"{key} is no printable name of at most {_LONGEST_NAME} characters")
     return name
 
 
@@ -76,39 +85,59 @@ def _pid(value: Any) -> int | None:
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise _wrong("pid is no process")
+        raise _invalid("pid is no process")
     return value
 
 
 def _second(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
-        raise _wrong("first_s is no second")
+        raise _invalid("first_s is no second")
     return value
 
 
-def _shares(message: dict[str, Any]) -> dict[str, list[float]]:
-    shares = message.get("shares")
-    if not isinstance(shares, dict) or len(shares) > _MOST_DEVICES:
-        raise _wrong(f"shares is no object of at most {_MOST_DEVICES} devices")
-    return {device: [_share(s) for s in _listed(told)] for device, told in shares.items()}
+def _shares(value: Any) -> dict[str, list[float]]:
+    if not isinstance(value, dict) or len(value) > _MOST_DEVICES:
+        raise _invalid(f"shares is no object of at most {_MOST_DEVICES} devices")
+    return {device: _shares_of_device(shares) for device, shares in value.items()}
 
 
-def _listed(told: Any) -> list[Any]:
-    if not isinstance(told, list) or len(told) > _MOST_SECONDS:
-        raise _wrong(f"a device's shares are no list of at most {_MOST_SECONDS}")
-    return told
+def _shares_of_device(value: Any) -> list[float]:
+    if not isinstance(value, list) or len(value) > _MOST_SECONDS:
+        raise _invalid(f"a device's shares are no list of at most {_MOST_SECONDS}")
+    return [_share(share) for share in value]
 
 
 def _share(value: Any) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise _wrong("a share is no number from 0 to 1")
+        raise _invalid("a share is no number from 0 to 1")
     return float(value)
 
 
-def _wrong(why: str) -> ProtocolError:
+def _invalid(why: str) -> ProtocolError:
     return ProtocolError("the message is not understood", why=why, fix="see docs/daemon.md")
 
 
-VERSION = 1
-MOST_REQUEST_BYTES = 4096
-MOST_REPLY_BYTES = 1 << 17  # a lane of 16 GPUs takes 40 kB; a socket's buffer holds 208 kB
+# --- the connection, as both sides see it ---------------------------------------------------------
+
+
+class Peer(Record):
+    """Who is at the other end of a Unix socket, according to the kernel."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_of(connection: socket.socket) -> Peer:
+    """Who connected. If we connected ourselves: who listened."""
+    import socket
+
+    layout = struct.Struct("iII")
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size)
+    return Peer(*layout.unpack(data))
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    """Closes descriptors that came with a message, or were sent with one."""
+    for descriptor in descriptors:
+        os.close(descriptor)
