@@ -135,9 +135,9 @@ def _load_summary() -> None:
 
 
 def _claims() -> Claims:
-    from pepr_profiler.daemon.claims import Claims  # NumPy, which few runs need before their end
+    from pepr_profiler.daemon.claims import RunClaims  # NumPy, which few runs need this early
 
-    return Claims()
+    return RunClaims()
 
 
 # --- inside a program ----------------------------------------------------------------------------

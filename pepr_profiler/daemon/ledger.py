@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pepr_profiler.daemon.meters import Meter
+from pepr_profiler.daemon_client.protocol import CPU_DEVICE
 from pepr_profiler.energy.sources import Source
 
 SETTLED_S = 15
@@ -144,9 +145,9 @@ def fair(claims: Mapping[int, float]) -> dict[int, float]:
 
 
 def _device(source: Source) -> str | None:
-    """Which device a client calls it (claims.py); None if no joules can be claimed of it."""
+    """The device of a claim that a source measures; None if no joules of it can be claimed."""
     if not (source.counter and source.in_total):
         return None
     if source.kind in _BY_CPU_TIME:
-        return "cpu"
+        return CPU_DEVICE
     return source.id if source.kind == "gpu" else None

@@ -21,6 +21,9 @@ MOST_REPLY_BYTES = 1 << 17  # a lane of 16 GPUs takes 40 kB; a socket's buffer h
 
 OPERATIONS = ("hello", "open", "status", "register", "unregister", "claim", "stop")
 
+CPU_DEVICE = "cpu"
+"""All CPUs and their memory, in a claim. A GPU is called "gpu:UUID"."""
+
 _LONGEST_NAME = 128
 _MOST_DEVICES, _MOST_SECONDS = 64, 16
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     class Claims(Protocol):
         """Who works out the run's certain part of each device for the daemon's metrics."""
 
-        def take(self, lane: LaneInfo, rows: RawRows) -> None: ...
-        def note(self, facts: Mapping[str, Any]) -> None: ...
+        def on_rows(self, lane: LaneInfo, rows: RawRows) -> None: ...
+        def on_note(self, facts: Mapping[str, Any]) -> None: ...
         def due(self, *, last: bool = False) -> tuple[int, dict[str, list[float]]] | None: ...
 
 
@@ -93,7 +93,7 @@ class Watches:
         kind, names = SensorSpec(lane.spec).kind, [channel.name for channel in lane.channels]
         watchers: list[Callable[[RawRows], None]] = []
         if self.claims is not None and kind in ("processes", "nvml-processes"):
-            watchers.append(functools.partial(self.claims.take, lane))
+            watchers.append(functools.partial(self.claims.on_rows, lane))
         if lane.name == "processes":
             self._cpu_places = [names.index(name) for name in ("job/cpu", "system/busy")]
             if self._follows:
@@ -127,7 +127,7 @@ class Watches:
         assert self._notes is not None
         self._notes.write(json.dumps(facts))
         if self.claims is not None:
-            self.claims.note(facts)
+            self.claims.on_note(facts)
 
     def _on_gpu(self) -> set[int]:
         """The PIDs in the newest rows of the lists; 0 and unknown are none."""
