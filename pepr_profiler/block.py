@@ -21,7 +21,7 @@ from pepr_profiler.recording.recorder import TICK_S, Recorder
 from pepr_profiler.sensors.spec import ProcessRoot
 from pepr_profiler.store.runs import Store
 from pepr_profiler.trace.events import EventWriter
-from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE, read_run, recorder_lives
+from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE, read_live_run
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
@@ -130,6 +130,18 @@ def complete_recording(recorder: Recorder) -> dict[str, Any]:
     return recorder.complete(summarise(recorder.directory, run=recorder.facts()))
 
 
+def grid_intensity(region: str | None, carbon_intensity: float | None) -> Mapping[str, Any] | None:
+    """The grid's carbon intensity as run.json has it; None if none was asked for.
+
+    Raises UsageError if the region is unknown or both are given.
+    """
+    if region is None and carbon_intensity is None:
+        return None
+    from pepr_profiler.energy.carbon import intensity_of  # a table of 208 countries
+
+    return intensity_of(region, carbon_intensity)
+
+
 def _load_summary() -> None:
     from pepr_profiler.summary import summarise  # noqa: F401  takes as long as a refresh
 
@@ -190,7 +202,7 @@ class Run:
                 fix="call profile() again for a new run",
             )
         self._pid = os.getpid()
-        # Whatever run we are part of covers us, not those that we look at.
+        # A run around us covers us, but not the processes that we follow.
         outer = _outer_run() if self._pids is None else None
         if outer is None:
             self._window_ns = (self._record(), None)
@@ -220,10 +232,10 @@ class Run:
         return Phase(self, name)
 
     def log(self, **metrics: Any) -> None:
-        """Records numbers that hold from now on; a name's last value is the run's.
+        """Records metrics that hold from now on; the last value of a name is the run's.
 
-        Accepts anything that `float()` takes (a torch or NumPy scalar too). Raises UsageError for
-        what is not a number.
+        Accepts what `float()` accepts, also torch and NumPy scalars. Raises UsageError for what is
+        no number.
         """
         events = self._writer("run.log()")
         events.metrics({name: _number(name, value) for name, value in metrics.items()})
@@ -242,8 +254,8 @@ class Run:
     def energy_j(self) -> float | None:
         """The job's energy so far, J; None while it is unknown.
 
-        Computed from the recording, so it costs milliseconds (more for a long run): read it once
-        an epoch, not once a batch. In a joined run it may trail by the outer flush, 1 s at most.
+        It is computed from the recording, which takes milliseconds, more for a long run: read it
+        once an epoch, not once a batch. In a joined run it may be up to 1 s old.
         """
         until_ns = self._window_ns[1] or time.monotonic_ns()
         so_far = self._summarise(until_ns=until_ns, marks=False)
@@ -277,7 +289,7 @@ class Run:
         return summarise(self.directory, since_ns=since_ns, until_ns=until_ns, marks=marks, run=run)
 
     def _record(self) -> int:
-        """Begins a recording of our own; when it began, ns."""
+        """Begins a recording of our own. Returns when it began, ns."""
         if self._pids is not None:
             from pepr_profiler.recording.attached import hold
 
@@ -298,7 +310,7 @@ class Run:
     def _keep_looking(self) -> None:
         recorder, after_s = self._recorder, TICK_S
         assert recorder is not None
-        while not self._ending:  # asked behind each tick, which hears what was raised to end us
+        while not self._ending:  # checked after each tick too, which clears the news of our end
             recorder.news.wait(after_s)
             if not self._ending:
                 with self._lock:
@@ -325,7 +337,7 @@ class Run:
 
 
 class Phase:
-    """A named part of a run, as a context manager or a decorator; see `Run.phase`."""
+    """A named part of a run, as a context manager or as a decorator; see `Run.phase`."""
 
     __slots__ = ("_name", "_number", "_run", "_token", "t_ns")
 
@@ -380,28 +392,31 @@ def profile(
     pids: Sequence[int] | None = None,
     synchronise: bool = True,
 ) -> Run:
-    """Profiles a `with` block: `with profile("resnet18") as run:`.
+    """Measures a `with` block: `with profile("resnet18") as run:`.
 
-    Inside a program that `pepr-profile` wraps (or another block) it joins that run: its phases and
-    metrics land there and nothing is sampled twice; the other arguments are then the outer run's.
-    With `pids` it measures those running processes and all that they start, instead of this one,
-    as long as the block lasts; that is a run of its own, whatever is around it.
-    `scope` says what the total is: "job", its share of the devices, or "device", all they took.
-    Where torch is loaded and uses CUDA, phase edges wait for the GPU unless `synchronise` is False.
-    Raises UsageError, TargetError or SensorError before anything starts.
+    Inside a program that `pepr-profile` wraps, or inside another block, it joins that run: its
+    phases and metrics go there, nothing is sampled twice, and the arguments besides `name` have no
+    effect. With `pids` it measures these running processes and all that they start, instead of this
+    one, for as long as the block lasts. That is always a run of its own.
+
+    `experiment` groups runs to compare. `store` is the directory of all runs. `sensors` are read
+    instead of those that are found. `period_s` is how often each is read, in s, instead of just
+    after its refreshes. `overhead` is the CPU time that reading may take, as a fraction of a core.
+    `region` or `carbon_intensity` (g/kWh) and `pue` give the carbon. `cpu_power` is "IDLE:MAX" in W
+    for a machine without sensors. `performance` names the metric that the score is about. `scope`
+    is what the total sums: "job", the job's share of the devices, or "device", all they took. Where
+    torch uses CUDA, the edges of phases wait for the GPU unless `synchronise` is False.
+
+    Raises UsageError for an argument that cannot be used. Entering the block raises TargetError or
+    SensorError for a process or a sensor that was asked for and is not there. Nothing is left then.
     """
-    intensity = None
-    if region is not None or carbon_intensity is not None:
-        from pepr_profiler.energy.carbon import intensity_of
-
-        intensity = intensity_of(region, carbon_intensity)
     options = Options.checked(
         name=name,
         experiment=experiment,
         sensors=sensors,
         period=period_s,
         overhead=overhead,
-        intensity=intensity,
+        intensity=grid_intensity(region, carbon_intensity),
         pue=pue,
         cpu_power=cpu_power,
         performance=performance,
@@ -422,14 +437,7 @@ def profile(
 def _outer_run() -> Path | None:
     """The unfinished run that this process is part of, if any."""
     value = os.environ.get(RUN_DIR_VARIABLE)
-    if not value:
-        return None
-    directory = Path(value)
-    try:
-        run = read_run(directory)
-        return directory if not run.get("complete") and recorder_lives(run) else None
-    except TraceError:
-        return None
+    return Path(value) if value and read_live_run(Path(value)) is not None else None
 
 
 def _wait_for_rows(directory: Path, t_ns: int) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.block import complete_recording
+from pepr_profiler.block import complete_recording, grid_intensity
 from pepr_profiler.commands import complain, store_option, whoever_listens, written_output
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.record import Record
@@ -64,11 +64,6 @@ class Request(Record):
         """The recording of `command` that is asked for. Raises UsageError for what cannot be."""
         if self.json_file is not None and self.json_file != "-":
             _require_writable(Path(self.json_file))
-        intensity = None
-        if self.region is not None or self.carbon_intensity is not None:
-            from pepr_profiler.energy.carbon import intensity_of
-
-            intensity = intensity_of(self.region, self.carbon_intensity)
         return Options.checked(
             name=self.name or name_of(command),
             experiment=self.experiment,
@@ -76,7 +71,7 @@ class Request(Record):
             sensors=self.sensors,
             period=self.period or None,
             overhead=self.overhead,
-            intensity=intensity,
+            intensity=grid_intensity(self.region, self.carbon_intensity),
             pue=self.pue,
             cpu_power=self.cpu_power,
             performance=metrics.names[0] if metrics else None,
@@ -84,7 +79,7 @@ class Request(Record):
         )
 
     def finish(self, recorder: Recorder) -> None:
-        """Computes the summary of a closed recording and says it where it was asked for."""
+        """Computes the summary of a closed recording, and writes it where it was asked for."""
         # NumPy's BLAS would start a thread a core that nothing uses: 0.1 s of CPU on two cores.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         summary = complete_recording(recorder)
@@ -161,7 +156,7 @@ _OPTIONS = (
         envvar="PEPR_PERIOD",
         metavar="TIME",
         help="Read every sensor this often [just after each of its refreshes]: 10ms. Processes are "
-        "read 10 times a second at most, what tells no energy of a GPU 5 times.",
+        "read at most 10 times a second, and what is no energy of a GPU 5 times.",
     ),
     click.option(
         "--overhead",
@@ -252,10 +247,10 @@ def _require_writable(path: Path) -> None:
 
 
 class LiveLine:
-    """One status line on our terminal while nobody else speaks; gone before anything is said.
+    """A status line on our terminal, shown while nothing else is written there.
 
-    A child that shares the terminal must be heard (`feed` sees its output after `sink`), or the
-    line would wipe out one that the child has begun. Without a child the terminal is ours.
+    A child that shares the terminal has to pass its output through `sink`, which hands it on to
+    `feed`; else our line would wipe out one that the child has begun.
     """
 
     def __init__(self, feed: Callable[[int, bytes, int], None] | None = None) -> None:
@@ -272,7 +267,7 @@ class LiveLine:
         return self._on
 
     def sink(self, channel: int, data: bytes, t_ns: int) -> None:
-        """Takes note of what the child has said, and passes it on."""
+        """Notices that the child has written something, and passes it on."""
         self._line_begun = not data.endswith(b"\n")
         self._next_s = time.monotonic() + _QUIET_S
         if self._feed is not None:

@@ -1,4 +1,4 @@
-"""`pepr-profile -- CMD…`: run a command as if nobody watched, and say what it cost."""
+"""`pepr-profile -- CMD…`: run a command undisturbed, and report what it cost."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _measure(
 
 
 def _supervise(child: Child, tick: Callable[[], float], recorder: Recorder) -> Exit:
-    """Waits for the child; a fault of ours on the way is told and does not cost its status."""
+    """Waits for the child. A fault of ours becomes a warning and does not cost its status."""
     try:
         with collecting_garbage():
             return child.supervise(tick=tick, news=recorder.news)

@@ -1,13 +1,13 @@
-"""Processes that already run: held, checked and waited for, and never touched.
+"""Processes that already run: found, checked, followed to their end, and never touched.
 
     stop = StopSignals()                          # from here on Ctrl-C ends us in order
     with hold([4121, 4122]) as targets:
-        …                                         # sample processes:{targets.root}
-        ended = targets.watch(tick=drain_rings, every_s=0.5, stop=stop)
+        …                                         # record them: processes:pids=4121,4122
+        ended = targets.watch(tick=recorder_tick, every_s=0.5, stop=stop)
 
-A pidfd names one process for ever, a PID only until it is given out again: the descriptor is opened
-first, then /proc is asked who that is, and then the descriptor whether it still is. Nothing is sent
-to a target and nothing of it is collected or stopped; a pidfd alone permits none of that.
+A pidfd names one process for ever; a PID names it only until the kernel gives the number to another
+one. So the pidfd is opened first, then /proc is read, and then the pidfd shows whether the process
+still lives. No signal is sent to a target, and it is neither stopped nor reaped.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _SHOWN = 40  # characters of a command in a message
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGHUP as something to wait for; what was ignored stays so (nohup).
+    """Turns SIGINT, SIGTERM and SIGHUP into something to wait for, until `close()`.
 
-    Until `close()` none of them interrupts anything: a second Ctrl-C must not cost the summary.
-    For the main thread.
+    None of them interrupts anything then: a second Ctrl-C must not cost the summary. One that was
+    ignored before stays ignored (nohup). Use it in the main thread.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class Target:
 
 
 class Targets:
-    """Running processes that are held by their pidfds; made by `hold`."""
+    """Running processes that are followed by their pidfds; made by `hold`."""
 
     def __init__(self, targets: Sequence[Target], warnings: Sequence[dict[str, str]]) -> None:
         self._held = list(targets)
@@ -105,12 +105,12 @@ class Targets:
 
     @property
     def roots(self) -> list[Target]:
-        """Those that descend from no other of them: whoever follows these follows all."""
+        """Those that descend from none of the others: to follow these is to follow all."""
         pids = {target.pid for target in self._held}
         return [t for t in self._held if not pids & set(ancestors_of(t.pid))]
 
     def drop_ended(self) -> bool:
-        """Lets go of those that have exited; whether there were any.
+        """Drops those that have exited. Returns whether there were any.
 
         Raises TargetError if none is left.
         """
@@ -140,9 +140,9 @@ class Targets:
     ) -> str:
         """Waits until all have exited ("exit"), `until_ns` ("duration"), or a signal (its name).
 
-        `tick` runs at absolute deadlines `every_s` apart, missed ones are skipped, and at once when
-        the last of them exits. It says whether anything lives that they started: that too is
-        waited for.
+        `tick` runs every `every_s`, at absolute deadlines of which missed ones are skipped, and
+        once more as soon as the last of them exits. It returns whether any process that they
+        started still lives; then the wait goes on.
         """
         every_ns = round(every_s * 1e9)
         deadline_ns = time.monotonic_ns() + every_ns
@@ -171,7 +171,7 @@ class Targets:
                     deadline_ns = time.monotonic_ns()
 
     def close(self) -> None:
-        """Lets go of all of them."""
+        """Closes all pidfds."""
         for target in self._held:
             os.close(target.fd)
         self._held.clear()
@@ -184,10 +184,11 @@ class Targets:
 
 
 def hold(pids: Sequence[int]) -> Targets:
-    """Takes hold of running processes; one that is named twice is held once.
+    """Opens running processes to follow them; one that is named twice is followed once.
 
-    Raises TargetError for what cannot be followed (no such process, one that /proc hides, a zombie,
-    a thread of the kernel) and UsageError for what never makes sense; nothing is held then.
+    Raises TargetError for a process that cannot be followed (there is none, /proc hides it, it is a
+    zombie or a thread of the kernel), and UsageError for what is no PID or would be ourselves. No
+    pidfd is open then.
     """
     if not pids:
         raise UsageError(
@@ -227,7 +228,7 @@ def _hold_one(pid: int) -> Target:
         if stat.flags & _PF_KTHREAD:
             raise TargetError(
                 f"{_who(pid, command)} is a thread of the kernel",
-                why="it works for whoever needs the kernel, and belongs to no job",
+                why="it works for all who need the kernel, and belongs to no job",
                 fix="attach to the program that causes its work",
             )
         if _is_ready(fd):
@@ -242,7 +243,7 @@ def _hold_one(pid: int) -> Target:
         if pid == 1 and pid in ancestors_of(os.getpid()):
             raise TargetError(
                 f"{_who(pid, command)} is where every process comes from, the profiler too",
-                why="following it would follow all that runs here, whoever started it",
+                why="following it would follow everything that runs here",
                 fix="name the program itself (see: ps -eo pid,user,args); for the whole machine: "
                 "pepr-profile --scope device -- sleep 60",
             )
@@ -296,8 +297,8 @@ def _no_such(pid: int) -> TargetError:
     why, fix = "no process has this PID", "see which there are: ps -eo pid,user,args"
     outer = find_by_inner_pid(pid)
     if outer:
-        said = ", ".join(_who(other, command_of(other)) for other in outer[:_LISTED])
-        why += f" here; in its container {said} has"
+        names = ", ".join(_who(other, command_of(other)) for other in outer[:_LISTED])
+        why += f" here; in its container {names} has"
         fix = f"name it as it is called here: pepr-profile attach {outer[0]}"
     elif is_in_container():
         why += " in this container, where those of the host mean nothing"

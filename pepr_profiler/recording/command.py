@@ -8,16 +8,16 @@
     held.release()
     sys.exit(exit.status)
 
-What the child keeps: process group, session, controlling terminal, working directory, descriptors,
-environment, signal mask and ignored signals. SIGPIPE and SIGXFSZ, which CPython ignores at its
-start, are default again (whether our own parent had them ignored can no longer be told).
+The child keeps our process group, session, controlling terminal, working directory, descriptors,
+environment, signal mask and ignored signals. SIGPIPE and SIGXFSZ are set to their default: CPython
+ignores them at its start, and what they were before that is no longer known.
 
-Signals. Those a terminal sends reach the whole foreground group, so the child has its copy; the
-kernel marks them SI_KERNEL and we do not pass them on. Those a process sends are passed on, because
-most senders (`kill PID`, docker, systemd, Slurm's batch step) know only our pid. A sender that
-signals the whole group (`kill -TERM -PGID`, GNU timeout) is indistinguishable from one that signals
-us alone; its signal reaches the child twice. Better twice than never: the second of two SIGTERMs
-finds the child dying. What the child itself sent is never sent back.
+Signals. A terminal sends its signals to the whole foreground group, so that the child has its own
+copy; the kernel marks them SI_KERNEL, and we do not pass them on. A signal from a process is passed
+on, because most senders (`kill PID`, docker, systemd, Slurm's batch step) know only our PID. We
+cannot tell a sender that signals the whole group (`kill -TERM -PGID`, GNU timeout) from one that
+signals us alone, so that its signal reaches the child twice. That is better than never: the second
+of two SIGTERMs finds the child dying. A signal that the child sent to us is not sent back.
 
 Loaded before the child starts, so nothing heavier than `signal` is imported at the top.
 """
@@ -243,11 +243,11 @@ class Child:
     ) -> Exit:
         """Forward signals and reap until the child has ended and its output is passed on.
 
-        `tick` runs first after `first_s`, then as many seconds after its last deadline as it said,
-        and whenever there is news. Deadlines missed (the tick was slow, the job was stopped) are
-        skipped. An exception from it ends the ticking, not the supervision, and is raised when the
-        child has ended, `exit` being set by then. Descendants that outlive the child are neither
-        waited for nor ended.
+        `tick` runs first after `first_s`, and whenever there is news. It returns after how many
+        seconds it is to run again. Deadlines that are missed, because the tick was slow or the job
+        was stopped, are skipped. After an exception it runs no more; the exception is raised when
+        the child has ended, and `exit` is set by then. Descendants that outlive the child are
+        neither waited for nor ended.
         """
         deadline_ns = time.monotonic_ns() + round(first_s * 1e9)
         failure: Exception | None = None
@@ -290,7 +290,7 @@ class Child:
             self._continue()
             return
         if signo == signal.SIGWINCH and self._relay is not None and self._relay.resize():
-            # The child may have asked for the size before we had copied it: tell it again.
+            # The child may have asked for the size before we had copied it: send it again.
             of_terminal = False
         if signo in _JOB_STOPS:
             self._stop_asked = True
@@ -316,9 +316,9 @@ class Child:
             )
 
     def _continue(self) -> None:
-        """Resume the child if whoever resumed us has not: `fg` signals the group, `kill` only us.
+        """Resume the child, unless it was resumed with us: `fg` signals the group, `kill` only us.
 
-        A SIGCONT to a child that runs is not passed on; `fg` and `bg` would double every one.
+        A SIGCONT is not passed on to a child that runs: `fg` and `bg` would send every one twice.
         """
         self._reap()
         self._stop_asked = False
@@ -352,8 +352,9 @@ class Child:
     def _stop_with_child(self, signo: int) -> None:
         """Stop as the child did, so that the shell sees its job stopped.
 
-        Only after the child: a program that first tidies the screen (vim, less) gets the time for
-        it. Not for a bare SIGSTOP: whoever freezes the child's pid will thaw that pid, not ours.
+        This happens after the child has stopped, so that a program that tidies the screen first
+        (vim, less) has the time for it. After a bare SIGSTOP we go on: who stopped the child by its
+        PID will resume that PID, and not ours.
         """
         self._stopped = True
         asked, self._stop_asked = self._stop_asked, False
@@ -376,7 +377,7 @@ class Child:
 
 
 def _children_left() -> int | None:
-    """How many children this process still has: 0 for sure, a number, or None for some."""
+    """How many children this process still has; None if there are some, but uncountable."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:

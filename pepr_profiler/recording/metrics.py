@@ -1,4 +1,4 @@
-"""Performance figures of a command: searched in its output, read from the files it wrote.
+"""Metrics of a command, found in its output or in files that it writes.
 
     metrics = Metrics(["accuracy=test acc: ([0-9.]+)"], ["results.json:test.f1:f1"])
     relay = Relay(metrics.feed) if metrics.has_patterns else None
@@ -8,9 +8,9 @@
     …                                # after it has ended:
     warnings = metrics.finish()      # then take() once more
 
-A request that cannot work raises UsageError in the constructor, before anything starts. Whatever
-goes wrong later is a warning {"code", "text", "hint"}: a missing figure never costs the run.
-Imported only when a metric is asked for (`re` costs the child's start some milliseconds).
+A request that cannot work raises UsageError in the constructor, before anything starts. What goes
+wrong later becomes a warning {"code", "text", "hint"}: a missing metric never costs the run.
+This is imported only when a metric is asked for: `re` delays the child's start by milliseconds.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Metrics:
             return
         for file in self._files:
             if file.is_news():
-                with suppress(_UnusableError):  # said by finish(), if it stays so
+                with suppress(_UnusableError):  # if it stays so, finish() reports it
                     self._read(file)
         self._next_look_s = now_s + _WATCH_SHARE * (time.monotonic() - now_s)
 
@@ -217,7 +217,7 @@ class _Pattern:
         if self._regex.groups > 1:
             raise UsageError(
                 f"the pattern of metric {name!r} has {self._regex.groups} groups",
-                why="which of them holds the value cannot be told",
+                why="it is unclear which of them holds the value",
                 fix="put (?:…) for (…) around everything but the value",
             )
         self._matches = 0
@@ -392,7 +392,7 @@ class _MetricFile:
 
 
 def _at_path(tree: Any, path: Sequence[str]) -> Any:
-    """Follow a dotted path into lists and dicts; KeyError says what the last level offers."""
+    """Follow a dotted path into lists and dicts. KeyError names what the last level has instead."""
     if not path:
         return tree
     if isinstance(tree, list):

@@ -27,7 +27,7 @@ class Options(Record):
 
     `period_ns` None: each sensor is read when it is refreshed. `overhead` is the CPU time that
     reading may take, as a share of one core. Lanes are read less often to keep it, except those
-    whose period was asked for. `intensity` is what run.json says of the grid's carbon intensity.
+    whose period was asked for. `intensity` is the grid's carbon intensity as run.json has it.
     """
 
     name: str

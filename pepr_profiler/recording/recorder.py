@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pepr_profiler import _core
-from pepr_profiler.errors import TraceError
 from pepr_profiler.recording.lanes import AddWarning, Lanes
 from pepr_profiler.recording.options import Options
 from pepr_profiler.recording.processes import cuda_environments, run_around
@@ -22,8 +21,7 @@ from pepr_profiler.trace.events import EventWriter
 from pepr_profiler.trace.run_json import (
     RUN_DIR_VARIABLE,
     boot_id,
-    read_run,
-    recorder_lives,
+    read_live_run,
     write_json,
 )
 
@@ -51,8 +49,8 @@ class Recorder:
     `warn` hears each warning at once. `claims` makes the object that the daemon's metrics need,
     should a daemon ask for it.
 
-    The caller's thread does everything except to sample and to write down what was sampled; `news`
-    says when a `tick` is worth while.
+    Threads of the core sample and write to disk. Everything else is done in `tick`, by the caller's
+    thread; `news` becomes ready when a tick is due earlier.
     """
 
     def __init__(
@@ -223,7 +221,7 @@ class Recorder:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def facts(self) -> dict[str, Any]:
-        """What run.json says, or would where it cannot be written; a copy, as read from there."""
+        """A copy of what run.json has, or would have if the disk took it."""
         facts: dict[str, Any] = json.loads(json.dumps(self._facts))
         return facts
 
@@ -248,9 +246,9 @@ class Recorder:
             client.claim(*claim)
 
     def _wait_for_refreshes(self, end_ns: int) -> None:
-        """Lets the lanes see the two refreshes after the end: it lies before the first of them.
+        """Lets the lanes see the two refreshes after the end.
 
-        The first says what flowed up to the end, the second where power jumped in between.
+        The first has the energy up to the end, the second shows where power jumped before it.
         """
         after_s = min(_REFRESHES_AFTER * self._lanes.longest_refresh_s(), _LONGEST_AFTER_S)
         time.sleep(max(0.0, after_s - (time.monotonic_ns() - end_ns) * 1e-9))
@@ -309,13 +307,8 @@ class Recorder:
 def _outer_facts(root: str) -> dict[str, Any] | None:
     """The run that another profiler records around the roots of this one, if any."""
     around = run_around(RUN_DIR_VARIABLE, root)
-    if around is None:
-        return None
-    try:
-        run = read_run(Path(around))
-    except TraceError:
-        return None
-    if run.get("complete") or not recorder_lives(run):
+    run = None if around is None else read_live_run(Path(around))
+    if run is None:
         return None
     return {"run_id": run["run_id"], "pid": run["recording"]["profiler_pid"]}
 

@@ -8,30 +8,31 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
     import threading
+
 _CHUNK_BYTES = 64 * 1024
 _GRACE_MS = 200
 _PATIENCE_S = 1.0
-# What a dead child can have left behind: F_GETPIPE_SZ is at most fs.pipe-max-size, 1 MiB unless
-# raised. Beyond that it is a living descendant that talks, for which nobody waits.
+# A dead child has left at most one full pipe: fs.pipe-max-size is 1 MiB unless raised. More comes
+# from a descendant that still writes; we do not wait for it.
 _LEFTOVER_BYTES = 1024 * 1024
 Sink = Callable[[int, bytes, int], None]
 
 
 class Relay:
-    """The child's stdout and stderr on their way through us, unmodified, at once, and read along.
+    """Passes the child's stdout and stderr on at once, unmodified, and shows them to `sink`.
 
-    `sink(channel, data, t_ns)` sees each chunk after it has been written: `channel` is 1 or 2,
-    `t_ns` when it was read. It runs in the channel's thread, as does `before`, which is called
-    just before bytes are written and may take away what stands in their place. A pty stands in
-    where our descriptor is a terminal, a pipe elsewhere; where both of ours are one file the child
-    gets one channel, so that the order of its lines stays. stdin is not touched.
+    `sink(channel, data, t_ns)` gets each chunk after it has been written: `channel` is 1 or 2,
+    `t_ns` is when it was read. `before()` is called just before bytes are written, so that a line
+    of ours can be taken away. Both run in the channel's thread. The child writes into a pty where
+    our descriptor is a terminal, into a pipe elsewhere. If both of our descriptors are one file,
+    there is one channel, so that the order of the lines stays. stdin is not touched.
 
-    Limits: output stops when this process is killed by SIGKILL (as with `| tee`), and a full-screen
-    program that sets the terminal's modes through stdout sets the stand-in's.
+    Limits: output stops when this process is killed by SIGKILL (as with `| tee`). A full-screen
+    program that sets the terminal's modes through stdout sets those of the pty.
     """
 
     def __init__(self, sink: Sink, *, before: Callable[[], None] | None = None) -> None:
@@ -47,7 +48,7 @@ class Relay:
                 stat, inherited = os.fstat(fd), os.get_inheritable(fd)
             except OSError:
                 inherited = False
-            if not inherited:  # closed by whoever started us, or taken by a file of ours since
+            if not inherited:  # it was closed when we started, or is a file of ours by now
                 continue
             channel = identity.get((stat.st_dev, stat.st_ino))
             if channel is None:
@@ -77,7 +78,7 @@ class Relay:
 
     @property
     def finished(self) -> bool:
-        """Whether all that can be passed on has been."""
+        """Whether everything that can be passed on has been passed on."""
         return all(channel.done for channel in self._channels)
 
     def join(self, timeout_s: float) -> None:
@@ -86,7 +87,7 @@ class Relay:
             thread.join(timeout_s)
 
     def wind_up(self) -> None:
-        """The child has ended: pass on what it left, and wait for nobody else's output."""
+        """The child has ended: pass on what it left, but do not wait for its descendants."""
         if self._wake_writer >= 0:
             os.close(self._wake_writer)
             self._wake_writer = -1
@@ -97,7 +98,7 @@ class Relay:
         return any(changed)
 
     def close(self) -> None:
-        """Let go of the channels; what a living descendant still writes goes on to its reader."""
+        """Close the channels. What a living descendant still writes is passed on by `cat`."""
         self.wind_up()
         for channel in self._channels:
             channel.close_child_end()
@@ -154,7 +155,7 @@ class Relay:
             return
         try:
             self._sink(fd, data, t_ns)
-        except Exception as error:  # reading along must never cost the child its output
+        except Exception as error:  # a fault of ours must not cost the child its output
             self._sink = None
             self._warn(
                 "output-not-read",
@@ -223,7 +224,7 @@ class _Channel:
         while rest:
             try:
                 rest = rest[os.write(self.fd, rest) :]
-            except BlockingIOError:  # whoever shares our stdout made it non-blocking
+            except BlockingIOError:  # another process that shares our stdout made it so
                 import select
 
                 poller = select.poll()
@@ -231,7 +232,7 @@ class _Channel:
                 poller.poll()
 
     def hand_over(self) -> None:
-        """Leave a `cat` in our place: a daemon that keeps writing must not meet a closed pipe.
+        """Leave a `cat` in our place, so that a daemon that keeps writing meets no closed pipe.
 
         It ends with the daemon, and holds our stdout open as the daemon itself would have.
         """

@@ -199,6 +199,15 @@ _ALWAYS = {
 """What every summary has had from the first version on."""
 
 
+def read_live_run(directory: Path) -> dict[str, Any] | None:
+    """The facts of a run that is being recorded; None if it has ended or cannot be read."""
+    try:
+        run = read_run(directory)
+    except TraceError:
+        return None
+    return run if not run.get("complete") and recorder_lives(run) else None
+
+
 def recorder_lives(run: Mapping[str, Any]) -> bool:
     """Whether the profiler of an unfinished run may still be there; only one killed is not."""
     here = boot_id()
