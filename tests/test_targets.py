@@ -1083,7 +1083,7 @@ def test_nothing_heavy_is_imported_before_the_child_starts() -> None:
         f"""
         import sys
         before = set(sys.modules)
-        import pepr_profiler.targets
+        import pepr_profiler.recording.command
         print(sorted(set({heavy}) & (set(sys.modules) - before)))
         """
     )
