@@ -1,4 +1,4 @@
-"""`pepr-profile daemon`: read privileged counters once, for everybody on the node."""
+"""`pepr-profile daemon`: read privileged counters once, for all users of this machine."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pepr_profiler.units import format_duration, format_quantity, parse_duration
     type=click.Path(path_type=Path),
     envvar="PEPR_DAEMON",
     metavar="FILE",
-    help="Where to listen [/run/pepr-profiler/daemon.sock for root, else below XDG_RUNTIME_DIR].",
+    help="Listen there [/run/pepr-profiler/daemon.sock for root, else below XDG_RUNTIME_DIR].",
 )
 @click.option("--sensor", "sensors", multiple=True, metavar="KIND[:WHERE]", help="Read this one.")
 @click.option(
     "--period",
     metavar="TIME",
-    help="Read every sensor this often [when refreshed]: 10ms. What tells no energy of a GPU is "
+    help="Read every sensor this often [when refreshed]: 10ms. What is not energy of a GPU is "
     "read 5 times a second at most.",
 )
 @click.option(
@@ -36,36 +36,36 @@ from pepr_profiler.units import format_duration, format_quantity, parse_duration
 @click.option("--group", metavar="NAME", help="Only this group may connect [everybody, if root].")
 @click.option("--admin-group", metavar="NAME", help="Its members are trusted as root is.")
 @click.option(
-    "--user", metavar="NAME", help="Whom to become, if root [pepr-profiler, else nobody]."
+    "--user", metavar="NAME", help="The user to become, if root [pepr-profiler, else nobody]."
 )
 @click.option(
     "--coarse-period",
     default="10ms",
     metavar="TIME",
-    help="Others than root and --admin-group learn of RAPL at most this often [10ms].",
+    help="Users other than root and --admin-group get RAPL's energy at most this often [10ms].",
 )
 @click.option(
     "--coarse-quantum",
     default=0.1,
     type=click.FloatRange(min=0, min_open=True),
     metavar="J",
-    help="… and in multiples of this many joules [0.1].",
+    help="Their energy is rounded down to multiples of this many joules [0.1].",
 )
 @click.option(
     "--metrics",
     metavar="[ADDR:]PORT",
-    help="Serve metrics for Prometheus there [ADDR: 127.0.0.1; without --metrics nowhere].",
+    help="Serve metrics for Prometheus there [no metrics; ADDR: 127.0.0.1].",
 )
 @click.option(
     "--metrics-runs",
     is_flag=True,
-    help="Tell in them each registered run's energy too, under a number; whoever reads the port "
-    "sees it.",
+    help="Show each registered run's energy in the metrics, under a number, to all who can read "
+    "the port.",
 )
 @click.pass_context
 def daemon(ctx: click.Context, /, *, path: Path | None, **options: Any) -> int | None:
-    """Serve this machine's counters, in the foreground, to whoever may not read them."""
-    ctx.obj = path = None if path == Path("off") else path  # clients' word for none
+    """Serve this machine's counters, in the foreground, to users who may not read them."""
+    ctx.obj = path = None if path == Path("off") else path  # for clients it means: no daemon
     return None if ctx.invoked_subcommand else _serve(path, **options)
 
 
@@ -105,9 +105,9 @@ def _serve(
     become = system.account(user) if root else None
     gid = -1 if group is None else system.group_id(group)
     admin_gid = None if admin_group is None else system.group_id(admin_group)
-    scraped = None if metrics is None else exporter.listen(metrics)
+    metrics_listener = None if metrics is None else exporter.listen(metrics)
     inherited = system.inherited_socket()
-    # Given a socket by systemd, or a group: for many. A user's own is for that user alone.
+    # With systemd's socket or --group it serves many. A user's own serves that user alone.
     shared = root or inherited is not None or group is not None
     access = system.Access(mode=0o660 if group else 0o666 if shared else 0o600, gid=gid)
     where = path or system.default_path() if inherited is None else inherited.getsockname()
@@ -124,19 +124,19 @@ def _serve(
         for lane in lanes:
             if lane.why and lane.sampler.state == "failed":
                 complain(f"{lane.spec}: {lane.why}")
-        serves = None if scraped is None else exporter.Exporter(scraped)
+        metrics_server = None if metrics_listener is None else exporter.Exporter(metrics_listener)
         server = Server(
             listener,
             lanes,
             policy=policy,
             manager=manager,
-            exporter=serves,
+            exporter=metrics_server,
             ledger=Ledger() if metrics_runs else None,
             log=complain,
         )
         complain(f"serving {where} as user {os.geteuid()}")
-        if serves is not None:
-            complain(f"serving {serves.url}")
+        if metrics_server is not None:
+            complain(f"serving {metrics_server.url}")
         return server.serve()
     finally:
         listener.close()
@@ -147,7 +147,7 @@ def _serve(
 @click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
 @click.pass_obj
 def status(path: Path | None, /, *, as_json: bool) -> None:
-    """Say what the daemon reads and for whom."""
+    """Show what the daemon reads, at what cost, and for whom."""
     where, facts = _ask(path, "status")
     if as_json:
         click.echo(json.dumps({"socket": str(where), **facts}, indent=1))
@@ -163,18 +163,18 @@ def status(path: Path | None, /, *, as_json: bool) -> None:
         click.echo(f"  metrics at {facts['metrics']}")
     click.echo(f"  {facts['clients']} client(s){whose}, {len(facts['runs'])} run(s){whose}")
     for lane in facts["lanes"]:
-        told = ", told coarsely" if lane["coarse"] else ""
-        state = f"{len(lane['channels'])} channels{told}" if not lane["why"] else lane["why"]
+        coarse = ", coarse for you" if lane["coarse"] else ""
+        state = f"{len(lane['channels'])} channels{coarse}" if not lane["why"] else lane["why"]
         click.echo(f"  {lane['name']:<10} {state}")
     for run in facts["runs"]:
-        told = "" if run["number"] is None else f', in the metrics run="{run["number"]}"'
-        click.echo(f"  run {run['run']}, process {run['pid']} of user {run['uid']}{told}")
+        label = "" if run["number"] is None else f', in the metrics run="{run["number"]}"'
+        click.echo(f"  run {run['run']}, process {run['pid']} of user {run['uid']}{label}")
 
 
 @daemon.command()
 @click.pass_obj
 def stop(path: Path | None, /) -> None:
-    """End the daemon; runs that go on read counters again when it is back."""
+    """End the daemon. Runs that go on read its counters again when it is back."""
     where, _ = _ask(path, "stop")
     complain(f"the daemon at {where} ends")
 
