@@ -22,7 +22,6 @@ from pepr_profiler.errors import UsageError
 from pepr_profiler.recording.command import Child, Exit, HeldSignals, hold_signals, resolve
 from pepr_profiler.recording.options import Options
 from pepr_profiler.recording.recorder import TICK_S, Recorder
-from pepr_profiler.recording.relay import Relay
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
 if TYPE_CHECKING:
@@ -77,6 +76,8 @@ def _measure(
     _core.set_child_subreaper()
     relay, line, live = None, None, not request.quiet
     if metrics is not None and metrics.has_patterns:
+        from pepr_profiler.recording.relay import Relay
+
         line = LiveLine(metrics.feed)
         relay = Relay(line.sink, before=line.clear) if live else Relay(metrics.feed)
 

@@ -35,7 +35,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pepr_profiler import _core
 from pepr_profiler.errors import CommandError
 from pepr_profiler.record import Record
-from pepr_profiler.recording.relay import _PATIENCE_S, Relay
+
+TYPE_CHECKING = False  # typing takes 0.5 MB
+if TYPE_CHECKING:
+    from pepr_profiler.recording.relay import Relay
 
 _SI_KERNEL = 0x80  # linux/include/uapi/asm-generic/siginfo.h; the signal module has no name for it
 
@@ -270,7 +273,7 @@ class Child:
                 self._on_signal(*info)
             elif info[0] in _FATAL and self._relay is not None:
                 # Its reader (a pager) may never take the rest, and there is no child to ask.
-                self._relay.join(_PATIENCE_S)
+                self._relay.join()
                 break
         self._reap()
         self.exit = self._make_exit()

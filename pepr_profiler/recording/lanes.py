@@ -11,8 +11,7 @@ from pepr_profiler.daemon_client.address import sockets_there
 from pepr_profiler.errors import SensorError
 from pepr_profiler.recording.options import Options
 from pepr_profiler.sensors.detect import detect
-from pepr_profiler.sensors.machine import place
-from pepr_profiler.sensors.remedy import is_denied, remedy
+from pepr_profiler.sensors.remedy import is_denied
 from pepr_profiler.sensors.spec import SensorSpec, lanes_by_name, with_process_lists
 from pepr_profiler.trace.lane import LaneInfo, LaneWriter, describe
 
@@ -182,6 +181,9 @@ class Lanes:
         return True
 
     def _add_missing(self, lane: RecordedLane, part: SensorError | _core.Note) -> None:
+        from pepr_profiler.sensors.machine import place  # both only where something is missing
+        from pepr_profiler.sensors.remedy import remedy
+
         found = remedy(lane.spec, what=part.what, why=part.why, fix=part.fix, where=place())
         self.missing.append(found)
 

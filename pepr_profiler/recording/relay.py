@@ -81,7 +81,7 @@ class Relay:
         """Whether everything that can be passed on has been passed on."""
         return all(channel.done for channel in self._channels)
 
-    def join(self, timeout_s: float) -> None:
+    def join(self, timeout_s: float = _PATIENCE_S) -> None:
         """Wait until all is passed on, at most `timeout_s` a channel."""
         for thread in self._threads:
             thread.join(timeout_s)
