@@ -310,8 +310,8 @@ class Run:
     def _keep_looking(self) -> None:
         recorder, after_s = self._recorder, TICK_S
         assert recorder is not None
-        while not self._ending:  # checked after each tick too, which clears the news of our end
-            recorder.news.wait(after_s)
+        while not self._ending:  # checked after each tick too, which clears the notifier
+            recorder.notifier.wait(after_s)
             if not self._ending:
                 with self._lock:
                     after_s = recorder.tick()
@@ -325,7 +325,7 @@ class Run:
         recorder, end_ns = self._recorder, self._window_ns[1]
         assert recorder is not None and end_ns is not None and self._thread is not None
         self._ending = True
-        recorder.news.raise_()
+        recorder.notifier.notify()
         self._thread.join()
         if os.environ.get(RUN_DIR_VARIABLE) == str(recorder.directory):
             del os.environ[RUN_DIR_VARIABLE]

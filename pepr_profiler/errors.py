@@ -32,7 +32,11 @@ class UsageError(PeprError):
 
 
 class SensorError(PeprError):
-    """A sensor cannot be opened. Raised by the native core with its reason and remedy."""
+    """A sensor cannot be opened. `denied`: only permission is missing."""
+
+    def __init__(self, what: str, *, why: str = "", fix: str = "", denied: bool = False) -> None:
+        super().__init__(what, why=why, fix=fix)
+        self.denied = denied
 
 
 class TraceError(PeprError):

@@ -29,19 +29,19 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "budget.h"
-#include "cadence.h"
-#include "clock.h"
-#include "coarse.h"
-#include "crew.h"
-#include "journal.h"
-#include "lane_file.h"
-#include "news.h"
-#include "ring.h"
-#include "sampler.h"
-#include "sensor.h"
+#include "recording/journal.h"
+#include "recording/lane_file.h"
+#include "sampling/budget.h"
+#include "sampling/cadence.h"
+#include "sampling/coarse.h"
+#include "sampling/readers.h"
+#include "sampling/ring.h"
+#include "sampling/sampler.h"
 #include "sensors/machine_time.h"
 #include "sensors/reconciled.h"
+#include "sensors/sensor.h"
+#include "system/clock.h"
+#include "system/notifier.h"
 
 namespace fs = std::filesystem;
 
@@ -607,7 +607,7 @@ struct VirtualLane {
 
 double used_share(double limit, const std::vector<VirtualLane>& lanes,
                   std::vector<double>* rates = nullptr) {
-    const auto budget = std::make_shared<pepr::Budget>(limit);
+    const auto budget = std::make_shared<pepr::CpuBudget>(limit);
     struct Lane {
         std::unique_ptr<pepr::Throttle> throttle;
         std::int64_t period_ns, cost_ns;
@@ -631,10 +631,10 @@ double used_share(double limit, const std::vector<VirtualLane>& lanes,
             lane.counted_ns += lane.cost_ns;
             ++lane.reads;
         }
-        const bool held = lane.throttle->gap_ns() > lane.period_ns;
+        const bool held = lane.throttle->min_spacing_ns() > lane.period_ns;
         if (lane.throttle->read(t_ns, held))
             lane.throttle->account(t_ns, lane.cpu_ns, lane.gives_way);
-        lane.next_ns = t_ns + std::max(lane.period_ns, lane.throttle->gap_ns());
+        lane.next_ns = t_ns + std::max(lane.period_ns, lane.throttle->min_spacing_ns());
     }
     double sum_ns = 0;
     for (const Lane& lane : all) {
@@ -686,22 +686,22 @@ void budget_gives_half_to_those_that_wait_for_no_refresh() {
 
 void budget_follows_what_a_lane_would_like() {
     // given a lane that is held back, and then wants less than it may
-    const auto budget = std::make_shared<pepr::Budget>(0.005);
+    const auto budget = std::make_shared<pepr::CpuBudget>(0.005);
     pepr::Throttle throttle(budget);
     std::int64_t t_ns = 0, cpu_ns = 0;
     const auto live = [&](std::int64_t wanted_ns, std::int64_t until_ns) {
-        for (; t_ns < until_ns; t_ns += std::max(wanted_ns, throttle.gap_ns())) {
+        for (; t_ns < until_ns; t_ns += std::max(wanted_ns, throttle.min_spacing_ns())) {
             cpu_ns += 200'000;
-            if (throttle.read(t_ns, throttle.gap_ns() > wanted_ns))
+            if (throttle.read(t_ns, throttle.min_spacing_ns() > wanted_ns))
                 throttle.account(t_ns, cpu_ns, false);
         }
     };
     live(10 * kMs, 10 * kNsPerS);
-    CHECK(near(throttle.gap_ns(), 40 * kMs, 0.05));
+    CHECK(near(throttle.min_spacing_ns(), 40 * kMs, 0.05));
     live(50 * kMs, 20 * kNsPerS);
-    CHECK(throttle.gap_ns() == 0);
+    CHECK(throttle.min_spacing_ns() == 0);
     live(10 * kMs, 30 * kNsPerS);
-    CHECK(near(throttle.gap_ns(), 40 * kMs, 0.05));
+    CHECK(near(throttle.min_spacing_ns(), 40 * kMs, 0.05));
 }
 
 void budget_that_suffices_stretches_nothing() {
@@ -718,14 +718,14 @@ void budget_too_small_still_reads_before_a_gap() {
 }
 
 void budget_does_not_count_the_start() {
-    const auto budget = std::make_shared<pepr::Budget>(0.005);
+    const auto budget = std::make_shared<pepr::CpuBudget>(0.005);
     pepr::Throttle throttle(budget);
     // 50 % of a core in the first second, next to nothing afterwards
     for (std::int64_t t_ns = 0; t_ns <= 5 * kNsPerS; t_ns += 10 * kMs) {
         const std::int64_t cpu_ns =
             std::min(t_ns, kNsPerS) / 2 + std::max<std::int64_t>(0, t_ns - kNsPerS) / 1000;
         if (throttle.read(t_ns, false)) throttle.account(t_ns, cpu_ns, false);
-        CHECK(throttle.gap_ns() == 0);
+        CHECK(throttle.min_spacing_ns() == 0);
     }
 }
 
@@ -813,7 +813,7 @@ bool explains_itself(F&& call) {
     try {
         call();
     } catch (const pepr::SensorError& error) {
-        return std::strlen(error.what()) > 0 && !error.why.empty() && !error.hint.empty();
+        return std::strlen(error.what()) > 0 && !error.note.why.empty() && !error.note.fix.empty();
     }
     return false;
 }
@@ -851,7 +851,7 @@ void sampler_follows_what_it_reads() {
     for (int i = 0; i < 100; ++i)
         text += std::to_string(0.05 * i) + "\t" + std::to_string(i) + "\n";
     Sampler sampler({"replay:" + folder.write("steps", text), 5 * kMs, true,
-                     std::make_shared<pepr::Budget>(0.5)});
+                     std::make_shared<pepr::CpuBudget>(0.5)});
     CHECK(sampler.wait_ready(10 * kNsPerS));
     Recorded rows;
     while (sampler.stats().settled < 30 && sampler.stats().samples < 900) std::this_thread::yield();
@@ -868,11 +868,11 @@ void sampler_that_is_held_back_still_sees_every_wrap() {
     std::string text = "channel\ta/energy\tenergy\tJ\t1\t4000\tcounter\treplay\n";
     for (int i = 0; i < 3000; ++i)
         text += std::to_string(0.01 * i) + "\t" + std::to_string(i) + "\n";
-    Sampler sampler(
-        {"replay:" + folder.write("steps", text), kMs, true, std::make_shared<pepr::Budget>(1e-6)});
+    Sampler sampler({"replay:" + folder.write("steps", text), kMs, true,
+                     std::make_shared<pepr::CpuBudget>(1e-6)});
     CHECK(sampler.wait_ready(10 * kNsPerS));
     // when the budget would have it read less often than that
-    CHECK(comes_true([&] { return sampler.stats().gap_ns > 500 * kMs; }));
+    CHECK(comes_true([&] { return sampler.stats().min_spacing_ns > 500 * kMs; }));
     const std::int64_t from_ns = now_ns();
     std::this_thread::sleep_for(std::chrono::milliseconds(1500));
     CHECK(sampler.stop(10 * kNsPerS));
@@ -1053,7 +1053,8 @@ void sampler_lets_a_forked_child_go() {
     CHECK(sampler->stats().samples > samples);  // the parent's lane ran on
 }
 
-// --- the crew: lanes that share their wake-ups ---------------------------------------------------
+// --- the readers: lanes that share their wake-ups
+// -------------------------------------------------
 
 // A driver that hangs, or takes its time, when told; it notes who reads it.
 class Moody final : public pepr::Sensor {
@@ -1124,12 +1125,12 @@ std::int64_t longest_gap_ns(const Recorded& rows) {
     return longest_ns;
 }
 
-void crew_reads_quick_lanes_by_one_thread_and_slow_ones_by_another() {
-    const auto crew = std::make_shared<pepr::Crew>();
-    Sampler quick(Moody::how(0, 4 * kMs), crew);
+void readers_read_quick_lanes_by_one_thread_and_slow_ones_by_another() {
+    const auto readers = std::make_shared<pepr::Readers>();
+    Sampler quick(Moody::how(0, 4 * kMs), readers);
     CHECK(quick.wait_ready(10 * kNsPerS));
     std::this_thread::sleep_for(std::chrono::microseconds(1500));  // begun apart, they meet
-    Sampler other(Moody::how(1, 4 * kMs), crew);
+    Sampler other(Moody::how(1, 4 * kMs), readers);
     CHECK(other.wait_ready(10 * kNsPerS));
     CHECK(comes_true([] { return is_one_reader(0, 1); }));
     // due together, they are read in one wake-up: the threads sleep once for two reads
@@ -1159,12 +1160,12 @@ void crew_reads_quick_lanes_by_one_thread_and_slow_ones_by_another() {
     }
 }
 
-void crew_goes_on_when_a_driver_keeps_its_leader() {
+void readers_go_on_when_a_driver_keeps_its_leader() {
     const std::size_t threads_before = entries_of("/proc/self/task");
     {
-        const auto crew = std::make_shared<pepr::Crew>();
-        Sampler hung(Moody::how(0, 2 * kMs), crew), other(Moody::how(1, 2 * kMs), crew);
-        Sampler third(Moody::how(2, 5 * kMs), crew);
+        const auto readers = std::make_shared<pepr::Readers>();
+        Sampler hung(Moody::how(0, 2 * kMs), readers), other(Moody::how(1, 2 * kMs), readers);
+        Sampler third(Moody::how(2, 5 * kMs), readers);
         for (int round = 0; round < 3; ++round) {
             // given all in one hand, which is kept
             CHECK(comes_true([] { return is_one_reader(0, 1) && is_one_reader(1, 2); }));
@@ -1188,11 +1189,11 @@ void crew_goes_on_when_a_driver_keeps_its_leader() {
     CHECK(comes_true([&] { return entries_of("/proc/self/task") == threads_before; }));
 }
 
-void crew_stops_a_lane_while_another_keeps_its_leader() {
+void readers_stop_a_lane_while_another_keeps_its_leader() {
     const std::size_t threads_before = entries_of("/proc/self/task");
     {
-        const auto crew = std::make_shared<pepr::Crew>();
-        Sampler hung(Moody::how(0, kMs), crew), other(Moody::how(1, kMs), crew);
+        const auto readers = std::make_shared<pepr::Readers>();
+        Sampler hung(Moody::how(0, kMs), readers), other(Moody::how(1, kMs), readers);
         CHECK(comes_true([] { return is_one_reader(0, 1) && Moody::moods[1].reads > 20; }));
         Moody::moods[0].hangs = true;
         CHECK(other.stop(10 * kNsPerS));  // at once: nobody has looked yet
@@ -1203,13 +1204,13 @@ void crew_stops_a_lane_while_another_keeps_its_leader() {
     CHECK(comes_true([&] { return entries_of("/proc/self/task") == threads_before; }));
 }
 
-void crew_cycles_leave_nothing_behind() {
+void readers_cycles_leave_nothing_behind() {
     const std::size_t threads = entries_of("/proc/self/task");
     for (int cycle = 0; cycle < 60; ++cycle) {
-        const auto crew = std::make_shared<pepr::Crew>();
+        const auto readers = std::make_shared<pepr::Readers>();
         std::vector<std::unique_ptr<Sampler>> lanes;
         for (int i = 0; i < Moody::kMoods; ++i)
-            lanes.push_back(std::make_unique<Sampler>(Moody::how(i, (i % 2 + 1) * kMs), crew));
+            lanes.push_back(std::make_unique<Sampler>(Moody::how(i, (i % 2 + 1) * kMs), readers));
         if (cycle % 3 > 0) std::this_thread::sleep_for(std::chrono::milliseconds(cycle));
         std::rotate(lanes.begin(), lanes.begin() + cycle % Moody::kMoods, lanes.end());
         for (const auto& lane : lanes)
@@ -1218,9 +1219,9 @@ void crew_cycles_leave_nothing_behind() {
     CHECK(entries_of("/proc/self/task") == threads);
 }
 
-void crew_reads_without_an_allocation() {
-    const auto crew = std::make_shared<pepr::Crew>();
-    Sampler a(Moody::how(0, kMs), crew), b(Moody::how(1, kMs), crew);
+void readers_read_without_an_allocation() {
+    const auto readers = std::make_shared<pepr::Readers>();
+    Sampler a(Moody::how(0, kMs), readers), b(Moody::how(1, kMs), readers);
     CHECK(comes_true([] { return is_one_reader(0, 1) && Moody::moods[1].reads > 50; }));
     std::uint64_t allocations_before = 0, reads_before = 0;
     CHECK(comes_true([&] {  // a stretch in which it stays one thread: a busy machine has few
@@ -1235,12 +1236,12 @@ void crew_reads_without_an_allocation() {
 }
 
 // Lanes whose period nobody asked for go along with those that must be read.
-void crew_spares_the_wake_ups_of_lanes_that_can_wait() {
-    const auto crew = std::make_shared<pepr::Crew>();
-    const auto budget = std::make_shared<pepr::Budget>(0.9);
+void readers_spare_the_wake_ups_of_lanes_that_can_wait() {
+    const auto readers = std::make_shared<pepr::Readers>();
+    const auto budget = std::make_shared<pepr::CpuBudget>(0.9);
     pepr::Lane::How elastic = Moody::how(1, 20 * kMs);
     elastic.budget = budget;
-    Sampler rigid(Moody::how(0, 16 * kMs), crew), other(std::move(elastic), crew);
+    Sampler rigid(Moody::how(0, 16 * kMs), readers), other(std::move(elastic), readers);
     CHECK(comes_true([] { return is_one_reader(0, 1) && Moody::moods[1].reads > 20; }));
     const std::int64_t from_ns = now_ns();
     CHECK(comes_true(
@@ -1262,7 +1263,7 @@ void crew_spares_the_wake_ups_of_lanes_that_can_wait() {
 void lane_that_can_wait_may_whatever_its_period() {
     for (const std::int64_t period_ns : {20 * kMs, 100 * kMs, kNsPerS, 10 * kNsPerS}) {
         pepr::Lane::How how = Moody::how(0, period_ns);
-        how.budget = std::make_shared<pepr::Budget>(0.9);
+        how.budget = std::make_shared<pepr::CpuBudget>(0.9);
         pepr::Lane lane(std::move(how), now_ns());
         CHECK(lane.open());
         pepr::CpuLaps laps;
@@ -1273,11 +1274,11 @@ void lane_that_can_wait_may_whatever_its_period() {
 }
 
 // Going along is no reason to be read more often.
-void crew_reads_lanes_that_can_wait_as_late_as_they_are_due() {
-    const auto crew = std::make_shared<pepr::Crew>();
+void readers_read_lanes_that_can_wait_as_late_as_they_are_due() {
+    const auto readers = std::make_shared<pepr::Readers>();
     pepr::Lane::How elastic = Moody::how(1, 40 * kMs);
-    elastic.budget = std::make_shared<pepr::Budget>(0.9);
-    Sampler rigid(Moody::how(0, 10 * kMs), crew), other(std::move(elastic), crew);
+    elastic.budget = std::make_shared<pepr::CpuBudget>(0.9);
+    Sampler rigid(Moody::how(0, 10 * kMs), readers), other(std::move(elastic), readers);
     CHECK(comes_true([] { return is_one_reader(0, 1) && Moody::moods[1].reads > 20; }));
     CHECK(comes_true(
         [reads = Moody::moods[1].reads.load()] { return Moody::moods[1].reads > reads + 20; }));
@@ -1329,12 +1330,12 @@ std::shared_ptr<pepr::LaneFile> file_of(const Folder& folder, const char* name) 
 
 void journal_writes_each_row_once_whoever_flushes() {
     const Folder folder;
-    const auto news = std::make_shared<pepr::News>();
-    const auto crew = std::make_shared<pepr::Crew>();
-    Sampler a(Moody::how(0, kMs), crew), b(Moody::how(1, kMs), crew);
+    const auto notifier = std::make_shared<pepr::Notifier>();
+    const auto readers = std::make_shared<pepr::Readers>();
+    Sampler a(Moody::how(0, kMs), readers), b(Moody::how(1, kMs), readers);
     CHECK(a.wait_ready(10 * kNsPerS) && b.wait_ready(10 * kNsPerS));
     const auto of_a = file_of(folder, "a"), of_b = file_of(folder, "b");
-    pepr::Journal journal(3 * kMs, news);
+    pepr::Journal journal(3 * kMs, notifier);
     journal.add(a.lane(), of_a);
     const std::string tail = folder.write("a", "") + ".tail.arrows";
     CHECK(comes_true([&] { return stream_in(tail).read > 0; }));  // by itself
@@ -1356,12 +1357,12 @@ void journal_writes_each_row_once_whoever_flushes() {
         CHECK(file->error() == 0 && file->dropped_rows() == 0);
     }
     CHECK(stream_in(folder.write("a", "") + ".arrows").batches > 1);
-    CHECK(!news->wait(0));
+    CHECK(!notifier->wait(0));
 }
 
 void journal_tells_when_a_disk_is_full_and_when_it_is_not() {
     const Folder folder;
-    const auto news = std::make_shared<pepr::News>();
+    const auto notifier = std::make_shared<pepr::Notifier>();
     Sampler lane(Moody::how(0, kMs));
     CHECK(lane.wait_ready(10 * kNsPerS));
     const auto file = file_of(folder, "a");
@@ -1370,15 +1371,15 @@ void journal_tells_when_a_disk_is_full_and_when_it_is_not() {
     CHECK(::getrlimit(RLIMIT_FSIZE, &limit) == 0);
     const rlimit little{4096, limit.rlim_max};
     CHECK(::setrlimit(RLIMIT_FSIZE, &little) == 0);
-    pepr::Journal journal(2 * kMs, news);
+    pepr::Journal journal(2 * kMs, notifier);
     journal.add(lane.lane(), file);
-    CHECK(news->wait(20 * kNsPerS));
+    CHECK(notifier->wait(20 * kNsPerS));
     CHECK(file->error() == EFBIG);
-    news->hear();
+    notifier->clear();
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
-    CHECK(!news->wait(0));  // it still is: no news
+    CHECK(!notifier->wait(0));  // it still is: nobody is notified
     CHECK(::setrlimit(RLIMIT_FSIZE, &limit) == 0);
-    CHECK(news->wait(20 * kNsPerS));
+    CHECK(notifier->wait(20 * kNsPerS));
     CHECK(file->error() == 0);
     CHECK(lane.stop(10 * kNsPerS));
     journal.stop();
@@ -1412,7 +1413,7 @@ void journal_cycles_leave_nothing_behind_and_a_forked_child_goes() {
         Sampler lane(Moody::how(0, kMs));
         CHECK(lane.wait_ready(10 * kNsPerS));
         for (int cycle = 0; cycle < 40; ++cycle) {
-            auto journal = std::make_unique<pepr::Journal>(kMs, std::make_shared<pepr::News>());
+            auto journal = std::make_unique<pepr::Journal>(kMs, std::make_shared<pepr::Notifier>());
             journal->add(lane.lane(), file_of(folder, "a"));
             if (cycle % 4 == 0) {
                 const pid_t child = ::fork();
@@ -1452,9 +1453,9 @@ private:
 std::atomic<double> Visitor::who{0};
 
 void lane_tells_when_it_reads_of_somebody_else() {
-    const auto news = std::make_shared<pepr::News>();
+    const auto notifier = std::make_shared<pepr::Notifier>();
     pepr::Lane::How how{"", kMs};
-    how.news = news;
+    how.notifier = notifier;
     how.open = [](const std::string&) -> std::unique_ptr<pepr::Sensor> {
         return std::make_unique<Visitor>();
     };
@@ -1462,18 +1463,18 @@ void lane_tells_when_it_reads_of_somebody_else() {
     Sampler lane(std::move(how));
     CHECK(lane.wait_ready(10 * kNsPerS));
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
-    CHECK(!news->wait(0));  // nobody, as before
+    CHECK(!notifier->wait(0));  // nobody, as before
     for (const double who : {4121.0, 7.0, 0.0}) {
         Visitor::who = who;
-        CHECK(news->wait(20 * kNsPerS));
-        news->hear();
+        CHECK(notifier->wait(20 * kNsPerS));
+        notifier->clear();
         std::int64_t t_ns = 0, read_ns = 0;
         double values[2] = {};
         CHECK(lane.latest({&t_ns, &read_ns, values, 1}) == 1);
         CHECK(values[1] == who);  // what is told can be read already
         Visitor::who = pepr::kUnknown;
         std::this_thread::sleep_for(std::chrono::milliseconds(20));
-        CHECK(!news->wait(0));  // that it is unknown for a while is none
+        CHECK(!notifier->wait(0));  // being unknown for a while is no other process
     }
 }
 
@@ -1767,7 +1768,7 @@ void open_and_read(const std::string& spec, int& opened) {
             CHECK(std::isfinite(channel.scale) && channel.modulus >= 0);
         ++opened;
     } catch (const pepr::SensorError& error) {
-        CHECK(*error.what() != '\0' && !error.why.empty() && !error.hint.empty());
+        CHECK(*error.what() != '\0' && !error.note.why.empty() && !error.note.fix.empty());
     }
 }
 
@@ -1857,14 +1858,14 @@ constexpr Test kTests[] = {
     TEST(sampler_rethrows_why_it_failed),
     TEST(sampler_cycles_leave_nothing_behind),
     TEST(sampler_lets_a_forked_child_go),
-    TEST(crew_reads_quick_lanes_by_one_thread_and_slow_ones_by_another),
-    TEST(crew_goes_on_when_a_driver_keeps_its_leader),
-    TEST(crew_stops_a_lane_while_another_keeps_its_leader),
-    TEST(crew_cycles_leave_nothing_behind),
-    TEST(crew_reads_without_an_allocation),
-    TEST(crew_spares_the_wake_ups_of_lanes_that_can_wait),
+    TEST(readers_read_quick_lanes_by_one_thread_and_slow_ones_by_another),
+    TEST(readers_go_on_when_a_driver_keeps_its_leader),
+    TEST(readers_stop_a_lane_while_another_keeps_its_leader),
+    TEST(readers_cycles_leave_nothing_behind),
+    TEST(readers_read_without_an_allocation),
+    TEST(readers_spare_the_wake_ups_of_lanes_that_can_wait),
     TEST(lane_that_can_wait_may_whatever_its_period),
-    TEST(crew_reads_lanes_that_can_wait_as_late_as_they_are_due),
+    TEST(readers_read_lanes_that_can_wait_as_late_as_they_are_due),
     TEST(journal_writes_each_row_once_whoever_flushes),
     TEST(journal_tells_when_a_disk_is_full_and_when_it_is_not),
     TEST(arrow_file_is_written_over_in_its_own_room_or_left_alone),

@@ -59,7 +59,7 @@ def written(about: Schema, folder: Path) -> list[tuple[bytes, list[np.ndarray[An
     for rows in ROWS:
         t_ns, read_ns, skipped, gap_ns, *values = numbers(about, rows)
         t_ns += 1000 * len(messages)
-        file.take(t_ns.tobytes(), read_ns.tobytes(), [column.tobytes() for column in values])
+        file.append(t_ns.tobytes(), read_ns.tobytes(), [column.tobytes() for column in values])
         file.flush()
         data = tail.read_bytes()
         gaps_ns = np.diff(t_ns, prepend=t_ns[0] if before_ns is None else before_ns)

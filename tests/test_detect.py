@@ -190,7 +190,7 @@ def error_of(spec: str) -> SensorError:
 
 def told(spec: str, error: SensorError, **where: bool) -> dict[str, str]:
     here = Place(**{"root": False, "container": False, "virtual": False, **where})
-    return remedy(spec, what=error.what, why=error.why, fix=error.fix, where=here)
+    return remedy(spec, error, here)
 
 
 def test_a_denied_zone_is_unlocked_where_it_is_locked(powercap_sim: BuildTree) -> None:

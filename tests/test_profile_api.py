@@ -65,7 +65,7 @@ def test_a_block_ends_though_its_end_is_heard_by_a_look_that_had_begun(meter: st
     assert run._recorder is not None
     # given a look that has begun, and will hear what is raised until it gets the lock
     run._lock.acquire()
-    run._recorder.news.raise_()
+    run._recorder.notifier.notify()
     wait_s(0.2)
     threading.Timer(0.3, run._lock.release).start()
     begin_s = time.monotonic()
@@ -80,7 +80,7 @@ def test_python_sleeps_while_there_is_nothing_to_look_at(meter: str) -> None:
         assert recorder is not None
         with run._lock:
             assert recorder.tick() >= 10.0
-        assert not recorder.news.wait(0.3)
+        assert not recorder.notifier.wait(0.3)
     with (
         ended(subprocess.Popen(["sleep", "60"])) as other,
         profile("attached", sensors=[meter], pids=[other.pid]) as run,

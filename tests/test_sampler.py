@@ -133,13 +133,13 @@ def test_a_lane_that_learns_wastes_few_reads_and_one_that_does_not_most(
 
 def test_a_budget_is_kept_by_reading_less_often(spec: str) -> None:
     # given a lane that would take far more than a thousandth of a core
-    budget = _core.Budget(0.001)
+    budget = _core.CpuBudget(0.001)
     sampler = _core.Sampler(spec, 200_000, budget=budget)
     assert sampler.wait_ready(10)
     deadline_s = time.monotonic() + 30
-    while not sampler.stats()["gap_s"] and time.monotonic() < deadline_s:
+    while not sampler.stats()["min_spacing_s"] and time.monotonic() < deadline_s:
         time.sleep(0.01)
-    gap_s = sampler.stats()["gap_s"]
+    gap_s = sampler.stats()["min_spacing_s"]
     assert sampler.stop(10)
     assert 0.0002 < gap_s <= 0.8
 

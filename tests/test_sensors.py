@@ -359,7 +359,7 @@ def test_powercap_notes_a_zone_that_it_may_not_read(powercap_sim: BuildTree) -> 
 
     assert len(notes) == 1
     assert "intel-rapl:1:1" in notes[0].what and "dram" in notes[0].what
-    assert "Permission denied" in notes[0].why
+    assert notes[0].denied and "Permission denied" in notes[0].why
     assert f"chmod o+r {denied}" in notes[0].fix
 
 
@@ -371,7 +371,7 @@ def test_powercap_without_a_readable_zone_is_no_sensor(powercap_sim: BuildTree) 
     with obeying_permissions():
         error = why_not(tree.spec)
 
-    assert "Permission denied" in error.why
+    assert error.denied and "Permission denied" in error.why
     assert "chmod" in error.fix
 
 
@@ -433,7 +433,8 @@ def test_powercap_that_may_not_be_entered_at_all_says_how(powercap_sim: BuildTre
             error = why_not(tree.spec)
     finally:
         tree.where.chmod(0o755)
-    assert error.why.startswith("Permission denied") and str(tree.where) in error.fix
+    assert error.denied and error.why.startswith("Permission denied")
+    assert str(tree.where) in error.fix
 
 
 @pytest.mark.parametrize("kind", ["powercap", "hwmon"])
@@ -576,6 +577,7 @@ def test_perf_that_is_not_permitted_names_the_switch(tmp_path: Path) -> None:
     with without_perf():
         error = why_not(f"perf:{tree}")
 
+    assert error.denied
     assert error.why.startswith("Permission denied: kernel.perf_event_paranoid is ")
     assert error.fix == "sudo sysctl kernel.perf_event_paranoid=0"
 
@@ -673,7 +675,7 @@ def test_hwmon_that_may_not_be_read_names_the_file(tmp_path: Path) -> None:
 
     with obeying_permissions():
         error = why_not(f"hwmon:{tmp_path}/class/hwmon")
-    assert error.why.startswith("Permission denied")
+    assert error.denied and error.why.startswith("Permission denied")
     assert error.fix == f"sudo chmod o+r {chip.path('energy1_input')}"
 
 
@@ -943,6 +945,7 @@ def test_nvml_uses_what_is_permitted_and_names_what_is_not(nvml: BuildNvml) -> N
         assert "power_average" in gpu_channels(opened, 0)
         notes = opened.sampler.notes
     assert {note.what for note in notes} == {"energy of GPU 0"}
+    assert all(note.denied for note in notes)
     assert all(n.why.startswith("Permission denied") and "/dev/nvidia" in n.fix for n in notes)
 
 

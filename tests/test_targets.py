@@ -670,11 +670,11 @@ def test_frozen_child_does_not_freeze_the_profiler(wrapper: Wrapper, log: Log) -
     assert process.wait(PATIENCE_S) == 0
 
 
-def test_who_has_no_descriptor_left_hears_signals_and_returns_to_look_for_news() -> None:
+def test_who_has_no_descriptor_left_hears_signals_and_returns_to_look_again() -> None:
     script = """
 import os, resource, signal, time
 from pepr_profiler import _core
-news = _core.News()
+notifier = _core.Notifier()
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 lowest = os.open("/dev/null", os.O_RDONLY)
 os.close(lowest)
@@ -683,7 +683,7 @@ for sent in (True, False):
     if sent:
         os.kill(os.getpid(), signal.SIGUSR1)
     begin_s = time.monotonic()
-    found = _core.wait_signal([signal.SIGUSR1], time.monotonic_ns() + 60 * 10**9, news)
+    found = _core.wait_signal([signal.SIGUSR1], time.monotonic_ns() + 60 * 10**9, notifier)
     print(found and found[0], time.monotonic() - begin_s < 30)
 """
     done = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, check=True)

@@ -5,8 +5,8 @@
 #include <cstring>
 #include <filesystem>
 
-#include "../file.h"
-#include "../sensor.h"
+#include "sensors/sensor.h"
+#include "system/file.h"
 
 namespace pepr {
 
@@ -19,16 +19,18 @@ public:
     explicit Hwmon(const fs::path& root) {
         std::error_code error;
         std::set<fs::path> chips = list_directory(root, error);
+        const std::string missing = "no hwmon at " + root.string();
+        if (is_denied(error.value()))
+            throw SensorError(denied(missing, root.string(), "sudo chmod o+rx " + root.string()));
         if (error)
-            throw SensorError("no hwmon at " + root.string(),
-                              is_denied(error.value()) ? kDenied + root.string() : error.message(),
-                              is_denied(error.value())
-                                  ? "sudo chmod o+rx " + root.string()
-                                  : "virtual machines have none; on the machine itself: sensors");
+            throw SensorError(missing, error.message(),
+                              "virtual machines have none; on the machine itself: sensors");
         if (chips.count(root / "name") > 0) chips = {root};  // one chip of many was asked for
         for (const fs::path& chip : chips) open_chip(chip);
-        if (channels_.empty() && !notes_.empty())
-            throw SensorError("hwmon sensors cannot be read", notes_[0].why, notes_[0].fix);
+        if (channels_.empty() && !notes_.empty()) {
+            notes_[0].what = "hwmon sensors cannot be read";
+            throw SensorError(notes_[0]);
+        }
         if (channels_.empty())
             throw SensorError(
                 "no energy or power in hwmon",
@@ -98,11 +100,11 @@ private:
         Reading reading{File(path), times.empty() ? File() : File(times)};
         if (!reading.file || (!times.empty() && !reading.times)) {
             const int error = errno;
-            notes_.push_back(
-                {"hwmon " + name + " " + input,
-                 is_denied(error) ? kDenied + path.filename().string() + " is for root only"
-                                  : std::strerror(error),
-                 is_denied(error) ? "sudo chmod o+r " + path.string() : "check " + path.string()});
+            const std::string what = "hwmon " + name + " " + input;
+            notes_.push_back(is_denied(error)
+                                 ? denied(what, path.filename().string() + " is for root only",
+                                          "sudo chmod o+r " + path.string())
+                                 : Note{what, std::strerror(error), "check " + path.string()});
             return;
         }
         std::string label = read_text(base.string() + "_label");

@@ -6,8 +6,8 @@
 
 #include <unistd.h>
 
-#include "../file.h"
-#include "../sensor.h"
+#include "sensors/sensor.h"
+#include "system/file.h"
 
 namespace pepr {
 

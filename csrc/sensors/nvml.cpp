@@ -6,8 +6,8 @@
 #include <chrono>
 #include <thread>
 
-#include "../clock.h"
-#include "nvml_library.h"
+#include "sensors/nvml_library.h"
+#include "system/clock.h"
 
 namespace pepr {
 

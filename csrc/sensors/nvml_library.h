@@ -9,7 +9,7 @@
 #include <dlfcn.h>
 #include <nvml.h>
 
-#include "../sensor.h"
+#include "sensors/sensor.h"
 
 namespace pepr::nvml {
 
@@ -72,18 +72,15 @@ struct Library {
 
     Symbol find(const char* symbol) const { return {handle ? ::dlsym(handle, symbol) : nullptr}; }
 
-    std::string describe(nvmlReturn_t code) const {
-        const char* const text = error_string ? error_string(code) : "NVML error";
-        return std::string(code == NVML_ERROR_NO_PERMISSION ? kDenied : "") + text + " (" +
-               std::to_string(static_cast<int>(code)) + ")";
-    }
-
     void check(nvmlReturn_t code, const std::string& what) const {
-        if (code != NVML_SUCCESS) throw SensorError(what, describe(code), remedy(code));
+        if (code != NVML_SUCCESS) throw SensorError(note(what, code));
     }
 
     Note note(const std::string& what, nvmlReturn_t code) const {
-        return {what, describe(code), remedy(code)};
+        const std::string text = error_string ? error_string(code) : "NVML error";
+        const std::string why = text + " (" + std::to_string(static_cast<int>(code)) + ")";
+        if (code == NVML_ERROR_NO_PERMISSION) return denied(what, why, remedy(code));
+        return {what, why, remedy(code)};
     }
 
     std::string path;
@@ -117,7 +114,7 @@ inline bool never(nvmlReturn_t code) noexcept {
 
 // Why a sensor that found nothing to read is none.
 inline SensorError nothing_found(const std::vector<Note>& notes) {
-    if (!notes.empty()) return {notes[0].what, notes[0].why, notes[0].fix};
+    if (!notes.empty()) return SensorError(notes[0]);
     return {"no NVIDIA GPU", "the driver runs but sees no device",
             "check nvidia-smi -L, and NVIDIA_VISIBLE_DEVICES in a container"};
 }

@@ -8,7 +8,7 @@
 #include <array>
 #include <vector>
 
-#include "nvml_library.h"
+#include "sensors/nvml_library.h"
 
 namespace pepr {
 
@@ -65,8 +65,9 @@ private:
                                         ? library_.processes(gpu.device, &room, infos_.data())
                                         : NVML_ERROR_FUNCTION_NOT_FOUND;
         if (nvml::never(listed)) {
-            notes_.push_back({"processes" + of_gpu, library_.describe(listed),
-                              "none: its driver does not list them"});
+            Note note = library_.note("processes" + of_gpu, listed);
+            note.fix = "none: its driver does not list them";
+            notes_.push_back(std::move(note));
             return;
         }
         // Asked for nothing older than now, so that the first row is not about the past.

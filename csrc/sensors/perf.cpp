@@ -16,8 +16,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "../file.h"
-#include "../sensor.h"
+#include "sensors/sensor.h"
+#include "system/file.h"
 
 namespace pepr {
 
@@ -62,10 +62,11 @@ public:
         for (const int cpu : parse_list(read_text(directory_ / "cpumask")))
             open_group(type_number, cpu, events);
         if (channels_.empty()) {
-            const Note& why = notes_.empty()
-                                  ? Note{"", "its cpumask is empty", "check " + directory_.string()}
-                                  : notes_[0];
-            throw SensorError("perf events for energy cannot be opened", why.why, why.fix);
+            Note note = notes_.empty()
+                            ? Note{"", "its cpumask is empty", "check " + directory_.string()}
+                            : notes_[0];
+            note.what = "perf events for energy cannot be opened";
+            throw SensorError(std::move(note));
         }
     }
 
@@ -169,14 +170,16 @@ private:
     }
 
     void note_failure(const std::string& event, int cpu, int error) {
+        const std::string what = "perf event " + event + " on cpu " + std::to_string(cpu);
+        if (!is_denied(error)) {
+            notes_.push_back({what, std::string("perf_event_open: ") + std::strerror(error),
+                              "check dmesg; the event may not exist on this CPU"});
+            return;
+        }
         const std::string paranoid = read_text("/proc/sys/kernel/perf_event_paranoid");
-        notes_.push_back({"perf event " + event + " on cpu " + std::to_string(cpu),
-                          is_denied(error)
-                              ? kDenied + std::string("kernel.perf_event_paranoid is ") + paranoid +
-                                    ", and CAP_PERFMON is missing"
-                              : std::string("perf_event_open: ") + std::strerror(error),
-                          is_denied(error) ? "sudo sysctl kernel.perf_event_paranoid=0"
-                                           : "check dmesg; the event may not exist on this CPU"});
+        notes_.push_back(denied(
+            what, "kernel.perf_event_paranoid is " + paranoid + ", and CAP_PERFMON is missing",
+            "sudo sysctl kernel.perf_event_paranoid=0"));
     }
 
     const std::string pmu_;

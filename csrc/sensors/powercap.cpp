@@ -6,8 +6,8 @@
 #include <filesystem>
 #include <set>
 
-#include "../file.h"
-#include "../sensor.h"
+#include "sensors/sensor.h"
+#include "system/file.h"
 
 namespace pepr {
 
@@ -30,10 +30,11 @@ public:
         collect(root, 0, zones);
         for (const fs::path& zone : zones) open_zone(zone);
         if (channels_.empty() && !notes_.empty()) {
-            const bool files = notes_[0].fix.find("/energy_uj") != std::string::npos;
-            throw SensorError(
-                "RAPL counters under " + root.string() + " cannot be read", notes_[0].why,
-                files ? "sudo chmod o+r " + root.string() + "/*/energy_uj" : notes_[0].fix);
+            Note note = notes_[0];
+            note.what = "RAPL counters under " + root.string() + " cannot be read";
+            if (note.fix.find("/energy_uj") != std::string::npos)
+                note.fix = "sudo chmod o+r " + root.string() + "/*/energy_uj";
+            throw SensorError(std::move(note));
         }
         if (channels_.empty())
             throw SensorError("no energy counter under " + root.string(),
@@ -73,9 +74,9 @@ private:
     void note_denied(const std::string& what, const fs::path& path) {
         std::error_code error;
         const char* const bits = fs::is_directory(path, error) ? "o+rx " : "o+r ";
-        notes_.push_back(
-            {what, kDenied + path.filename().string() + " is for root only, since CVE-2020-8694",
-             std::string("sudo chmod ") + bits + path.string()});
+        notes_.push_back(denied(what,
+                                path.filename().string() + " is for root only, since CVE-2020-8694",
+                                std::string("sudo chmod ") + bits + path.string()));
     }
 
     void open_zone(const fs::path& directory) {

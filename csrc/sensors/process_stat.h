@@ -9,8 +9,8 @@
 #include <sys/resource.h>
 #include <sys/types.h>
 
-#include "../clock.h"
-#include "../file.h"
+#include "system/clock.h"
+#include "system/file.h"
 
 namespace pepr {
 

@@ -1,4 +1,4 @@
-#include "process_tree.h"
+#include "sensors/process_tree.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -6,7 +6,7 @@
 
 #include <dirent.h>
 
-#include "../clock.h"
+#include "system/clock.h"
 
 namespace pepr {
 

@@ -5,8 +5,8 @@
 
 #include <sys/types.h>
 
-#include "../file.h"
-#include "process_stat.h"
+#include "sensors/process_stat.h"
+#include "system/file.h"
 
 namespace pepr {
 

@@ -12,13 +12,13 @@
 
 #include <unistd.h>
 
-#include "../clock.h"
-#include "../file.h"
-#include "../sensor.h"
-#include "machine_time.h"
-#include "process_tree.h"
-#include "reconciled.h"
-#include "task_clock.h"
+#include "sensors/machine_time.h"
+#include "sensors/process_tree.h"
+#include "sensors/reconciled.h"
+#include "sensors/sensor.h"
+#include "sensors/task_clock.h"
+#include "system/clock.h"
+#include "system/file.h"
 
 namespace pepr {
 
@@ -51,8 +51,10 @@ public:
             clock_.emplace(tree_);
         } catch (const SensorError& error) {
             source = "process clocks";
-            notes_.push_back(
-                {"CPU time of processes that end unseen", error.why + kMisses, error.hint});
+            Note note = error.note;
+            note.what = "CPU time of processes that end unseen";
+            note.why += kMisses;
+            notes_.push_back(std::move(note));
             tree_.search();
         }
         describe(where, source);

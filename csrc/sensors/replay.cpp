@@ -13,8 +13,9 @@
 #include <fstream>
 #include <sstream>
 
-#include "../clock.h"
-#include "../sensor.h"
+#include "sensors/sensor.h"
+#include "system/clock.h"
+#include "system/file.h"
 
 namespace pepr {
 
@@ -39,8 +40,9 @@ public:
     explicit Replay(const std::string& path) : path_(path) {
         std::ifstream file(path);
         if (!file)
-            throw SensorError("replay file '" + path + "' cannot be read", std::strerror(errno),
-                              "use --sensor replay:FILE with an existing file");
+            throw SensorError(
+                Note{"replay file '" + path + "' cannot be read", std::strerror(errno),
+                     "use --sensor replay:FILE with an existing file", is_denied(errno)});
         std::string line;
         for (int number = 1; std::getline(file, line); ++number) {
             if (line.empty() || line[0] == '#') continue;

@@ -1,4 +1,4 @@
-#include "task_clock.h"
+#include "sensors/task_clock.h"
 
 #include <cerrno>
 #include <cstdlib>
@@ -64,15 +64,14 @@ private:
     const std::string paranoid = read_text("/proc/sys/kernel/perf_event_paranoid");
     // 3 and 4 are Debian's and Ubuntu's own: no perf for users at all.
     if (std::atoi(paranoid.c_str()) > 2)
-        throw SensorError(what, kDenied + ("kernel.perf_event_paranoid is " + paranoid),
-                          "sudo sysctl kernel.perf_event_paranoid=2");
+        throw SensorError(denied(what, "kernel.perf_event_paranoid is " + paranoid,
+                                 "sudo sysctl kernel.perf_event_paranoid=2"));
     const std::string pid = std::to_string(thread);
     if (::access(("/proc/" + pid + "/environ").c_str(), R_OK) != 0)
-        throw SensorError(what, kDenied + ("process " + pid + " is another user's"),
-                          "run as that user, or as root");
-    throw SensorError(what,
-                      kDenied + std::string("a seccomp filter or a security module is in the way"),
-                      "let it use perf_event_open; docker: --cap-add PERFMON");
+        throw SensorError(
+            denied(what, "process " + pid + " is another user's", "run as that user, or as root"));
+    throw SensorError(denied(what, "a seccomp filter or a security module is in the way",
+                             "let it use perf_event_open; docker: --cap-add PERFMON"));
 }
 
 // perf's task-clock on a thread and its heirs. Whether it counts the kernel's part is not asked
@@ -101,11 +100,11 @@ TaskClock::TaskClock(ProcessTree& tree) {
     std::set<pid_t> known;
     std::map<pid_t, pid_t> opened_after;  // process: the pid given out last before its first event
     pid_t last = -1;
-    bool news = true;
-    for (int round = 0; news && round < kMostRounds; ++round) {
+    bool found_new = true;
+    for (int round = 0; found_new && round < kMostRounds; ++round) {
         // Once more even if nothing was born, where that is cheap: for what was just being born.
         if (round > 0 && tree.last_pid() == last && known.size() > kCheap) break;
-        news = false;
+        found_new = false;
         last = tree.last_pid();
         for (const ProcessTree::Thread& thread : tree.search()) {
             if (!known.insert(thread.id).second) continue;
@@ -113,7 +112,7 @@ TaskClock::TaskClock(ProcessTree& tree) {
             const bool inherited = round > 0 && (opened == opened_after.end() ||
                                                  tree.born_after(thread.id, opened->second));
             if (inherited) continue;
-            news = true;
+            found_new = true;
             opened_after.emplace(thread.process, tree.last_pid());
             File event = open_clock(thread.id);
             if (event) event = shelf.place(std::move(event));

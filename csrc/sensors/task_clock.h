@@ -2,9 +2,9 @@
 
 #include <vector>
 
-#include "../file.h"
-#include "../sensor.h"
-#include "process_tree.h"
+#include "sensors/process_tree.h"
+#include "sensors/sensor.h"
+#include "system/file.h"
 
 namespace pepr {
 

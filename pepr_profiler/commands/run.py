@@ -135,7 +135,7 @@ def _supervise(child: Child, tick: Callable[[], float], recorder: Recorder) -> E
     """Waits for the child. A fault of ours becomes a warning and does not cost its status."""
     try:
         with collecting_garbage():
-            return child.supervise(tick=tick, news=recorder.news)
+            return child.supervise(tick=tick, notifier=recorder.notifier)
     except Exception as error:
         if child.exit is None:
             raise

@@ -24,7 +24,6 @@ _OTHER_PERIOD_NS = 5_000_000
 """RAPL is refreshed each millisecond. A call of a GPU's driver may take milliseconds itself."""
 
 _OPEN_S = 5.0
-_ENOUGH_CHANGES = 3
 _WIDTH = 80
 _LABEL = 30
 
@@ -94,10 +93,10 @@ def _open(
                 info = LaneInfo(f"daemon {lane.name}", lane.spec, lane.period_ns, lane.channels)
                 opened.append((info, lane))
             elif not client.covers(spec):
-                missing.append(remedy(spec, what=e.what, why=e.why, fix=e.fix, where=where))
+                missing.append(remedy(spec, e, where))
             continue
         opened.append((LaneInfo(name, spec, period_ns, describe(own.channels)), own))
-        missing += [remedy(spec, what=n.what, why=n.why, fix=n.fix, where=where) for n in own.notes]
+        missing += [remedy(spec, note, where) for note in own.notes]
     return opened, missing
 
 
@@ -134,6 +133,8 @@ def _read(lane: LaneInfo, sampler: Sampler | RemoteLane) -> list[dict[str, Any]]
     """What each channel of a lane read, how often it changed and what a read took."""
     import numpy as np
 
+    from pepr_profiler import _core
+
     batches = []
     while (batch := sampler.read()) is not None:
         batches.append(batch)
@@ -147,7 +148,7 @@ def _read(lane: LaneInfo, sampler: Sampler | RemoteLane) -> list[dict[str, Any]]
         steps = np.diff(values)
         moved_s = at_s[1:][steps != 0]
         refresh_s = power_w = None
-        if len(moved_s) >= _ENOUGH_CHANGES:
+        if len(moved_s) >= _core.FEWEST_REFRESH_CHANGES:
             refresh_s = float(np.median(np.diff(moved_s)))
         if channel.quantity == "power" and len(values):
             power_w = float(values[-1])

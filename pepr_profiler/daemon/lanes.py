@@ -13,7 +13,6 @@ from typing import Any
 
 from pepr_profiler import _core
 from pepr_profiler.errors import SensorError
-from pepr_profiler.sensors.remedy import is_denied
 from pepr_profiler.sensors.spec import SensorSpec, lanes_by_name
 from pepr_profiler.trace.lane import Channel, describe
 
@@ -56,6 +55,7 @@ class ServedLane:
     channels: tuple[Channel, ...] = ()
     watch: _core.RingReader | None = None
     why: str = "it is still opening"
+    denied: bool = False  # only permission is missing
     failed: bool = False
     seen: set[int] = field(default_factory=set)
     sick_since_s: dict[int, float] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Lanes:
 
     def __init__(self, specs: Sequence[str], how: How) -> None:
         self._how = how
-        self._budget, self._crew = _core.Budget(how.overhead), _core.Crew()
+        self._budget, self._readers = _core.CpuBudget(how.overhead), _core.Readers()
         self._specs = lanes_by_name(specs)
         self._lanes: dict[str, ServedLane] = {}
         self._refused: set[str] = set()  # even with privileges
@@ -102,7 +102,7 @@ class Lanes:
         deadline = time.monotonic() + _OPEN_S
         for lane in self:
             self._settle(lane, max(0.0, deadline - time.monotonic()))
-            if is_denied(lane.why):
+            if lane.denied:
                 self._refused.add(lane.name)
 
     def open_rest(self, *, gave_up: bool) -> None:
@@ -170,8 +170,8 @@ class Lanes:
             learn=how.period_ns is None,
             budget=self._budget if how.period_ns is None else None,
             coarse=(how.coarse_period_ns, how.coarse_quantum_j) if closed else None,
-            relinquish=closed,
-            crew=self._crew,
+            drop_capabilities=closed,
+            readers=self._readers,
         )
 
     def _period_ns(self, spec: SensorSpec) -> int:
@@ -184,7 +184,7 @@ class Lanes:
                 return False
             descriptor = lane.sampler.share()
         except (SensorError, RuntimeError) as error:
-            lane.why, lane.failed = _why(error), True
+            lane.why, lane.denied, lane.failed = _why(error), _is_denied(error), True
             lane.retry_at_s = time.monotonic() + _RETRY_S
             return False
         try:
@@ -192,7 +192,8 @@ class Lanes:
         finally:
             os.close(descriptor)
         lane.channels = describe(lane.sampler.channels)
-        lane.seen, lane.sick_since_s, lane.why, lane.failed = set(), {}, "", False
+        lane.seen, lane.sick_since_s = set(), {}
+        lane.why, lane.denied, lane.failed = "", False, False
         return True
 
     def _came_back(self, lane: ServedLane, now_s: float) -> bool:
@@ -221,9 +222,9 @@ class Lanes:
         denied = ""
         try:
             successor.wait_ready(0.0)
-            denied = next((n.what for n in successor.notes if is_denied(n.why)), "")
+            denied = next((note.what for note in successor.notes if note.denied), "")
         except (SensorError, RuntimeError) as error:
-            if not is_denied(_why(error)):
+            if not _is_denied(error):
                 return False, ""
             denied = str(error).partition(":")[0]
         if denied and lane.closed and self._gave_up:
@@ -249,6 +250,10 @@ class Lanes:
 
 def _why(error: SensorError | RuntimeError) -> str:
     return error.why if isinstance(error, SensorError) else str(error)
+
+
+def _is_denied(error: SensorError | RuntimeError) -> bool:
+    return isinstance(error, SensorError) and error.denied
 
 
 def _exists(spec: SensorSpec, channel: Channel) -> bool:

@@ -32,7 +32,8 @@ _ONWARD = 0.25
 
 _LONG_REFRESHES, _LONG_READS = 3.5, 6.0
 """A longer piece is a gap: it stays a line. A counter that changes at every read is read at up to
-four times its usual distance, and three eighths more (csrc/steady.h, csrc/lane.cpp)."""
+four times its usual distance, and three eighths more (steady.h and lane.cpp of
+csrc/sampling)."""
 
 _UNSEEN_S = 1e-3
 """Between refreshes of a counter that has changed at every read: RAPL's (docs/measurement, C)."""
@@ -191,7 +192,7 @@ class Counter(Accumulator):
         self.longest_stall_s = max(self.longest_stall_s, float(np.max(span_s)))
         few = zip(step_j[-_LAST_CHANGES:].tolist(), span_s[-_LAST_CHANGES:].tolist(), strict=True)
         self._recent = [*self._recent, *few][-_LAST_CHANGES:]
-        # A line was found to do for these, as sure as it is kept in (csrc/thin.h).
+        # A line was found to do for these, as sure as it is kept in (csrc/recording/thin.h).
         thinned = (changes.left_out > 0) & (span_s > _ALIKE_SPANS * self.refresh_s)
         self._thinned = np.append(self._thinned, thinned)
         self._settle(placed, step_j)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pepr_profiler import _core
 from pepr_profiler.energy.sources import Source
 from pepr_profiler.record import Record
 from pepr_profiler.trace.lane import Batch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 NS_PER_S = 1e9
 
-_LEARN_CHANGES = 16
+_LEARN_CHANGES = _core.REFRESH_CHANGES
 """Changes that are seen before a sensor's refresh period is estimated."""
 
 _DENSE = 0.75

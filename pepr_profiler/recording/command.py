@@ -3,7 +3,7 @@
     held = hold_signals()                       # first of all, before any thread exists
     relay = Relay(metrics.feed) if metrics.has_patterns else None
     child = Child.spawn(command, held=held, env={"PEPR_RUN": run_dir}, relay=relay)
-    exit = child.supervise(tick=recorder.tick, news=recorder.news)
+    exit = child.supervise(tick=recorder.tick, notifier=recorder.notifier)
     …                                           # write the summary; signals still wait
     held.release()
     sys.exit(exit.status)
@@ -242,11 +242,11 @@ class Child:
         *,
         tick: Callable[[], float] | None = None,
         first_s: float = 0.5,
-        news: _core.News | None = None,
+        notifier: _core.Notifier | None = None,
     ) -> Exit:
         """Forward signals and reap until the child has ended and its output is passed on.
 
-        `tick` runs first after `first_s`, and whenever there is news. It returns after how many
+        `tick` runs first after `first_s`, and whenever `notifier` asks. It returns after how many
         seconds it is to run again. Deadlines that are missed, because the tick was slow or the job
         was stopped, are skipped. After an exception it runs no more; the exception is raised when
         the child has ended, and `exit` is set by then. Descendants that outlive the child are
@@ -259,7 +259,7 @@ class Child:
             if tick is None:
                 info = _core.wait_signal(held, _NEVER_NS)
             elif time.monotonic_ns() < deadline_ns:
-                info = _core.wait_signal(held, deadline_ns, news)
+                info = _core.wait_signal(held, deadline_ns, notifier)
             else:
                 info = None
             if info is None and tick is not None:

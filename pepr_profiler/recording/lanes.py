@@ -11,7 +11,6 @@ from pepr_profiler.daemon_client.address import sockets_there
 from pepr_profiler.errors import SensorError
 from pepr_profiler.recording.options import Options
 from pepr_profiler.sensors.detect import detect
-from pepr_profiler.sensors.remedy import is_denied
 from pepr_profiler.sensors.spec import SensorSpec, lanes_by_name, with_process_lists
 from pepr_profiler.trace.lane import LaneInfo, LaneWriter, describe
 
@@ -73,7 +72,7 @@ class Lanes:
         *,
         root: str,
         follows: bool,
-        news: _core.News,
+        notifier: _core.Notifier,
         add_warning: AddWarning,
     ) -> None:
         self.missing: list[dict[str, str]] = []
@@ -85,10 +84,10 @@ class Lanes:
         self._directory: Path | None = None  # both are set when writing begins
         self._watchers_of: Callable[[LaneInfo], Sequence[RowWatcher]]
         self._opened_ns = time.monotonic_ns()
-        self._journal = _core.Journal(_JOURNAL_S, news)
+        self._journal = _core.Journal(_JOURNAL_S, notifier)
         specs = with_process_lists(options.sensors or detect())
         named = lanes_by_name([*specs, SensorSpec.of("processes", root)])
-        budget, crew = _core.Budget(options.overhead), _core.Crew()
+        budget, readers = _core.CpuBudget(options.overhead), _core.Readers()
         self._lanes = {
             name: RecordedLane(
                 name,
@@ -98,8 +97,8 @@ class Lanes:
                     self._period_ns(spec),
                     learn=options.period_ns is None and spec.kind not in _OWN_PERIOD,
                     budget=None if self._is_asked_period(spec) else budget,
-                    crew=crew,
-                    news=news,
+                    readers=readers,
+                    notifier=notifier,
                 ),
             )
             for name, spec in named.items()
@@ -159,7 +158,7 @@ class Lanes:
                 self._add_missing(lane, error)
             return True
         notes = lane.sampler.notes
-        if any(is_denied(note.why) for note in notes) and self._read_through_daemon(lane):
+        if any(note.denied for note in notes) and self._read_through_daemon(lane):
             return True
         for note in notes:
             self._add_missing(lane, note)
@@ -184,7 +183,7 @@ class Lanes:
         from pepr_profiler.sensors.machine import place  # both only where something is missing
         from pepr_profiler.sensors.remedy import remedy
 
-        found = remedy(lane.spec, what=part.what, why=part.why, fix=part.fix, where=place())
+        found = remedy(lane.spec, part, place())
         self.missing.append(found)
 
     def _is_asked_period(self, spec: SensorSpec) -> bool:
@@ -330,7 +329,7 @@ class Lanes:
             "overhead": {
                 "budget": self._options.overhead,
                 "used": lanes_s / elapsed_s if elapsed_s > 0 else None,
-                "gap_s": {name: s["gap_s"] for name, s in stats.items() if s["gap_s"]},
+                "gap_s": {n: s["min_spacing_s"] for n, s in stats.items() if s["min_spacing_s"]},
             },
         }
 

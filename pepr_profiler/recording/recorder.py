@@ -50,7 +50,7 @@ class Recorder:
     should a daemon ask for it.
 
     Threads of the core sample and write to disk. Everything else is done in `tick`, by the caller's
-    thread; `news` becomes ready when a tick is due earlier.
+    thread; `notifier` becomes ready when a tick is due earlier.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Recorder:
         self.attached = [dict(target) for target in attached]
         self.warnings: list[dict[str, str]] = []
         self.directory = Path()
-        self.news = _core.News()
+        self.notifier = _core.Notifier()
         self._root = root
         self._dedicated = dedicated
         self._warn = warn
@@ -87,7 +87,7 @@ class Recorder:
             options,
             root=root,
             follows=bool(attached),
-            news=self.news,
+            notifier=self.notifier,
             add_warning=self.add_warning,
         )
         self._watches = Watches(self._lanes, root=root, follows=bool(attached), dedicated=dedicated)
@@ -122,12 +122,12 @@ class Recorder:
     def tick(self) -> float:
         """Looks at what neither sampler nor journal does; after how many seconds to do so again.
 
-        `news` may ask for it earlier. A training whose GPUs we read ourselves is looked at every
-        10 s.
+        `notifier` may ask for it earlier. A training whose GPUs we read ourselves is looked at
+        every 10 s.
         """
         if self._pid != os.getpid():
             return _IDLE_S
-        self.news.hear()
+        self.notifier.clear()
         self._look()
         if self._lanes.needs_looks or self._watches.has_unidentified:
             return TICK_S

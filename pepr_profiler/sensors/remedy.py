@@ -5,27 +5,26 @@ from __future__ import annotations
 from pepr_profiler.sensors.machine import Place
 from pepr_profiler.sensors.spec import SensorSpec
 
-_DENIED = "Permission denied"  # csrc/sensor.h, kDenied
+TYPE_CHECKING = False  # typing takes 0.5 MB
+if TYPE_CHECKING:
+    from pepr_profiler._core import Note
+    from pepr_profiler.errors import SensorError
 
 
-def is_denied(why: str) -> bool:
-    """Whether only permission is missing, by the reason that a driver gives."""
-    return why.startswith(_DENIED)
-
-
-def remedy(spec: str, *, what: str, why: str, fix: str, where: Place) -> dict[str, str]:
+def remedy(spec: str, missing: SensorError | Note, where: Place) -> dict[str, str]:
     """What is missing, why, and the exact command that unlocks it for whoever runs here.
 
-    `what`, `why` and `fix` are the driver's, which knows the file but not who is asking.
+    The driver knows the file, but not who is asking: its fix is adapted to that.
     """
     sensor = SensorSpec(spec)
-    if is_denied(why):
+    why, fix = missing.why, missing.fix
+    if missing.denied:
         fix = _permit(sensor.kind, fix, where)
     elif not sensor.where:  # a place that was named by hand is checked by hand
         why, fix = _provide(sensor.kind, why, fix, where)
     if where.root and not where.container:
         fix = fix.replace("sudo ", "")
-    return {"what": what, "why": why, "fix": fix}
+    return {"what": missing.what, "why": why, "fix": fix}
 
 
 def _permit(kind: str, fix: str, where: Place) -> str:

@@ -4,7 +4,7 @@ After Arrow's format/Message.fbs and Schema.fbs, which only grow: any Arrow read
 written here (the tests hold pyarrow and nanoarrow against it), and what other writers make of such
 columns is read. By hand, because a damaged file may end a process that reads it with nanoarrow
 (0.9: a message without its mark, a schema without fields), and a recording is what is left of a
-crash. The schema is written here, the batches behind it by the recorder (csrc/arrow.h).
+crash. The schema is written here, the batches behind it by the recorder (csrc/recording/arrow.h).
 """
 
 from __future__ import annotations

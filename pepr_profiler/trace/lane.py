@@ -8,9 +8,9 @@ rewritten as one large batch now and then. A crash between the two leaves rows i
 drops those it has seen.
 
 A large batch is stored more sparsely than it was read: rows between which every counter went
-straight, and every gauge stayed level, are left out (csrc/thin.h). `skipped` says how many lay just
-before a row, and `gap_ns` how long ago the last of them was read, so that a quiet stretch is never
-taken for a gap. Around a gap nothing is left out.
+straight, and every gauge stayed level, are left out (csrc/recording/thin.h). `skipped` says how
+many lay just before a row, and `gap_ns` how long ago the last of them was read, so that a quiet
+stretch is never taken for a gap. Around a gap nothing is left out.
 
 Marks and metrics are lines of `events-HOST-PID.jsonl`, one writer a file, append only, written
 through at once: they survive `kill -9` of the program that made them. A block of a program begins
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class Channel(Record):
-    """What one recorded number is; see `Channel` in csrc/sensor.h."""
+    """What one recorded number is; see `Channel` in csrc/sensors/sensor.h."""
 
     name: str
     quantity: str
@@ -110,7 +110,7 @@ class Batch(Record):
 class LaneWriter:
     """One lane's files: the journal writes there what a sampler reads, we what we are given.
 
-    Rows that the disk does not take are kept for later, in bounds (csrc/lane_file.h).
+    Rows that the disk does not take are kept for later, in bounds (csrc/recording/lane_file.h).
     """
 
     def __init__(self, directory: Path, lane: LaneInfo) -> None:
@@ -129,7 +129,7 @@ class LaneWriter:
 
     def write(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:
         """Appends rows given as native-endian columns; on disk when it returns, unless `error`."""
-        self.file.take(t_ns, read_ns, values)
+        self.file.append(t_ns, read_ns, values)
         self.file.flush()
 
     def close(self) -> None:

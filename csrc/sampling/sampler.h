@@ -4,20 +4,20 @@
 #include <memory>
 #include <vector>
 
-#include "crew.h"
-#include "lane.h"
+#include "sampling/lane.h"
+#include "sampling/readers.h"
 
 namespace pepr {
 
 // A lane as its owner has it: begun with it, read from its ring, and ended with it. Its sensor is
 // opened by a thread, so that a driver that takes seconds to wake (NVML without persistence mode)
-// or hangs delays nobody else. Without a crew it is alone.
+// or hangs delays nobody else. Without `readers` it has a thread of its own.
 class Sampler {
 public:
     using State = Lane::State;
     using Stats = Lane::Stats;
 
-    explicit Sampler(Lane::How how, std::shared_ptr<Crew> crew = nullptr);
+    explicit Sampler(Lane::How how, std::shared_ptr<Readers> readers = nullptr);
     ~Sampler();
     Sampler(const Sampler&) = delete;
     Sampler& operator=(const Sampler&) = delete;
@@ -44,7 +44,7 @@ public:
 private:
     const Lane& opened() const;
 
-    const std::shared_ptr<Crew> crew_;
+    const std::shared_ptr<Readers> readers_;
     const std::shared_ptr<Lane> lane_;
     const int owner_pid_;
     std::uint64_t cursor_ = 0;

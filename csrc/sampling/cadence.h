@@ -4,15 +4,15 @@
 #include <cstdint>
 #include <vector>
 
-#include "sensor.h"
-#include "steady.h"
+#include "sampling/steady.h"
+#include "sensors/sensor.h"
 
 namespace pepr {
 
 // However slow a sensor, and however tight the budget: a lane is read at least this often. Shorter
 // than what counts as a gap (1 s), and than the time in which 20 kW fill half of the smallest RAPL
 // range known (65.7 kJ): no wrap passes unseen.
-constexpr std::int64_t kLongestGapNs = 800'000'000;
+constexpr std::int64_t kMaxSpacingNs = 800'000'000;
 
 // Learns when the numbers of a lane are refreshed, from when they change, and says when to read
 // next: as late as no refresh is overwritten unread, and then just after the refresh that is due
@@ -58,7 +58,7 @@ private:
         std::int64_t widest_ns = 0;
         std::int64_t rest_ns = 0, rest_until_ns = 0;
 
-        Steady steady{0};  // while every read brings news
+        Steady steady{0};  // while every read sees a change
 
         // While it tracks: the next refresh lies in (soonest, latest], as expected and as known
         // since. `spread` is how much a refresh may be off from the last one plus the period.
@@ -78,12 +78,12 @@ private:
     void pin(Tracker&, std::int64_t at_ns) const noexcept;
     void missed(Tracker&, std::int64_t t_ns) const noexcept;
     void expect(Tracker&, std::int64_t soonest_ns, std::int64_t latest_ns) const noexcept;
-    std::int64_t still_gap_ns(const Tracker&, std::int64_t t_ns) const noexcept;
+    std::int64_t unchanged_spacing_ns(const Tracker&, std::int64_t t_ns) const noexcept;
     void plan(std::int64_t t_ns) noexcept;
 
     std::vector<Tracker> trackers_;
     std::int64_t base_ns_;
-    std::int64_t longest_ns_ = kLongestGapNs;
+    std::int64_t longest_ns_ = kMaxSpacingNs;
     std::int64_t next_ns_ = 0;
 };
 

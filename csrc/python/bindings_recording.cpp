@@ -1,4 +1,4 @@
-// What Python sees of a recording's files.
+// The part of the Python module `_core` that writes a recording's files.
 
 #include <algorithm>
 #include <cerrno>
@@ -15,16 +15,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "journal.h"
-#include "lane_file.h"
-#include "news.h"
-#include "sampler.h"
-#include "thin.h"
+#include "recording/journal.h"
+#include "recording/lane_file.h"
+#include "recording/thin.h"
+#include "sampling/sampler.h"
+#include "system/notifier.h"
 
 namespace py = pybind11;
 using pepr::Journal;
 using pepr::LaneFile;
-using pepr::News;
+using pepr::Notifier;
 using pepr::Sampler;
 
 namespace {
@@ -51,8 +51,8 @@ std::shared_ptr<LaneFile> open_file(std::string stem, std::string_view schema,
 }
 
 // Rows as Sampler.read gives them.
-void take_rows(LaneFile& file, std::string_view t_ns, std::string_view read_ns,
-               const std::vector<std::string_view>& values) {
+void append_rows(LaneFile& file, std::string_view t_ns, std::string_view read_ns,
+                 const std::vector<std::string_view>& values) {
     const std::size_t n = t_ns.size() / sizeof(std::int64_t);
     if (values.size() != file.width()) throw py::value_error("a column a channel");
     std::vector<std::int64_t> begun_ns(n), took_ns(n);
@@ -67,15 +67,18 @@ void take_rows(LaneFile& file, std::string_view t_ns, std::string_view read_ns,
     std::copy(short_ns.begin(), short_ns.end(), took_ns.begin());
     for (std::size_t c = 0; c < values.size(); ++c) copy(columns.data() + c * n, n, values[c]);
     const py::gil_scoped_release release;
-    file.take({begun_ns.data(), took_ns.data(), columns.data(), n}, n);
+    file.append({begun_ns.data(), took_ns.data(), columns.data(), n}, n);
 }
 
 }  // namespace
 
-void bind_files(py::module_& m) {
+void bind_recording(py::module_& m) {
+    m.attr("REFRESH_CHANGES") = pepr::kRefreshChanges;
+    m.attr("FEWEST_REFRESH_CHANGES") = pepr::kFewestRefreshChanges;
+
     py::class_<LaneFile, std::shared_ptr<LaneFile>>(m, "LaneFile", "One lane on disk.")
         .def(py::init(&open_file), py::arg("stem"), py::arg("schema"), py::arg("rules"))
-        .def("take", &take_rows, py::arg("t_ns"), py::arg("read_ns"), py::arg("values"))
+        .def("append", &append_rows, py::arg("t_ns"), py::arg("read_ns"), py::arg("values"))
         .def("flush", &LaneFile::flush, py::arg("last") = false,
              py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("error", &LaneFile::error)
@@ -83,10 +86,11 @@ void bind_files(py::module_& m) {
         .def_property_readonly("lost_rows", &LaneFile::lost_rows);
 
     py::class_<Journal>(m, "Journal", "Writes lanes to disk from a thread of its own.")
-        .def(py::init([](double period_s, std::shared_ptr<News> news) {
-                 return std::make_unique<Journal>(std::llround(period_s * 1e9), std::move(news));
+        .def(py::init([](double period_s, std::shared_ptr<Notifier> notifier) {
+                 return std::make_unique<Journal>(std::llround(period_s * 1e9),
+                                                  std::move(notifier));
              }),
-             py::arg("period_s"), py::arg("news"))
+             py::arg("period_s"), py::arg("notifier"))
         .def(
             "add",
             [](Journal& journal, const Sampler& sampler, std::shared_ptr<LaneFile> file) {

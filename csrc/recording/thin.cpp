@@ -1,4 +1,4 @@
-#include "thin.h"
+#include "recording/thin.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,7 +10,6 @@ namespace pepr {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr std::size_t kFirstIntervals = 15;
 constexpr double kWide = 1.5;  // usual times, from which on a jump may hide between two changes
 constexpr double kStandstills = 8;  // usual times between changes, from which on it is one
 
@@ -122,12 +121,12 @@ std::pair<std::size_t, std::size_t> extremes(const double* values, std::size_t n
 double first_interval_s(const double* values, const std::int64_t* t_ns, std::size_t n) {
     std::vector<std::int64_t> between_ns;
     std::int64_t last_ns = -1;
-    for (std::size_t i = 1; i < n && between_ns.size() < kFirstIntervals; ++i) {
+    for (std::size_t i = 1; i < n && between_ns.size() + 1 < kRefreshChanges; ++i) {
         if (values[i] == values[i - 1] || std::isnan(values[i])) continue;
         if (last_ns >= 0) between_ns.push_back(t_ns[i] - last_ns);
         last_ns = t_ns[i];
     }
-    if (between_ns.size() < 2) return 0.0;
+    if (between_ns.size() + 1 < kFewestRefreshChanges) return 0.0;
     const auto middle = between_ns.begin() + static_cast<std::ptrdiff_t>(between_ns.size() / 2);
     std::nth_element(between_ns.begin(), middle, between_ns.end());
     return 1e-9 * static_cast<double>(*middle);

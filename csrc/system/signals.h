@@ -9,8 +9,8 @@
 #include <poll.h>
 #include <sys/signalfd.h>
 
-#include "clock.h"
-#include "file.h"
+#include "system/clock.h"
+#include "system/file.h"
 
 namespace pepr {
 

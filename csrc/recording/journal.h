@@ -3,18 +3,18 @@
 #include <cstdint>
 #include <memory>
 
-#include "lane.h"
-#include "lane_file.h"
-#include "news.h"
+#include "recording/lane_file.h"
+#include "sampling/lane.h"
+#include "system/notifier.h"
 
 namespace pepr {
 
 // Writes lanes to disk while they are recorded, once in `period_ns` and from a thread of its own:
 // neither a driver nor a disk that hangs keeps the other, and a program that records itself does
-// none of it. A write that begins or ceases to fail is news.
+// none of it. The notifier is notified when a write begins to fail, and when it works again.
 class Journal {
 public:
-    Journal(std::int64_t period_ns, std::shared_ptr<News> news);
+    Journal(std::int64_t period_ns, std::shared_ptr<Notifier> notifier);
     ~Journal();
     Journal(const Journal&) = delete;
     Journal& operator=(const Journal&) = delete;

@@ -9,29 +9,29 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include "clock.h"
-#include "file.h"
+#include "system/clock.h"
+#include "system/file.h"
 
 namespace pepr {
 
-// Tells whoever owns a recording that there is something to look at, so that it need not look every
-// so often. Raised by any thread, any number of times; heard once.
-class News {
+// Wakes the thread that owns a recording when there is something to look at, so that it need not
+// poll. Any thread may notify, any number of times; one clear() takes back all of it.
+class Notifier {
 public:
-    News() : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+    Notifier() : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
         if (!event_) throw std::system_error(errno, std::generic_category(), "eventfd");
     }
 
-    void raise() const noexcept {
+    void notify() const noexcept {
         const std::uint64_t one = 1;
         (void)!::write(event_.fd(), &one, sizeof one);
     }
-    // Forgets what has been raised.
-    void hear() const noexcept {
+    void clear() const noexcept {
         std::uint64_t count;
         (void)!::read(event_.fd(), &count, sizeof count);
     }
-    // False: there was none until the timeout, or a signal was handled.
+    // True once notified and not cleared since. False at the timeout, or after a signal was
+    // handled.
     bool wait(std::int64_t timeout_ns) const noexcept {
         const timespec left = to_timespec(std::max<std::int64_t>(timeout_ns, 0));
         pollfd ready{event_.fd(), POLLIN, 0};

@@ -1,4 +1,4 @@
-#include "cadence.h"
+#include "sampling/cadence.h"
 
 #include <algorithm>
 #include <cmath>
@@ -8,7 +8,7 @@ namespace pepr {
 namespace {
 
 constexpr std::int64_t kMs = 1'000'000;
-constexpr std::int64_t kShortestGapNs = kMs;
+constexpr std::int64_t kMinSpacingNs = kMs;
 constexpr std::int64_t kGiveUpNs = 10'000 * kMs;  // a search in which nothing changes for so long
 constexpr std::int64_t kLongestRestNs = 600'000 * kMs;
 constexpr std::int64_t kStillPowerNs = 100 * kMs;  // a power that stands still may jump any time
@@ -58,7 +58,7 @@ bool Cadence::saw(std::int64_t t_ns, const double* row) noexcept {
     for (Tracker& tracker : trackers_) {
         const double value = row[tracker.channel];
         if (std::isnan(value)) {  // nothing was learnt; wait as one does for a number at rest
-            tracker.due_ns = std::max(tracker.due_ns, t_ns + still_gap_ns(tracker, t_ns));
+            tracker.due_ns = std::max(tracker.due_ns, t_ns + unchanged_spacing_ns(tracker, t_ns));
             continue;
         }
         const bool changed = value != tracker.value;
@@ -70,13 +70,13 @@ bool Cadence::saw(std::int64_t t_ns, const double* row) noexcept {
             case State::kEveryRead:
                 tracker.unchanged = changed ? 0 : tracker.unchanged + 1;
                 tracker.due_ns =
-                    t_ns + (tracker.counter ? tracker.steady.gap_ns(value - tracker.value,
-                                                                    t_ns - tracker.read_ns)
+                    t_ns + (tracker.counter ? tracker.steady.next_spacing_ns(value - tracker.value,
+                                                                             t_ns - tracker.read_ns)
                                             : base_ns_);
                 if (tracker.unchanged == kTries) search(tracker, t_ns);
                 break;
             case State::kResting:
-                tracker.due_ns = t_ns + still_gap_ns(tracker, t_ns);
+                tracker.due_ns = t_ns + unchanged_spacing_ns(tracker, t_ns);
                 if (changed && t_ns >= tracker.rest_until_ns) {
                     search(tracker, t_ns);
                 }
@@ -124,7 +124,7 @@ void Cadence::search(Tracker& tracker, std::int64_t t_ns) const noexcept {
 
 void Cadence::searched(Tracker& tracker, std::int64_t t_ns, bool changed) const noexcept {
     const std::int64_t since_ns = t_ns - tracker.changed_ns;
-    tracker.due_ns = t_ns + (changed ? base_ns_ : still_gap_ns(tracker, t_ns));
+    tracker.due_ns = t_ns + (changed ? base_ns_ : unchanged_spacing_ns(tracker, t_ns));
     if (changed) {
         tracker.widest_ns = std::max(tracker.widest_ns, t_ns - tracker.read_ns);
         if (tracker.edge) tracker.intervals[tracker.known++] = since_ns;
@@ -164,7 +164,8 @@ void Cadence::conclude(Tracker& tracker, std::int64_t t_ns) const noexcept {
     expect(tracker, tracker.read_ns + tracker.period_ns, t_ns + tracker.period_ns);
 }
 
-std::int64_t Cadence::still_gap_ns(const Tracker& tracker, std::int64_t t_ns) const noexcept {
+std::int64_t Cadence::unchanged_spacing_ns(const Tracker& tracker,
+                                           std::int64_t t_ns) const noexcept {
     const std::int64_t most_ns = tracker.counter ? longest_ns_ : std::max(base_ns_, kStillPowerNs);
     return std::min(std::max(base_ns_, (t_ns - tracker.changed_ns) / kSteps), most_ns);
 }
@@ -257,7 +258,7 @@ void Cadence::missed(Tracker& tracker, std::int64_t t_ns) const noexcept {
     } else if (t_ns < tracker.latest_ns) {
         tracker.due_ns = tracker.latest_ns;
     } else if (tracker.still < 2 && ++tracker.tries <= kTries) {  // late: it jitters or has slowed
-        const std::int64_t step_ns = std::max(tracker.period_ns / kSteps, kShortestGapNs);
+        const std::int64_t step_ns = std::max(tracker.period_ns / kSteps, kMinSpacingNs);
         tracker.spread_ns = std::min(2 * tracker.spread_ns, tracker.period_ns / 32);
         tracker.latest_ns = tracker.due_ns = t_ns + step_ns;
     } else {  // it came and changed nothing
@@ -289,7 +290,7 @@ void Cadence::plan(std::int64_t t_ns) noexcept {
         limit_ns = std::min(limit_ns, now ? tracker.due_ns : std::max(second_ns, tracker.due_ns));
     }
     if (due_ns == t_ns) due_ns = limit_ns;  // nothing that is tracked moves
-    next_ns_ = std::max(std::min(due_ns, limit_ns), t_ns + kShortestGapNs);
+    next_ns_ = std::max(std::min(due_ns, limit_ns), t_ns + kMinSpacingNs);
 }
 
 }  // namespace pepr

@@ -1,4 +1,4 @@
-#include "sampler.h"
+#include "sampling/sampler.h"
 
 #include <stdexcept>
 
@@ -6,16 +6,16 @@
 
 namespace pepr {
 
-Sampler::Sampler(Lane::How how, std::shared_ptr<Crew> crew)
-    : crew_(crew != nullptr ? std::move(crew) : std::make_shared<Crew>()),
-      lane_(crew_->add(std::move(how))),
+Sampler::Sampler(Lane::How how, std::shared_ptr<Readers> readers)
+    : readers_(readers != nullptr ? std::move(readers) : std::make_shared<Readers>()),
+      lane_(readers_->add(std::move(how))),
       owner_pid_(::getpid()) {}
 
 Sampler::~Sampler() {
     if (owner_pid_ == ::getpid())
         stop(kNsPerS);
     else
-        crew_->leak();
+        readers_->leak();
 }
 
 bool Sampler::wait_ready(std::int64_t timeout_ns) const {
@@ -25,7 +25,7 @@ bool Sampler::wait_ready(std::int64_t timeout_ns) const {
 }
 
 bool Sampler::stop(std::int64_t timeout_ns) {
-    return owner_pid_ == ::getpid() && crew_->stop(lane_, timeout_ns);
+    return owner_pid_ == ::getpid() && readers_->stop(lane_, timeout_ns);
 }
 
 const Lane& Sampler::opened() const {

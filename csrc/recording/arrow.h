@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "file.h"
+#include "system/file.h"
 
 namespace pepr {
 

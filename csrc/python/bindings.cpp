@@ -1,5 +1,5 @@
-// With bindings_files.cpp the only file that knows Python. Columns leave as bytes: whoever records
-// them needs no NumPy.
+// The Python module `_core`; what belongs to files is in bindings_recording.cpp. Columns leave as
+// bytes, so that a recording needs no NumPy.
 
 #include <algorithm>
 #include <cerrno>
@@ -17,21 +17,21 @@
 
 #include <sys/prctl.h>
 
-#include "clock.h"
-#include "news.h"
-#include "privileges.h"
-#include "ring.h"
-#include "sampler.h"
-#include "signals.h"
+#include "sampling/ring.h"
+#include "sampling/sampler.h"
+#include "system/clock.h"
+#include "system/notifier.h"
+#include "system/privileges.h"
+#include "system/signals.h"
 
 namespace py = pybind11;
 
-void bind_files(py::module_& m);  // bindings_files.cpp
+void bind_recording(py::module_& m);  // bindings_recording.cpp
 
-using pepr::Budget;
 using pepr::Channel;
-using pepr::News;
+using pepr::CpuBudget;
 using pepr::Note;
+using pepr::Notifier;
 using pepr::RingView;
 using pepr::Sampler;
 
@@ -107,7 +107,7 @@ py::dict stats_of(const Sampler& sampler) {
     result["settled"] = s.settled;
     result["wasted"] = s.wasted;
     result["refresh_s"] = 1e-9 * static_cast<double>(s.refresh_ns);
-    result["gap_s"] = 1e-9 * static_cast<double>(s.gap_ns);
+    result["min_spacing_s"] = 1e-9 * static_cast<double>(s.min_spacing_ns);
     return result;
 }
 
@@ -120,7 +120,7 @@ const char* state_name(const Sampler& sampler) {
 // returns memory that nobody has written when it is stopped (SIGSTOP, Slurm's suspend) and goes on
 // behind its deadline (CPython 3.11 to 3.14).
 py::object wait_signal(const std::vector<int>& signals, std::int64_t deadline_ns,
-                       const std::shared_ptr<News>& news) {
+                       const std::shared_ptr<Notifier>& notifier) {
     sigset_t set;
     sigemptyset(&set);
     for (const int signo : signals) sigaddset(&set, signo);
@@ -129,7 +129,7 @@ py::object wait_signal(const std::vector<int>& signals, std::int64_t deadline_ns
         int error = 0;
         {
             const py::gil_scoped_release release;
-            info = pepr::wait_signal(set, deadline_ns, news ? news->fd() : -1, error);
+            info = pepr::wait_signal(set, deadline_ns, notifier ? notifier->fd() : -1, error);
         }
         if (info) return py::make_tuple(info->si_signo, info->si_code, info->si_pid);
         if (error == 0) return py::none();
@@ -151,7 +151,8 @@ PYBIND11_MODULE(_core, m) {
         } catch (const pepr::SensorError& error) {
             const auto type = py::module_::import("pepr_profiler.errors").attr("SensorError");
             const py::object value =
-                type(error.what(), py::arg("why") = error.why, py::arg("fix") = error.hint);
+                type(error.note.what, py::arg("why") = error.note.why,
+                     py::arg("fix") = error.note.fix, py::arg("denied") = error.note.denied);
             PyErr_SetObject(type.ptr(), value.ptr());
         }
     });
@@ -167,34 +168,41 @@ PYBIND11_MODULE(_core, m) {
         .def_readonly("labels", &Channel::labels);
 
     py::class_<Note>(m, "Note", "A part of a source that could not be opened.")
+        .def_readonly("denied", &Note::denied)
         .def_readonly("what", &Note::what)
         .def_readonly("why", &Note::why)
         .def_readonly("fix", &Note::fix);
 
-    py::class_<Budget, std::shared_ptr<Budget>>(
-        m, "Budget", "CPU time that lanes may take together, as a share of one core.")
+    py::class_<CpuBudget, std::shared_ptr<CpuBudget>>(
+        m, "CpuBudget", "CPU time that lanes may take together, as a share of one core.")
         .def(py::init([](double share) {
                  if (!(share > 0)) throw py::value_error("share must be positive");
-                 return std::make_shared<Budget>(share);
+                 return std::make_shared<CpuBudget>(share);
              }),
              py::arg("share"));
 
-    py::class_<News, std::shared_ptr<News>>(m, "News", "Something to look at, see news.h.")
+    py::class_<Notifier, std::shared_ptr<Notifier>>(
+        m, "Notifier", "Wakes whoever waits for it; see system/notifier.h.")
         .def(py::init<>())
-        .def("raise_", &News::raise)
-        .def("hear", &News::hear)
+        .def("notify", &Notifier::notify)
+        .def("clear", &Notifier::clear)
         .def(
-            "wait", [](const News& news, double timeout_s) { return news.wait(to_ns(timeout_s)); },
+            "wait",
+            [](const Notifier& notifier, double timeout_s) {
+                return notifier.wait(to_ns(timeout_s));
+            },
             py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>());
 
-    py::class_<pepr::Crew, std::shared_ptr<pepr::Crew>>(m, "Crew", "The threads of a recording.")
+    py::class_<pepr::Readers, std::shared_ptr<pepr::Readers>>(
+        m, "Readers", "The threads that read the lanes of a recording.")
         .def(py::init<>());
 
     py::class_<Sampler>(m, "Sampler", "One lane: one driver, read into its own ring.")
         .def(py::init([](std::string spec, std::int64_t period_ns, bool learn,
-                         std::shared_ptr<Budget> budget,
-                         std::optional<std::pair<std::int64_t, double>> coarse, bool relinquish,
-                         std::shared_ptr<pepr::Crew> crew, std::shared_ptr<News> news) {
+                         std::shared_ptr<CpuBudget> budget,
+                         std::optional<std::pair<std::int64_t, double>> coarse,
+                         bool drop_capabilities, std::shared_ptr<pepr::Readers> readers,
+                         std::shared_ptr<Notifier> notifier) {
                  if (period_ns <= 0) throw py::value_error("period_ns must be positive");
                  std::optional<pepr::Coarse> how;
                  if (coarse) how = pepr::Coarse{coarse->first, coarse->second};
@@ -202,12 +210,13 @@ PYBIND11_MODULE(_core, m) {
                      throw py::value_error("coarse is (period_ns, quantum_j), both positive");
                  return std::make_unique<Sampler>(
                      pepr::Lane::How{std::move(spec), period_ns, learn, std::move(budget), how,
-                                     relinquish, std::move(news)},
-                     std::move(crew));
+                                     drop_capabilities, std::move(notifier)},
+                     std::move(readers));
              }),
              py::arg("spec"), py::arg("period_ns"), py::arg("learn") = false,
              py::arg("budget") = nullptr, py::arg("coarse") = py::none(),
-             py::arg("relinquish") = false, py::arg("crew") = nullptr, py::arg("news") = nullptr)
+             py::arg("drop_capabilities") = false, py::arg("readers") = nullptr,
+             py::arg("notifier") = nullptr)
         .def(
             "wait_ready",
             [](const Sampler& s, double timeout_s) { return s.wait_ready(to_ns(timeout_s)); },
@@ -223,7 +232,7 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("channels", &Sampler::channels)
         .def_property_readonly("notes", &Sampler::notes);
 
-    bind_files(m);
+    bind_recording(m);
 
     py::class_<RingReader>(m, "RingReader", "The ring of another process, read-only.")
         .def(py::init<int, std::int64_t>(), py::arg("fd"), py::arg("since_ns"))
@@ -240,9 +249,9 @@ PYBIND11_MODULE(_core, m) {
           "Nothing that is executed from here on gains a privilege (prctl 24, 38).");
     m.def("now_ns", &pepr::now_ns, "CLOCK_MONOTONIC in ns, as time.monotonic_ns().");
     m.def("wait_signal", &wait_signal, py::arg("signals"), py::arg("deadline_ns"),
-          py::arg("news") = nullptr,
-          "The next of these blocked signals as (signo, code, pid); None at the deadline, and when "
-          "there is news.");
+          py::arg("notifier") = nullptr,
+          "The next of these blocked signals as (signo, code, pid); None at the deadline, or when "
+          "the notifier was notified.");
     m.def("set_child_subreaper", &set_child_subreaper,
           "Makes orphaned descendants of this process its children (prctl 36).");
 }

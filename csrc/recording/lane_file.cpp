@@ -1,4 +1,4 @@
-#include "lane_file.h"
+#include "recording/lane_file.h"
 
 #include <algorithm>
 #include <cerrno>
@@ -53,7 +53,7 @@ LaneFile::LaneFile(How how)
       tail_(how_.stem + ".tail.arrows", how_.schema),
       whole_(kWholeRows) {}
 
-void LaneFile::take(const RingView::Columns& columns, std::size_t rows) {
+void LaneFile::append(const RingView::Columns& columns, std::size_t rows) {
     const Lock lock(mutex_);
     make_room(rows);
     keep(columns, rows);
@@ -79,7 +79,7 @@ void LaneFile::drain(const RingView& ring) {
 void LaneFile::make_room(std::size_t rows) {
     pepr::make_room(t_ns_, rows);
     pepr::make_room(read_ns_, rows);
-    pepr::make_room(gap_ns_, rows);
+    pepr::make_room(since_read_ns_, rows);
     pepr::make_room(values_, rows * width());
 }
 
@@ -88,7 +88,7 @@ void LaneFile::keep(const RingView::Columns& columns, std::size_t rows) {
         const std::int64_t t_ns = columns.t_ns[r];
         t_ns_.push_back(t_ns);
         read_ns_.push_back(short_ns(columns.read_ns[r]));
-        gap_ns_.push_back(short_ns(t_ns - last_ns_.value_or(t_ns)));
+        since_read_ns_.push_back(short_ns(t_ns - last_ns_.value_or(t_ns)));
         for (std::size_t c = 0; c < width(); ++c)
             values_.push_back(columns.values[c * columns.stride + r]);
         last_ns_ = t_ns;
@@ -109,7 +109,7 @@ void LaneFile::write() {
     std::vector<ArrowColumn> columns{{&t_ns_[in_tail_], sizeof t_ns_[0]},
                                      {&read_ns_[in_tail_], sizeof read_ns_[0]},
                                      {skipped.data(), sizeof skipped[0]},
-                                     {&gap_ns_[in_tail_], sizeof gap_ns_[0]}};
+                                     {&since_read_ns_[in_tail_], sizeof since_read_ns_[0]}};
     for (std::size_t c = 0; c < width(); ++c)
         columns.push_back({&columns_[c * n], sizeof columns_[0]});
     messages_.clear();
@@ -170,12 +170,12 @@ std::string LaneFile::batch_of(const std::vector<std::size_t>& rows, bool thinne
     for (std::size_t i = 1; thinned && i < rows.size(); ++i)
         skipped[i] = static_cast<std::uint32_t>(rows[i] - rows[i - 1] - 1);
     const auto t_ns = pick(t_ns_, rows);
-    const auto read_ns = pick(read_ns_, rows), gap_ns = pick(gap_ns_, rows);
+    const auto read_ns = pick(read_ns_, rows), since_read_ns = pick(since_read_ns_, rows);
     std::vector<double> kept(rows.size() * width());
     std::vector<ArrowColumn> columns{{t_ns.data(), sizeof t_ns[0]},
                                      {read_ns.data(), sizeof read_ns[0]},
                                      {skipped.data(), sizeof skipped[0]},
-                                     {gap_ns.data(), sizeof gap_ns[0]}};
+                                     {since_read_ns.data(), sizeof since_read_ns[0]}};
     for (std::size_t c = 0; c < width(); ++c) {
         double* const column = kept.data() + c * rows.size();
         for (std::size_t i = 0; i < rows.size(); ++i) column[i] = values_[rows[i] * width() + c];
@@ -189,7 +189,7 @@ std::string LaneFile::batch_of(const std::vector<std::size_t>& rows, bool thinne
 void LaneFile::forget() noexcept {
     t_ns_.clear();
     read_ns_.clear();
-    gap_ns_.clear();
+    since_read_ns_.clear();
     values_.clear();
     in_tail_ = 0;
 }
@@ -217,7 +217,7 @@ void LaneFile::give_up() {
     dropped_ += t_ns_.size() - in_tail_;
     t_ns_.resize(in_tail_);
     read_ns_.resize(in_tail_);
-    gap_ns_.resize(in_tail_);
+    since_read_ns_.resize(in_tail_);
     values_.resize(in_tail_ * width());
 }
 

@@ -5,6 +5,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace pepr {
@@ -25,19 +26,25 @@ struct Channel {
     std::map<std::string, std::string> labels;
 };
 
-// A part of a source that could not be opened while the rest works.
+// What could not be opened, why, and how to make it work. A sensor that works has notes of its
+// parts that do not.
 struct Note {
     std::string what, why, fix;
+    bool denied = false;  // only permission is missing
 };
 
-// How a `why` begins where only permission is missing; whoever shows it knows what would unlock it.
-constexpr const char* kDenied = "Permission denied: ";
+inline Note denied(std::string what, const std::string& why, std::string fix) {
+    return {std::move(what), "Permission denied: " + why, std::move(fix), true};
+}
 
+// The whole source cannot be opened.
 class SensorError : public std::runtime_error {
 public:
-    SensorError(const std::string& what, std::string why, std::string hint)
-        : std::runtime_error(what), why(std::move(why)), hint(std::move(hint)) {}
-    std::string why, hint;
+    explicit SensorError(Note about) : std::runtime_error(about.what), note(std::move(about)) {}
+    SensorError(std::string what, std::string why, std::string fix)
+        : SensorError(Note{std::move(what), std::move(why), std::move(fix)}) {}
+
+    Note note;
 };
 
 // One driver. Construction may throw SensorError, block and allocate; poll may do none of these.

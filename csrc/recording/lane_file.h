@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "arrow.h"
-#include "ring.h"
-#include "thin.h"
+#include "recording/arrow.h"
+#include "recording/thin.h"
+#include "sampling/ring.h"
 
 namespace pepr {
 
@@ -31,13 +31,14 @@ public:
     std::size_t width() const noexcept { return how_.rules.size(); }
 
     // Rows to be written at the next flush.
-    void take(const RingView::Columns& columns, std::size_t rows);
+    void append(const RingView::Columns& columns, std::size_t rows);
 
-    // Takes what a ring has since it was drained last, and writes it unless the disk is full.
+    // Appends what the ring got since the last drain, and writes it unless the disk is full.
     void drain(const RingView& ring);
 
-    // Writes what was taken. `last`: as a large batch, and that is the end of the files. On a disk
-    // that is full then, it is fewer rows; but the last is one of them, so counters lose no energy.
+    // Writes what was appended. `last`: as a large batch, and the files end there. If the disk is
+    // full then, fewer rows are written; the last one is among them, so that counters lose no
+    // energy.
     void flush(bool last = false);
 
     // These never wait, not for a disk that hangs either.
@@ -64,7 +65,7 @@ private:
     ArrowFile main_, tail_;
     // Rows since the last large batch, of which the tail holds `in_tail_`; values row by row.
     std::vector<std::int64_t> t_ns_;
-    std::vector<std::uint32_t> read_ns_, gap_ns_;
+    std::vector<std::uint32_t> read_ns_, since_read_ns_;
     std::vector<double> values_;
     std::size_t in_tail_ = 0, whole_;
     std::optional<std::int64_t> last_ns_;

@@ -11,20 +11,20 @@ namespace pepr {
 // with the first step off it. What flowed is in the counter either way.
 class Steady {
 public:
-    explicit Steady(std::int64_t base_ns) : base_ns_(base_ns), gap_ns_(base_ns) {}
+    explicit Steady(std::int64_t base_ns) : base_ns_(base_ns), spacing_ns_(base_ns) {}
 
     // Takes in a step of the counter over since_ns, and says how long to wait for the next one.
-    std::int64_t gap_ns(double step, std::int64_t since_ns) noexcept {
+    std::int64_t next_spacing_ns(double step, std::int64_t since_ns) noexcept {
         const double off = step - slope_ * static_cast<double>(since_ns);
         if (std::abs(off) > kOff * slope_ * static_cast<double>(base_ns_)) {
-            gap_ns_ = base_ns_;
+            spacing_ns_ = base_ns_;
             run_ = 0;
         } else if (++run_ == kRun) {
-            gap_ns_ = std::min(2 * gap_ns_, kGaps * base_ns_);
+            spacing_ns_ = std::min(2 * spacing_ns_, kGaps * base_ns_);
             run_ = 0;
         }
         slope_ = step / static_cast<double>(std::max<std::int64_t>(since_ns, 1));
-        return gap_ns_;
+        return spacing_ns_;
     }
 
 private:
@@ -32,7 +32,7 @@ private:
     static constexpr int kRun = 16;      // steps on a line, to wait twice as long
     static constexpr double kOff = 0.5;  // base gaps' worth: beyond, a step is off the line
 
-    std::int64_t base_ns_, gap_ns_;
+    std::int64_t base_ns_, spacing_ns_;
     double slope_ = 0.0;  // per ns
     int run_ = 0;
 };

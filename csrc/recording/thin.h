@@ -20,9 +20,11 @@ struct ThinRule {
     double most_usual_s = 0.0;  // kLine: what usual may be at most between two changes; 0: anything
 };
 
-// The median time between the first changes of a column, up to 16; 0 if it has fewer than three.
-// The curve learns a counter's refresh from the same changes, and tells by it how far off a line
-// is.
+// A sensor's refresh period is learnt from its first changes: from three at least, from 16 at most.
+// energy/curve.py learns it from the same ones.
+constexpr std::size_t kFewestRefreshChanges = 3, kRefreshChanges = 16;
+
+// The median time between those changes of a column; 0 if it has too few.
 double first_interval_s(const double* values, const std::int64_t* t_ns, std::size_t n);
 
 // The rows (ascending) of a recording of n that have to be kept, so that between them every column

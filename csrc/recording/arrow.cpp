@@ -1,4 +1,4 @@
-#include "arrow.h"
+#include "recording/arrow.h"
 
 #include <cerrno>
 #include <cstdint>

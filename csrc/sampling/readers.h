@@ -2,7 +2,7 @@
 
 #include <memory>
 
-#include "lane.h"
+#include "sampling/lane.h"
 
 namespace pepr {
 
@@ -14,11 +14,11 @@ namespace pepr {
 // keep the leader, another thread takes the lead of the other lanes, within 0.35 s and once: a lane
 // that was slow is read by the thread that found it so, and by no other, until it has been quick
 // for long.
-class Crew {
+class Readers {
 public:
-    Crew();
+    Readers();
 
-    // A lane of this crew, opened by a thread of its own. Throws std::system_error where there can
+    // Adds a lane, which is opened by a thread of its own. Throws std::system_error where there can
     // be no other thread.
     std::shared_ptr<Lane> add(Lane::How how);
 

@@ -8,13 +8,13 @@
 #include <string>
 #include <vector>
 
-#include "budget.h"
-#include "cadence.h"
-#include "clock.h"
-#include "coarse.h"
-#include "news.h"
-#include "ring.h"
-#include "sensor.h"
+#include "sampling/budget.h"
+#include "sampling/cadence.h"
+#include "sampling/coarse.h"
+#include "sampling/ring.h"
+#include "sensors/sensor.h"
+#include "system/clock.h"
+#include "system/notifier.h"
 
 namespace pepr {
 
@@ -32,22 +32,22 @@ private:
 };
 
 // One driver and its ring: how it is read, when, and what that costs. A lane has no thread; whoever
-// reads it (crew.h) is the only one who does.
+// reads it (readers.h) is the only one who does.
 class Lane {
 public:
     enum class State : std::uint32_t { kOpening, kRunning, kStopped, kFailed };
 
     struct Stats {
-        std::uint64_t samples;       // rows written to the ring
-        std::uint64_t late;          // rows begun more than half a period after their deadline
-        std::uint64_t skipped;       // deadlines passed over because a read outlasted the period
-        std::uint64_t failed_reads;  // numbers that were unknown
-        std::uint64_t lost;          // rows overwritten before this reader took them
-        std::int64_t cpu_ns;         // CPU time of reading it, with its wake-ups
-        std::uint64_t settled;       // rows read since the cadence is known
-        std::uint64_t wasted;        // of these: no number that is watched had changed
-        std::int64_t refresh_ns;     // the shortest refresh period that was learnt, 0: none
-        std::int64_t gap_ns;         // what the budget puts between two reads now, 0: nothing
+        std::uint64_t samples;        // rows written to the ring
+        std::uint64_t late;           // rows begun more than half a period after their deadline
+        std::uint64_t skipped;        // deadlines passed over because a read outlasted the period
+        std::uint64_t failed_reads;   // numbers that were unknown
+        std::uint64_t lost;           // rows overwritten before this reader took them
+        std::int64_t cpu_ns;          // CPU time of reading it, with its wake-ups
+        std::uint64_t settled;        // rows read since the cadence is known
+        std::uint64_t wasted;         // of these: no number that is watched had changed
+        std::int64_t refresh_ns;      // the shortest refresh period that was learnt, 0: none
+        std::int64_t min_spacing_ns;  // what the budget puts between two reads now, 0: nothing
     };
 
     struct How {
@@ -56,13 +56,13 @@ public:
         // else every period_ns, whatever they do. The budget stretches either.
         std::int64_t period_ns;
         bool learn = false;
-        std::shared_ptr<Budget> budget = nullptr;
+        std::shared_ptr<CpuBudget> budget = nullptr;
         // What is read is also told coarsely, in a second ring.
         std::optional<Coarse> coarse = std::nullopt;
         // The opening thread gives up every capability that it has as soon as the sensor is open.
-        bool relinquish = false;
+        bool drop_capabilities = false;
         // Raised when one of its numbers is another one whose quantity is "identity".
-        std::shared_ptr<News> news = nullptr;
+        std::shared_ptr<Notifier> notifier = nullptr;
         std::unique_ptr<Sensor> (*open)(const std::string& spec) = open_sensor;
     };
 
@@ -106,7 +106,7 @@ public:
 
 private:
     void enter(State next) noexcept;
-    std::unique_ptr<Ring> make_ring(std::int64_t gap_ns) const;
+    std::unique_ptr<Ring> make_ring(std::int64_t min_spacing_ns) const;
     bool knows_others() noexcept;
     bool can_wait() const noexcept;
     void plan(std::int64_t begin_ns, std::int64_t end_ns) noexcept;
@@ -124,7 +124,7 @@ private:
     std::optional<Cadence> cadence_;
     Throttle throttle_;
     std::int64_t due_ns_ = 0, earliest_ns_ = 0, latest_ns_ = 0, took_ns_ = 0;
-    bool begun_ = false, held_ = false;  // held: the budget put off what is due
+    bool begun_ = false, throttled_ = false;  // throttled: the budget put off what is due
 
     // Written by the reader before `state_` leaves kOpening (release), read after (acquire).
     std::unique_ptr<Sensor> sensor_;
@@ -136,7 +136,7 @@ private:
     // Counters with one writer, the reader; others want recent values, not an order: relaxed.
     std::atomic<std::uint64_t> samples_{0}, late_{0}, skipped_{0}, failed_reads_{0};
     std::atomic<std::uint64_t> settled_{0}, wasted_{0};
-    std::atomic<std::int64_t> cpu_ns_{0}, refresh_ns_{0}, gap_ns_{0}, spacing_ns_;
+    std::atomic<std::int64_t> cpu_ns_{0}, refresh_ns_{0}, min_spacing_ns_{0}, spacing_ns_;
 };
 
 }  // namespace pepr

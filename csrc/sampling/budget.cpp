@@ -1,9 +1,9 @@
-#include "budget.h"
+#include "sampling/budget.h"
 
 #include <algorithm>
 
-#include "cadence.h"
-#include "clock.h"
+#include "sampling/cadence.h"
+#include "system/clock.h"
 
 namespace pepr {
 
@@ -15,11 +15,11 @@ constexpr double kPart = 0.5;  // of the budget, for those that give way
 
 }  // namespace
 
-void Budget::want(bool gives_way, std::int64_t by_ppb) noexcept {
+void CpuBudget::want(bool gives_way, std::int64_t by_ppb) noexcept {
     (gives_way ? give_way_ppb_ : follow_ppb_).fetch_add(by_ppb, std::memory_order_relaxed);
 }
 
-double Budget::stretch(bool gives_way) const noexcept {
+double CpuBudget::stretch(bool gives_way) const noexcept {
     const auto follow = static_cast<double>(follow_ppb_.load(std::memory_order_relaxed));
     const auto give_way = static_cast<double>(give_way_ppb_.load(std::memory_order_relaxed));
     const double least = give_way / kGiveWay;
@@ -32,26 +32,29 @@ double Budget::stretch(bool gives_way) const noexcept {
     return follow / (limit_ppb_ - least);
 }
 
-bool Throttle::read(std::int64_t t_ns, bool held) noexcept {
+bool Throttle::read(std::int64_t t_ns, bool throttled) noexcept {
     if (begin_ns_ < 0) begin_ns_ = t_ns;
     ++reads_;
-    if (held) ++held_;
+    if (throttled) ++throttled_reads_;
     return t_ns - begin_ns_ >= kWindowNs && reads_ > 1;
 }
 
 void Throttle::account(std::int64_t t_ns, std::int64_t cpu_ns, bool gives_way) noexcept {
     if (begin_cpu_ns_ >= 0 && budget_ != nullptr && reads_ > 0) {  // the last sample accounts twice
-        // What it would like: the spacing while it is not held back, remembered while it is.
-        if (2 * held_ < reads_) wanted_ns_ = std::max<std::int64_t>((t_ns - begin_ns_) / reads_, 1);
+        // What it would like: the spacing while it is not throttled, remembered while it is.
+        if (2 * throttled_reads_ < reads_)
+            wanted_ns_ = std::max<std::int64_t>((t_ns - begin_ns_) / reads_, 1);
         const std::int64_t read_cpu_ns = (cpu_ns - begin_cpu_ns_) / reads_;
         want(gives_way, read_cpu_ns * kNsPerS / wanted_ns_);
         const double stretch = budget_->stretch(gives_way);
-        const double gap_ns = stretch > 1.0 ? stretch * static_cast<double>(wanted_ns_) : 0.0;
-        gap_ns_ = static_cast<std::int64_t>(std::min(gap_ns, static_cast<double>(kLongestGapNs)));
+        const double min_spacing_ns =
+            stretch > 1.0 ? stretch * static_cast<double>(wanted_ns_) : 0.0;
+        min_spacing_ns_ =
+            static_cast<std::int64_t>(std::min(min_spacing_ns, static_cast<double>(kMaxSpacingNs)));
     }
     begin_ns_ = t_ns;
     begin_cpu_ns_ = cpu_ns;
-    reads_ = held_ = 0;
+    reads_ = throttled_reads_ = 0;
 }
 
 void Throttle::want(bool gives_way, std::int64_t ppb) noexcept {

@@ -1,4 +1,4 @@
-#include "crew.h"
+#include "sampling/readers.h"
 
 #include <algorithm>
 #include <mutex>
@@ -8,7 +8,7 @@
 #include <pthread.h>
 #include <sys/prctl.h>
 
-#include "futex.h"
+#include "system/futex.h"
 
 namespace pepr {
 
@@ -35,7 +35,7 @@ void remove(std::vector<LanePtr>& lanes, const LanePtr& lane) {
 
 }  // namespace
 
-struct Crew::State {
+struct Readers::State {
     struct Member {
         LanePtr lane;
         std::thread::id reader{};  // who reads it, or did last
@@ -255,9 +255,9 @@ struct Crew::State {
     }
 };
 
-Crew::Crew() : state_(std::make_shared<State>()) {}
+Readers::Readers() : state_(std::make_shared<State>()) {}
 
-std::shared_ptr<Lane> Crew::add(Lane::How how) {
+std::shared_ptr<Lane> Readers::add(Lane::How how) {
     State& state = *state_;
     const auto lane = std::make_shared<Lane>(std::move(how), state.epoch_ns);
     const Lock lock(state.mutex);
@@ -268,7 +268,7 @@ std::shared_ptr<Lane> Crew::add(Lane::How how) {
     return lane;
 }
 
-bool Crew::stop(const std::shared_ptr<Lane>& lane, std::int64_t timeout_ns) {
+bool Readers::stop(const std::shared_ptr<Lane>& lane, std::int64_t timeout_ns) {
     State& state = *state_;
     const std::int64_t deadline_ns = now_ns() + timeout_ns;
     std::vector<std::thread> ended;
@@ -293,6 +293,6 @@ bool Crew::stop(const std::shared_ptr<Lane>& lane, std::int64_t timeout_ns) {
     return in_time;
 }
 
-void Crew::leak() const { new std::shared_ptr<State>(state_); }
+void Readers::leak() const { new std::shared_ptr<State>(state_); }
 
 }  // namespace pepr

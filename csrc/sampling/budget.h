@@ -14,9 +14,9 @@ namespace pepr {
 // knowledge of when they come. Then those, to a fourth too, then all alike. Resolution is worth
 // half of the budget: beyond that those that wait for none give way, to a fourth at most, whoever
 // else there is.
-class Budget {
+class CpuBudget {
 public:
-    explicit Budget(double share) : limit_ppb_(share * 1e9) {}
+    explicit CpuBudget(double share) : limit_ppb_(share * 1e9) {}
     // Changes what the lanes that follow refreshes, or those that give way, would like to take.
     void want(bool gives_way, std::int64_t by_ppb) noexcept;
     // How many times further apart such a lane is to be read.
@@ -32,25 +32,25 @@ private:
 // and cadences are learnt, is not counted.
 class Throttle {
 public:
-    explicit Throttle(std::shared_ptr<Budget> budget) : budget_(std::move(budget)) {}
+    explicit Throttle(std::shared_ptr<CpuBudget> budget) : budget_(std::move(budget)) {}
     ~Throttle() { want(gives_way_, 0); }
     Throttle(const Throttle&) = delete;
     Throttle& operator=(const Throttle&) = delete;
 
-    // Counts a read that ended at t_ns, and was put off by `gap_ns` if `held`. True once a window
-    // is full: `account` wants to be called.
-    bool read(std::int64_t t_ns, bool held) noexcept;
+    // Counts a read that ended at t_ns, and was put off by `min_spacing_ns` if `throttled`. True
+    // once a window is full: `account` wants to be called.
+    bool read(std::int64_t t_ns, bool throttled) noexcept;
     // The lane's thread had used cpu_ns of CPU time at t_ns. `gives_way`: it waits for no refresh.
     void account(std::int64_t t_ns, std::int64_t cpu_ns, bool gives_way) noexcept;
     // What must lie between the beginnings of two reads; 0: whatever is wanted.
-    std::int64_t gap_ns() const noexcept { return gap_ns_; }
+    std::int64_t min_spacing_ns() const noexcept { return min_spacing_ns_; }
 
 private:
     void want(bool gives_way, std::int64_t ppb) noexcept;
 
-    std::shared_ptr<Budget> budget_;
-    std::int64_t begin_ns_ = -1, begin_cpu_ns_ = -1, reads_ = 0, held_ = 0;
-    std::int64_t wanted_ns_ = 1, wanted_ppb_ = 0, gap_ns_ = 0;
+    std::shared_ptr<CpuBudget> budget_;
+    std::int64_t begin_ns_ = -1, begin_cpu_ns_ = -1, reads_ = 0, throttled_reads_ = 0;
+    std::int64_t wanted_ns_ = 1, wanted_ppb_ = 0, min_spacing_ns_ = 0;
     bool gives_way_ = false;
 };
 

@@ -1,4 +1,4 @@
-#include "ring.h"
+#include "sampling/ring.h"
 
 #include <algorithm>
 #include <cerrno>

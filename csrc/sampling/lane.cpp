@@ -1,11 +1,11 @@
-#include "lane.h"
+#include "sampling/lane.h"
 
 #include <algorithm>
 #include <cmath>
 #include <utility>
 
-#include "futex.h"
-#include "privileges.h"
+#include "system/futex.h"
+#include "system/privileges.h"
 
 namespace pepr {
 
@@ -36,10 +36,10 @@ Lane::Lane(How how, std::int64_t epoch_ns)
 bool Lane::open() noexcept {
     try {
         sensor_ = how_.open(how_.spec);
-        if (how_.relinquish) keep_capabilities(0);
+        if (how_.drop_capabilities) keep_capabilities(0);
         const std::vector<Channel>& channels = sensor_->channels();
         row_.assign(channels.size(), kUnknown);
-        for (std::size_t c = 0; how_.news != nullptr && c < channels.size(); ++c)
+        for (std::size_t c = 0; how_.notifier != nullptr && c < channels.size(); ++c)
             if (channels[c].quantity == "identity") identities_.emplace_back(c, 0.0);
         ring_ = make_ring(how_.period_ns);
         if (how_.coarse) {
@@ -56,12 +56,12 @@ bool Lane::open() noexcept {
     }
 }
 
-std::unique_ptr<Ring> Lane::make_ring(std::int64_t gap_ns) const {
+std::unique_ptr<Ring> Lane::make_ring(std::int64_t min_spacing_ns) const {
     const std::size_t width = sensor_->channels().size();
     // Sooner or later a ring touches all of its memory.
     const auto row_bytes = static_cast<std::int64_t>(8 * (width + 2));
     const std::int64_t least = std::clamp(kUsualBytes / row_bytes, kMinRows, kUsualRows);
-    const auto rows = std::clamp(kRingNs / gap_ns, least, kMaxRows);
+    const auto rows = std::clamp(kRingNs / min_spacing_ns, least, kMaxRows);
     return std::make_unique<Ring>(width, static_cast<std::size_t>(rows));
 }
 
@@ -72,13 +72,13 @@ void Lane::read(bool last, CpuLaps& laps) noexcept {
     const std::int64_t end_ns = now_ns();
     took_ns_ = end_ns - begin_ns;
     ring_->push(begin_ns, took_ns_, row_.data());
-    if (knows_others()) how_.news->raise();
+    if (knows_others()) how_.notifier->notify();
     if (coarsener_ != nullptr)
         if (const double* told = coarsener_->take(begin_ns, row_))
             coarse_ring_->push(begin_ns, took_ns_, told);
     if (!begun_) due_ns_ = begin_ns;
     count(begin_ns - due_ns_);
-    if (throttle_.read(end_ns, held_) || last) meter(end_ns, laps);
+    if (throttle_.read(end_ns, throttled_) || last) meter(end_ns, laps);
     if (!begun_) {
         charge(laps);
         enter(State::kRunning);
@@ -104,11 +104,11 @@ void Lane::plan(std::int64_t begin_ns, std::int64_t end_ns) noexcept {
     spacing_ns_.store(spacing_ns, std::memory_order_relaxed);
     if (!can_wait()) return;
     // The budget puts a distance between two reads, not one from the deadline.
-    if (throttle_.gap_ns() == 0) earliest_ns_ -= kEarlierEighths * spacing_ns / 8;
+    if (throttle_.min_spacing_ns() == 0) earliest_ns_ -= kEarlierEighths * spacing_ns / 8;
     // Who is asked for seldom may be later still; else lanes of one period could stay out of step.
     const std::int64_t longest_ns =
         cadence_ ? cadence_->longest_ns()
-                 : std::max(kLongestGapNs, (8 + kLaterEighths) * how_.period_ns / 8);
+                 : std::max(kMaxSpacingNs, (8 + kLaterEighths) * how_.period_ns / 8);
     latest_ns_ = std::clamp(due_ns_ + kLaterEighths * spacing_ns / 8, due_ns_,
                             std::max(due_ns_, begin_ns + longest_ns));
 }
@@ -119,13 +119,13 @@ bool Lane::can_wait() const noexcept {
 }
 
 std::int64_t Lane::next_on_grid(std::int64_t begin_ns, std::int64_t end_ns) noexcept {
-    const std::int64_t period_ns = how_.period_ns, gap_ns = throttle_.gap_ns();
-    const std::int64_t step_ns = std::max(period_ns, gap_ns);
-    held_ = gap_ns > period_ns;
+    const std::int64_t period_ns = how_.period_ns, min_spacing_ns = throttle_.min_spacing_ns();
+    const std::int64_t step_ns = std::max(period_ns, min_spacing_ns);
+    throttled_ = min_spacing_ns > period_ns;
     std::int64_t from_ns = due_ns_;
     if (can_wait())
         from_ns = begin_ns;
-    else if (gap_ns <= period_ns)
+    else if (min_spacing_ns <= period_ns)
         from_ns -= (due_ns_ - epoch_ns_) % period_ns;
     const std::int64_t next_ns = from_ns + step_ns;
     if (end_ns < next_ns) return next_ns;
@@ -145,8 +145,9 @@ std::int64_t Lane::follow(std::int64_t begin_ns, std::int64_t end_ns) noexcept {
     // Drivers hold locks while they read, which the program may be waiting for.
     const std::int64_t free_ns = end_ns + kDutyFactor * (end_ns - begin_ns);
     const std::int64_t wanted_ns = std::max(cadence_->next_ns(), free_ns);
-    const std::int64_t allowed_ns = begin_ns + std::min(throttle_.gap_ns(), cadence_->longest_ns());
-    held_ = allowed_ns > wanted_ns;
+    const std::int64_t allowed_ns =
+        begin_ns + std::min(throttle_.min_spacing_ns(), cadence_->longest_ns());
+    throttled_ = allowed_ns > wanted_ns;
     return std::max(wanted_ns, allowed_ns);
 }
 
@@ -157,7 +158,7 @@ void Lane::charge(CpuLaps& laps) noexcept {
 void Lane::meter(std::int64_t t_ns, CpuLaps& laps) noexcept {
     charge(laps);
     throttle_.account(t_ns, cpu_ns_.load(std::memory_order_relaxed), can_wait());
-    gap_ns_.store(throttle_.gap_ns(), std::memory_order_relaxed);
+    min_spacing_ns_.store(throttle_.min_spacing_ns(), std::memory_order_relaxed);
 }
 
 void Lane::count(std::int64_t lateness_ns) noexcept {
@@ -195,7 +196,7 @@ Lane::Stats Lane::stats(std::uint64_t lost) const noexcept {
             settled_.load(relaxed),
             wasted_.load(relaxed),
             refresh_ns_.load(relaxed),
-            gap_ns_.load(relaxed)};
+            min_spacing_ns_.load(relaxed)};
 }
 
 }  // namespace pepr

@@ -1,4 +1,4 @@
-#include "journal.h"
+#include "recording/journal.h"
 
 #include <atomic>
 #include <mutex>
@@ -11,7 +11,7 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
-#include "futex.h"
+#include "system/futex.h"
 
 namespace pepr {
 
@@ -22,11 +22,11 @@ struct Journal::State {
         bool failed = false;
     };
 
-    State(std::int64_t period_ns, std::shared_ptr<News> news)
-        : period_ns(period_ns), news(std::move(news)) {}
+    State(std::int64_t period_ns, std::shared_ptr<Notifier> notifier)
+        : period_ns(period_ns), notifier(std::move(notifier)) {}
 
     const std::int64_t period_ns;
-    const std::shared_ptr<News> news;
+    const std::shared_ptr<Notifier> notifier;
     std::mutex mutex;
     std::vector<Entry> entries;
     std::atomic<std::uint32_t> stopping{0};
@@ -35,14 +35,14 @@ struct Journal::State {
 
     void flush() {
         const std::lock_guard<std::mutex> lock(mutex);
-        bool is_news = false;
+        bool has_changed = false;
         for (Entry& entry : entries) {
             entry.file->drain(entry.lane->ring());
             entry.file->flush();
             const bool fails = entry.file->error() != 0;
-            is_news |= fails != std::exchange(entry.failed, fails);
+            has_changed |= fails != std::exchange(entry.failed, fails);
         }
-        if (is_news) news->raise();
+        if (has_changed) notifier->notify();
     }
 
     void work() noexcept {
@@ -63,8 +63,8 @@ struct Journal::State {
     }
 };
 
-Journal::Journal(std::int64_t period_ns, std::shared_ptr<News> news)
-    : state_(std::make_shared<State>(period_ns, std::move(news))), owner_pid_(::getpid()) {
+Journal::Journal(std::int64_t period_ns, std::shared_ptr<Notifier> notifier)
+    : state_(std::make_shared<State>(period_ns, std::move(notifier))), owner_pid_(::getpid()) {
     state_->thread = std::thread([state = state_.get()] { state->work(); });
 }
 

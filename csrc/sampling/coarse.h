@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "sensor.h"
+#include "sensors/sensor.h"
 
 namespace pepr {
 
