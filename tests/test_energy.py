@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+from cli import Cli, codes, write_replay
 
 from pepr_profiler.energy.counter import within_piece
 from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.integrate import integrate
-from pepr_profiler.energy.sources import Source, find_sources
+from pepr_profiler.energy.sources import UNITS, Source, find_sources
 from pepr_profiler.energy.uncertainty import budget
 from pepr_profiler.trace.lane import Batch, Channel, LaneInfo
 from pepr_profiler.units import NS_PER_S as S
@@ -483,13 +485,58 @@ def test_a_module_is_told_beside_the_gpu_that_it_contains() -> None:
     labels = {"uuid": "GPU-1", "model": "NVIDIA GH200 480GB", "index": "0", "mig": "on"}
     facts = (("nvml-energy", "energy"), ("nvml-module-average", "power"))
     channels = tuple(
-        Channel(f"GPU-1/{s}", quantity, "W", 1e-3, 0.0, quantity == "energy", s, labels)
+        Channel(f"GPU-1/{s}", quantity, UNITS[quantity], 1e-3, 0.0, quantity == "energy", s, labels)
         for s, quantity in facts
     )
     module, gpu = find_sources([LaneInfo("nvml", "nvml", 50_000_000, channels)])
     assert (gpu.in_total, module.in_total, module.excluded) == (True, False, "contains the GPU")
     # and what a MIG instance is charged with is said to be the board's
     assert gpu.label == "gpu:0  GH200 480GB, MIG: whole board"
+
+
+CONTRIBUTED = {
+    "gpu:new": "new/energy energy J 1 0 counter dcgm uuid=GPU-new kind=gpu component=gpu:new",
+    "other:npu/energy": "npu/energy energy J 1 0 counter acme kind=npu index=first uuid=x",
+    "other:bare": "bare energy J 1 0 counter acme",
+    # names of our drivers' sources, without the labels that these give
+    "cpu:zone": "zone energy J 1 0 counter powercap kind=cpu",
+    "cpu:event": "event energy J 1 0 counter perf kind=cpu",
+    "other:chip/power1": "chip/power1 power W 1 0 gauge hwmon-power",
+    "gpu:a/energy": "a/energy energy J 1 0 counter nvml-energy kind=gpu uuid=GPU-a",
+    "gpu:a/power": "a/power power W 1 0 gauge nvml-power kind=gpu",
+    "other:a/module": "a/module power W 1 0 gauge nvml-module-average",
+    "other:a/hbm": "a/hbm energy J 1 0 counter nvml-hbm uuid=GPU-a index=0 model=H100",
+}
+NO_ENERGY = (
+    "a/utilisation utilisation 1 1 0 gauge nvml-utilisation",
+    "a/memory memory B 1 0 gauge nvml-memory",
+    "a/clock clock Hz 1 0 gauge acme uuid=GPU-a",
+    "odd/energy energy kWh 1 0 counter acme",
+)
+
+
+def test_a_sensor_that_nobody_knows_is_an_ordinary_one(tmp_path: Path) -> None:
+    # given 50 W of each component, from sensors with labels and sources of their own
+    channels = [*CONTRIBUTED.values(), *NO_ENERGY]
+    gauges = {i for i, channel in enumerate(channels) if " gauge " in channel}
+    rows = [
+        (i * 0.02, *(50.0 if n in gauges else float(i) for n in range(len(channels))))
+        for i in range(500)
+    ]
+    spec = write_replay(tmp_path / "new", channels, rows)
+    cli = Cli(tmp_path)
+    _, summary = cli.measure("--sensor", spec, "--", "sleep", "1.5")
+    # then each one's energy is in the summary under its own id, and adds up
+    listed = {c["id"]: c for c in summary["energy"]["components"] if c["source"] != "utilisation"}
+    measured = {i: c["device_j"] for i, c in listed.items() if c["provenance"] == "measured"}
+    expected_j = 50.0 * summary["duration_s"]
+    assert measured == pytest.approx(dict.fromkeys(CONTRIBUTED, expected_j), rel=0.03)
+    assert {c["kind"] for c in listed.values()} <= {"gpu", "cpu", "dram", "other"}
+    # and energy in another unit is not taken for joules, and said to be left out
+    assert codes(summary, "odd/energy") == {"unknown-unit"}
+    # and a page with its figures can be drawn of it
+    result = cli("report", str(cli.runs()[0]), "-o", str(tmp_path / "run.html"))
+    assert result.status == 0, result.stderr
 
 
 @pytest.mark.parametrize("lane", [DIES, DIES_PERF], ids=["powercap", "perf"])

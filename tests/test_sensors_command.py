@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import Cli
+from cli import Cli, write_replay
 from sim.nvml import BuildNvml, Gpu, Scenario, default_uuid
 from sim.powercap import BuildTree, Tree, Zone, two_socket_server
 from sim.sysfs import hwmon_chip, perf_tree, why_no_tsc
@@ -63,6 +63,30 @@ def test_each_source_is_told_with_its_power_refresh_and_use(
     by_name = {c["channel"]: c for c in facts["channels"]}
     assert by_name[f"{default_uuid(0)}/power_instant"]["value"] == pytest.approx(400)
     assert by_name[f"{default_uuid(1)}/utilisation"]["value"] == pytest.approx(0.5)
+
+
+def test_a_counter_that_is_reset_or_wraps_shows_its_power(cli: Cli, tmp_path: Path) -> None:
+    # given counters at 1 W: one is set back to 0 every 0.2 s, one to a value from which it would be
+    # just plausible that it went through all of its range, one wraps every 0.2 s, and one that is
+    # read too fast answers 0 at times; and one that falls at each change
+    channels = [
+        "reset energy J 1e-6 262143328850 counter test component=cpu:reset kind=cpu",
+        "near energy J 1 1000 counter test component=cpu:near",
+        "wrap energy J 1e-3 200 counter test component=cpu:wrap",
+        "g/energy energy J 1 0 counter nvml-energy uuid=GPU-1 model=H100 index=0",
+        "fall energy J 1 1000 counter test component=cpu:fall",
+    ]
+    t_s = [i * 0.005 for i in range(4000)]
+    rows = [
+        (t, 1e6 * (t % 0.2), 999.79 + t % 0.2, 1e3 * (t % 0.2),
+         0.0 if i % 7 == 0 else 5e5 + t, 900.0 - i)
+        for i, t in enumerate(t_s)
+    ]  # fmt: skip
+    spec = write_replay(tmp_path / "counters", channels, rows)
+    shown_w = {c["component"]: c["power_w"] for c in said(cli, spec)["channels"]}
+    assert shown_w.pop("cpu:fall") is None
+    expected = ["cpu:near", "cpu:reset", "cpu:wrap", "gpu:GPU-1"]
+    assert shown_w == pytest.approx(dict.fromkeys(expected, 1.0), rel=0.15)
 
 
 def test_the_screen_has_a_line_for_each_and_fits(

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pepr_profiler._core import Sampler
     from pepr_profiler.daemon_client.client import DaemonClient, RemoteLane
+    from pepr_profiler.energy.sources import Source
     from pepr_profiler.trace.lane import LaneInfo
 
 _LOOK_S = 0.6
@@ -115,8 +118,8 @@ def _describe(
     for lane, sampler in opened:
         through_daemon = not isinstance(sampler, _core.Sampler)
         sampler.stop(1.0)
-        for index, facts in enumerate(_read(lane, sampler)):
-            source = by_channel.get((lane.name, index))
+        of_lane = [by_channel.get((lane.name, index)) for index in range(len(lane.channels))]
+        for source, facts in zip(of_lane, _read(lane, of_lane, sampler), strict=True):
             used = source is not None and source.in_total
             facts["via"] = "daemon" if through_daemon else None
             facts["component"] = source.id if source else None
@@ -129,7 +132,9 @@ def _describe(
     return channels
 
 
-def _read(lane: LaneInfo, sampler: Sampler | RemoteLane) -> list[dict[str, Any]]:
+def _read(
+    lane: LaneInfo, sources: Sequence[Source | None], sampler: Sampler | RemoteLane
+) -> list[dict[str, Any]]:
     """What each channel of a lane read, how often it changed and what a read took."""
     import numpy as np
 
@@ -141,9 +146,11 @@ def _read(lane: LaneInfo, sampler: Sampler | RemoteLane) -> list[dict[str, Any]]
     t_s = np.concatenate([np.frombuffer(b[1], dtype=np.int64) for b in batches]) * 1e-9
     read_s = np.concatenate([np.frombuffer(b[2], dtype=np.uint32) for b in batches]) * 1e-9
     result = []
-    for index, channel in enumerate(lane.channels):
+    for index, (channel, source) in enumerate(zip(lane.channels, sources, strict=True)):
         values = np.concatenate([np.frombuffer(b[3][index]) for b in batches])
         known = np.isfinite(values)
+        if source is not None and source.zero_is_unknown:
+            known &= values > 0
         values, at_s = values[known] * channel.scale, t_s[known]
         steps = np.diff(values)
         moved_s = at_s[1:][steps != 0]
@@ -153,9 +160,11 @@ def _read(lane: LaneInfo, sampler: Sampler | RemoteLane) -> list[dict[str, Any]]
         if channel.quantity == "power" and len(values):
             power_w = float(values[-1])
         elif channel.quantity == "energy" and len(moved_s) > 1:
-            steps = np.where(steps < 0, steps + channel.modulus * channel.scale, steps)
-            # From change to change: a counter says nothing about the time since.
-            power_w = float(steps[steps != 0][1:].sum() / (moved_s[-1] - moved_s[0]))
+            # From change to change: a counter says nothing about the time since. One that fell has
+            # wrapped or was reset; what it did between the others is enough for so short a look.
+            step_j, span_s = steps[steps != 0][1:], np.diff(moved_s)
+            rose = step_j > 0
+            power_w = float(step_j[rose].sum() / span_s[rose].sum()) if rose.any() else None
         result.append(
             {
                 "sensor": lane.spec,

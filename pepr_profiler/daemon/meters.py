@@ -10,7 +10,8 @@ from math import isnan, nan
 
 from pepr_profiler import _core
 from pepr_profiler.daemon.lanes import Lanes
-from pepr_profiler.energy.sources import Source, fallen_j, find_sources
+from pepr_profiler.energy.sources import Source, find_sources
+from pepr_profiler.energy.unwrap import undo_fall
 from pepr_profiler.trace.lane import LaneInfo
 
 STALE_S = 5.0
@@ -34,14 +35,13 @@ class Meter:
         """Takes in rows of its lane: their times and its values, unscaled."""
         source = self.source
         for at_ns, raw in zip(t_ns, values, strict=True):
-            # A GPU that is read too often answers 0, for its counter and for its power.
-            if isnan(raw) or (raw <= 0 and (not source.counter or source.source == "nvml-energy")):
+            if isnan(raw) or (raw <= 0 and source.zero_is_unknown):
                 continue
             value = raw * source.scale
             if source.counter and self.t_ns:
                 step_j, span_s = value - self.value, (at_ns - self.t_ns) * 1e-9
-                range_j = source.modulus * source.scale
-                step_j = step_j if step_j >= 0 else fallen_j(step_j, value, range_j, span_s)
+                if step_j < 0:
+                    step_j, _ = undo_fall(step_j, value, range_j=source.range_j, span_s=span_s)
                 if self.t_ns // _SECOND_NS != at_ns // _SECOND_NS:
                     self._pass_seconds(at_ns, step_j)
                 self.energy_j += step_j

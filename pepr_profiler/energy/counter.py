@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pepr_profiler.energy.curve import NARROW, NS_PER_S, UNIFORM, Accumulator, Changes, EnergyCurve
-from pepr_profiler.energy.sources import fallen_j, wraps
+from pepr_profiler.energy.unwrap import undo_fall
 from pepr_profiler.trace.lane import LINE_STEPS
 
 if TYPE_CHECKING:
@@ -162,12 +162,6 @@ class Counter(Accumulator):
     _pieces: int = 0
     _recent: list[tuple[float, float]] = field(default_factory=list)  # (J, s)
 
-    def valid(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
-        known = np.isfinite(values)
-        # Polled too fast, some NVIDIA drivers answer 0 (zeus PR 186). Taken as a reset, all that
-        # the counter holds would be added when it reads right again. RAPL does pass through 0.
-        return known & (values != 0) if self.source.source == "nvml-energy" else known
-
     def begin(self, placed: NDArray[np.float64], changes: Changes) -> None:
         begin = float(changes.t_ns[0])
         if len(placed) > 1:
@@ -200,14 +194,16 @@ class Counter(Accumulator):
     def _unwrap(
         self, step_j: NDArray[np.float64], span_s: NDArray[np.float64], values: NDArray[np.float64]
     ) -> None:
-        range_j = self.source.modulus * self.source.scale
+        """Puts what flowed, J, in the place of each step that fell."""
         for i in np.flatnonzero(step_j < 0):
-            fell_j, span = float(step_j[i]), float(span_s[i])
-            if wraps(fell_j, range_j, span):
-                self.wraps += 1
-            else:
-                self.resets += 1
-            step_j[i] = fallen_j(fell_j, float(values[i]), range_j, span)
+            step_j[i], wrapped = undo_fall(
+                float(step_j[i]),
+                float(values[i]),
+                range_j=self.source.range_j,
+                span_s=float(span_s[i]),
+            )
+            self.wraps += wrapped
+            self.resets += not wrapped
 
     def _settle(
         self, t: NDArray[np.float64], step_j: NDArray[np.float64], *, last: bool = False

@@ -145,15 +145,14 @@ class Accumulator:
         self._local = np.zeros((2, len(self.at_ns)))  # power; variance of the energy up to here
         self._sums = np.zeros(3)
 
-    def valid(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
-        return np.isfinite(values)
-
     def notable_gap_s(self) -> float:
         """After this long without a reading, even the same value is news."""
         return math.inf
 
     def feed(self, t_ns: NDArray[np.int64], values: NDArray[np.float64], batch: Batch) -> None:
-        good = self.valid(values)
+        good = np.isfinite(values)
+        if self.source.zero_is_unknown:
+            good &= values > 0
         self.unknown += _reads(~good, batch)
         t = t_ns[good].astype(np.float64)
         if not len(t):

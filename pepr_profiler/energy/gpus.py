@@ -38,7 +38,7 @@ class Gpus(Record):
         busy: Iterable[str],
     ) -> Gpus:
         """From run.json's `recording`, the labels of all channels, and who was seen."""
-        boards = {of["uuid"]: of for of in labels if "uuid" in of}
+        boards = {of["uuid"]: of for of in labels if of.keys() >= {"uuid", "index", "model"}}
         # A recording from before processes were listed tells nothing: all is the job's, as it was.
         cuda = facts.get("cuda")
         visible = visible_gpus(cuda, list(boards.values())) if cuda else frozenset(boards)

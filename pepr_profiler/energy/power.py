@@ -36,7 +36,7 @@ class Power(Accumulator):
     """Power readings, joined by straight lines and held at the ends; shifted back by their lag.
 
     A reading that stays was still seen: it is held until a refresh before the next change, or until
-    the last read. A reading of 0 or less is a driver's hiccup (zeus PR 186), not a device at rest.
+    the last read.
     """
 
     lag_s: float = 0.0
@@ -50,9 +50,6 @@ class Power(Accumulator):
     # Sums of squared differences of readings 1, 2 and 3 refreshes apart, and the last readings.
     _structure: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
     _tail: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-
-    def valid(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
-        return np.isfinite(values) & (values > 0)
 
     def notable_gap_s(self) -> float:
         return _GAP_REFRESHES * max(_SLOWEST_REFRESH_S, self.source.period_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from pepr_profiler.record import Record
@@ -35,31 +35,35 @@ class Source(Record):
     offset_w: float = 0.0
     lag_s: float = 0.0
 
+    @property
+    def range_j(self) -> float:
+        """What a counter has counted when it returns to 0, J; 0: it never does."""
+        return self.modulus * self.scale
 
-_IMPLAUSIBLE_W = 20_000.0
-"""No package, memory or board draws this: a counter that would have to has been reset."""
+    @property
+    def zero_is_unknown(self) -> bool:
+        """Whether a reading of 0 is a driver's hiccup (zeus PR 186), not what the device does.
 
-
-def wraps(step_j: float, range_j: float, span_s: float) -> bool:
-    """Whether a counter that fell by -`step_j` within `span_s` has wrapped; else it began anew.
-
-    A wrap must leave a plausible power behind.
-    """
-    return range_j > 0 and 0 <= step_j + range_j <= _IMPLAUSIBLE_W * max(span_s, 0.05)
-
-
-def fallen_j(step_j: float, now_j: float, range_j: float, span_s: float) -> float:
-    """What flowed while a counter fell to `now_j`, J, by a wrap or a reset."""
-    if wraps(step_j, range_j, span_s):
-        return step_j + range_j
-    # What it has counted since, if that can be.
-    return now_j if now_j <= _IMPLAUSIBLE_W * span_s else 0.0
+        Some NVIDIA drivers that are read too fast answer 0. Taken as a reset of the counter, all
+        that it holds would be added when it reads right again. RAPL's counters do pass through 0.
+        """
+        return not self.counter or self.source == "nvml-energy"
 
 
 _RAPL_GAIN = {"intel": 0.03, "other": 0.075, "dram": 0.15}
 _GPU_GAIN, _GPU_OFFSET_W = 0.037, 5.9
 _POWER_LAG_S = {"nvml-power-average": 0.5}  # half of its window of 1 s
-_PACKAGE = re.compile(r"package-\d+(-die-\d+)?$")
+
+UNITS = {"energy": "J", "power": "W"}
+"""The quantities that are energy, and the unit that a channel of one has to be in."""
+
+KINDS = ("gpu", "cpu", "dram", "other")
+"""What a component may be; a sensor that calls it anything else measures an `other` one."""
+
+_GPU_POWER = ("nvml-power-average", "nvml-power", "nvml-power-instant")
+_GPU_SOURCES = ("nvml-energy", *_GPU_POWER)
+"""What NVML says of a board's energy, best first: the counter; then the average, which sees the
+whole run; then the instant."""
 
 
 def find_sources(lanes: Iterable[LaneInfo], *, cpu_vendor: str = "") -> list[Source]:
@@ -68,26 +72,58 @@ def find_sources(lanes: Iterable[LaneInfo], *, cpu_vendor: str = "") -> list[Sou
     RAPL's core and uncore lie inside package, psys contains it, and an mmio zone repeats the MSR's:
     none of them is in the total. A GPU's counter is preferred to its power readings, and a module
     contains its GPU. What two lanes both measure (perf, powercap and amd_energy read the same
-    registers) counts once.
+    registers) counts once. A channel of a driver that is not known here says what it is in its
+    labels.
     """
     sources: list[Source] = []
     for lane in lanes:
-        by_device: dict[str, list[int]] = {}
+        boards: dict[str, list[int]] = {}
         for index, channel in enumerate(lane.channels):
-            if channel.quantity not in ("energy", "power"):
+            if UNITS.get(channel.quantity) != channel.unit:
                 continue
-            if channel.source in ("powercap", "perf"):
-                sources.append(_rapl_source(lane, index, cpu_vendor))
-            elif channel.source.startswith("hwmon"):
-                sources.append(_hwmon_source(lane, index))
-            elif channel.source.startswith("nvml-module"):
-                sources.append(_module_source(lane, index))
-            elif "uuid" in channel.labels:
-                by_device.setdefault(channel.labels["uuid"], []).append(index)
+            if _is_board(channel):
+                boards.setdefault(channel.labels["uuid"], []).append(index)
             else:
-                sources.append(_plain_source(lane, index))
-        sources.extend(_gpu_source(lane, indices) for indices in by_device.values())
+                sources.append(_source_of(lane, index, cpu_vendor))
+        sources.extend(_board_source(lane, indices) for indices in boards.values())
     return _without_repeats(sources)
+
+
+def find_cross_sources(lanes: Iterable[LaneInfo], sources: Iterable[Source]) -> list[Source]:
+    """For each GPU whose counter is counted, its power readings as a second source of that id."""
+    by_name = {lane.name: lane for lane in lanes}
+    found = []
+    for source in sources:
+        lane = by_name[source.lane]
+        counter = lane.channels[source.channel]
+        if not (source.counter and source.in_total and _is_board(counter)):
+            continue
+        powers = [
+            index
+            for index, channel in enumerate(lane.channels)
+            if channel.source in _GPU_POWER
+            and _is_board(channel)
+            and channel.labels["uuid"] == counter.labels["uuid"]
+        ]
+        if powers:
+            power = _board_source(lane, powers)
+            found.append(power._replace(in_total=False, excluded=f"checks {source.source}"))
+    return found
+
+
+def _source_of(lane: LaneInfo, index: int, cpu_vendor: str) -> Source:
+    """What a driver's labels say that a channel is; if it is none of ours, the channel's own."""
+    channel = lane.channels[index]
+    labels = channel.labels.keys()
+    if channel.source == "powercap" and "name" in labels:
+        return _rapl_source(lane, index, _zone_domain(channel), cpu_vendor)
+    if channel.source == "perf" and labels >= {"event", "package", "cpu"}:
+        return _rapl_source(lane, index, _perf_domain(lane, channel), cpu_vendor)
+    if channel.source.startswith("hwmon-") and labels >= {"chip", "label", "device", "input"}:
+        return _hwmon_source(lane, index)
+    if channel.source.startswith("nvml-module-") and labels >= {"uuid", "index"}:
+        return _module_source(lane, index)
+    return _labelled_source(lane, index)
 
 
 def _make(lane: LaneInfo, index: int, **facts: object) -> Source:
@@ -104,6 +140,28 @@ def _make(lane: LaneInfo, index: int, **facts: object) -> Source:
     )
 
 
+def _labelled_source(lane: LaneInfo, index: int) -> Source:
+    """A channel that says itself which component it is (CONTRIBUTING, Add a sensor)."""
+    channel = lane.channels[index]
+    kind = channel.labels.get("kind", "other")
+    kind = kind if kind in KINDS else "other"
+    excluded = channel.labels.get("excluded", "")
+    return _make(
+        lane,
+        index,
+        id=channel.labels.get("component", f"{kind}:{channel.name}"),
+        kind=kind,
+        label=channel.labels.get("label", channel.name),
+        in_total=not excluded,
+        excluded=excluded,
+        gain=float(channel.labels.get("gain", 0.0)),
+    )
+
+
+# --- RAPL, whether powercap or perf reads it ------------------------------------------------------
+
+_PACKAGE = re.compile(r"package-\d+(-die-\d+)?$")
+
 _PERF_DOMAINS = {
     "energy-pkg": "",
     "energy-ram": "dram",
@@ -113,20 +171,18 @@ _PERF_DOMAINS = {
 }
 
 
-def _rapl_source(lane: LaneInfo, index: int, cpu_vendor: str) -> Source:
-    """A RAPL domain, named alike whether powercap or perf read it: `package-0/dram`."""
-    channel = lane.channels[index]
-    labels = channel.labels
-    mmio = labels.get("zone", "").startswith("intel-rapl-mmio")
-    parent, name = _perf_domain(lane, index) if channel.source == "perf" else _zone_domain(labels)
+def _rapl_source(lane: LaneInfo, index: int, domain: tuple[str, str], cpu_vendor: str) -> Source:
+    """A RAPL domain, (parent, name), named alike whoever read it: `package-0/dram`."""
+    parent, name = domain
     path = f"{parent}/{name}" if parent else name
+    zone = lane.channels[index].labels.get("zone", "")
     vendor = "intel" if cpu_vendor == "GenuineIntel" else "other"
-    excluded = ""
-    kind, gain = "cpu", _RAPL_GAIN[vendor]
+    kind, gain, excluded = "cpu", _RAPL_GAIN[vendor], ""
     if name == "dram":
         kind, gain = "dram", _RAPL_GAIN["dram"]
-    if mmio:
-        excluded = f"repeats {path}"
+    ident = path
+    if zone.startswith("intel-rapl-mmio"):
+        ident, excluded = f"{path}@{zone}", f"repeats {path}"
     elif name == "psys":
         kind, excluded = "other", "contains the packages"
     elif name != "dram" and not _PACKAGE.match(name):
@@ -134,7 +190,7 @@ def _rapl_source(lane: LaneInfo, index: int, cpu_vendor: str) -> Source:
     return _make(
         lane,
         index,
-        id=f"{kind}:{path}" if not mmio else f"{kind}:{path}@{labels['zone']}",
+        id=f"{kind}:{ident}",
         kind=kind,
         label=path,
         in_total=not excluded,
@@ -143,24 +199,27 @@ def _rapl_source(lane: LaneInfo, index: int, cpu_vendor: str) -> Source:
     )
 
 
-def _zone_domain(labels: Mapping[str, str]) -> tuple[str, str]:
-    return labels.get("parent_name", ""), labels["name"]
+def _zone_domain(channel: Channel) -> tuple[str, str]:
+    return channel.labels.get("parent_name", ""), channel.labels["name"]
 
 
-def _perf_domain(lane: LaneInfo, index: int) -> tuple[str, str]:
+def _perf_domain(lane: LaneInfo, channel: Channel) -> tuple[str, str]:
     """Parent and name of a perf event as powercap would call them."""
-    labels = lane.channels[index].labels
-    if labels["event"] == "energy-psys":
+    labels = channel.labels
+    event, number = labels["event"], labels["package"]
+    if event == "energy-psys":
         return "", "psys"
-    package = f"package-{labels['package'] or labels['cpu']}"
-    dies = {c.labels.get("die") for c in lane.channels if c.labels["package"] == labels["package"]}
+    package = f"package-{number or labels['cpu']}"
+    dies = {c.labels.get("die") for c in lane.channels if c.labels.get("package") == number}
     if len(dies) > 1:
-        package += f"-die-{labels['die']}"
-    domain = _PERF_DOMAINS.get(labels["event"], labels["event"])
-    if labels["event"] == "energy-core":  # one a core, told apart by the CPU that it is read on
+        package += f"-die-{labels.get('die')}"
+    domain = _PERF_DOMAINS.get(event, event)
+    if event == "energy-core":  # one a core, told apart by the CPU that it is read on
         domain += labels["cpu"]
     return (package, domain) if domain else ("", package)
 
+
+# --- chips of hwmon -------------------------------------------------------------------------------
 
 _AMD_SOCKET = re.compile(r"Esocket(\d+)$")
 _GRACE_SOCKET = re.compile(r"Grace Power Socket (\d+)$")
@@ -194,54 +253,49 @@ def _hwmon_source(lane: LaneInfo, index: int) -> Source:
     return _make(lane, index, in_total="excluded" not in facts, **facts)
 
 
-def _module_source(lane: LaneInfo, index: int) -> Source:
-    """A Grace Hopper module: its GPU has a sensor of its own, its CPU one in hwmon."""
-    channel = lane.channels[index]
-    window = channel.source.removeprefix("nvml-module-")
-    name = f"module of gpu:{channel.labels['index']} ({window})"
-    ident = f"other:{channel.labels['uuid']}/module-{window}"
-    contains = "contains the GPU"
-    return _make(lane, index, id=ident, kind="other", label=name, in_total=False, excluded=contains)
+# --- boards of NVIDIA -----------------------------------------------------------------------------
 
 
-def _gpu_source(lane: LaneInfo, indices: Sequence[int]) -> Source:
-    """The energy counter; else average power, which sees the whole run; else instant power."""
-    order = ["nvml-energy", "nvml-power-average", "nvml-power", "nvml-power-instant"]
-    best = min(indices, key=lambda i: order.index(lane.channels[i].source))
+def _is_board(channel: Channel) -> bool:
+    """Whether NVML read a board's energy or power there."""
+    return channel.source in _GPU_SOURCES and channel.labels.keys() >= {"uuid", "index", "model"}
+
+
+def _board_source(lane: LaneInfo, indices: Iterable[int]) -> Source:
+    """The best of a board's channels."""
+    best = min(indices, key=lambda i: _GPU_SOURCES.index(lane.channels[i].source))
     channel = lane.channels[best]
     labels = channel.labels
-    power = channel.quantity == "power"
     model = labels["model"].removeprefix("NVIDIA ").removeprefix("GeForce ")
-    board = ", MIG: whole board" if labels.get("mig") == "on" else ""
+    divided = ", MIG: whole board" if labels.get("mig") == "on" else ""
     return _make(
         lane,
         best,
         id=f"gpu:{labels['uuid']}",
         kind="gpu",
-        label=f"gpu:{labels['index']}  {model}{board}",
+        label=f"gpu:{labels['index']}  {model}{divided}",
         gain=_GPU_GAIN,
-        offset_w=_GPU_OFFSET_W if power else 0.0,
+        offset_w=_GPU_OFFSET_W if channel.quantity == "power" else 0.0,
         lag_s=_POWER_LAG_S.get(channel.source, 0.0),
     )
 
 
-def _plain_source(lane: LaneInfo, index: int) -> Source:
-    """A channel that says itself which component it is (replays, drivers without a tree)."""
-    channel: Channel = lane.channels[index]
-    kind = channel.labels.get("kind", "other")
-    ident = channel.labels.get("component", f"{kind}:{channel.name}")
-    excluded = channel.labels.get("excluded", "")
+def _module_source(lane: LaneInfo, index: int) -> Source:
+    """A Grace Hopper module: its GPU has a sensor of its own, its CPU one in hwmon."""
+    channel = lane.channels[index]
+    window = channel.source.removeprefix("nvml-module-")
     return _make(
         lane,
         index,
-        id=ident,
-        kind=kind,
-        label=channel.labels.get("label", channel.name),
-        in_total=not excluded,
-        excluded=excluded,
-        gain=float(channel.labels.get("gain", 0.0)),
+        id=f"other:{channel.labels['uuid']}/module-{window}",
+        kind="other",
+        label=f"module of gpu:{channel.labels['index']} ({window})",
+        in_total=False,
+        excluded="contains the GPU",
     )
 
+
+# --- what is measured twice -----------------------------------------------------------------------
 
 _DIE = re.compile(r"(?<=package-\d)-die-\d+|(?<=package-\d\d)-die-\d+")
 
@@ -273,30 +327,3 @@ def _without_repeats(sources: list[Source]) -> list[Source]:
         ident = f"{source.id}@{source.lane}.{source.channel}"
         seen[ident] = source._replace(id=ident, in_total=False, excluded=excluded)
     return list(seen.values())
-
-
-_CROSS_ORDER = ("nvml-power-average", "nvml-power", "nvml-power-instant")
-
-
-def find_cross_sources(lanes: Iterable[LaneInfo], sources: Iterable[Source]) -> list[Source]:
-    """For each GPU whose counter is counted, its power readings as a second source of that id."""
-    by_name = {lane.name: lane for lane in lanes}
-    found = []
-    for source in sources:
-        channels = by_name[source.lane].channels
-        uuid = channels[source.channel].labels.get("uuid")
-        if not (source.counter and source.in_total and uuid):
-            continue
-        powers = [
-            (_CROSS_ORDER.index(channel.source), index)
-            for index, channel in enumerate(channels)
-            if channel.labels.get("uuid") == uuid and channel.source in _CROSS_ORDER
-        ]
-        if powers:
-            _, index = min(powers)
-            name = channels[index].source
-            facts = {"kind": source.kind, "label": source.label, "gain": source.gain}
-            facts |= {"offset_w": _GPU_OFFSET_W, "lag_s": _POWER_LAG_S.get(name, 0.0)}
-            aside = {"in_total": False, "excluded": f"checks {source.source}"}
-            found.append(_make(by_name[source.lane], index, id=source.id, **facts, **aside))
-    return found

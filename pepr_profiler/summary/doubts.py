@@ -9,9 +9,10 @@ from typing import Any
 from pepr_profiler.energy.activity import Activity
 from pepr_profiler.energy.curve import EnergyCurve, gap_limit_s
 from pepr_profiler.energy.gpus import _NAMED, _SHARED, _more, _shared, _who
+from pepr_profiler.energy.sources import UNITS
 from pepr_profiler.errors import warning
 from pepr_profiler.summary.component import ComponentResult
-from pepr_profiler.trace.lane import LaneReader
+from pepr_profiler.trace.lane import Channel, LaneReader
 
 
 def other_cpu_users(
@@ -74,6 +75,17 @@ def _unwritten(
         if name not in readers:
             text = f"no reading of {name} is on disk; the summary is without it"
             yield warning("unwritten", text, fix)
+
+
+def _unknown_units(channels: Iterable[Channel]) -> Iterator[dict[str, str]]:
+    for channel in channels:
+        unit = UNITS.get(channel.quantity, channel.unit)
+        if channel.unit != unit:
+            yield warning(
+                "unknown-unit",
+                f"{channel.name} is recorded in {channel.unit}, not in {unit}: it is not counted",
+                f"give its sensor the unit {unit} and the scale that makes it so",
+            )
 
 
 def _is_rows_lost(facts: Mapping[str, Any]) -> bool:

@@ -115,7 +115,7 @@ class _Gauges:
                                 else unknown @ (batch.skipped + 1))  # fmt: skip
             for index, channel in utilised:
                 if np.nanmax(batch.values[index], initial=0.0) * channel.scale > _BUSY:
-                    self.busy.add(channel.labels["uuid"])
+                    self.busy.add(channel.device)
             for index, channel in watched:
                 values = batch.values[index][np.isfinite(batch.values[index])] * channel.scale
                 if len(values):

@@ -19,7 +19,13 @@ from pepr_profiler.energy.gpus import Gpus
 from pepr_profiler.energy.sharing import share
 from pepr_profiler.errors import TraceError
 from pepr_profiler.summary.component import ComponentResult, _Grid, _largest
-from pepr_profiler.summary.doubts import _is_rows_lost, _other_cpu_users, _unwritten, _warnings
+from pepr_profiler.summary.doubts import (
+    _is_rows_lost,
+    _other_cpu_users,
+    _unknown_units,
+    _unwritten,
+    _warnings,
+)
 from pepr_profiler.summary.lanes import _curves, _Gauges, _tenants
 from pepr_profiler.summary.logged import Logged, _metrics, _performance, _progress
 from pepr_profiler.summary.timeline import Timeline, _timeline
@@ -99,7 +105,8 @@ def _examine(
     curves, checks, activity, idle_w = _curves(readers, facts, grid.at_ns, gauges)
     options = facts["options"]
     scope = options.get("scope", "job")
-    labels = [channel.labels for r in readers.values() for channel in r.lane.channels]
+    channels = [channel for reader in readers.values() for channel in reader.lane.channels]
+    labels = [channel.labels for channel in channels if channel.source.startswith("nvml")]
     gpus = Gpus.of(facts, labels, tenants, busy=gauges.busy)
     parts = [
         ComponentResult(
@@ -151,6 +158,7 @@ def _examine(
         warnings=[
             *facts.get("warnings", []),
             *_unwritten(facts, lane_names(directory), readers),
+            *_unknown_units(channels),
             *_warnings(parts, events.torn_lines, begin_ns, end_ns, full=_is_rows_lost(facts)),
             *gpus.warnings([part.curve for part in counted], begin_ns, end_ns),
             *_other_cpu_users(counted, notes, activity, (begin_ns, end_ns)),
