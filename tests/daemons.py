@@ -34,7 +34,7 @@ BURN = """if True:
     while not go.exists(): time.sleep(0.01)
     end_ns = int(go.read_text())
     while time.monotonic_ns() < end_ns: sum(range(1000))"""
-"""Works from when a file is there until the time that it tells; see `give_go`."""
+"""Works from when a file is there until the time that stands in it; see `give_go`."""
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
@@ -46,7 +46,7 @@ class Daemon:
     cli: Cli
     socket: Path
     process: subprocess.Popen[bytes]
-    told: socket.socket
+    notices: socket.socket
 
     @property
     def pid(self) -> int:
@@ -72,10 +72,10 @@ class Daemon:
         return int(self.status()["descriptors"])
 
     def hears(self, word: str) -> None:
-        """Waits until the daemon has told its manager so."""
+        """Waits until the daemon has notified its manager so."""
         while True:
-            assert select.select([self.told], [], [], SLOW_S)[0], f"no {word}"
-            if word in self.told.recv(4096).decode():
+            assert select.select([self.notices], [], [], SLOW_S)[0], f"no {word}"
+            if word in self.notices.recv(4096).decode():
                 return
 
 
@@ -89,13 +89,13 @@ def daemon(
     notify = folder / "notify"
     notify.unlink(missing_ok=True)
     cli = Cli(folder, {"PEPR_DAEMON": str(path)})
-    told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    told.bind(str(notify))
+    notices = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    notices.bind(str(notify))
     notify.chmod(0o777)
     variables = {"NOTIFY_SOCKET": str(notify), **(env or {})}
     process = cli.start("daemon", *options, env=variables, stderr=None, **popen)
-    with told, ended(process):
-        running = Daemon(cli, path, process, told)
+    with notices, ended(process):
+        running = Daemon(cli, path, process, notices)
         running.hears("READY=1")
         yield running
         if process.poll() is None:
@@ -105,7 +105,7 @@ def daemon(
 
 def restart(running: Daemon, *options: str) -> subprocess.Popen[bytes]:
     """A daemon in the place of one that died."""
-    variables = {"NOTIFY_SOCKET": running.told.getsockname()}
+    variables = {"NOTIFY_SOCKET": running.notices.getsockname()}
     return running.cli.start("daemon", *options, env=variables, stderr=None)
 
 

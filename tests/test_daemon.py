@@ -204,7 +204,7 @@ def test_status_and_stop(running: Daemon, tree: Tree) -> None:
     facts = json.loads(running.cli("daemon", "status", "--json").stdout)
     assert facts["pid"] == running.pid and facts["socket"] == str(running.socket)
     assert facts["lanes"][0]["age_s"] < 5
-    # then it ends when it is told to
+    # then it ends when asked to
     assert running.cli("daemon", "stop").status == 0
     assert running.process.wait(SLOW_S) == 0
     result = running.cli("daemon", "status")
@@ -333,7 +333,7 @@ def test_a_wall_clock_that_is_moved_by_an_hour_moves_nothing_measured(
 
 
 @needs_root
-def test_a_client_whose_clock_is_another_is_told_so(running: Daemon, tree: Tree) -> None:
+def test_a_client_with_another_clock_gets_an_error(running: Daemon, tree: Tree) -> None:
     """A container may have a time namespace; rows would then be of another time."""
     import shutil
 
@@ -585,7 +585,7 @@ def test_others_learn_of_energy_coarsely_and_root_finely(tree: Tree, tmp_path: P
         fine, other = (as_user(uid, running, FINE, tree.spec) for uid in (0, OTHERS[0]))
     assert (fine["coarse"], other["coarse"]) == (False, True)
     fine_ns, other_ns = (
-        min(b - a for a, b in itertools.pairwise(told["t_ns"])) for told in (fine, other)
+        min(b - a for a, b in itertools.pairwise(rows["t_ns"])) for rows in (fine, other)
     )
     assert fine_ns < 10_000_000 <= other_ns
     assert {value % 100_000 for value in other["uj"]} == {0.0}  # 0.1 J

@@ -87,8 +87,8 @@ def tree(powercap_sim: BuildTree) -> Tree:
 
 
 def runs_seen(machine: Machine, name: str, product: list[str]) -> list[dict[str, Any]]:
-    told = machine.run(*login(name, *product, "daemon", "status", "--json"))
-    runs: list[dict[str, Any]] = json.loads(told)["runs"]
+    shown = machine.run(*login(name, *product, "daemon", "status", "--json"))
+    runs: list[dict[str, Any]] = json.loads(shown)["runs"]
     return runs
 
 
@@ -97,7 +97,7 @@ def test_two_accounts_measure_their_own_jobs_at_once_and_it_adds_up(
 ) -> None:
     program, variables = python_of(OTHERS[0])
     # given accounts as an administrator makes them, two in a group, one who is in no group, and
-    # nothing told to anybody
+    # nobody learns anything
     machine.run("groupadd", LAB)
     machine.run(*USERADD, "--system", "--no-create-home", DAEMON_ACCOUNT)
     people = ("pepr-test-alice", "pepr-test-bob")
@@ -155,9 +155,9 @@ def test_two_accounts_measure_their_own_jobs_at_once_and_it_adds_up(
         (found,) = Path(account.pw_dir).rglob(summaries[-1]["run_id"])
         assert found.stat().st_uid == account.pw_uid
     for summary in summaries:
-        told = summary["recording"]["daemon"]
-        assert told["socket"] == "/run/pepr-profiler/daemon.sock"
-        assert told["lanes"]["powercap"]["coarse"] is True
+        daemon = summary["recording"]["daemon"]
+        assert daemon["socket"] == "/run/pepr-profiler/daemon.sock"
+        assert daemon["lanes"]["powercap"]["coarse"] is True
         for ident, key in (
             ("cpu:package-0", "intel-rapl:0"),
             ("dram:package-1/dram", "intel-rapl:1:1"),

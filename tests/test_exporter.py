@@ -175,10 +175,10 @@ def test_promtool_finds_nothing_to_say_against_the_metrics(running: Daemon) -> N
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# --- what is told ---------------------------------------------------------------------------------
+# --- what is served -------------------------------------------------------------------------------
 
 
-def test_counters_rise_with_the_truth_and_tell_no_finer_than_unprivileged_clients_see(
+def test_counters_rise_with_the_truth_and_are_no_finer_than_unprivileged_clients_see(
     running: Daemon, tree: Tree
 ) -> None:
     before_ns = time.monotonic_ns()
@@ -212,9 +212,9 @@ def test_a_device_without_an_energy_counter_has_its_power_and_no_made_up_joules(
     old = Sensor(0.1, 0.025, power_usage="instant", counter_refresh_s=None)
     sim = nvml_sim(Scenario(gpus=(Gpu(Constant(250), sensor=old), Gpu(Constant(100)))))
     with daemon(tmp_path, "--sensor", sim.spec, "--metrics", "0") as running:
-        told = until(lambda: (v := scrape(running)) and any("gpu:" in d for _, d in v) and v)
-    watts = {d: v for (name, d), v in told.items() if name == "pepr_device_power_watts"}
-    joules = {d for name, d in told if name == ENERGY}
+        served = until(lambda: (v := scrape(running)) and any("gpu:" in d for _, d in v) and v)
+    watts = {d: v for (name, d), v in served.items() if name == "pepr_device_power_watts"}
+    joules = {d for name, d in served if name == ENERGY}
     (without,) = watts
     assert watts[without] == pytest.approx(250, abs=1)
     assert len(joules) == 1 and without not in joules
@@ -262,7 +262,7 @@ def numbers(running: Daemon) -> dict[str, str]:
 
 
 def settled(running: Daemon, after_ns: int) -> dict[tuple[str, str], float]:
-    """What is told of runs when all up to an instant has been given out."""
+    """The runs in the metrics once all energy up to an instant has been given out."""
     until(lambda: time.monotonic_ns() > after_ns + (SETTLED_S + 1) * 10**9)
     return runs_in(running)
 
@@ -279,7 +279,7 @@ def test_runs_metrics_agree_with_their_summaries_and_add_up(
     with ExitStack() as stack:
         metered = ("--metrics", "0", "--metrics-runs")
         running = stack.enter_context(daemon(tmp_path, *options, *metered))
-        until(lambda: ("pepr_lane_up", "nvml") in (told := scrape(running)) and told)
+        until(lambda: ("pepr_lane_up", "nvml") in (served := scrape(running)) and served)
         lock(tree)
         clients, end_ns = [], time.monotonic_ns() + 12 * 10**9
         for which in "ab":
@@ -296,7 +296,7 @@ def test_runs_metrics_agree_with_their_summaries_and_add_up(
             assert client.returncode == 0, err
             summaries[which] = json.loads(summary.read_text())
         last_ns = max(s["recording"]["window_ns"][1] for s in summaries.values())
-        told = settled(running, last_ns)
+        served = settled(running, last_ns)
         settled_ns = time.monotonic_ns()
     for which, summary in summaries.items():
         window_ns = summary["recording"]["window_ns"]
@@ -307,12 +307,12 @@ def test_runs_metrics_agree_with_their_summaries_and_add_up(
             ("dram", "dram:package-0/dram", 7),
         ):
             part = component(summary, ident)
-            found_j = told[names[which], kind]
+            found_j = served[names[which], kind]
             assert found_j <= 1.05 * part["job_j"] + 2 * QUANTUM_J
             unsure_j = part["idle_j"] + (summary["duration_s"] - seconds) * most_w
             assert found_j >= 0.95 * part["job_j"] - unsure_j - 2 * QUANTUM_J
     # both claim the GPU whole, and have a half of the seconds that both were there
-    of_gpu = [told[which, "gpu"] for which in names.values()]
+    of_gpu = [served[which, "gpu"] for which in names.values()]
     assert of_gpu[0] == pytest.approx(of_gpu[1], abs=2 * 300)
     assert sum(of_gpu) >= (min(s["duration_s"] for s in summaries.values()) - 6) * 300
     # and together they have no more than there was
@@ -321,7 +321,7 @@ def test_runs_metrics_agree_with_their_summaries_and_add_up(
         ("dram", tree.energy_j("intel-rapl:0:1", begin_ns, settled_ns)),
         ("gpu", sim.scenario.energy_j(begin_ns, settled_ns, gpu=0)),
     ):
-        assert sum(v for (_, of), v in told.items() if of == kind) <= truth_j
+        assert sum(v for (_, of), v in served.items() if of == kind) <= truth_j
 
 
 def test_a_hostile_client_claims_no_more_than_there_is_and_no_label_of_its_own(
@@ -339,15 +339,15 @@ def test_a_hostile_client_claims_no_more_than_there_is_and_no_label_of_its_own(
             claim = {"run": f"\u00e9vil {n}", "first_s": now_s - 12, "shares": {"cpu": [1.0] * 16}}
             assert say(peer, op="claim", **claim)["ok"]
         assert not say(peer, op="claim", run="another's", first_s=now_s, shares={})["ok"]
-        told = settled(running, time.monotonic_ns())
+        served = settled(running, time.monotonic_ns())
         truth_j = tree.energy_j("intel-rapl:0", begin_ns, time.monotonic_ns())
-        assert 0 < sum(v for (_, kind), v in told.items() if kind == "cpu") <= truth_j
-        assert {int(number) for number, _ in told} <= set(range(256))
+        assert 0 < sum(v for (_, kind), v in served.items() if kind == "cpu") <= truth_j
+        assert {int(number) for number, _ in served} <= set(range(256))
         # it is shown as open about itself as about others
         assert "vil" not in fetch(url_of(running))
 
 
-def test_nobody_is_told_of_a_run_unless_the_administrator_says_so(
+def test_runs_are_shown_only_if_the_administrator_says_so(
     running: Daemon, tree: Tree, tmp_path: Path
 ) -> None:
     with raw(running.socket) as peer:
@@ -375,8 +375,8 @@ def test_scrapers_that_never_read_cost_others_nothing(running: Daemon) -> None:
         until(lambda: running.lane("powercap")["samples"] > 0)
         until(lambda: running.lane("powercap")["age_s"] < 1)
     # places are free again when they have gone
-    told = until(lambda: _scrape_or_none(running))
-    assert told["pepr_daemon_refusals_total", "scrape"] > 0
+    served = until(lambda: _scrape_or_none(running))
+    assert served["pepr_daemon_refusals_total", "scrape"] > 0
 
 
 def _scrape_or_none(running: Daemon) -> dict[tuple[str, str], float] | None:
@@ -400,9 +400,9 @@ def test_refused_messages_and_clients_are_counted(running: Daemon) -> None:
     with raw(running.socket) as peer:
         peer.send(b"rubbish")
         peer.recv(4096)
-    told = scrape(running)
-    assert told["pepr_daemon_refusals_total", "message"] == 1
-    assert told["pepr_daemon_clients", ""] >= 0
+    served = scrape(running)
+    assert served["pepr_daemon_refusals_total", "message"] == 1
+    assert served["pepr_daemon_clients", ""] >= 0
 
 
 # --- where ----------------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
     assert "metrics cannot be served" in result.stderr and "in use" in result.stderr
 
 
-def test_without_the_package_the_command_that_installs_it_is_told(tmp_path: Path) -> None:
+def test_without_the_package_the_command_that_installs_it_is_named(tmp_path: Path) -> None:
     (tmp_path / "prometheus_client.py").write_text("raise ImportError('not installed')\n")
     cli = Cli(tmp_path, {"PEPR_DAEMON": str(tmp_path / "run" / "d.sock")})
     path = f"{tmp_path}:{cli.environment()['PYTHONPATH']}"
@@ -497,7 +497,7 @@ def test_without_descriptors_a_lane_is_unknown_until_there_are_some(tree: Tree) 
             meters.update()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        # then it is told nothing, and is there as soon as a descriptor is
+        # then it is left out, and is there as soon as a descriptor is
         assert list(meters) == []
         meters.update()
         assert {meter.source.id for meter in meters} >= {"cpu:package-0"}

@@ -1,4 +1,4 @@
-"""What runs are told to have taken: never more than there was, whatever anybody claims."""
+"""What runs are shown to have taken: never more than there was, whatever anybody claims."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def meter(watts: float, seconds: int, *, kind: str = "cpu", number: int = 0) -> 
 
 def joules(ledger: Ledger, uid: int, run: str) -> float:
     number = ledger.number(uid, run)
-    return sum(energy_j for told, _, energy_j in ledger if told == number)
+    return sum(energy_j for other, _, energy_j in ledger if other == number)
 
 
 def settled(meters: list[Meter], *claims: tuple[int, str, int, list[float]]) -> Ledger:
@@ -81,10 +81,10 @@ def test_no_claims_together_are_granted_more_than_there_is_and_a_fair_one_is_gra
 def test_a_run_has_its_parts_of_what_every_device_took() -> None:
     meters = [meter(100, 12), meter(10, 12, kind="dram"), meter(300, 12, kind="gpu")]
     ledger = settled(meters, (ALICE, "a", 102, [0.5, 1.0, 0.25]), (BOB, "b", 103, [0.0, 0.75]))
-    told = {(number, kind): energy_j for number, kind, energy_j in ledger}
+    energies_j = {(number, kind): energy_j for number, kind, energy_j in ledger}
     alice, bob = ledger.number(ALICE, "a"), ledger.number(BOB, "b")
     # given 100 W and 10 W: 1.75 s and 0.75 s of them; nobody has claimed the GPU
-    assert told == pytest.approx(
+    assert energies_j == pytest.approx(
         {(alice, "cpu"): 175.0, (alice, "dram"): 17.5, (bob, "cpu"): 75.0, (bob, "dram"): 7.5}
     )
 
@@ -176,8 +176,8 @@ def test_names_are_bounded_however_many_runs_come_and_go() -> None:
             ledger.leave(MALLORY, run, now_s)
         else:
             assert ledger.number(MALLORY, run) is None
-        told = sum(ledger.number(MALLORY, f"run {n}") is not None for n in range(step + 1)[-200:])
-        assert told <= 6
+        kept = sum(ledger.number(MALLORY, f"run {n}") is not None for n in range(step + 1)[-200:])
+        assert kept <= 6
         # and others have their places
         assert ledger.enter(BOB, "b") and ledger.number(BOB, "b") is not None
         ledger.leave(BOB, "b", now_s)
@@ -185,7 +185,7 @@ def test_names_are_bounded_however_many_runs_come_and_go() -> None:
     assert seen <= set(range(20))
 
 
-def test_a_run_that_has_ended_is_told_of_for_a_minute_and_its_number_is_then_anothers() -> None:
+def test_a_run_that_has_ended_is_shown_for_a_minute_and_its_number_is_then_free() -> None:
     ledger = Ledger(most=1)
     assert ledger.enter(ALICE, "a")
     assert not ledger.enter(BOB, "b")
@@ -220,5 +220,5 @@ def test_the_claims_of_many_gpus_are_requests_that_the_daemon_takes(
     shares = {f"gpu:GPU-{n:08}-0000-4000-8000-000000000000": [0.999999] * MOST_S for n in range(70)}
     node.claim(2**40, shares)
     requests = [parse(message) for message in sent]  # none is too long
-    told = {device: list(parts) for r in requests for device, parts in r.shares.items()}
-    assert told == shares
+    claimed = {device: list(parts) for r in requests for device, parts in r.shares.items()}
+    assert claimed == shares

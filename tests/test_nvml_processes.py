@@ -92,13 +92,13 @@ def test_use_is_what_the_driver_sampled_since_the_read_before(nvml_sim: BuildNvm
     with opened(sim) as sampler:
         seen = next_rows(sampler, lambda row: row["sm0"] == 30 and row["sm1"] == 0)
     # then each sample counts in one row, and the rows without one say nothing
-    told = [row["sm0"] for row in seen if row["sm0"] > 0]
-    assert set(told) == {30.0}
-    assert len(told) < len(seen) / 3
+    known = [row["sm0"] for row in seen if row["sm0"] > 0]
+    assert set(known) == {30.0}
+    assert len(known) < len(seen) / 3
     assert 60.0 in {row["sm1"] for row in seen}
 
 
-def test_more_processes_than_slots_are_told_by_their_count(nvml_sim: BuildNvml) -> None:
+def test_more_processes_than_slots_are_known_by_their_count(nvml_sim: BuildNvml) -> None:
     crowd = tuple(Process(100 + i, 1, sm=0.01) for i in range(40))
     with opened(nvml_sim(Scenario(gpus=(board(*crowd),)))) as sampler:
         row = next_rows(sampler, bool)[0]

@@ -37,7 +37,7 @@ def text_of(cli: Cli, *specs: str) -> str:
     return result.stdout.decode()
 
 
-def test_each_source_is_told_with_its_power_refresh_and_use(
+def test_each_source_is_shown_with_its_power_refresh_and_use(
     cli: Cli, nvml_sim: BuildNvml, powercap_sim: BuildTree
 ) -> None:
     sim = nvml_sim(Scenario(gpus=(Gpu(Constant(400)), Gpu(Constant(100)))))
@@ -108,7 +108,7 @@ def test_the_screen_has_a_line_for_each_and_fits(
     assert [line for line in lines if len(line) > 80 and "/" not in line] == []
 
 
-def test_perf_is_told_before_the_powercap_that_it_repeats(
+def test_perf_is_shown_before_the_powercap_that_it_repeats(
     cli: Cli, powercap_sim: BuildTree
 ) -> None:
     if reason := why_no_tsc():
@@ -138,7 +138,7 @@ def test_a_driver_that_hangs_is_named_and_holds_nobody_up(cli: Cli, nvml_sim: Bu
     assert "5 s" in note["why"]
 
 
-def test_this_machine_is_told_as_it_is(cli: Cli) -> None:
+def test_this_machine_is_shown_as_it_is(cli: Cli) -> None:
     # when nothing is asked for by name
     facts = said(cli)
     # then each kind is either read or missing, and what is missing is explained for who asks
@@ -187,7 +187,7 @@ def open_folder() -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-def test_a_user_who_is_not_root_is_told_what_would_unlock(cli: Cli, open_folder: Path) -> None:
+def test_a_user_who_is_not_root_learns_what_would_unlock(cli: Cli, open_folder: Path) -> None:
     tree = Tree(open_folder, (Zone("intel-rapl:0", "package-0"),))
     (tree.path("intel-rapl:0") / "energy_uj").chmod(0o400)
     specs = [tree.spec]
