@@ -43,8 +43,8 @@ class Cli:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("PEPR_")}
         paths = [str(REPOSITORY), *kept.get("PYTHONPATH", "").split(os.pathsep)]
         kept["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        kept["TMPDIR"] = str(self.folder)
-        return {**kept, "PEPR_STORE": str(self.store), **self.variables, **(extra or {})}
+        kept |= {"TMPDIR": str(self.folder), "PEPR_DAEMON": "off", "PEPR_STORE": str(self.store)}
+        return {**kept, **self.variables, **(extra or {})}
 
     def start(
         self, *arguments: str, env: Mapping[str, str] | None = None, **options: Any

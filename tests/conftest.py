@@ -3,32 +3,75 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
+import site
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from cli import Cli, write_replay
+from daemons import open_folder  # noqa: F401  a fixture for every module
 from sim import native, nvml, powercap
 
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
+KEPT = (
+    # Where programs, libraries and packages are; which compiler the simulations are built with.
+    *("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"),
+    *("CXX", "CPATH", "LIBRARY_PATH"),
+)
+KEPT_PREFIXES = ("PYTEST_", "COV", "ASAN_", "TSAN_", "UBSAN_", "NIX_")
 
-def pytest_configure() -> None:
-    """Signals act as in a terminal.
 
-    Whoever is started by `nohup`, or in the background of a script, inherits some of them ignored,
-    and so would every program that a test starts.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker more than there are cores: most tests wait for a program to end.
+
+    One at a time for those of a real GPU, which measure what the GPU is used for.
     """
-    for signo, action in (
-        (signal.SIGINT, signal.default_int_handler),
-        (signal.SIGQUIT, signal.SIG_DFL),
-        (signal.SIGHUP, signal.SIG_DFL),
-    ):
+    asked = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS", "")
+    if asked.isdigit():
+        return int(asked)
+    real = "gpu" in config.getoption("markexpr")
+    return 0 if real else len(os.sched_getaffinity(0)) + 1
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Nothing of who started the tests reaches them: the same everywhere, by whoever."""
+    home = tempfile.TemporaryDirectory(prefix="pepr-test-home-")
+    session.config.add_cleanup(home.cleanup)
+    cache: pytest.Cache | None = getattr(session.config, "cache", None)
+    fonts = home.name if cache is None else cache.mkdir("pepr-matplotlib")  # listing them takes 5 s
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in KEPT or name.startswith(KEPT_PREFIXES)
+    }
+    os.environ.clear()
+    os.environ.update(
+        kept,
+        HOME=home.name,
+        LC_ALL="C.UTF-8",
+        MPLCONFIGDIR=str(fonts),
+        PEPR_DAEMON="off",
+        PYTHONUSERBASE=site.getuserbase(),
+        TERM="xterm-256color",
+        TMPDIR=tempfile.gettempdir(),
+        TZ="UTC",
+    )
+    time.tzset()
+    os.umask(0o022)
+    # Who is started by `nohup`, or in the background of a script, inherits some of them ignored.
+    for signo in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # Python ignores these
         if signal.getsignal(signo) is signal.SIG_IGN:
-            signal.signal(signo, action)
+            ours = signal.default_int_handler if signo == signal.SIGINT else signal.SIG_DFL
+            signal.signal(signo, ours)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ from array import array
 from pathlib import Path
 
 import pytest
+from cli import until
 from click.testing import CliRunner
 from sim.nvml import H100, BuildNvml, Gpu, Scenario
 from sim.waves import Constant
@@ -44,14 +45,20 @@ def test_the_clock_is_that_of_time_monotonic() -> None:
 def test_sampling_goes_on_while_python_never_releases_the_gil(spec: str) -> None:
     sampler = _core.Sampler(spec, MS)
     assert sampler.wait_ready(10)
-    begin_ns = time.monotonic_ns()
-    sum(range(30_000_000))  # one call in C: no other Python thread runs meanwhile
-    end_ns = time.monotonic_ns()
-    assert sampler.stop(10)
 
-    during = sum(begin_ns < t_ns < end_ns for t_ns in times_of(sampler))
-    assert end_ns - begin_ns > 100 * MS
-    assert during > 0.5 * (end_ns - begin_ns) / MS  # all of them, on a quiet machine
+    def share_read() -> float:
+        """Of the rows that were due during one call in C: no Python thread runs beside it."""
+        begin_ns = time.monotonic_ns()
+        sum(range(30_000_000))
+        end_ns = time.monotonic_ns()
+        due = (end_ns - begin_ns) / MS
+        assert due > 100
+        return sum(begin_ns < t_ns < end_ns for t_ns in times_of(sampler)) / due
+
+    # All of them on a quiet machine. Where others keep the cores, one call of several has most;
+    # a thread that needs the lock has none, however often.
+    until(lambda: share_read() > 0.5)
+    assert sampler.stop(10)
 
 
 def test_waiting_for_a_driver_lets_other_threads_run(tmp_path: Path) -> None:

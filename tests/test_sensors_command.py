@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli import Cli, write_replay
+from daemons import needs_root
 from sim.nvml import BuildNvml, Gpu, Scenario, default_uuid
 from sim.powercap import BuildTree, Tree, Zone, two_socket_server
 from sim.sysfs import hwmon_chip, perf_tree, why_no_tsc
@@ -177,16 +175,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that any user may enter, unlike pytest's own."""
-    folder = Path(tempfile.mkdtemp(prefix="pepr-test-"))
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@needs_root
 def test_a_user_who_is_not_root_learns_what_would_unlock(cli: Cli, open_folder: Path) -> None:
     tree = Tree(open_folder, (Zone("intel-rapl:0", "package-0"),))
     (tree.path("intel-rapl:0") / "energy_uj").chmod(0o400)

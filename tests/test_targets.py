@@ -551,8 +551,8 @@ def test_signal_after_the_childs_end_does_not_cost_the_summary(wrapper: Wrapper,
     for _ in range(2):
         process.send_signal(signal.SIGINT)
 
-    # then the report is written all the same
-    assert process.wait(PATIENCE_S) in (1, 130)
+    # then the report is written all the same; a second one that comes behind it may end us
+    assert process.wait(PATIENCE_S) in (1, 130, -signal.SIGINT)
     assert wrapper.has_report
 
 
