@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import pepr_profiler  # noqa: E402
-from pepr_profiler.commands import VERBS, cli  # noqa: E402
+from pepr_profiler.commands import COMMANDS, cli  # noqa: E402
 
 project = "pepr-profiler"
 version = release = pepr_profiler.__version__
@@ -81,18 +81,18 @@ def link_to_pages(app: Any, name: str, source: list[str]) -> None:
 
 
 class Command(Directive):
-    """`.. verb:: NAME`: what `pepr-profile NAME --help` prints, and its own verbs' help."""
+    """`.. command:: NAME`: what `pepr-profile NAME --help` prints, with its subcommands."""
 
     required_arguments = 0
     optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        verb = self.arguments[0] if self.arguments else ""
+        name = self.arguments[0] if self.arguments else ""
         context = click.Context(cli, info_name="pepr-profile", **cli.context_settings)
         command: click.Command = cli
-        if verb:
-            command = cli.get_command(context, verb) or sys.exit(f"no verb {verb}")
-            context = click.Context(command, info_name=verb, parent=context)
+        if name:
+            command = cli.get_command(context, name) or sys.exit(f"no command {name}")
+            context = click.Context(command, info_name=name, parent=context)
         return list(self._helps(command, context))
 
     def _helps(self, command: click.Command, context: click.Context) -> list[nodes.Node]:
@@ -109,9 +109,9 @@ class Command(Directive):
 
 
 def setup(app: Any) -> None:
-    app.add_directive("verb", Command)
+    app.add_directive("command", Command)
     app.connect("source-read", link_to_pages)
     page = (ROOT / "docs" / "cli.md").read_text()
-    missing = [verb for verb in VERBS if f"{{verb}} {verb}" not in page]
+    missing = [name for name in COMMANDS if f"{{command}} {name}" not in page]
     if missing:
         sys.exit(f"docs/cli.md has no section for {', '.join(missing)}")

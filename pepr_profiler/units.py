@@ -104,6 +104,11 @@ def format_duration(duration_s: float | None) -> str:
     return f"{sign}{hours // 24} d {hours % 24:02d} h"
 
 
+def format_provenance(provenance: object) -> str:
+    """A provenance in the words of reports: what summaries call modelled is estimated."""
+    return "estimated" if provenance == "modelled" else str(provenance or UNKNOWN)
+
+
 def parse_duration(text: str) -> int:
     """A positive duration in integer ns, from "10ms", "2s", "5m" (minutes) or "0.5" (seconds)."""
     match = re.fullmatch(rf"\s*{_NUMBER}\s*([a-zµμ]*)\s*", text)
@@ -118,10 +123,10 @@ def parse_duration(text: str) -> int:
     )
 
 
-def parse_bounds(
+def parse_range(
     text: str,
     *,
-    option: str = "--bounds",
+    option: str = "--range",
     form: str = "MIN:MAX",
     example: str = "151k:1.94M",
 ) -> tuple[float, float]:
@@ -150,7 +155,7 @@ def parse_bounds(
 def parse_cpu_power(text: str) -> tuple[float, float]:
     """Idle and full-load power of a machine in W, from "IDLE:MAX". Raises UsageError."""
     example = "12:95 (watts of the whole machine, idle and fully loaded)"
-    idle_w, max_w = parse_bounds(text, option="--cpu-power", form="IDLE:MAX", example=example)
+    idle_w, max_w = parse_range(text, option="--cpu-power", form="IDLE:MAX", example=example)
     if idle_w < 0:
         raise UsageError(
             f"--cpu-power {text!r} cannot be used",

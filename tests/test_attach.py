@@ -335,7 +335,7 @@ def test_attach_within_a_run_is_a_recording_of_its_own(cli: Cli, meter: str) -> 
 
 
 @pytest.mark.parametrize("verb", ["run", "attach"])
-def test_scope_device_makes_the_total_what_the_devices_took(
+def test_attribution_device_makes_the_total_what_the_devices_took(
     cli: Cli, meter: str, verb: str
 ) -> None:
     with sleeping() as target:
@@ -351,8 +351,8 @@ def test_scope_device_makes_the_total_what_the_devices_took(
     shares_j = [sum(c[key] for c in added) for key in ("job_j", "others_j", "idle_j")]
     assert sum(shares_j) == pytest.approx(summary["energy"]["total_j"])
     assert shares_j[0] < summary["energy"]["total_j"]
-    assert "scope    this job" in result.stderr
-    assert "--scope device" in result.stderr
+    assert "attribution  this job" in result.stderr
+    assert "--attribution device" in result.stderr
 
 
 def test_live_line_tells_the_energy_so_far_and_is_gone_at_the_end(cli: Cli, meter: str) -> None:

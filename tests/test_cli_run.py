@@ -314,7 +314,7 @@ def test_without_sensor_energy_is_modelled_labelled_and_never_zero(cli: Cli) -> 
     assert all(c["provenance"] == "modelled" for c in energy["components"])
     assert energy["total_j"] > 0
     assert energy["u_j"] > 0
-    assert "modelled" in result.stderr
+    assert "estimated" in result.stderr
     # P lies in [10 W, 50 W] and the child is not alone: its share is at most the whole
     cpu = component(summary, "cpu:modelled")
     assert 10 <= cpu["mean_w"] <= 50

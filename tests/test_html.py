@@ -146,7 +146,7 @@ def test_a_page_of_whole_devices_says_so_and_adds_up(tmp_path: Path) -> None:
     # given a run that is counted by whole devices, of which it used a part
     cli = Cli(tmp_path)
     result, recorded = cli.measure(
-        "--scope", "device", "--", *python("import time; time.sleep(0.3)")
+        "--attribution", "device", "--", *python("import time; time.sleep(0.3)")
     )
     assert result.status == 0, result.stderr
     summary, timeline = with_timeline(cli.store / "runs" / recorded["run_id"])
@@ -160,7 +160,7 @@ def test_a_page_of_whole_devices_says_so_and_adds_up(tmp_path: Path) -> None:
     added = [r for r in run_rows(summary) if r["part"] == "component" and r["in_total"]]
     assert sum(r["share"] for r in added) == pytest.approx(1)
     page = run_page(summary, timeline)
-    assert "Energy of the devices" in page and "--scope device" in page
+    assert "Energy of the devices" in page and "--attribution device" in page
     assert "This job's" not in page and "Energy of this job" not in page
 
 
@@ -222,13 +222,13 @@ def test_a_page_shows_the_metric_that_was_asked_for(run_directory: Path, tmp_pat
 
     # then its page has the curve of it, turned round as was declared: 0.96 / 0.99 at the best
     turned = page("--metric", "error", "--transform", "one-minus")
-    assert "Stopping at epoch 2 would have kept 97.0% of the final 1 - error" in turned
-    assert "PePR along it needs a performance from 0 to 1" in page("--metric", "loss")
+    assert "at epoch 2: to stop there keeps 97.0% of the final 1 - error" in turned
+    assert "o PePR along the run, as it needs values from 0 to 1" in page("--metric", "loss")
     refused = CliRunner().invoke(report, [str(directory), "-o", "p.html", "--metric", "luck"])
     assert isinstance(refused.exception, UsageError) and "luck" in str(refused.exception)
 
 
-def test_an_unfinished_run_without_any_source_still_has_a_page(tmp_path: Path) -> None:
+def test_an_unfinished_run_without_any_sensor_still_has_a_page(tmp_path: Path) -> None:
     directory = tmp_path / "bare"
     make_run(directory, hours=1 / 3600, period_s=0.05)
     run = read_run(directory)
@@ -237,7 +237,7 @@ def test_an_unfinished_run_without_any_source_still_has_a_page(tmp_path: Path) -
     for lane in directory.glob("*.arrows"):
         lane.unlink()
     page = run_page(*with_timeline(directory))
-    assert "incomplete" in page and "no component could be measured" in page
+    assert "incomplete" in page and "no device could be measured" in page
     assert "<dd>unknown</dd>" in page and "<dd>0 J" not in page  # unknown is never 0
 
 
@@ -289,7 +289,7 @@ def test_names_of_control_characters_break_no_figure_of_a_study() -> None:
         # then
         assert not [c for c in page if ord(c) < 32 and c not in "\n\t"]
         assert "\u202e" not in page and "<script>alert" not in page and LONG[:200] not in page
-        assert page.count("on the way</h3>") == 1
+        assert page.count("during training</h3>") == 1
 
 
 def test_a_page_of_more_runs_than_it_can_show_has_their_means() -> None:
@@ -306,7 +306,7 @@ def test_a_page_of_more_runs_than_it_can_show_has_their_means() -> None:
     few = study_page(Study.from_runs(runs[:30], group="none"))
     # then it looks at one run of each, which tells the parameters, and shows no single runs
     assert sorted(asked) == ["r-m0-0", "r-m1-0", "r-m2-0"]
-    assert "3 models, 1,200 runs" in page and "on the way" not in page
+    assert "3 models, 1,200 runs" in page and "during training" not in page
     assert "single runs" in few and "single runs" not in page
     assert page.count("<circle") + page.count("<use") < 200
 
@@ -324,7 +324,7 @@ def test_a_study_too_large_to_read_is_refused_with_the_way_out() -> None:
     assert "-o ranking.csv" in refused.value.fix
 
 
-def test_doubtful_rows_are_named_with_the_ranking_without_them() -> None:
+def test_outliers_are_named_with_the_ranking_without_them() -> None:
     rng = np.random.default_rng(5)
     time_s = np.geomspace(10, 1000, 40)
     energy_j = 300 * time_s * rng.uniform(0.9, 1.1, 40)
@@ -335,7 +335,7 @@ def test_doubtful_rows_are_named_with_the_ranking_without_them() -> None:
         performance="p", resources=("e",), name="m", time="t",
     )  # fmt: skip
     page = study_page(study)
-    assert page.count('class="tag failed">suspect') == 2
+    assert page.count('class="tag failed">outlier') == 2
     warned = re.search(r'<ul class="notes alarm">(.*?)</ul>', page, re.DOTALL)
     assert (
         warned and "model3" in warned[1] and "model17" in warned[1] and "model4 " not in warned[1]
@@ -347,7 +347,7 @@ def test_doubtful_rows_are_named_with_the_ranking_without_them() -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium without a window. Its driver is told where it is, so that nothing is downloaded."""
+    """Chromium without a window. Its driver gets its path, so that nothing is downloaded."""
     binary = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
     if not binary or not driver:
@@ -426,7 +426,7 @@ def toggle(browser: Any, row: int) -> None:
 def test_unticking_ranks_exactly_as_python_ranks_the_rest(
     browser: Any, folder: Path, page_of_a_study: str, without: tuple[int, ...]
 ) -> None:
-    """Twins of equal energy, the cheapest, the dearest; at last twins that span no bounds."""
+    """Twins of equal energy, the cheapest, the most expensive; at last twins that span nothing."""
     opened(browser, folder, page_of_a_study)
 
     for row in without:
@@ -467,16 +467,19 @@ def test_durations_of_the_page_are_written_as_everywhere(browser: Any, folder: P
     ]  # fmt: skip
     opened(browser, folder, study_page(Study.from_runs(runs, resources=("time",))))
     said = "return document.querySelector('.said').textContent"
-    for dearest in reversed(range(2, len(times_s))):
-        toggle(browser, dearest)
-        shortest, longest = format_duration(times_s[0]), format_duration(times_s[dearest - 1])
-        assert f"bounds {shortest} … {longest};" in browser.execute_script(said)
+    for most_expensive in reversed(range(2, len(times_s))):
+        toggle(browser, most_expensive)
+        shortest, longest = (
+            format_duration(times_s[0]),
+            format_duration(times_s[most_expensive - 1]),
+        )
+        assert f"normalisation range {shortest} … {longest};" in browser.execute_script(said)
 
 
 def test_the_figure_follows_what_is_ticked(
     browser: Any, folder: Path, page_of_a_study: str
 ) -> None:
-    """The line of equal PePR 0.6 goes through (r, P) with P / (1 + R) = 0.6, in the new bounds."""
+    """The line of equal PePR 0.6 goes through (r, P) with P / (1 + R) = 0.6, in the new range."""
     opened(browser, folder, page_of_a_study)
     look = """
         const data = JSON.parse(document.getElementById("data").textContent);

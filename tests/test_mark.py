@@ -246,9 +246,9 @@ def test_a_line_that_is_no_mark_is_counted_as_torn(tmp_path: Path, wrong: dict[s
     [
         ((), "a mark needs one name"),
         (("",), "it is empty"),
-        (("two", "words"), "there are 2"),
-        (("begin",), "there are 0"),
-        (("end", "a", "b"), "there are 2"),
+        (("two", "words"), "2 were given"),
+        (("begin",), "0 were given"),
+        (("end", "a", "b"), "2 were given"),
     ],
 )
 def test_a_mark_without_one_name_is_refused(cli: Cli, words: tuple[str, ...], says: str) -> None:
@@ -298,7 +298,7 @@ def test_a_run_whose_recorder_was_killed_is_refused(cli: Cli, sensor: str) -> No
         os.utime(path, (1, 1))  # long ago
     result = cli("mark", "x", "--run", "last")
     assert result.status == 2
-    assert "nobody records it any more" in result.stderr
+    assert "it is not being recorded any more" in result.stderr
 
 
 def test_ending_what_is_not_open_is_refused_and_says_what_is(cli: Cli, sensor: str) -> None:

@@ -102,11 +102,11 @@ def test_fixed_bounds_make_a_score_independent_of_the_cohort_and_clamp_what_is_o
         ([0.5, 0.5], [1, -1], None, r"resource negative or not finite in row 2 \(-1\)", "rows"),
         ([0.5, 0.5], [1], None, "do not belong together", "same length"),
         ([], [], None, "nothing to score", "add rows"),
-        ([0.5], [1], None, "one row is no cohort", "--bounds"),
-        ([0.5, 0.6], [2, 2], None, "all resources are equal", "--bounds"),
-        ([0.5, 0.6], [1, 2], (2, 2), "span nothing", "--bounds"),
-        ([0.5, 0.6], [1, 2], (3, 2), "span nothing", "--bounds"),
-        ([0.5, 0.6], [1, 2], (math.nan, 2), "span nothing", "--bounds"),
+        ([0.5], [1], None, "one row alone cannot be ranked", "--range"),
+        ([0.5, 0.6], [2, 2], None, "all resources are equal", "--range"),
+        ([0.5, 0.6], [1, 2], (2, 2), "is empty", "--range"),
+        ([0.5, 0.6], [1, 2], (3, 2), "is empty", "--range"),
+        ([0.5, 0.6], [1, 2], (math.nan, 2), "is empty", "--range"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_with_the_remedy(

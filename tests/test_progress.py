@@ -73,8 +73,8 @@ def test_screen_says_where_to_stop_and_what_it_keeps(trained: tuple[Cli, dict[st
     times_s, accuracy = summary["progress"]["t_s"], summary["progress"]["metrics"]["accuracy"]
     pepr = [p / (1 + t / summary["duration_s"]) for p, t in zip(accuracy, times_s, strict=True)]
     best = pepr.index(max(pepr))
-    assert f"PePR is best at epoch {best}" in text
-    assert f"keeps {accuracy[best] / 0.95:.1%} of the accuracy" in text
+    assert f"PePR along the run is highest at epoch {best}" in text
+    assert f"keeps {accuracy[best] / 0.95:.1%} of the final accuracy" in text
     assert max(map(len, screen.splitlines())) <= 80
     percent = " ".join(cli("report", run, "--percent").stdout.decode().split())
     assert "accuracy 0.005" in percent
@@ -267,7 +267,7 @@ def test_loss_as_a_performance_is_refused_where_it_leaves_its_range() -> None:
     screen = render_run(screen_of([2.5, 0.5]), width=80)
     assert "--transform" in screen
     assert "--transform" in render_run(screen_of([0.9, 0.5]), width=80)  # it falls
-    assert "best at the end" in render_run(screen_of([0.1, 0.9]), width=80)
+    assert "highest at its end" in render_run(screen_of([0.1, 0.9]), width=80)
 
 
 def screen_of(values: Sequence[float]) -> dict[str, Any]:

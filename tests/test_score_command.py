@@ -113,7 +113,7 @@ def test_the_papers_tables_give_the_papers_scores(dataset: str, tmp_path: Path) 
             assert abs(float(row[f"{column}_n"]) - float(row[f"{letter.upper()}_n"])) < 1e-12
             assert abs(float(row[f"pepr_{column}"]) - float(row[f"pepr_{letter}"])) < 1e-12
     # and the wrong energies of one table are noticed
-    warned = "35 of 131 rows are out of proportion in energy per train_time" in result.stderr
+    warned = "35 of 131 rows are outliers in energy per train_time" in result.stderr
     assert warned == (dataset == "pneumonia_small")
 
 
@@ -127,14 +127,14 @@ def test_groups_are_scored_inside_themselves(models: Path, tmp_path: Path) -> No
     assert "2 rows   task a" in screen and "2 rows   task b" in screen
 
 
-def test_rows_outside_fixed_bounds_are_clamped_flagged_and_named(
+def test_rows_outside_a_fixed_range_are_clamped_flagged_and_named(
     models: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.csv"
-    result = scored(models, *COLUMNS, "--bounds", "1:3", "-o", out, "--json", "-")
+    result = scored(models, *COLUMNS, "--range", "1:3", "-o", out, "--json", "-")
     rows = list(csv.DictReader(out.read_text().splitlines()))
     assert [row["kwh_clamped"] for row in rows] == ["0", "0", "1", "0"]
-    assert "outside the bounds" in result.stderr and "large" in result.stderr
+    assert "outside the normalisation range" in result.stderr and "large" in result.stderr
     (ranking,) = json.loads(result.stdout)["rankings"]
     assert ranking["bounds"] == {"min": 1.0, "max": 3.0, "set_by": "given", "source": None}
     assert [row["name"] for row in ranking["rows"] if row["clamped"]] == ["large"]
@@ -201,8 +201,8 @@ def test_a_tsv_with_a_byte_order_mark_empty_lines_and_quotes_is_read(tmp_path: P
         ("model,accuracy,kwh\na,0.5,1\nb,good,2\n", "line 3 (b), column accuracy: 'good'", "cell"),
         ("model,accuracy,kwh\na,0.5,1\nb,50,2\n", "outside [0, 1] in b (50)", "--percent"),
         ("model,accuracy,kwh\na,0.5,1\nb,0.5,-2\n", "kwh: resource negative", "rows"),
-        ("model,accuracy,kwh\na,0.5,1\n", "kwh: one row is no cohort", "--bounds"),
-        ("model,accuracy,kwh\na,0.5,1\nb,0.6,1\n", "kwh: all resources are equal", "--bounds"),
+        ("model,accuracy,kwh\na,0.5,1\n", "kwh: one row alone cannot be ranked", "--range"),
+        ("model,accuracy,kwh\na,0.5,1\nb,0.6,1\n", "kwh: all resources are equal", "--range"),
         ('model,accuracy,kwh\n"a,0.5,1\n', "is not a table", "UTF-8"),
     ],
 )
@@ -225,12 +225,12 @@ def test_a_missing_binary_or_latin_table_is_refused(tmp_path: Path) -> None:
     assert "is not a table" in refused(latin, *COLUMNS).what
 
 
-def test_a_group_that_is_no_cohort_is_named(models: Path) -> None:
+def test_a_group_that_cannot_be_ranked_is_named(models: Path) -> None:
     error = refused(models, *COLUMNS, "--group", "model")
-    assert error.what == "kwh, group 'small': one row is no cohort"
+    assert error.what == "kwh, model 'small': one row alone cannot be ranked"
 
 
-def test_bounds_belong_to_one_resource(models: Path) -> None:
+def test_a_range_belongs_to_one_resource(models: Path) -> None:
     error = refused(models, *COLUMNS, "--resource", "accuracy", "--bounds", "1:3")
     assert "one by one" in error.fix
 

@@ -99,7 +99,7 @@ def test_the_screen_has_a_line_for_each_and_fits(
     assert float(row[-7]) == pytest.approx(400, rel=0.05) and row[-6] == "W"
     assert "gpu:1  H100 80GB HBM3, MIG: whole board" in text
     assert f"gpu:{default_uuid(0)}  (nvml-energy)" in text
-    assert "recorded beside: nvml-" in text and text.count("nvml-power-average") == 1
+    assert "also recorded: nvml-" in text and text.count("nvml-power-average") == 1
     assert "500.0 W  not seen  not added: a supply or a" in text
     assert "why  NVIDIA measures the whole board only" in text
     # nothing but a path that cannot be broken is wider than the page
@@ -155,7 +155,7 @@ def test_this_machine_is_shown_as_it_is(cli: Cli) -> None:
     text = text_of(cli)
     assert str(here) in text.splitlines()[0]
     if not any(c["in_total"] for c in facts["channels"]):
-        assert "modelled from utilisation" in text
+        assert "estimated from utilisation" in text
 
 
 AS_NOBODY = """

@@ -169,7 +169,7 @@ def test_runs_without_a_name_of_their_own_are_repeats_only_if_their_commands_are
     assert ranking.n is not None and ranking.n.tolist() == [2, 2]
     # and a name that was given is believed
     named = [{**run, "name": "mine"} for run in runs]
-    with pytest.raises(UsageError, match="one row is no cohort"):
+    with pytest.raises(UsageError, match="one row alone cannot be ranked"):
         Study.from_runs(named)
 
 
@@ -449,17 +449,20 @@ def test_a_new_model_is_scored_against_a_saved_study(store: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (["--resource", "time"], "study.json has no bounds of time"),
-        (["--bounds", "1:2"], "both --bounds and --bounds-from"),
-        (["--resource", "energy,time", "--bounds", "1:2"], "both --bounds and --bounds-from"),
+        (["--resource", "time"], "study.json has no normalisation range of time"),
+        (["--bounds", "1:2"], "--range and --range-from cannot be used together"),
+        (
+            ["--resource", "energy,time", "--range", "1:2"],
+            "--range and --range-from cannot be used together",
+        ),
     ],
 )
 def test_bounds_of_something_else_are_refused(
     store: Path, tmp_path: Path, arguments: list[str], what: str
 ) -> None:
     file = tmp_path / "study.json"
-    compared("--store", store, "--save-bounds", file)
-    result = run_compare("--store", store, "--bounds-from", file, *arguments)
+    compared("--store", store, "--save-range", file)
+    result = run_compare("--store", store, "--range-from", file, *arguments)
     assert isinstance(result.exception, UsageError) and result.exception.fix
     assert what in result.exception.what and result.stdout == ""
 
@@ -467,9 +470,9 @@ def test_bounds_of_something_else_are_refused(
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        ({"unit": "kWh"}, "bounds of energy in kWh"),
-        ({"name": "GPU memory"}, "bounds of GPU memory"),
-        ({"provenance": "modelled"}, "bounds of modelled energies, these are measured"),
+        ({"unit": "kWh"}, "range of energy in kWh"),
+        ({"name": "GPU memory"}, "range of GPU memory"),
+        ({"provenance": "modelled"}, "range of estimated energies, these are measured"),
     ],
 )
 def test_bounds_in_another_unit_or_of_another_kind_are_refused(
@@ -520,7 +523,7 @@ def test_bounds_of_a_grouped_study_go_to_the_group_of_their_name(tmp_path: Path)
     file.write_text(json.dumps(study.bounds_data()))
     again = Study.from_runs(two_experiments()[:4], bounds=read_bounds(file))
     assert again.bounds == study.bounds
-    with pytest.raises(UsageError, match="no bounds of energy for a cohort without a group"):
+    with pytest.raises(UsageError, match="no normalisation range of energy for all runs together"):
         Study.from_runs(two_experiments()[:2], bounds=read_bounds(file))
     named = Study.from_runs(two_experiments()[2:4], bounds=read_bounds(file), group="experiment")
     assert named.rank().scores.bounds == (10.0, 30.0)
@@ -583,11 +586,11 @@ def test_score_checks_against_the_column_of_time_and_averages_repeats(tmp_path: 
     table.write_text("model,acc,joules,took\n" + "\n".join(rows) + "\n")
     columns = [str(table), "--performance", "acc", "--resource", "joules"]
     silent = CliRunner().invoke(score, columns)
-    assert "out of proportion" not in silent.stderr
+    assert "outlier" not in silent.stderr
     # when
     both = CliRunner().invoke(score, [*columns, "--time", "took"])
-    assert "1 of 11 rows are out of proportion in joules per took: m3" in both.stderr
-    assert "Without the 1 that are out of proportion" in both.stdout
+    assert "1 of 11 rows is an outlier in joules per took: m3" in both.stderr
+    assert "Without the 1 outlier:" in both.stdout
     repeats = CliRunner().invoke(score, [*columns, "--repeats", "--json", "-"])
     data = json.loads(repeats.stdout)["rankings"][0]["rows"]
     assert {row["name"]: row["n"] for row in data}["m0"] == 2 and len(data) == 6
@@ -665,7 +668,7 @@ def test_a_run_given_twice_counts_once_and_two_of_one_id_count_twice() -> None:
         ([run_summary("a")], {"resources": ["luck"]}, "no resource 'luck'", "--resource"),
         ([run_summary("a")], {"resources": ["memory:luck"]}, "no resource", "--resource"),
         ([run_summary("a")], {"resources": ["cost"]}, "needs the price", "--price"),
-        ([run_summary("a")], {}, "one row is no cohort", "--bounds"),
+        ([run_summary("a")], {}, "one row alone cannot be ranked", "--range"),
         (
             [measured("a", 1, 1.0, 0.5), measured("a", 2, 1.0, 1.4), measured("b", 1, 2.0, 0.5)],
             {},
@@ -786,7 +789,7 @@ def test_a_study_through_the_index_is_that_of_the_summaries_to_the_bit(tmp_path:
 
 def test_what_is_left_of_a_cohort_too_small_says_what_was_left_out() -> None:
     runs = [run_summary("a"), run_summary("b", energy=energy(9.0), complete=False)]
-    with pytest.raises(UsageError, match="one row is no cohort") as refused:
+    with pytest.raises(UsageError, match="one row alone cannot be ranked") as refused:
         Study.from_runs(runs)
     assert "left out b-1: incomplete" in refused.value.why
 
@@ -818,7 +821,7 @@ def test_a_table_of_arrays_is_a_study() -> None:
     study = Study.from_table(columns, performance="acc", resources=["j"])
     assert study.rank().names == ("row 1", "row 2", "row 3")
     assert study.rank().scores.pepr.tolist() == [0.8, 0.6, 0.35]
-    with pytest.raises(UsageError, match="j, group 'y': one row is no cohort"):
+    with pytest.raises(UsageError, match="j, set 'y': one row alone cannot be ranked"):
         Study.from_table(columns, performance="acc", resources=["j"], group="set")
 
 

@@ -72,7 +72,7 @@ def measured() -> dict[str, Any]:
             "mean_w": 438.6,
             "provenance": "measured",
             "components": [
-                # three thirds of the run are five of the fifteen cells each
+                # three thirds of the run are five and a third of the sixteen cells each
                 package(0, trace_w=[41.0] * 32 + [82.1] * 16),
                 package(1, trace_w=[41.0] * 16 + [None] * 16 + [82.1] * 16),
                 dram(0),
@@ -184,7 +184,7 @@ def assert_screen(text: str, expected: str) -> None:
         assert line == line.rstrip()
 
 
-def test_a_measured_run_shows_each_source_once_and_what_was_not_added(
+def test_a_measured_run_shows_each_device_once_and_what_is_not_in_the_total(
     measured: dict[str, Any],
 ) -> None:
     assert_screen(
@@ -192,20 +192,22 @@ def test_a_measured_run_shows_each_source_once_and_what_was_not_added(
         """
 pepr > python train.py   exit 0   14 min 07 s
 
-  Energy   371.6 ± 9.3 kJ   (103.2 Wh)   mean 438.6 W   measured
+  Energy       371.6 ± 9.3 kJ   (103.2 Wh)   mean 438.6 W   measured
 
-  source               energy           share   mean W   max W   power over time
-  gpu:0  H100          252.8 ± 9.0 kJ   68.0%    298.4   611.0   ▁▁▁▁▁█████▄▄▄▄▄
-  cpu    2 packages    100.7 ± 2.1 kJ   27.1%    118.9  ≤164.2   ▄▄▄▄▄     █████
-  dram                  18.0 ± 0.9 kJ    4.8%     21.3   ≤24.8   ▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇
-  not added: core, uncore (inside package); psys (contains package)
+  device               energy           share  mean W  peak W   power over time
+  gpu:0  H100          252.8 ± 9.0 kJ   68.0%   298.4   611.0   ▁▁▁▁▁▆████▇▄▄▄▄▄
+  cpu    2 packages    100.7 ± 2.1 kJ   27.1%   118.9  ≤164.2   ▄▄▄▄▄▄    ██████
+  dram                  18.0 ± 0.9 kJ    4.8%    21.3   ≤24.8   ▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇
+  not in the total: core, uncore (inside package); psys (contains package)
+  Energy is this job's share, ± k = 2 (95%). Watts are of the whole device; the
+  peak is the highest mean over 1 s (≤: upper bound).
 
-  carbon   38.14 g CO2e at 369.5 g/kWh, PUE 1.00 (Ember, US 2023)
-  metrics  accuracy 0.9737 (performance), loss 0.08123, epoch 3
-  memory   peak 1.234 GB in RAM, 10.50 GB on GPUs
-  scope    this job 371.6 kJ, others 2.100 kJ, idle 11.00 kJ on the same devices
-  quality  25,416 samples, 0 dropped, 0.1% late; profiler used 1.90 s CPU (0.2%)
-  missing  psu, fans, network: no sensor
+  attribution  this job 371.6 kJ, other processes 2.100 kJ, idle 11.00 kJ
+  carbon       38.14 g CO2e at 369.5 g/kWh, PUE 1.00 (Ember, US 2023)
+  metrics      accuracy 0.9737 (performance), loss 0.08123, epoch 3
+  memory       peak 1.234 GB in RAM, 10.50 GB on GPUs
+  sampling     25,416 samples, 0 dropped, 0.1% late; profiler 1.90 s CPU (0.2%)
+  missing      psu, fans, network: no sensor
 
   saved train-20417                        next: pepr-profile report train-20417
 """,
@@ -240,7 +242,7 @@ def test_attached_processes_are_named_and_have_no_exit_status(
     assert render_run(measured).split("\n")[0] == headline
 
 
-def test_scope_device_shows_what_the_devices_took_and_still_whose_it_was(
+def test_attribution_device_shows_what_the_devices_took_and_still_whose_it_was(
     measured: dict[str, Any],
 ) -> None:
     # given a whole GPU and a whole socket, of which others took a part
@@ -251,51 +253,51 @@ def test_scope_device_shows_what_the_devices_took_and_still_whose_it_was(
     }  # fmt: skip
     lines = render_run(measured).split("\n")
     assert lines[2:4] == [
-        "  Energy   326.3 ± 9.1 kJ   (90.64 Wh)   mean 438.6 W   measured",
-        "           all that the devices took, whoever used them (--scope device)",
+        "  Energy       326.3 ± 9.1 kJ   (90.64 Wh)   mean 438.6 W   measured",
+        "               of the whole devices, whoever used them (--attribution device)",
     ]
     assert [line[:44] for line in lines[6:8]] == [
         "  gpu:0  H100          265.9 ± 9.0 kJ   81.5",
         "  cpu    package-0      60.4 ± 1.5 kJ   18.5",
     ]
-    assert (
-        "  scope    this job 303.2 kJ, others 10.10 kJ, idle 13.00 kJ on the same devices" in lines
-    )
+    assert "  Energy, ± k = 2 (95%), and watts are of the whole device; the peak is the" in lines
+    assert "  attribution  this job 303.2 kJ, other processes 10.10 kJ, idle 13.00 kJ" in lines
 
 
-def test_a_modelled_run_says_that_it_is_an_estimate_and_why(modelled: dict[str, Any]) -> None:
+def test_an_estimated_run_says_that_it_is_an_estimate_and_why(modelled: dict[str, Any]) -> None:
     assert_screen(
         render_run(modelled),
         """
 pepr > python train.py   exit 0   3.42 s
 
-  Energy   12.3 ± 6.2 J   (3.428 mWh)   mean 3.608 W   modelled
-           an estimate from utilisation, ± 50%: no sensor, see missing
+  Energy       12.3 ± 6.2 J   (3.428 mWh)   mean 3.608 W   estimated
+               no sensor: an estimate from utilisation, ± 50% (see missing)
 
-  source               energy           share   mean W   max W   power over time
-  cpu    EPYC 3          10.1 ± 5.1 J   81.8%     2.95    4.04        ▂▂▂▂▂█████
-  dram   2 GB             2.2 ± 1.1 J   18.2%     0.75    0.75
+  device               energy           share  mean W  peak W   power over time
+  cpu    EPYC 3          10.1 ± 5.1 J   81.8%    2.95    4.04        ▂▂▂▂▂▄█████
+  dram   2 GB             2.2 ± 1.1 J   18.2%    0.75    0.75
+  Energy is this job's share, ± k = 2 (95%). Watts are of the whole device; the
+  peak is the highest mean over 1 s.
 
-  carbon   unknown: set --region CODE or --carbon-intensity G_PER_KWH
-  memory   peak 312.0 MB in RAM
-  scope    this job 12.34 J, others at least 500.0 mJ, idle 1.200 J on the same
-           devices
-  quality  342 samples, 0 dropped, 0.0% late; profiler used 21.0 ms CPU (0.6%)
-  missing  cpu energy: /sys/class/powercap has no zone, as in most virtual
-           machines
-             fix: run on bare metal; or make the model better with --cpu-power
-             IDLE:MAX
-           gpu: libnvidia-ml.so.1 cannot be loaded
-             fix: install the NVIDIA driver
-  warning  the pattern 'acc: (.*)' never matched
-             fix: try it on the output of the command
+  attribution  this job 12.34 J, other processes at least 500.0 mJ, idle 1.200 J
+  carbon       unknown: set --region CODE or --carbon-intensity G_PER_KWH
+  memory       peak 312.0 MB in RAM
+  sampling     342 samples, 0 dropped, 0.0% late; profiler 21.0 ms CPU (0.6%)
+  missing      cpu energy: /sys/class/powercap has no zone, as in most virtual
+               machines
+                 fix: run on bare metal; or make the model better with
+                 --cpu-power IDLE:MAX
+               gpu: libnvidia-ml.so.1 cannot be loaded
+                 fix: install the NVIDIA driver
+  warning      the pattern 'acc: (.*)' never matched
+                 fix: try it on the output of the command
 
   saved digits-7                              next: pepr-profile report digits-7
 """,
     )
 
 
-def test_without_any_source_the_energy_is_unknown_and_not_0(modelled: dict[str, Any]) -> None:
+def test_without_any_sensor_the_energy_is_unknown_and_not_0(modelled: dict[str, Any]) -> None:
     # given
     modelled["energy"] = {
         "total_j": None,
@@ -313,13 +315,13 @@ def test_without_any_source_the_energy_is_unknown_and_not_0(modelled: dict[str, 
         """
 pepr > python train.py   exit 0   3.42 s
 
-  Energy   unknown
+  Energy       unknown
 
-  carbon   unknown: set --region CODE or --carbon-intensity G_PER_KWH
-  memory   peak unknown in RAM
-  quality  342 samples, 0 dropped, 0.0% late; profiler used 21.0 ms CPU (0.6%)
-  missing  gpu: libnvidia-ml.so.1 cannot be loaded
-             fix: install the NVIDIA driver
+  carbon       unknown: set --region CODE or --carbon-intensity G_PER_KWH
+  memory       peak unknown in RAM
+  sampling     342 samples, 0 dropped, 0.0% late; profiler 21.0 ms CPU (0.6%)
+  missing      gpu: libnvidia-ml.so.1 cannot be loaded
+                 fix: install the NVIDIA driver
 
   saved digits-7                              next: pepr-profile report digits-7
 """,
@@ -329,19 +331,20 @@ pepr > python train.py   exit 0   3.42 s
 def test_a_run_that_lost_its_profiler_says_so_first(modelled: dict[str, Any]) -> None:
     modelled |= {"complete": False, "exit_code": None}
     assert_screen(
-        "\n".join(render_run(modelled).split("\n")[:6]),
+        "\n".join(render_run(modelled).split("\n")[:7]),
         """
 pepr > python train.py   incomplete   3.42 s
 
-  Energy   12.3 ± 6.2 J   (3.428 mWh)   mean 3.608 W   modelled
-           an estimate from utilisation, ± 50%: no sensor, see missing
-           incomplete: the profiler died or still runs; figures are those so far
+  Energy       12.3 ± 6.2 J   (3.428 mWh)   mean 3.608 W   estimated
+               no sensor: an estimate from utilisation, ± 50% (see missing)
+               incomplete: the profiler was killed or still runs; these are the
+               figures so far
 
 """,
     )
 
 
-def test_mixed_provenance_is_told_row_by_row(measured: dict[str, Any]) -> None:
+def test_mixed_provenance_is_shown_row_by_row(measured: dict[str, Any]) -> None:
     # given a GPU that is measured beside a CPU that is not
     energy = measured["energy"]
     energy["provenance"] = "mixed"
@@ -354,13 +357,13 @@ def test_mixed_provenance_is_told_row_by_row(measured: dict[str, Any]) -> None:
     assert_screen(
         "\n".join(render_run(measured).split("\n")[2:9]),
         """
-  Energy   371.6 ± 9.3 kJ   (103.2 Wh)   mean 438.6 W   mixed
-           modelled rows are estimates: no sensor for them, see missing
+  Energy       371.6 ± 9.3 kJ   (103.2 Wh)   mean 438.6 W   mixed
+               there is no sensor for the estimated rows (see missing)
 
-  source                        energy          share  mean W  max W  power
-  gpu:0  H100         measured  252.8 ± 9.0 kJ  68.0%   298.4  611.0  ▁▁▁▆██▇▄▄▄
-  cpu    2 packages   modelled  100.7 ± 2.1 kJ  27.1%   118.9 ≤164.2  ▄▄▄▄  ████
-  dram                modelled   18.0 ± 0.9 kJ   4.8%    21.3  ≤24.8  ▇▇▇▇▇▇▇▇▇▇
+  device                         energy          share mean W peak W  power
+  gpu:0  H100         measured   252.8 ± 9.0 kJ  68.0%  298.4  611.0  ▁▁▁▆██▇▄▄▄
+  cpu    2 packages   estimated  100.7 ± 2.1 kJ  27.1%  118.9 ≤164.2  ▄▄▄▄  ████
+  dram                estimated   18.0 ± 0.9 kJ   4.8%   21.3  ≤24.8  ▇▇▇▇▇▇▇▇▇▇
 """,
     )
 
@@ -378,7 +381,7 @@ def test_mixed_provenance_is_told_row_by_row(measured: dict[str, Any]) -> None:
         (255, "exit 255"),
     ],
 )
-def test_the_headline_tells_how_the_command_ended(
+def test_the_headline_says_how_the_command_ended(
     measured: dict[str, Any], code: int, text: str
 ) -> None:
     measured["exit_code"] = code
@@ -398,7 +401,7 @@ def test_phases_are_ranked_by_energy_with_the_unknown_last(modelled: dict[str, A
         {"name": "train", "count": 10, "duration_s": 2.7, "energy_j": 9.9, "u_j": 4.96},
     ]
     assert_screen(
-        "\n".join(render_run(modelled).split("\n")[9:13]),
+        "\n".join(render_run(modelled).split("\n")[11:15]),
         """
   phase                energy           share   count     time
   train                   9.9 ± 5.0 J   80.2%      10   2.70 s
@@ -409,7 +412,7 @@ def test_phases_are_ranked_by_energy_with_the_unknown_last(modelled: dict[str, A
 
 
 def test_twelve_phases_are_shown_and_the_rest_counted(modelled: dict[str, Any]) -> None:
-    # given 15 phases, the later the dearer
+    # given 15 phases, the later the more expensive
     modelled["phases"] = [
         {"name": f"p{i:02d}", "count": 1, "duration_s": 1.0, "energy_j": i / 10, "u_j": 0.1}
         for i in range(1, 16)
@@ -436,13 +439,13 @@ def test_long_names_are_cut_by_cells_and_not_by_characters(measured: dict[str, A
     lines = text.split("\n")
     # the command has 80 - 7 - 23 = 50 cells: 8, 20 wide characters and the ellipsis are 49
     assert lines[0] == "pepr > python '" + "訓練" * 10 + "…   exit 0   14 min 07 s"
-    assert lines[5].startswith("  gpu:0  計算加速器…   252.8 ± 9.0 kJ   68.0%")
+    assert lines[5].startswith("  gpu:0  計算加速器…    252.8 ± 9.0 kJ   68.0%")
     assert lines[-2:] == [
         f"  saved {'r' * 40}",
         f"  next: pepr-profile report {'r' * 40}",
     ]
     assert max(map(cell_len, lines)) <= 80
-    header, row = lines[10:12]
+    header, row = lines[12:14]
     ends = [cell_len(header[: header.index(key) + len(key)]) for key in ("share", "count", "time")]
     values = ("26.9%", "  3", "00 s")
     assert [cell_len(row[: row.index(key) + len(key)]) for key in values] == ends
@@ -470,7 +473,7 @@ def test_names_can_neither_style_nor_move_nor_break_the_screen(
     plain = ANSI.sub("", text)
     assert plain.split("\n")[0] == f"pepr > ./run '{seen}'   exit 0   14 min 07 s"
     assert f"  {seen}" in plain
-    assert f"metrics  accuracy 0.9737 (performance), {seen} 1" in plain
+    assert f"metrics      accuracy 0.9737 (performance), {seen} 1" in plain
     assert all(character.isprintable() for character in plain.replace("\n", ""))
     assert max(map(cell_len, plain.split("\n"))) <= 80
     text.encode("utf-8")
@@ -509,7 +512,7 @@ def test_one_unknown_part_makes_its_row_unknown(
     # when
     row = render_run(measured).split("\n")[6]
     # then the other package's half is not passed off as the sum
-    assert row == "  cpu    2 packages           unknown       ?        ?  ≤164.2   ▄▄▄▄▄     █████"
+    assert row == "  cpu    2 packages           unknown       ?       ?  ≤164.2   ▄▄▄▄▄▄    ██████"
 
 
 def test_a_summary_is_only_read(measured: dict[str, Any]) -> None:
@@ -521,9 +524,9 @@ def test_a_summary_is_only_read(measured: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("elapsed_s", "energy_j", "power_w", "line"),
     [
-        (42.9, 1_234.0, 29.4, "pepr  00:42  1.234 kJ  29.40 W  modelled"),
-        (3_599.9, 371_612.0, 438.6, "pepr  59:59  371.6 kJ  438.6 W  modelled"),
-        (3_661.0, None, math.nan, "pepr  1:01:01  unknown  unknown  modelled"),
+        (42.9, 1_234.0, 29.4, "pepr  00:42  1.234 kJ  29.40 W  estimated"),
+        (3_599.9, 371_612.0, 438.6, "pepr  59:59  371.6 kJ  438.6 W  estimated"),
+        (3_661.0, None, math.nan, "pepr  1:01:01  unknown  unknown  estimated"),
     ],
 )
 def test_the_live_line_is_one_line(

@@ -16,9 +16,9 @@ from pepr_profiler.units import (
     format_duration,
     format_quantity,
     format_with_u,
-    parse_bounds,
     parse_duration,
     parse_overhead,
+    parse_range,
 )
 
 SCALE = {"n": "1e-9", "µ": "1e-6", "m": "1e-3", "": "1", "k": "1e3", "M": "1e6", "G": "1e9"}
@@ -224,7 +224,7 @@ def test_a_bad_overhead_says_what_to_write(text: str) -> None:
     ],
 )
 def test_bounds_take_prefixes_and_units(text: str, bounds: tuple[float, float]) -> None:
-    assert parse_bounds(text) == pytest.approx(bounds, rel=1e-15)
+    assert parse_range(text) == pytest.approx(bounds, rel=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +242,8 @@ def test_bounds_take_prefixes_and_units(text: str, bounds: tuple[float, float]) 
 )
 def test_bad_bounds_say_what_to_write(text: str, why: str) -> None:
     with pytest.raises(UsageError, match=re.escape(why)) as caught:
-        parse_bounds(text)
-    assert "--bounds 151k:1.94M" in caught.value.fix
+        parse_range(text)
+    assert "--range 151k:1.94M" in caught.value.fix
 
 
 def test_a_kilowatt_hour_is_a_kilowatt_for_an_hour() -> None:

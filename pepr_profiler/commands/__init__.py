@@ -1,4 +1,4 @@
-"""The command line: one module a verb, imported when used. Only here is printed and exited."""
+"""The command line: one module per command, imported when used. Nothing else prints or exits."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import click
 from pepr_profiler import __version__
 from pepr_profiler.errors import PeprError
 
-VERBS = {
+COMMANDS = {
     "run": "Run a command and measure it; `pepr-profile -- CMD…` is short for it.",
-    "attach": "Measure running processes and all that they start.",
-    "report": "Show a recorded run again, computed from its trace.",
+    "attach": "Measure running processes and everything that they start.",
+    "report": "Show a recorded run again, computed from its recording.",
     "compare": "Rank recorded runs by PePR.",
     "score": "Rank the rows of any table by PePR.",
     "runs": "List, filter, change, remove and export recorded runs.",
-    "sensors": "Say what can be measured here, and why the rest cannot.",
+    "sensors": "List what can be measured here, and why the rest cannot.",
     "mark": "Begin or end a phase of a run, from a script or any program.",
     "daemon": "Read root's counters for all users of this machine.",
 }
@@ -34,35 +34,35 @@ store_option = click.option(
     type=click.Path(path_type=Path),
     envvar="PEPR_STORE",
     metavar="DIR",
-    help="Where runs live [PEPR_STORE, else the user's data directory].",
+    help="Where runs are kept [PEPR_STORE, else the user's data directory].",
 )
-"""Every verb that has to do with recorded runs has it; the parameter is `store: Path | None`."""
+"""Every command that has to do with recorded runs has it; the parameter is `store: Path | None`."""
 
 _UNWRITABLE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EPIPE}
 )
-"""What stdout may answer: a full disk, a terminal that was hung up, a reader that went away."""
+"""How writing to stdout fails: a full disk, a terminal that hung up, a reader that went away."""
 
 
-class _Verbs(click.Group):
-    """Imports a verb's module when the verb is called, and tells of the others without it."""
+class _Commands(click.Group):
+    """Imports a command's module when it is called, and lists the others without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return list(VERBS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in VERBS:
+        if cmd_name not in COMMANDS:
             return None
         module = import_module(f"pepr_profiler.commands.{cmd_name}")
         command: click.Command = getattr(module, cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        with formatter.section("Verbs"):
-            formatter.write_dl(list(VERBS.items()))
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="pepr-profile")
 def cli() -> None:
     """What a training run cost in energy, time, memory and carbon, and whether it was worth it.
@@ -76,17 +76,18 @@ def cli() -> None:
 
 
 def complain(text: str) -> None:
-    """Says something on stderr, in the profiler's name."""
+    """Prints a message of the profiler on stderr."""
     with whoever_listens(sys.stderr):
         click.echo(f"pepr-profile: {text}", err=True)
 
 
 @contextmanager
 def whoever_listens(stream: TextIO) -> Iterator[None]:
-    """Within the block, nothing that cannot be said on `stream` fails or is tried again.
+    """Within the block, what cannot be written to `stream` is dropped without an error.
 
-    A reader that went away, a full disk or a hung-up terminal must not cost the child's status.
-    What is still buffered would fail at exit too, and turn the status into 120.
+    A reader that went away, a full disk or a terminal that hung up must not change the exit status,
+    which is the child's. What is still buffered is dropped too: it would fail again at exit, and
+    turn the status into 120.
     """
     try:
         yield
@@ -98,15 +99,15 @@ def whoever_listens(stream: TextIO) -> Iterator[None]:
 
 @contextmanager
 def written_output() -> Iterator[None]:
-    """What the block says on stdout is there behind it, else PeprError says why it is not.
+    """Within the block, what cannot be written to stdout is a PeprError with the reason.
 
-    BrokenPipeError: whoever read it went away. What is still buffered is dropped in either case.
+    A reader that went away is a BrokenPipeError. What is still buffered is dropped in either case.
     """
     try:
         yield
         sys.stdout.flush()
     except OSError as error:
-        # What has a name is a file that a verb opened.
+        # An error with a file name is about a file that a command opened.
         if error.filename is not None or error.errno not in _UNWRITABLE:
             raise
         with whoever_listens(sys.stdout):
@@ -121,15 +122,15 @@ def written_output() -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None, *, began_ns: int | None = None) -> int:
-    """Runs the command line; returns the exit status (docs/design.md, Contract).
+    """Runs the command line; returns the exit status (docs/cli.md).
 
-    `began_ns` is when the process began to run, for verbs that tell of that instant.
+    `began_ns` is when the process began to run, for commands that need that instant.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by our caller: what we say goes nowhere
+        if getattr(sys, name) is None:  # our caller closed it: what we print goes nowhere
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
-    if arguments and arguments[0] not in (*VERBS, "-h", "--help", "--version"):
+    if arguments and arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
         arguments = ["run", *arguments]
     try:
         with written_output():
@@ -143,7 +144,7 @@ def main(arguments: list[str] | None = None, *, began_ns: int | None = None) -> 
         complain(str(error))
         return error.status
     except BrokenPipeError:
-        return 1  # as Click has it where it meets one
+        return 1  # as Click itself does
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -154,7 +155,7 @@ def main(arguments: list[str] | None = None, *, began_ns: int | None = None) -> 
 
 
 def write_text(path: Path, text: str | bytes) -> None:
-    """Write `path` whole or not at all; what is not a regular file (a pipe) is written directly."""
+    """Writes `path` whole or not at all; what is no regular file (a pipe) is written directly."""
     data = text.encode() if isinstance(text, str) else text
     try:
         # A rename onto /dev/stdout or a named pipe would replace the device, not fill it.

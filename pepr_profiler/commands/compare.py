@@ -9,13 +9,13 @@ import click
 
 from pepr_profiler.commands import store_option
 from pepr_profiler.commands.report import forms_of, output_option
-from pepr_profiler.commands.score import bounds_files, limits_of, publish
+from pepr_profiler.commands.score import limits_of, publish, range_options
 from pepr_profiler.errors import UsageError
 
 
 @click.command()
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
-@click.option("--experiment", metavar="NAME", help="The runs of this experiment.")
+@click.option("--experiment", metavar="NAME", help="Only the runs of this experiment.")
 @store_option
 @click.option(
     "--resource",
@@ -24,19 +24,18 @@ from pepr_profiler.errors import UsageError
     default=("energy",),
     show_default=True,
     metavar="NAME[,NAME]...",
-    help="What the performance is weighed against: energy, carbon, time, memory (the GPU's peak "
-    "where all runs have one, else the host's), memory:gpu, memory:host, cost, or a metric that "
-    "was logged (parameters). Several stand side by side.",
+    help="Resource that the performance is weighed against: energy, carbon, time, memory (the "
+    "GPU's peak where all runs have one, else the host's), memory:gpu, memory:host, cost, or a "
+    "metric that was logged (parameters). Several are shown side by side.",
 )
-@click.option("--price", metavar="PER_KWH", help="What a kWh costs, for --resource cost: 0.30EUR.")
+@click.option("--price", metavar="PER_KWH", help="Price of a kWh, for --resource cost: 0.30EUR.")
 @click.option(
     "--group",
     type=click.Choice(["experiment", "host", "none"]),
-    help="Make each a cohort of its own [experiment, unless runs are named].",
+    help="Rank each experiment or host by itself [experiment, unless runs are named].",
 )
-@click.option("--metric", metavar="NAME", help="The performance [the run's own].")
-@click.option("--bounds", metavar="MIN:MAX", help="Fixed bounds, in J, g, s or bytes: 151k:1.94M.")
-@bounds_files
+@click.option("--metric", metavar="NAME", help="Metric that is the performance [each run's own].")
+@range_options("in J, g, s or bytes: 151k:1.94M")
 @click.option("--percent", is_flag=True, help="The metric is in percent.")
 @click.option(
     "--transform",
@@ -44,7 +43,7 @@ from pepr_profiler.errors import UsageError
     help="Turn a lower-is-better metric x into 1-x or exp(-x).",
 )
 @click.option(
-    "--mix-provenance", is_flag=True, help="Let measured and modelled energies share a cohort."
+    "--mix-provenance", is_flag=True, help="Compare measured and estimated energies all the same."
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write the ranking as JSON; - is stdout.")
 @output_option
@@ -66,12 +65,15 @@ def compare(
     json_file: str | None,
     outputs: tuple[Path, ...],
 ) -> None:
-    """Rank runs by PePR = P / (1 + R): RUNs by id or prefix, an experiment's, or all of the store.
+    """Rank runs by PePR: RUNs by id or prefix, those of an experiment, or all in the store.
 
-    Runs of one name are repeats of a model, and ranked by their means. The score belongs to the
-    cohort: another run can change every R, unless --bounds or --bounds-from fixes them. Runs that
-    failed or are incomplete are left out and named on stderr. Runs whose energy is out of
-    proportion to their time are named too, and the ranking is given with and without them.
+    PePR = P / (1 + R). P is the performance. R is the resource, normalised to 0 for the run that
+    took least and 1 for the one that took most, so another run can change every R, unless --range
+    or --range-from fixes the normalisation range.
+
+    Runs of one name are repeats of a model, and ranked by their means. Runs that failed or are
+    incomplete are left out and named on stderr. Outliers, whose energy does not fit their time, are
+    named too, and the ranking is printed with and without them.
 
     \b
     -o study.html         a page: figures, and tables that rank again without a run

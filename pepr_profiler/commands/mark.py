@@ -22,12 +22,12 @@ from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE, boot_id, read_run
     "ref",
     envvar=RUN_DIR_VARIABLE,
     metavar="RUN",
-    help="Whose phase it is [the run we are part of].",
+    help="The run to mark [the one that this command is part of].",
 )
 @click.option(
     "--series",
     metavar="KEY",
-    help="Phases of one series follow each other [one a calling process].",
+    help="Phases of one series follow each other [one series per calling process].",
 )
 @store_option
 @click.pass_obj
@@ -44,48 +44,48 @@ def mark(
 
     \b
     pepr-profile mark load          ends what this script marked before, begins "load"
-    pepr-profile mark begin epoch   begins "epoch" inside or beside others
-    pepr-profile mark end epoch     ends it, whoever began it
-    pepr-profile mark end           ends what this script began last
+    pepr-profile mark begin epoch   begins "epoch", inside or beside other phases
+    pepr-profile mark end epoch     ends "epoch", whoever began it
+    pepr-profile mark end           ends the phase that this script began last
 
-    A phase that nobody ends, ends with the run. Energy is found afterwards, so a mark reads
-    no sensor; its time is that of the start of this command.
+    A phase that is never ended ends with the run. The time of a mark is when this command was
+    started. A mark reads no sensor: the energy of a phase is computed afterwards.
     """
     t_ns = time.monotonic_ns() if began_ns is None else began_ns
-    verb, name = _parsed(words)
+    action, name = _parsed(words)
     if ref is None:
         raise UsageError(
             "there is no run to mark",
-            why=f"this is no part of one ({RUN_DIR_VARIABLE} is not set)",
-            fix="give --run RUN, an id, the beginning of one, a run directory, or last",
+            why=f"this command is not part of a run ({RUN_DIR_VARIABLE} is not set)",
+            fix="give --run RUN: an id, the beginning of one, a run directory, or last",
         )
     directory = _recorded(ref, store)
     series = series or str(os.getppid())
-    if verb == "end":
+    if action == "end":
         _require_open(directory, name, series)
     writer = EventWriter(directory)
-    writer.mark(verb, name, series=series, t_ns=t_ns)
+    writer.mark(action, name, series=series, t_ns=t_ns)
     writer.close()
     if writer.lost:
         raise PeprError(
             f"{directory.name} could not be marked",
-            why=f"{directory} does not take it",
+            why=f"nothing can be written to {directory}",
             fix="check its permissions and the free space",
         )
 
 
 def _parsed(words: tuple[str, ...]) -> tuple[str, str | None]:
-    """Verb and name; `begin` and `end` are verbs wherever they come first."""
-    verb = words[0] if words and words[0] in ("begin", "end") else "next"
-    names = words if verb == "next" else words[1:]
+    """The action and the name; a first word `begin` or `end` is always the action."""
+    action = words[0] if words and words[0] in ("begin", "end") else "next"
+    names = words if action == "next" else words[1:]
     if len(names) == 1 and names[0]:
-        return verb, names[0]
-    if verb == "end" and not names:
-        return verb, None
+        return action, names[0]
+    if action == "end" and not names:
+        return action, None
     raise UsageError(
         "a mark needs one name",
-        why=f"there are {len(names)}" if len(names) != 1 else "it is empty",
-        fix="pepr-profile mark [begin|end] NAME; a name with spaces in quotes",
+        why=f"{len(names)} were given" if len(names) != 1 else "it is empty",
+        fix="pepr-profile mark [begin|end] NAME; put a name with spaces in quotes",
     )
 
 
@@ -93,7 +93,7 @@ def _recorded(ref: str, store: Path | None) -> Path:
     """The directory of a run that is being recorded here and now, or raises UsageError."""
     directory = Path(ref)
     if ref == os.environ.get(RUN_DIR_VARIABLE) and directory.is_dir():
-        # Ours. The command starts a moment before its run.json is written.
+        # The run that we are part of: its command starts a moment before its run.json is written.
         if not (directory / "run.json").exists():
             return directory
     else:
@@ -102,28 +102,28 @@ def _recorded(ref: str, store: Path | None) -> Path:
     if run.get("boot_id") != boot_id():
         raise UsageError(
             f"{directory.name} cannot be marked from here",
-            why=f"it is of another machine or another boot (host {run.get('host')}): "
-            "clocks of two boots tell different times",
+            why=f"it is of another machine or another boot (host {run.get('host')}), "
+            "whose clock is not this one's",
             fix="mark it where it is recorded",
         )
     ended = (run.get("recording") or {}).get("window_ns", [None, None])[1] is not None
     if ended or not is_recording(directory, run):
         raise UsageError(
             f"{directory.name} cannot be marked",
-            why="it has ended" if ended else "nobody records it any more",
-            fix="mark while it runs; afterwards: pepr-profile runs set RUN KEY=VALUE",
+            why="it has ended" if ended else "it is not being recorded any more",
+            fix="mark a run while it is recorded",
         )
     return directory
 
 
 def _require_open(directory: Path, name: str | None, series: str) -> None:
-    """A slip of the pen should not become a phase as long as the run."""
+    """UsageError if no such phase is open: a misspelt name must not go unnoticed."""
     marked = [p for p in read_events(directory).phases if p.series and p.end_ns is None]
     if any(p.series == series if name is None else p.name == name for p in marked):
         return
     names = ", ".join(dict.fromkeys(p.name for p in marked))
     raise UsageError(
         f"there is no phase '{name}' to end" if name else "there is no phase to end",
-        why=f"open are: {names}" if names else "no mark has begun one that is still open",
+        why=f"open are: {names}" if names else "no phase is open",
         fix="begin it first: pepr-profile mark begin NAME",
     )

@@ -137,11 +137,13 @@ _OPTIONS = (
         help="The machine's power in W, where the CPU has no sensor.",
     ),
     click.option(
+        "--attribution",
         "--scope",
-        envvar="PEPR_SCOPE",
+        "scope",
+        envvar=["PEPR_ATTRIBUTION", "PEPR_SCOPE"],
         type=click.Choice(SCOPES),
         default="job",
-        help="What the total is: the job's share of its devices, or all that they took [job].",
+        help="The total energy: the job's share of its devices, or all of the devices' [job].",
     ),
     click.option(
         "--sensor",

@@ -1,4 +1,4 @@
-"""`pepr-profile report RUN`: a recorded run again, computed from its trace."""
+"""`pepr-profile report RUN`: a recorded run again, computed from its recording."""
 
 from __future__ import annotations
 
@@ -43,12 +43,14 @@ def forms_of(outputs: Sequence[Path]) -> list[tuple[Path, str]]:
 @store_option
 @click.option("--json", "json_file", metavar="FILE", help="Write the summary as JSON; - is stdout.")
 @output_option
-@click.option("--metric", metavar="NAME", help="What to show over the energy [the performance].")
-@click.option("--percent", is_flag=True, help="It is in percent.")
+@click.option(
+    "--metric", metavar="NAME", help="Metric to show against the energy [the performance]."
+)
+@click.option("--percent", is_flag=True, help="That metric is in percent.")
 @click.option(
     "--transform",
     type=click.Choice(["one-minus", "exp-neg"]),
-    help="It is lower-is-better: turn it into 1-x or exp(-x).",
+    help="Turn a lower-is-better metric x into 1-x or exp(-x).",
 )
 def report(
     run: str,
@@ -60,7 +62,9 @@ def report(
     percent: bool,
     transform: str | None,
 ) -> None:
-    """Show RUN (an id, a unique prefix of one, or a run directory), finished or not.
+    """Show RUN again (an id, a unique prefix of one, a run directory, or last), finished or not.
+
+    All numbers are computed again from the recording, by the methods of this version.
 
     \b
     -o run.html           a page: figures, tables, method; one file, no network
@@ -119,20 +123,20 @@ def _rendered(
 
 
 def _require_logged(summary: Mapping[str, Any], metric: str) -> None:
-    """UsageError if a metric was not logged on the run's way."""
+    """UsageError if a metric was not logged during the run."""
     logged = (summary["progress"] or {"metrics": {}})["metrics"]
     if metric not in logged:
         raise UsageError(
             f"run {summary['run_id']} logged no {metric}",
-            why=f"it logged {', '.join(logged)}" if logged else "it logged nothing on its way",
+            why=f"it logged {', '.join(logged)}" if logged else "it logged no metric at all",
             fix="log it in the program, run.log(accuracy=…, epoch=…), or with --metric NAME=REGEX",
         )
 
 
 def show(summary: dict[str, Any], *, file: IO[str], curve: Mapping[str, Any] | None = None) -> None:
-    """Prints a summary: in colour and as wide as a terminal is, else plain at 80 columns.
+    """Prints a summary: in colour and as wide as the terminal, else plain and 80 columns wide.
 
-    `curve` says what to show over the energy, as in `render_run`.
+    `curve` chooses what to show against the energy, as in `render_run`.
     """
     from pepr_profiler.report.run_text import render_run
 

@@ -1,4 +1,4 @@
-"""`pepr-profile runs`: what has been recorded."""
+"""`pepr-profile runs`: lists, filters, changes, removes and exports recorded runs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pepr_profiler.report.text import number, printable
 from pepr_profiler.store.columns import STATES, state_of
 from pepr_profiler.store.index import Filter
 from pepr_profiler.store.runs import Store
-from pepr_profiler.units import format_duration, format_quantity, format_with_u
+from pepr_profiler.units import format_duration, format_provenance, format_quantity, format_with_u
 
 if TYPE_CHECKING:
     from pepr_profiler.store.index import Damaged, Row
 
 _FACTS = ("name", "experiment")
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-_SHOWN = 5  # damaged runs that are named before they are only counted
+_SHOWN = 5  # of the damaged runs; the others are counted
 
 
 @click.group()
@@ -40,7 +40,7 @@ def runs() -> None:
 
 
 def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options that say which runs are wanted; the parameter is `wanted: Filter`."""
+    """Adds the options that choose runs; the parameter is `wanted: Filter`."""
 
     @functools.wraps(command)
     def with_filter(*arguments: Any, **options: Any) -> Any:
@@ -48,6 +48,8 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
         for name in ("since", "until"):
             if given[name] is not None:
                 given[name] = _instant(given[name], option=f"--{name}")
+        if given["provenance"] == "estimated":
+            given["provenance"] = "modelled"  # as summaries call it
         return command(*arguments, wanted=Filter(**given), **options)
 
     for option in reversed(_FILTERS):
@@ -56,22 +58,26 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _FILTERS = (
-    click.option("--experiment", metavar="NAME", help="Only this experiment's."),
-    click.option("--name", metavar="GLOB", help="Only with such a name: 'resnet*'."),
-    click.option("--host", metavar="GLOB", help="Only recorded on such a host."),
-    click.option("--since", metavar="WHEN", help="Only begun at or after: 2026-11-20, 7d (ago)."),
-    click.option("--until", metavar="WHEN", help="Only begun before: 2026-11-20T12:00 (UTC), 12h."),
+    click.option("--experiment", metavar="NAME", help="Only runs of this experiment."),
+    click.option("--name", metavar="GLOB", help="Only runs of such a name: 'resnet*'."),
+    click.option("--host", metavar="GLOB", help="Only runs on such a host: 'node*'."),
+    click.option(
+        "--since", metavar="WHEN", help="Only runs begun at or after: 2026-11-20, 7d (ago)."
+    ),
+    click.option(
+        "--until", metavar="WHEN", help="Only runs begun before: 2026-11-20T12:00 (UTC), 12h."
+    ),
     click.option(
         "--provenance",
-        type=click.Choice(["measured", "modelled", "mixed"]),
-        help="Only with such an energy.",
+        type=click.Choice(["measured", "estimated", "modelled", "mixed"]),
+        help="Only runs of such an energy; modelled is an older word for estimated.",
     ),
-    click.option("--state", type=click.Choice(STATES), help="Only those that ended so."),
+    click.option("--state", type=click.Choice(STATES), help="Only runs that ended so."),
 )
 
 
 def _instant(text: str, *, option: str) -> str:
-    """ISO-8601 in UTC, as `started_at`, from a date, a time (UTC unless it says), or an age."""
+    """ISO-8601 in UTC, as `started_at`, from a date, a time (UTC if it has no zone), or an age."""
     number = text.rstrip("smindhw")
     unit = text[len(number) :]
     try:
@@ -84,14 +90,14 @@ def _instant(text: str, *, option: str) -> str:
         return at.astimezone(timezone.utc).isoformat(timespec="milliseconds")
     except (ValueError, OverflowError):
         raise UsageError(
-            f"{option} {text!r} is no time",
+            f"{option} {text!r} cannot be read",
             why="a date, a time or an age (s, min, h, d, w) is expected",
             fix=f"write for example {option} 2026-11-20, 2026-11-20T12:30 (UTC) or 7d",
         ) from None
 
 
 def complain_of_damaged(damaged: tuple[Damaged, ...]) -> None:
-    """Names directories of a store that cannot be read as runs, on stderr."""
+    """Names on stderr what lies in a store and cannot be read as a run."""
     for run in damaged[:_SHOWN]:
         complain(f"left out {run.run_id}: {run.why}\n  fix: {run.fix}")
     if len(damaged) > _SHOWN:
@@ -101,10 +107,10 @@ def complain_of_damaged(damaged: tuple[Damaged, ...]) -> None:
 
 @runs.command("list")
 @filter_options
-@click.option("--json", "as_json", is_flag=True, help="As JSON, with the damaged ones beside.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, the damaged runs included.")
 @store_option
 def list_runs(*, wanted: Filter, as_json: bool, store: Path | None) -> None:
-    """One line a run, oldest first; those that cannot be read last, each with its reason."""
+    """Print one line per run, oldest first, and last those that cannot be read, with the reason."""
     found = Store(store).find(wanted)
     if as_json:
         sys.stdout.write('{"runs": [')
@@ -122,7 +128,7 @@ def list_runs(*, wanted: Filter, as_json: bool, store: Path | None) -> None:
 
 
 def _line(row: Row) -> str:
-    # No exit code: it was attached to, and its end is not ours to know.
+    # Without an exit code: it was attached to, and only its parent gets that.
     state = "attached" if math.isnan(row.exit_code) else f"exit {row.exit_code:.0f}"
     state = "incomplete" if row.state == "incomplete" else state
     joules, duration = format_with_u(row.total_j, row.u_j, "J"), format_duration(row.duration_s)
@@ -133,10 +139,10 @@ def _line(row: Row) -> str:
 
 @runs.command("show")
 @click.argument("run")
-@click.option("--json", "as_json", is_flag=True, help="The whole summary, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole summary as JSON.")
 @store_option
 def show_run(run: str, *, as_json: bool, store: Path | None) -> None:
-    """The facts of one run, as its recorder wrote them; `report` computes them anew."""
+    """Print the facts of one run as they were stored; `report` computes them again."""
     recorded = Store(store)
     directory, facts = recorded.directory(run), recorded.load(run)
     if as_json:
@@ -149,6 +155,7 @@ def show_run(run: str, *, as_json: bool, store: Path | None) -> None:
 def _facts(run: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
     energy, carbon, memory = run["energy"], run["carbon"], run["memory"]
     ended = f" with status {run['exit_code']}" if run["exit_code"] is not None else ""
+    joules = format_with_u(energy["total_j"], energy["u_j"], "J")
     rows: list[tuple[str, str | None]] = [
         ("run", run["run_id"]),
         ("name", run["name"]),
@@ -159,12 +166,12 @@ def _facts(run: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
         ("began", run["started_at"]),
         ("lasted", format_duration(run["duration_s"])),
         ("state", state_of(run) + ended),
-        ("energy", format_with_u(energy["total_j"], energy["u_j"], "J")),
-        ("provenance", energy["provenance"]),
+        ("energy", f"{joules}, {format_provenance(energy['provenance'])}"),
         *(
             (
-                "  " + ("" if part["in_total"] else "not added "),
-                f"{part['id']}  {format_with_u(part['job_j'], part['u_j'], 'J')}  {part['source']}",
+                "",
+                f"{part['id']}  {format_with_u(part['job_j'], part['u_j'], 'J')}  {part['source']}"
+                + ("" if part["in_total"] else ", not in the total"),
             )
             for part in energy["components"]
         ),
@@ -189,8 +196,8 @@ def _quantity(value: float | None, unit: str) -> str | None:
 def set_values(run: str, values: tuple[str, ...], *, store: Path | None) -> None:
     """Add metrics to a run after it has ended: `runs set RUN accuracy=0.91`.
 
-    `name=TEXT` and `experiment=TEXT` change what it is called and belongs to (`experiment=`:
-    nothing); its id stays.
+    `name=TEXT` and `experiment=TEXT` change its name and its experiment (`experiment=` takes it out
+    of one); its id stays.
     """
     metrics: dict[str, float] = {}
     facts: dict[str, str | None] = {}
@@ -218,21 +225,21 @@ def set_values(run: str, values: tuple[str, ...], *, store: Path | None) -> None
 @runs.command("rm")
 @click.argument("refs", nargs=-1, required=True, metavar="RUN...")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@click.option("--force", is_flag=True, help="Also one that may still be recorded.")
+@click.option("--force", is_flag=True, help="Also a run that may still be recorded.")
 @store_option
 def remove_runs(refs: tuple[str, ...], *, yes: bool, force: bool, store: Path | None) -> None:
-    """Remove runs of the store for good; asks first. Nothing outside the store is touched."""
+    """Delete runs of the store, after asking. Nothing outside the store is touched."""
     recorded = Store(store)
     doomed = list(dict.fromkeys(recorded.removable(ref, force=force) for ref in refs))
     names = ", ".join(printable(directory.name) for directory in doomed)
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(
-                f"nothing was removed of {names}",
-                why="there is no terminal to ask on",
-                fix="say that you mean it: --yes",
+                f"{names} not removed",
+                why="there is no terminal to ask for confirmation",
+                fix="confirm it with --yes",
             )
-        click.confirm(f"Remove {names} for good?", abort=True, err=True)
+        click.confirm(f"Delete {names}?", abort=True, err=True)
     for directory in doomed:
         recorded.remove(directory)
     click.echo(f"removed {names}", err=True)
@@ -245,23 +252,23 @@ def remove_runs(refs: tuple[str, ...], *, yes: bool, force: bool, store: Path | 
     "--format",
     "form",
     type=click.Choice(EXPORTS),
-    help="How to write it [the extension of FILE].",
+    help="The form of FILE [its extension].",
 )
 @store_option
 def export_runs(file: Path, *, wanted: Filter, form: str | None, store: Path | None) -> None:
-    """Write runs to FILE (- is stdout), one flat row each, oldest first.
+    """Write runs to FILE (- is stdout) as a table with one row per run, oldest first.
 
-    The units are in the names of the columns. Metrics are columns called metric_NAME; what is not
-    known is empty.
+    The names of the columns contain the units. Metrics are columns metric_NAME; what is unknown is
+    empty.
     """
     from pepr_profiler.report.export import encode, flat_run, require_packages
 
     form = form or file.suffix.removeprefix(".")
     if form not in EXPORTS:
         raise UsageError(
-            f"{file} does not say how to write it",
+            f"the form of {file} is not known",
             why=f"its extension is none of {', '.join(EXPORTS)}",
-            fix="name it so, or give --format csv",
+            fix="give it one of these extensions, or --format csv",
         )
     require_packages(form)
     found = Store(store).find(wanted)

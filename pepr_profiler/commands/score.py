@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands import write_text
+from pepr_profiler.commands import complain, write_text
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import FORMS
 from pepr_profiler.report.text import brief
 from pepr_profiler.study.table import _Table
-from pepr_profiler.units import parse_bounds
+from pepr_profiler.units import parse_range
 
 if TYPE_CHECKING:
     from pepr_profiler.study import pepr
@@ -25,37 +25,46 @@ if TYPE_CHECKING:
     from pepr_profiler.study.study import Study
 
 
-def bounds_files(command: Any) -> Any:
-    """The options --bounds-from and --save-bounds; see `limits_of` and `publish`."""
-    for flag, text in (
-        ("--save-bounds", "Write the bounds that were used, for --bounds-from of others."),
-        ("--bounds-from", "Take the bounds that another study saved."),
-    ):
-        kind = click.Path(path_type=Path)
-        command = click.option(flag, type=kind, metavar="FILE", help=text)(command)
-    return command
+def range_options(form: str) -> Callable[[Any], Any]:
+    """The options for a fixed normalisation range; see `limits_of` and `publish`."""
+    file = click.Path(path_type=Path)
+    options = (
+        click.option("--range", "--bounds", "bounds", metavar="MIN:MAX",
+                     help=f"Fixed normalisation range of the resource, {form}."),
+        click.option("--save-range", "--save-bounds", "save_bounds", type=file, metavar="FILE",
+                     help="Save the normalisation range, for --range-from later."),
+        click.option("--range-from", "--bounds-from", "bounds_from", type=file, metavar="FILE",
+                     help="Use the normalisation range that was saved in FILE."),
+    )  # fmt: skip
+
+    def with_options(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return with_options
 
 
 def limits_of(
     bounds: str | None, bounds_from: Path | None, resources: Collection[str]
 ) -> pepr.MinMax | tuple[Bounds, ...] | None:
-    """The bounds that were given, by value or as a file. UsageError where they cannot be used."""
+    """The range that was given, by value or as a file. UsageError where it cannot be used."""
     if bounds and bounds_from:
         raise UsageError(
-            "both --bounds and --bounds-from were given",
-            why="a resource has one pair of bounds",
+            "--range and --range-from cannot be used together",
+            why="a resource has one normalisation range",
             fix="leave one of them out",
         )
     if bounds_from:
         from pepr_profiler.study.study import read_bounds
 
         return read_bounds(bounds_from)
-    limits = parse_bounds(bounds) if bounds else None
+    limits = parse_range(bounds) if bounds else None
     if limits and len(resources) > 1:
         raise UsageError(
-            "--bounds with several resources",
-            why="bounds have the unit of one resource",
-            fix="score the resources one by one, each with its --bounds",
+            "--range cannot be used with several resources",
+            why="a range is in the unit of one resource",
+            fix="score the resources one by one, each with its --range",
         )
     return limits
 
@@ -69,18 +78,19 @@ def limits_of(
     required=True,
     multiple=True,
     metavar="COL",
-    help="Column of a resource; repeat it to score several side by side.",
+    help="Column of a resource (repeatable: several are shown side by side).",
 )
-@click.option("--name", metavar="COL", help="Column of the names [first column of text].")
-@click.option("--group", metavar="COL", help="Score inside each value of this column.")
+@click.option("--name", metavar="COL", help="Column of the names [the first column of text].")
+@click.option(
+    "--group", metavar="COL", help="Rank the rows of each value of this column by themselves."
+)
 @click.option(
     "--repeats", is_flag=True, help="Rows of one name are repeats of a model: rank their means."
 )
 @click.option(
-    "--time", metavar="COL", help="Column of the time a row took, to find faulty resources by."
+    "--time", metavar="COL", help="Column of the time that a row took, to find outliers with."
 )
-@click.option("--bounds", metavar="MIN:MAX", help="Fixed bounds, in the resource's unit.")
-@bounds_files
+@range_options("in the unit of its column: 150:900")
 @click.option("--percent", is_flag=True, help="The performance is in percent.")
 @click.option(
     "--transform",
@@ -110,10 +120,12 @@ def score(
 ) -> None:
     """Score the rows of TABLE (CSV, or TSV by its extension; the first row names the columns).
 
-    PePR = P / (1 + R): the performance per resource, R running from 0 to 1 between the bounds. The
-    ranking goes to stdout unless -o or --json says where. -o adds the columns COL_n (R) and
-    pepr_COL for every resource; with given bounds, COL_clamped too. Rows whose resource is out of
-    proportion to their time are named, and ranked with and without.
+    PePR = P / (1 + R). P is the performance. R is the resource, normalised to 0 for the row that
+    took least and 1 for the one that took most, or to the --range that is given.
+
+    The ranking goes to stdout unless -o or --json is given. -o adds the columns COL_n (R) and
+    pepr_COL for every resource, and COL_clamped with a given range. Outliers, whose resource does
+    not fit their time, are named, and the ranking is printed with and without them.
     """
     from pepr_profiler.study.study import Study
 
@@ -121,8 +133,8 @@ def score(
     limits = limits_of(bounds, bounds_from, resources)
     if repeats and output:
         raise UsageError(
-            "-o with --repeats",
-            why="-o adds a score to every row, and --repeats scores the means of several",
+            "-o cannot be used with --repeats",
+            why="-o adds a score to every row, but --repeats scores the means of several rows",
             fix="leave one of them out; --json FILE has the scores of the means",
         )
     rows = _Table.read(table)
@@ -155,7 +167,7 @@ def score(
     if output:
         added = _scores_by_row(study, rows.groups(group), resources, clamped=limits is not None)
         write_text(output, rows.text_with(added, output))
-        click.echo(f"pepr-profile: wrote {output}", err=True)
+        complain(f"wrote {output}")
     publish(study, json_file=json_file, screen=output is None, save_bounds=save_bounds)
 
 
@@ -193,39 +205,39 @@ def publish(
 ) -> None:
     """The rankings as JSON to a file or stdout, else (where `screen`) as tables on stdout.
 
-    With `forms` (of `forms_of`) they go to those files instead; `load` is `study_page`'s. What was
-    left out, looks wrong, or lies outside given bounds is named on stderr.
+    With `forms` (of `forms_of`) they go to those files instead; `load` is `study_page`'s. Runs that
+    were left out, outliers, and what lies outside a given range are named on stderr.
     """
     from pepr_profiler.report.export import ranking_json
     from pepr_profiler.study.ranking import listed
 
     for who, why in study.left_out:
-        click.echo(f"pepr-profile: left out {brief(who)}: {brief(why)}", err=True)
+        complain(f"left out {brief(who)}: {brief(why)}")
     for ranking in study.rankings:
         for doubt in ranking.doubts:
-            click.echo(
-                f"pepr-profile: warning: {len(doubt.names)} of {_counted(ranking.n, ranking.names)}"
-                f" {'runs' if ranking.run_ids else 'rows'} are out of proportion in "
-                f"{brief(doubt.what)}: {listed(list(map(brief, doubt.names)))}"
-                f"\n  why: {doubt.why}; readings that are wrong set the bounds and flatten every"
-                " other R, so the ranking is also given without them"
-                "\n  fix: check these rows and leave wrong ones out, or fix the bounds with"
-                " --bounds MIN:MAX",
-                err=True,
+            rows = "runs" if ranking.run_ids else "rows"
+            few = len(doubt.names) == 1
+            complain(
+                f"warning: {len(doubt.names)} of {_counted(ranking.n, ranking.names)} {rows} "
+                f"{'is an outlier' if few else 'are outliers'} in {brief(doubt.what)}: "
+                f"{listed(list(map(brief, doubt.names)))}"
+                f"\n  why: {doubt.why}; a wrong reading stretches the normalisation range and so"
+                f" changes every R; the ranking is also printed without {'it' if few else 'them'}"
+                f"\n  fix: check {'it' if few else 'them'} and leave out what is wrong, or fix the"
+                " range with --range MIN:MAX"
             )
         clamped = [n for n, c in zip(ranking.names, ranking.scores.clamped, strict=True) if c]
         if clamped:
-            click.echo(
-                f"pepr-profile: {len(clamped)} {ranking.of}(s) outside the bounds, R clamped: "
-                + listed(list(map(brief, clamped))),
-                err=True,
+            complain(
+                f"{len(clamped)} {ranking.of}{'s' * (len(clamped) > 1)} outside the normalisation"
+                f" range, R is set to 0 or 1: {listed(list(map(brief, clamped)))}"
             )
     if save_bounds:
         write_text(save_bounds, json.dumps(study.bounds_data(), indent=2) + "\n")
-        click.echo(f"pepr-profile: wrote {save_bounds}", err=True)
+        complain(f"wrote {save_bounds}")
     for path, form in forms:
         write_text(path, _rendered(study, form, load))
-        click.echo(f"pepr-profile: wrote {path}", err=True)
+        complain(f"wrote {path}")
     if json_file == "-":
         click.echo(ranking_json(study), nl=False)
     elif json_file:
@@ -257,7 +269,7 @@ def _rendered(
 
 
 def _screens(study: Study, *, width: int, color: bool) -> Iterator[str]:
-    """One a group: its ranking, and again without what looks wrong; or several side by side."""
+    """One per group: its ranking, and again without outliers; or several side by side."""
     from pepr_profiler.report.ranking_text import render_ranking, render_side_by_side
 
     groups: dict[str | None, list[Any]] = {}
@@ -271,7 +283,7 @@ def _screens(study: Study, *, width: int, color: bool) -> Iterator[str]:
         if rankings[0].without is not None:
             screen = render_ranking(rankings[0].without, width=width, color=color)
             doubtful = sum(len(doubt.names) for doubt in rankings[0].doubts)
-            yield f"Without the {doubtful} that are out of proportion:\n\n{screen}"
+            yield f"Without the {doubtful} outlier{'s' * (doubtful > 1)}:\n\n{screen}"
 
 
 def _added(resources: Sequence[str], clamped: bool) -> list[str]:

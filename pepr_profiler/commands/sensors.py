@@ -33,9 +33,9 @@ _LABEL = 30
 
 @click.command()
 @click.option("--sensor", "specs", multiple=True, metavar="KIND[:WHERE]", help="Look at this one.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def sensors(*, specs: tuple[str, ...], as_json: bool) -> None:
-    """Open each sensor, read it for a moment, and say what it gives."""
+    """Open each sensor, read it for a moment, and print what it gives."""
     from pepr_profiler.sensors.detect import detect
     from pepr_profiler.sensors.machine import place
     from pepr_profiler.sensors.spec import KINDS, SensorSpec
@@ -214,12 +214,12 @@ def _measured(channels: list[dict[str, Any]]) -> list[str]:
             lines += _wrapped(f"{c['component']}  ({c['source']})", " " * 6)
         if len(beside) > len(set(names)):  # several devices give the same: their values say little
             beside = list(dict.fromkeys(names))
-        lines += _wrapped("recorded beside: " + ", ".join(beside), " " * 4) if beside else []
+        lines += _wrapped("also recorded: " + ", ".join(beside), " " * 4) if beside else []
         lines.append("")
     if any(c["in_total"] for c in channels):
         heads = f"    {'measured':<{_LABEL}} {'now':>9} {'refresh':>9}  use"
         return [heads, "", *lines]
-    return [*lines, "  no energy sensor: CPU and memory energy are modelled from utilisation", ""]
+    return [*lines, "  no energy sensor: CPU and memory energy are estimated from utilisation", ""]
 
 
 def _refresh(channel: dict[str, Any]) -> str:

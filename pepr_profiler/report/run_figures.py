@@ -49,8 +49,10 @@ class _Layer:
 
 
 def _layers(components: Iterable[TimelineComponent]) -> list[_Layer]:
-    """What is stacked: the job's power by component, by kind where that were too many; NaN where
-    nothing of it was read."""
+    """What is stacked: the job's power by component, or by kind where there are many of them.
+
+    NaN where nothing was read.
+    """
     counted = [c for c in components if c.in_total]
     kinds = [kind for kind in KINDS if any(c.kind == kind for c in counted)]
     layers = []
@@ -105,7 +107,7 @@ def power_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
     axes.set_ylim(0, max(1e-9, 1.08 * float(np.max(top, initial=0.0))))
     _hatch_gaps(axes, [c for c in timeline.components if c.in_total])
     if not marks:
-        axes.text(0.5, 0.5, "no component could be measured or modelled", transform=axes.transAxes,
+        axes.text(0.5, 0.5, "no device could be measured or estimated", transform=axes.transAxes,
                   ha="center", color=MUTED)  # fmt: skip
     _amounts(axes.yaxis, "W")
     axes.grid(axis="y")
@@ -118,7 +120,7 @@ def power_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
 
 
 def _phase_rows(timeline: Timeline) -> list[tuple[str, list[tuple[float, float]]]]:
-    """Phases by name, the longest ones, in order of appearance; bars one pixel apart join."""
+    """The longest phases by name, in order of appearance; bars less than a pixel apart join."""
     spans: dict[str, list[tuple[float, float]]] = {}
     for name, begin, end in timeline.phases:
         spans.setdefault(name, []).append((begin, end))
@@ -217,7 +219,7 @@ def devices_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
         device = np.add.reduceat(c.device_w, first) / count
         axes.stairs(device, edges, color=color, linewidth=1.0, baseline=None)
         _hatch_gaps(axes, [c])
-        aside = "" if c.in_total else " (not added)"
+        aside = "" if c.in_total else " (not in the total)"
         name = plain(_name(c), 34) + aside
         axes.set_title(name, loc="left", fontsize=9, color=INK, pad=3)
         top = float(np.nanmax(c.high_w if c.high_w is not None else c.device_w, initial=0.0))
@@ -265,9 +267,9 @@ def _time_axis(axes: Axes, end_s: float, width: float, *, labels: bool = True) -
 
 
 def step_text(timeline: Timeline) -> str:
-    """What a step of the power figures is, in words."""
+    """What a step of the power figures is, for their captions."""
     step_s = float(timeline.edges_s[1] - timeline.edges_s[0])
-    text = f"Each step is the mean over {format_duration(step_s)}: energy divided by time, exactly"
+    text = f"Each step is the mean over {format_duration(step_s)}, its energy divided by its time"
     if any(c.low_w is not None for c in timeline.components):
         text += "; the band spans the lowest and the highest second within it"
     return text + "."

@@ -1,4 +1,4 @@
-"""The page of one run: what it took over time, of which sources and in which phases."""
+"""The page of one run: its power and energy over time, by device and by phase."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ from typing import Any
 
 from pepr_profiler.report import figures, run_figures, study_figures
 from pepr_profiler.report.html import clip, render
-from pepr_profiler.report.text import KINDS, component_name, counted, number, percent, ratio
+from pepr_profiler.report.run_text import stop_note
+from pepr_profiler.report.text import (
+    KINDS,
+    component_name,
+    counted,
+    number,
+    percent,
+    ratio,
+)
 from pepr_profiler.study import progress
 from pepr_profiler.summary.timeline import Timeline
 from pepr_profiler.units import (
     J_PER_WH,
     UNKNOWN,
     format_duration,
+    format_provenance,
     format_quantity,
     format_with_u,
 )
@@ -26,14 +35,14 @@ _MOST_PHASES = 60
 _CAUSES = {
     "gain_j": ("gain", "the scale of the sensor, which is fixed for its board"),
     "offset_j": ("offset", "what the sensor adds at any power, fixed for its board"),
-    "model_j": ("model", "no sensor: a power model of the processor and the memory"),
-    "edges_j": ("edges", "the sensor refreshes now and then, not when the run begins and ends"),
-    "duty_j": ("duty cycle", "the sensor looks at a part of each refresh period only"),
-    "lag_j": ("lag", "readings trail the truth"),
+    "model_j": ("model", "there is no sensor: a power model of the processor and the memory"),
+    "edges_j": ("edges", "the sensor's refreshes do not coincide with the run's begin and end"),
+    "duty_j": ("duty cycle", "the sensor measures during a part of each refresh period only"),
+    "lag_j": ("lag", "readings lag behind the power that they report"),
     "quantisation_j": ("steps", "the sensor counts in steps"),
     "gaps_j": ("gaps", "times without a reading"),
     "aliasing_j": ("aliasing", "the load repeats nearly in step with the sensor"),
-    "attribution_j": ("sharing", "the job's part of what others used too, told by their use"),
+    "attribution_j": ("sharing", "the job's part of a device is inferred from how much it used it"),
 }
 
 
@@ -42,11 +51,11 @@ def run_page(
 ) -> str:
     """The page of one run, from its summary and the run over time.
 
-    `curve` is what to show over the energy, else the one that tells most.
+    `curve` is what to show against the energy, else `progress.curve_shown` chooses.
     """
     energy = summary["energy"]
     total = energy.get("total_j"), energy.get("u_j")
-    whole = energy.get("scope") == "device"  # all that the devices took, whoever used them
+    whole = energy.get("scope") == "device"  # the whole devices, whoever used them
     whose = "The devices'" if whole else "This job's"
     status, status_class = _status(summary)
     name = clip(str(summary.get("name") or summary["run_id"]), 120)
@@ -56,9 +65,9 @@ def run_page(
     charts = {
         "power": figures.chart(
             "power",
-            "Power over time by component",
+            "Power over time by device",
             f"{whose} power was {format_quantity(energy.get('mean_w'), 'W')} on average over "
-            f"{format_duration(duration_s)}. The table of components has the numbers.",
+            f"{format_duration(duration_s)}. The table of devices has the numbers.",
             lambda width: run_figures.power_over_time(timeline, width),
         ),
         "energy": figures.chart(
@@ -72,7 +81,7 @@ def run_page(
         charts["devices"] = figures.chart(
             "devices",
             "Power of each device",
-            "One panel a device. The table of components has mean and highest power.",
+            "One panel per device. The table of devices has mean and peak power.",
             lambda width: run_figures.devices_over_time(timeline, width),
         )
     curve = curve or progress.curve_shown(summary)
@@ -80,7 +89,7 @@ def run_page(
         charts["progress"] = figures.chart(
             "progress",
             "Performance against energy",
-            "The performance that was reached, over the energy spent until then.",
+            "The performance that was reached, against the energy spent until then.",
             lambda width: study_figures.progress_curves([curve], width=width),
         )
     hatched = any(c.gaps_s for c in timeline.components if c.in_total)
@@ -98,17 +107,18 @@ def run_page(
         energy=shown_energy,
         energy_note=_energy_note(energy),
         provenance=energy.get("provenance") or "",
+        provenance_text=format_provenance(energy.get("provenance")),
         facts=list(_facts(summary)),
         warnings=summary.get("warnings") or [],
         missing=summary.get("missing") or [],
         charts=charts,
         power_caption=(
-            f"{whose} power, its components on top of each other. "
+            f"{whose} power, its devices on top of each other. "
             + steps.partition(";")[0].rstrip(".")
             + "."
             + (" Below: its phases." if phases else "")
             + (
-                " Hatched: times without a reading; what is drawn there is no reading."
+                " Hatched: times without a reading; what is drawn there was not measured."
                 if hatched
                 else ""
             )
@@ -120,7 +130,7 @@ def run_page(
         + (
             steps
             if any(c.low_w is not None for c in timeline.components)
-            else f"{steps} The area is what is counted of it."
+            else f"{steps} The area is the part of it that is counted."
         ),
         progress=_progress_text(curve),
         components=list(_components(energy)),
@@ -153,12 +163,12 @@ def _instant(text: Any) -> str:
 def _energy_note(energy: Mapping[str, Any]) -> str:
     total_j = energy.get("total_j")
     if total_j is None:
-        return "no component could be measured or modelled"
+        return "no device could be measured or estimated"
     text = f"{format_quantity(total_j / J_PER_WH, 'Wh')}"
     if energy.get("provenance") == "modelled":
-        text += "; an estimate from utilisation, as no sensor could be read"
+        text += "; no sensor could be read: this is an estimate from utilisation"
     elif energy.get("provenance") == "mixed":
-        text += "; modelled rows are estimates, as there is no sensor for them"
+        text += "; there is no sensor for the estimated rows"
     return text
 
 
@@ -183,7 +193,7 @@ def _facts(summary: Mapping[str, Any]) -> Iterable[dict[str, str]]:
             f"{clip(str(carbon['source']), 120)}{year}",
         )
     else:
-        yield fact("Carbon", UNKNOWN, "say where it ran: --region CODE")
+        yield fact("Carbon", UNKNOWN, "set the place: --region CODE")
     memory = summary.get("memory") or {}
     gpu_bytes = memory.get("gpu_peak_bytes")
     yield fact(
@@ -193,15 +203,15 @@ def _facts(summary: Mapping[str, Any]) -> Iterable[dict[str, str]]:
     )
 
 
-_SOURCES = {
+_SENSORS = {
     "nvml-energy": "NVML energy counter",
     "nvml-power-average": "NVML power, averaged",
     "nvml-power": "NVML power",
     "nvml-power-instant": "NVML power, instant",
     "powercap": "RAPL by powercap",
     "perf": "RAPL by perf",
-    "utilisation": "modelled from utilisation",
-    "installed-memory": "modelled from installed memory",
+    "utilisation": "estimated from utilisation",
+    "installed-memory": "estimated from installed memory",
 }
 
 
@@ -216,7 +226,7 @@ def _components(energy: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     for c in sorted(energy.get("components") or [], key=place):
         share = ratio(c.get(key), total[0]) if c["in_total"] else None
         known = c.get(key) is not None
-        source = clip(_SOURCES.get(c["source"], str(c["source"])), 60)
+        sensor = clip(_SENSORS.get(c["source"], str(c["source"])), 60)
         yield {
             "name": component_name(c),
             "kind": c["kind"] if c["kind"] in KINDS else "other",
@@ -228,13 +238,13 @@ def _components(energy: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
             "others": _rest(c, "others_j"),
             "idle": _rest(c, "idle_j"),
             "mean": format_quantity(c.get("mean_w"), "W"),
-            "highest": format_quantity(c.get("max_w"), "W"),
-            "source": source,
+            "peak": format_quantity(c.get("max_w"), "W"),
+            "sensor": sensor,
         }
 
 
 def _rest(component: Mapping[str, Any], key: str) -> str:
-    """A share; what is left of rounding the device's energy is none."""
+    """Others' or idle energy; a rounding error of the device's energy is 0."""
     value, device_j = component.get(key), component.get("device_j")
     if value is not None and device_j is not None and abs(value) < 1e-9 * device_j:
         value = 0.0
@@ -262,7 +272,7 @@ def _phases(
 
 
 def _budget(energy: Mapping[str, Any]) -> Iterable[dict[str, str]]:
-    """Causes by size; of several devices one cause's parts add in squares, as the total does."""
+    """The causes of u by size; those of several devices add in squares, as in the total."""
     budgets = [
         c["budget"] for c in energy.get("components") or [] if c["in_total"] and c.get("budget")
     ]
@@ -284,7 +294,7 @@ def _budget(energy: Mapping[str, Any]) -> Iterable[dict[str, str]]:
 
 
 def _cross_checks(energy: Mapping[str, Any]) -> Iterable[str]:
-    """What a second sensor says: those that disagree by name, the others in one sentence."""
+    """What a second sensor says: each that disagrees by name, the others in one sentence."""
     agreeing = []
     for c in energy.get("components") or []:
         check = c.get("cross_check")
@@ -295,7 +305,7 @@ def _cross_checks(energy: Mapping[str, Any]) -> Iterable[str]:
             yield (
                 f"Cross-check: the power readings of {clip(name, 60)}, integrated, are "
                 f"{format_quantity(check['difference_j'], 'J')} from its energy counter; "
-                f"± {format_quantity(check['u_j'], 'J')} would be usual."
+                f"± {format_quantity(check['u_j'], 'J')} is expected."
             )
     if agreeing:
         most = max(agreeing, key=lambda check: abs(check["difference_j"]))
@@ -303,7 +313,7 @@ def _cross_checks(energy: Mapping[str, Any]) -> Iterable[str]:
         yield (
             f"Cross-check: the power readings of {devices}, integrated, agree with the energy "
             f"counters: at most {format_quantity(abs(most['difference_j']), 'J')} apart, where "
-            f"± {format_quantity(most['u_j'], 'J')} is usual."
+            f"± {format_quantity(most['u_j'], 'J')} is expected."
         )
 
 
@@ -322,32 +332,32 @@ def _method(summary: Mapping[str, Any]) -> Iterable[str]:
     if any(s in sources for s in ("powercap", "perf", "nvml-energy")):
         yield (
             "Where a device counts its own energy, the energy is the difference of two counter "
-            "values: a sample that is missed costs resolution, never joules. Wraps of the counter "
+            "values: a sample that is missed costs resolution, but no energy. Wraps of the counter "
             "are undone."
         )
     if any(s.startswith("nvml-power") for s in sources) or any(
         s.startswith("hwmon") for s in sources
     ):
         yield (
-            "Where a device reports power only, its readings are integrated over time, shifted "
-            "back by what they trail the truth: 0.5 s where they are averages over a second, 0.3 "
-            "of their refresh period elsewhere, where that period can be seen."
+            "Where a device reports power only, its readings are integrated over time. They are "
+            "shifted back by their lag: 0.5 s where they are averages over a second, else 0.3 of "
+            "their refresh period, where that period can be seen."
         )
     if any(c["provenance"] == "modelled" for c in added):
         yield (
-            "Where there is no sensor, power is modelled: for the processor from its recorded busy "
-            "time, with the watts per CPU of servers of its generation; for the memory from its "
-            "size, of which the job is given the part that it had in use. Such an estimate carries "
-            "± 50 % or more. Two runs on one machine share most of that error, so they compare "
-            "better than the ± says."
+            "Where there is no sensor, power is estimated: for the processor from its recorded "
+            "busy time and the watts per CPU of servers of its generation, for the memory from its "
+            "size, of which the job gets the part that it had in use. Such an estimate has "
+            "± 50 % or more. Two runs on one machine share most of that error, so a comparison "
+            "between them is better than the ± says."
         )
     if any(c["kind"] in ("cpu", "dram", "gpu") for c in added):
         yield (
-            "A device is shared with whatever else ran on it. What it took above its idle draw "
-            "belongs to those who used it, in proportion to their use: busy CPU time for "
-            "processors and memory, SM utilisation for a GPU. The idle draw is theirs for as long "
-            "as it was in use; else it belongs to whoever holds the GPU, or to nobody and is "
-            "called idle."
+            "A device's energy is divided between this job, other processes, and idle. What it "
+            "took above its idle power goes to those who used it, in proportion to their use: busy "
+            "CPU time for processors and memory, SM utilisation for a GPU. The idle power goes to "
+            "them as well while the device was in use; else to the processes that hold the GPU, or "
+            "to nobody: that part is called idle."
         )
     yield (
         "Every ± is an expanded uncertainty, k = 2, after the Guide to the expression of "
@@ -377,22 +387,9 @@ def _quality(summary: Mapping[str, Any]) -> str:
 def _progress_text(curve: progress.ProgressCurve | None) -> dict[str, Any] | None:
     if curve is None:
         return None
-    lines = []
-    scored = bool(((curve.performance >= 0) & (curve.performance <= 1)).all()) and curve.total_j > 0
-    stop = progress.best_stop(curve) if scored else None
-    if stop is None:
-        lines.append(
-            "PePR along it needs a performance from 0 to 1: --percent, or --transform if lower is "
-            "better."
-        )
-    elif stop.point < len(curve.performance) - 1:
-        where = f"epoch {stop.epoch:.0f}" if stop.epoch is not None else format_duration(stop.t_s)
-        lines.append(
-            f"Stopping at {where} would have kept {stop.performance_share:.1%} of the final "
-            f"{clip(curve.metric, 60)} for {stop.energy_share:.1%} of the energy: there PePR along "
-            "this curve is highest."
-        )
+    curve = curve._replace(metric=clip(curve.metric, 60))
+    note = stop_note(curve)
     return {
-        "caption": f"{clip(curve.metric, 60)} as it was logged, over the job's energy until then.",
-        "lines": lines,
+        "caption": f"{curve.metric} as it was logged, against the job's energy until then.",
+        "note": f"{note[0].upper()}{note[1:]}." if note else "",
     }

@@ -7,7 +7,7 @@ import shlex
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pepr_profiler.record import Record
 from pepr_profiler.report.text import (
@@ -31,9 +31,13 @@ from pepr_profiler.units import (
     J_PER_WH,
     UNKNOWN,
     format_duration,
+    format_provenance,
     format_quantity,
     format_with_u,
 )
+
+if TYPE_CHECKING:
+    from pepr_profiler.study.progress import ProgressCurve
 
 # rich costs some 30 ms and numpy more: this module is imported while the child runs
 # (render_live), so both stay out of it; rich is imported where a finished run is drawn.
@@ -42,17 +46,17 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _TITLE = "power over time"
 _NAME_CELLS = 18  # keeps the energy column of the two tables, and of two runs, in one place
 _ENERGY_CELLS = 14
-_KEY_CELLS = 9
+_KEY_CELLS = 13  # "attribution" and a gap
 _MAX_PHASES = 12
 _GAP = "   "
-# RAPL domains that repeat what is added already, and what each is to the package.
+# RAPL domains that repeat what is in the total already, and what each is to the package.
 _ASIDE = {
     "uncore": "inside package",
     "core": "inside package",
     "mmio": "repeats package",
     "psys": "contains package",
 }
-_STYLES = {"measured": "green", "derived": "green", "modelled": "yellow", "mixed": "yellow"}
+_STYLES = {"measured": "green", "modelled": "yellow", "mixed": "yellow"}
 
 
 def render_live(
@@ -68,7 +72,7 @@ def render_live(
     if minutes >= 60:
         clock = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
     energy, power = format_quantity(energy_j, "J"), format_quantity(power_w, "W")
-    return f"pepr  {clock}  {energy}  {power}  {provenance}"[:width].rstrip()
+    return f"pepr  {clock}  {energy}  {power}  {format_provenance(provenance)}"[:width].rstrip()
 
 
 def render_run(
@@ -78,9 +82,9 @@ def render_run(
     color: bool = False,
     curve: Mapping[str, Any] | None = None,
 ) -> str:
-    """The screen of a run from its summary (DESIGN's contract), without a final line end.
+    """The screen of a run from its summary (docs/summary.md), without a final line end.
 
-    `curve` are the options of `progress.curve_of`: which metric over the energy, how to read it.
+    `curve` are the options of `progress.curve_of`: which metric to show against the energy.
     No line is wider than `width` cells or ends in a space; there are no escape codes unless
     `color`. Names and commands are shown as they are, their control characters made visible.
     """
@@ -132,7 +136,7 @@ def _subject(summary: Mapping[str, Any]) -> str:
 
 
 def _exit_text(code: int) -> str:
-    # A shell's own convention, which DESIGN keeps: 128 + n for a child that signal n killed.
+    # A shell's convention, which docs/design.md keeps: 128 + n for a child that signal n killed.
     try:
         return f"killed by {signal.Signals(code - 128).name} ({code})"
     except ValueError:
@@ -150,26 +154,26 @@ def _energy_lines(summary: Mapping[str, Any], width: int) -> list[Line]:
         line.append((format_with_u(total_j, u_j, "J"), "bold"))
         line.append((f"{_GAP}({format_quantity(total_j / J_PER_WH, 'Wh')})", ""))
         line.append((f"{_GAP}mean {format_quantity(energy.get('mean_w'), 'W')}", ""))
-        line.append((f"{_GAP}{provenance or UNKNOWN}", _STYLES.get(str(provenance), "red")))
+        line.append((f"{_GAP}{format_provenance(provenance)}", _STYLES.get(str(provenance), "red")))
         if provenance == "modelled":
             within = ""
             if known(u_j) is not None and total_j > 0:
                 within = f", ± {u_j / total_j:.0%}"
             notes.append(
-                (f"an estimate from utilisation{within}: no sensor, see missing", "yellow")
+                (f"no sensor: an estimate from utilisation{within} (see missing)", "yellow")
             )
         elif provenance == "mixed":
-            notes.append(("modelled rows are estimates: no sensor for them, see missing", "yellow"))
+            notes.append(("there is no sensor for the estimated rows (see missing)", "yellow"))
     if energy.get("scope") == "device":
-        notes.append(("all that the devices took, whoever used them (--scope device)", ""))
+        notes.append(("of the whole devices, whoever used them (--attribution device)", ""))
     if not summary.get("complete"):
-        note = "incomplete: the profiler died or still runs; figures are those so far"
+        note = "incomplete: the profiler was killed or still runs; these are the figures so far"
         notes.append((note, "bold red"))
     return [line, *(fact for note in notes for fact in _fact("", [note], width))]
 
 
 class _Row(Record):
-    """A row of the energy table: one component, or all of a kind; None is unknown."""
+    """A row of the energy table: one device, or all of a kind; None is unknown."""
 
     name: str
     provenance: str
@@ -177,7 +181,7 @@ class _Row(Record):
     u_j: float | None
     mean_w: float | None
     max_w: float | None
-    max_is_bound: bool  # peaks of several parts need not coincide: their sum is an upper bound
+    max_is_bound: bool  # the peaks of several parts need not coincide: their sum is an upper bound
     trace_w: Sequence[float | None] | None
 
 
@@ -216,7 +220,7 @@ def _merged(parts: Sequence[Mapping[str, Any]], name: str | None, key: str) -> _
     if all(traces):
         columns = zip(*(trace or () for trace in traces), strict=True)
         trace_w = [None if None in column else math.fsum(column) for column in columns]
-    provenances = {str(part.get("provenance") or UNKNOWN) for part in parts}
+    provenances = {format_provenance(part.get("provenance")) for part in parts}
     return _Row(
         name=printable(name),
         provenance=provenances.pop() if len(provenances) == 1 else "mixed",
@@ -235,12 +239,15 @@ def _component_lines(energy: Mapping[str, Any], width: int) -> list[Line]:
     lines: list[Line] = []
     if rows:
         total = energy.get("total_j"), energy.get("u_j")
-        mixed = len({energy.get("provenance"), *(row.provenance for row in rows)}) > 1
+        mixed = (
+            len({format_provenance(energy.get("provenance")), *(row.provenance for row in rows)})
+            > 1
+        )
         columns = [
             _Column("energy", [format_with_u(r.energy_j, r.u_j, "J", like=total) for r in rows]),
             _Column("share", [percent(ratio(r.energy_j, total[0])) for r in rows]),
             _Column("mean W", _watts([r.mean_w for r in rows])),
-            _Column("max W", _watts([r.max_w for r in rows], [r.max_is_bound for r in rows])),
+            _Column("peak W", _watts([r.max_w for r in rows], [r.max_is_bound for r in rows])),
         ]
         gap = _GAP
         if mixed:
@@ -254,11 +261,21 @@ def _component_lines(energy: Mapping[str, Any], width: int) -> list[Line]:
             title = _TITLE if spare >= len(_TITLE) else "power"
             columns.append(_Column(title, [_sparkline(r, min(48, spare)) for r in rows], left=True))
         names = [row.name for row in rows]
-        lines = _table("source", names, columns, room=_NAME_CELLS + longer, gap=gap)
+        lines = _table("device", names, columns, room=_NAME_CELLS + longer, gap=gap)
     aside = _aside(components)
-    if aside:
-        lines.extend([(f"  {part}", "dim")] for part in wrap(f"not added: {aside}", width - 2))
+    notes = [f"not in the total: {aside}"] if aside else []
+    if rows:
+        notes.append(_table_note(energy, any(row.max_is_bound for row in rows)))
+    for note in notes:
+        lines.extend([(f"  {part}", "dim")] for part in wrap(note, width - 2))
     return lines
+
+
+def _table_note(energy: Mapping[str, Any], with_bound: bool) -> str:
+    text = "Energy is this job's share, ± k = 2 (95%). Watts are of the whole device; "
+    if energy.get("scope") == "device":
+        text = "Energy, ± k = 2 (95%), and watts are of the whole device; "
+    return f"{text}the peak is the highest mean over 1 s{' (≤: upper bound)' * with_bound}."
 
 
 def _aside(components: Iterable[Mapping[str, Any]]) -> str:
@@ -311,12 +328,12 @@ def _fact_lines(
 ) -> list[Line]:
     components = summary["energy"].get("components") or []
     facts = [
+        ("attribution", _attribution(summary["energy"])),
         ("carbon", _carbon(summary.get("carbon"))),
         ("metrics", _metrics(summary)),
         *_progress(summary, curve_options),
         ("memory", _memory(summary.get("memory") or {}, components)),
-        ("scope", _scope(summary["energy"])),
-        ("quality", _quality(summary)),
+        ("sampling", _sampling(summary)),
     ]
     lines: list[Line] = []
     for key, text in facts:
@@ -377,41 +394,49 @@ _CURVE_CELLS = 24
 def _progress(
     summary: Mapping[str, Any], curve_options: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    """The performance over the run's energy as a line of blocks, and where PePR along it is best.
-
-    Without a cohort the bounds are the run's own (`progress.scores_along`).
-    """
+    """The performance against the run's energy as a line of blocks, and where to stop."""
     if not summary.get("progress"):
         return []
-    from pepr_profiler.study.progress import best_stop, curve_of, name_of
+    from pepr_profiler.study.progress import curve_of, name_of
 
     curve = curve_of(summary, **curve_options)
     if curve is None or len(curve.t_s) < 2:
         return []
+    curve = curve._replace(metric=name_of(curve.metric, curve_options.get("transform")))
     values = [float(value) for value in curve.performance]
-    first, last, text = values[0], values[-1], ""
     blocks = _curve_line([float(e) for e in curve.energy_j], values, curve.total_j)
-    name = name_of(curve.metric, curve_options.get("transform"))
-    shown = f"{name} {first:.4g} {blocks} {last:.4g} over the energy"
-    if not all(0 <= value <= 1 for value in values):
-        text = (
-            "PePR along it needs a performance from 0 to 1: pepr-profile report --percent, "
-            "or --transform if lower is better"
+    shown = f"{curve.metric} {values[0]:.4g} {blocks} {values[-1]:.4g} against the energy"
+    return [("progress", shown), ("", stop_note(curve))]
+
+
+def stop_note(curve: ProgressCurve) -> str:
+    """Where along a curve the run could have been stopped, at the highest PePR.
+
+    R is the energy so far over the run's own (`progress.scores_along`): there is nothing else to
+    compare with.
+    """
+    from pepr_profiler.study.progress import best_stop
+
+    performance = curve.performance
+    if performance.min() < 0 or performance.max() > 1:
+        return (
+            "no PePR along the run, as it needs values from 0 to 1: see --percent of report, "
+            "and --transform where lower is better"
         )
-    elif last < first:
-        text = "it falls; if lower is better: pepr-profile report --transform one-minus|exp-neg"
-    elif curve.total_j > 0:
-        stop = best_stop(curve)
-        where = f"after {format_duration(stop.t_s)}"
-        if stop.epoch is not None:
-            where = f"at epoch {stop.epoch:g}"
-        text = (
-            f"PePR is best {where}: stopping there keeps {stop.performance_share:.1%} of the "
-            f"{name} for {stop.energy_share:.0%} of the energy (bounds: 0 … this run's)"
-        )
-        if stop.point == len(values) - 1:
-            text = "PePR is best at the end (bounds: 0 … this run's energy)"
-    return [("progress", shown), ("", text)]
+    if performance[-1] < performance[0]:
+        return "the values fall; where lower is better: --transform one-minus or exp-neg of report"
+    if curve.total_j <= 0:
+        return ""
+    stop = best_stop(curve)
+    if stop.point == len(performance) - 1:
+        return "PePR along the run is highest at its end"
+    when = f"after {format_duration(stop.t_s)}"
+    if stop.epoch is not None:
+        when = f"at epoch {stop.epoch:g}"
+    return (
+        f"PePR along the run is highest {when}: to stop there keeps {stop.performance_share:.1%} "
+        f"of the final {curve.metric} for {stop.energy_share:.0%} of the energy"
+    )
 
 
 def _curve_line(energy_j: Sequence[float], values: Sequence[float], total_j: float) -> str:
@@ -436,7 +461,7 @@ def _memory(memory: Mapping[str, Any], components: Iterable[Mapping[str, Any]]) 
     return text
 
 
-def _scope(energy: Mapping[str, Any]) -> str:
+def _attribution(energy: Mapping[str, Any]) -> str:
     added = [c for c in energy.get("components") or [] if c.get("in_total")]
     if not added:
         return ""
@@ -448,30 +473,32 @@ def _scope(energy: Mapping[str, Any]) -> str:
         at_least = "at least " if len(values) < len(added) else ""
         return at_least + format_quantity(math.fsum(values), "J")
 
-    shares = f"this job {total('job_j')}, others {total('others_j')}, idle {total('idle_j')}"
-    return f"{shares} on the same devices"
+    shares = f"this job {total('job_j')}, other processes {total('others_j')}"
+    return f"{shares}, idle {total('idle_j')}"
 
 
-def _quality(summary: Mapping[str, Any]) -> str:
+def _sampling(summary: Mapping[str, Any]) -> str:
     sampler = summary.get("sampler") or {}
     samples = sampler.get("samples")
     if samples is None:
         return ""
-    text = f"{samples:,} samples, {_count(sampler.get('dropped'))} dropped"
     daemon = (summary.get("recording") or {}).get("daemon") or {}
-    read = ", ".join(daemon.get("lanes") or ())
+    by_daemon = ", ".join(daemon.get("lanes") or ())
     late, timed = sampler.get("late"), sampler.get("timed")
-    timed = samples if timed is None else timed  # as older recordings tell it
-    text += f", {percent(ratio(late, timed))}" if timed else f", {_count(late)}"
-    text += " of our own late" if read else " late"  # when the daemon read, it alone knows
+    timed = samples if timed is None else timed  # older recordings have no `timed`
+    text = f"{samples:,} samples, {_count(sampler.get('dropped'))} dropped"
+    text += f", {percent(ratio(late, timed)) if timed else _count(late)} late"
     cpu_s = known(sampler.get("cpu_s"))
     fraction = known(sampler.get("cpu_fraction"))
-    duration_s = known(summary.get("duration_s"))
-    if fraction is None and cpu_s is not None and duration_s:
-        fraction = cpu_s / duration_s
-    text += f"; profiler used {format_duration(cpu_s)} CPU"
+    if fraction is None:
+        fraction = ratio(cpu_s, summary.get("duration_s"))
+    text += f"; profiler {format_duration(cpu_s)} CPU"
     text += "" if fraction is None else f" ({fraction:.1%})"
-    return f"{text}; {printable(read)} read by the node's daemon" if read else text
+    if by_daemon:  # it alone knows which of its reads were late
+        text += (
+            f"; {printable(by_daemon)} was read by this machine's daemon (none of it is in late)"
+        )
+    return text
 
 
 def _saved_lines(summary: Mapping[str, Any], width: int) -> list[Line]:
@@ -496,9 +523,10 @@ class _Column(Record):
 
     @property
     def cells(self) -> int:
-        least = _ENERGY_CELLS if self.title == "energy" else 0
-        # A ≤ hangs into the gap, so that the digits stay below each other and below the title.
-        return max(least, len(self.title), *(len(value.lstrip("≤")) for value in self.values))
+        least = _ENERGY_CELLS if self.title == "energy" else len(self.title)
+        # Into the gap hang a ≤, so that digits stay below each other, and one letter of "mean W".
+        least -= self.title.endswith(" W")
+        return max(least, *(len(value.lstrip("≤")) for value in self.values))
 
     def after(self, gap: str, text: str) -> str:
         """`gap` and `text`, aligned in the column."""
@@ -525,7 +553,7 @@ def _table(
 
 
 def _sparkline(row: _Row, room: int) -> str:
-    """The row's power over the run in eighth blocks from 0 W to its max W; a gap is a space."""
+    """The row's power over the run in eighth blocks from 0 W to its peak; a gap is a space."""
     trace_w = row.trace_w or []
     means = [
         _mean_between(trace_w, i * len(trace_w) / room, (i + 1) * len(trace_w) / room)

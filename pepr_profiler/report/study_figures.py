@@ -50,7 +50,7 @@ class Points:
     u_x: NDArray[np.float64]
     u_y: NDArray[np.float64]
     front: NDArray[np.bool_]
-    suspect: NDArray[np.bool_]
+    outlier: NDArray[np.bool_]
     x_label: str
     y_label: str
     x_unit: str
@@ -110,7 +110,7 @@ def cost_points(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> Poi
         u_x=nothing if ranking.u_resource is None else ranking.u_resource,
         u_y=nothing if ranking.u_performance is None else ranking.u_performance,
         front=ranking.front,
-        suspect=_suspect(ranking),
+        outlier=_outliers(ranking),
         x_label=ranking.resource_name,
         y_label=ranking.metric,
         x_unit=ranking.unit,
@@ -139,14 +139,14 @@ def score_points(ranking: Ranking, parameters: Sequence[float | None]) -> Points
         u_x=nothing,
         u_y=nothing if ranking.u_pepr is None else ranking.u_pepr,
         front=np.zeros(n, dtype=np.bool_),
-        suspect=_suspect(ranking),
+        outlier=_outliers(ranking),
         x_label="parameters",
         y_label=ranking.label,
         x_unit="",
     )
 
 
-def _suspect(ranking: Ranking) -> Any:
+def _outliers(ranking: Ranking) -> Any:
     mask = np.zeros(len(ranking.names), dtype=np.bool_)
     for doubt in ranking.doubts:
         mask[list(doubt.rows)] = True
@@ -288,8 +288,8 @@ def _draw_isolines(axes: Axes, bounds: tuple[float, float], *, log: bool) -> Non
 
 def _draw_point(axes: Axes, points: Points, i: int) -> None:
     x, y, u_x, u_y = (float(a[i]) for a in (points.x, points.y, points.u_x, points.u_y))
-    suspect = bool(points.suspect[i])
-    color = ALARM if suspect else POINT
+    outlier = bool(points.outlier[i])
+    color = ALARM if outlier else POINT
     if math.isfinite(u_x) and u_x > 0:
         left = max(x - u_x, axes.get_xlim()[0])
         axes.plot([left, x + u_x], [y, y], color=color, linewidth=1, alpha=0.5, gid=f"barx-{i}",
@@ -297,8 +297,8 @@ def _draw_point(axes: Axes, points: Points, i: int) -> None:
     if math.isfinite(u_y) and u_y > 0:
         axes.plot([x, x], [y - u_y, y + u_y], color=color, linewidth=1, alpha=0.5, gid=f"bary-{i}",
                   scalex=False, scaley=False)  # fmt: skip
-    filled = POINT if points.front[i] and not suspect else PAPER
-    axes.plot([x], [y], "X" if suspect else "o", color=color, markerfacecolor=filled,
+    filled = POINT if points.front[i] and not outlier else PAPER
+    axes.plot([x], [y], "X" if outlier else "o", color=color, markerfacecolor=filled,
               markersize=6.5, markeredgewidth=1.6, gid=f"point-{i}", zorder=5)  # fmt: skip
 
 
@@ -307,7 +307,7 @@ def _name_points(axes: Axes, points: Points) -> None:
     pixels = axes.transData.transform(np.column_stack((points.x, points.y)))
     box = axes.get_window_extent()
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
-    first = [*np.flatnonzero(points.front), *np.flatnonzero(points.suspect), *np.argsort(-points.y)]
+    first = [*np.flatnonzero(points.front), *np.flatnonzero(points.outlier), *np.argsort(-points.y)]
     for i in list(dict.fromkeys(int(i) for i in first))[:_MOST_NAMED]:
         name = plain(points.names[i], 22)
         w, h = 5.1 * len(name), 10.0

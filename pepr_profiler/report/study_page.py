@@ -1,4 +1,4 @@
-"""The page of a study: its rankings as figures, and as tables to try without a row."""
+"""The page of a study: its rankings as figures, and as tables that rank again without a row."""
 
 from __future__ import annotations
 
@@ -23,24 +23,23 @@ _MOST_ROWS = 1000
 def study_page(
     study: Study, *, load: Callable[[str], Mapping[str, Any]] | None = None, name: str = ""
 ) -> str:
-    """The page of a study: figures and a ranking a group, which the reader may try without a row.
+    """The page of a study: figures and a ranking per group, in which rows can be unticked.
 
-    `load` gives the whole summary of a run by its id, for the curves: a store's index leaves them
-    out, and without it so does the page.
-    UsageError for more rows than a page can show.
+    `load` gives the whole summary of a run by its id, for the curves: a store's index has none, and
+    without `load` nor has the page. UsageError for more rows than a page can show.
     """
     rows = sum(len(ranking.names) for ranking in study.rankings)
     if rows > _MOST_ROWS:
         raise UsageError(
-            f"a page of {rows:,} rows would help nobody",
-            why=f"{_MOST_ROWS:,} are the most that it shows",
+            f"a page cannot show {rows:,} rows",
+            why=f"its limit is {_MOST_ROWS:,}",
             fix="compare fewer: --experiment NAME; or write a table: -o ranking.csv",
         )
     by_id = study_figures.shown_runs(study)
     if load is not None:
-        # One that was named by its folder is whole already, and may be of no store.
+        # A run that was named by its folder is whole already, and may lie outside the store.
         by_id = {i: run if "progress" in run else load(i) for i, run in by_id.items()}
-        if not by_id:  # of each row one, which tells its number of parameters
+        if not by_id:  # too many: one run of each row is enough for its number of parameters
             firsts = {ids[0] for ranking in study.rankings for ids in ranking.run_ids}
             by_id = {i: load(i) for i in firsts}
     groups: dict[str | None, list[Ranking]] = {}
@@ -61,8 +60,9 @@ def study_page(
     what = f"{models} {study.rankings[0].of}s"
     if any(ranking.repeated for ranking in study.rankings):
         what += f", {len(study.runs):,} runs"
+    by = study.rankings[0].grouped_by
     if len(groups) > 1:
-        what += f", {len(groups)} groups"
+        what += f", {len(groups)} {by}s" if study.runs else f", by {by}"
     provenance = sorted({r.provenance for r in study.rankings if r.provenance})
     first = study.rankings[0]
     return render(
@@ -72,7 +72,7 @@ def study_page(
         sub=clip("; ".join(filter(None, [what, "on " + ", ".join(hosts) if hosts else ""])), 200),
         lead=f"Which model was worth its {clip(first.resource_name, 60)}? Each was trained, its "
         f"{clip(first.metric, 60)} noted and its {clip(' and '.join(weighed), 200)} "
-        f"{'measured or modelled' if set(provenance) - {'measured'} else 'measured'}."
+        f"{'measured or estimated' if set(provenance) - {'measured'} else 'measured'}."
         if study.runs
         else f"Which was worth its {clip(first.resource_name, 60)}?",
         groups=shown,
@@ -88,12 +88,12 @@ def _group(
     rankings: Sequence[Ranking],
     by_id: Mapping[str, Mapping[str, Any]],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One group's view for the template, and its numbers for the script."""
+    """What the template shows of one group, and the numbers of it that the script needs."""
     first = rankings[0]
     n = len(first.names)
     runs = [1] * n if first.n is None else [int(x) for x in first.n]
     parameters = _parameters(first, by_id)
-    suspects = {i for ranking in rankings for doubt in ranking.doubts for i in doubt.rows}
+    outliers = {i for each in rankings for doubt in each.doubts for i in doubt.rows}
     charts: list[dict[str, Any]] = []
     live: list[dict[str, Any]] = []
 
@@ -111,10 +111,10 @@ def _group(
             kind="cost",
             k=k,
             heading=f"{clip(ranking.metric, 60)} against {clip(ranking.resource_name, 60)}",
-            caption="Up is better, left is cheaper. Thin lines join places of equal "
-            f"{ranking.label}, whose value stands at their upper ends. The dotted line is the "
-            "Pareto front, whose models are filled. Bars are ± u (k = 2)"
-            + ("; faint dots are the single runs." if points.runs else "."),
+            caption="Up is better, left is cheaper. Thin lines join points of equal "
+            f"{ranking.label}, with its value at their upper ends. The dotted line is the "
+            "Pareto front; its models are filled. Bars are ± u (k = 2)"
+            + ("; faint dots are single runs." if points.runs else "."),
             text=_said(ranking),
             points=points,
         )
@@ -124,28 +124,28 @@ def _group(
                 kind="score",
                 k=k,
                 heading=f"{ranking.label} against the number of parameters",
-                caption="As in the paper's figure: whether larger models are worth it. Bars are "
+                caption="Are larger models worth it? As in the PePR paper's figure. Bars are "
                 f"± u of {ranking.label}.",
-                text="Each model's score over its number of parameters; the table has both.",
+                text="Each model's score against its number of parameters; the table has both.",
                 points=against,
             )
     ids = [x for several in first.run_ids for x in several]
     ran = [by_id[x] for x in ids] if all(x in by_id for x in ids) else []
     curves = [curve for curve in map(progress.curve_shown, ran) if curve is not None]
     if len(curves) > 1 and len({curve.metric for curve in curves}) == 1:
-        heading = f"{clip(curves[0].metric, 60)} on the way"
+        heading = f"{clip(curves[0].metric, 60)} during training"
         drawn = figures.chart(
             f"g{number}-way",
             heading,
-            "Each run's performance as it was logged, over the energy until then.",
+            "Each run's performance as it was logged, against the energy until then.",
             lambda width: study_figures.progress_curves(
                 curves, progress.envelope(curves), width=width
             ),
         )
         caption = (
-            f"A thin line a run: {clip(curves[0].metric, 60)} as it was logged, over the job's "
-            "energy until then. The thick line is the best that any of them had reached for that "
-            "energy."
+            f"One thin line per run: {clip(curves[0].metric, 60)} as it was logged, against the "
+            "job's energy until then. The thick line is the best that any of them had reached with "
+            "that energy."
         )
         charts.append({"chart": drawn, "caption": caption, "heading": heading})
     view = {
@@ -153,22 +153,22 @@ def _group(
         if group is not None
         else f"{clip(first.metric, 60)} against {clip(first.resource_name, 60)}",
         "summary": _said(first),
-        "caption": _bounds_text(first),
+        "caption": _range_text(first),
         "of": first.of.capitalize(),
         "repeated": first.repeated,
         "parameters": any(p is not None for p in parameters),
         "metric": first.metric,
         "note": _rank_note(first),
         "charts": charts,
-        "doubts": list(_doubt_texts(rankings)),
+        "outliers": list(_outlier_texts(rankings)),
         "resources": [{"name": r.resource_name, "label": r.label} for r in rankings],
         "rows": [
             {
                 "index": int(i),
                 "rank": rank,
-                "range": _range(first, int(i)),
+                "range": _ranks(first, int(i)),
                 "name": first.names[i],
-                "suspect": int(i) in suspects,
+                "outlier": int(i) in outliers,
                 "runs": runs[i],
                 "parameters": "" if parameters[i] is None else f"{parameters[i]:,.0f}",
                 "performance": _fraction(first.performance[i], first.u_performance, int(i)),
@@ -230,13 +230,13 @@ def _said(ranking: Ranking) -> str:
     return text
 
 
-def _bounds_text(ranking: Ranking) -> str:
-    low, high = (amount(bound, ranking.unit) for bound in ranking.scores.bounds)
-    who = "given" if ranking.bounds_given else "set by the cheapest and the dearest here"
-    return f"Bounds of R: {low} … {high}, {who}."
+def _range_text(ranking: Ranking) -> str:
+    low, high = (amount(end, ranking.unit) for end in ranking.scores.bounds)
+    who = "given" if ranking.bounds_given else "set by the cheapest and the most expensive here"
+    return f"Normalisation range of R: {low} … {high}, {who}."
 
 
-def _range(ranking: Ranking, i: int) -> str:
+def _ranks(ranking: Ranking, i: int) -> str:
     standing = ranking.standing
     if standing is None or standing.best is None or standing.worst is None:
         return ""
@@ -248,8 +248,8 @@ def _rank_note(ranking: Ranking) -> str:
     if ranking.standing is None or ranking.standing.best is None:
         return ""
     return (
-        "(a–b) beside a rank: the ranks that the row can have, as some scores cannot be told apart "
-        "by what is known of them."
+        "(a–b) beside a rank: the row may have any of these ranks, as the scores differ by less "
+        "than their ±."
     )
 
 
@@ -275,40 +275,40 @@ def _resource_cells(ranking: Ranking, i: int, *, u: bool) -> dict[str, Any]:
     }
 
 
-def _doubt_texts(rankings: Sequence[Ranking]) -> Iterable[dict[str, str]]:
+def _outlier_texts(rankings: Sequence[Ranking]) -> Iterable[dict[str, str]]:
     for ranking in rankings:
         for doubt in ranking.doubts:
             named = ", ".join(clip(x, 40) for x in doubt.names[:8])
             more = f" and {len(doubt.names) - 8} more" if len(doubt.names) > 8 else ""
             effect = (
-                "Check these numbers before believing the ranking; untick them to see it without."
+                "Check these numbers before you trust the ranking; untick them to see it without."
             )
             if ranking.without is not None:
                 best = ranking.without.names[int(ranking.without.order[0])]
                 effect += f" Without them, the best by {ranking.label} is {clip(best, 60)}."
             yield {
-                "text": f"{doubt.what} of {named}{more} does not fit the others: {doubt.why}.",
+                "text": f"Outliers in {doubt.what}: {named}{more}; {doubt.why}.",
                 "effect": effect,
             }
 
 
 def _study_method(study: Study, provenance: Sequence[str]) -> Iterable[str]:
     yield (
-        "The score belongs to the models compared: another model can move the bounds of R, and so "
-        "every score, unless the bounds are fixed (--bounds). That is why they are printed with "
-        "each table."
+        "A score holds among the models compared: another model can change the normalisation range "
+        "of R, and so every score, unless the range is fixed (--range). That is why the range is "
+        "printed with each table."
     )
     if any(r.repeated for r in study.rankings):
         yield (
-            "Runs of one name are repeats of one model, here as a rule with different seeds. Shown "
+            "Runs of one name are repeats of one model, usually with different seeds. The numbers "
             "are their means; the ± cover 95 % (k = 2, or Student's t where repeats are few) and "
-            "hold the spread over repeats and what the energy itself is uncertain by."
+            "contain the spread over repeats and the uncertainty of the energy itself."
         )
     if set(provenance) - {"measured"}:
         which = "The" if set(provenance) == {"modelled"} else "Some of the"
         yield (
-            f"{which} energies are modelled from utilisation, where there is no sensor. Most of "
-            "that error is common to all runs of a machine, and cancels where they are compared "
+            f"{which} energies are estimated from utilisation, as there is no sensor. Most of "
+            "that error is the same for all runs of a machine, and cancels when they are compared "
             "with each other."
         )
     for ranking in study.rankings[:1]:

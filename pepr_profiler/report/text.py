@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pepr_profiler.units import UNKNOWN, format_duration, format_quantity
+from pepr_profiler.units import UNKNOWN, format_duration, format_provenance, format_quantity
 
 KINDS = ("gpu", "cpu", "dram", "other")
 """The kinds of component, in the order in which every report shows them."""
@@ -146,8 +146,10 @@ def counted(energy: Mapping[str, Any]) -> str:
 
 
 def label_of(component: Mapping[str, Any]) -> str:
-    """What tells a component from others of its kind: its label, else what its id says."""
-    return str(component.get("label") or str(component.get("id", "")).partition(":")[2])
+    """What distinguishes a component from others of its kind: its label, else its id's own part."""
+    return format_provenance(
+        component.get("label") or str(component.get("id", "")).partition(":")[2]
+    )
 
 
 def component_name(component: Mapping[str, Any], *, column: int = 0) -> str:

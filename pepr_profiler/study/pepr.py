@@ -180,17 +180,17 @@ def score(
         low, high = float(r.min()), float(r.max())
         if low == high:
             raise NoCohortError(
-                "one row is no cohort" if len(r) == 1 else "all resources are equal",
+                "one row alone cannot be ranked" if len(r) == 1 else "all resources are equal",
                 why=f"r_min = r_max = {low:g}, so R = (r - r_min) / (r_max - r_min) is 0/0",
-                fix="add rows that cost more or less, or fix the bounds: --bounds MIN:MAX",
+                fix="add rows that took more or less, or fix the range of R: --range MIN:MAX",
             )
     else:
         low, high = bounds
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise UsageError(
-                f"the bounds {low:g}:{high:g} span nothing",
+                f"the normalisation range {low:g}:{high:g} is empty",
                 why="MIN and MAX must be finite, and MIN below MAX",
-                fix="write for example --bounds 151k:1.94M",
+                fix="write for example --range 151k:1.94M",
             )
     r_norm = np.clip((r - low) / (high - low), 0.0, 1.0)
     return Scores(
@@ -541,7 +541,7 @@ def checked(
             fix="give two columns of the same length",
         )
     if not len(p):
-        raise UsageError("there is nothing to score", why="the cohort is empty", fix="add rows")
+        raise UsageError("there is nothing to score", why="there are no rows", fix="add rows")
     bad = ~((p >= 0) & (p <= 1))
     if bad.any():
         raise UsageError(

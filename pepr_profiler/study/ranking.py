@@ -413,36 +413,38 @@ def _limits(
     same = [entry for entry in entries if entry.resource == amount.key]
     if not same:
         raise UsageError(
-            f"{source} has no bounds of {amount.key}",
+            f"{source} has no normalisation range of {amount.key}",
             why=f"it has those of {listed(sorted({entry.resource for entry in entries}))}",
-            fix="name one of these: --resource, or bounds of the same study and resource",
+            fix="name one of these: --resource; or save a range of that one: --save-range FILE",
         )
     found = [entry for entry in same if entry.group == group] or (same if len(same) == 1 else [])
     if not found:
         raise UsageError(
-            f"{source} has no bounds of {amount.key} for {group or 'a cohort without a group'}",
-            why=f"its groups are {listed([str(entry.group) for entry in same])}",
-            fix="compare runs of one of these groups: --experiment NAME --group experiment",
+            f"{source} has no normalisation range of {amount.key} "
+            f"for {group or 'all runs together'}",
+            why=f"it has one each for {listed([str(entry.group) for entry in same])}",
+            fix="compare runs of one of these: --experiment NAME --group experiment",
         )
     entry = found[0]
     if entry.name not in ("", amount.name):
         raise UsageError(
-            f"{source} has bounds of {entry.name}",
+            f"{source} has the normalisation range of {entry.name}",
             why=f"here it is {amount.name}",
             fix="compare the same kind: --resource memory:gpu or memory:host",
         )
     if entry.unit != amount.unit:
         raise UsageError(
-            f"{source} has bounds of {amount.key} in {entry.unit or 'no unit'}",
+            f"{source} has the range of {amount.key} in {entry.unit or 'no unit'}",
             why=f"here it is in {amount.unit or 'no unit'}",
-            fix="compare in the same unit (--price for a cost), or give --bounds MIN:MAX",
+            fix="compare in the same unit (--price for a cost), or give --range MIN:MAX",
         )
     kinds = {entry.provenance, provenance}
     if len(kinds - {None, "mixed"}) > 1:
         raise UsageError(
-            f"{source} has bounds of {entry.provenance} energies, these are {provenance}",
-            why="measured and modelled energies are not comparable",
-            fix="use bounds of the same kind, or ask for it: --mix-provenance",
+            f"{source} has the range of {units.format_provenance(entry.provenance)} energies, "
+            f"these are {units.format_provenance(provenance)}",
+            why="measured and estimated energies are not comparable",
+            fix="use a range of the same kind, or compare them all the same: --mix-provenance",
         )
     return entry
 
@@ -471,8 +473,8 @@ def _doubts(
         rows=tuple(np.unique(index[odd]).tolist()),
         names=tuple(who(i) for i in np.flatnonzero(odd).tolist()),
         what=what,
-        why=f"it is {_span(ratio[odd], unit)}, in the other {int((~odd).sum())} "
-        + _span(ratio[~odd], unit),
+        why=f"it is {_span(ratio[odd], unit)}, but {_span(ratio[~odd], unit)} in the other "
+        f"{int((~odd).sum())}",
     )
     return odd, (doubt,)
 

@@ -216,7 +216,9 @@ class Study:
                         transform=transform,
                     )
                 except UsageError as error:
-                    where = resource if group is None else f"{resource}, group {value!r}"
+                    where = resource
+                    if group is not None:
+                        where += ", " + f"{group} {value!r}".lstrip("\0")
                     raise type(error)(
                         f"{where}: {error.what}", why=error.why, fix=error.fix
                     ) from error
@@ -253,7 +255,7 @@ class Study:
         return [row for ranking in self.rankings for row in flat_rows(ranking)]
 
     def bounds_data(self) -> dict[str, Any]:
-        """What `compare --save-bounds` writes: the bounds, of what, by whom and when."""
+        """What `compare --save-range` writes: the bounds, of what, by whom and when."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return Bounds.saved(self.rankings, made_at=now, made_by=_user())
 
@@ -286,15 +288,15 @@ def load(run: str | Path | Run, *, store: Path | None = None) -> dict[str, Any]:
 
 
 def read_bounds(path: Path) -> tuple[Bounds, ...]:
-    """The bounds of a study, as `compare --save-bounds` wrote them; UsageError for all else."""
-    data = _json_of(path, "bounds of a study")
+    """The bounds of a study, as `compare --save-range` wrote them; UsageError for all else."""
+    data = _json_of(path, "normalisation range")
     try:
         return Bounds.read(data, source=path.name)
     except ValueError as error:
         raise UsageError(
-            f"{path} has no bounds of a study",
+            f"{path} has no normalisation range",
             why=str(error),
-            fix="write one: pepr-profile compare --save-bounds FILE",
+            fix="save one: pepr-profile compare --save-range FILE",
         ) from error
 
 

@@ -125,7 +125,7 @@ class _Table:
                 raise UsageError(
                     f"{self.path}, line {self.lines[i]} ({labels[i]}), column {column}: "
                     + (f"{cell!r} is not a finite number" if cell.strip() else "the cell is blank"),
-                    why="a score needs both numbers of every row, and bounds depend on all rows",
+                    why="a score needs both numbers, and every row counts in the range of R",
                     fix="correct the cell or take the row out of the table",
                 )
         return np.array(values, dtype=np.float64)

@@ -1,5 +1,5 @@
 "use strict";
-// Scores again what is ticked, as pepr.score and pepr.pareto_front do, and moves the figures.
+// Scores what is ticked again, as pepr.score and pepr.pareto_front do, and moves the figures.
 document.addEventListener("DOMContentLoaded", () => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const prefixes = [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], [1, ""], [1e-3, "m"], [1e-6, "µ"], [1e-9, "n"]];
@@ -13,6 +13,7 @@ document.addEventListener("DOMContentLoaded", () => {
       if (min < 1440) return `${Math.floor(min / 60)} h ${two(min % 60)} min`;
       return `${Math.floor(h / 24)} d ${two(h % 24)} h`;
     }
+    if (!["J", "g", "B", "s"].includes(unit)) return `${value.toPrecision(4)} ${unit}`; // a currency takes no prefix
     if (value === 0) return `0 ${unit}`;
     const [size, prefix] = prefixes.find(([s]) => Math.abs(value) >= s * 0.99995) ?? prefixes.at(-1);
     return `${(value / size).toPrecision(4)} ${prefix}${unit}`;
@@ -140,10 +141,10 @@ document.addEventListener("DOMContentLoaded", () => {
       reset.hidden = whole;
       const first = results[0], unit = group.resources[0].unit;
       said.textContent = whole ? "" : !first
-        ? `${ticked.size} of ${rows.length}: no score, as the resources of these span nothing`
-        : `${ticked.size} of ${rows.length}, bounds ${amount(first.low, unit)} … ${amount(first.high, unit)}; ` +
+        ? `${ticked.size} of ${rows.length}: no score, as these all took the same`
+        : `${ticked.size} of ${rows.length}, normalisation range ${amount(first.low, unit)} … ${amount(first.high, unit)}; ` +
           `best is ${group.names[first.order[0]]}, ${first.pepr.get(first.order[0]).toFixed(3)}. ` +
-          "The ± are of the whole comparison, and hidden meanwhile.";
+          "The ± belong to the whole comparison and are hidden for now.";
     };
 
     body.addEventListener("change", () => { update(); if (sorted === "rank" || sorted.startsWith("s")) arrange(); });
