@@ -10,7 +10,7 @@ FIND_NVML := from importlib.metadata import files; \
 WITH_NVML = export PEPR_NVML_INCLUDE="$$(python -c '$(FIND_NVML)')" &&
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test lint sanitize fuzz docs linkcheck study compare clean
+.PHONY: help setup build test lint sanitize fuzz docs linkcheck study wheel compare clean
 
 help:  ## List what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -24,12 +24,20 @@ build:  ## Build the native core again, in place
 test:  ## Run the tests: make test ARGS='-k sampler -x'
 	python -m pytest $(ARGS)
 
-lint:  ## Check style, types and spelling, build the core with every warning an error
+lint: style types warnings  ## Check style, spelling and types, and build the core with every warning an error
+
+.PHONY: style types warnings
+style:
 	ruff check .
 	ruff format --check .
-	mypy
-	git ls-files '*.py' '*.md' '*.h' '*.cpp' '*.toml' '*.sh' Makefile | xargs codespell
+	git ls-files '*.py' '*.md' '*.h' '*.cpp' '*.toml' '*.yaml' '*.sh' Makefile | xargs codespell
 	clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+
+types:
+	mypy
+	python -m mypy.stubtest pepr_profiler._core
+
+warnings:
 	$(WITH_NVML) cmake --preset werror && cmake --build --preset werror
 
 sanitize: asan tsan  ## Run the core's own tests under the sanitizers
@@ -51,6 +59,9 @@ linkcheck:  ## Ask every page that ours link to whether it is there; needs a net
 
 study:  ## Train 13 models on 2 data sets with 3 seeds each (6 min), open study.html afterwards
 	sh examples/seeds.sh $(PAGE)
+
+wheel:  ## Make sdist and wheel in dist/, try both: make wheel ARGS='--all --tests all'
+	python tools/wheel.py $(ARGS)
 
 compare:  ## Measure beside other tools (25 min, root, a network the first time): build/compare/report.md
 	$(VENV)/bin/python -c 'import pepr_profiler._core, pytest, sklearn, torch' || \

@@ -1,9 +1,14 @@
 from collections.abc import Sequence
+from typing import type_check_only
+
+@type_check_only
+class _NativeType(type): ...  # the metaclass that pybind11 gives its classes
 
 REFRESH_CHANGES: int
 FEWEST_REFRESH_CHANGES: int
 
-class Channel:
+class Channel(metaclass=_NativeType):
+    def __init__(self, *args: object, **kwargs: object) -> None: ...  # only the core makes one
     @property
     def name(self) -> str: ...
     @property
@@ -21,7 +26,8 @@ class Channel:
     @property
     def labels(self) -> dict[str, str]: ...
 
-class Note:
+class Note(metaclass=_NativeType):
+    def __init__(self, *args: object, **kwargs: object) -> None: ...  # only the core makes one
     @property
     def what(self) -> str: ...
     @property
@@ -31,19 +37,19 @@ class Note:
     @property
     def denied(self) -> bool: ...  # only permission is missing
 
-class CpuBudget:
+class CpuBudget(metaclass=_NativeType):
     def __init__(self, share: float) -> None: ...
 
-class Notifier:
+class Notifier(metaclass=_NativeType):
     def __init__(self) -> None: ...
     def notify(self) -> None: ...
     def clear(self) -> None: ...
     def wait(self, timeout_s: float) -> bool: ...
 
-class Readers:
+class Readers(metaclass=_NativeType):
     def __init__(self) -> None: ...
 
-class Sampler:
+class Sampler(metaclass=_NativeType):
     def __init__(
         self,
         spec: str,
@@ -68,7 +74,7 @@ class Sampler:
     @property
     def notes(self) -> list[Note]: ...
 
-class LaneFile:
+class LaneFile(metaclass=_NativeType):
     def __init__(self, stem: str, schema: bytes, rules: Sequence[tuple[str, float]]) -> None: ...
     def append(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None: ...
     def flush(self, last: bool = False) -> None: ...
@@ -79,7 +85,7 @@ class LaneFile:
     @property
     def lost_rows(self) -> int: ...
 
-class Journal:
+class Journal(metaclass=_NativeType):
     def __init__(self, period_s: float, notifier: Notifier) -> None: ...
     def add(self, sampler: Sampler, file: LaneFile) -> None: ...
     def flush(self) -> None: ...
@@ -87,7 +93,7 @@ class Journal:
     @property
     def cpu_s(self) -> float: ...
 
-class RingReader:
+class RingReader(metaclass=_NativeType):
     def __init__(self, fd: int, since_ns: int) -> None: ...
     def read(self) -> tuple[int, bytes, bytes, list[bytes]] | None: ...
     def latest(self) -> tuple[int, list[float]] | None: ...

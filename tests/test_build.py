@@ -1,7 +1,9 @@
-"""What a user gets who builds from source: errors that help, and one version everywhere."""
+"""What a build gives: errors that help, one version everywhere, types that tell the truth."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import pepr_profiler
+from pepr_profiler import _core
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,3 +65,28 @@ def test_printing_the_version_reads_no_metadata_of_packages() -> None:
         f"pepr-profile, version {pepr_profiler.__version__}",
         "False",
     ]
+
+
+def parameters_of(function: ast.FunctionDef) -> list[tuple[str, bool]]:
+    """Each parameter's name, and whether it has a default."""
+    names = [argument.arg for argument in function.args.args]
+    optional = len(function.args.defaults)
+    return [(name, len(names) - at <= optional) for at, name in enumerate(names)]
+
+
+def test_the_stub_of_the_core_has_the_parameters_that_the_core_takes() -> None:
+    """stubtest (`make lint`) sees no parameters of native functions; their docstrings have them."""
+    stub = ast.parse((ROOT / "pepr_profiler" / "_core.pyi").read_text())
+    native = [(_core, stub)]
+    native += [(getattr(_core, n.name, None), n) for n in stub.body if isinstance(n, ast.ClassDef)]
+    compared = 0
+    for owner, node in native:
+        for function in node.body:
+            value = inspect.getattr_static(owner, getattr(function, "name", ""), None)
+            line = (getattr(value, "__doc__", None) or "").partition("\n")[0]
+            if isinstance(function, ast.FunctionDef) and line.startswith(f"{function.name}("):
+                (real,) = ast.parse(f"def {line}: ...").body
+                assert isinstance(real, ast.FunctionDef)
+                assert parameters_of(function) == parameters_of(real), line
+                compared += 1
+    assert compared > 20

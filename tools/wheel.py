@@ -42,15 +42,13 @@ print(run.summary["energy"]["components"][0]["job_j"] / run.summary["time_s"])
 QUICK = ("test_codebase", "test_docs", "test_old_recordings", "test_sensors", "test_units")
 
 
-def run(
-    *command: object, cwd: Path, status: int = 0, **env: str
-) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
     """The command, whose status is as expected, in an environment without any of ours."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PEPR_", "PYTHON", "VIRTUAL"))}
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env={**kept, "PEPR_STORE": str(cwd / "store"), "PEPR_DAEMON": "off", **env},
+        env={**kept, "PEPR_STORE": str(cwd / "store"), "PEPR_DAEMON": "off"},
         capture_output=True,
         text=True,
         check=False,
@@ -81,11 +79,15 @@ def interpreters() -> dict[str, Path]:
         places = [shutil.which(name), *sorted(pyenv.glob(f"versions/3.{minor}.*/bin/{name}"))]
         # A shim of pyenv is there also where the version is not; Debian's may come without venv.
         check = f"import ensurepip, sys; sys.exit(sys.version_info[:2] != (3, {minor}))"
-        for place in filter(None, places):
-            if subprocess.run([place, "-c", check], capture_output=True, check=False).returncode:
-                continue
-            found[f"3.{minor}"] = Path(place)
-            break
+        for place in places:
+            if (
+                place
+                and not subprocess.run(
+                    [place, "-c", check], capture_output=True, check=False
+                ).returncode
+            ):
+                found[f"3.{minor}"] = Path(place)
+                break
     return found
 
 
