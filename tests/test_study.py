@@ -305,7 +305,7 @@ def test_each_experiment_is_a_cohort_of_its_own_and_what_is_none_is_named() -> N
         ("digits", "energy"): (1000.0, 2000.0),
         ("iris", "energy"): (10.0, 30.0),
     }
-    assert [who for who, _ in study.left_out] == ["one, by energy"]
+    assert [who for who, _ in study.left_out] == ["the ranking of one by energy"]
     assert study.rank(group="iris").scores.pepr.tolist() == [0.5, 0.3]
 
 

@@ -17,7 +17,7 @@ from pepr_profiler import __version__
 from pepr_profiler.errors import PeprError
 
 COMMANDS = {
-    "run": "Run a command and measure it; `pepr-profile -- CMD…` is short for it.",
+    "run": "Run a command and measure it; short: `pepr-profile -- CMD…`.",
     "attach": "Measure running processes and everything that they start.",
     "report": "Show a recorded run again, computed from its recording.",
     "compare": "Rank recorded runs by PePR.",
@@ -69,7 +69,7 @@ def cli() -> None:
 
     \b
     pepr-profile -- python train.py
-    pepr-profile --experiment sizes --metric acc='test acc: ([0-9.]+)' -- python train.py
+    pepr-profile --experiment sizes --metric acc='acc ([0-9.]+)' -- ./train.py
     pepr-profile attach 4121
     pepr-profile compare --experiment sizes
     """

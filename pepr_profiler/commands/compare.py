@@ -76,7 +76,7 @@ def compare(
     named too, and the ranking is printed with and without them.
 
     \b
-    -o study.html         a page: figures, and tables that rank again without a run
+    -o study.html         a page: figures, and rankings that you can change
     -o figure.pdf         performance against the resource (also .png, .svg)
     -o table.csv          the rankings (also .parquet, .json, .tex)
     """

@@ -43,10 +43,10 @@ def mark(
     """Begin or end a phase of a run that is being recorded.
 
     \b
-    pepr-profile mark load          ends what this script marked before, begins "load"
+    pepr-profile mark load          begins "load", ends the mark before it
     pepr-profile mark begin epoch   begins "epoch", inside or beside other phases
     pepr-profile mark end epoch     ends "epoch", whoever began it
-    pepr-profile mark end           ends the phase that this script began last
+    pepr-profile mark end           ends what this script began last
 
     A phase that is never ended ends with the run. The time of a mark is when this command was
     started. A mark reads no sensor: the energy of a phase is computed afterwards.

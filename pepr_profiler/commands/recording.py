@@ -97,14 +97,19 @@ class Request(Record):
 
 
 _OPTIONS = (
-    click.option("--name", metavar="NAME", help="What the run is called [the command's name]."),
+    click.option("--name", metavar="NAME", help="Name of the run [the command's name]."),
     click.option(
         "--experiment",
         envvar="PEPR_EXPERIMENT",
         metavar="NAME",
-        help="Runs to be compared share one.",
+        help="Experiment that the run belongs to; `compare` ranks the runs of one.",
     ),
-    click.option("--job", envvar="PEPR_JOB", metavar="ID", help="Recordings of one job share one."),
+    click.option(
+        "--job",
+        envvar="PEPR_JOB",
+        metavar="ID",
+        help="Job that the recording is part of, where several record one: ranks, nodes.",
+    ),
     click.option(
         "--metric-file",
         "files",
@@ -113,7 +118,10 @@ _OPTIONS = (
         help="Read a metric from a JSON or CSV file that the command writes.",
     ),
     click.option(
-        "--region", envvar="PEPR_REGION", metavar="COUNTRY", help="Whose grid: DK, DNK, Denmark."
+        "--region",
+        envvar="PEPR_REGION",
+        metavar="COUNTRY",
+        help="Country whose grid's mean carbon intensity is used: DK, DNK, Denmark.",
     ),
     click.option(
         "--carbon-intensity",
@@ -143,7 +151,7 @@ _OPTIONS = (
         envvar=["PEPR_ATTRIBUTION", "PEPR_SCOPE"],
         type=click.Choice(SCOPES),
         default="job",
-        help="The total energy: the job's share of its devices, or all of the devices' [job].",
+        help="What the total energy is of: the job's share of its devices, or whole devices [job].",
     ),
     click.option(
         "--sensor",
@@ -157,16 +165,16 @@ _OPTIONS = (
         "--period",
         envvar="PEPR_PERIOD",
         metavar="TIME",
-        help="Read every sensor this often [just after each of its refreshes]: 10ms. Processes are "
-        "read at most 10 times a second, and what is no energy of a GPU 5 times.",
+        help="Read every sensor this often [just after each of its refreshes]: 10ms. At most 10 "
+        "times a second for processes, and 5 for what a GPU reports besides energy.",
     ),
     click.option(
         "--overhead",
         envvar="PEPR_OVERHEAD",
         default="0.5%",
         metavar="SHARE",
-        help="CPU time that reading sensors may take, of one core; kept by reading less often "
-        "[0.5%].",
+        help="Share of one core that reading sensors may take; they are read less often to keep "
+        "it [0.5%].",
     ),
     store_option,
     click.option(

@@ -110,7 +110,10 @@ def complain_of_damaged(damaged: tuple[Damaged, ...]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, the damaged runs included.")
 @store_option
 def list_runs(*, wanted: Filter, as_json: bool, store: Path | None) -> None:
-    """Print one line per run, oldest first, and last those that cannot be read, with the reason."""
+    """List runs, one per line, oldest first.
+
+    Those that cannot be read are last, with the reason.
+    """
     found = Store(store).find(wanted)
     if as_json:
         sys.stdout.write('{"runs": [')
@@ -142,7 +145,10 @@ def _line(row: Row) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print the whole summary as JSON.")
 @store_option
 def show_run(run: str, *, as_json: bool, store: Path | None) -> None:
-    """Print the facts of one run as they were stored; `report` computes them again."""
+    """Show the stored facts of one run.
+
+    They are not computed again, as `report` does.
+    """
     recorded = Store(store)
     directory, facts = recorded.directory(run), recorded.load(run)
     if as_json:
@@ -194,7 +200,7 @@ def _quantity(value: float | None, unit: str) -> str | None:
 @click.argument("values", nargs=-1, required=True, metavar="NAME=VALUE...")
 @store_option
 def set_values(run: str, values: tuple[str, ...], *, store: Path | None) -> None:
-    """Add metrics to a run after it has ended: `runs set RUN accuracy=0.91`.
+    """Add metrics to a run: `set RUN acc=0.91`.
 
     `name=TEXT` and `experiment=TEXT` change its name and its experiment (`experiment=` takes it out
     of one); its id stays.
@@ -228,7 +234,10 @@ def set_values(run: str, values: tuple[str, ...], *, store: Path | None) -> None
 @click.option("--force", is_flag=True, help="Also a run that may still be recorded.")
 @store_option
 def remove_runs(refs: tuple[str, ...], *, yes: bool, force: bool, store: Path | None) -> None:
-    """Delete runs of the store, after asking. Nothing outside the store is touched."""
+    """Delete runs of the store, after asking.
+
+    Nothing outside the store is touched.
+    """
     recorded = Store(store)
     doomed = list(dict.fromkeys(recorded.removable(ref, force=force) for ref in refs))
     names = ", ".join(printable(directory.name) for directory in doomed)
@@ -256,10 +265,10 @@ def remove_runs(refs: tuple[str, ...], *, yes: bool, force: bool, store: Path | 
 )
 @store_option
 def export_runs(file: Path, *, wanted: Filter, form: str | None, store: Path | None) -> None:
-    """Write runs to FILE (- is stdout) as a table with one row per run, oldest first.
+    """Write runs to FILE as a table.
 
-    The names of the columns contain the units. Metrics are columns metric_NAME; what is unknown is
-    empty.
+    It has one row per run, oldest first; - is stdout. The names of the columns contain the units.
+    Metrics are columns metric_NAME; what is unknown is empty.
     """
     from pepr_profiler.report.export import encode, flat_run, require_packages
 

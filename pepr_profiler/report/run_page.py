@@ -124,8 +124,8 @@ def run_page(
             )
         ),
         whole=whole,
-        energy_caption=f"{whose} energy since the beginning. The band is ± u, k = 2: it holds the "
-        "truth with 95 % probability.",
+        energy_caption=f"{whose} energy since the beginning. The band is ± u, k = 2: it contains "
+        "the true value with 95 % probability.",
         devices_caption="The whole device's power as a line. "
         + (
             steps

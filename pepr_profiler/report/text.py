@@ -126,7 +126,7 @@ def number(value: Any) -> str:
     """A metric's value: four significant digits, whole numbers in full."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return UNKNOWN
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e5 else f"{value:,.0f}"
+    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 9999.5 else f"{value:,.0f}"
 
 
 def amount(value: float, unit: str) -> str:

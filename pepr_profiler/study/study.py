@@ -117,9 +117,8 @@ class Study:
                     )
                 except pepr.NoCohortError as error:
                     refused = error
-                    what = (
-                        f"{value}, by {amount.name}" if value else f"the ranking by {amount.name}"
-                    )
+                    of = f" of {value}" if value else ""
+                    what = f"the ranking{of} by {amount.name}"
                     out.append((what, f"{error.what}: {error.why}"))
                 else:
                     rankings.append(ranking)
