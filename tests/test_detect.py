@@ -15,7 +15,7 @@ from sim.sysfs import Event, grace, hwmon_chip, perf_tree, why_no_tsc
 from pepr_profiler import _core
 from pepr_profiler.errors import SensorError
 from pepr_profiler.sensors.detect import detect, detect_lasting
-from pepr_profiler.sensors.machine import Place, place
+from pepr_profiler.sensors.machine import Surroundings, read_surroundings
 from pepr_profiler.sensors.remedy import remedy
 from pepr_profiler.sensors.spec import ProcessRoot, SensorSpec, lanes_by_name
 
@@ -176,7 +176,7 @@ def test_a_container_and_a_virtual_machine_are_known_by_their_marks(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    where = place(tmp_path)
+    where = read_surroundings(tmp_path)
     assert (where.container, where.virtual) == (container, virtual)
 
 
@@ -189,7 +189,7 @@ def error_of(spec: str) -> SensorError:
 
 
 def told(spec: str, error: SensorError, **where: bool) -> dict[str, str]:
-    here = Place(**{"root": False, "container": False, "virtual": False, **where})
+    here = Surroundings(**{"root": False, "container": False, "virtual": False, **where})
     return remedy(spec, error, here)
 
 

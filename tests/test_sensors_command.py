@@ -17,7 +17,7 @@ from sim.powercap import BuildTree, Tree, Zone, two_socket_server
 from sim.sysfs import hwmon_chip, perf_tree, why_no_tsc
 from sim.waves import Constant
 
-from pepr_profiler.sensors.machine import place
+from pepr_profiler.sensors.machine import read_surroundings
 
 
 def said(cli: Cli, *specs: str) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def test_this_machine_is_shown_as_it_is(cli: Cli) -> None:
     # then each kind is either read or missing, and what is missing is explained for who asks
     kinds = {c["sensor"].partition(":")[0] for c in facts["channels"]}
     assert len(kinds) + len(facts["missing"]) >= 4
-    here = place()
+    here = read_surroundings()
     assert facts["place"] == {
         "root": os.geteuid() == 0, "container": here.container, "virtual": here.virtual
     }  # fmt: skip

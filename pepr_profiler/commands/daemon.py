@@ -84,13 +84,13 @@ def _serve(
     metrics_runs: bool,
 ) -> int:
     from pepr_profiler.daemon import exporter, system
-    from pepr_profiler.daemon.lanes import How, Lanes
+    from pepr_profiler.daemon.lanes import Lanes, SamplingOptions
     from pepr_profiler.daemon.ledger import Ledger
     from pepr_profiler.daemon.server import Policy, Quotas, Server, raise_descriptor_limit
     from pepr_profiler.sensors.detect import detect_lasting
 
     root = os.geteuid() == 0
-    how = How(
+    sampling = SamplingOptions(
         period_ns=parse_duration(period) if period else None,
         overhead=parse_overhead(overhead),
         coarse_period_ns=parse_duration(coarse_period),
@@ -114,13 +114,13 @@ def _serve(
     listener = inherited or system.listen(Path(where), access)
     policy = Policy(owner=os.getuid(), single_user=not shared, admin_gid=admin_gid)
     manager = system.ServiceManager()
-    lanes = Lanes(sensors or detect_lasting(), how)
+    lanes = Lanes(sensors or detect_lasting(), sampling)
     raise_descriptor_limit(Quotas().clients + 256)
     had_privileges = system.confine(become)
     try:
         lanes.open_privileged()
         system.give_up()
-        lanes.open_rest(gave_up=had_privileges)
+        lanes.open_rest(dropped_privileges=had_privileges)
         for lane in lanes:
             if lane.why and lane.sampler.state == "failed":
                 complain(f"{lane.spec}: {lane.why}")

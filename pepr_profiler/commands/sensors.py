@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pepr_profiler._core import Sampler
     from pepr_profiler.daemon_client.client import DaemonClient, RemoteLane
     from pepr_profiler.energy.sources import Source
+    from pepr_profiler.sensors.machine import Surroundings
     from pepr_profiler.trace.lane import LaneInfo
 
 _LOOK_S = 0.6
@@ -37,31 +38,31 @@ _LABEL = 30
 def sensors(*, specs: tuple[str, ...], as_json: bool) -> None:
     """Open each sensor, read it for a moment, and print what it gives."""
     from pepr_profiler.sensors.detect import detect
-    from pepr_profiler.sensors.machine import place
+    from pepr_profiler.sensors.machine import read_surroundings
     from pepr_profiler.sensors.spec import KINDS, SensorSpec
 
-    where = place()
+    here = read_surroundings()
     recorded = specs or detect()
     # What detection left out is looked at too: it is there, or there is a reason why not.
     kinds = {SensorSpec(spec).kind for spec in recorded}
     others = () if specs else tuple(kind for kind in KINDS if kind not in kinds)
-    channels, missing = _look((*recorded, *others), recorded, where, named=bool(specs))
+    channels, missing = _look((*recorded, *others), recorded, here, named=bool(specs))
     if as_json:
-        found = {"place": where._asdict(), "recorded": recorded}
+        found = {"place": here._asdict(), "recorded": recorded}
         click.echo(json.dumps({**found, "channels": channels, "missing": missing}, indent=1))
         return
-    click.echo(f"sensors of {os.uname().nodename}, seen by {where}\n")
+    click.echo(f"sensors of {os.uname().nodename}, seen by {here}\n")
     click.echo("\n".join([*_measured(channels), *_missing(missing)]).rstrip())
 
 
 def _look(
-    specs: tuple[str, ...], recorded: tuple[str, ...], where: Any, *, named: bool
+    specs: tuple[str, ...], recorded: tuple[str, ...], here: Surroundings, *, named: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """What each channel of all sensors reads, and what is missing."""
     from pepr_profiler.daemon_client.client import DaemonClient
 
     client = DaemonClient()
-    opened, missing = _open(specs, where, client, named=named)
+    opened, missing = _open(specs, here, client, named=named)
     if opened:
         time.sleep(_LOOK_S)  # what it looks at is the passing of time
     channels = _describe(opened, recorded)
@@ -70,7 +71,7 @@ def _look(
 
 
 def _open(
-    specs: tuple[str, ...], where: Any, client: DaemonClient, *, named: bool
+    specs: tuple[str, ...], here: Surroundings, client: DaemonClient, *, named: bool
 ) -> tuple[list[tuple[LaneInfo, Sampler | RemoteLane]], list[dict[str, str]]]:
     """The sensors that can be read, by ourselves or through the daemon, and what is missing."""
     from pepr_profiler import _core
@@ -96,10 +97,10 @@ def _open(
                 info = LaneInfo(f"daemon {lane.name}", lane.spec, lane.period_ns, lane.channels)
                 opened.append((info, lane))
             elif not client.covers(spec):
-                missing.append(remedy(spec, e, where))
+                missing.append(remedy(spec, e, here))
             continue
         opened.append((LaneInfo(name, spec, period_ns, describe(own.channels)), own))
-        missing += [remedy(spec, note, where) for note in own.notes]
+        missing += [remedy(spec, note, here) for note in own.notes]
     return opened, missing
 
 

@@ -1,4 +1,4 @@
-"""The daemon's lanes: opened once, watched, and opened again where their sensor came back."""
+"""The daemon's lanes: opened once, watched, and opened again when their sensor comes back."""
 
 from __future__ import annotations
 
@@ -16,77 +16,73 @@ from pepr_profiler.errors import SensorError
 from pepr_profiler.sensors.spec import SensorSpec, lanes_by_name
 from pepr_profiler.trace.lane import Channel, describe
 
-OPEN_TO_ALL = frozenset({"nvml"})
-"""Whoever may use a GPU may ask its driver for its energy: there is nothing to keep from anybody.
-Such a sensor is opened last, without any privilege: a driver that hangs then has none either."""
-
-COARSE_PERIOD_NS = 10_000_000
-COARSE_QUANTUM_J = 0.1
-"""What unprivileged clients learn of energy counters; the reasons are in docs/daemon.md."""
+_OPEN_TO_ALL = frozenset({"nvml"})
+"""Users of a GPU may ask its driver for its energy, so there is nothing to hide from anybody. These
+sensors are opened last, without any privilege, so that a driver that hangs has none."""
 
 _OPEN_S = 5.0
 _STOP_S = 0.2
-_SICK_S = 5.0  # a counter that is unknown for longer is gone
+_LOST_S = 5.0  # a counter that is unknown for longer is gone
 _RETRY_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class How:
-    """How lanes are read and told.
+class SamplingOptions:
+    """How sensors are read, and what unprivileged clients get of energy counters (docs/daemon.md).
 
-    `period_ns` None: each sensor when it is refreshed, and less often where that would take more
-    than `overhead` of a core; a period is obeyed as it is.
+    With `period_ns` None each sensor is read when it is refreshed, and less often if that would
+    take more than `overhead` of a core. Else the period is kept, whatever it costs.
     """
 
     period_ns: int | None = None
     overhead: float = 0.01
-    coarse_period_ns: int = COARSE_PERIOD_NS
-    coarse_quantum_j: float = COARSE_QUANTUM_J
+    coarse_period_ns: int = 10_000_000
+    coarse_quantum_j: float = 0.1
 
 
 @dataclass
 class ServedLane:
-    """One driver, its rings, and what is known of its health."""
+    """One sensor, its rings, and its health. `reader` is None until the sensor has opened."""
 
     name: str
     spec: SensorSpec
     sampler: _core.Sampler
     period_ns: int
     channels: tuple[Channel, ...] = ()
-    watch: _core.RingReader | None = None
+    reader: _core.RingReader | None = None
     why: str = "it is still opening"
     denied: bool = False  # only permission is missing
     failed: bool = False
-    seen: set[int] = field(default_factory=set)
-    sick_since_s: dict[int, float] = field(default_factory=dict)
-    successor: _core.Sampler | None = None
+    ever_known: set[int] = field(default_factory=set)  # channels
+    unknown_since_s: dict[int, float] = field(default_factory=dict)  # of those channels
+    replacement: _core.Sampler | None = None
     retry_at_s: float = 0.0
 
     @property
-    def closed(self) -> bool:
-        """Whether it is not for all: opened with privileges, and told coarsely to most."""
-        return self.spec.kind not in OPEN_TO_ALL
+    def restricted(self) -> bool:
+        """Whether it is opened with privileges, and only trusted clients get its fine ring."""
+        return _is_restricted(self.spec)
 
     @property
     def ready(self) -> bool:
-        return self.watch is not None
+        return self.reader is not None
 
     def age_s(self) -> float | None:
-        """How long ago the newest row was read, s."""
-        newest = self.watch.latest() if self.watch is not None else None
+        """How long ago the newest row was read."""
+        newest = self.reader.latest() if self.reader is not None else None
         return None if newest is None else (time.monotonic_ns() - newest[0]) * 1e-9
 
 
 class Lanes:
-    """All lanes by name. `check()` is called now and then; it never blocks."""
+    """All lanes of the daemon. `check` is to be called now and then; it never blocks."""
 
-    def __init__(self, specs: Sequence[str], how: How) -> None:
-        self._how = how
-        self._budget, self._readers = _core.CpuBudget(how.overhead), _core.Readers()
+    def __init__(self, specs: Sequence[str], options: SamplingOptions) -> None:
+        self._options = options
+        self._budget, self._readers = _core.CpuBudget(options.overhead), _core.Readers()
         self._specs = lanes_by_name(specs)
         self._lanes: dict[str, ServedLane] = {}
-        self._refused: set[str] = set()  # even with privileges
-        self._gave_up = False
+        self._denied: set[str] = set()  # even with privileges
+        self._dropped_privileges = False
 
     def __iter__(self) -> Iterator[ServedLane]:
         return iter(self._lanes.values())
@@ -97,63 +93,62 @@ class Lanes:
         return lane if lane is not None and lane.ready else None
 
     def open_privileged(self) -> None:
-        """Opens what may need privileges and waits for it; its threads give theirs up."""
-        self._open({n: s for n, s in self._specs.items() if s.kind not in OPEN_TO_ALL})
+        """Opens sensors that may need privileges and waits for them; their threads drop theirs."""
+        self._open({name: s for name, s in self._specs.items() if _is_restricted(s)})
         deadline = time.monotonic() + _OPEN_S
         for lane in self:
-            self._settle(lane, max(0.0, deadline - time.monotonic()))
+            self._finish_opening(lane, max(0.0, deadline - time.monotonic()))
             if lane.denied:
-                self._refused.add(lane.name)
+                self._denied.add(lane.name)
 
-    def open_rest(self, *, gave_up: bool) -> None:
-        """Opens what anybody may. `gave_up`: privileges were there and are gone by now."""
-        self._gave_up = gave_up
-        self._open({n: s for n, s in self._specs.items() if s.kind in OPEN_TO_ALL})
+    def open_rest(self, *, dropped_privileges: bool) -> None:
+        """Opens sensors that anybody may open. `dropped_privileges`: there were some before."""
+        self._dropped_privileges = dropped_privileges
+        self._open({name: s for name, s in self._specs.items() if not _is_restricted(s)})
 
     def describe(self, lane: ServedLane, *, coarse: bool) -> dict[str, Any]:
-        """What a client is told of a lane that it opens."""
-        how = self._how
-        told_ns = max(lane.period_ns, how.coarse_period_ns) if coarse else lane.period_ns
+        """The description that a client gets with a lane's ring."""
+        shortest_ns = self._options.coarse_period_ns if coarse else 0
         return {
             "name": lane.name,
             "spec": lane.spec,
-            "period_ns": told_ns,
+            "period_ns": max(lane.period_ns, shortest_ns),
             "coarse": coarse,
             "channels": [channel._asdict() for channel in lane.channels],
         }
 
     @property
     def opening(self) -> bool:
-        """Whether some lane, or its successor, may become ready any moment."""
-        return any(lane.successor or not (lane.ready or lane.failed) for lane in self)
+        """Whether some lane, or a replacement of one, may become ready any moment."""
+        return any(lane.replacement or not (lane.ready or lane.failed) for lane in self)
 
     def check(self) -> tuple[bool, str]:
-        """Looks after lanes that do not work.
+        """Tries to open again what does not work.
 
-        Returns whether rings changed, so that clients have to open them anew, and why the daemon
-        has to be started again with its privileges, if it has.
+        Returns whether rings changed, so that clients have to open them anew, and, if the daemon
+        has to be started again with its privileges, the reason for that.
         """
         changed = False
         now_s = time.monotonic()
         for lane in self:
             if not lane.ready and not lane.failed:
-                changed |= self._settle(lane, 0.0)
-            elif lane.successor is not None:
-                done, why = self._succeed(lane)
+                changed |= self._finish_opening(lane, 0.0)
+            elif lane.replacement is not None:
+                replaced, why = self._replace(lane)
                 if why:
                     return changed, why
-                changed |= done
-            elif now_s >= lane.retry_at_s and (not lane.ready or self._came_back(lane, now_s)):
+                changed |= replaced
+            elif now_s >= lane.retry_at_s and (not lane.ready or self._can_recover(lane, now_s)):
                 lane.retry_at_s = now_s + _RETRY_S
-                if lane.name not in self._refused:
-                    lane.successor = self._start(lane.spec)
+                if lane.name not in self._denied:
+                    lane.replacement = self._start(lane.spec)
         return changed, ""
 
     def stop(self) -> None:
         for lane in self:
             lane.sampler.stop(_STOP_S)
-            if lane.successor is not None:
-                lane.successor.stop(_STOP_S)
+            if lane.replacement is not None:
+                lane.replacement.stop(_STOP_S)
 
     # --- parts ---
 
@@ -162,23 +157,22 @@ class Lanes:
             self._lanes[name] = ServedLane(name, spec, self._start(spec), self._period_ns(spec))
 
     def _start(self, spec: SensorSpec) -> _core.Sampler:
-        how = self._how
-        closed = spec.kind not in OPEN_TO_ALL
+        options, restricted = self._options, _is_restricted(spec)
         return _core.Sampler(
             spec,
             self._period_ns(spec),
-            learn=how.period_ns is None,
-            budget=self._budget if how.period_ns is None else None,
-            coarse=(how.coarse_period_ns, how.coarse_quantum_j) if closed else None,
-            drop_capabilities=closed,
+            learn=options.period_ns is None,
+            budget=self._budget if options.period_ns is None else None,
+            coarse=(options.coarse_period_ns, options.coarse_quantum_j) if restricted else None,
+            drop_capabilities=restricted,
             readers=self._readers,
         )
 
     def _period_ns(self, spec: SensorSpec) -> int:
-        return self._how.period_ns or spec.base_period_ns
+        return self._options.period_ns or spec.base_period_ns
 
-    def _settle(self, lane: ServedLane, timeout_s: float) -> bool:
-        """Whether a lane that was opening has become ready."""
+    def _finish_opening(self, lane: ServedLane, timeout_s: float) -> bool:
+        """Whether a lane that was opening has become ready; notes why if it failed."""
         try:
             if not lane.sampler.wait_ready(timeout_s):
                 return False
@@ -188,64 +182,69 @@ class Lanes:
             lane.retry_at_s = time.monotonic() + _RETRY_S
             return False
         try:
-            lane.watch = _core.RingReader(descriptor, 0)
+            lane.reader = _core.RingReader(descriptor, 0)
         finally:
             os.close(descriptor)
         lane.channels = describe(lane.sampler.channels)
-        lane.seen, lane.sick_since_s = set(), {}
+        lane.ever_known, lane.unknown_since_s = set(), {}
         lane.why, lane.denied, lane.failed = "", False, False
         return True
 
-    def _came_back(self, lane: ServedLane, now_s: float) -> bool:
-        """Whether a counter that worked is gone, and opening its sensor again would help."""
-        newest = lane.watch.latest() if lane.watch is not None else None
+    def _can_recover(self, lane: ServedLane, now_s: float) -> bool:
+        """Whether a counter that worked is gone, and opening its sensor again may help."""
+        newest = lane.reader.latest() if lane.reader is not None else None
         if newest is None:
             return False
         for index, value in enumerate(newest[1]):
             if not isnan(value):
-                lane.seen.add(index)
-                lane.sick_since_s.pop(index, None)
-            elif index in lane.seen:
-                lane.sick_since_s.setdefault(index, now_s)
+                lane.ever_known.add(index)
+                lane.unknown_since_s.pop(index, None)
+            elif index in lane.ever_known:
+                lane.unknown_since_s.setdefault(index, now_s)
         return any(
-            now_s - since_s >= _SICK_S and _exists(lane.spec, lane.channels[index])
-            for index, since_s in lane.sick_since_s.items()
+            now_s - since_s >= _LOST_S and _exists(lane.spec, lane.channels[index])
+            for index, since_s in lane.unknown_since_s.items()
         )
 
-    def _succeed(self, lane: ServedLane) -> tuple[bool, str]:
-        """Puts a lane's successor in its place, if it is better."""
-        successor = lane.successor
-        assert successor is not None
-        if successor.state == "opening":
+    def _replace(self, lane: ServedLane) -> tuple[bool, str]:
+        """Puts a lane's replacement in its place if it is better; returns as `check` does."""
+        replacement = lane.replacement
+        assert replacement is not None
+        if replacement.state == "opening":
             return False, ""
-        lane.successor = None
+        lane.replacement = None
         denied = ""
         try:
-            successor.wait_ready(0.0)
-            denied = next((note.what for note in successor.notes if note.denied), "")
+            replacement.wait_ready(0.0)
+            denied = next((note.what for note in replacement.notes if note.denied), "")
         except (SensorError, RuntimeError) as error:
             if not _is_denied(error):
                 return False, ""
             denied = str(error).partition(":")[0]
-        if denied and lane.closed and self._gave_up:
-            successor.stop(_STOP_S)
+        if denied and lane.restricted and self._dropped_privileges:
+            replacement.stop(_STOP_S)
             return False, f"{denied}: it came back, and privileges are needed to open it again"
-        if successor.state == "failed" or not self._is_better(lane, successor):
-            successor.stop(_STOP_S)
+        if replacement.state == "failed" or not self._is_better(lane, replacement):
+            replacement.stop(_STOP_S)
             return False, ""
         lane.sampler.stop(_STOP_S)
-        lane.sampler, lane.watch = successor, None
-        return self._settle(lane, 0.0), ""
+        lane.sampler, lane.reader = replacement, None
+        return self._finish_opening(lane, 0.0), ""
 
-    def _is_better(self, lane: ServedLane, successor: _core.Sampler) -> bool:
+    def _is_better(self, lane: ServedLane, replacement: _core.Sampler) -> bool:
+        """Whether it reads the counters that the lane has lost."""
         if not lane.ready:
             return True
-        rows = successor.read()
+        rows = replacement.read()
         if rows is None:
             return False
         newest = [array("d", column)[-1] for column in rows[3]]
-        known = {c.name for c, v in zip(successor.channels, newest, strict=True) if not isnan(v)}
-        return all(lane.channels[index].name in known for index in lane.sick_since_s)
+        known = {c.name for c, v in zip(replacement.channels, newest, strict=True) if not isnan(v)}
+        return all(lane.channels[index].name in known for index in lane.unknown_since_s)
+
+
+def _is_restricted(spec: SensorSpec) -> bool:
+    return spec.kind not in _OPEN_TO_ALL
 
 
 def _why(error: SensorError | RuntimeError) -> str:
@@ -257,7 +256,7 @@ def _is_denied(error: SensorError | RuntimeError) -> bool:
 
 
 def _exists(spec: SensorSpec, channel: Channel) -> bool:
-    """Whether a counter's file is there, readable or not; unknown counts as being there."""
+    """Whether a counter's file is there, readable or not; True if that cannot be found out."""
     zone = channel.labels.get("zone")
     if spec.kind != "powercap" or zone is None:
         return True

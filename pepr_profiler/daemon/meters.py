@@ -99,7 +99,7 @@ class Meters:
             if feed is not None:
                 self._take(feed)
             try:
-                descriptor = lane.sampler.share(lane.closed)
+                descriptor = lane.sampler.share(coarse=lane.restricted)
             except RuntimeError:
                 continue  # no descriptors left: its numbers are unknown until the next call
             try:

@@ -400,7 +400,7 @@ class Server:
         lane = self._lanes.get(name)
         if lane is None:
             raise PeprError(f"there is no lane '{name}'", fix="say hello to see which there are")
-        coarse = lane.closed and not client.trusted
+        coarse = lane.restricted and not client.trusted
         try:
             descriptor = lane.sampler.share(coarse)
         except RuntimeError as error:
@@ -481,7 +481,7 @@ class Server:
                     "spec": lane.spec,
                     "state": "running" if lane.ready else lane.sampler.state,
                     "why": lane.why,
-                    "coarse": lane.closed and not client.trusted,
+                    "coarse": lane.restricted and not client.trusted,
                     "channels": [c.name for c in lane.channels],
                     "age_s": lane.age_s(),
                     **lane.sampler.stats(),

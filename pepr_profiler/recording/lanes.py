@@ -180,10 +180,10 @@ class Lanes:
         return True
 
     def _add_missing(self, lane: RecordedLane, part: SensorError | _core.Note) -> None:
-        from pepr_profiler.sensors.machine import place  # both only where something is missing
+        from pepr_profiler.sensors.machine import read_surroundings  # if something is missing
         from pepr_profiler.sensors.remedy import remedy
 
-        found = remedy(lane.spec, part, place())
+        found = remedy(lane.spec, part, read_surroundings())
         self.missing.append(found)
 
     def _is_asked_period(self, spec: SensorSpec) -> bool:

@@ -5,7 +5,6 @@ It knows nothing of joules. What a run cost is worked out later, from the files 
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import time
@@ -254,6 +253,8 @@ class Recorder:
         time.sleep(max(0.0, after_s - (time.monotonic_ns() - end_ns) * 1e-9))
 
     def _write_run(self) -> None:
+        from pepr_profiler.sensors.machine import read_cpu_identity
+
         options = self.options
         client = self._lanes.client
         self._facts = {
@@ -274,7 +275,7 @@ class Recorder:
             "recording": {
                 "window_ns": self._window_ns,
                 "profiler_pid": self._pid,
-                "cpu": _cpu_identity(),
+                "cpu": read_cpu_identity()._asdict(),
                 "options": {
                     "intensity": options.intensity,
                     "pue": options.pue,
@@ -322,10 +323,3 @@ def _iso(clock: Mapping[str, int], t_ns: int | None) -> str:
     seconds, rest_ns = divmod(unix_ns, 10**9)
     whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
     return f"{whole}.{rest_ns // 10**6:03d}+00:00"
-
-
-@functools.cache
-def _cpu_identity() -> dict[str, Any]:
-    from pepr_profiler.sensors.machine import read_cpu_identity
-
-    return read_cpu_identity()._asdict()

@@ -1,1 +1,1 @@
-"""What can be measured on this machine."""
+"""What can be measured on this machine, and how the rest is unlocked."""

@@ -1,7 +1,6 @@
-"""Which sensors to open on this machine, as which lanes, what would unlock the rest, and where the
-node's daemon may listen, which has some of them.
+"""Which sensors to open on this machine.
 
-Decided from the names of a few files and one attempt to open perf: a run waits for it.
+A run waits for this, so it looks at the names of a few files and opens perf once.
 """
 
 from __future__ import annotations
@@ -11,21 +10,20 @@ from pathlib import Path
 
 from pepr_profiler import _core
 from pepr_profiler.errors import SensorError
-from pepr_profiler.sensors.machine import _text
 from pepr_profiler.sensors.spec import SensorSpec
 
-_PROBE_NS = 3600 * 10**9  # a probe reads once
+_PROBE_PERIOD_NS = 3600 * 10**9  # a probe reads once
 _PROBE_TIMEOUT_S = 1.0
 
-# What powercap calls a domain, and perf.
+# powercap's name of a domain, and perf's.
 _DOMAINS = {"package": "energy-pkg", "dram": "energy-ram", "psys": "energy-psys"}
 
 
 def detect_lasting(sysfs: Path = Path("/sys")) -> tuple[SensorSpec, ...]:
-    """As `detect`, for a reader that may be restarted: counters that go on without it come first.
+    """As `detect`, for a daemon: it may be restarted, and has privileges to open everything.
 
-    perf counts from when it is opened, so that a restart loses what was used meanwhile; powercap
-    shows the processor's own counter. Who is asking has privileges, so permission does not count.
+    perf counts from when it is opened, so a restart loses what flowed meanwhile. powercap shows the
+    processor's own counter, and is preferred here.
     """
     zones = {domain for domain, _ in _zones(sysfs)}
     rapl = "perf" if not zones and _perf_offers(sysfs) else "powercap"
@@ -34,12 +32,12 @@ def detect_lasting(sysfs: Path = Path("/sys")) -> tuple[SensorSpec, ...]:
 
 
 def detect(sysfs: Path = Path("/sys")) -> tuple[SensorSpec, ...]:
-    """The specs that a recording should open here; none is opened that only repeats another.
+    """The sensors that a recording should open here; none only repeats another.
 
-    NVML is always tried: only loading its library tells. perf is preferred to powercap, whose
-    counters wrap and are root's own; powercap is added for what perf lacks. hwmon chips are opened
-    one by one, for devices that neither covers. Where nothing gives the CPU's energy, what could is
-    in the list all the same: opening it says why it does not.
+    NVML is always tried, because only its library knows whether there is a GPU. perf is preferred
+    to powercap, whose counters wrap and only root may read; powercap is added for what perf lacks.
+    hwmon chips are opened one by one, for devices that neither covers. If nothing gives the CPU's
+    energy, the list has what could: opening it shows why it does not.
     """
     zones = _zones(sysfs)
     events = _perf_events(sysfs)
@@ -71,25 +69,25 @@ def _perf_offers(sysfs: Path) -> bool:
 
 
 def _perf_events(sysfs: Path) -> set[str]:
-    """The events that perf lets us count. Only the kernel knows whether it does: it is asked."""
+    """The events that perf lets us count, which is known by opening them."""
     if not _perf_offers(sysfs):
         return set()
-    probe = _core.Sampler(_spec("perf", sysfs), _PROBE_NS)
+    probe = _core.Sampler(_spec("perf", sysfs), _PROBE_PERIOD_NS)
     try:
         if not probe.wait_ready(_PROBE_TIMEOUT_S):
             return set()
         return {channel.labels["event"] for channel in probe.channels}
     except SensorError:
-        return set()  # said again, with its reason, by whoever opens it for good
+        return set()  # whoever opens it for good will report why
     finally:
         probe.stop(_PROBE_TIMEOUT_S)
 
 
 def _zones(sysfs: Path) -> list[tuple[str, bool]]:
-    """Of each powercap zone that could count, its domain, and whether we may read it."""
+    """The domain of each powercap zone that could be used, and whether we may read it."""
     zones = []
     for folder in _listed(sysfs / "class/powercap"):
-        domain = _text(folder / "name").partition("-")[0]
+        domain = read_text(folder / "name").partition("-")[0]
         if domain in _DOMAINS and not folder.name.startswith("intel-rapl-mmio"):
             zones.append((domain, os.access(folder / "energy_uj", os.R_OK)))
     return zones
@@ -100,11 +98,19 @@ def _hwmon_specs(sysfs: Path, *, cpu_covered: bool) -> list[SensorSpec]:
     for chip in _listed(sysfs / "class/hwmon"):
         names = [*_listed(chip), *_listed(chip / "device")]
         inputs = [n.name for n in names if n.name.endswith(("_input", "_average"))]
-        name = _text(chip / "name") or _text(chip / "device/name")
+        name = read_text(chip / "name") or read_text(chip / "device/name")
         energetic = any(n.startswith(("energy", "power")) for n in inputs) or name == "ina3221"
         if energetic and not (cpu_covered and name == "amd_energy"):
             specs.append(SensorSpec.of("hwmon", chip))
     return specs
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file without surrounding space; empty if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -1,18 +1,19 @@
-"""What machine this is: its processor, and what decides which sensors can be unlocked."""
+"""What machine this is: its processor, and what decides how a sensor can be unlocked."""
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
 from pepr_profiler.record import Record
+from pepr_profiler.sensors.detect import read_text
 
-TYPE_CHECKING = False  # typing takes 0.5 MB
 _CONTAINER_WORDS = ("docker", "kubepods", "containerd", "libpod", "lxc")
 
 
-class Place(Record):
-    """Where this process runs, as far as it decides what unlocks a sensor."""
+class Surroundings(Record):
+    """Who runs this program and where, as far as it decides how a sensor can be unlocked."""
 
     root: bool
     container: bool
@@ -25,27 +26,20 @@ class Place(Record):
         return " ".join(parts)
 
 
-def place(root: Path = Path("/")) -> Place:
-    """Who and where we are; `root` is the file system to judge by."""
+def read_surroundings(root: Path = Path("/")) -> Surroundings:
+    """The surroundings of this process; `root` is the file system to read them from."""
     markers = (root / ".dockerenv", root / "run/.containerenv")
-    cgroups = _text(root / "proc/1/cgroup")
-    return Place(
+    cgroups = read_text(root / "proc/1/cgroup")
+    return Surroundings(
         root=os.geteuid() == 0,
         container=any(marker.exists() for marker in markers)
         or any(word in cgroups for word in _CONTAINER_WORDS),
-        virtual="hypervisor" in _text(root / "proc/cpuinfo").split(),
+        virtual="hypervisor" in read_text(root / "proc/cpuinfo").split(),
     )
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
 class CpuIdentity(Record):
-    """Who the CPU says it is; None where the kernel does not show it.
+    """What the CPU says it is; None where the kernel does not show it.
 
     x86: CPUID's vendor, family, model, stepping. ARM: implementer ("0x41"), architecture, part,
     revision.
@@ -63,13 +57,13 @@ class CpuIdentity(Record):
         return " ".join([self.vendor or "unknown vendor", *known])
 
 
+@functools.cache
 def read_cpu_identity(proc: Path = Path("/proc")) -> CpuIdentity:
-    """The first processor of `proc`/cpuinfo; every field None where there is none to read."""
-    try:
-        text = (proc / "cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return CpuIdentity()  # an unknown CPU has its own, wider model; nothing else depends on it
-    first = text.strip().partition("\n\n")[0]
+    """The first processor of `proc`/cpuinfo; every field is None if there is none to read.
+
+    An unknown CPU gets a wider power model of its own; nothing else depends on it.
+    """
+    first = read_text(proc / "cpuinfo").partition("\n\n")[0]
     fields = {
         key.strip(): value.strip()
         for key, colon, value in (line.partition(":") for line in first.splitlines())

@@ -1,8 +1,8 @@
-"""What is missing, why, and the command that unlocks it."""
+"""Why a sensor is missing, and the command that unlocks it."""
 
 from __future__ import annotations
 
-from pepr_profiler.sensors.machine import Place
+from pepr_profiler.sensors.machine import Surroundings
 from pepr_profiler.sensors.spec import SensorSpec
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
@@ -11,26 +11,26 @@ if TYPE_CHECKING:
     from pepr_profiler.errors import SensorError
 
 
-def remedy(spec: str, missing: SensorError | Note, where: Place) -> dict[str, str]:
-    """What is missing, why, and the exact command that unlocks it for whoever runs here.
+def remedy(spec: str, missing: SensorError | Note, here: Surroundings) -> dict[str, str]:
+    """What is missing, why, and the exact command that unlocks it for whoever runs this program.
 
-    The driver knows the file, but not who is asking: its fix is adapted to that.
+    The driver knows the file, but not who runs it and where: its fix is adapted to that.
     """
     sensor = SensorSpec(spec)
     why, fix = missing.why, missing.fix
     if missing.denied:
-        fix = _permit(sensor.kind, fix, where)
-    elif not sensor.where:  # a place that was named by hand is checked by hand
-        why, fix = _provide(sensor.kind, why, fix, where)
-    if where.root and not where.container:
+        fix = _fix_of_denied(sensor.kind, fix, here)
+    elif not sensor.where:  # who named a place knows best what is wrong with it
+        why, fix = _why_and_fix_of_absent(sensor.kind, why, fix, here)
+    if here.root and not here.container:
         fix = fix.replace("sudo ", "")
     return {"what": missing.what, "why": why, "fix": fix}
 
 
-def _permit(kind: str, fix: str, where: Place) -> str:
-    if not where.container:
-        # The daemon first: what is opened to all is open to everybody's side channels too.
-        if kind in ("perf", "powercap") and not where.root:
+def _fix_of_denied(kind: str, fix: str, here: Surroundings) -> str:
+    if not here.container:
+        # The daemon comes first: counters that are open to all are open to side channels too.
+        if kind in ("perf", "powercap") and not here.root:
             return f"sudo pepr-profile daemon (or, to open it to everybody: {fix})"
         return fix
     return {
@@ -44,15 +44,15 @@ def _permit(kind: str, fix: str, where: Place) -> str:
     }.get(kind, f"on the host: {fix}")
 
 
-def _provide(kind: str, why: str, fix: str, where: Place) -> tuple[str, str]:
-    """Why a sensor is not at its usual place, and how to get it there."""
-    if kind in ("perf", "powercap") and where.virtual:
+def _why_and_fix_of_absent(kind: str, why: str, fix: str, here: Surroundings) -> tuple[str, str]:
+    """For a sensor that is not at its usual place."""
+    if kind in ("perf", "powercap") and here.virtual:
         why = "this is a virtual machine, and RAPL stays with the machine that hosts it"
         return why, "measure on that machine, or see: pepr-profile run --help, --cpu-power"
     if kind == "nvml":
-        boxed = "start the container with its GPUs: docker run --gpus all …"
-        return why, boxed if where.container else fix
-    if not where.container:
+        in_container = "start the container with its GPUs: docker run --gpus all …"
+        return why, in_container if here.container else fix
+    if not here.container:
         module = {"perf": "rapl", "powercap": "intel_rapl_msr"}.get(kind)
         return why, f"sudo modprobe {module}" if module else fix
     if kind == "perf":
