@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 from cli import Cli, python
+from studies import invoke
 
 from benchmarks.report import make_run
 from pepr_profiler.commands.report import report
@@ -216,7 +216,7 @@ def test_a_page_shows_the_metric_that_was_asked_for(run_directory: Path, tmp_pat
 
     def page(*options: str) -> str:
         out = tmp_path / "page.html"
-        done = CliRunner().invoke(report, [str(directory), "-o", str(out), *options])
+        done = invoke(report, directory, "-o", out, *options)
         assert done.exit_code == 0, done.output
         return out.read_text()
 
@@ -224,7 +224,7 @@ def test_a_page_shows_the_metric_that_was_asked_for(run_directory: Path, tmp_pat
     turned = page("--metric", "error", "--transform", "one-minus")
     assert "at epoch 2: to stop there keeps 97.0% of the final 1 - error" in turned
     assert "o PePR along the run, as it needs values from 0 to 1" in page("--metric", "loss")
-    refused = CliRunner().invoke(report, [str(directory), "-o", "p.html", "--metric", "luck"])
+    refused = invoke(report, directory, "-o", "p.html", "--metric", "luck")
     assert isinstance(refused.exception, UsageError) and "luck" in str(refused.exception)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import re
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from studies import paper_columns
 
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report.export import ranking_data
@@ -20,22 +19,12 @@ from pepr_profiler.report.ranking_text import render_ranking, render_side_by_sid
 from pepr_profiler.study import pepr
 from pepr_profiler.study.study import Ranking
 
-PAPER = Path(__file__).resolve().parents[2] / "shared" / "paper"
 PAPER_COLUMNS = [
     ("energy", "E_n", "pepr_e"),
     ("co2", "C_n", "pepr_c"),
     ("train_time", "T_n", "pepr_t"),
     ("memR", "M_n", "pepr_m"),
 ]
-
-
-def paper_table(name: str) -> dict[str, list[str]]:
-    path = PAPER / f"{name}.csv"
-    if not path.exists():
-        pytest.skip(f"the paper's table is not beside the repository: {path}")
-    with path.open(newline="") as file:
-        table = list(csv.DictReader(file))
-    return {column: [row[column] for row in table] for column in table[0]}
 
 
 def u_of(
@@ -67,7 +56,7 @@ def test_scores_equal_the_papers(
     dataset: str, resource: str, normalised: str, published: str
 ) -> None:
     # given the authors' measurements
-    table = paper_table(dataset)
+    table = paper_columns(dataset)
     # when
     scores = pepr.score(floats(table["test_09"]), floats(table[resource]))
     # then their R and their scores, all 131 of them
@@ -242,7 +231,7 @@ def test_a_million_rows_are_scored_within_a_second() -> None:
 def test_wrong_energies_stand_out_against_time_and_sound_ones_do_not() -> None:
     # given tables whose 10 epochs took 10 train_time s and energy kWh
     for dataset, wrong in (("derma_pt", 0), ("pneumonia_small", 35)):
-        table = paper_table(dataset)
+        table = paper_columns(dataset)
         energy, seconds = floats(table["energy"]), floats(table["train_time"])
         # when
         odd = pepr.out_of_proportion(energy, seconds)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from cli import until
-from click.testing import CliRunner
 from sim.nvml import H100, BuildNvml, Gpu, Scenario
 from sim.waves import Constant
+from studies import invoke
 
 from pepr_profiler import _core, profile
 from pepr_profiler.commands.run import run
@@ -176,6 +176,6 @@ def test_an_impossible_overhead_is_refused(overhead: float) -> None:
 
 @pytest.mark.parametrize("text", ["0", "0%", "101%", "much", "", "%"])
 def test_an_impossible_overhead_is_refused_before_the_command_starts(text: str) -> None:
-    done = CliRunner().invoke(run, ["--overhead", text, "--", "true"])
+    done = invoke(run, "--overhead", text, "--", "true")
     assert isinstance(done.exception, UsageError)
     assert "overhead" in str(done.exception)

@@ -8,17 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from cli import REPOSITORY
+from click.testing import Result
+from studies import energy, invoke, paper_table, run_summary, store_run
 
 from pepr_profiler.commands.compare import compare
 from pepr_profiler.commands.score import score
 from pepr_profiler.errors import PeprError, UsageError
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-PAPER = REPOSITORY.parent / "shared" / "paper"
 
 MODELS = """\
 model,accuracy,kwh,task
@@ -36,18 +34,14 @@ def models(tmp_path: Path) -> Path:
     return table
 
 
-def run_score(*args: object) -> Result:
-    return CliRunner().invoke(score, [str(arg) for arg in args], catch_exceptions=True)
-
-
 def scored(*args: object) -> Result:
-    result = run_score(*args)
+    result = invoke(score, *args)
     assert result.exit_code == 0, result.exception or result.output
     return result
 
 
 def refused(*args: object) -> PeprError:
-    result = run_score(*args)
+    result = invoke(score, *args)
     assert isinstance(result.exception, PeprError), result.output
     assert result.stdout == ""
     return result.exception
@@ -97,9 +91,7 @@ def test_output_keeps_the_table_and_adds_two_columns_a_resource(
 
 @pytest.mark.parametrize("dataset", ["derma_pt", "pneumonia_small"])
 def test_the_papers_tables_give_the_papers_scores(dataset: str, tmp_path: Path) -> None:
-    table = PAPER / f"{dataset}.csv"
-    if not table.exists():
-        pytest.skip(f"the paper's table is not beside the repository: {table}")
+    table = paper_table(dataset)
     columns = {"energy": "e", "co2": "c", "train_time": "t", "memR": "m"}
     wanted = [arg for column in columns for arg in ("--resource", column)]
     out = tmp_path / "out.csv"
@@ -272,62 +264,17 @@ def test_loading_the_commands_loads_neither_numpy_nor_rich() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
-def energy(total_j: float, u_j: float) -> dict[str, Any]:
-    return {
-        "total_j": total_j,
-        "u_j": u_j,
-        "mean_w": total_j / 60.0,
-        "provenance": "measured",
-        "components": [],
-    }
-
-
-def stored_run(store: Path, name: str, **changes: Any) -> None:
-    """A finished run on disk, as DESIGN's contract describes run.json."""
-    summary: dict[str, Any] = {
-        "schema": 1,
-        "run_id": f"{name}-1",
-        "job": None,
-        "name": name,
-        "experiment": "study",
-        "command": ["python", "train.py"],
-        "host": "node",
-        "boot_id": "b",
-        "clock": [{"t_ns": 1, "unix_ns": 2}, {"t_ns": 60_000_000_001, "unix_ns": 60_000_000_002}],
-        "started_at": "2025-03-01T12:00:00Z",
-        "duration_s": 60.0,
-        "exit_code": 0,
-        "complete": True,
-        "energy": energy(1000.0, 50.0),
-        "phases": [],
-        "time_s": 60.0,
-        "memory": {"peak_rss_bytes": 2_000_000_000, "gpu_peak_bytes": None},
-        "carbon": None,
-        "metrics": {"accuracy": 0.9},
-        "performance": {"metric": "accuracy", "value": 0.9},
-        "sampler": {"cpu_s": 0.1, "samples": 10, "dropped": 0, "late": 0, "rate_hz": {}},
-        "missing": [],
-        "warnings": [],
-    }
-    directory = store / "runs" / f"{name}-1"
-    directory.mkdir(parents=True)
-    (directory / "run.json").write_text(json.dumps(summary | changes))
-
-
-def run_compare(*args: object) -> Result:
-    return CliRunner().invoke(compare, [str(arg) for arg in args], catch_exceptions=True)
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     """Three runs that R = 0, 0.5, 1 and one that failed."""
     for name, total_j, exit_code in (("a", 1e3, 0), ("b", 3e3, 0), ("c", 5e3, 0), ("d", 9e3, 3)):
-        stored_run(tmp_path, name, energy=energy(total_j, 100.0), exit_code=exit_code)
+        run = run_summary(name, energy=energy(total_j, u_j=100.0), carbon=None)
+        store_run(tmp_path, run, exit_code=exit_code)
     return tmp_path
 
 
 def test_compare_ranks_an_experiments_runs_and_names_the_left_out(store: Path) -> None:
-    result = run_compare("--store", store, "--experiment", "study", "--json", "-")
+    result = invoke(compare, "--store", store, "--experiment", "study", "--json", "-")
     assert result.exit_code == 0, result.exception
     data = json.loads(result.stdout)
     (ranking,) = data["rankings"]
@@ -344,11 +291,11 @@ def test_compare_ranks_an_experiments_runs_and_names_the_left_out(store: Path) -
 
 
 def test_compare_takes_runs_by_name_and_other_resources(store: Path) -> None:
-    result = run_compare("--store", store, "a-1", "b-1", "a-1", "--bounds", "0:6k")
+    result = invoke(compare, "--store", store, "a-1", "b-1", "a-1", "--bounds", "0:6k")
     assert result.exit_code == 0, result.exception
     assert "PePR-E   2 runs   metric accuracy\n" in result.stdout
     assert "0 at 0 J, 1 at 6.000 kJ (normalisation range, as given)" in result.stdout
-    carbon = run_compare("--store", store, "--resource", "carbon")
+    carbon = invoke(compare, "--store", store, "--resource", "carbon")
     assert isinstance(carbon.exception, UsageError) and "--region" in carbon.exception.fix
-    time = run_compare("--store", store, "--resource", "time")
+    time = invoke(compare, "--store", store, "--resource", "time")
     assert isinstance(time.exception, UsageError) and "equal" in time.exception.what

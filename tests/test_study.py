@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from studies import energy, invoke, paper_columns, run_summary, store_run
 
 import pepr_profiler
 from pepr_profiler.commands.compare import compare, parse_price
@@ -24,20 +24,6 @@ from pepr_profiler.store.runs import Store
 from pepr_profiler.study import pepr
 from pepr_profiler.study.ranking import Shared
 from pepr_profiler.study.study import Study, load, read_bounds
-
-PAPER = Path(__file__).resolve().parents[2] / "shared" / "paper"
-
-
-def energy(
-    total_j: float, *, provenance: str = "measured", u_j: float | None = None
-) -> dict[str, Any]:
-    return {
-        "total_j": total_j,
-        "u_j": total_j / 20 if u_j is None else u_j,
-        "mean_w": total_j / 60,
-        "provenance": provenance,
-        "components": [],
-    }
 
 
 def on_board(board: str, total_j: float, *, gain_j: float, own_j: float) -> dict[str, Any]:
@@ -56,30 +42,6 @@ def on_board(board: str, total_j: float, *, gain_j: float, own_j: float) -> dict
     inside = {**component, "id": "cpu:package-0/core", "in_total": False, "budget": None}
     u_j = 2 * math.hypot(gain_j, own_j)
     return {**energy(total_j, u_j=u_j), "components": [component, inside]}
-
-
-def run_summary(name: str, seed: int = 1, **changes: Any) -> dict[str, Any]:
-    """What a summary of docs/design.md has, as far as a comparison reads it."""
-    summary: dict[str, Any] = {
-        "schema": 1,
-        "run_id": f"{name}-{seed}",
-        "job": None,
-        "name": name,
-        "experiment": "study",
-        "command": ["python", "train.py", "--seed", str(seed)],
-        "host": "node",
-        "started_at": f"2025-03-01T12:00:{seed:02d}Z",
-        "duration_s": 60.0,
-        "exit_code": 0,
-        "complete": True,
-        "energy": energy(1000.0),
-        "time_s": 60.0,
-        "memory": {"peak_rss_bytes": 2_000_000_000, "gpu_peak_bytes": None},
-        "carbon": {"g_co2e": 4.0},
-        "metrics": {"accuracy": 0.9, "f1": 0.8},
-        "performance": {"metric": "accuracy", "value": 0.9},
-    }
-    return summary | changes
 
 
 def measured(name: str, seed: int, total_j: float, accuracy: float, **changes: Any) -> Any:
@@ -321,17 +283,6 @@ def test_runs_of_many_experiments_are_one_cohort_when_asked_for() -> None:
 # --- doubts --------------------------------------------------------------------------------------
 
 
-def paper_columns(name: str) -> dict[str, list[str]]:
-    import csv
-
-    path = PAPER / f"{name}.csv"
-    if not path.exists():
-        pytest.skip(f"the paper's table is not beside the repository: {path}")
-    with path.open(newline="") as file:
-        table = list(csv.DictReader(file))
-    return {column: [row[column] for row in table] for column in table[0]}
-
-
 @pytest.mark.parametrize(("dataset", "wrong"), [("derma_pt", 0), ("pneumonia_small", 35)])
 def test_the_papers_wrong_energies_are_named_and_ranked_without(dataset: str, wrong: int) -> None:
     columns = paper_columns(dataset)
@@ -390,31 +341,12 @@ def test_a_run_of_impossible_power_is_named_and_the_ranking_given_both_ways() ->
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     for run in small_study():
-        stored(tmp_path, run)
+        store_run(tmp_path, run)
     return tmp_path
 
 
-def stored(store: Path, run: dict[str, Any], **changes: Any) -> None:
-    """A finished run on disk."""
-    whole = {
-        "boot_id": "b",
-        "clock": [{"t_ns": 1, "unix_ns": 2}, {"t_ns": 60_000_000_001, "unix_ns": 60_000_000_002}],
-        "phases": [],
-        "sampler": {"cpu_s": 0.1, "samples": 10, "dropped": 0, "late": 0, "rate_hz": {}},
-        "missing": [],
-        "warnings": [],
-    }
-    directory = store / "runs" / run["run_id"]
-    directory.mkdir(parents=True)
-    (directory / "run.json").write_text(json.dumps({**whole, **run, **changes}))
-
-
-def run_compare(*args: object) -> Result:
-    return CliRunner().invoke(compare, [str(arg) for arg in args], catch_exceptions=True)
-
-
 def compared(*args: object) -> dict[str, Any]:
-    result = run_compare(*args, "--json", "-")
+    result = invoke(compare, *args, "--json", "-")
     assert result.exit_code == 0, result.exception
     data: dict[str, Any] = json.loads(result.stdout)
     return data
@@ -429,8 +361,8 @@ def test_a_new_model_is_scored_against_a_saved_study(store: Path, tmp_path: Path
     assert (saved["bounds"][0]["unit"], saved["bounds"][0]["provenance"]) == ("J", "measured")
     # when one model alone is compared within them, and another that is outside
     new = tmp_path / "new"
-    stored(new, measured("new", 1, 4000.0, 0.93))
-    stored(new, measured("giant", 1, 9000.0, 0.98))
+    store_run(new, measured("new", 1, 4000.0, 0.93))
+    store_run(new, measured("giant", 1, 9000.0, 0.98))
     (ranking,) = compared("--store", new, "--bounds-from", file)["rankings"]
     # then the bounds are the study's, and what is outside is clamped and flagged
     assert ranking["bounds"] == {
@@ -442,7 +374,7 @@ def test_a_new_model_is_scored_against_a_saved_study(store: Path, tmp_path: Path
         ("new", pytest.approx(0.93 / 1.75), False),
         ("giant", pytest.approx(0.98 / 2), True),
     ]
-    screen = run_compare("--store", new, "--bounds-from", file)
+    screen = invoke(compare, "--store", new, "--bounds-from", file)
     assert "(normalisation range of study.json)" in screen.stdout and "giant" in screen.stderr
 
 
@@ -462,7 +394,7 @@ def test_bounds_of_something_else_are_refused(
 ) -> None:
     file = tmp_path / "study.json"
     compared("--store", store, "--save-range", file)
-    result = run_compare("--store", store, "--range-from", file, *arguments)
+    result = invoke(compare, "--store", store, "--range-from", file, *arguments)
     assert isinstance(result.exception, UsageError) and result.exception.fix
     assert what in result.exception.what and result.stdout == ""
 
@@ -533,27 +465,27 @@ def test_bounds_of_a_grouped_study_go_to_the_group_of_their_name(tmp_path: Path)
 
 
 def test_several_resources_are_one_table_a_row_a_model(store: Path) -> None:
-    result = run_compare("--store", store, "--resource", "energy,carbon", "--resource", "cost",
+    result = invoke(compare, "--store", store, "--resource", "energy,carbon", "--resource", "cost",
                          "--price", "0.3EUR")  # fmt: skip
     assert result.exit_code == 0, result.exception
     heading = next(line for line in result.stdout.splitlines() if line.startswith("  #"))
     assert heading.split() == ["#", "model", "accuracy", "PePR-E", "PePR-C", "PePR-cost"]
     assert len([line for line in result.stdout.splitlines() if " large " in line]) == 1
-    free = run_compare("--store", store, "--resource", "energy,cost")
+    free = invoke(compare, "--store", store, "--resource", "energy,cost")
     assert isinstance(free.exception, UsageError) and "--price" in free.exception.fix
     # and one that all models took alike is missing, and said to be
-    alike = run_compare("--store", store, "--resource", "energy,time")
+    alike = invoke(compare, "--store", store, "--resource", "energy,time")
     assert "left out the ranking by time: all resources are equal" in alike.stderr
     assert alike.stdout.startswith("PePR-E   3 models")
 
 
 def test_transforms_are_declared_and_recorded(tmp_path: Path) -> None:
     for name, total_j, error in (("a", 1000.0, 20.0), ("b", 2000.0, 10.0)):
-        stored(tmp_path, measured(name, 1, total_j, error))
+        store_run(tmp_path, measured(name, 1, total_j, error))
     (ranking,) = compared("--store", tmp_path, "--percent", "--transform", "one-minus")["rankings"]
     assert (ranking["percent"], ranking["transform"]) == (True, "one-minus")
     assert [row["performance"] for row in ranking["rows"]] == pytest.approx([0.8, 0.9])
-    refused = run_compare("--store", tmp_path).exception
+    refused = invoke(compare, "--store", tmp_path).exception
     assert isinstance(refused, UsageError) and "--percent" in refused.fix
 
 
@@ -567,9 +499,9 @@ def test_hostile_names_stay_text_on_the_screen_and_whole_in_the_data(tmp_path: P
     ]
     for i, name in enumerate(names):
         run = measured("m", i, 1000.0 * (i + 1), 0.9)
-        stored(tmp_path, {**run, "name": name})
-    stored(tmp_path, {**measured("m", 9, 1.0, 0.9), "name": "bad\x1b[2J" * 99, "exit_code": 3})
-    result = run_compare("--store", tmp_path)
+        store_run(tmp_path, {**run, "name": name})
+    store_run(tmp_path, {**measured("m", 9, 1.0, 0.9), "name": "bad\x1b[2J" * 99, "exit_code": 3})
+    result = invoke(compare, "--store", tmp_path)
     assert result.exit_code == 0, result.exception
     for line in result.stdout.splitlines():
         assert sum(2 if ord(c) > 0x2E80 else 1 for c in line) <= 80
@@ -585,16 +517,16 @@ def test_score_checks_against_the_column_of_time_and_averages_repeats(tmp_path: 
     rows = [f"m{i // 2},0.9,{(i + 1) * (4000 if i == 6 else 200)},{i + 1}" for i in range(11)]
     table.write_text("model,acc,joules,took\n" + "\n".join(rows) + "\n")
     columns = [str(table), "--performance", "acc", "--resource", "joules"]
-    silent = CliRunner().invoke(score, columns)
+    silent = invoke(score, *columns)
     assert "outlier" not in silent.stderr
     # when
-    both = CliRunner().invoke(score, [*columns, "--time", "took"])
+    both = invoke(score, *columns, "--time", "took")
     assert "1 of 11 rows is an outlier in joules per took: m3" in both.stderr
     assert "Without the 1 outlier:" in both.stdout
-    repeats = CliRunner().invoke(score, [*columns, "--repeats", "--json", "-"])
+    repeats = invoke(score, *columns, "--repeats", "--json", "-")
     data = json.loads(repeats.stdout)["rankings"][0]["rows"]
     assert {row["name"]: row["n"] for row in data}["m0"] == 2 and len(data) == 6
-    refused = CliRunner().invoke(score, [*columns, "--repeats", "-o", str(tmp_path / "o.csv")])
+    refused = invoke(score, *columns, "--repeats", "-o", str(tmp_path / "o.csv"))
     assert isinstance(refused.exception, UsageError)
 
 
@@ -706,7 +638,7 @@ def test_energies_of_jobs_and_of_whole_devices_share_no_cohort(store: Path) -> N
     assert Study.from_runs(runs, resources=["time"]).rank().resource.tolist() == [60.0, 90.0]
     # and nor through the store's index
     for run in runs:
-        stored(store, run)
+        store_run(store, run)
     found = Store(store).find(Filter(name="[ab]"))
     assert [run["energy"]["scope"] for run in found] == ["job", "device"]
 
@@ -726,7 +658,7 @@ def test_a_run_is_loaded_by_id_directory_file_or_as_it_is(store: Path, tmp_path:
     (tmp_path / "text.json").write_text("not JSON")
     with pytest.raises(PeprError, match=r"text\.json"):
         load(tmp_path / "text.json")
-    stored(store, run_summary("future"), schema=9)
+    store_run(store, run_summary("future"), schema=9)
     with pytest.raises(TraceError, match="schema"):
         load("future-1", store=store)
 
@@ -767,7 +699,7 @@ def test_a_study_through_the_index_is_that_of_the_summaries_to_the_bit(tmp_path:
             memory={"peak_rss_bytes": 10**9 + number, "gpu_peak_bytes": None},
         )
         runs.append(run | {"exit_code": 1} if number % 13 == 0 else run)
-        stored(tmp_path, runs[-1])
+        store_run(tmp_path, runs[-1])
     runs.sort(key=lambda run: (run["started_at"], run["run_id"]))  # as a store has them
     every_option: list[dict[str, Any]] = [
         {"resources": ["energy", "carbon", "time", "memory", "f1", "cost"]},
