@@ -196,6 +196,19 @@ def test_sensors_tells_who_reads(running: Daemon, tree: Tree) -> None:
     assert "read by the node's daemon" in " ".join(text.split())
 
 
+def test_sensors_reads_through_the_daemon_what_is_denied_in_part(
+    running: Daemon, tree: Tree
+) -> None:
+    (tree.path("intel-rapl:0") / "energy_uj").chmod(0o444)
+    # given a recording that reads the whole lane through the daemon
+    assert measure(running, tree, "--", "true")["recording"]["daemon"] is not None
+    # then that is what is shown
+    arguments = ("sensors", "--sensor", tree.spec, "--json")
+    facts = json.loads(running.cli(*arguments, preexec_fn=obey_permissions).stdout)
+    assert {channel["via"] for channel in facts["channels"]} == {"daemon"}
+    assert facts["missing"] == []
+
+
 def test_status_and_stop(running: Daemon, tree: Tree) -> None:
     result = running.cli("daemon", "status")
     assert result.status == 0, result.stderr

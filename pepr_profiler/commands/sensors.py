@@ -20,12 +20,11 @@ if TYPE_CHECKING:
     from pepr_profiler.sensors.machine import Surroundings
     from pepr_profiler.trace.lane import LaneInfo
 
-_LOOK_S = 0.6
-"""Six refreshes of the slowest sensors in common use (100 ms)."""
+_LOOK_S = 0.6  # six refreshes of the slowest sensors in common use (100 ms)
 
+# RAPL is refreshed each millisecond. A call of a GPU's driver may take milliseconds itself.
 _PERIOD_NS = {"perf": 200_000, "powercap": 200_000}
 _OTHER_PERIOD_NS = 5_000_000
-"""RAPL is refreshed each millisecond. A call of a GPU's driver may take milliseconds itself."""
 
 _OPEN_S = 5.0
 _WIDTH = 80
@@ -43,7 +42,7 @@ def sensors(*, specs: tuple[str, ...], as_json: bool) -> None:
 
     here = read_surroundings()
     recorded = specs or detect()
-    # What detection left out is looked at too: it is there, or there is a reason why not.
+    # Sensors that detection left out are tried too, to show that they are there or why not.
     kinds = {SensorSpec(spec).kind for spec in recorded}
     others = () if specs else tuple(kind for kind in KINDS if kind not in kinds)
     channels, missing = _look((*recorded, *others), recorded, here, named=bool(specs))
@@ -64,7 +63,7 @@ def _look(
     client = DaemonClient()
     opened, missing = _open(specs, here, client, named=named)
     if opened:
-        time.sleep(_LOOK_S)  # what it looks at is the passing of time
+        time.sleep(_LOOK_S)  # refreshes and power are seen from counters that change
     channels = _describe(opened, recorded)
     client.close()
     return channels, missing
@@ -87,20 +86,24 @@ def _open(
     opened: list[tuple[LaneInfo, Sampler | RemoteLane]] = []
     missing = []
     for (name, spec), period_ns, own in zip(lanes.items(), periods_ns, samplers, strict=True):
+        failure: SensorError | None = None
         try:
             if not own.wait_ready(max(0.0, deadline - time.monotonic())):
                 why = f"its driver has not answered for {_OPEN_S:.0f} s"
                 missing.append({"what": spec, "why": why, "fix": "see dmesg for its driver"})
                 continue
-        except SensorError as e:
-            if lane := client.lane(spec, named=named):
-                info = LaneInfo(f"daemon {lane.name}", lane.spec, lane.period_ns, lane.channels)
-                opened.append((info, lane))
-            elif not client.covers(spec):
-                missing.append(remedy(spec, e, here))
-            continue
-        opened.append((LaneInfo(name, spec, period_ns, describe(own.channels)), own))
-        missing += [remedy(spec, note, here) for note in own.notes]
+        except SensorError as error:
+            failure = error
+        # As a recording does: what we may not read, in part or at all, the daemon may give us.
+        ask = failure is not None or any(note.denied for note in own.notes)
+        if ask and (lane := client.lane(spec, named=named)):
+            info = LaneInfo(f"daemon {lane.name}", lane.spec, lane.period_ns, lane.channels)
+            opened.append((info, lane))
+        elif failure is None:
+            opened.append((LaneInfo(name, spec, period_ns, describe(own.channels)), own))
+            missing += [remedy(spec, note, here) for note in own.notes]
+        elif not client.covers(spec):
+            missing.append(remedy(spec, failure, here))
     return opened, missing
 
 
@@ -136,7 +139,7 @@ def _describe(
 def _read(
     lane: LaneInfo, sources: Sequence[Source | None], sampler: Sampler | RemoteLane
 ) -> list[dict[str, Any]]:
-    """What each channel of a lane read, how often it changed and what a read took."""
+    """What each channel of a lane read, how often it changed, and how long a read took."""
     import numpy as np
 
     from pepr_profiler import _core
@@ -184,7 +187,7 @@ def _read(
 
 
 def _measured(channels: list[dict[str, Any]]) -> list[str]:
-    """By sensor: what a read costs, then two lines a component: its power and its use, its id."""
+    """For each sensor what a read costs, and two lines a component: power and use, and its id."""
     from pepr_profiler.units import format_quantity
 
     lines = []
@@ -213,7 +216,7 @@ def _measured(channels: list[dict[str, Any]]) -> list[str]:
             first, *rest = textwrap.wrap(use, _WIDTH - len(row))
             lines += [row + first, *(" " * len(row) + more for more in rest)]
             lines += _wrapped(f"{c['component']}  ({c['source']})", " " * 6)
-        if len(beside) > len(set(names)):  # several devices give the same: their values say little
+        if len(beside) > len(set(names)):  # several devices give the same: names are enough
             beside = list(dict.fromkeys(names))
         lines += _wrapped("also recorded: " + ", ".join(beside), " " * 4) if beside else []
         lines.append("")
@@ -224,7 +227,7 @@ def _measured(channels: list[dict[str, Any]]) -> list[str]:
 
 
 def _refresh(channel: dict[str, Any]) -> str:
-    """The refresh period, or that it was too short or too long to be seen."""
+    """The refresh period, "< …" if it is too short to be seen, "not seen" if too long."""
     from pepr_profiler.units import format_quantity
 
     refresh_s, step_s = channel["refresh_s"], channel["looked_every_s"]
