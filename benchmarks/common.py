@@ -200,9 +200,9 @@ def compile_c(source: str, folder: Path, *flags: str) -> Path:
     return target
 
 
-def run(argv: Sequence[str], env: dict[str, str]) -> str:
+def run(argv: Sequence[str], env: dict[str, str], folder: Path = ROOT) -> str:
     """Runs to success and returns stdout; a failure is why nothing can be measured."""
-    done = subprocess.run(argv, check=False, env=env, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(argv, check=False, env=env, cwd=folder, capture_output=True, text=True)
     if done.returncode != 0:
         raise UnmeasurableError(
             f"{' '.join(argv)} exited {done.returncode}:\n{done.stderr or done.stdout}"
