@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pepr_profiler.energy.activity import Activity, Use, cpu_use, modelled_curves, read_activity
+from pepr_profiler.energy.activity import Activity, DeviceUse, cpu_use, read_activity
 from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.gpu_users import GpuUsers, OtherProcess
 from pepr_profiler.energy.gpus import Gpus
-from pepr_profiler.energy.modelled import CpuModel, RamModel
+from pepr_profiler.energy.modelled import CpuModel, RamModel, modelled_curves
 from pepr_profiler.energy.sharing import Shares, certain_shares, lowest_power_w, share
 from pepr_profiler.energy.sources import Source
-from pepr_profiler.summary.doubts import other_cpu_users
+from pepr_profiler.summary.doubts import shared_cpu, shared_gpus
 from pepr_profiler.trace.lane import Batch, Channel, LaneInfo
 from pepr_profiler.units import NS_PER_S as S
 
@@ -125,19 +125,19 @@ def test_rows_with_an_unknown_number_are_left_out_of_the_activity() -> None:
 # --- one rule for every device ----------------------------------------------------------------
 
 
-def uses(random: np.random.Generator, owners: int, intervals: int) -> list[Use]:
+def uses(random: np.random.Generator, owners: int, intervals: int) -> list[DeviceUse]:
     """What several jobs on one device see of it, each of itself and the rest."""
     edges = np.sort(random.uniform(0, 30 * S, intervals + 1))
     of = random.uniform(0, 0.6, (owners, intervals)) * (random.random((owners, intervals)) < 0.6)
     held = random.uniform(0, 1, (owners, intervals))
     held /= np.maximum(held.sum(axis=0), 1.0)
     return [
-        Use(edges, of[i], of.sum(axis=0) - of[i], held[i], held.sum(axis=0) - held[i])
+        DeviceUse(edges, of[i], of.sum(axis=0) - of[i], held[i], held.sum(axis=0) - held[i])
         for i in range(owners)
     ]
 
 
-def shares_of(curve: EnergyCurve, at_ns: np.ndarray, use: Use, *, idle_w: float) -> Shares:
+def shares_of(curve: EnergyCurve, at_ns: np.ndarray, use: DeviceUse, *, idle_w: float) -> Shares:
     seen = GpuUsers(use, 0, 0, 1.0, 1.0, 0.0, "", (), None, 0.5, 0, 2)
     return share(curve, at_ns, None, seen, idle_w=idle_w)
 
@@ -182,7 +182,7 @@ def test_the_idle_draw_is_nobodys_for_as_long_as_nobody_works() -> None:
 
 def test_above_the_idle_draw_use_decides_and_below_it_presence_too() -> None:
     # given a GPU at 260 W, 60 W of it idle draw, where the job uses 0.1 and another 0.3 of it
-    use = Use(np.array([0.0, 4.0 * S]), *(np.array([x]) for x in (0.1, 0.3, 0.5, 0.5)))
+    use = DeviceUse(np.array([0.0, 4.0 * S]), *(np.array([x]) for x in (0.1, 0.3, 0.5, 0.5)))
     curve, at_ns = device(260.0, 4, kind="gpu")
     shares = shares_of(curve, at_ns, use, idle_w=60.0)
     # then 200 W by use, and 60 W by use for 0.4 of the time, by halves for the rest
@@ -210,7 +210,7 @@ def look(*processes: tuple[int, float], profiler_s: float = 0.0) -> dict[str, An
 def test_others_on_the_cpu_are_named_with_their_part_of_its_use() -> None:
     # given 10 s of two busy CPUs: the job 10 s, two others 5 s and 2 s, the rest unseen
     did = activity(10, job=[1.0] * 10, busy=[2.0] * 10)
-    (told,) = other_cpu_users([look((8, 5.0), (9, 2.0))], did, 0.5, (0, 10 * S))
+    (told,) = shared_cpu([look((8, 5.0), (9, 2.0))], did, 0.5, 0, 10 * S)
     assert told["code"] == "shared-device"
     assert "50% of the CPU time" in told["text"]
     assert "PID 8 run 8 (25%), PID 9 run 9 (10%)" in told["text"]
@@ -219,26 +219,31 @@ def test_others_on_the_cpu_are_named_with_their_part_of_its_use() -> None:
 
 def test_a_few_are_named_and_the_rest_counted() -> None:
     did = activity(10, job=[1.0] * 10, busy=[2.0] * 10)
-    (told,) = other_cpu_users([look(*((p, 2.0) for p in range(5)))], did, 0.5, (0, 10 * S))
+    (told,) = shared_cpu([look(*((p, 2.0) for p in range(5)))], did, 0.5, 0, 10 * S)
     assert told["text"].count("PID") == 3 and told["text"].endswith(" and 2 more")
 
 
 def test_the_profiler_is_nobody_to_be_warned_of() -> None:
     did = activity(10, job=[1.0] * 10, busy=[1.3] * 10)
-    assert other_cpu_users([look(profiler_s=2.8)], did, 0.23, (0, 10 * S)) == []
-    assert other_cpu_users([look(profiler_s=0.0)], did, 0.23, (0, 10 * S)) != []
-    assert other_cpu_users([look()], did, 0.04, (0, 10 * S)) == []  # 4 % of the energy
-    assert other_cpu_users([], did, 0.5, (0, 10 * S)) == []  # nobody has looked
+    assert list(shared_cpu([look(profiler_s=2.8)], did, 0.23, 0, 10 * S)) == []
+    assert list(shared_cpu([look(profiler_s=0.0)], did, 0.23, 0, 10 * S)) != []
+    assert list(shared_cpu([look()], did, 0.04, 0, 10 * S)) == []  # 4 % of the energy
+    assert list(shared_cpu([], did, 0.5, 0, 10 * S)) == []  # nobody has looked
+
+
+BOARD = Channel(
+    "GPU-1/energy", "energy", "J", source="nvml-energy",
+    labels={"uuid": "GPU-1", "index": "0", "model": "H100"},
+)  # fmt: skip
 
 
 def gpus(of: GpuUsers, **more: Any) -> Gpus:
-    board = {"uuid": "GPU-1", "index": "0", "model": "H100"}
     facts = {"root": "children", "cuda": [{}], **more}
-    return Gpus.of(facts, [board], {"GPU-1": of}, busy=[])
+    return Gpus.of(facts, [BOARD], {"GPU-1": of}, busy=[])
 
 
 def seen(*, job_s: float, others_s: float = 0.0, unknown_s: float = 0.0, last_s: float = 60) -> Any:
-    use = Use(np.array([0.0, 60.0 * S]), *(np.array([x]) for x in (0.5, 0.5, 0.5, 0.5)))
+    use = DeviceUse(np.array([0.0, 60.0 * S]), *(np.array([x]) for x in (0.5, 0.5, 0.5, 0.5)))
     others = tuple(OtherProcess(p, "train.py", "ann", others_s, 0.2) for p in range(5))[
         : int(others_s)
     ]
@@ -261,33 +266,34 @@ def seen(*, job_s: float, others_s: float = 0.0, unknown_s: float = 0.0, last_s:
 def test_a_gpu_is_warned_of_when_it_matters(of: GpuUsers, told: list[str]) -> None:
     curve, _ = device(100.0, 60, kind="gpu")
     curve = curve._replace(source=curve.source._replace(id="gpu:GPU-1"))
-    assert [w["code"] for w in gpus(of).warnings([curve], 0, 60 * S)] == told
+    assert [w["code"] for w in shared_gpus(gpus(of), [curve], 0, 60 * S)] == told
 
 
 def test_a_recording_that_never_listed_processes_stays_as_it_was() -> None:
     # given a trace from before there were lists: no facts about the root, no lane
-    board = {"uuid": "GPU-1", "index": "0", "model": "H100"}
-    old = Gpus.of({}, [board], {}, busy=["GPU-1"])
+    old = Gpus.of({}, [BOARD], {}, busy=["GPU-1"])
     curve, _ = device(100.0, 60, kind="gpu")
     curve = curve._replace(source=curve.source._replace(id="gpu:GPU-1"))
-    assert old.judged(curve) is curve and old.users_of(curve) is None
-    assert list(old.warnings([curve], 0, 60 * S)) == []
+    assert old.without_unused(curve) is curve and old.users_of(curve) is None
+    assert list(shared_gpus(old, [curve], 0, 60 * S)) == []
 
 
 def test_what_is_certain_is_less_than_any_idle_draw_gives_and_no_more_can_be_said() -> None:
     random = np.random.default_rng(11)
     at_ns = np.arange(0, 21, dtype=np.int64) * S
     parts = random.dirichlet([0.4, 0.4, 0.4], size=20).T  # of the job, of others, of nobody
-    use = Use(at_ns.astype(float), 3 * random.random(20), 3 * random.random(20), parts[0], parts[1])
+    use = DeviceUse(
+        at_ns.astype(float), 3 * random.random(20), 3 * random.random(20), parts[0], parts[1]
+    )
     use.job[4] = use.others[4] = use.others[7] = 0.0
     certain = certain_shares(use, at_ns)
     # the rule, by hand: of the idle draw the job has its part of the use while the device is in
     # use and what it holds in the rest; of all above, its part of the use
     for second in range(20):
         used = use.job[second] + use.others[second]
-        of_use = use.job[second] / used if used else use.job_held[second]
+        of_use = use.job[second] / used if used else use.job_presence[second]
         in_use = min(used, 1.0)
-        of_draw = in_use * of_use + (1 - in_use) * use.job_held[second]
+        of_draw = in_use * of_use + (1 - in_use) * use.job_presence[second]
         drawn = [(1 - idle) * of_use + idle * of_draw for idle in np.linspace(0, 1, 101)]
         assert certain[second] == pytest.approx(min(drawn))
     # of CPU time: the part of what was used, or of the time where less than one CPU was in use

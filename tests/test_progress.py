@@ -16,7 +16,7 @@ from cli import Cli, python, write_replay
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report.run_text import render_run
 from pepr_profiler.study.progress import ProgressCurve, best_stop, curve_of, envelope, scores_along
-from pepr_profiler.summary.logged import Logged
+from pepr_profiler.summary.logged import MetricLog
 
 POWER_W = 200.0
 
@@ -102,8 +102,8 @@ def test_metrics_read_from_the_output_make_a_curve(tmp_path: Path) -> None:
 # --- which instants are kept ----------------------------------------------------------------------
 
 
-def within(logged: Sequence[tuple[int, Mapping[str, Any]]], **options: Any) -> Logged:
-    return Logged.within(logged, 0, 10**9, **{"cut": False, **options})
+def within(logged: Sequence[tuple[int, Mapping[str, Any]]], **options: Any) -> MetricLog:
+    return MetricLog.within(logged, 0, 10**9, **{"cut": False, **options})
 
 
 def test_what_is_logged_outside_the_window_is_at_its_end_or_not_there() -> None:

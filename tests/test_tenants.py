@@ -86,11 +86,11 @@ def test_two_share_by_sm_use_and_hold_it_each_the_same() -> None:
     third = note(3, "other")
     seen = tenants([{1: 0, 2: 0}, {1: 0.3, 2: 0.6}, {1: 0.1, 2: 0.1, 3: 0.2}], JOB, OTHER, third)
     assert np.allclose(parts(seen), [(0.3, 0.6), (0.1, 0.3)])
-    assert seen.use.job_held.tolist() == [0.5, pytest.approx(1 / 3)]
-    assert seen.use.others_held.tolist() == [0.5, pytest.approx(2 / 3)]
+    assert seen.use.job_presence.tolist() == [0.5, pytest.approx(1 / 3)]
+    assert seen.use.others_presence.tolist() == [0.5, pytest.approx(2 / 3)]
     # and each neighbour is known with its time and its part of all use, 0.7 of 1.3
-    assert [(n.pid, n.present_s) for n in seen.neighbours] == [(2, 2.0), (3, 1.0)]
-    assert seen.neighbours[0].part == pytest.approx(0.7 / 1.3)
+    assert [(n.pid, n.present_s) for n in seen.other_processes] == [(2, 2.0), (3, 1.0)]
+    assert seen.other_processes[0].use_part == pytest.approx(0.7 / 1.3)
 
 
 def test_where_the_driver_has_no_news_the_next_read_tells() -> None:
@@ -122,19 +122,19 @@ def test_a_process_that_nobody_knows_leaves_the_board_undivided(
 ) -> None:
     seen = tenants(rows, *notes)
     assert parts(seen) == [(1, 0), (1, 0)]
-    assert (seen.unknown_s, seen.job_s, seen.why) == (2.0, 0.0, why)
+    assert (seen.unknown_s, seen.job_s, seen.unknown_reason) == (2.0, 0.0, why)
 
 
 def test_without_sm_use_only_a_shared_board_is_undivided() -> None:
     seen = tenants([{1: 0}, {1: 0}, {1: 0, 2: 0}], JOB, OTHER, sm=False)
     assert parts(seen) == [(1, 0), (1, 0)]
     assert seen.unknown_s == 1.0
-    assert "how much of it each process uses" in seen.why
+    assert "how much of it each process uses" in seen.unknown_reason
 
 
 def test_more_processes_than_slots_leave_it_undivided() -> None:
     seen = tenants([{1: 0.1, 2: 0.1}] * 2, JOB, OTHER, count=40)
-    assert (seen.unknown_s, seen.why) == (1.0, "more than 4 processes use it")
+    assert (seen.unknown_s, seen.unknown_reason) == (1.0, "more than 4 processes use it")
 
 
 def test_a_pid_that_was_given_out_again_is_another_process() -> None:

@@ -1,4 +1,4 @@
-"""What the job and the machine did over time, from the process lane, and who used a device."""
+"""What the job and the machine did, from the process lane, and who used a device when."""
 
 from __future__ import annotations
 
@@ -8,28 +8,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pepr_profiler.energy import modelled
-from pepr_profiler.energy.curve import EnergyCurve, gap_limit_s
-from pepr_profiler.energy.sources import Source
 from pepr_profiler.record import Record
 from pepr_profiler.trace.lane import Batch, LaneInfo
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-SHARE_WINDOW_NS = 1_000_000_000
+_SHARE_WINDOW_NS = 1_000_000_000
 """Shares are formed over this long: the kernel counts the machine's busy time in ticks of 10 ms."""
 
 
 class Activity(Record):
-    """What the job and the machine did, from the process lane. Arrays are (n,), times in ns.
+    """CPU time of the job and of everybody, and the job's memory. Arrays are (n,), times in ns.
 
-    `job_cpu_s` and `busy_s` are cumulative; `rss_bytes` is the tree's, shared pages counted in each
-    process; `peak_rss_bytes` is its largest sample, None if there is none above 0.
+    `job_cpu_s` and `busy_s` are cumulative; `rss_bytes` is the resident size of the job's process
+    tree, in which a shared page counts once a process.
     """
 
     t_ns: NDArray[np.float64]
@@ -41,6 +34,7 @@ class Activity(Record):
 
     @property
     def peak_rss_bytes(self) -> int | None:
+        """The largest sample of the resident size; None if there is none above 0."""
         peak = float(np.max(self.rss_bytes, initial=0.0))
         return int(peak) if peak > 0 else None
 
@@ -61,108 +55,60 @@ class Activity(Record):
 
 
 def read_activity(lane: LaneInfo, batches: Iterable[Batch]) -> Activity | None:
-    """The process lane as arrays; None if it holds no row."""
-    index = {channel.name: i for i, channel in enumerate(lane.channels)}
-    columns = ["job/cpu", "system/busy", "job/rss"]
+    """The process lane as arrays, without rows in which something is unknown; None of no row."""
+    channels = {channel.name: channel for channel in lane.channels}
+    places = [list(channels).index(name) for name in ("job/cpu", "system/busy", "job/rss")]
     times, values = [], []
     for batch in batches:
         times.append((batch.t_ns + batch.read_ns // 2).astype(np.float64))
-        values.append(batch.values[[index[name] for name in columns]])
+        values.append(batch.values[places])
     if not times:
         return None
     t_ns, rows = np.concatenate(times), np.concatenate(values, axis=1)
     known = np.isfinite(rows).all(axis=0)
     job_cpu_s, busy_s, rss_bytes = rows[:, known]
-    labels = {channel.name: channel.labels for channel in lane.channels}
     return Activity(
         t_ns=t_ns[known],
         job_cpu_s=job_cpu_s,
         busy_s=busy_s,
         rss_bytes=rss_bytes,
-        cpus=int(labels["system/busy"]["cpus"]),
-        installed_bytes=float(labels["job/rss"]["installed_bytes"]),
+        cpus=int(channels["system/busy"].labels["cpus"]),
+        installed_bytes=float(channels["job/rss"].labels["installed_bytes"]),
     )
 
 
-def modelled_curves(
-    activity: Activity, at_ns: NDArray[np.int64], *, cpu: modelled.CpuModel, ram: modelled.RamModel
-) -> list[EnergyCurve]:
-    """Energy of CPU and memory from recorded utilisation, for a machine without sensors."""
-    cpu_w = modelled.power_w(cpu, activity.load())
-    ram_w = np.full(len(cpu_w), ram.power_w(activity.installed_bytes))
-    # u is stated for k = 2; a source carries k = 1. It is a scale error, fixed for the machine.
-    sources = (
-        Source("cpu:modelled", "cpu", "modelled", "processes", -1, "utilisation", counter=False,
-               provenance="modelled", gain=cpu.u_rel / 2),
-        Source("dram:modelled", "dram", "modelled", "processes", -1, "installed-memory",
-               counter=False, provenance="modelled", gain=ram.u_rel / 2),
-    )  # fmt: skip
-    return [
-        _from_power(source, activity.t_ns, power_w, at_ns)
-        for source, power_w in zip(sources, (cpu_w, ram_w), strict=True)
-    ]
-
-
-def _from_power(
-    source: Source,
-    t_ns: NDArray[np.float64],
-    power_w: NDArray[np.float64],
-    at_ns: NDArray[np.int64],
-) -> EnergyCurve:
-    """A curve from the mean power of each interval between samples; held beyond its ends."""
-    if not len(power_w):
-        return EnergyCurve(source, np.full(len(at_ns), np.nan), -1, -1)
-    energy_j = np.concatenate(([0.0], np.cumsum(power_w * np.diff(t_ns) * 1e-9)))
-    at = at_ns.astype(np.float64)
-    curve_j = np.interp(at, t_ns, energy_j)
-    curve_j += np.minimum(at - t_ns[0], 0.0) * 1e-9 * power_w[0]
-    curve_j += np.maximum(at - t_ns[-1], 0.0) * 1e-9 * power_w[-1]
-    apart_ns = np.diff(t_ns)
-    period_s = float(np.sort(apart_ns)[len(apart_ns) // 2]) * 1e-9
-    long = np.flatnonzero(apart_ns > gap_limit_s(period_s) * 1e9)
-    gaps = tuple((int(t_ns[i]), int(t_ns[i + 1])) for i in long)
-    return EnergyCurve(source, curve_j, int(t_ns[0]), int(t_ns[-1]), gaps_ns=gaps)
-
-
-def cpu_use(activity: Activity, begin_ns: float, end_ns: float) -> Use:
-    """CPU seconds a second, in windows of about 1 s. A CPU is held by nobody.
-
-    What ran before `begin_ns` and after `end_ns` is left out: the profiler's start and summary.
-    """
-    begin_ns, end_ns = np.clip(activity.t_ns[[0, -1]], begin_ns, end_ns).tolist()
-    if begin_ns == end_ns:  # nothing was sampled during it
-        begin_ns, end_ns = activity.t_ns[[0, -1]].tolist()
-    edges = _window_edges(begin_ns, end_ns)
-    span_s = np.diff(edges) * 1e-9
-    job_s = np.diff(np.interp(edges, activity.t_ns, activity.job_cpu_s))
-    # The machine's ticks may lag the job's own clock: it was at least as busy as the job.
-    busy_s = np.maximum(np.diff(np.interp(edges, activity.t_ns, activity.busy_s)), job_s)
-    nobody = np.zeros(len(span_s))
-    return Use(edges, job_s / span_s, (busy_s - job_s) / span_s, nobody, nobody)
-
-
-def _window_edges(begin_ns: float, end_ns: float) -> NDArray[np.float64]:
-    """Edges of equal windows of about SHARE_WINDOW_NS from one instant to another."""
-    count = max(1, math.floor((end_ns - begin_ns) / SHARE_WINDOW_NS))
-    return np.linspace(begin_ns, end_ns, count + 1)
-
-
-class Use(Record):
+class DeviceUse(Record):
     """Who used a device, interval by interval: `edges_ns` (n + 1,), the rest (n,).
 
-    `job` and `others` are use in any unit of which 1 is a device in use all of the time; `job_held`
-    and `others_held` are the parts of the unused time's idle draw that are theirs, at most 1
-    together. Before the first edge and after the last, the first and the last interval go on.
+    `job` and `others` are use in a unit of which 1 is a device in use all of the time.
+    `job_presence` and `others_presence` say who bears the idle draw of the time in which the device
+    is not in use: parts of it, at most 1 together; the rest is nobody's. The first and the last
+    interval also hold for what lies before and after them.
     """
 
     edges_ns: NDArray[np.float64]
     job: NDArray[np.float64]
     others: NDArray[np.float64]
-    job_held: NDArray[np.float64]
-    others_held: NDArray[np.float64]
+    job_presence: NDArray[np.float64]
+    others_presence: NDArray[np.float64]
 
-    def on(self, at_ns: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Means over the grid's intervals, (4, m); the first, which is no interval, has 0."""
+    @classmethod
+    def by_job_alone(cls, begin_ns: int, end_ns: int) -> DeviceUse:
+        """All of a device is the job's: nobody else is there, or nobody knows who is."""
+        all_, none = np.ones(1), np.zeros(1)
+        return cls(np.array([begin_ns, end_ns], dtype=np.float64), all_, none, all_, none)
+
+    @classmethod
+    def by_others_alone(cls, begin_ns: int, end_ns: int) -> DeviceUse:
+        """Nothing of a device is the job's."""
+        all_, none = np.ones(1), np.zeros(1)
+        return cls(np.array([begin_ns, end_ns], dtype=np.float64), none, all_, none, all_)
+
+    def means(self, at_ns: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The mean of each of the four, (4, m), between each instant and the one before it.
+
+        The first instant has none before it: 0.
+        """
         origin_ns = self.edges_ns[0]
         at = at_ns - origin_ns
         edges = self.edges_ns - origin_ns
@@ -170,13 +116,26 @@ class Use(Record):
         spans = np.diff(edges)
         steps = np.diff(at, prepend=at[:1])
         result = np.zeros((4, len(at)))
-        for row, values in enumerate((self.job, self.others, self.job_held, self.others_held)):
+        for row, values in enumerate(self[1:]):
             summed = np.interp(at, edges, np.concatenate(([0.0], np.cumsum(values * spans))))
             np.divide(np.diff(summed, prepend=summed[:1]), steps, out=result[row], where=steps > 0)
         return result
 
 
-def whole_use(at_ns: NDArray[np.int64]) -> Use:
-    """All of a device is the job's: alone on it, or nobody can tell."""
-    one, none = np.ones(1), np.zeros(1)
-    return Use(np.array([at_ns[0], at_ns[-1]], dtype=np.float64), one, none, one, none)
+def cpu_use(activity: Activity, begin_ns: float, end_ns: float) -> DeviceUse:
+    """CPU seconds a second, in windows of about 1 s; nobody bears an unused CPU's idle draw.
+
+    What ran before `begin_ns` and after `end_ns` is left out: the profiler's start and summary.
+    """
+    sampled_ns = activity.t_ns[[0, -1]]
+    begin_ns, end_ns = np.clip(sampled_ns, begin_ns, end_ns).tolist()
+    if begin_ns == end_ns:  # nothing was sampled between them
+        begin_ns, end_ns = sampled_ns.tolist()
+    count = max(1, math.floor((end_ns - begin_ns) / _SHARE_WINDOW_NS))
+    edges_ns = np.linspace(begin_ns, end_ns, count + 1)
+    span_s = np.diff(edges_ns) * 1e-9
+    job_s = np.diff(np.interp(edges_ns, activity.t_ns, activity.job_cpu_s))
+    # The machine's ticks may lag the job's own clock: it was at least as busy as the job.
+    busy_s = np.maximum(np.diff(np.interp(edges_ns, activity.t_ns, activity.busy_s)), job_s)
+    nobody = np.zeros(len(span_s))
+    return DeviceUse(edges_ns, job_s / span_s, (busy_s - job_s) / span_s, nobody, nobody)

@@ -1,7 +1,8 @@
 """Who computed on each GPU, from the process lists that were recorded beside its energy.
 
-A list tells PIDs and each one's SM utilisation since the read before; whose process a PID was has
-been written down while it lived (neighbours.py). What cannot be told is said, and left undivided.
+A list has PIDs, and each one's SM utilisation since the read before. Whose process a PID was, was
+found out and noted while it lived (recording/processes.py). Where that is unknown, the GPU's energy
+is not divided, and the reason is kept.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pepr_profiler.energy.activity import Use
+from pepr_profiler.energy.activity import DeviceUse
 from pepr_profiler.record import Record
 from pepr_profiler.trace.lane import Batch, LaneInfo
 
@@ -28,44 +29,48 @@ class OtherProcess(Record):
     command: str
     user: str
     present_s: float
-    part: float | None
+    use_part: float | None
 
 
 class GpuUsers(Record):
-    """Who computed on one GPU. Times in ns; `unknown_s` is how long that cannot be told, and `why`.
+    """Who computed on one GPU. Times in ns.
 
-    `job_s` and `others_s` are how long any process of the job's, or of others, was there; `reads`
-    is how often the list was read within the window, and `changes` how often the job came or left.
+    `job_s` and `others_s` are how long any process of the job's, or of others, was there;
+    `unknown_s` is how long that is unknown, for `unknown_reason`. `reads` is how often the list was
+    read within the window, `changes` how often the job came or left.
     """
 
-    use: Use
+    use: DeviceUse
     first_ns: int
     last_ns: int
     job_s: float
     others_s: float
     unknown_s: float
-    why: str
-    neighbours: tuple[OtherProcess, ...]
+    unknown_reason: str
+    other_processes: tuple[OtherProcess, ...]
     job_peak_bytes: int | None
     period_s: float
     changes: int
     reads: int
 
+    @classmethod
+    def others_alone(cls, begin_ns: int, end_ns: int) -> GpuUsers:
+        """Of a GPU that the job cannot use."""
+        use = DeviceUse.by_others_alone(begin_ns, end_ns)
+        return cls(use, begin_ns, end_ns, 0.0, 0.0, 0.0, "", (), None, 0.0, 0, 0)
 
-def not_the_jobs(begin_ns: int, end_ns: int) -> GpuUsers:
-    """Of a GPU that the job cannot use, where nobody tells who does."""
-    one, none = np.ones(1), np.zeros(1)
-    use = Use(np.array([begin_ns, end_ns], dtype=np.float64), none, one, none, one)
-    return GpuUsers(use, begin_ns, end_ns, 0.0, 0.0, 0.0, "", (), None, 0.0, 0, 0)
 
+_FREE, _JOB, _OTHER, _UNKNOWN = range(4)
+"""Whose process is in a slot of the list."""
 
-_NOBODY, _JOB, _OTHER, _UNKNOWN = range(4)
 _OWNERS = {"job": _JOB, "other": _OTHER, "profiler": _OTHER}
-_RESOLVED_NS = 1_000_000_000
-"""A process is looked up within this time from when a GPU first lists it."""
+"""What the notes call them; anything else is unknown."""
+
+_IDENTIFIED_NS = 1_000_000_000
+"""A process is identified within this time from when a GPU first lists it."""
 
 _BACKFILL_NS = 2_500_000_000
-"""Where the driver has no news at one read, the next one's are about that time too."""
+"""Where the driver has no news of SM use at one read, the next read's covers that time too."""
 
 
 def read_gpu_users(
@@ -76,45 +81,47 @@ def read_gpu_users(
     begin_ns: int,
     end_ns: int,
 ) -> dict[str, GpuUsers]:
-    """From a process list lane and the notes of who its PIDs were, each GPU's tenants, by UUID.
+    """Each GPU's users by UUID, from a lane of process lists and the notes of whose its PIDs were.
 
-    A GPU is left out if it was not read twice. Figures in seconds are of [begin_ns, end_ns].
+    A GPU that was not read twice is left out. Figures in seconds are of [begin_ns, end_ns].
     """
     columns = _Columns(batches)
     if not columns.rows:
         return {}
-    known = _by_pid(notes)
+    notes_by_pid = _by_pid(notes)
     boards: dict[str, dict[str, int]] = {}
     for index, channel in enumerate(lane.channels):
         boards.setdefault(channel.device, {})[channel.reading] = index
     found = {}
-    for uuid, at in boards.items():
-        count = columns.of([at["processes"]])[0]
-        listed = np.isfinite(count)
-        if np.count_nonzero(listed) < 2:
+    for uuid, places in boards.items():
+        count = columns.of([places["processes"]])[0]
+        read = np.isfinite(count)
+        if np.count_nonzero(read) < 2:
             continue
-        slots = [name.removeprefix("pid") for name in at if name.startswith("pid")]
-        used = [slot for slot in slots if columns.has(at[f"pid{slot}"])] or slots[:1]
-        pids = columns.of([at[f"pid{slot}"] for slot in used])
-        memory = columns.of([at[f"memory{slot}"] for slot in used])
-        sm = None
-        if f"sm{slots[0]}" in at:
-            sm = columns.of([at[f"sm{slot}"] for slot in used])[:, listed] * 0.01
-        table = _Table(
-            columns.t_ns()[listed],
-            count[listed],
-            pids[:, listed].astype(np.int64),
-            memory[:, listed],
-            sm,
-            known,
-            len(slots),
+        slots = [name.removeprefix("pid") for name in places if name.startswith("pid")]
+        used = [slot for slot in slots if columns.has(places[f"pid{slot}"])] or slots[:1]
+        pids, memory = (
+            columns.of([places[f"{name}{slot}"] for slot in used])[:, read]
+            for name in ("pid", "memory")
         )
-        found[uuid] = table.tenants(lane.period_ns * 1e-9, begin_ns, end_ns)
+        sm = None
+        if f"sm{slots[0]}" in places:
+            sm = columns.of([places[f"sm{slot}"] for slot in used])[:, read] * 0.01
+        table = _ProcessTable(
+            columns.t_ns()[read],
+            count[read],
+            pids.astype(np.int64),
+            memory,
+            sm,
+            notes_by_pid,
+            slots=len(slots),
+        )
+        found[uuid] = table.users(lane.period_ns * 1e-9, begin_ns, end_ns)
     return found
 
 
 class _Columns:
-    """A lane's rows by channel, without what is 0: most slots are free, and would fill a memory."""
+    """A lane's rows by channel, without channels that are 0: most slots of a list are free."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self.rows = 0
@@ -152,8 +159,8 @@ def _by_pid(notes: Iterable[Mapping[str, Any]]) -> dict[int, list[Mapping[str, A
 
 
 @dataclass(eq=False, repr=False)
-class _Table:
-    """The rows of one GPU: `count` (n,), PIDs, bytes and SM fractions (slots, n)."""
+class _ProcessTable:
+    """The process lists of one GPU: `count` (n,); PIDs, bytes and SM fractions (slots, n)."""
 
     t_ns: NDArray[np.float64]
     count: NDArray[np.float64]
@@ -161,19 +168,19 @@ class _Table:
     memory: NDArray[np.float64]
     sm: NDArray[np.float64] | None
     notes: Mapping[int, Sequence[Mapping[str, Any]]]
-    room: int  # slots that there are; those never used are left out
+    slots: int  # how many the list has, those that were never used too
 
     @cached_property
     def owners(self) -> NDArray[np.int64]:
         """Whose the process in each slot was at each row."""
-        owners = np.full(self.pids.shape, _NOBODY)
+        owners = np.full(self.pids.shape, _FREE)
         for pid in sorted(set(self.pids[self.pids > 0].tolist())):
             at = self.pids == pid
             owners[at] = self._owner_of(pid)[np.nonzero(at)[1]]
         return owners
 
     @cached_property
-    def crowded(self) -> NDArray[np.bool_]:
+    def overfull(self) -> NDArray[np.bool_]:
         """Where there were more processes than slots."""
         return np.asarray(self.count > np.count_nonzero(self.pids, axis=0))
 
@@ -184,102 +191,118 @@ class _Table:
             return np.full(len(self.t_ns), _UNKNOWN)
         times = np.array([note["t_ns"] for note in notes], dtype=np.float64)
         codes = np.array([_OWNERS.get(note["owner"], _UNKNOWN) for note in notes])
-        latest = np.searchsorted(times, self.t_ns + _RESOLVED_NS, side="right") - 1
+        latest = np.searchsorted(times, self.t_ns + _IDENTIFIED_NS, side="right") - 1
         return np.asarray(codes[np.maximum(latest, 0)])
 
-    def tenants(self, period_s: float, begin_ns: int, end_ns: int) -> GpuUsers:
+    def users(self, period_s: float, begin_ns: int, end_ns: int) -> GpuUsers:
+        """What the lists say of the GPU's use, and in seconds of [begin_ns, end_ns]."""
         job, others, unknown = (
-            np.count_nonzero(self.owners == code, axis=0) for code in (_JOB, _OTHER, _UNKNOWN)
+            np.count_nonzero(self.owners == owner, axis=0) for owner in (_JOB, _OTHER, _UNKNOWN)
         )
         # A process came after the read before it was first seen and left before the one after it
         # was last seen: it is taken to have been there all that time.
-        job_n, others_n = _either(job), _either(others)
-        untold = _either(unknown + self.crowded) > 0
+        job_n, others_n = _more_of_both_ends(job), _more_of_both_ends(others)
         both = (job_n > 0) & (others_n > 0)
-        measured = self._used(_JOB), self._used(_OTHER)
+        undivided = _more_of_both_ends(unknown + self.overfull) > 0
         if self.sm is None:
-            untold |= both
-        held = np.maximum(job_n + others_n, 1)
-        whole = untold | ((job_n > 0) & (others_n == 0))
-        other = ~untold & (job_n == 0) & (others_n > 0)
-        shared = both & ~untold
-        use = Use(
-            self.t_ns,
-            np.where(whole, 1.0, np.where(shared, measured[0], 0.0)),
-            np.where(other, 1.0, np.where(shared, measured[1], 0.0)),
-            np.where(whole, 1.0, np.where(shared, job_n / held, 0.0)),
-            np.where(other, 1.0, np.where(shared, others_n / held, 0.0)),
-        )
+            undivided |= both
         spans_s = _spans_s(self.t_ns, begin_ns, end_ns)
-        bytes_ = np.where(self.owners == _JOB, self.memory, 0.0).sum(axis=0)
-        peak = float(np.max(bytes_[np.isfinite(bytes_)], initial=0.0))
+        job_bytes = np.where(self.owners == _JOB, self.memory, 0.0).sum(axis=0)
+        peak = float(np.max(job_bytes[np.isfinite(job_bytes)], initial=0.0))
         inside = (self.t_ns > begin_ns) & (self.t_ns < end_ns)
         return GpuUsers(
-            use=use,
+            use=self._use(job_n, others_n, undivided),
             first_ns=int(self.t_ns[0]),
             last_ns=int(self.t_ns[-1]),
             job_s=float(spans_s[job_n > 0].sum()),
             others_s=float(spans_s[others_n > 0].sum()),
-            unknown_s=float(spans_s[untold].sum()),
-            why=self._why(both),
-            neighbours=self._neighbours(spans_s),
+            unknown_s=float(spans_s[undivided].sum()),
+            unknown_reason=self._unknown_reason(both),
+            other_processes=self._other_processes(spans_s),
             job_peak_bytes=int(peak) if peak > 0 else None,
             period_s=period_s,
             changes=int(np.count_nonzero(np.diff(job[inside] > 0))),
             reads=int(np.count_nonzero(inside)),
         )
 
-    def _used(self, code: int) -> NDArray[np.float64]:
-        """SM use of an owner's processes in each interval; a read tells of the time before it.
+    def _use(
+        self,
+        job_n: NDArray[np.int64],
+        others_n: NDArray[np.int64],
+        undivided: NDArray[np.bool_],
+    ) -> DeviceUse:
+        """Use by how many processes of each there were; what is undivided counts as the job's."""
+        job_alone = undivided | ((job_n > 0) & (others_n == 0))
+        others_alone = ~undivided & (job_n == 0) & (others_n > 0)
+        shared = ~undivided & (job_n > 0) & (others_n > 0)
+        processes = np.maximum(job_n + others_n, 1)
 
-        One that has gone, and left no last sample, is taken to have gone on as before.
+        def of_each(
+            shared_by_job: NDArray[np.float64], shared_by_others: NDArray[np.float64]
+        ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            return (
+                np.where(job_alone, 1.0, np.where(shared, shared_by_job, 0.0)),
+                np.where(others_alone, 1.0, np.where(shared, shared_by_others, 0.0)),
+            )
+
+        use = of_each(self._sm_use(_JOB), self._sm_use(_OTHER))
+        presence = of_each(job_n / processes, others_n / processes)
+        return DeviceUse(self.t_ns, *use, *presence)
+
+    def _sm_use(self, owner: int) -> NDArray[np.float64]:
+        """SM use of an owner's processes in each interval; a read says what was since the last one.
+
+        A process that has gone, and left no last sample, is taken to have gone on as before.
         """
         if self.sm is None:
             return np.zeros(len(self.t_ns) - 1)
         sm = np.nan_to_num(self.sm)
         gone = self.pids[:, :-1] != self.pids[:, 1:]  # a process keeps its slot
         last = np.where(gone, sm[:, :-1], 0.0)
-        theirs = self.owners == code
-        of = (np.where(theirs, sm, 0.0)[:, 1:] + np.where(theirs[:, :-1], last, 0.0)).sum(axis=0)
-        news = (sm[:, 1:] + last).sum(axis=0) > 0
-        late = ~news[:-1] & news[1:] & (np.diff(self.t_ns)[1:] < _BACKFILL_NS)
-        of[:-1][late] = of[1:][late]
-        return np.asarray(of)
+        own = self.owners == owner
+        use = (np.where(own, sm, 0.0)[:, 1:] + np.where(own[:, :-1], last, 0.0)).sum(axis=0)
+        has_news = (sm[:, 1:] + last).sum(axis=0) > 0
+        late = ~has_news[:-1] & has_news[1:] & (np.diff(self.t_ns)[1:] < _BACKFILL_NS)
+        use[:-1][late] = use[1:][late]
+        return np.asarray(use)
 
-    def _neighbours(self, spans_s: NDArray[np.float64]) -> tuple[OtherProcess, ...]:
-        of_others = sorted(set(self.pids[self.owners == _OTHER].tolist()))
-        used_s = {}
+    def _other_processes(self, spans_s: NDArray[np.float64]) -> tuple[OtherProcess, ...]:
+        """Processes of others, who used most first."""
+        pids = sorted(set(self.pids[self.owners == _OTHER].tolist()))
+        used_s, total_s = {}, 0.0
         if self.sm is not None:
             used = np.nan_to_num(self.sm)[:, 1:] * spans_s
-            used_s = {pid: float(used[self.pids[:, 1:] == pid].sum()) for pid in of_others}
+            used_s = {pid: float(used[self.pids[:, 1:] == pid].sum()) for pid in pids}
             total_s = float(used.sum())
         found = []
-        for pid in of_others:
-            there = _either((self.pids == pid).any(axis=0).astype(int)) > 0
+        for pid in pids:
+            present = _more_of_both_ends((self.pids == pid).any(axis=0).astype(int)) > 0
             note = self.notes[pid][-1]
-            part = used_s[pid] / total_s if used_s and total_s > 0 else None
-            present_s = float(spans_s[there].sum())
+            part = used_s[pid] / total_s if total_s > 0 else None
+            present_s = float(spans_s[present].sum())
             found.append(OtherProcess(pid, note["command"], note["user"], present_s, part))
-        return tuple(sorted(found, key=lambda n: (-(n.part or 0.0), -n.present_s)))
+        return tuple(sorted(found, key=lambda n: (-(n.use_part or 0.0), -n.present_s)))
 
-    def _why(self, both: NDArray[np.bool_]) -> str:
+    def _unknown_reason(self, both: NDArray[np.bool_]) -> str:
+        """Why it is unknown who used the GPU, at times; empty if it never is."""
         unknown = sorted(set(self.pids[self.owners == _UNKNOWN].tolist()))
-        hidden = [p for p in unknown if any(n["owner"] == "hidden" for n in self.notes.get(p, ()))]
-        if hidden:
-            return f"PID {hidden[0]} on it is of another PID namespace"
+        foreign = [p for p in unknown if any(n["owner"] == "hidden" for n in self.notes.get(p, ()))]
+        if foreign:
+            return f"PID {foreign[0]} on it is of another PID namespace"
         if unknown:
             return f"PID {unknown[0]} on it had ended before it could be looked up"
-        if self.crowded.any():
-            return f"more than {self.room} processes use it"
+        if self.overfull.any():
+            return f"more than {self.slots} processes use it"
         return "its driver does not tell how much of it each process uses" if both.any() else ""
 
 
-def _either(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def _more_of_both_ends(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of each interval between reads, the larger of the counts at its two ends."""
     return np.maximum(counts[:-1], counts[1:])
 
 
 def _spans_s(t_ns: NDArray[np.float64], begin_ns: int, end_ns: int) -> NDArray[np.float64]:
-    """How much of each interval lies in a window; the first and the last go on, as in `Use`."""
+    """How much of each interval, as `DeviceUse` has them, lies in a window."""
     edges = t_ns.copy()
     edges[0], edges[-1] = min(edges[0], begin_ns), max(edges[-1], end_ns)
     return np.asarray(np.diff(np.clip(edges, begin_ns, end_ns)) * 1e-9)

@@ -14,7 +14,11 @@ from pepr_profiler.units import parse_cpu_power
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
     import numpy as np
-    import numpy.typing as npt
+    from numpy.typing import ArrayLike, NDArray
+
+    from pepr_profiler.energy.activity import Activity
+    from pepr_profiler.energy.curve import EnergyCurve
+    from pepr_profiler.energy.sources import Source
 
 # U is k = 2 and relative. The published figure of this very microarchitecture, of the generation
 # beside it (judgement), and of nothing close (judgement; the list itself spans a factor of 2.8).
@@ -115,16 +119,63 @@ def cpu_model(cpuinfo: CpuIdentity, *, vcpus: int, override: str | None = None) 
     )
 
 
-def power_w(model: CpuModel, load: npt.ArrayLike) -> npt.NDArray[np.float64]:
+def power_w(model: CpuModel, load: ArrayLike) -> NDArray[np.float64]:
     """P = idle + load (max - idle), the form the figures were published for.
 
     `load` is the machine's busy fraction, any shape; outside [0, 1] (a tick counted late) it is
     clipped, NaN stays NaN.
     """
-    import numpy as np  # the CPU is identified while the child runs, where this is too heavy
+    import numpy as np  # the models alone, which options are checked with, do without it
 
     fraction = np.clip(np.asarray(load, dtype=np.float64), 0.0, 1.0)
     return model.idle_w + fraction * (model.max_w - model.idle_w)
+
+
+def modelled_curves(
+    activity: Activity, at_ns: NDArray[np.int64], *, cpu: CpuModel, ram: RamModel
+) -> list[EnergyCurve]:
+    """Energy of CPU and memory from recorded utilisation, for a machine without sensors."""
+    import numpy as np
+
+    from pepr_profiler.energy.sources import Source
+
+    cpu_w = power_w(cpu, activity.load())
+    ram_w = np.full(len(cpu_w), ram.power_w(activity.installed_bytes))
+    # `u_rel` is stated for k = 2; a source carries k = 1. It is a scale error, fixed for a machine.
+    sources = (
+        Source("cpu:modelled", "cpu", "modelled", "processes", -1, "utilisation", counter=False,
+               provenance="modelled", gain=cpu.u_rel / 2),
+        Source("dram:modelled", "dram", "modelled", "processes", -1, "installed-memory",
+               counter=False, provenance="modelled", gain=ram.u_rel / 2),
+    )  # fmt: skip
+    return [
+        _curve_of_power(source, activity.t_ns, of_source_w, at_ns)
+        for source, of_source_w in zip(sources, (cpu_w, ram_w), strict=True)
+    ]
+
+
+def _curve_of_power(
+    source: Source,
+    t_ns: NDArray[np.float64],
+    mean_w: NDArray[np.float64],
+    at_ns: NDArray[np.int64],
+) -> EnergyCurve:
+    """A curve from the mean power between samples; beyond them, the first and last go on."""
+    import numpy as np
+
+    from pepr_profiler.energy.curve import EnergyCurve, gap_limit_s, median
+
+    if not len(mean_w):
+        return EnergyCurve(source, np.full(len(at_ns), np.nan), -1, -1)
+    span_ns = np.diff(t_ns)
+    energy_j = np.concatenate(([0.0], np.cumsum(mean_w * span_ns * 1e-9)))
+    at = at_ns.astype(np.float64)
+    curve_j = np.interp(at, t_ns, energy_j)
+    curve_j += np.minimum(at - t_ns[0], 0.0) * 1e-9 * mean_w[0]
+    curve_j += np.maximum(at - t_ns[-1], 0.0) * 1e-9 * mean_w[-1]
+    long = np.flatnonzero(span_ns > gap_limit_s(median(span_ns) * 1e-9) * 1e9)
+    gaps = tuple((int(t_ns[i]), int(t_ns[i + 1])) for i in long)
+    return EnergyCurve(source, curve_j, int(t_ns[0]), int(t_ns[-1]), gaps_ns=gaps)
 
 
 def _identify(cpuinfo: CpuIdentity) -> tuple[str, str | None, float]:

@@ -1,11 +1,13 @@
 """Whose energy it was: a device's energy shared between the job, others, and nobody.
 
-One rule for every device (docs/measurement, section D). Of each interval's energy, what is above
-the device's idle draw belongs to those who used it, in proportion to their use: CPU time for CPU
-and DRAM, SM utilisation for a GPU. The idle draw belongs to them too, for as much of the time as
-the device was in use; for the rest, to the processes that hold the device (a GPU), to each the
-same, or to nobody. So who is alone on a GPU owns all of it, and an idle machine's draw is nobody's.
-The shares of an interval add up to its energy.
+One rule for every device (docs/measurement, section D), interval by interval:
+- What is above the device's idle draw belongs to those who used it, in proportion to their use: CPU
+  time for CPU and DRAM, SM utilisation for a GPU.
+- The idle draw belongs to them too, for as much of the time as the device was in use. For the rest
+  of the time it belongs to the processes that are present on a GPU, in equal parts, or to nobody.
+
+So a job that is alone on a GPU owns all of it, an idle machine's draw is nobody's, and the shares
+of an interval add up to its energy.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pepr_profiler.energy.activity import Activity, Use, cpu_use, whole_use
+from pepr_profiler.energy.activity import Activity, DeviceUse, cpu_use
 from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.gpu_users import GpuUsers
 from pepr_profiler.record import Record
@@ -45,14 +47,14 @@ class Shares(Record):
     others_j: NDArray[np.float64]
     idle_j: NDArray[np.float64]
     u_rel: float
-    busy_rate: float = 0.0  # CPU seconds a second, of everybody; 0 where nothing was shared
+    busy_rate: float = 0.0  # CPU seconds a second, of everybody; 0 where CPU time shares nothing
     idle_w: float | None = None
     job_idle_j: float | None = None
-    presence_u_j: float = 0.0  # of when the job came to a GPU and left it, over `span_s`
+    presence_u_j: float = 0.0  # by when the job came to a GPU and left it, over `span_s`
     span_s: float = 0.0
 
     def u_j(self, energy_j: float, *, duration_s: float, windows: int = 1) -> float:
-        """Standard uncertainty of the job's `energy_j` in some windows from the sharing alone."""
+        """Standard uncertainty of the job's `energy_j` in some windows, by the sharing alone."""
         busy_s = self.busy_rate * duration_s
         ticks_s = _TICK_S * math.sqrt(windows / 6) if self.u_rel else 0.0
         tick_rel = min(1.0, ticks_s / busy_s) if busy_s > 0 else 0.0
@@ -65,60 +67,85 @@ def share(
     curve: EnergyCurve,
     at_ns: NDArray[np.int64],
     activity: Activity | None,
-    tenants: GpuUsers | None = None,
+    users: GpuUsers | None = None,
     *,
     idle_w: float | None = None,
 ) -> Shares:
     """Shares a device's energy interval by interval; `at_ns` is the curve's own grid.
 
-    `tenants` is who computed on it, of a GPU; without them it is counted as the job's own.
-    `idle_w` is its idle draw where that is known, else the lowest mean over one second is taken.
-    Modelled memory is shared by resident size over installed size, as its power is.
+    `users` is who computed on a GPU; without it, all of it is counted as the job's own. `idle_w` is
+    the device's idle draw where that is known, else the lowest mean over one second is taken.
+    CPU and memory are shared by `activity`, if it has samples.
     """
     step_j = np.diff(curve.energy_j, prepend=curve.energy_j[:1])
     span_s = np.diff(at_ns, prepend=at_ns[:1]) * 1e-9
-    active = activity is not None and len(activity.t_ns) > 1
-    by_cpu = curve.source.kind in ("cpu", "dram") and active
+    if curve.source.kind not in ("cpu", "dram"):
+        activity = None
+    if activity is not None and len(activity.t_ns) < 2:
+        activity = None
     if idle_w is None:
         idle_w = lowest_power_w(curve, at_ns)
-    if by_cpu and activity is not None and curve.source.id == "dram:modelled":
-        resident = np.interp(at_ns, activity.t_ns, activity.rss_bytes) / activity.installed_bytes
-        part = np.minimum(0.5 * (resident + np.concatenate((resident[:1], resident[:-1]))), 1.0)
-        # Memory that is not the job's is nobody's in particular.
-        split = [step_j * part, np.zeros(len(step_j)), step_j * (1.0 - part), np.zeros(len(step_j))]
+    if activity is not None and curve.source.id == "dram:modelled":
         idle_w = None
+        parts = _split_by_resident_size(step_j, at_ns, activity)
     else:
-        use = whole_use(at_ns)
-        if by_cpu and activity is not None:
+        use = DeviceUse.by_job_alone(at_ns[0], at_ns[-1])
+        if activity is not None:
             use = cpu_use(activity, at_ns[0], at_ns[-1])
-        elif tenants is not None:
-            use = tenants.use
-        split = _split(step_j, (idle_w or 0.0) * span_s, use.on(at_ns))
-    job_j, others_j, idle_j, job_idle_j = (np.cumsum(part) for part in split)
-    busy_rate = 0.0
-    if by_cpu and activity is not None:
-        busy_s, span_ns = np.ptp(activity.busy_s), np.ptp(activity.t_ns)
-        busy_rate = float(busy_s / span_ns * 1e9) if span_ns > 0 else 0.0
-    total_j = float(np.sum(step_j))
-    other = 1.0 - float(job_j[-1]) / total_j if total_j > 0 else 0.0
-    u_rel = _SM_SHARING_U_REL if tenants is not None else _SHARING_U_REL
-    if tenants is not None:  # what is nobody's or another's alone is known to be
-        other = float(others_j[-1]) / total_j if total_j > 0 and tenants.job_s > 0 else 0.0
-    modelled_too = curve.source.provenance == "modelled"
-    presence_j = 0.0
-    if tenants is not None and idle_w is not None:
-        presence_j = idle_w * tenants.period_s * math.sqrt(tenants.changes / 12)
+        elif users is not None:
+            use = users.use
+        parts = _split(step_j, (idle_w or 0.0) * span_s, use.means(at_ns))
+    job_j, others_j, idle_j, job_idle_j = (np.cumsum(part) for part in parts)
     return Shares(
         job_j,
         others_j,
         idle_j,
-        0.0 if modelled_too else u_rel * max(other, 0.0),
-        busy_rate,
-        idle_w,
-        float(job_idle_j[-1]) if idle_w is not None and len(job_idle_j) else None,
-        presence_j,
-        float(np.sum(span_s)),
+        u_rel=_sharing_u_rel(curve, float(np.sum(step_j)), job_j, others_j, users),
+        busy_rate=_busy_rate(activity),
+        idle_w=idle_w,
+        job_idle_j=float(job_idle_j[-1]) if idle_w is not None and len(job_idle_j) else None,
+        presence_u_j=0.0
+        if users is None or idle_w is None
+        else idle_w * users.period_s * math.sqrt(users.changes / 12),
+        span_s=float(np.sum(span_s)),
     )
+
+
+def _sharing_u_rel(
+    curve: EnergyCurve,
+    total_j: float,
+    job_j: NDArray[np.float64],
+    others_j: NDArray[np.float64],
+    users: GpuUsers | None,
+) -> float:
+    """Relative standard uncertainty of the job's energy by how it was told from the others'."""
+    if curve.source.provenance == "modelled" or not total_j > 0:  # the model's own is far larger
+        return 0.0
+    if users is None:
+        return _SHARING_U_REL * max(1.0 - float(job_j[-1]) / total_j, 0.0)
+    # Where the job was never there, or alone, that is known; so is what was nobody's.
+    others_part = float(others_j[-1]) / total_j if users.job_s > 0 else 0.0
+    return _SM_SHARING_U_REL * max(others_part, 0.0)
+
+
+def _busy_rate(activity: Activity | None) -> float:
+    if activity is None:
+        return 0.0
+    busy_s, span_ns = np.ptp(activity.busy_s), np.ptp(activity.t_ns)
+    return float(busy_s / span_ns * 1e9) if span_ns > 0 else 0.0
+
+
+def _split_by_resident_size(
+    step_j: NDArray[np.float64], at_ns: NDArray[np.int64], activity: Activity
+) -> list[NDArray[np.float64]]:
+    """As `_split`, for modelled memory: its power is that of what is installed, used or not.
+
+    What the job does not occupy is nobody's in particular.
+    """
+    occupied = np.interp(at_ns, activity.t_ns, activity.rss_bytes) / activity.installed_bytes
+    part = np.minimum(0.5 * (occupied + np.concatenate((occupied[:1], occupied[:-1]))), 1.0)
+    none = np.zeros(len(step_j))
+    return [step_j * part, none, step_j * (1.0 - part), none]
 
 
 def _split(
@@ -126,39 +153,42 @@ def _split(
 ) -> list[NDArray[np.float64]]:
     """Job, others, nobody, and the job's part of the idle draw, of each interval, J.
 
-    `step_j` is the device's energy, `draw_j` what it would have drawn idle, `use` as of `Use.on`.
+    `step_j` is the device's energy, `draw_j` what it would have drawn idle, `use` is that of
+    `DeviceUse.means`.
     """
-    job, others, job_held, others_held = use
+    job, others, job_presence, others_presence = use
     draw_j = np.clip(draw_j, 0.0, np.maximum(step_j, 0.0))
     above_j = step_j - draw_j
     used = job + others
     busy = used > 0
     by_job = np.divide(job, used, out=np.zeros(len(used)), where=busy)
     in_use = np.minimum(used, 1.0)
-    job_of_draw = in_use * by_job + (1.0 - in_use) * job_held
-    others_of_draw = in_use * np.where(busy, 1.0 - by_job, 0.0) + (1.0 - in_use) * others_held
-    job_j = draw_j * job_of_draw + above_j * np.where(busy, by_job, job_held)
-    others_j = draw_j * others_of_draw + above_j * np.where(busy, 1.0 - by_job, others_held)
-    nobody = np.maximum(1.0 - job_held - others_held, 0.0)
-    idle_j = draw_j * (1.0 - in_use) * nobody + above_j * np.where(busy, 0.0, nobody)
+    unused = 1.0 - in_use
+    by_others = np.where(busy, 1.0 - by_job, 0.0)
+    job_of_draw = in_use * by_job + unused * job_presence
+    others_of_draw = in_use * by_others + unused * others_presence
+    job_j = draw_j * job_of_draw + above_j * np.where(busy, by_job, job_presence)
+    others_j = draw_j * others_of_draw + above_j * np.where(busy, by_others, others_presence)
+    nobody = np.maximum(1.0 - job_presence - others_presence, 0.0)
+    idle_j = draw_j * unused * nobody + above_j * np.where(busy, 0.0, nobody)
     return [job_j, others_j, idle_j, draw_j * job_of_draw]
 
 
-def certain_shares(use: Use, at_ns: NDArray[np.int64]) -> NDArray[np.float64]:
+def certain_shares(use: DeviceUse, at_ns: NDArray[np.int64]) -> NDArray[np.float64]:
     """The least part of each interval's energy that is the job's, whatever the idle draw, (n - 1,).
 
-    What the rule gives is linear in the idle draw, which lies between none and all that was drawn.
+    The rule is linear in the idle draw, which lies between nothing and all that was drawn.
     """
     all_j = np.ones(len(at_ns))
-    on = use.on(at_ns)
-    none_idle, all_idle = (_split(all_j, draw_j, on)[0] for draw_j in (0.0 * all_j, all_j))
-    return np.asarray(np.minimum(none_idle, all_idle)[1:])
+    means = use.means(at_ns)
+    no_draw, all_draw = (_split(all_j, draw_j, means)[0] for draw_j in (0.0 * all_j, all_j))
+    return np.asarray(np.minimum(no_draw, all_draw)[1:])
 
 
 def lowest_power_w(curve: EnergyCurve, at_ns: NDArray[np.int64]) -> float | None:
     """The lowest mean power over one second of what was recorded, W; None if nothing was.
 
-    The idle draw is at most that. A second without any energy is a counter that stood still.
+    The idle draw is at most that. In a second without any energy the counter stood still.
     """
     begin_ns, end_ns = max(at_ns[0], curve.first_ns), min(at_ns[-1], curve.last_ns)
     if curve.first_ns < 0 or end_ns <= begin_ns:

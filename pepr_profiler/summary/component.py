@@ -1,4 +1,4 @@
-"""One component of a run: its energy, its shares, its uncertainty."""
+"""One component of a run: its energy, whose it is, and how sure that is."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from pepr_profiler.energy.sharing import Shares
 from pepr_profiler.energy.uncertainty import CrossCheck, UncertaintyBudget, budget
 from pepr_profiler.record import Record
 from pepr_profiler.trace.events import Phase
+from pepr_profiler.units import NS_PER_S
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TRACE_BUCKETS = 48
+_BUCKETS = 48
 """Points of the power-over-time line in a summary."""
 
 _STEPS, _SHORTEST_STEP_S = 480, 0.05
 """Steps of a timeline: two pixels of a page each, unless the run is short."""
 
 _MOST_SECONDS = 1 << 22
-"""From 48 days on, the seconds of a run are looked at as that many longer steps."""
+"""A run of more than 48 days is looked at in as many longer steps instead of seconds."""
 
 
-class _Grid(Record):
-    """The instants at which energy is needed: seconds, buckets, steps, marks, both ends."""
+class Grid(Record):
+    """The instants at which energy is needed, ns: seconds, buckets, steps, marks, both ends."""
 
     at_ns: NDArray[np.int64]
     seconds_ns: NDArray[np.int64]
@@ -38,31 +39,29 @@ class _Grid(Record):
     @classmethod
     def over(
         cls, begin_ns: int, end_ns: int, phases: Iterable[Phase], logged_ns: NDArray[np.int64]
-    ) -> _Grid:
-        seconds = min(max(1, (end_ns - begin_ns) // 1_000_000_000), _MOST_SECONDS)
-        seconds_ns = np.linspace(begin_ns, end_ns, seconds + 1).astype(np.int64)
-        buckets_ns = np.linspace(begin_ns, end_ns, TRACE_BUCKETS + 1).astype(np.int64)
-        steps = int(min(_STEPS, max(TRACE_BUCKETS, (end_ns - begin_ns) * 1e-9 / _SHORTEST_STEP_S)))
-        steps_ns = np.linspace(begin_ns, end_ns, steps + 1).astype(np.int64)
-        edges = [edge for phase in phases for edge in (phase.begin_ns, phase.end_ns)]
-        edges_ns = np.array(edges, dtype=np.int64)
-        at_ns = np.sort(np.concatenate((seconds_ns, buckets_ns, steps_ns, edges_ns, logged_ns)))
+    ) -> Grid:
+        """The grid of a window with its phases and the instants at which metrics were logged."""
+
+        def edges(count: int) -> NDArray[np.int64]:
+            return np.linspace(begin_ns, end_ns, count + 1).astype(np.int64)
+
+        seconds_ns = edges(min(max(1, (end_ns - begin_ns) // NS_PER_S), _MOST_SECONDS))
+        buckets_ns = edges(_BUCKETS)
+        shortest = (end_ns - begin_ns) * 1e-9 / _SHORTEST_STEP_S
+        steps_ns = edges(int(min(_STEPS, max(_BUCKETS, shortest))))
+        marks = [edge for phase in phases for edge in (phase.begin_ns, phase.end_ns)]
+        marks_ns = np.array(marks, dtype=np.int64)
+        at_ns = np.sort(np.concatenate((seconds_ns, buckets_ns, steps_ns, marks_ns, logged_ns)))
         at_ns = at_ns[np.diff(at_ns, prepend=at_ns[0] - 1) > 0]  # np.unique loads numpy.ma: 15 ms
         return cls(at_ns, seconds_ns, buckets_ns, steps_ns)
 
-    def pick(self, values: NDArray[np.float64], at_ns: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The values, given on the grid, at instants that are on it."""
-        return np.asarray(values[self.where(at_ns)])
-
-    def where(self, at_ns: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where on the grid these instants of it are."""
+    def places(self, at_ns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where these instants, which are on the grid, are."""
         return np.asarray(np.searchsorted(self.at_ns, at_ns))
 
-
-_FIGURES = (
-    *("device_j", "job_j", "others_j", "idle_j", "idle_w", "job_idle_j"),
-    *("u_j", "mean_w", "max_w", "trace_w"),
-)
+    def pick(self, values: NDArray[np.float64], at_ns: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Of values that are given on the grid, those at these instants, which are on it."""
+        return np.asarray(values[self.places(at_ns)])
 
 
 class ComponentResult(Record):
@@ -77,46 +76,55 @@ class ComponentResult(Record):
     scope: str = "job"
 
     @property
-    def known(self) -> bool:
+    def is_known(self) -> bool:
+        """Whether its energy is known at all."""
         return bool(np.isfinite(self.curve.energy_j).all()) and len(self.curve.energy_j) > 0
 
     @property
-    def counted(self) -> bool:
-        return self.curve.source.in_total and self.known
+    def is_counted(self) -> bool:
+        """Whether it is in the total."""
+        return self.curve.source.in_total and self.is_known
 
     @property
     def device_j(self) -> float:
+        """The whole device's energy."""
         return float(self.curve.energy_j[-1] - self.curve.energy_j[0])
 
     @property
-    def job_j(self) -> float:
-        return float(self.shares.job_j[-1])
-
-    @property
     def others_j(self) -> float:
+        """The energy of others than the job."""
         return float(self.shares.others_j[-1])
 
     @property
     def idle_j(self) -> float:
+        """The energy that is nobody's."""
         return float(self.shares.idle_j[-1])
 
     @property
     def counted_j(self) -> float:
-        return float(self.counting_j[-1])
+        """What of it is counted."""
+        return float(self.counted_so_far_j[-1])
 
     @property
-    def counting_j(self) -> NDArray[np.float64]:
+    def counted_so_far_j(self) -> NDArray[np.float64]:
         """What of it is counted, cumulative at the grid."""
         if self.scope == "job":
             return self.shares.job_j
         return np.asarray(self.curve.energy_j - self.curve.energy_j[0])
 
+    def counted_within_j(
+        self, grid: Grid, begins_ns: NDArray[np.int64], ends_ns: NDArray[np.int64]
+    ) -> float:
+        """What of it is counted in some windows, whose edges are on the grid, together."""
+        so_far_j = self.counted_so_far_j
+        return float(np.sum(grid.pick(so_far_j, ends_ns) - grid.pick(so_far_j, begins_ns)))
+
     def budget(
-        self, grid: _Grid, begins_ns: NDArray[np.int64], ends_ns: NDArray[np.int64]
+        self, grid: Grid, begins_ns: NDArray[np.int64], ends_ns: NDArray[np.int64]
     ) -> UncertaintyBudget:
-        """The budget of what is counted in some windows whose edges are on the grid."""
-        begins, ends = grid.where(begins_ns), grid.where(ends_ns)
-        energy_j = float(np.sum(self.counting_j[ends] - self.counting_j[begins]))
+        """The uncertainty budget of `counted_within_j` of the same windows."""
+        energy_j = self.counted_within_j(grid, begins_ns, ends_ns)
+        begins, ends = grid.places(begins_ns), grid.places(ends_ns)
         of_device = budget(self.curve, grid.at_ns, begins, ends, energy_j=energy_j)
         if self.scope != "job":
             return of_device
@@ -124,11 +132,12 @@ class ComponentResult(Record):
         u_j = self.shares.u_j(energy_j, duration_s=duration_s, windows=len(begins))
         return of_device._replace(attribution_j=u_j)
 
-    def whole(self, grid: _Grid) -> UncertaintyBudget:
-        """The budget of what is counted in all."""
+    def whole_budget(self, grid: Grid) -> UncertaintyBudget:
+        """The uncertainty budget of `counted_j`."""
         return self.budget(grid, grid.at_ns[:1], grid.at_ns[-1:])
 
-    def summary(self, grid: _Grid, duration_s: float) -> dict[str, Any]:
+    def summary(self, grid: Grid, duration_s: float) -> dict[str, Any]:
+        """The component as run.json has it; figures that are unknown are None."""
         source = self.curve.source
         result: dict[str, Any] = {
             "id": source.id,
@@ -140,28 +149,30 @@ class ComponentResult(Record):
         }
         if source.excluded:
             result["excluded"] = source.excluded
-        names = [*_FIGURES, "budget", "cross_check"]
-        if not self.known:
-            return {**result, **dict.fromkeys(names)}
-        whole = self.whole(grid)
-        energy_j = self.curve.energy_j
+        figures = self._figures(grid, duration_s) if self.is_known else dict.fromkeys(_FIGURES)
+        return {**result, **figures}
+
+    def _figures(self, grid: Grid, duration_s: float) -> dict[str, Any]:
+        whole = self.whole_budget(grid)
+        second_w = _power_w(grid.pick(self.curve.energy_j, grid.seconds_ns), grid.seconds_ns)
         values = (
             self.device_j,
-            self.job_j,
+            float(self.shares.job_j[-1]),
             self.others_j,
             self.idle_j,
             self.shares.idle_w,
             self.shares.job_idle_j,
             2 * whole.u_j,
             self.device_j / duration_s if duration_s > 0 else None,
-            _largest(*_power_w(grid.pick(energy_j, grid.seconds_ns), grid.seconds_ns)),
+            max((watts for watts in second_w if watts is not None), default=None),
             self._trace_w(grid),
             whole._asdict(),
             None if self.check is None else self.check._asdict(),
         )
-        return {**result, **dict(zip(names, values, strict=True))}
+        return dict(zip(_FIGURES, values, strict=True))
 
-    def _trace_w(self, grid: _Grid) -> list[float | None]:
+    def _trace_w(self, grid: Grid) -> list[float | None]:
+        """The power in each bucket, None before the first and after the last reading."""
         power_w = _power_w(grid.pick(self.curve.energy_j, grid.buckets_ns), grid.buckets_ns)
         ends_ns = zip(grid.buckets_ns[:-1], grid.buckets_ns[1:], strict=True)
         return [
@@ -170,13 +181,15 @@ class ComponentResult(Record):
         ]
 
 
+_FIGURES = (
+    *("device_j", "job_j", "others_j", "idle_j", "idle_w", "job_idle_j"),
+    *("u_j", "mean_w", "max_w", "trace_w", "budget", "cross_check"),
+)
+"""The keys of a component whose values are unknown if its energy is."""
+
+
 def _power_w(energy_j: NDArray[np.float64], at_ns: NDArray[np.int64]) -> list[float | None]:
     span_s = np.diff(at_ns) * 1e-9
     with np.errstate(divide="ignore", invalid="ignore"):
         power_w = np.diff(energy_j) / span_s
     return [float(watts) if math.isfinite(watts) else None for watts in power_w]
-
-
-def _largest(*values: float | None) -> Any:
-    known = [value for value in values if value is not None]
-    return max(known) if known else None

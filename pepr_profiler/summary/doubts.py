@@ -1,83 +1,66 @@
-"""Warnings about a run: what its readings themselves give reason to doubt."""
+"""The warnings of a summary: what its recording gives reason to doubt."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pepr_profiler.energy.activity import Activity
 from pepr_profiler.energy.curve import EnergyCurve, gap_limit_s
-from pepr_profiler.energy.gpus import _NAMED, _SHARED, _more, _shared, _who
+from pepr_profiler.energy.gpu_users import OtherProcess
+from pepr_profiler.energy.gpus import Gpus, board_of
 from pepr_profiler.energy.sources import UNITS
 from pepr_profiler.errors import warning
 from pepr_profiler.summary.component import ComponentResult
-from pepr_profiler.trace.lane import Channel, LaneReader
+from pepr_profiler.trace.lane import Channel
 
-
-def other_cpu_users(
-    notes: Iterable[Mapping[str, Any]],
-    activity: Activity,
-    others_part: float,
-    window_ns: tuple[int, int],
-) -> list[dict[str, str]]:
-    """A warning that names who else used the CPU, if others had `others_part` of its energy.
-
-    From the last look at all processes within the window. The profiler's own CPU time is in the
-    others' energy, but is nobody to be warned of.
-    """
-    looks = [n for n in notes if n.get("event") == "cpu" and window_ns[0] < n["t_ns"]]
-    if not looks or others_part < _SHARED:
-        return []
-    look = next((n for n in reversed(looks) if n["t_ns"] <= window_ns[1] + _AFTER_NS), looks[0])
-    span_ns = look["since_ns"], look["t_ns"]
-    busy_s, job_s = activity.busy_between(*span_ns), activity.job_cpu_between(*span_ns)
-    others_s = busy_s - job_s - look["profiler_s"]
-    if others_s < _SHARED * (span_ns[1] - span_ns[0]) * 1e-9:
-        return []
-    named = [p for p in look["processes"] if p["cpu_s"] > 0.01 * busy_s]
-    texts = [f"{_who(p)} ({p['cpu_s'] / busy_s:.0%})" for p in named[:_NAMED]]
-    rest_s = others_s - math.fsum(p["cpu_s"] for p in look["processes"])
-    if rest_s > _SHARED * busy_s or not texts:
-        texts.append(f"the kernel and processes that came and went ({rest_s / busy_s:.0%})")
-    text = (
-        f"other processes took {others_s / busy_s:.0%} of the CPU time that was used: "
-        f"{', '.join(texts)}{_more(len(named))}"
-    )
-    return [_shared(text)]
-
-
-_AFTER_NS = 2_000_000_000
-"""The last look at all processes is taken when the run has ended."""
-
-
-_CHECKED_NS = 2_000_000_000
-"""From this length on, a counter and power readings that disagree are worth a warning."""
+_CHECKED_S = 2.0
+"""In a shorter run, power readings are mostly edges (docs/measurement, B): they check nothing."""
 
 _PART_TIME, _STEADY = ("nvml-power", "nvml-power-instant"), 1e-3
-"""Readings that may look at a part of each refresh period only, and below which part of an energy
-their spread says nothing any more about what they did not see."""
+"""Readings that may look at only a part of each refresh period. Where they spread by less than this
+part of the energy, their spread says nothing of what they did not see."""
 
-_STALL_S = 5.0
-"""A device that computes changes its energy counter far more often than this."""
+_STALL_S, _STALL_REFRESHES = 5.0, 50
+"""The counter of a device that computes changes far more often than this."""
+
+_SHARED = 0.05
+"""Others who used a device for more than this part of a run are worth a warning."""
+
+_SHORT_S = 1.5
+"""In a run shorter than this, who used a GPU is not worth a warning: it is read twice a second."""
+
+_NAMED, _SHOWN = 3, 40
+"""How many other processes a warning names, and how many letters of each one's command."""
+
+_LOOK_AFTER_NS = 2_000_000_000
+"""The last look at all processes is taken within this time after the end of a run."""
 
 
-def _unwritten(
-    facts: Mapping[str, Any], names: Iterable[str], readers: Mapping[str, LaneReader]
-) -> Iterator[dict[str, str]]:
-    if _is_rows_lost(facts):
+# --- the recording --------------------------------------------------------------------------------
+
+
+def has_lost_rows(facts: Mapping[str, Any]) -> bool:
+    """Whether the disk did not take all rows; `facts` are run.json's `recording`."""
+    return any(warning.get("code") == "rows-lost" for warning in facts.get("warnings", []))
+
+
+def unwritten_lanes(facts: Mapping[str, Any], names: Iterable[str]) -> Iterator[dict[str, str]]:
+    """For lanes of which nothing is on disk."""
+    if has_lost_rows(facts):
         fix = "free space for the store"
     elif facts.get("sampler") is None:
         fix = "nothing: the recording ended before its first flush"
     else:
         fix = "run for longer than it takes to give one, or see: pepr-profile sensors"
     for name in names:
-        if name not in readers:
-            text = f"no reading of {name} is on disk; the summary is without it"
-            yield warning("unwritten", text, fix)
+        text = f"no reading of {name} is on disk; the summary is without it"
+        yield warning("unwritten", text, fix)
 
 
-def _unknown_units(channels: Iterable[Channel]) -> Iterator[dict[str, str]]:
+def unknown_units(channels: Iterable[Channel]) -> Iterator[dict[str, str]]:
+    """For channels of energy that cannot be counted as joules."""
     for channel in channels:
         unit = UNITS.get(channel.quantity, channel.unit)
         if channel.unit != unit:
@@ -88,15 +71,25 @@ def _unknown_units(channels: Iterable[Channel]) -> Iterator[dict[str, str]]:
             )
 
 
-def _is_rows_lost(facts: Mapping[str, Any]) -> bool:
-    return any(told.get("code") == "rows-lost" for told in facts.get("warnings", []))
+def torn_events(torn_lines: int) -> Iterator[dict[str, str]]:
+    """For lines of marks and metrics that could not be read."""
+    if torn_lines:
+        yield warning(
+            "torn-events",
+            f"{torn_lines} line(s) of the events files could not be read and were left out",
+            "a program was killed while it wrote, or the file was edited",
+        )
 
 
-def _warnings(
-    parts: Iterable[ComponentResult], torn_lines: int, begin_ns: int, end_ns: int, *, full: bool
+# --- the readings of a component ------------------------------------------------------------------
+
+
+def doubtful_readings(
+    components: Iterable[ComponentResult], begin_ns: int, end_ns: int, *, lost_rows: bool
 ) -> Iterator[dict[str, str]]:
-    for part in parts:
-        curve, name = part.curve, part.curve.source.id
+    """For components whose readings themselves give reason to doubt their energy."""
+    for component in components:
+        curve, name = component.curve, component.curve.source.id
         source = curve.source
         if source.excluded.startswith("mirrors"):
             yield warning(
@@ -106,87 +99,23 @@ def _warnings(
             )
         if not source.in_total or source.provenance == "modelled":
             continue
-        gap_s = gap_limit_s(source.period_s)
-        if not part.known:
+        if not component.is_known:
             yield warning(
                 "unknown",
                 f"{name} gave no usable reading; its energy is not in the total",
                 "run longer than a few refreshes of the sensor, or see: pepr-profile sensors",
             )
             continue
-        yield from _doubts(part, end_ns - begin_ns)
-        if curve.resets:
-            yield warning(
-                "reset",
-                f"{name} was reset {curve.resets}x; what it had counted since the last reading "
-                "is lost",
-                "nothing; the driver or the machine reset it",
-            )
-        if source.modulus:
-            energy_j = float(curve.energy_j[-1] - curve.energy_j[0])
-            mean_w = energy_j * 1e9 / max(end_ns - begin_ns, 1)
-            half_range_s = source.modulus * source.scale / 2 / max(mean_w, 1e-9)
-            if curve.longest_gap_s > half_range_s:
-                yield warning(
-                    "ambiguous-wrap",
-                    f"{name} was not read for {curve.longest_gap_s:.1f} s, time enough to wrap "
-                    "unseen; its energy may be a multiple of its range too low",
-                    "keep the profiler from being stopped, or sample more often (--period)",
-                )
-        if curve.longest_stall_s > max(_STALL_S, 50 * curve.refresh_s) and source.counter:
-            yield warning(
-                "stalled",
-                f"{name} stood still for {curve.longest_stall_s:.1f} s while it was read",
-                "check the driver; its energy is a lower bound",
-            )
-        late_s = (curve.first_ns - begin_ns) * 1e-9
-        early_s = (end_ns - curve.last_ns) * 1e-9
-        if late_s > gap_s:
-            yield warning(
-                "late-start",
-                f"{name} gave its first reading {late_s:.1f} s after the start; "
-                "its energy before is not in the total",
-                "NVIDIA: enable persistence mode (sudo nvidia-smi -pm 1)",
-            )
-        if early_s > gap_s:
-            yield warning(
-                "ended-early",
-                f"{name} gave no reading in the last {early_s:.1f} s; its energy since is not in "
-                "the total",
-                f"{'free space for the store, or ' if full else ''}see dmesg for its driver",
-            )
-        elif curve.longest_gap_s > gap_s:
-            kept = "the counter kept its energy" if source.counter else "its power is interpolated"
-            yield warning(
-                "gap",
-                f"{name} has a gap of {curve.longest_gap_s:.1f} s: {kept}",
-                "check the load of the machine and the driver",
-            )
-    if torn_lines:
-        yield warning(
-            "torn-events",
-            f"{torn_lines} line(s) of the events files could not be read and were left out",
-            "a program was killed while it wrote, or the file was edited",
-        )
+        duration_s = (end_ns - begin_ns) * 1e-9
+        yield from _doubtful_power(component, duration_s)
+        if source.counter:
+            yield from _doubtful_counter(curve, duration_s)
+        yield from _missing_time(curve, begin_ns, end_ns, lost_rows=lost_rows)
 
 
-def _other_cpu_users(
-    counted: Iterable[ComponentResult],
-    notes: Iterable[Mapping[str, Any]],
-    activity: Activity | None,
-    window_ns: tuple[int, int],
-) -> list[dict[str, str]]:
-    cpus = [part for part in counted if part.curve.source.kind == "cpu"]
-    device_j = math.fsum(part.device_j for part in cpus)
-    if activity is None or device_j <= 0:
-        return []
-    part = math.fsum(part.others_j for part in cpus) / device_j
-    return other_cpu_users(notes, activity, part, window_ns)
-
-
-def _doubts(part: ComponentResult, duration_ns: int) -> Iterator[dict[str, str]]:
-    """What the readings themselves give reason to doubt."""
-    curve, check, name = part.curve, part.check, part.curve.source.id
+def _doubtful_power(component: ComponentResult, duration_s: float) -> Iterator[dict[str, str]]:
+    """Power readings that see a part of the time only, or contradict the counter."""
+    curve, check, name = component.curve, component.check, component.curve.source.id
     if curve.aliased:
         yield warning(
             "aliasing",
@@ -194,7 +123,7 @@ def _doubts(part: ComponentResult, duration_ns: int) -> Iterator[dict[str, str]]
             f"({curve.refresh_s * 1e3:.0f} ms), which may see only a part of it",
             "vary the length of a step, or compare with another meter; u is widened to 40 %",
         )
-    elif curve.source.source in _PART_TIME and duration_ns >= _CHECKED_NS and _steady(curve):
+    elif curve.source.source in _PART_TIME and duration_s >= _CHECKED_S and _is_steady(curve):
         yield warning(
             "part-time",
             f"{name} has power readings only, which may see no more than a quarter of the time: "
@@ -202,8 +131,7 @@ def _doubts(part: ComponentResult, duration_ns: int) -> Iterator[dict[str, str]]
             "nothing if the load is steady; else vary the length of a step, or compare with "
             "another meter",
         )
-    # Shorter windows are mostly edges (docs/measurement, B).
-    if check and abs(check.difference_j) > check.u_j and duration_ns >= _CHECKED_NS:
+    if check and abs(check.difference_j) > check.u_j and duration_s >= _CHECKED_S:
         yield warning(
             "disagreement",
             f"{name}: its power readings ({check.source}) give {check.energy_j:.0f} J, "
@@ -212,10 +140,181 @@ def _doubts(part: ComponentResult, duration_ns: int) -> Iterator[dict[str, str]]
         )
 
 
-def _steady(curve: EnergyCurve) -> bool:
+def _is_steady(curve: EnergyCurve) -> bool:
     """Whether readings hardly change: what the sensor does not see then adds no uncertainty."""
     energy_j = float(curve.energy_j[-1] - curve.energy_j[0])
     if curve.duty_j2 is None or not energy_j > 0:
         return False
     duty_j2 = float(curve.duty_j2[-1] - curve.duty_j2[0])
     return math.sqrt(max(0.0, duty_j2)) < _STEADY * energy_j
+
+
+def _doubtful_counter(curve: EnergyCurve, duration_s: float) -> Iterator[dict[str, str]]:
+    """A counter that was reset, may have wrapped unseen, or stood still."""
+    name = curve.source.id
+    if curve.resets:
+        yield warning(
+            "reset",
+            f"{name} was reset {curve.resets}x; what it had counted since the last reading is lost",
+            "nothing; the driver or the machine reset it",
+        )
+    energy_j = float(curve.energy_j[-1] - curve.energy_j[0])
+    mean_w = energy_j / max(duration_s, 1e-9)
+    half_range_s = curve.source.range_j / 2 / max(mean_w, 1e-9)
+    if 0 < half_range_s < curve.longest_gap_s:
+        yield warning(
+            "ambiguous-wrap",
+            f"{name} was not read for {curve.longest_gap_s:.1f} s, time enough to wrap "
+            "unseen; its energy may be a multiple of its range too low",
+            "keep the profiler from being stopped, or sample more often (--period)",
+        )
+    if curve.longest_stall_s > max(_STALL_S, _STALL_REFRESHES * curve.refresh_s):
+        yield warning(
+            "stalled",
+            f"{name} stood still for {curve.longest_stall_s:.1f} s while it was read",
+            "check the driver; its energy is a lower bound",
+        )
+
+
+def _missing_time(
+    curve: EnergyCurve, begin_ns: int, end_ns: int, *, lost_rows: bool
+) -> Iterator[dict[str, str]]:
+    """Readings that began late, ended early or have a gap."""
+    name = curve.source.id
+    gap_s = gap_limit_s(curve.source.period_s)
+    late_s = (curve.first_ns - begin_ns) * 1e-9
+    early_s = (end_ns - curve.last_ns) * 1e-9
+    if late_s > gap_s:
+        yield warning(
+            "late-start",
+            f"{name} gave its first reading {late_s:.1f} s after the start; "
+            "its energy before is not in the total",
+            "NVIDIA: enable persistence mode (sudo nvidia-smi -pm 1)",
+        )
+    if early_s > gap_s:
+        yield warning(
+            "ended-early",
+            f"{name} gave no reading in the last {early_s:.1f} s; its energy since is not in "
+            "the total",
+            f"{'free space for the store, or ' if lost_rows else ''}see dmesg for its driver",
+        )
+    elif curve.longest_gap_s > gap_s:
+        kept = (
+            "the counter kept its energy" if curve.source.counter else "its power is interpolated"
+        )
+        yield warning(
+            "gap",
+            f"{name} has a gap of {curve.longest_gap_s:.1f} s: {kept}",
+            "check the load of the machine and the driver",
+        )
+
+
+# --- who else used a device -----------------------------------------------------------------------
+
+
+def shared_gpus(
+    gpus: Gpus, counted: Iterable[EnergyCurve], begin_ns: int, end_ns: int
+) -> Iterator[dict[str, str]]:
+    """For GPUs that others used too, or that are counted whole because nobody knows who did."""
+    if not gpus.lists_processes:
+        return
+    if gpus.visible is None:
+        yield warning(
+            "cuda-order",
+            f"CUDA_VISIBLE_DEVICES={gpus.cuda_visible_devices} does not tell which GPUs the job "
+            "may use: their models differ, and CUDA counts the fastest first",
+            "set CUDA_DEVICE_ORDER=PCI_BUS_ID, or name the GPUs by UUID (nvidia-smi -L)",
+        )
+    duration_s = (end_ns - begin_ns) * 1e-9
+    for uuid in filter(gpus.boards.__contains__, map(board_of, counted)):
+        name = f"gpu:{gpus.boards[uuid]['index']}"
+        users = gpus.users.get(uuid)
+        reason = gpus.undivided_reason(uuid)
+        if duration_s > _SHORT_S and reason:
+            yield _whole_device(name, reason, 1.0)
+        if users is None or reason:
+            continue
+        if users.unknown_s > _SHARED * duration_s:
+            yield _whole_device(name, users.unknown_reason, users.unknown_s / duration_s)
+        if users.others_s > _SHARED * duration_s:
+            yield _shared_device(
+                f"{name} was used by other processes for {users.others_s / duration_s:.0%} "
+                f"of the run: {_listed(users.other_processes, duration_s)}"
+            )
+        unread_s = (end_ns - users.last_ns) * 1e-9
+        if unread_s > max(10 * users.period_s, _SHARED * duration_s):
+            yield warning(
+                "processes-gap",
+                f"who used {name} is not known of the last {unread_s:.1f} s; "
+                "it is taken to have gone on as before",
+                "see dmesg for its driver",
+            )
+
+
+def shared_cpu(
+    notes: Iterable[Mapping[str, Any]],
+    activity: Activity | None,
+    others_part: float,
+    begin_ns: int,
+    end_ns: int,
+) -> Iterator[dict[str, str]]:
+    """For a CPU of whose energy others had `others_part`: who they are.
+
+    From the last look at all processes within the window. The profiler's own CPU time is in the
+    others' energy, but nobody is warned of it.
+    """
+    looks = [n for n in notes if n.get("event") == "cpu" and begin_ns < n["t_ns"]]
+    if activity is None or not looks or others_part < _SHARED:
+        return
+    look = next((n for n in reversed(looks) if n["t_ns"] <= end_ns + _LOOK_AFTER_NS), looks[0])
+    span_ns = look["since_ns"], look["t_ns"]
+    busy_s, job_s = activity.busy_between(*span_ns), activity.job_cpu_between(*span_ns)
+    others_s = busy_s - job_s - look["profiler_s"]
+    if others_s < _SHARED * (span_ns[1] - span_ns[0]) * 1e-9:
+        return
+    named = [p for p in look["processes"] if p["cpu_s"] > 0.01 * busy_s]
+    texts = [f"{_called(p)} ({p['cpu_s'] / busy_s:.0%})" for p in named[:_NAMED]]
+    rest_s = others_s - math.fsum(p["cpu_s"] for p in look["processes"])
+    if rest_s > _SHARED * busy_s or not texts:
+        texts.append(f"the kernel and processes that came and went ({rest_s / busy_s:.0%})")
+    yield _shared_device(
+        f"other processes took {others_s / busy_s:.0%} of the CPU time that was used: "
+        f"{', '.join(texts)}{_more(len(named))}"
+    )
+
+
+def _whole_device(name: str, reason: str, part: float) -> dict[str, str]:
+    some = "" if part > 0.99 else f" for {part:.0%} of the run"
+    return warning(
+        "whole-device",
+        f"who used {name} cannot be told{some}: {reason}; all of its energy there is counted as "
+        "the job's",
+        "in a container: share the host's PIDs (docker run --pid=host), or profile on the host",
+    )
+
+
+def _shared_device(text: str) -> dict[str, str]:
+    return warning(
+        "shared-device",
+        text,
+        "compare runs only on devices that they have to themselves; the job's share is counted",
+    )
+
+
+def _listed(processes: Sequence[OtherProcess], duration_s: float) -> str:
+    texts = []
+    for one in processes[:_NAMED]:
+        use = "" if one.use_part is None else f", {one.use_part:.0%} of its use"
+        texts.append(
+            f"{_called(one._asdict())} ({one.present_s / duration_s:.0%} of the time{use})"
+        )
+    return ", ".join(texts) + _more(len(processes))
+
+
+def _called(process: Mapping[str, Any]) -> str:
+    command = process["command"] or f"of {process['user'] or 'another user'}"
+    return f"PID {process['pid']} {command if len(command) <= _SHOWN else command[:_SHOWN] + '…'}"
+
+
+def _more(count: int) -> str:
+    return f" and {count - _NAMED} more" if count > _NAMED else ""

@@ -1,4 +1,4 @@
-"""What a run logged: metrics, and the instants at which they were logged."""
+"""What a run logged: its metrics, when they were logged, and what the run had cost by then."""
 
 from __future__ import annotations
 
@@ -9,65 +9,66 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pepr_profiler.record import Record
-from pepr_profiler.summary.component import ComponentResult, _Grid
+from pepr_profiler.summary.component import ComponentResult, Grid
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
-
-def _progress(
-    logged: Logged, counted: Sequence[ComponentResult], grid: _Grid
-) -> dict[str, Any] | None:
-    """What is counted from the beginning to the instants that were logged at; None: to none."""
-    if not logged.rows:
-        return None
-    at_ns, begin_ns = logged.at_ns, grid.at_ns[:1]
-    energies_j = [grid.pick(part.counting_j, at_ns) for part in counted]
-    us_j = [
-        2 * math.hypot(*(part.budget(grid, begin_ns, at_ns[i : i + 1]).u_j for part in counted))
-        for i in range(len(at_ns))
-    ]
-    return {
-        "t_s": [float(t) for t in (at_ns - begin_ns) * 1e-9],
-        "energy_j": [math.fsum(at) for at in zip(*energies_j, strict=True)] or None,
-        "u_j": us_j if counted else None,
-        "metrics": logged.columns(),
-        "left_out": logged.left_out,
-    }
-
-
-def _metrics(logged: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, float | None]:
-    """The last value of each metric; None for one that is no finite number."""
-    last: dict[str, Any] = {}
-    for _, values in logged:
-        last.update(values)
-    return {name: finite(value) for name, value in last.items()}
-
-
-def _performance(metrics: Mapping[str, float | None], wanted: str | None) -> dict[str, Any] | None:
-    """The metric that the score is about: the one asked for, or the only one there is."""
-    names = [wanted] if wanted else [n for n in metrics if n not in COUNTERS]
-    if len(names) != 1 or metrics.get(names[0]) is None:
-        return None
-    return {"metric": names[0], "value": metrics[names[0]]}
-
+    from numpy.typing import NDArray
 
 COUNTERS = ("epoch", "step")
-"""What says when a metric was logged, and is none itself."""
-
+"""They say when a metric was logged, and are no metrics themselves."""
 
 _MOST_POINTS = 200
 """Instants that are kept of a run: what a figure can show, in 20 kB of run.json."""
 
 
-class Logged(Record):
-    """Instants `at_ns` (n,) at which metrics were logged, in time order, and what: finite numbers.
+def last_values(logged: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, float | None]:
+    """The last value of each metric; None for one that is not a finite number."""
+    last: dict[str, Any] = {}
+    for _, values in logged:
+        last.update(values)
+    return {name: _finite(value) for name, value in last.items()}
 
-    With each stand the epoch and the step that held then. Instants beyond _MOST_POINTS are
-    `left_out`.
+
+def performance_of(
+    metrics: Mapping[str, float | None], wanted: str | None
+) -> dict[str, Any] | None:
+    """The metric that the score is about: the one that was asked for, or the only one there is."""
+    names = [wanted] if wanted else [name for name in metrics if name not in COUNTERS]
+    if len(names) != 1 or metrics.get(names[0]) is None:
+        return None
+    return {"metric": names[0], "value": metrics[names[0]]}
+
+
+def progress_of(
+    log: MetricLog, counted: Sequence[ComponentResult], grid: Grid
+) -> dict[str, Any] | None:
+    """Time and energy from the begin to each instant of the log, and its metrics; None of none."""
+    if not log.rows:
+        return None
+    at_ns, begin_ns = log.at_ns, grid.at_ns[:1]
+    energies_j = [grid.pick(component.counted_so_far_j, at_ns) for component in counted]
+    return {
+        "t_s": [float(t_s) for t_s in (at_ns - begin_ns) * 1e-9],
+        "energy_j": [math.fsum(at) for at in zip(*energies_j, strict=True)] or None,
+        "u_j": [
+            2 * math.hypot(*(c.budget(grid, begin_ns, at_ns[i : i + 1]).u_j for c in counted))
+            for i in range(len(at_ns))
+        ]
+        if counted
+        else None,
+        "metrics": log.columns(),
+        "left_out": log.left_out,
+    }
+
+
+class MetricLog(Record):
+    """Instants `at_ns` (n,) at which metrics were logged, in time order, with their values `rows`.
+
+    A row holds finite numbers, and the epoch and step that held then. Of more than _MOST_POINTS
+    instants some are `left_out`.
     """
 
-    at_ns: npt.NDArray[np.int64]
+    at_ns: NDArray[np.int64]
     rows: tuple[Mapping[str, float], ...]
     left_out: int
 
@@ -79,7 +80,7 @@ class Logged(Record):
         end_ns: int,
         *,
         cut: bool,
-    ) -> Logged:
+    ) -> MetricLog:
         """What was logged (in time order) in a window; what came later at its end, unless `cut`.
 
         The last lines of a program are read after its end, and metrics may be set after it.
@@ -89,7 +90,7 @@ class Logged(Record):
         for t_ns, values in logged:
             if t_ns < begin_ns or (cut and t_ns > end_ns):
                 continue
-            known = {name: x for name, value in values.items() if (x := finite(value)) is not None}
+            known = {name: x for name, value in values.items() if (x := _finite(value)) is not None}
             counters.update((name, known[name]) for name in COUNTERS if name in known)
             row = by_instant.setdefault(min(t_ns, end_ns), {})
             row.update(counters)
@@ -109,24 +110,24 @@ class Logged(Record):
 
 
 def _chosen(rows: Sequence[Mapping[str, float]]) -> set[int]:
-    """Which rows stay, _MOST_POINTS at most, shared among the metrics; the rarest choose first.
+    """Which rows are kept, _MOST_POINTS at most, shared among the metrics; the rarest choose first.
 
-    Of a metric's rows in one epoch the last stays. Where that is too many: the last, the highest,
-    the lowest and the first, and others evenly between.
+    Of a metric's rows in one epoch the last is kept. Where these are too many: the last, the
+    highest, the lowest and the first, and others evenly between.
     """
-    of_metric: dict[str, list[int]] = {}
+    rows_of: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         for name in row.keys() - COUNTERS:
-            own = of_metric.setdefault(name, [])
+            own = rows_of.setdefault(name, [])
             epoch = row.get("epoch")
             if own and epoch is not None and rows[own[-1]].get("epoch") == epoch:
                 own[-1] = index
             else:
                 own.append(index)
     chosen: set[int] = set()
-    ranked = sorted(of_metric.items(), key=lambda item: (len(item[1]), item[0]))
-    for number, (name, own) in enumerate(ranked):
-        room = (_MOST_POINTS - len(chosen)) // (len(ranked) - number)
+    rarest_first = sorted(rows_of.items(), key=lambda item: (len(item[1]), item[0]))
+    for number, (name, own) in enumerate(rarest_first):
+        room = (_MOST_POINTS - len(chosen)) // (len(rarest_first) - number)
         if len(set(own) - chosen) <= room:
             chosen.update(own)
             continue
@@ -138,7 +139,7 @@ def _chosen(rows: Sequence[Mapping[str, float]]) -> set[int]:
     return chosen
 
 
-def finite(value: Any) -> float | None:
+def _finite(value: Any) -> float | None:
     """A finite number as float; None for all else."""
     if not isinstance(value, int | float):
         return None

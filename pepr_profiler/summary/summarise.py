@@ -1,4 +1,4 @@
-"""From a run directory to its summary: the one place where a run's numbers are put together.
+"""From a run directory to its summary: puts together what the other modules work out.
 
 Everything is computed from what is on disk, so that `report` on an old recording gives what `run`
 printed, or better once the methods are.
@@ -14,21 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from pepr_profiler.energy import carbon as carbon_model
+from pepr_profiler.energy import carbon
 from pepr_profiler.energy.gpus import Gpus
 from pepr_profiler.energy.sharing import share
 from pepr_profiler.errors import TraceError
-from pepr_profiler.summary.component import ComponentResult, _Grid, _largest
-from pepr_profiler.summary.doubts import (
-    _is_rows_lost,
-    _other_cpu_users,
-    _unknown_units,
-    _unwritten,
-    _warnings,
-)
-from pepr_profiler.summary.lanes import _curves, _Gauges, _tenants
-from pepr_profiler.summary.logged import Logged, _metrics, _performance, _progress
-from pepr_profiler.summary.timeline import Timeline, _timeline
+from pepr_profiler.record import Record
+from pepr_profiler.summary import doubts
+from pepr_profiler.summary.component import ComponentResult, Grid
+from pepr_profiler.summary.lanes import Readings, read_all
+from pepr_profiler.summary.logged import MetricLog, last_values, performance_of, progress_of
+from pepr_profiler.summary.timeline import Timeline, timeline_of
 from pepr_profiler.trace.events import Events, Phase, read_events, read_process_notes
 from pepr_profiler.trace.lane import LaneReader, lane_names, read_lanes
 from pepr_profiler.trace.run_json import read_run
@@ -53,20 +48,21 @@ def summarise(
     Without `marks` there are neither phases nor metrics, and a look costs no 17 µs a mark.
     Raises TraceError if the directory is not a recording.
     """
-    with _interpreting(directory):
-        return _examine(directory, since_ns, until_ns, marks, run)[0]
+    with _damage_reported(directory):
+        return _examine(directory, since_ns, until_ns, marks, run).summary
 
 
 def with_timeline(directory: Path) -> tuple[dict[str, Any], Timeline]:
     """The summary of a run directory, and the run over time, from one pass over its trace."""
-    with _interpreting(directory):
-        summary, parts, grid, phases = _examine(directory)
-        return summary, _timeline(parts, grid, phases)
+    with _damage_reported(directory):
+        examined = _examine(directory)
+        timeline = timeline_of(examined.components, examined.grid, examined.phases)
+        return examined.summary, timeline
 
 
 @contextmanager
-def _interpreting(directory: Path) -> Iterator[None]:
-    """Labels, options and numbers of a recording are used as its profiler wrote them."""
+def _damage_reported(directory: Path) -> Iterator[None]:
+    """What a damaged recording raises becomes a TraceError: its values are used unchecked."""
     try:
         yield
     except MALFORMED as error:
@@ -78,100 +74,81 @@ def _interpreting(directory: Path) -> Iterator[None]:
         ) from error
 
 
+class _Examined(Record):
+    """A summary, and what it was made of."""
+
+    summary: dict[str, Any]
+    components: Sequence[ComponentResult]
+    grid: Grid
+    phases: Sequence[Phase]
+
+
 def _examine(
     directory: Path,
     since_ns: int | None = None,
     until_ns: int | None = None,
     marks: bool = True,
     run: dict[str, Any] | None = None,
-) -> tuple[dict[str, Any], list[ComponentResult], _Grid, list[Phase]]:
+) -> _Examined:
     run = read_run(directory) if run is None else dict(run)
-    run.setdefault("complete", False)  # what does not tell its end has none
+    run.setdefault("complete", False)  # a recording without an end does not have these yet
     run.setdefault("exit_code", None)
-    facts = _recording(run, directory)
-    readers = read_lanes(directory)
-    events = read_events(directory) if marks else Events((), (), 0)
-    begin_ns, end_ns = _window(facts, readers, since_ns, until_ns)
-    phases = [_clip(phase, begin_ns, end_ns) for phase in events.phases]
-    phases = [
-        phase for phase in phases if phase.end_ns is not None and phase.end_ns >= phase.begin_ns
-    ]
-    logged = Logged.within(events.metrics, begin_ns, end_ns, cut=until_ns is not None)
-    grid = _Grid.over(begin_ns, end_ns, phases, logged.at_ns)
-
-    gauges = _Gauges()
-    notes = read_process_notes(directory)
-    tenants = _tenants(readers, notes, gauges, begin_ns, end_ns)
-    curves, checks, activity, idle_w = _curves(readers, facts, grid.at_ns, gauges)
+    facts = _facts_of(run, directory)
     options = facts["options"]
-    scope = options.get("scope", "job")
-    channels = [channel for reader in readers.values() for channel in reader.lane.channels]
-    labels = [channel.labels for channel in channels if channel.source.startswith("nvml")]
-    gpus = Gpus.of(facts, labels, tenants, busy=gauges.busy)
-    parts = [
-        ComponentResult(
-            gpus.judged(curve),
-            share(
-                curve,
-                grid.at_ns,
-                activity,
-                gpus.users_of(curve),
-                idle_w=idle_w.get(curve.source.id),
-            ),
-            checks.get(curve.source.id),
-            scope,
-        )
-        for curve in curves
-    ]
-    counted = [part for part in parts if part.counted]
-    duration_s = (end_ns - begin_ns) * 1e-9
 
-    total_j = _sum(part.counted_j for part in counted)
-    u_j = math.hypot(*(part.whole(grid).u_j for part in counted))
-    metrics = _metrics(events.metrics)
-    exit_facts = facts.get("exit") or {}
+    # What is on disk.
+    readers = read_lanes(directory)
+    channels = [channel for reader in readers.values() for channel in reader.lane.channels]
+    events = read_events(directory) if marks else Events((), (), 0)
+    notes = read_process_notes(directory)
+    begin_ns, end_ns = _window(facts, readers, since_ns, until_ns)
+    duration_s = (end_ns - begin_ns) * 1e-9
+    phases = _phases_within(events.phases, begin_ns, end_ns)
+    log = MetricLog.within(events.metrics, begin_ns, end_ns, cut=until_ns is not None)
+    grid = Grid.over(begin_ns, end_ns, phases, log.at_ns)
+
+    # Whose energy it was.
+    readings = read_all(readers, facts, notes, grid.at_ns)
+    gpus = Gpus.of(facts, channels, readings.gpu_users, busy=readings.busy_gpus)
+    scope = options.get("scope", "job")
+    components = _components(readings, gpus, grid, scope)
+    counted = [component for component in components if component.is_counted]
+    energy = _energy(components, grid, duration_s, scope)
+    metrics = last_values(events.metrics)
+
     run.update(
         duration_s=duration_s,
         time_s=duration_s,
-        energy={
-            "total_j": total_j,
-            "u_j": 2 * u_j if counted else None,
-            "mean_w": total_j / duration_s if total_j is not None and duration_s > 0 else None,
-            "provenance": _provenance(counted),
-            "scope": scope,
-            "others_j": _sum(part.others_j for part in counted),
-            "idle_j": _sum(part.idle_j for part in counted),
-            "components": [part.summary(grid, duration_s) for part in parts],
-        },
+        energy=energy,
         phases=_phases(phases, counted, grid),
-        memory={
-            "peak_rss_bytes": _largest(
-                activity.peak_rss_bytes if activity else None, exit_facts.get("max_rss_bytes")
-            ),
-            "gpu_peak_bytes": gpus.peak_bytes(gauges.peak_sum("nvml-memory")),
-        },
-        carbon=_carbon(total_j, options),
+        memory=_memory(facts, readings, gpus),
+        carbon=_carbon(energy["total_j"], options),
         metrics=metrics,
-        progress=_progress(logged, counted, grid),
-        performance=_performance(metrics, options.get("performance")),
-        sampler=_sampler(facts, readers, gauges, duration_s),
+        progress=progress_of(log, counted, grid),
+        performance=performance_of(metrics, options.get("performance")),
+        sampler=_sampler(facts, readings, duration_s),
         warnings=[
             *facts.get("warnings", []),
-            *_unwritten(facts, lane_names(directory), readers),
-            *_unknown_units(channels),
-            *_warnings(parts, events.torn_lines, begin_ns, end_ns, full=_is_rows_lost(facts)),
-            *gpus.warnings([part.curve for part in counted], begin_ns, end_ns),
-            *_other_cpu_users(counted, notes, activity, (begin_ns, end_ns)),
+            *doubts.unwritten_lanes(facts, (n for n in lane_names(directory) if n not in readers)),
+            *doubts.unknown_units(channels),
+            *doubts.doubtful_readings(
+                components, begin_ns, end_ns, lost_rows=doubts.has_lost_rows(facts)
+            ),
+            *doubts.torn_events(events.torn_lines),
+            *doubts.shared_gpus(gpus, [c.curve for c in counted], begin_ns, end_ns),
+            *doubts.shared_cpu(
+                notes, readings.activity, _others_part(counted, "cpu"), begin_ns, end_ns
+            ),
         ],
     )
-    return run, parts, grid, phases
+    return _Examined(run, components, grid, phases)
 
 
-def _recording(run: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
+def _facts_of(run: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
     facts = run.get("recording")
     if not isinstance(facts, dict) or not {"window_ns", "cpu", "options"} <= facts.keys():
         raise TraceError(
-            f"{directory / 'run.json'} tells of no recording",
+            f"{directory / 'run.json'} describes no recording",
             why="it lacks what the profiler notes when it starts; another program may have made it",
             fix="point at a run directory that pepr-profile wrote",
         )
@@ -208,9 +185,51 @@ def _window(
     return begin_ns, end_ns
 
 
-def _clip(phase: Phase, begin_ns: int, end_ns: int) -> Phase:
-    phase_end_ns = end_ns if phase.end_ns is None else phase.end_ns
-    return Phase(phase.name, max(phase.begin_ns, begin_ns), min(phase_end_ns, end_ns), phase.nested)
+def _phases_within(phases: Iterable[Phase], begin_ns: int, end_ns: int) -> list[Phase]:
+    """What lies in a window of each phase; one without an end goes on to the window's."""
+    within = []
+    for phase in phases:
+        first_ns = max(phase.begin_ns, begin_ns)
+        last_ns = end_ns if phase.end_ns is None else min(phase.end_ns, end_ns)
+        if first_ns <= last_ns:
+            within.append(Phase(phase.name, first_ns, last_ns, phase.nested))
+    return within
+
+
+def _components(readings: Readings, gpus: Gpus, grid: Grid, scope: str) -> list[ComponentResult]:
+    results = []
+    for curve in readings.curves:
+        ident = curve.source.id
+        shares = share(
+            curve,
+            grid.at_ns,
+            readings.activity,
+            gpus.users_of(curve),
+            idle_w=readings.idle_w.get(ident),
+        )
+        check = readings.cross_checks.get(ident)
+        results.append(ComponentResult(gpus.without_unused(curve), shares, check, scope))
+    return results
+
+
+def _energy(
+    components: Sequence[ComponentResult], grid: Grid, duration_s: float, scope: str
+) -> dict[str, Any]:
+    counted = [component for component in components if component.is_counted]
+    total_j = _sum(component.counted_j for component in counted)
+    u_j = math.hypot(*(component.whole_budget(grid).u_j for component in counted))
+    provenances = {component.curve.source.provenance for component in counted}
+    mixed = "mixed" if provenances else None
+    return {
+        "total_j": total_j,
+        "u_j": 2 * u_j if counted else None,
+        "mean_w": total_j / duration_s if total_j is not None and duration_s > 0 else None,
+        "provenance": provenances.pop() if len(provenances) == 1 else mixed,
+        "scope": scope,
+        "others_j": _sum(component.others_j for component in counted),
+        "idle_j": _sum(component.idle_j for component in counted),
+        "components": [component.summary(grid, duration_s) for component in components],
+    }
 
 
 def _sum(values: Iterable[float]) -> float | None:
@@ -219,13 +238,16 @@ def _sum(values: Iterable[float]) -> float | None:
     return math.fsum(listed) if listed else None
 
 
-def _provenance(counted: Sequence[ComponentResult]) -> str | None:
-    kinds = {part.curve.source.provenance for part in counted}
-    return next(iter(kinds)) if len(kinds) == 1 else ("mixed" if kinds else None)
+def _others_part(counted: Iterable[ComponentResult], kind: str) -> float:
+    """Which part of the energy of the counted components of a kind was others'."""
+    of_kind = [component for component in counted if component.curve.source.kind == kind]
+    device_j = math.fsum(component.device_j for component in of_kind)
+    others_j = math.fsum(component.others_j for component in of_kind)
+    return others_j / device_j if device_j > 0 else 0.0
 
 
 def _phases(
-    phases: Sequence[Phase], counted: Sequence[ComponentResult], grid: _Grid
+    phases: Sequence[Phase], counted: Sequence[ComponentResult], grid: Grid
 ) -> list[dict[str, Any]]:
     """Phases by name, in order of first appearance: energy between their edges, summed."""
     by_name: dict[str, list[Phase]] = {}
@@ -233,52 +255,55 @@ def _phases(
         by_name.setdefault(phase.name, []).append(phase)
     result = []
     for name, same in by_name.items():
-        begins = np.array([phase.begin_ns for phase in same], dtype=np.int64)
-        ends = np.array([phase.end_ns for phase in same], dtype=np.int64)
-        duration_s = float(np.sum(ends - begins)) * 1e-9
-        energies_j, budgets = [], []
-        for part in counted:
-            so_far_j = part.counting_j
-            energy_j = float(np.sum(grid.pick(so_far_j, ends) - grid.pick(so_far_j, begins)))
-            energies_j.append(energy_j)
-            budgets.append(part.budget(grid, begins, ends).u_j)
+        begins_ns = np.array([phase.begin_ns for phase in same], dtype=np.int64)
+        ends_ns = np.array([phase.end_ns for phase in same], dtype=np.int64)
+        energies_j = [c.counted_within_j(grid, begins_ns, ends_ns) for c in counted]
+        us_j = [c.budget(grid, begins_ns, ends_ns).u_j for c in counted]
         result.append(
             {
                 "name": name,
                 "count": len(same),
-                "duration_s": duration_s,
+                "duration_s": float(np.sum(ends_ns - begins_ns)) * 1e-9,
                 "energy_j": math.fsum(energies_j) if counted else None,
-                "u_j": 2 * math.hypot(*budgets) if counted else None,
+                "u_j": 2 * math.hypot(*us_j) if counted else None,
             }
         )
     return result
+
+
+def _memory(facts: Mapping[str, Any], readings: Readings, gpus: Gpus) -> dict[str, Any]:
+    # The kernel's own peak of the child is exact, but of one process only.
+    sampled = readings.activity.peak_rss_bytes if readings.activity else None
+    peaks = (sampled, (facts.get("exit") or {}).get("max_rss_bytes"))
+    return {
+        "peak_rss_bytes": max((peak for peak in peaks if peak is not None), default=None),
+        "gpu_peak_bytes": gpus.peak_bytes(readings.gpu_peak_bytes),
+    }
 
 
 def _carbon(total_j: float | None, options: Mapping[str, Any]) -> dict[str, Any] | None:
     stated = options.get("intensity")
     if stated is None or total_j is None:
         return None
-    intensity = carbon_model.GridIntensity(**stated)
-    return dict(carbon_model.estimate(total_j, intensity=intensity, pue=options["pue"]))
+    intensity = carbon.GridIntensity(**stated)
+    return dict(carbon.estimate(total_j, intensity=intensity, pue=options["pue"]))
 
 
-def _sampler(
-    facts: Mapping[str, Any], readers: Mapping[str, LaneReader], gauges: _Gauges, duration_s: float
-) -> dict[str, Any]:
+def _sampler(facts: Mapping[str, Any], readings: Readings, duration_s: float) -> dict[str, Any]:
     """The profiler's own cost and quality; what only it knew while alive is None after a crash."""
     stats = facts.get("sampler") or {}
     cpu_s = stats.get("cpu_s")
     return {
         "cpu_s": cpu_s,
         "cpu_fraction": cpu_s / duration_s if cpu_s is not None and duration_s > 0 else None,
-        "samples": gauges.rows,
+        "samples": readings.rows,
         "dropped": stats.get("dropped"),
         "late": stats.get("late"),
         "timed": stats.get("timed"),
-        "failed_reads": gauges.unknown,
+        "failed_reads": readings.failed_reads,
         "rate_hz": {
-            name: gauges.rows_by_lane.get(name, 0) / duration_s if duration_s > 0 else None
-            for name in readers
+            name: lane.rows / duration_s if duration_s > 0 else None
+            for name, lane in readings.stats.items()
         },
         "refresh_s": stats.get("refresh_s"),
         "wasted": stats.get("wasted"),

@@ -1,4 +1,4 @@
-"""A run over time, for figures."""
+"""A run over time, for figures: each component's power, the energy so far, gaps and phases."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from pepr_profiler.energy.curve import gap_limit_s
 from pepr_profiler.record import Record
-from pepr_profiler.summary.component import ComponentResult, _Grid
+from pepr_profiler.summary.component import ComponentResult, Grid
 from pepr_profiler.trace.events import Phase
 
 if TYPE_CHECKING:
@@ -19,15 +19,15 @@ _BANDED_S = 2.0
 """Steps this long or longer hold seconds to take the lowest and highest of."""
 
 _BAND_POINTS = 120
-"""Instants at which the uncertainty of the energy so far is told."""
+"""Instants at which the uncertainty of the energy so far is worked out."""
 
 
 class TimelineComponent(Record):
     """One component's power in each step (n,), W; NaN where it was not read.
 
     `job_w` is what is counted of `device_w`: the job's share, or all of it where the run's scope is
-    "device". `low_w` and `high_w` are the lowest and the highest
-    mean over one second in the step, of the device; None where the steps are shorter.
+    "device". `low_w` and `high_w` are the lowest and the highest mean over one second in the step,
+    of the device; None where the steps are shorter. `gaps_s` are (begin, end).
     """
 
     id: str
@@ -57,7 +57,10 @@ class Timeline(Record):
     phases: tuple[tuple[str, float, float], ...]
 
 
-def _timeline(parts: Sequence[ComponentResult], grid: _Grid, phases: Sequence[Phase]) -> Timeline:
+def timeline_of(
+    components: Sequence[ComponentResult], grid: Grid, phases: Sequence[Phase]
+) -> Timeline:
+    """The timeline of a run, from what its summary was made of."""
     begin_ns = int(grid.steps_ns[0])
 
     def since_begin_s(t_ns: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -65,15 +68,17 @@ def _timeline(parts: Sequence[ComponentResult], grid: _Grid, phases: Sequence[Ph
 
     apart = max(1, (len(grid.steps_ns) - 1) // _BAND_POINTS)
     at_ns = np.append(grid.steps_ns[:-1:apart], grid.steps_ns[-1])
-    counted = [part for part in parts if part.counted]
     energy_j, variance_j2 = np.zeros(len(at_ns)), np.zeros(len(at_ns))
-    for part in counted:
-        energy_j += grid.pick(part.counting_j, at_ns)
-        whole = [part.budget(grid, at_ns[:1], at_ns[i : i + 1]).u_j for i in range(len(at_ns))]
-        variance_j2 += np.square(whole)
+    for component in components:
+        if component.is_counted:
+            energy_j += grid.pick(component.counted_so_far_j, at_ns)
+            budgets = [
+                component.budget(grid, at_ns[:1], at_ns[i : i + 1]) for i in range(len(at_ns))
+            ]
+            variance_j2 += np.square([budget.u_j for budget in budgets])
     return Timeline(
         edges_s=since_begin_s(grid.steps_ns),
-        components=tuple(_over_time(part, grid) for part in parts if part.known),
+        components=tuple(_over_time(one, grid) for one in components if one.is_known),
         at_s=since_begin_s(at_ns),
         energy_j=energy_j,
         u_j=2 * np.sqrt(variance_j2),
@@ -85,9 +90,8 @@ def _timeline(parts: Sequence[ComponentResult], grid: _Grid, phases: Sequence[Ph
     )
 
 
-def _over_time(part: ComponentResult, grid: _Grid) -> TimelineComponent:
-    curve, steps_ns = part.curve, grid.steps_ns
-    begin_ns, end_ns = int(steps_ns[0]), int(steps_ns[-1])
+def _over_time(component: ComponentResult, grid: Grid) -> TimelineComponent:
+    curve, steps_ns = component.curve, grid.steps_ns
     span_s = np.maximum(np.diff(steps_ns) * 1e-9, 1e-9)
     unread = (steps_ns[1:] < curve.first_ns) | (steps_ns[:-1] > curve.last_ns)
 
@@ -101,23 +105,30 @@ def _over_time(part: ComponentResult, grid: _Grid) -> TimelineComponent:
         first = np.searchsorted(seconds_ns[:-1], steps_ns[:-1])
         low_w = np.where(unread, np.nan, np.minimum.reduceat(second_w, first))
         high_w = np.where(unread, np.nan, np.maximum.reduceat(second_w, first))
-    # What lies beyond the first and the last reading is as little known as a gap between two.
-    limit_ns = gap_limit_s(curve.source.period_s) * 1e9
-    ends = [(begin_ns, curve.first_ns), (curve.last_ns, end_ns)]
-    gaps_ns = [*curve.gaps_ns, *(gap for gap in ends if gap[1] - gap[0] > limit_ns)]
     return TimelineComponent(
         id=curve.source.id,
         kind=curve.source.kind,
         label=curve.source.label,
         provenance=curve.source.provenance,
         in_total=curve.source.in_total,
-        job_w=mean_w(part.counting_j),
+        job_w=mean_w(component.counted_so_far_j),
         device_w=mean_w(curve.energy_j),
         low_w=low_w,
         high_w=high_w,
-        gaps_s=tuple(
-            ((max(one, begin_ns) - begin_ns) * 1e-9, (min(two, end_ns) - begin_ns) * 1e-9)
-            for one, two in sorted(gaps_ns)
-            if two > begin_ns and one < end_ns
-        ),
+        gaps_s=_gaps_s(component, int(steps_ns[0]), int(steps_ns[-1])),
+    )
+
+
+def _gaps_s(
+    component: ComponentResult, begin_ns: int, end_ns: int
+) -> tuple[tuple[float, float], ...]:
+    """Gaps between readings, before the first and after the last, s since `begin_ns`."""
+    curve = component.curve
+    limit_ns = gap_limit_s(curve.source.period_s) * 1e9
+    ends = [(begin_ns, curve.first_ns), (curve.last_ns, end_ns)]
+    gaps_ns = [*curve.gaps_ns, *(gap for gap in ends if gap[1] - gap[0] > limit_ns)]
+    return tuple(
+        ((max(one, begin_ns) - begin_ns) * 1e-9, (min(two, end_ns) - begin_ns) * 1e-9)
+        for one, two in sorted(gaps_ns)
+        if two > begin_ns and one < end_ns
     )
