@@ -1,1 +1,1 @@
-"""The node's service: reads privileged counters once, for everybody; see docs/daemon.md."""
+"""The service: reads privileged counters once, for all users of a machine (docs/daemon.md)."""

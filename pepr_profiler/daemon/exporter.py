@@ -56,7 +56,9 @@ def families(
 
 
 def _device_families(meters: Meters) -> list[Metric]:
-    """What adds up is `pepr_device_…`. What lies inside a device, contains or repeats one is
+    """The energy and power of each source.
+
+    What adds up is `pepr_device_…`. What lies inside a device, contains or repeats one is
     `pepr_domain_…`, so that a sum over a metric's labels always means something.
     """
     from prometheus_client.metrics_core import (

@@ -102,7 +102,7 @@ class _Client:
     peer: Peer
     user: _User
     trusted: bool
-    greet_by_s: float | None
+    ask_by_s: float  # its first request
     runs: dict[str, int] = field(default_factory=dict)
     uses_lanes: bool = False
 
@@ -134,7 +134,7 @@ class Server:
         self._refused = {"user": 0, "requests": 0, "clients": 0, "message": 0}
         self._selector = selectors.DefaultSelector()
         self._clients: set[_Client] = set()
-        self._greeting: set[_Client] = set()
+        self._silent: set[_Client] = set()  # without a request so far
         self._users: dict[int, _User] = {}
         self._status: int | None = None
         self._paused_until_s: float | None = None
@@ -149,7 +149,7 @@ class Server:
         for end in (waker, woken):
             end.setblocking(False)
         before = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-        handlers = {s: signal.signal(s, self._end) for s in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         self._selector.register(woken, selectors.EVENT_READ, lambda: woken.recv(64))
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         if self._exporter is not None:
@@ -181,14 +181,14 @@ class Server:
         """How long nothing is to be done unless somebody asks."""
         now_s = time.monotonic()
         until_s = [self._check_at_s]
-        until_s += [min(c.greet_by_s or now_s for c in self._greeting)] if self._greeting else []
+        until_s += [client.ask_by_s for client in self._silent]
         until_s += [self._paused_until_s] if self._paused_until_s is not None else []
         until_s += [self._watchdog_at_s] if self._manager.watchdog_s is not None else []
         return max(0.0, min(until_s) - now_s)
 
     def _tick(self) -> None:
         now_s = time.monotonic()
-        for client in [c for c in self._greeting if (c.greet_by_s or now_s) <= now_s]:
+        for client in [c for c in self._silent if c.ask_by_s <= now_s]:
             self._drop(client)
         if self._paused_until_s is not None and now_s >= self._paused_until_s:
             self._paused_until_s = None
@@ -223,7 +223,7 @@ class Server:
         ready = [f"{lane.name} ({len(lane.channels)})" for lane in self._lanes if lane.ready]
         return f"reading {', '.join(ready) or 'nothing'}"
 
-    def _end(self, *_: Any) -> None:
+    def _on_signal(self, *_: Any) -> None:
         self._status = STOPPED
 
     def _export(self) -> None:
@@ -281,19 +281,19 @@ class Server:
             peer,
             user,
             trusted=self._policy.trusts(peer.uid, _groups_of(connection, peer)),
-            greet_by_s=time.monotonic() + quotas.silence_s,
+            ask_by_s=time.monotonic() + quotas.silence_s,
         )
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(client))
         user.clients += 1
         self._clients.add(client)
-        self._greeting.add(client)
+        self._silent.add(client)
         return None
 
     def _drop(self, client: _Client) -> None:
         if client not in self._clients:
             return
         self._clients.remove(client)
-        self._greeting.discard(client)
+        self._silent.discard(client)
         client.user.clients -= 1
         client.user.runs -= len(client.runs)
         for run in client.runs:
@@ -369,8 +369,7 @@ class Server:
             self._drop(client)
 
     def _answer(self, client: _Client, request: Request) -> tuple[dict[str, Any], list[int]]:
-        client.greet_by_s = None
-        self._greeting.discard(client)
+        self._silent.discard(client)
         if request.operation == "open":
             return self._open(client, request.lane)
         answer = {
