@@ -194,7 +194,7 @@ def _measured(channels: list[dict[str, Any]]) -> list[str]:
     for spec, group in itertools.groupby(channels, key=lambda channel: channel["sensor"]):
         found = list(group)
         cost = format_quantity(found[0]["lane_read_us"] * 1e-6, "s")
-        who = ", read by the node's daemon" if found[0]["via"] else ""
+        who = ", read by this machine's daemon" if found[0]["via"] else ""
         lines += _wrapped(f"{spec}  one read of all takes {cost}{who}", "  ", " " * 6)
         beside: list[str] = []
         names: list[str] = []

@@ -178,7 +178,9 @@ class Lanes:
                 return False
             descriptor = lane.sampler.share()
         except (SensorError, RuntimeError) as error:
-            lane.why, lane.denied, lane.failed = _why(error), _is_denied(error), True
+            lane.why = error.why if isinstance(error, SensorError) else str(error)
+            lane.denied = isinstance(error, SensorError) and error.denied
+            lane.failed = True
             lane.retry_at_s = time.monotonic() + _RETRY_S
             return False
         try:
@@ -213,14 +215,15 @@ class Lanes:
         if replacement.state == "opening":
             return False, ""
         lane.replacement = None
-        denied = ""
         try:
             replacement.wait_ready(0.0)
             denied = next((note.what for note in replacement.notes if note.denied), "")
-        except (SensorError, RuntimeError) as error:
-            if not _is_denied(error):
+        except SensorError as error:
+            if not error.denied:
                 return False, ""
-            denied = str(error).partition(":")[0]
+            denied = error.what
+        except RuntimeError:
+            return False, ""
         if denied and lane.restricted and self._dropped_privileges:
             replacement.stop(_STOP_S)
             return False, f"{denied}: it came back, and privileges are needed to open it again"
@@ -245,14 +248,6 @@ class Lanes:
 
 def _is_restricted(spec: SensorSpec) -> bool:
     return spec.kind not in _OPEN_TO_ALL
-
-
-def _why(error: SensorError | RuntimeError) -> str:
-    return error.why if isinstance(error, SensorError) else str(error)
-
-
-def _is_denied(error: SensorError | RuntimeError) -> bool:
-    return isinstance(error, SensorError) and error.denied
 
 
 def _exists(spec: SensorSpec, channel: Channel) -> bool:
