@@ -98,12 +98,12 @@ def python(code: str, *arguments: str) -> list[str]:
 
 def until(condition: Callable[[], Any], *, within_s: float = SLOW_S) -> Any:
     """The first true value of `condition`, where nothing wakes us when it changes."""
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
+    begin_s = time.monotonic()
+    while (waited_s := time.monotonic() - begin_s) < within_s:
         value = condition()
         if value:
             return value
-        time.sleep(0.01)
+        time.sleep(min(max(0.01, waited_s / 20), 0.1))
     raise AssertionError(f"not within {within_s:g} s: {condition}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import Cli, codes, component, ended, python
+from cli import SLOW_S, Cli, codes, component, ended, python
 from sim.powercap import BuildTree, Zone
 from sim.waves import Constant
 
@@ -39,7 +39,7 @@ def together(tmp_path: Path, powercap_sim: BuildTree) -> list[dict[str, Any]]:
     started = [cli.start(*command(name)) for name in ("a", "b")]
     for process in started:
         with ended(process):
-            process.communicate(timeout=60)
+            process.communicate(timeout=SLOW_S)
     return [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("a", "b")]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import Cli, codes, component, ended, python
+from cli import SLOW_S, Cli, codes, component, ended, python
 from sim.nvml import STARTED, BuildNvml, Fault, Gpu, Process, Scenario, default_uuid
 from sim.waves import Constant, Step
 
@@ -155,7 +155,7 @@ def test_two_jobs_at_once_have_shares_that_add_up(
     ]
     for process in started:
         with ended(process):
-            process.communicate(timeout=60)
+            process.communicate(timeout=SLOW_S)
     summaries = [_read(path) for path in paths]
     first, second = (gpu(summary, 0) for summary in summaries)
     # then each is the other's neighbour, with three quarters and one quarter while both are there

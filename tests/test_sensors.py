@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cli import SLOW_S
 from sim.nvml import (
     A100,
     H100,
@@ -39,7 +40,6 @@ from pepr_profiler.errors import SensorError
 
 PERIOD_NS = 5_000_000
 HOUR_NS = 3600 * 10**9  # no sample but the first and the last
-PATIENCE_S = 20.0
 
 QUANTITIES = {"energy", "power", "utilisation", "memory", "cpu_time", "count"}
 UNITS = {"J", "W", "1", "B", "s"}
@@ -73,7 +73,7 @@ class Lane:
 
     def __init__(self, spec: str, period_ns: int = PERIOD_NS) -> None:
         self.sampler = Sampler(spec, period_ns)
-        if not self.sampler.wait_ready(PATIENCE_S):
+        if not self.sampler.wait_ready(SLOW_S):
             raise TimeoutError(spec)
         self.channels: dict[str, Channel] = {c.name: c for c in self.sampler.channels}
         self._t_ns, self._read_ns = array("q"), array("I")
@@ -92,7 +92,7 @@ class Lane:
 
     def until(self, holds: Callable[[Rows], bool]) -> Rows:
         """The rows, as soon as they are what the caller waits for."""
-        deadline_s = time.monotonic() + PATIENCE_S
+        deadline_s = time.monotonic() + SLOW_S
         while not holds(rows := self.rows()):
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"never came: {rows.columns}")
@@ -103,7 +103,7 @@ class Lane:
         return self.until(lambda rows: len(rows.t_ns) >= samples)
 
     def finish(self) -> Rows:
-        assert self.sampler.stop(PATIENCE_S)
+        assert self.sampler.stop(SLOW_S)
         return self.rows()
 
 
@@ -113,16 +113,16 @@ def lane(spec: str, period_ns: int = PERIOD_NS) -> Iterator[Lane]:
     try:
         yield opened
     finally:
-        opened.sampler.stop(PATIENCE_S)
+        opened.sampler.stop(SLOW_S)
 
 
 def why_not(spec: str) -> SensorError:
     """The error that opening this ends in; it must explain itself."""
     sampler = Sampler(spec, PERIOD_NS)
     with pytest.raises(SensorError) as caught:
-        sampler.wait_ready(PATIENCE_S)
+        sampler.wait_ready(SLOW_S)
     assert sampler.state == "failed"
-    assert sampler.stop(PATIENCE_S)
+    assert sampler.stop(SLOW_S)
     with pytest.raises(SensorError):
         _ = sampler.channels
     error = caught.value
@@ -151,13 +151,13 @@ def perf_spec(sysfs: Path, kind: str = "perf") -> str:
     spec = f"{kind}:{sysfs}"
     sampler = Sampler(spec, HOUR_NS)
     try:
-        sampler.wait_ready(PATIENCE_S)
+        sampler.wait_ready(SLOW_S)
     except SensorError as error:
         if "perf_event_open" in error.why or "Permission" in error.why:
             pytest.skip(f"perf events cannot be had here: {error.why}")
         raise
     finally:
-        sampler.stop(PATIENCE_S)
+        sampler.stop(SLOW_S)
     return spec
 
 
@@ -245,7 +245,7 @@ def test_counters_never_run_backwards(spec: str) -> None:
 def test_stop_takes_a_last_sample_at_once(spec: str) -> None:
     with lane(spec, HOUR_NS) as opened:
         begin_ns = time.monotonic_ns()
-        assert opened.sampler.stop(PATIENCE_S)
+        assert opened.sampler.stop(SLOW_S)
         end_ns = time.monotonic_ns()
         rows = opened.rows()
         assert opened.sampler.state == "stopped"
@@ -465,10 +465,10 @@ while os.getppid() == int(sys.argv[2]):
             for _ in range(100):
                 sampler = Sampler(f"{kind}:{tmp_path}", HOUR_NS)
                 try:
-                    outcomes.add(sampler.wait_ready(PATIENCE_S))
+                    outcomes.add(sampler.wait_ready(SLOW_S))
                 except SensorError as error:
                     outcomes.add(bool(error.why and error.fix))
-                sampler.stop(PATIENCE_S)
+                sampler.stop(SLOW_S)
         finally:
             churn.kill()
     assert outcomes == {True}
@@ -1100,7 +1100,7 @@ print(json.dumps([waited, cpu_s[-1] - cpu_s[0], usage.ru_utime + usage.ru_stime]
         [sys.executable, "-c", BURN + program],
         stdout=subprocess.PIPE,
         check=True,
-        timeout=PATIENCE_S,
+        timeout=SLOW_S,
     )
     waited, seen_s, truth_s = json.loads(done.stdout)
 

@@ -16,17 +16,17 @@ import sys
 import termios
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli import SLOW_S, until
 
 from pepr_profiler.errors import CommandError
 from pepr_profiler.recording.command import resolve
 
 PYTHON = sys.executable
-PATIENCE_S = 30.0  # what makes a hang a failure; no test waits this long
 
 # What the command line does with targets.py, and nothing more.
 DRIVER = """
@@ -137,7 +137,7 @@ class Log:
     def next(self) -> str:
         """The next line, or "" when every writer is gone."""
         while b"\n" not in self._rest:
-            assert select.select([self._reader], [], [], PATIENCE_S)[0], "nothing was said"
+            assert select.select([self._reader], [], [], SLOW_S)[0], "nothing was said"
             data = os.read(self._reader, 4096)
             if not data:
                 return ""
@@ -190,7 +190,7 @@ class Terminal:
         self.close_slave()
         output = b""
         while True:
-            assert select.select([self.master], [], [], PATIENCE_S)[0], output
+            assert select.select([self.master], [], [], SLOW_S)[0], output
             try:
                 output += os.read(self.master, 65536)
             except OSError as error:
@@ -269,7 +269,7 @@ class Wrapper:
             stderr=subprocess.PIPE,
             **kwargs,
         )
-        output, errors = process.communicate(input, timeout=PATIENCE_S)
+        output, errors = process.communicate(input, timeout=SLOW_S)
         return subprocess.CompletedProcess([], process.returncode, output, errors)
 
     @property
@@ -303,13 +303,6 @@ def listener(log: Log, *names: str) -> list[str]:
 
 def pid_of(line: str) -> int:
     return int(line.split()[1])
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline_s
-        os.sched_yield()
 
 
 def state_of(pid: int) -> str:
@@ -469,7 +462,7 @@ def test_child_starts_as_it_would_without_us(
         [PYTHON, "-c", launch, *wrapper.argv(command, relay=relay)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    output, errors = wrapped.communicate(timeout=PATIENCE_S)
+    output, errors = wrapped.communicate(timeout=SLOW_S)
 
     # then
     assert b"descriptor 7" in direct.stdout
@@ -488,7 +481,7 @@ def test_environment_is_the_given_one_with_our_variables_added(wrapper: Wrapper)
         env=given,
         stdout=subprocess.PIPE,
     )
-    output, _ = bare.communicate(timeout=PATIENCE_S)
+    output, _ = bare.communicate(timeout=SLOW_S)
 
     # then
     expected = {*(f"{key}={value}" for key, value in given.items()), "PEPR_RUN=/runs/1"}
@@ -527,7 +520,7 @@ def test_signal_to_the_wrapper_reaches_the_child_exactly_once(
     # then the child has it once, before the signal that ends it
     assert first == ("size 80x24" if name == "SIGWINCH" else name)
     assert log.rest() == ["SIGUSR2"]
-    assert process.wait(PATIENCE_S) == 0
+    assert process.wait(SLOW_S) == 0
 
 
 def test_default_action_of_a_forwarded_signal_ends_the_child_and_is_reported(
@@ -538,7 +531,7 @@ def test_default_action_of_a_forwarded_signal_ends_the_child_and_is_reported(
 
     process.terminate()
 
-    assert process.wait(PATIENCE_S) == 143
+    assert process.wait(SLOW_S) == 143
     assert wrapper.report["signal"] == signal.SIGTERM
 
 
@@ -552,7 +545,7 @@ def test_signal_after_the_childs_end_does_not_cost_the_summary(wrapper: Wrapper,
         process.send_signal(signal.SIGINT)
 
     # then the report is written all the same; a second one that comes behind it may end us
-    assert process.wait(PATIENCE_S) in (1, 130, -signal.SIGINT)
+    assert process.wait(SLOW_S) in (1, 130, -signal.SIGINT)
     assert wrapper.has_report
 
 
@@ -577,7 +570,7 @@ def test_child_survives_sigkill_of_the_profiler(wrapper: Wrapper, log: Log) -> N
     child = pid_of(log.until("ready")[-1])
 
     process.kill()
-    process.wait(PATIENCE_S)
+    process.wait(SLOW_S)
     os.kill(child, signal.SIGTERM)
     answer = log.next()
     os.kill(child, signal.SIGUSR2)
@@ -613,7 +606,7 @@ class Session:
         os.kill(self.job, signal.SIGUSR2)
         lines = self._log.until("exit")
         self._terminal.close_slave()
-        self.shell.wait(PATIENCE_S)
+        self.shell.wait(SLOW_S)
         os.close(self._orders)
         return lines
 
@@ -658,7 +651,7 @@ def test_frozen_child_does_not_freeze_the_profiler(wrapper: Wrapper, log: Log) -
     process = wrapper.start(listener(log, "SIGUSR1"), pass_fds=[log.fd])
     child = pid_of(log.until("ready")[-1])
     os.kill(child, signal.SIGSTOP)
-    eventually(lambda: state_of(child) == "T")
+    until(lambda: state_of(child) == "T")
 
     # when signals come through the wrapper and the child is thawed by its own pid
     process.send_signal(signal.SIGUSR1)
@@ -667,7 +660,7 @@ def test_frozen_child_does_not_freeze_the_profiler(wrapper: Wrapper, log: Log) -
     # then the wrapper has passed them on
     assert log.next() == "SIGUSR1"
     process.send_signal(signal.SIGUSR2)
-    assert process.wait(PATIENCE_S) == 0
+    assert process.wait(SLOW_S) == 0
 
 
 def test_who_has_no_descriptor_left_hears_signals_and_returns_to_look_again() -> None:
@@ -709,11 +702,11 @@ print(*found, flush=True)
     # when it is stopped for longer, time and again
     for _ in range(30):
         process.send_signal(signal.SIGSTOP)
-        eventually(lambda: state_of(process.pid) == "T")
+        until(lambda: state_of(process.pid) == "T")
         overdue_s = time.monotonic() + 0.01
-        eventually(lambda overdue_s=overdue_s: time.monotonic() > overdue_s)
+        until(lambda overdue_s=overdue_s: time.monotonic() > overdue_s)
         process.send_signal(signal.SIGCONT)
-        eventually(lambda: state_of(process.pid) != "T")
+        until(lambda: state_of(process.pid) != "T")
     process.send_signal(signal.SIGUSR1)
 
     # then what it gets is what was sent, and by whom
@@ -738,18 +731,18 @@ def test_a_profiler_that_is_stopped_and_goes_on_passes_on_what_was_sent_alone(
     # when it alone is stopped and continued, as Slurm's suspend and cgroups do
     for _ in range(30):
         process.send_signal(signal.SIGSTOP)
-        eventually(lambda: state_of(process.pid) == "T")
+        until(lambda: state_of(process.pid) == "T")
         overdue_s = time.monotonic() + every_s
-        eventually(lambda overdue_s=overdue_s: time.monotonic() > overdue_s)
+        until(lambda overdue_s=overdue_s: time.monotonic() > overdue_s)
         process.send_signal(signal.SIGCONT)
-        eventually(lambda: state_of(process.pid) != "T")
+        until(lambda: state_of(process.pid) != "T")
 
     # then it lives, and the child has heard of nothing but what follows
     process.send_signal(signal.SIGUSR1)
     assert log.next() == "SIGUSR1"
     process.send_signal(signal.SIGUSR2)
     assert log.next() == "SIGUSR2"
-    assert process.wait(PATIENCE_S) == 0
+    assert process.wait(SLOW_S) == 0
 
 
 @both_ways
@@ -784,7 +777,7 @@ def test_hang_up_reaches_the_child_where_we_lead_the_session(
 
     # then
     assert log.rest() == ["SIGHUP"]
-    assert process.wait(PATIENCE_S) == 0
+    assert process.wait(SLOW_S) == 0
     assert wrapper.has_report
 
 
@@ -811,7 +804,7 @@ def test_output_to_a_terminal_is_byte_for_byte_the_one_without_us(wrapper: Wrapp
         shown[relay] = terminal.shown()
 
         # then
-        assert process.wait(PATIENCE_S) == 0
+        assert process.wait(SLOW_S) == 0
         terminal.hang_up()
     assert shown[True] == shown[False]
     assert len(shown[True]) > 256 * 4096  # the terminal did its part: \n became \r\n
@@ -829,7 +822,7 @@ def test_child_sees_a_terminal_exactly_where_ours_is(
     )
 
     assert terminal.shown() == b"True False 77 11\r\n"
-    assert process.wait(PATIENCE_S) == 0
+    assert process.wait(SLOW_S) == 0
 
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
@@ -843,14 +836,14 @@ def test_stdout_and_stderr_of_one_place_keep_their_order(wrapper: Wrapper, kind:
         process = wrapper.start(
             [PYTHON, "-c", program], relay=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        output, _ = process.communicate(timeout=PATIENCE_S)
+        output, _ = process.communicate(timeout=SLOW_S)
     else:
         terminal = Terminal()
         process = wrapper.start(
             [PYTHON, "-c", program], relay=True, stdout=terminal.slave, stderr=terminal.slave
         )
         output = terminal.shown().replace(b"\r\n", b"\n")
-        process.wait(PATIENCE_S)
+        process.wait(SLOW_S)
         terminal.hang_up()
 
     # then
@@ -896,7 +889,7 @@ def test_nonblocking_stdout_loses_nothing(wrapper: Wrapper) -> None:
 
     # then
     assert output == bytes(range(256)) * 4096
-    assert process.wait(PATIENCE_S) == 0
+    assert process.wait(SLOW_S) == 0
 
 
 @both_ways
@@ -910,7 +903,7 @@ def test_closed_reader_ends_the_child_by_sigpipe(wrapper: Wrapper, relay: bool) 
     process.stdout.close()
 
     # then
-    assert process.wait(PATIENCE_S) == 128 + signal.SIGPIPE
+    assert process.wait(SLOW_S) == 128 + signal.SIGPIPE
     assert wrapper.report["warnings"] == []
 
 
@@ -918,7 +911,7 @@ def test_full_disk_below_stdout_is_said(wrapper: Wrapper) -> None:
     with Path("/dev/full").open("wb") as full:
         process = wrapper.start(["yes"], relay=True, stdout=full)
 
-        assert process.wait(PATIENCE_S) == 128 + signal.SIGPIPE
+        assert process.wait(SLOW_S) == 128 + signal.SIGPIPE
     (warning,) = wrapper.report["warnings"]
     assert warning["code"] == "output-lost"
     assert os.strerror(errno.ENOSPC) in warning["text"]
@@ -929,7 +922,7 @@ def test_closed_stdout_stays_closed(wrapper: Wrapper, relay: bool) -> None:
     argv = wrapper.argv(["sh", "-c", "echo text || exit 9"], relay=relay)
 
     process = wrapper.popen(["sh", "-c", 'exec "$@" >&-', "sh", *argv], stderr=subprocess.PIPE)
-    process.communicate(timeout=PATIENCE_S)
+    process.communicate(timeout=SLOW_S)
 
     assert process.returncode == 9
 
@@ -950,7 +943,7 @@ def test_background_process_that_keeps_stdout_neither_delays_nor_loses_its_outpu
     assert process.stdout is not None
 
     # then we end with the child
-    assert process.wait(PATIENCE_S) == 0
+    assert process.wait(SLOW_S) == 0
     assert wrapper.report["descendants_left"] == 1
 
     # and what the other one writes afterwards arrives all the same
@@ -1005,9 +998,9 @@ signal.sigwait([signal.SIGUSR2])
     said = [line.split() for line in (log.next() for _ in range(5)) if line != "all"]
 
     # then none of them stays a zombie while the child lives on
-    eventually(lambda: not any(state_of(int(pid)) for _, pid, _ in said))
+    until(lambda: not any(state_of(int(pid)) for _, pid, _ in said))
     process.send_signal(signal.SIGUSR2)
-    assert process.wait(PATIENCE_S) == 0
+    assert process.wait(SLOW_S) == 0
 
     # and their CPU time is in the sum
     assert wrapper.report["cpu_s"] >= sum(float(used_s) for *_, used_s in said)
@@ -1049,7 +1042,7 @@ def test_ticks_come_at_absolute_deadlines_and_never_more_often(wrapper: Wrapper,
     for _ in range(10):
         log.until("tick")
     process.send_signal(signal.SIGUSR2)
-    assert process.wait(PATIENCE_S) == 0
+    assert process.wait(SLOW_S) == 0
 
     # then each waited for its own deadline: the n-th is never early, and no two share a period
     report = wrapper.report
@@ -1071,7 +1064,7 @@ def test_failing_tick_costs_neither_the_child_nor_its_exit(wrapper: Wrapper, log
     process.send_signal(signal.SIGUSR2)
 
     # then its end is known, and so is the failure
-    assert process.wait(PATIENCE_S) == 0
+    assert process.wait(SLOW_S) == 0
     assert wrapper.report["failure"] == "the disk is full"
     assert wrapper.report["code"] == 0
     assert len(wrapper.report["ticks_ns"]) == 1
