@@ -43,8 +43,8 @@ autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
 python_use_unqualified_type_names = True
 
-# What is no page of ours: the standard library's and numpy's types are named, not linked, since a
-# build looks up nothing outside the repository.
+# Types of the standard library and of numpy are named and not linked: a build looks up nothing
+# outside the repository.
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|pathlib|typing|types|datetime|os|enum|json)(\..*)?"),
     (
@@ -54,10 +54,9 @@ nitpick_ignore_regex = [
     ("py:.*", r"(NDArray|np|npt|numpy)(\..*)?"),
     ("py:.*", r"(int|float|str|bytes|bool|dict|list|tuple|set|object|None|ValueError|OSError)"),
     ("py:.*", r"(Exception|BaseException|RuntimeError|KeyError|TypeError)"),
-    # Aliases, and modules of the house that are not in the reference.
-    ("py:.*", r"(.*\.)?(Floats|Mask|Run|Bounds|FloatsLike|Summary|_.*|Filter|Store|Row|Found)"),
-    ("py:.*", r"pepr_profiler\.(sources|curve|store|_core|progress|units)\..*"),
-    ("py:.*", r"(Source|Curve|dict\[str)"),
+    # Aliases, and what of ours is not in the reference.
+    ("py:.*", r"(.*\.)?(Floats|Mask|MinMax|Run|Bounds|Store)"),
+    ("py:.*", r"(Source|EnergyCurve)"),
 ]
 
 # The repository's pages link to files of the repository; on the site, those are these pages.

@@ -42,6 +42,8 @@ __all__ = [
     "score",
 ]
 
+# The module that each name is imported from when it is first used. pepr_profiler.pepr is an older
+# name of study.pepr.
 _HOMES = {
     "PeprError": "errors",
     "SensorError": "errors",
@@ -58,7 +60,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for, when it is asked for: `import pepr_profiler` stays light."""
+    """Imports a name when it is first used, so that `import pepr_profiler` stays light."""
     if name not in _HOMES:
         raise AttributeError(f"module 'pepr_profiler' has no attribute {name!r}")
     from importlib import import_module

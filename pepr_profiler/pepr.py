@@ -1,4 +1,4 @@
-"""The PePR score under the name that it has always had; the code is in study/pepr.py."""
+"""The old name of `study.pepr`, kept so that what imports it works as before."""
 
 from pepr_profiler.study.pepr import (
     MinMax as Bounds,
