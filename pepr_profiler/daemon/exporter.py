@@ -61,14 +61,10 @@ def _device_families(meters: Meters) -> list[Metric]:
     What adds up is `pepr_device_…`. What lies inside a device, contains or repeats one is
     `pepr_domain_…`, so that a sum over a metric's labels always means something.
     """
-    from prometheus_client.metrics_core import (
-        CounterMetricFamily,
-        GaugeMetricFamily,
-        InfoMetricFamily,
-    )
+    from prometheus_client import metrics_core
 
     now_ns = time.monotonic_ns()
-    info = InfoMetricFamily(
+    info = metrics_core.InfoMetricFamily(
         "pepr_device", "What a device is, and which sensor measures it.", labels=["device", "kind"]
     )
     found: list[Metric] = [info]
@@ -77,11 +73,11 @@ def _device_families(meters: Meters) -> list[Metric]:
         ("pepr_domain", "what is inside a device, contains or repeats one (why)", False),
     ):
         names = ["device", "kind"] if adds_up else ["device", "kind", "why"]
-        energy = CounterMetricFamily(
+        energy = metrics_core.CounterMetricFamily(
             f"{prefix}_energy_joules", f"Energy since the daemon's start of {what}.",
             labels=names, unit="joules",
         )  # fmt: skip
-        power = GaugeMetricFamily(
+        power = metrics_core.GaugeMetricFamily(
             f"{prefix}_power_watts", f"Power now, where there is no energy counter, of {what}.",
             labels=names, unit="watts",
         )  # fmt: skip
@@ -100,9 +96,9 @@ def _device_families(meters: Meters) -> list[Metric]:
 
 
 def _run_family(runs: Iterable[tuple[int, str, float]]) -> Metric:
-    from prometheus_client.metrics_core import CounterMetricFamily
+    from prometheus_client import metrics_core
 
-    energy = CounterMetricFamily(
+    energy = metrics_core.CounterMetricFamily(
         "pepr_run_energy_joules", "Energy that is surely a registered run's, some seconds ago.",
         labels=["run", "kind"], unit="joules",
     )  # fmt: skip
@@ -112,17 +108,17 @@ def _run_family(runs: Iterable[tuple[int, str, float]]) -> Metric:
 
 
 def _lane_families(lanes: Lanes, meters: Meters) -> list[Metric]:
-    from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+    from prometheus_client import metrics_core
 
-    up = GaugeMetricFamily(
+    up = metrics_core.GaugeMetricFamily(
         "pepr_lane_up", "Whether a sensor is open and was read lately.", labels=["lane"]
     )
-    lost = CounterMetricFamily(
+    lost = metrics_core.CounterMetricFamily(
         "pepr_lane_lost_samples", "Samples overwritten before the metrics took them.",
         labels=["lane"],
     )  # fmt: skip
     counters = {
-        key: CounterMetricFamily(f"pepr_lane_{name}", help_text, labels=["lane"])
+        key: metrics_core.CounterMetricFamily(f"pepr_lane_{name}", help_text, labels=["lane"])
         for name, key, help_text in _LANE_COUNTERS
     }
     for lane in lanes:
@@ -137,24 +133,20 @@ def _lane_families(lanes: Lanes, meters: Meters) -> list[Metric]:
 def _daemon_families(
     gauges: Mapping[str, float], refused: Mapping[str, int], version: str
 ) -> list[Metric]:
-    from prometheus_client.metrics_core import (
-        CounterMetricFamily,
-        GaugeMetricFamily,
-        InfoMetricFamily,
-    )
+    from prometheus_client import metrics_core
 
-    refusals = CounterMetricFamily(
+    refusals = metrics_core.CounterMetricFamily(
         "pepr_daemon_refusals", "Connections and requests that were refused.", labels=["why"]
     )
     for why, count in refused.items():
         refusals.add_metric([why], count)
     return [
         *(
-            GaugeMetricFamily(f"pepr_daemon_{name}", _DAEMON_GAUGES[name], value=value)
+            metrics_core.GaugeMetricFamily(f"pepr_daemon_{name}", _DAEMON_GAUGES[name], value=value)
             for name, value in gauges.items()
         ),
         refusals,
-        InfoMetricFamily("pepr_daemon", "The daemon.", value={"version": version}),
+        metrics_core.InfoMetricFamily("pepr_daemon", "The daemon.", value={"version": version}),
     ]
 
 
