@@ -17,7 +17,6 @@ from sim.waves import Constant
 KEPT = Path(__file__).parent / "data" / "recordings"
 MADE = sorted(folder for folder in KEPT.iterdir() if (folder / "runs").is_dir())
 RUNS = sorted(run for folder in MADE for run in (folder / "runs").iterdir())
-LATEST = MADE[-1]
 PROSE = {"text", "hint", "what", "why", "fix", "excluded"}  # for people, and reworded at times
 FREE = {"metrics", "rate_hz", "refresh_s", "wasted", "gap_s", "budget"}  # keys of a run's own
 
