@@ -55,8 +55,8 @@ def test_the_version_stands_in_one_place() -> None:
 
 def test_printing_the_version_reads_no_metadata_of_packages() -> None:
     code = (
-        "import atexit, sys; from pepr_profiler.__main__ import main; sys.argv[1:] = ['--version'];"
-        "atexit.register(lambda: print('importlib.metadata' in sys.modules)); main()"
+        "import sys; from pepr_profiler.commands import cli;"
+        "cli.main(['--version'], standalone_mode=False); print('importlib.metadata' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
