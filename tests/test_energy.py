@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cli import Cli, codes, write_replay
 
-from pepr_profiler.energy.counter import within_piece
+from pepr_profiler.energy.counter import reconstruct_interval
 from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.integrate import integrate
 from pepr_profiler.energy.sources import UNITS, Source, find_sources
@@ -231,7 +231,7 @@ def test_what_is_put_between_refreshes_keeps_their_energy() -> None:
     span_s = random.choice([0.1, 0.11, 0.3, 3.0], (5, 2000))
 
     def beside_j(x: float) -> np.ndarray:
-        return within_piece(power_w, span_s, np.full(2000, x), longest_s=0.35)[0]
+        return reconstruct_interval(power_w, span_s, np.full(2000, x), longest_s=0.35)[0]
 
     # then nothing is added at its ends
     assert beside_j(0.0) == pytest.approx(np.zeros(2000), abs=1e-9)
@@ -241,7 +241,7 @@ def test_what_is_put_between_refreshes_keeps_their_energy() -> None:
     assert (beside_j(0.4)[line] == 0).all()
     assert np.count_nonzero(beside_j(0.4)[~line]) > 200
     # and the power there is what the energy grows by
-    middle_w = within_piece(power_w, span_s, np.full(2000, 0.4), longest_s=0.35)[1]
+    middle_w = reconstruct_interval(power_w, span_s, np.full(2000, 0.4), longest_s=0.35)[1]
     slope_w = power_w[2] + (beside_j(0.4 + 1e-7) - beside_j(0.4 - 1e-7)) / (2e-7 * span_s[2])
     assert middle_w == pytest.approx(slope_w, rel=1e-4, abs=0.1)
 

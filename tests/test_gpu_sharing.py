@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import SLOW_S, Cli, codes, component, ended, python
+from cli import SLOW_S, Cli, codes, component, ended, python, write_replay
 from sim.nvml import STARTED, BuildNvml, Fault, Gpu, Process, Scenario, default_uuid
 from sim.waves import Constant, Step
 
@@ -361,6 +361,21 @@ def test_an_index_among_unlike_gpus_is_said_to_tell_nothing(cli: Cli, nvml_sim: 
     _, summary = cli.measure("--sensor", sim.spec, "--", "sleep", "1.2", env=listed)
     assert codes(summary, "CUDA_VISIBLE_DEVICES=0") == {"cuda-order"}
     assert gpu(summary, 0)["in_total"] and not gpu(summary, 1)["in_total"]
+
+
+def test_memory_of_gpus_that_two_drivers_read_adds_up(cli: Cli, tmp_path: Path) -> None:
+    # given two lanes, each with the memory of a GPU of its own, and one of both GPUs
+    rows = [(0.0, 3e9), (0.1, 4e9), (0.2, 3e9)]
+    specs = [
+        write_replay(tmp_path / name, [f"{name}/memory memory B 1 0 gauge nvml-memory"], rows)
+        for name in ("a", "b")
+    ]
+    both = [f"{name}/memory memory B 1 0 gauge nvml-memory" for name in "ba"]
+    specs.append(write_replay(tmp_path / "both", both, [(t, size, size) for t, size in rows]))
+    arguments = [word for spec in specs for word in ("--sensor", spec)]
+    _, summary = cli.measure(*arguments, "--", "sleep", "0.5")
+    # then each GPU counts once, with the most that was in use on it
+    assert summary["memory"]["gpu_peak_bytes"] == 8_000_000_000
 
 
 def test_the_jobs_own_memory_is_told_where_its_processes_are(

@@ -249,7 +249,7 @@ def stored(directory: Path, channels: tuple[Channel, ...], t_ns: Any, values: li
     writer.close()
     batches = list(LaneReader(directory, "demo"))
     skipped = [b.skipped for b in batches if b.skipped is not None]
-    gaps = [b.gap_ns for b in batches if b.gap_ns is not None]
+    gaps = [b.since_read_ns for b in batches if b.since_read_ns is not None]
     return Batch(
         np.concatenate([b.t_ns for b in batches]),
         np.concatenate([b.read_ns for b in batches]),
@@ -283,11 +283,11 @@ def test_a_quiet_lane_is_stored_sparsely_and_every_phase_keeps_its_energy(tmp_pa
     assert np.max(np.abs(energy_j - true_j)) <= 0.25 * 500 * 0.1 * 1.1
     # and what is left out adds up: the gaps and the rows that were skipped tell all reads
     spans = np.diff(batch.t_ns)
-    assert batch.skipped is not None and batch.gap_ns is not None
+    assert batch.skipped is not None and batch.since_read_ns is not None
     assert (np.diff(np.searchsorted(t_ns, batch.t_ns)) - 1 == batch.skipped[1:]).all()
     direct = batch.skipped[1:] == 0
-    assert (batch.gap_ns[1:][direct] == spans[direct]).all()
-    assert (batch.gap_ns[1:] < 0.2 * S).all()
+    assert (batch.since_read_ns[1:][direct] == spans[direct]).all()
+    assert (batch.since_read_ns[1:] < 0.2 * S).all()
 
 
 def test_extremes_and_both_ends_of_a_gauge_are_kept(tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_a_day_of_eight_gpus_and_two_sockets_is_small(tmp_path: Path) -> None:
 def test_a_lane_of_an_older_version_reads_as_it_did() -> None:
     # given a lane written before rows were left out, without the columns that tell of it
     (batch,) = LaneReader(Path(__file__).parent / "data" / "lane-without-skipped", "demo")
-    assert batch.skipped is None and batch.gap_ns is None
+    assert batch.skipped is None and batch.since_read_ns is None
     assert batch.t_ns.tolist() == [n * 1_000_000 for n in range(300)]
     assert batch.values[0].tolist() == list(range(300))
     assert batch.reads == 300

@@ -1,4 +1,8 @@
-"""Energy counters: wraps and resets undone, and what flowed between two refreshes."""
+"""Energy counters: what flowed up to an instant that lies between two refreshes.
+
+A counter gives the energy of each interval between two of its changes. How power went inside an
+interval, say when it jumped, is reconstructed from the means of the intervals around it.
+"""
 
 from __future__ import annotations
 
@@ -8,64 +12,67 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pepr_profiler.energy.curve import NARROW, NS_PER_S, UNIFORM, Accumulator, Changes, EnergyCurve
+from pepr_profiler.energy.curve import NARROW, UNIFORM, Accumulator, Changes, EnergyCurve
 from pepr_profiler.energy.unwrap import undo_fall
 from pepr_profiler.trace.lane import LINE_STEPS
+from pepr_profiler.units import NS_PER_S
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_LAST_CHANGES = 3
-_NOISE = 3.0
-"""Behind the last change the mean power of the last few goes on, unless the last one's differs from
-it by more than this many times what the uncertain time of a refresh explains."""
-
+_LAST_CHANGES, _NOISE = 3, 3.0
+"""After the last change the mean power of the last few goes on; but the last one's alone does if it
+differs from it by more than this many times what the uncertain time of a refresh explains."""
 
 _NEIGHBOURS = 2
-"""Pieces on either side that tell how power went inside of one."""
+"""So many intervals on either side show how power went inside of one."""
 
 _FLAT = 0.05
-"""Two pieces differ by so little of a jump beside them that both are its level."""
+"""Two intervals beside a jump are one level if their powers differ by less than this part of it."""
 
 _ONWARD = 0.25
-"""Where power goes on like this part of a jump beside it, it is no jump but a slope."""
+"""Where power goes on by more than this part of a jump beside it, it is no jump but a slope."""
 
 _LONG_REFRESHES, _LONG_READS = 3.5, 6.0
-"""A longer piece is a gap: it stays a line. A counter that changes at every read is read at up to
-four times its usual distance, and three eighths more (steady.h and lane.cpp of
-csrc/sampling)."""
+"""A longer interval is a gap: its power is taken to be even. A counter that changes at every read
+is read at up to four times its usual spacing, and three eighths more (csrc/sampling, steady.h and
+lane.cpp)."""
 
 _UNSEEN_S = 1e-3
-"""Between refreshes of a counter that has changed at every read: RAPL's (docs/measurement, C)."""
+"""The refresh period of a counter that has changed at every read: RAPL's (docs/measurement, C)."""
 
 _ALIKE_SPANS = 1.5
-"""A parabola is put through pieces whose lengths differ by no more."""
+"""A parabola is put through intervals whose lengths differ by no more than this factor."""
 
 _U_STEP, _U_PARABOLA = 0.1, 0.05
-"""Standard uncertainties of what is put into a piece, in W per W of what may be wrong with it
-(fitted to simulated loads, docs/measurement, F; benchmarks/accuracy checks them)."""
+"""Standard uncertainties of a reconstruction, in W per W of what may be wrong with it (fitted to
+simulated loads, docs/measurement, F; benchmarks/accuracy checks them)."""
 
 
-def within_piece(
+def reconstruct_interval(
     power_w: NDArray[np.float64],
     span_s: NDArray[np.float64],
     x: NDArray[np.float64],
     *,
     longest_s: float | NDArray[np.float64],
-    blind: bool = False,
+    refreshes_unseen: bool = False,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """How power went inside a piece of a counter, from the means of its neighbours.
+    """How power went inside an interval, from the means of the intervals around it.
 
-    `power_w` and `span_s` (5, n) are mean power and length of a piece and the two on either side,
-    NaN where there is none; `x` (n,) in [0, 1] is how far into the piece. Returns the energy up to
-    there beside the straight line's, J, the power there, W, and the variance of that energy, J².
+    `power_w` and `span_s` (5, n) are mean power and length of an interval and the two on either
+    side, NaN where there is none; `x` (n,) in [0, 1] is how far into the interval. Returns the
+    energy up to there less that of even power, J, the power there, W, and the variance of that
+    energy, J².
 
-    The piece's own energy is kept. Where its mean lies between its neighbours', one of which is
-    flat, or may be, and the other no further part of a slope, power jumps from one level to the
-    other at the place that the mean tells (subcell resolution: Harten 1989); else it is the limited
-    parabola of Colella and Woodward (1984, PPM).
-    A piece longer than `longest_s` or without a neighbour stays a line. `blind` are refreshes that
-    may lie anywhere before the reads that ended the pieces.
+    The interval's own energy is kept. Power is taken to jump from the level before to the level
+    after, at the place that the mean implies (subcell resolution: Harten 1989), where
+    - the mean lies between those of the two neighbours,
+    - one of them is flat as far as is known, and
+    - the other is not part of a slope that goes on.
+    Else power is the limited parabola of Colella and Woodward (1984, PPM). In an interval longer
+    than `longest_s` or without a neighbour it is even.
+
+    `refreshes_unseen` says that a refresh may lie anywhere before the read that ended an interval.
     """
     far_left, left, mean, right, far_right = power_w
     known = np.isfinite(left) & np.isfinite(right)
@@ -94,17 +101,18 @@ def within_piece(
 
     off_line_w = np.where(steps, step_w, parabola_w) - x * mean
     inside_w = np.where(steps, np.where(x < y, left, right), low + x * (high - low + bow * (1 - x)))
-    # A jump is off where its levels are; a parabola, or a line, by what it does not follow.
+    # A jump may be wrong in its levels; a parabola, or a line, in what it does not follow.
     u_w = np.where(
         steps,
         _U_STEP * np.minimum(np.abs(jump), np.nan_to_num(beside_w, nan=math.inf).max(axis=0)),
         _U_PARABOLA * np.abs(left - 2 * mean + right),
     )
-    # A step inside of a line's piece leaves its mean between its neighbours': the smaller change
-    # bounds how far the line is off. It also tells how uneven unseen refreshes make steady power.
+    # A step inside an interval of even power leaves its mean between its neighbours': the smaller
+    # change bounds how far the line is off. It also shows how uneven unseen refreshes make steady
+    # power look.
     off_w = np.fmin(np.abs(power_w[1] - mean), np.abs(power_w[3] - mean)) / math.sqrt(3)
     off_w = np.where(np.isfinite(off_w), off_w, 0.0)
-    u_w = np.where(known & short, np.maximum(u_w, off_w) if blind else u_w, off_w)
+    u_w = np.where(known & short, np.maximum(u_w, off_w) if refreshes_unseen else u_w, off_w)
     return off_line_w * span, inside_w, (u_w * span) ** 2
 
 
@@ -115,7 +123,7 @@ def _limited(
     right: NDArray[np.float64],
     far_right: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Power at both ends of a piece with a parabola between that adds no extremum (1.6-1.10)."""
+    """Power at both ends of a parabola that adds no extremum (Colella and Woodward, 1.6-1.10)."""
 
     def slope(a: Any, b: Any, c: Any) -> Any:
         most = 2 * np.minimum(np.abs(b - a), np.abs(c - b))
@@ -133,7 +141,7 @@ def _limited(
     return np.where(extremum, mean, new_low), np.where(extremum, mean, new_high)
 
 
-def _taken(values: NDArray[np.float64], index: NDArray[np.int64]) -> NDArray[np.float64]:
+def _values_at(values: NDArray[np.float64], index: NDArray[np.int64]) -> NDArray[np.float64]:
     """The values at `index`, NaN beyond both ends."""
     inside = (index >= 0) & (index < len(values))
     return np.where(inside, values[np.clip(index, 0, len(values) - 1)], math.nan)
@@ -141,55 +149,55 @@ def _taken(values: NDArray[np.float64], index: NDArray[np.int64]) -> NDArray[np.
 
 @dataclass(eq=False, repr=False)
 class Counter(Accumulator):
-    """A counter: the line goes through its changes.
+    """The curve of a counter goes through its changes.
 
     The first value was reached up to one refresh period before it was first read, and what flowed
-    after the last change is not in the counter yet: both ends are extended by up to one period, so
-    that an edge is off by a random part of a refresh and not always the same way.
+    after the last change is not in the counter yet. So both ends are extended by up to one period:
+    an edge is then off by a random part of a refresh, and not always the same way.
     """
 
     wraps: int = 0
     resets: int = 0
     longest_stall_s: float = 0.0
     _last: float = math.nan  # the counter at its last change
-    # The pieces that wait for those after them, and before them `_done` ones that were emitted.
+    # Intervals that wait for those after them; before them `_emitted` ones, which are done.
     _knots: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     _joules: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     _thinned: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
-    _done: int = 0
-    _blind: bool = False  # changes at each read, of which nobody knows how old they are
-    _uneven_w2: float = 0.0  # squared changes of power from piece to piece
-    _pieces: int = 0
+    _emitted: int = 0
+    _refreshes_unseen: bool = False  # it changes at each read: how old a change is, is unknown
+    _uneven_w2: float = 0.0  # squared changes of power from interval to interval
+    _intervals: int = 0
     _recent: list[tuple[float, float]] = field(default_factory=list)  # (J, s)
 
-    def begin(self, placed: NDArray[np.float64], changes: Changes) -> None:
+    def begin(self, refreshed_ns: NDArray[np.float64], changes: Changes) -> None:
         begin = float(changes.t_ns[0])
-        if len(placed) > 1:
-            begin = min(begin, float(placed[0]) - self.refresh_s * NS_PER_S)
+        if len(refreshed_ns) > 1:
+            begin = min(begin, float(refreshed_ns[0]) - self.refresh_s * NS_PER_S)
         self.knot_ns, self._last = begin, float(changes.values[0])
         self._knots = np.array([begin])
         self._filled = int(np.searchsorted(self.at_ns, begin, side="right"))
-        self._blind = not self.dense and bool(
-            (changes.gap_ns[1:] > NARROW * self.refresh_s * NS_PER_S).all()
+        self._refreshes_unseen = not self.dense and bool(
+            (changes.since_read_ns[1:] > NARROW * self.refresh_s * NS_PER_S).all()
         )
-        if self._blind:
+        if self._refreshes_unseen:
             self.jitter_s = max(self.jitter_s, _UNSEEN_S / UNIFORM)
-        if len(placed):
-            self.join(placed, changes.rest())
+        if len(refreshed_ns):
+            self.add(refreshed_ns, changes.after_first())
 
-    def join(self, placed: NDArray[np.float64], changes: Changes) -> None:
+    def add(self, refreshed_ns: NDArray[np.float64], changes: Changes) -> None:
         last_ns = self._knots[-1]
         step_j = np.diff(changes.values, prepend=self._last)
         self._last = float(changes.values[-1])
-        span_s = np.maximum(np.diff(placed, prepend=last_ns) / NS_PER_S, 1e-9)
+        span_s = np.maximum(np.diff(refreshed_ns, prepend=last_ns) / NS_PER_S, 1e-9)
         self._unwrap(step_j, span_s, changes.values)
         self.longest_stall_s = max(self.longest_stall_s, float(np.max(span_s)))
         few = zip(step_j[-_LAST_CHANGES:].tolist(), span_s[-_LAST_CHANGES:].tolist(), strict=True)
         self._recent = [*self._recent, *few][-_LAST_CHANGES:]
-        # A line was found to do for these, as sure as it is kept in (csrc/recording/thin.h).
+        # Rows were left out of these because a line was close enough (csrc/recording/thin.h).
         thinned = (changes.left_out > 0) & (span_s > _ALIKE_SPANS * self.refresh_s)
         self._thinned = np.append(self._thinned, thinned)
-        self._settle(placed, step_j)
+        self._emit_settled(refreshed_ns, step_j)
 
     def _unwrap(
         self, step_j: NDArray[np.float64], span_s: NDArray[np.float64], values: NDArray[np.float64]
@@ -205,21 +213,21 @@ class Counter(Accumulator):
             self.wraps += wrapped
             self.resets += not wrapped
 
-    def _settle(
+    def _emit_settled(
         self, t: NDArray[np.float64], step_j: NDArray[np.float64], *, last: bool = False
     ) -> None:
-        """Emits pieces; all but the last two, whose neighbours have yet to come, unless `last`."""
+        """Emits all intervals; unless `last`, without the two that lack neighbours so far."""
         knots, joules = np.append(self._knots, t), np.append(self._joules, step_j)
         end = len(joules) - (0 if last else _NEIGHBOURS)
-        if end > self._done:
-            self._emit_pieces(knots, joules, self._done, end)
-            self._done = end
-        passed = max(0, self._done - _NEIGHBOURS)
+        if end > self._emitted:
+            self._emit_intervals(knots, joules, self._emitted, end)
+            self._emitted = end
+        passed = max(0, self._emitted - _NEIGHBOURS)
         self._knots, self._joules = knots[passed:], joules[passed:]
         self._thinned = self._thinned[passed:]
-        self._done -= passed
+        self._emitted -= passed
 
-    def _emit_pieces(
+    def _emit_intervals(
         self, knots: NDArray[np.float64], joules: NDArray[np.float64], begin: int, end: int
     ) -> None:
         span_s = np.maximum(np.diff(knots) / NS_PER_S, 1e-9)
@@ -227,39 +235,39 @@ class Counter(Accumulator):
         now = slice(begin, end)
         change_w = np.diff(power_w, prepend=power_w[0])[now]
         self._uneven_w2 += float(change_w @ change_w)
-        self._pieces += end - begin
+        self._intervals += end - begin
         self.last_w = float(power_w[end - 1])
-        self.last_change_w = math.sqrt(self._uneven_w2 / self._pieces)
+        self.last_change_w = math.sqrt(self._uneven_w2 / self._intervals)
         sums = np.zeros((3, end - begin))
         sums[0] = self._sums[0] + np.cumsum(joules[now])
         local = np.array((power_w[now], (power_w[now] * self.jitter_s) ** 2))
         at = self.emit(knots[1:][now], sums, local)
-        # Only the few pieces that hold an instant are looked into.
+        # Only the few intervals that hold an instant that is asked for are reconstructed.
         at_ns = self.at_ns[at].astype(np.float64)
-        piece = begin + np.searchsorted(knots[1:][now], at_ns)
-        x = (at_ns - knots[piece]) / NS_PER_S / span_s[piece]
-        around = piece + np.arange(-_NEIGHBOURS, _NEIGHBOURS + 1)[:, np.newaxis]
-        thinned = self._thinned[piece]
-        longest_s = (_LONG_READS if self._blind else _LONG_REFRESHES) * self.refresh_s
-        beside_j, inside_w, variance_j2 = within_piece(
-            _taken(power_w, around),
-            _taken(span_s, around),
+        interval = begin + np.searchsorted(knots[1:][now], at_ns)
+        x = (at_ns - knots[interval]) / NS_PER_S / span_s[interval]
+        around = interval + np.arange(-_NEIGHBOURS, _NEIGHBOURS + 1)[:, np.newaxis]
+        thinned = self._thinned[interval]
+        longest_s = (_LONG_READS if self._refreshes_unseen else _LONG_REFRESHES) * self.refresh_s
+        beside_j, inside_w, variance_j2 = reconstruct_interval(
+            _values_at(power_w, around),
+            _values_at(span_s, around),
             x,
             longest_s=np.where(thinned, 0.0, longest_s),
-            blind=self._blind,
+            refreshes_unseen=self._refreshes_unseen,
         )
-        line_j2 = (LINE_STEPS * power_w[piece] * self.refresh_s) ** 2 / 3
+        line_j2 = (LINE_STEPS * power_w[interval] * self.refresh_s) ** 2 / 3
         variance_j2 = np.where(thinned, line_j2, variance_j2)
         self._cumulative[0, at] += beside_j
         self._local[0, at] = inside_w
         self._local[1, at] = (inside_w * self.jitter_s) ** 2 + variance_j2
 
     def finish(self) -> EnergyCurve:
-        if not self._started and self._early:
+        if not self._started and self._first_changes:
             self._start()
         if len(self._joules):
-            self._settle(np.zeros(0), np.zeros(0), last=True)
-            # Of a few changes: one alone may have been noticed late and the next one early.
+            self._emit_settled(np.zeros(0), np.zeros(0), last=True)
+            # The last change alone may have been noticed late, and the one before it early.
             joules, seconds = zip(*self._recent, strict=True)
             mean_w, last_w = sum(joules) / sum(seconds), joules[-1] / seconds[-1]
             noise_w = _NOISE * mean_w * self.jitter_s / seconds[-1]
@@ -273,5 +281,5 @@ class Counter(Accumulator):
             wraps=self.wraps,
             resets=self.resets,
             longest_stall_s=self.longest_stall_s,
-            lag_u_s=self.jitter_s,  # a read follows its refresh by as much as reads differ in it
+            lag_u_s=self.jitter_s,  # reads trail their refreshes by as much as they vary in it
         )

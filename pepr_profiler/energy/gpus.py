@@ -64,7 +64,7 @@ class Gpus(Record):
         excluded = self._excluded(uuid) if uuid in self.boards else ""
         if not excluded or not curve.source.in_total:
             return curve
-        return curve._replace(source=curve.source._replace(in_total=False, excluded=excluded))
+        return curve._replace(source=curve.source.not_counted(excluded))
 
     def peak_bytes(self, of_boards: int | None) -> int | None:
         """The job's memory on GPUs where its processes are known; else what the boards held."""

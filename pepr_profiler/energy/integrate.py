@@ -1,7 +1,7 @@
-"""Energy from recorded numbers: one pass over a lane, from readings to cumulative energy.
+"""From a lane's readings to the energy of each of its sources, in one pass.
 
-It gives the cumulative energy of each of the lane's sources at the instants that are asked for;
-memory does not grow with the length of the recording.
+Memory does not grow with the length of the recording: energy is kept only at the instants that are
+asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def integrate(
     batches: Iterable[Batch], sources: Sequence[Source], at_ns: NDArray[np.int64]
 ) -> list[EnergyCurve]:
-    """The cumulative energy of each source (all of one lane) at `at_ns` (sorted), in one pass."""
+    """The cumulative energy of each source, all of one lane, at `at_ns`, which is sorted."""
     accumulators = [(Counter if source.counter else Power)(source, at_ns) for source in sources]
     mirrors = _Mirrors(sources)
     for batch in batches:
@@ -38,14 +38,14 @@ def integrate(
 
 
 class _Mirrors:
-    """Dies of one package whose zones are one counter (Zen 1 and 2; codecarbon issue 1274).
+    """Finds dies of a package that show one and the same counter (Zen 1, 2; codecarbon issue 1274).
 
-    Two counters of 15 µJ steps that rise alike from reading to reading are one. A refresh may fall
-    between the reads of the two, and then makes one rise differ and the next one make up for it.
+    Two counters of 15 µJ steps that rise alike from reading to reading are one. A refresh between
+    the reads of the two makes one rise differ, which the next one makes up for.
     """
 
-    _ENOUGH = 8  # rises that are alike; one alone may be chance
-    _ALIKE = 0.5
+    _ENOUGH = 8  # rises that are equal; one alone may be chance
+    _EQUAL_PART = 0.5  # of all rises
 
     def __init__(self, sources: Sequence[Source]) -> None:
         dies = [s for s in sources if s.counter and s.in_total and package_of(s.id) != s.id]
@@ -70,18 +70,16 @@ class _Mirrors:
             counts[1] += int(np.count_nonzero(moved & (rises[one.channel] == rises[two.channel])))
 
     def mark(self, curves: list[EnergyCurve]) -> list[EnergyCurve]:
-        """The curves; what mirrors an earlier one is no longer in the total."""
+        """The curves, without those in the total that mirror an earlier one."""
         mirrored: dict[int, Source] = {}
-        for one, two, (moved, alike) in self._pairs:
-            if alike >= self._ENOUGH and alike > self._ALIKE * moved:
+        for one, two, (rises, equal) in self._pairs:
+            if equal >= self._ENOUGH and equal > self._EQUAL_PART * rises:
                 mirrored.setdefault(two.channel, one)
         return [
             curve
             if (first := mirrored.get(curve.source.channel)) is None
             else curve._replace(
-                source=curve.source._replace(
-                    in_total=False, excluded=f"mirrors {first.label}: one counter"
-                )
+                source=curve.source.not_counted(f"mirrors {first.label}: one counter")
             )
             for curve in curves
         ]

@@ -1,8 +1,8 @@
-"""Power models for what has no sensor: CPU and RAM, from recorded utilisation.
+"""Power models for a CPU and memory without a sensor: energy from their recorded utilisation.
 
-What these give is an estimate and is labelled *modelled* wherever it is shown. A model linear in
-load missed RAPL by -52 % to +146 % in codecarbon's own load sweeps, so no figure here claims less
-than ±50 % (k = 2), a figure borrowed from a related CPU claims more.
+It is an estimate, and labelled *modelled* wherever it is shown. A model linear in load missed RAPL
+by -52 % to +146 % in codecarbon's own load sweeps. So no figure here claims less than ±50 % (k =
+2), and one that is borrowed from a related CPU claims more.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pepr_profiler.energy.curve import NS_PER_S, UNIFORM, Accumulator, Changes, EnergyCurve, median
+from pepr_profiler.energy.curve import UNIFORM, Accumulator, Changes, EnergyCurve, median
+from pepr_profiler.units import NS_PER_S
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -17,8 +18,8 @@ _SLOWEST_REFRESH_S = 0.12
 """GPUs refresh their power every 15 to 104 ms (docs/measurement, B)."""
 
 _USUAL_LAG = 0.3
-"""Where its window is not known, a reading's middle lies this part of a refresh period back: the
-windows are 1/4 to 1 of a period, half of which is 1/8 to 1/2."""
+"""Of a sensor whose averaging window is unknown, a reading's middle lies this part of a refresh
+period back: windows are 1/4 to 1 of a period, half of which is 1/8 to 1/2."""
 
 _GAP_REFRESHES = 3
 """Power readings further apart than this are a gap, not a slow refresh."""
@@ -27,85 +28,89 @@ _ALIAS_REFRESHES = 40
 _ALIAS_SWING = 0.05
 _ALIAS_REPEATS = 0.3
 _ALIAS_DRIFT = 20
-"""Aliasing is told from so many refreshes that change by so much of the power and come back after
-two or three by so much better."""
+"""Aliasing shows in at least so many refreshes, which change by this part of the power, where the
+squared change over two or three refreshes is less than this part of that over one. In a longer run
+it has to be even less: the phase then drifts through all of the load's period so many times."""
 
 
 @dataclass(eq=False, repr=False)
 class Power(Accumulator):
-    """Power readings, joined by straight lines and held at the ends; shifted back by their lag.
+    """The curve of power readings: joined by lines, held at the ends, shifted back by their lag.
 
-    A reading that stays was still seen: it is held until a refresh before the next change, or until
-    the last read.
+    A reading that repeats was seen again: it is held until a refresh before the next change, or
+    until the last read.
     """
 
     lag_s: float = 0.0
     begin_ns: float = 0.0
-    common_edge_j2: float = 0.0  # times seconds
+    common_edge_j2: float = 0.0  # variance of an edge anywhere, J² times seconds
     lowest_w: float = math.inf
     highest_w: float = 0.0
     _watts: float = math.nan
-    _seen_ns: float = 0.0  # the refresh of the last change, not shifted
-    _count: int = 0  # refreshes, as many as were seen
+    _seen_ns: float = 0.0  # the refresh of the last change, without the lag
+    _count: int = 0  # refreshes that were seen
     # Sums of squared differences of readings 1, 2 and 3 refreshes apart, and the last readings.
     _structure: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
     _tail: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
-    def notable_gap_s(self) -> float:
+    def news_after_s(self) -> float:
         return _GAP_REFRESHES * max(_SLOWEST_REFRESH_S, self.source.period_s)
 
-    def typical(self, between: NDArray[np.float64], gap: NDArray[np.float64]) -> float:
-        """A low quartile: at constant power a refresh may change nothing and not be noticed.
+    def usual_period_ns(
+        self, spacing_ns: NDArray[np.float64], since_read_ns: NDArray[np.float64]
+    ) -> float:
+        """The low quartile: at constant power a refresh may change nothing and not be noticed.
 
-        No GPU takes longer than 100 ms (docs/measurement, B); a reader may.
+        No GPU takes longer than 100 ms (docs/measurement, B); its readers may.
         """
-        quartile = np.sort(between)[len(between) // 4]
-        return float(min(quartile, max(_SLOWEST_REFRESH_S * NS_PER_S, median(gap))))
+        quartile = np.sort(spacing_ns)[len(spacing_ns) // 4]
+        return float(min(quartile, max(_SLOWEST_REFRESH_S * NS_PER_S, median(since_read_ns))))
 
-    def begin(self, placed: NDArray[np.float64], changes: Changes) -> None:
+    def begin(self, refreshed_ns: NDArray[np.float64], changes: Changes) -> None:
         self.refresh_s = self.refresh_s or _SLOWEST_REFRESH_S
         slow_s = max(_SLOWEST_REFRESH_S, 1.05 * self.source.period_s)
-        if len(placed) < 2:
+        if len(refreshed_ns) < 2:
             self.refresh_s = min(self.refresh_s, slow_s)
         self.lag_s = self.source.lag_s or (_USUAL_LAG * self.refresh_s if self.dense else 0.0)
-        self.held_s = 2 * max(self.source.period_s, 0.1)
+        self.hold_before_s = 2 * max(self.source.period_s, 0.1)
         first_ns = float(changes.t_ns[0])
-        if len(placed):  # the reading that is there at first was taken a refresh before the next
-            first_ns = max(first_ns - self.refresh_s * NS_PER_S / 2, min(first_ns, placed[0]))
+        if len(refreshed_ns):  # what is there at first was taken a refresh before the next
+            first_ns = max(first_ns - self.refresh_s * NS_PER_S / 2, min(first_ns, refreshed_ns[0]))
         first_ns = min(first_ns, float(changes.t_ns[0]))
         self._watts = self.first_w = self.last_w = float(changes.values[0])
         self.lowest_w = self.highest_w = self._watts
         self._tail = changes.values[:1]
         self._seen_ns = first_ns
         self.knot_ns = self.begin_ns = first_ns - self.lag_s * NS_PER_S
-        if len(placed):
-            self.join(placed, changes.rest())
+        if len(refreshed_ns):
+            self.add(refreshed_ns, changes.after_first())
 
-    def join(self, placed: NDArray[np.float64], changes: Changes) -> None:
+    def add(self, refreshed_ns: NDArray[np.float64], changes: Changes) -> None:
         values, period = changes.values, self.refresh_s * NS_PER_S
         earlier = np.append(self._watts, values[:-1])
-        since = np.append(self._seen_ns, placed[:-1])
-        self._watch(earlier, values, np.rint((placed - since) / period))
+        since = np.append(self._seen_ns, refreshed_ns[:-1])
+        self._watch(earlier, values, np.rint((refreshed_ns - since) / period))
         # Two knots a change: the end of the reading before, where it was held, and the change.
-        until = np.minimum(placed - period, changes.t_ns - changes.gap_ns)
-        keep = np.stack((until > since + period / 2, np.ones(len(placed), bool)), axis=1).ravel()
-        t = np.stack((until, placed), axis=1).ravel()[keep] - self.lag_s * NS_PER_S
+        until = np.minimum(refreshed_ns - period, changes.t_ns - changes.since_read_ns)
+        always = np.ones(len(values), bool)
+        keep = np.stack((until > since + period / 2, always), axis=1).ravel()
+        t = np.stack((until, refreshed_ns), axis=1).ravel()[keep] - self.lag_s * NS_PER_S
         watts = np.stack((earlier, values), axis=1).ravel()[keep]
-        held = np.stack((keep[::2], np.zeros(len(placed), bool)), axis=1).ravel()[keep]
-        self._watts, self._seen_ns = float(values[-1]), float(placed[-1])
+        held = np.stack((keep[::2], ~always), axis=1).ravel()[keep]
+        self._watts, self._seen_ns = float(values[-1]), float(refreshed_ns[-1])
         self._through(t, watts, held)
 
     def _through(
         self, t: NDArray[np.float64], watts: NDArray[np.float64], held: NDArray[np.bool_]
     ) -> None:
-        """Goes on through knots; up to those that are `held` the reading before was still seen."""
+        """Adds knots; until those that are `held` the reading before was still seen."""
         before = np.append(self.last_w, watts[:-1])
         span_s = np.maximum(np.diff(t, prepend=self.knot_ns) / NS_PER_S, 0.0)
         mean_w, change_w = 0.5 * (watts + before), watts - before
         gap = ~held & (span_s > _GAP_REFRESHES * max(self.refresh_s, self.source.period_s))
         window_s = 2 * self.source.lag_s
         if window_s > self.refresh_s:
-            # An average sees all of the run; but an edge lies in a ramp as long as its window.
+            # An average sees all of the run, but makes a ramp, as long as its window, of an edge.
             slope = change_w / np.maximum(span_s, self.refresh_s / 2)
             duty_j2, edge_j2 = np.zeros(len(t)), (slope * window_s**2 / 12) ** 2
             self.common_edge_j2 += float(edge_j2 @ span_s)
@@ -123,11 +128,11 @@ class Power(Accumulator):
         values: NDArray[np.float64],
         refreshes: NDArray[np.float64],
     ) -> None:
-        """Range and regularity of the readings, a held one as often as it was refreshed."""
+        """Notes the range and the regularity of the readings, each as often as it was refreshed."""
         self.lowest_w = min(self.lowest_w, float(values.min()))
         self.highest_w = max(self.highest_w, float(values.max()))
         self._count += int(np.maximum(refreshes, 1).sum())
-        times = np.clip(refreshes, 1, 4).astype(np.int64) - 1  # more of them add nothing
+        times = np.clip(refreshes, 1, 4).astype(np.int64) - 1  # more repeats add nothing
         new = np.repeat(np.stack((earlier, values), axis=1).ravel(),
                         np.stack((times, np.ones_like(times)), axis=1).ravel())  # fmt: skip
         series = np.append(self._tail, new)
@@ -137,49 +142,50 @@ class Power(Accumulator):
         self._tail = series[-3:]
 
     def finish(self) -> EnergyCurve:
-        if not self._started and self._early:
+        if not self._started and self._first_changes:
             self._start()
         last = self.last_ns - self.lag_s * NS_PER_S
         if self.first_ns >= 0 and last > self.knot_ns:
             self._through(np.array([last]), np.array([self.last_w]), np.ones(1, bool))
-        # Held at the end for as long as its next reading could have been expected.
-        self.extend(self.lag_s + self.held_s)
+        # The last reading is held for as long as the next one could be expected to take.
+        self.extend(self.lag_s + self.hold_before_s)
         self._cumulative[1] *= duty_coefficient(*self._structure[:2]) if self._count else 0.0
         self._cumulative[2] *= max(0.0, self.highest_w - self.lowest_w) ** 2 / 12
-        # The ramps that an average makes of fast changes are too flat to show where they were.
+        # The ramps that an average makes of fast changes are too flat to show where these were.
         seconds = max((self.knot_ns - self.begin_ns) / NS_PER_S, 1e-9)
         self._local[1] += self.common_edge_j2 / seconds
         return self.curve(lag_u_s=self.refresh_s / UNIFORM, aliased=self._aliased())
 
     def _aliased(self) -> bool:
-        """Whether readings repeat after two or three refreshes: the load's period is near those.
+        """Whether readings repeat after two or three refreshes: then so does the load.
 
-        Then the sensor sees the same two or three moments of each period, and what lies between
-        them is anybody's guess. A load in step with the refreshes themselves looks constant.
+        The sensor then sees the same two or three moments of each period of the load, and what lies
+        between them is unknown. A load in step with the refreshes themselves looks constant.
         """
         one, *others = self._structure.tolist()
         mean_w = 0.5 * (self.lowest_w + self.highest_w)
         if 2 * self.source.lag_s > self.refresh_s or self._count < _ALIAS_REFRESHES:
             return False
         swing = one / (2 * self._count) > (_ALIAS_SWING * mean_w) ** 2
-        # Where the phase drifts through all of the period several times, all of it is seen.
+        # If the phase drifts through all of the period several times, all of it is seen.
         repeats = min(_ALIAS_REPEATS, _ALIAS_DRIFT / self._count)
         return bool(swing and min(others) < repeats * one)
 
 
 _DUTY = 0.25
-"""Share of a refresh period that a power reading looks at, where it is not known: GA100's and
+"""The part of a refresh period that a power reading looks at, where it is unknown: GA100's and
 H100's 25 of 100 ms, the least of all classes (SC24)."""
 
 
 def duty_coefficient(one_w2: float, two_w2: float, *, duty: float = _DUTY) -> float:
-    """Variance of a refresh's energy over (change of reading · refresh period)².
+    """The variance of a refresh's energy over (change of reading · refresh period)².
 
     `one_w2` and `two_w2` are mean (or summed) squares of the differences between readings one and
-    two refreshes apart. For a load with exponential autocorrelation, seen through windows that
-    cover `duty` of each period T, the sum of readings times T is off by T²·Σ C_r(jT) − T·∫C a
-    period, C_r being the readings' covariance and C the load's. two/one tells its correlation time:
-    1 for one far below T, 2 for one far above. White: (1 − duty)/2; rare steps: 1/12 at most.
+    two refreshes apart. Take a load with exponential autocorrelation, seen through windows that
+    cover `duty` of each period T. The sum of its readings times T has the variance
+    T²·Σ C_r(jT) − T·∫C a period, C_r being the readings' covariance and C the load's. two/one gives
+    its correlation time: 1 if that is far below T, 2 if it is far above. The result is
+    (1 − duty)/2 for white noise, and at most 1/12 for rare steps.
     """
     a = np.geomspace(30.0, 0.01, 60)  # T / correlation time
     x = a * duty

@@ -118,7 +118,7 @@ def _sharing_u_rel(
     others_j: NDArray[np.float64],
     users: GpuUsers | None,
 ) -> float:
-    """Relative standard uncertainty of the job's energy by how it was told from the others'."""
+    """Relative standard uncertainty of the job's energy by how it was split from the others'."""
     if curve.source.provenance == "modelled" or not total_j > 0:  # the model's own is far larger
         return 0.0
     if users is None:

@@ -1,4 +1,4 @@
-"""Which channels of a recording are energy: what they are, how sure, and which of them add up."""
+"""Which channels of a recording are energy, of which component, and which of them add up."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pepr_profiler.trace.lane import Channel, LaneInfo
 
 
 class Source(Record):
-    """One energy component before its numbers: what it is, where it lies, how far to trust it.
+    """Where the energy of one component was read, and how far to trust it; not the numbers.
 
-    `gain` (relative) and `offset_w` are standard uncertainties, fixed per device
+    `id` names the component, `lane` and `channel` the readings. `excluded` says why it is not in
+    the total. `gain` (relative) and `offset_w` are standard uncertainties, fixed for a device
     (docs/measurement: SC24 for GPU boards, judgement for RAPL). `lag_s` is how far its readings
     trail the truth.
     """
@@ -34,6 +35,10 @@ class Source(Record):
     gain: float = 0.0
     offset_w: float = 0.0
     lag_s: float = 0.0
+
+    def not_counted(self, reason: str) -> Source:
+        """The same source, out of the total."""
+        return self._replace(in_total=False, excluded=reason)
 
     @property
     def range_j(self) -> float:
@@ -107,7 +112,7 @@ def find_cross_sources(lanes: Iterable[LaneInfo], sources: Iterable[Source]) -> 
         ]
         if powers:
             power = _board_source(lane, powers)
-            found.append(power._replace(in_total=False, excluded=f"checks {source.source}"))
+            found.append(power.not_counted(f"checks {source.source}"))
     return found
 
 
@@ -214,7 +219,7 @@ def _perf_domain(lane: LaneInfo, channel: Channel) -> tuple[str, str]:
     if len(dies) > 1:
         package += f"-die-{labels.get('die')}"
     domain = _PERF_DOMAINS.get(event, event)
-    if event == "energy-core":  # one a core, told apart by the CPU that it is read on
+    if event == "energy-core":  # one a core, named after the CPU that it is read on
         domain += labels["cpu"]
     return (package, domain) if domain else ("", package)
 
@@ -306,10 +311,10 @@ def package_of(ident: str) -> str:
 
 
 def _without_repeats(sources: list[Source]) -> list[Source]:
-    """Makes ids unique: the same component from two lanes is counted once, the first.
+    """Makes ids unique: of a component that two lanes measure, the first source is counted.
 
-    A package and its dies are the same component too (kernels differ in what AMD's counters are);
-    the dies of a package add up.
+    A package and its dies are the same component too (kernels differ in what AMD's counters are
+    of); the dies of a package add up.
     """
     seen: dict[str, Source] = {}
     packages: dict[str, Source] = {}
@@ -325,5 +330,5 @@ def _without_repeats(sources: list[Source]) -> list[Source]:
             continue
         excluded = source.excluded or f"repeats {first.label} of {first.lane}"
         ident = f"{source.id}@{source.lane}.{source.channel}"
-        seen[ident] = source._replace(id=ident, in_total=False, excluded=excluded)
+        seen[ident] = source._replace(id=ident).not_counted(excluded)
     return list(seen.values())

@@ -1,4 +1,4 @@
-"""How sure an energy is: its budget by cause, and what a second sensor says."""
+"""How sure an energy is: its uncertainty budget by cause, and the check by a second sensor."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pepr_profiler.energy.curve import NS_PER_S, EnergyCurve
+from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.record import Record
+from pepr_profiler.units import NS_PER_S
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -16,12 +17,16 @@ if TYPE_CHECKING:
 _ALIAS_U = 0.2
 """An aliased energy is uncertain by this part of it (docs/measurement, F)."""
 
+_GAIN_CORRELATION = 0.5
+"""How much of a board's gain its counter and its power readings have in common (judgement: the same
+shunts, other paths; no source measures both)."""
+
 
 class UncertaintyBudget(Record):
     """Standard uncertainties (k = 1) of one device's energy, J, by cause (docs/measurement, F).
 
-    `gain_j`, `offset_j` and `model_j` are fixed for the device, whatever it does: over its windows
-    and runs they add and subtract as they stand. The others are independent: their squares add.
+    `gain_j`, `offset_j` and `model_j` are errors that a device has in all of its windows and runs:
+    they add and subtract as they stand. The others are independent: their squares add.
     """
 
     gain_j: float = 0.0
@@ -41,9 +46,6 @@ class UncertaintyBudget(Record):
         return math.hypot(*self)
 
 
-_CORRELATED = ("gain_j", "offset_j", "model_j")
-
-
 def budget(
     curve: EnergyCurve,
     at_ns: NDArray[np.int64],
@@ -52,18 +54,18 @@ def budget(
     *,
     energy_j: float | None = None,
 ) -> UncertaintyBudget:
-    """The budget of the windows from grid index `begins` to `ends`, taken together.
+    """The budget of the windows from index `begins` to `ends` of the grid, taken together.
 
-    `at_ns` is the curve's grid. `energy_j` is what of the windows' energy is meant, a part of it
-    where a device is shared; all of it unless given.
+    `at_ns` is the curve's grid. `energy_j` is the part of the windows' energy that is meant, where
+    a device is shared; all of it unless given.
     """
     source = curve.source
     device_j = float(np.sum(curve.energy_j[ends] - curve.energy_j[begins]))
     seconds = float(np.sum(at_ns[ends] - at_ns[begins])) / NS_PER_S
     part = 1.0 if energy_j is None or not device_j else energy_j / device_j
 
-    # How often the energy up to an instant is in the sum: where one window ends and the next begins
-    # it is not, and how sure it is does not matter.
+    # How often the energy up to an instant is in the sum. Where one window ends and the next begins
+    # it cancels, and its uncertainty with it.
     count = len(at_ns)
     times = np.bincount(ends, minlength=count) - np.bincount(begins, minlength=count)
 
@@ -93,13 +95,11 @@ def budget(
     )
 
 
-_GAIN_CORRELATION = 0.5
-"""How much of a board's gain its counter and its power readings have in common (judgement: the same
-shunts, other paths; no source measures both)."""
-
-
 class CrossCheck(Record):
-    """What a second sensor of a device gives: J, J minus the first one's, and u of that (k = 2)."""
+    """The energy that a second sensor of a device gives, minus the first one's, and u of that.
+
+    `u_j` has k = 2.
+    """
 
     source: str
     energy_j: float
@@ -110,13 +110,11 @@ class CrossCheck(Record):
 def cross_check(
     counter: EnergyCurve, power: EnergyCurve, at_ns: NDArray[np.int64]
 ) -> CrossCheck | None:
-    """Holds the integral of power against the counter; None if one is unknown.
+    """Compares the integral of power readings with the counter; None if one is unknown.
 
-    Over the part of the grid in which both were read: past its last reading a source is held, each
-    for its own while.
-
-    Their gains are taken to agree in part (_GAIN_CORRELATION), so of the two gains' variance
-    2 (1 - correlation) is left; all other terms of both are in the difference.
+    Over the part of the grid in which both were read: past its last reading each source is held for
+    a time of its own. Their gains agree in part (_GAIN_CORRELATION), so that 2 (1 - correlation) of
+    a gain's variance is left in the difference; all other terms of both are in it.
     """
     begin_ns, end_ns = max(counter.first_ns, power.first_ns), min(counter.last_ns, power.last_ns)
     first = int(np.searchsorted(at_ns, begin_ns, side="left"))

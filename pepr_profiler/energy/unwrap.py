@@ -1,4 +1,4 @@
-"""Where the wrap of an energy counter is undone, and told from a reset.
+"""Undoes the wrap of an energy counter, and distinguishes it from a reset.
 
 A counter rises. A reading below the one before it means that the counter passed the end of its
 range and began at 0 again (a wrap), or that the driver or the machine set it back (a reset). This

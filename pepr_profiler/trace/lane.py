@@ -89,7 +89,7 @@ class Batch(Record):
     read_ns: NDArray[np.int64]
     values: NDArray[np.float64]
     skipped: NDArray[np.int64] | None = None
-    gap_ns: NDArray[np.int64] | None = None
+    since_read_ns: NDArray[np.int64] | None = None
 
     @property
     def reads(self) -> int:
@@ -103,7 +103,7 @@ class Batch(Record):
             self.read_ns[row:],
             self.values[:, row:],
             None if self.skipped is None else self.skipped[row:],
-            None if self.gap_ns is None else self.gap_ns[row:],
+            None if self.since_read_ns is None else self.since_read_ns[row:],
         )
 
 
@@ -300,7 +300,7 @@ def _join(batches: Sequence[Batch]) -> Batch:
         parts = [getattr(batch, name) for batch in batches]
         return None if parts[0] is None else np.concatenate(parts)  # all of a lane have it, or none
 
-    times = (column(name) for name in ("skipped", "gap_ns"))
+    times = (column(name) for name in ("skipped", "since_read_ns"))
     values = np.concatenate([batch.values for batch in batches], axis=1)
     return Batch(column("t_ns"), column("read_ns"), values, *times)
 
