@@ -6,13 +6,17 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from benchmarks.common import (
+    ROOT,
     Product,
     Spread,
     UnmeasurableError,
@@ -77,33 +81,56 @@ def forget(store: Path) -> None:
         os.close(descriptor)
 
 
-def cpu_s() -> float:
-    """The CPU time of all commands so far, which neighbours on the machine hardly lengthen."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+@dataclass(frozen=True)
+class Cost:
+    """What one command took; neighbours on the machine lengthen its CPU time least."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mb: float
 
 
-def wall_s(bench: Product, *arguments: str) -> float:
+def cost(bench: Product, *arguments: str) -> Cost:
+    """The cost of a whole command of the profiler, Python's start included."""
     command = [sys.executable, "-m", "pepr_profiler", *arguments]
     begun_s = time.perf_counter()
-    done = subprocess.run(
-        command, check=False, env=bench.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    if done.returncode:
-        raise UnmeasurableError(f"{' '.join(command)}:\n{done.stderr.decode()}")
-    return time.perf_counter() - begun_s
+    with TemporaryFile() as complaints:
+        child = subprocess.Popen(
+            command, cwd="/", env=bench.env, stdout=subprocess.DEVNULL, stderr=complaints
+        )
+        _, status, used = os.wait4(child.pid, 0)
+        wall_s = time.perf_counter() - begun_s
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            complaints.seek(0)
+            raise UnmeasurableError(f"{' '.join(command)}:\n{complaints.read().decode()}")
+    return Cost(wall_s, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+
+
+def seen_by(bench: Product, store: Path, tree: Path, number: int) -> Product:
+    """The same runs with an index of their own, as another checkout of the project sees them."""
+    view = bench.folder / f"view{number}"
+    view.mkdir()
+    (view / "runs").symlink_to(store / "runs")
+    return replace(bench, env={**bench.env, "PEPR_STORE": str(view), "PYTHONPATH": str(tree)})
 
 
 def measure() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.store", description=__doc__)
     parser.add_argument("--runs", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--against", type=Path, metavar="DIR", help="another checkout, measured in turns"
+    )
     arguments = parser.parse_args()
     header(f"store: {arguments.runs:,} runs, whole commands (Python's start included)")
     with product() as bench:
         store = fill(bench, arguments.runs)
-        bench.env["PEPR_STORE"] = str(store)
-        index = store / "index"
+        trees = {"": ROOT} | ({"other: ": arguments.against} if arguments.against else {})
+        sides = {
+            side: seen_by(bench, store, tree, number)
+            for number, (side, tree) in enumerate(trees.items())
+        }
         verbs = {
             "list": ["runs", "list"],
             "filter": ["runs", "list", "--experiment", "experiment-7", "--since", "2026-03-01"],
@@ -111,28 +138,45 @@ def measure() -> None:
             "compare one": ["compare", "--experiment", "experiment-7"],
             "export": ["runs", "export", str(bench.folder / "runs.csv")],
         }
-        forget(store)
-        cold_s = wall_s(bench, *verbs["list"])
-        index.unlink()
-        rebuild_s = wall_s(bench, *verbs["list"])
-        size = index.stat().st_size / arguments.runs
-        times = interleaved(
-            {name: lambda v=verb: wall_s(bench, *v) for name, verb in verbs.items()},  # type: ignore[misc]
-            arguments.rounds,
-        )
-        spread = {name: Spread.of(samples) for name, samples in times.items()}
-        judge("runs list, no index, files not in memory", cold_s, "s", most=30)
-        judge("runs list, no index, files in memory", rebuild_s, "s", most=30)
-        judge("runs list, warm", spread["list"], "s", most=3)
-        show("runs list, warm, one experiment of 1000", spread["filter"], "s")
-        judge("compare, all as one cohort", spread["compare"], "s", most=3)
-        show("compare, one experiment of 1000", spread["compare one"], "s")
-        show("runs export to CSV", spread["export"], "s")
-        for name in ("list", "compare"):
-            before_s = cpu_s()
-            wall_s(bench, *verbs[name])
-            show(f"CPU time of {' '.join(verbs[name])}", cpu_s() - before_s, "s")
-        show("size of the index, a run", size, "bytes")
+
+        def without_index(side: Product, *, in_memory: bool) -> Cost:
+            Path(side.env["PEPR_STORE"], "index").unlink(missing_ok=True)
+            if not in_memory:
+                forget(store)
+            return cost(side, *verbs["list"])
+
+        measures: dict[str, Callable[[], Cost]] = {}
+        for side, seen in sides.items():
+            measures[f"{side}cold"] = partial(without_index, seen, in_memory=False)
+            measures[f"{side}rebuild"] = partial(without_index, seen, in_memory=True)
+        costs = interleaved(measures, 1)
+        measures = {
+            f"{side}{name}": partial(cost, seen, *verb)
+            for name, verb in verbs.items()
+            for side, seen in sides.items()
+        }
+        costs |= interleaved(measures, arguments.rounds)
+        for side, seen in sides.items():
+            report(side, costs)
+            size = Path(seen.env["PEPR_STORE"], "index").stat().st_size / arguments.runs
+            show(f"{side}size of the index, a run", size, "bytes")
+
+
+def report(side: str, costs: Mapping[str, Sequence[Cost]]) -> None:
+    def wall_s(name: str) -> Spread:
+        return Spread.of([one.wall_s for one in costs[side + name]])
+
+    judge(f"{side}runs list, no index, files not in memory", wall_s("cold"), "s", most=30)
+    judge(f"{side}runs list, no index, files in memory", wall_s("rebuild"), "s", most=30)
+    judge(f"{side}runs list, warm", wall_s("list"), "s", most=3)
+    show(f"{side}runs list, warm, one experiment of 1000", wall_s("filter"), "s")
+    judge(f"{side}compare, all as one cohort", wall_s("compare"), "s", most=3)
+    show(f"{side}compare, one experiment of 1000", wall_s("compare one"), "s")
+    show(f"{side}runs export to CSV", wall_s("export"), "s")
+    for name in ("rebuild", "list", "compare"):
+        of = costs[side + name]
+        show(f"{side}CPU time of {name}", Spread.of([one.cpu_s for one in of]), "s")
+        show(f"{side}memory of {name}, at most", max(one.peak_mb for one in of), "MB")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ with atheris.instrument_imports(include=["pepr_profiler"]):
     from pepr_profiler.errors import PeprError
     from pepr_profiler.recording.metrics import Metrics
     from pepr_profiler.report import run_page, run_text
-    from pepr_profiler.store import columns
+    from pepr_profiler.store.index import IndexFile, write_index
     from pepr_profiler.store.runs import Store
     from pepr_profiler.summary import summarise as summary
     from pepr_profiler.trace.events import read_events, read_process_notes
@@ -532,11 +532,12 @@ def seeds_of_index(scratch: Path) -> Iterator[Files]:
     good_runs(scratch, 2)
     store = Store(scratch / "store")
     store.find()
-    saved = columns.Saved.open(store.index_path)
+    saved = IndexFile.open(store.index_path)
     assert saved is not None
     # Stamps have inodes and times: this seed, and all that comes of it, would be another each time.
-    stamps = np.arange(10, dtype=np.int64).reshape(2, 5)
-    columns.write(store.index_path, saved.columns, stamps, [saved.text(row) for row in (0, 1)])
+    entries = [(row._replace(run_json="1 2 3"), saved.summary(row.run_id)) for row in saved.rows]
+    store.index_path.unlink()
+    write_index(store.index_path, entries)
     yield {"index": store.index_path.read_bytes()}
 
 

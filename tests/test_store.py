@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import random
 import shutil
+import socket
+import sqlite3
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from cli import Cli, write_replay
 from sim.permissions import obey_permissions
 
 from pepr_profiler.errors import TraceError, UsageError
-from pepr_profiler.store.columns import NUMBERS, TEXTS, Columns, Facts, Saved, write
-from pepr_profiler.store.index import Filter, _map
+from pepr_profiler.store.facts import Facts
+from pepr_profiler.store.index import Filter, IndexFile, _map, write_index
 from pepr_profiler.store.runs import Store
 
 Make = Callable[..., Path]
@@ -69,6 +73,23 @@ def change(directory: Path, **facts: Any) -> None:
 
 def began(day: int) -> str:
     return f"2026-01-{day:02d}T00:00:00.000+00:00"
+
+
+LIST = "import sys; from pathlib import Path; from pepr_profiler.store.runs import Store; "
+
+
+def python(program: str, *arguments: Any, **options: Any) -> str:
+    """What a program of its own process prints."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+        **options,
+    )
+    return done.stdout
 
 
 # --- the index ------------------------------------------------------------------------------------
@@ -128,11 +149,10 @@ def test_rows_tell_of_each_run_what_its_summary_does(store: Store, make: Make) -
         for row, run in zip(found.rows, found, strict=True):
             energy, performance = run["energy"], run["performance"]
             assert (row.run_id, row.started_at) == (run["run_id"], run["started_at"])
-            numbers = (row.duration_s, row.exit_code, row.total_j, row.u_j, row.performance)
-            assert [None if math.isnan(x) else x for x in numbers] == [
+            assert (row.duration_s, row.exit_code, row.total_j, row.u_j, row.performance) == (
                 *(run["duration_s"], run["exit_code"], energy["total_j"], energy["u_j"]),
                 performance and performance["value"],
-            ]
+            )
             assert row.metric == (performance and performance["metric"])
         assert [row.state for row in found.rows] == ["done", "failed", "done"]
     assert store.index_path.exists()
@@ -187,7 +207,7 @@ def test_torn_index_is_no_index(store: Store, make: Make, spoil: str) -> None:
     make("b-1", started_at=began(2), name="two")
     store.find()
     whole = store.index_path.read_bytes()
-    at = whole.index(b'"two"') + 1  # among the names
+    at = whole.index(b"two")  # among the names
     spoilt = {
         "cut": whole[:-1],
         "longer": whole + b" ",
@@ -225,85 +245,127 @@ def test_what_was_found_can_be_read_though_the_index_is_replaced_or_gone(
 
 
 def random_facts(number: int) -> Facts:
-    """Facts of a run that has any number of metrics and devices, and unknown ones."""
+    """Facts of a run, any of them unknown, or of odd characters."""
     draw = random.Random(number)
-    metrics = {f"m{draw.randrange(5)}": (draw.choice([draw.random(), math.nan]),) for _ in range(4)}
-    errors = [(f"d{draw.randrange(3)}", (draw.random(), 0.0, 1.0)) for _ in range(number % 4)]
-    texts = [draw.choice([None, "", "x", "\U0001f50b\n", f"own-{number}"]) for _ in TEXTS]
-    command = draw.choice([None, [], ["python", "train.py"]])
-    numbers = [draw.choice([math.nan, 0.0, -1e300, draw.random()]) for _ in NUMBERS]
-    return Facts(texts, numbers, command, list(metrics.items()), errors)
+    texts = (None, "", "x", "\U0001f50b\n\0", f"own-{number}")
+    numbers = (None, 0.0, -1e300, math.inf, draw.random())
+    odd = {
+        name: draw.choice(numbers if annotation.startswith("float") else texts)
+        for name, annotation in Facts.__annotations__.items()
+    }
+    return Facts._make({**odd, "run_id": f"run-{number}"}.values())
 
 
-def told(columns: Columns, row: int) -> tuple[Any, ...]:
-    """What columns say of a run, in a form that can be compared; the repr of NaN is equal."""
-    ragged = []
-    for part in (columns.metrics, columns.errors):
-        at = np.flatnonzero(part.rows == row)
-        labels = [part.label.values[code] for code in part.label.codes[at]]
-        ragged.append([*zip(labels, part.values[:, at].T.tolist(), strict=True)])
-    texts = [columns.text(key, row) for key in TEXTS]
-    numbers = [float(columns.numbers[key][row]) for key in NUMBERS]
-    command = columns.commands[row]
-    return (texts, repr(numbers), command and list(command), repr(ragged))
-
-
-def as_told(facts: Facts) -> tuple[Any, ...]:
-    ragged = [[(label, [*values]) for label, values in x] for x in (facts.metrics, facts.errors)]
-    command = facts.command and list(facts.command)
-    return (list(facts.texts), repr([*facts.numbers]), command, repr(ragged))
-
-
-def test_columns_tell_of_each_run_what_its_facts_do_picked_joined_and_saved(tmp_path: Path) -> None:
-    # given facts of 60 runs as two lots of columns, one behind the other, of which some are picked
+def test_index_gives_back_what_was_written(tmp_path: Path) -> None:
+    # given the facts of 60 runs and a summary of each
     facts = [random_facts(number) for number in range(60)]
-    both = Columns.of(facts[:25]).followed_by(Columns.of(facts[25:]))
-    order = np.array(random.Random(7).sample(range(60), 40))
-    picked = both.at(order)
-    # when they are written and read back
-    stamps = np.arange(5 * len(order), dtype=np.int64).reshape(-1, 5)
-    texts = [b"%d" % i * (i % 3) for i in order]
-    write(tmp_path / "index", picked, stamps, texts)
-    saved = Saved.open(tmp_path / "index")
-    # then all of them say what the facts do
-    assert saved is not None and saved.stamps.tolist() == stamps.tolist()
-    for row, number in enumerate(order.tolist()):
-        assert told(both, number) == as_told(facts[number])
-        assert told(picked, row) == told(saved.columns, row) == as_told(facts[number])
-        assert saved.text(row) == texts[row]
-    # and a metric, groups and equality are those of a look at each
-    metric = [dict(f.metrics).get("m1", (math.nan,))[0] for f in facts]
-    assert repr(both.metric("m1").tolist()) == repr(metric)
-    names = [f.texts[TEXTS.index("name")] for f in facts]
-    groups = {name: [i for i, x in enumerate(names) if x == name] for name in dict.fromkeys(names)}
-    found = {name: rows.tolist() for name, rows in both.texts["name"].groups().items()}
-    assert list(found.items()) == list(groups.items())
-    assert both.texts["name"].equal("x").tolist() == [name == "x" for name in names]
+    summaries = [json.dumps("\U0001f50b\n" * number) for number in range(60)]
+    # when
+    write_index(tmp_path / "a ?#%b", zip(facts, summaries, strict=True))
+    saved = IndexFile.open(tmp_path / "a ?#%b")
+    # then
+    assert saved is not None and saved.rows == facts
+    assert [saved.summary(fact.run_id) for fact in facts] == summaries
+    with pytest.raises(OSError, match="nothing of another"):
+        saved.summary("another")
 
 
-def test_columns_of_nothing_are_saved_and_joined(tmp_path: Path) -> None:
-    none = Columns.of([])
-    write(tmp_path / "index", none, np.empty((0, 5), np.int64), [])
-    saved = Saved.open(tmp_path / "index")
-    assert saved is not None and len(saved.columns) == 0
-    some = saved.columns.followed_by(Columns.of([random_facts(3)]))
-    assert told(some, 0) == as_told(random_facts(3))
+def test_index_of_nothing_is_one(tmp_path: Path) -> None:
+    write_index(tmp_path / "index", [])
+    saved = IndexFile.open(tmp_path / "index")
+    assert saved is not None and saved.rows == []
 
 
-LIST = "import sys; from pathlib import Path; from pepr_profiler.store.runs import Store; "
+def test_index_is_a_database_that_anybody_can_query(store: Store, make: Make) -> None:
+    make("a-1", experiment="e", started_at=began(1))
+    make("b-1", experiment="e", started_at=began(2))
+    energies_j = [run["energy"]["total_j"] for run in store.find()]
+    with closing(sqlite3.connect(store.index_path)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        query = "SELECT experiment, count(*), sum(total_j) FROM run GROUP BY experiment"
+        assert database.execute(query).fetchall() == [("e", 2, pytest.approx(sum(energies_j)))]
+
+
+def test_index_of_another_format_is_replaced(store: Store, make: Make) -> None:
+    # given indexes that are whole, but of a later version, and of an unknown program
+    make("a-1")
+    store.find()
+    own = store.index_path.read_bytes()
+    for change_it in ("PRAGMA user_version = 1000", "ALTER TABLE run RENAME TO other"):
+        store.index_path.write_bytes(own)
+        with closing(sqlite3.connect(store.index_path)) as database:
+            database.execute(change_it)
+        content = store.index_path.read_bytes()
+        store.index_path.write_bytes(content + zlib.crc32(content).to_bytes(4, "little"))
+        # then
+        assert store.find().ids == ["a-1"]
+        assert IndexFile.open(store.index_path) is not None
+
+
+def test_index_of_the_version_before_is_replaced(store: Store, make: Make) -> None:
+    # given the index that version 0.1.0 wrote of two runs, of which the store has one as it was
+    make("old-1", name="new")
+    shutil.copy(Path(__file__).parent / "data" / "index-format-5", store.index_path)
+    before = store.index_path.read_bytes()
+    assert b"old-2" in before
+    # then what is listed is what the run says, and the index is of this version
+    assert [(run["run_id"], run["name"]) for run in store.find()] == [("old-1", "new")]
+    assert store.index_path.read_bytes() != before
+    assert [(run["run_id"], run["name"]) for run in store.find()] == [("old-1", "new")]
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "socket", "device", "dangling", "loop"])
+def test_index_that_is_no_file_is_none(store: Store, make: Make, kind: str) -> None:
+    make("a-1")
+    index = store.index_path
+    if kind == "folder":
+        (index / "inside").mkdir(parents=True)
+    elif kind == "fifo":
+        os.mkfifo(index)
+    elif kind == "socket":
+        with closing(socket.socket(socket.AF_UNIX)) as bound:
+            bound.bind(os.path.relpath(index))
+    else:
+        index.symlink_to({"device": "/dev/zero", "dangling": "nowhere", "loop": "index"}[kind])
+    for _ in range(2):
+        assert store.find().ids == ["a-1"]
+
+
+def test_index_that_somebody_has_locked_is_read_and_replaced(store: Store, make: Make) -> None:
+    make("a-1", started_at=began(1))
+    store.find()
+    with store.index_path.open("r+b") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # which holds for other processes
+        program = LIST + (
+            "from pepr_profiler.store.index import IndexFile; store = Store(Path(sys.argv[1]))\n"
+            "print(len(IndexFile.open(store.index_path).rows), len(store.find()))"
+        )
+        assert python(program, store.path) == "1 1\n"
+        make("b-1", started_at=began(2))
+        assert python(program, store.path) == "1 2\n"
+    assert python(program, store.path) == "2 2\n"
+
+
+def test_python_without_sqlite_lists_the_same(store: Store, make: Make) -> None:
+    make("a-1", started_at=began(1))
+    make("b-1", started_at=began(2), metrics={"accuracy": 0.5})
+    with_index = [list(store.find()) for _ in range(2)][1]
+    store.index_path.unlink()
+    program = "import sys; sys.modules['sqlite3'] = None; import json; " + LIST
+    listed = python(
+        program + "print(json.dumps(list(Store(Path(sys.argv[1])).find())))", store.path
+    )
+    assert json.loads(listed) == with_index
+    assert sorted(path.name for path in store.path.iterdir()) == ["runs"]
 
 
 def test_store_that_may_only_be_read_is_listed(store: Store, make: Make) -> None:
     make("a-1")
     store.path.chmod(0o555)
     program = LIST + "print(Store(Path(sys.argv[1])).find().ids)"
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(store.path)],
-        capture_output=True, text=True, check=True, preexec_fn=obey_permissions,
-        cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+    listed = python(program, store.path, preexec_fn=obey_permissions)
     store.path.chmod(0o755)
-    assert done.stdout == "['a-1']\n"
+    assert listed == "['a-1']\n"
     assert not store.index_path.exists()
 
 

@@ -18,13 +18,14 @@ from pepr_profiler.commands import complain, store_option, write_text
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import EXPORTS
 from pepr_profiler.report.text import number, printable
-from pepr_profiler.store.columns import STATES, state_of
+from pepr_profiler.store.facts import STATES, state_of
 from pepr_profiler.store.index import Filter
 from pepr_profiler.store.runs import Store
 from pepr_profiler.units import format_duration, format_provenance, format_quantity, format_with_u
 
 if TYPE_CHECKING:
-    from pepr_profiler.store.index import Damaged, Row
+    from pepr_profiler.store.facts import Facts
+    from pepr_profiler.store.index import Damaged
 
 _FACTS = ("name", "experiment")
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -130,9 +131,9 @@ def list_runs(*, wanted: Filter, as_json: bool, store: Path | None) -> None:
         complain(f"no {'' if all_of_them else 'such '}runs in {Store(store).path}")
 
 
-def _line(row: Row) -> str:
+def _line(row: Facts) -> str:
     # Without an exit code: it was attached to, and only its parent gets that.
-    state = "attached" if math.isnan(row.exit_code) else f"exit {row.exit_code:.0f}"
+    state = "attached" if row.exit_code is None else f"exit {row.exit_code:.0f}"
     state = "incomplete" if row.state == "incomplete" else state
     joules, duration = format_with_u(row.total_j, row.u_j, "J"), format_duration(row.duration_s)
     metric = "" if row.metric is None else f"{row.metric} {number(row.performance)}"

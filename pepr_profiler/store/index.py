@@ -1,71 +1,54 @@
-"""What is known of all runs of a store: from a cache where it holds, else from their directories.
+"""All runs of a store at once: from its index where that still holds, else from the runs' files.
 
-The index is one file (see columns) beside what each run.json was when it was read: its time, size
-and inode. A run.json that is anything else now is read again. The file is only ever replaced whole.
-So nothing is locked, which network file systems do badly, and of two that write at once one is
-forgotten: its runs are read again next time. Without an index, or with a damaged one, everything
-works as it does with one, later.
+The index is a cache, an SQLite file. For each run it keeps the facts that lists and comparisons
+need, a short summary, and what run.json was when it was read: its time, size and inode. A run.json
+that differs from that is read again. Without an index, with a damaged one, or where Python lacks
+sqlite3, everything works as it does with one, but slower.
+
+The file is only ever replaced as a whole and never locked, because locks are unreliable on network
+file systems. If two processes write at once, the later file stays, and the runs that only the other
+one had are read again next time.
 """
 
 from __future__ import annotations
 
-import fnmatch
-import itertools
 import os
-import re
 import shlex
+import stat
 import time
-from array import array
+import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar, overload
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
 
 from pepr_profiler.errors import PeprError, TraceError
-from pepr_profiler.store.columns import (
-    CAUSES,
-    Columns,
-    Facts,
-    Rows,
-    Saved,
-    Stamps,
-    dump,
-    facts_of,
-    unreadable,
-    write,
-)
+from pepr_profiler.record import Record
+from pepr_profiler.store.facts import CAUSES, Facts, dump, facts_of, is_unicode
 from pepr_profiler.trace.run_json import files_of, has_ended, read_run
 from pepr_profiler.trace.shape import MALFORMED
 
+if TYPE_CHECKING:
+    import sqlite3
+
 _STALE_SHARE = 0.01
-"""An index is written anew when more than this share of it was wrong. Reading a run costs some
-0.1 ms and writing one again 0.01 ms, so that a large store does not pay for each new run."""
+"""An index is written again when more than this share of it was wrong. To read a run takes some
+0.1 ms and to write it 0.01 ms, so that a large store does not pay for each new run."""
 
 _ABANDONED_S = 3600.0
-"""A draft of an index that is older was left by a writer that was killed."""
+"""A draft of an index that is older than this was left by a writer that was killed."""
 
-_NO_FILE = (0, 0, 0)
-"""The stamp of a run without a run.json."""
-
-_MERE_FILE = -1
-"""In the place of the time in the stamp of what is no directory."""
-
-_ENDED = (-1, 0)
-"""In the place of what the files of a run are, where all is in run.json."""
-
-_BITS = (1 << 63) - 1
-
-_Read: TypeAlias = tuple[Facts, tuple[int, ...], bytes]
-"""Of a run: its facts, how its files were then (5 numbers), and JSON of what `Found` gives."""
+_BY_TIME = attrgetter("started_at", "run_id")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
-    """Which runs are wanted; None is any.
+    """Which runs are wanted; None means any.
 
     `name` and `host` are shell patterns (`resnet*`). `since` and `until` are ISO-8601 in UTC, as
     `started_at` is, and half-open: a run that began at `until` is not wanted. `state` is one of
@@ -80,379 +63,345 @@ class Filter:
     provenance: str | None = None
     state: str | None = None
 
+    def matches(self, run: Facts) -> bool:
+        return (
+            self.experiment in (None, run.experiment)
+            and self.provenance in (None, run.provenance)
+            and self.state in (None, run.state)
+            and (self.since is None or run.started_at >= self.since)
+            and (self.until is None or run.started_at < self.until)
+            and (self.name is None or fnmatchcase(run.name, self.name))
+            and (self.host is None or fnmatchcase(run.host or "", self.host))
+        )
+
 
 @dataclass(frozen=True)
 class Damaged:
-    """A directory of the store that tells of no run, why, and what to do."""
+    """A directory of the store that is not among the runs, why, and what to do about it."""
 
     run_id: str
     why: str
     fix: str
 
 
-class Found(Sequence[dict[str, Any]]):
-    """Runs of a store, oldest first.
+class QueryResult(Sequence[dict[str, Any]]):
+    """The runs of a store that a filter matches, oldest first.
 
-    `damaged` are the directories that no filter can be asked of, and those that would have been
-    among the runs, but are one of them once more.
+    It is a sequence of short summaries (docs/design.md, Contract), each made when it is asked for.
+    A short summary has who, where and when, how the run ended, `time_s`, `energy` (with the
+    `components` in the total, and of their `budget` the CAUSES), `memory`, `carbon`, `metrics` and
+    `performance`. `Store.load` gives a whole summary. `rows` are the facts of the same runs, at a
+    tenth of the cost.
 
-    It is a sequence of summaries (docs/design.md, Contract), each made when it is asked for,
-    without what only one run's own report shows: of them stay who, where, when, how it ended,
-    `time_s`, `energy` (with `components`, and of their `budget` what runs have in common),
-    `memory`, `carbon`, `metrics` and `performance`. `Store.load` gives a whole one. `columns` and
-    `rows` tell of all of them what comparisons and lists do, at a tenth of the cost.
+    `damaged` are the directories that cannot be read, and copies of runs that match the filter.
     """
 
     def __init__(
-        self, columns: Columns, summary: Callable[[int], dict[str, Any]], damaged: Sequence[Damaged]
+        self,
+        rows: Sequence[Facts],
+        summary: Callable[[str], dict[str, Any]],
+        damaged: Sequence[Damaged],
     ) -> None:
-        self.columns = columns
+        self.rows = rows
         self.damaged = tuple(damaged)
         self._summary = summary
 
     def __len__(self) -> int:
-        return len(self.columns)
+        return len(self.rows)
 
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
     @overload
-    def __getitem__(self, index: slice) -> Found: ...
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | Found:
+    def __getitem__(self, index: slice) -> QueryResult: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | QueryResult:
         if isinstance(index, slice):
-            return self.at(np.arange(len(self))[index])
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self._summary(index % len(self))
-
-    def at(self, rows: Rows) -> Found:
-        """Some of them, each at most once, in the order of `rows`."""
-        numbers = rows.tolist()
-        return Found(self.columns.at(rows), lambda i: self._summary(numbers[i]), self.damaged)
-
-    @property
-    def rows(self) -> Iterator[Row]:
-        """What a line of a list shows of each, in the same order."""
-        columns = self.columns
-        texts = [columns.texts[name].list() for name in ("id", "state", "started_at", "metric")]
-        numbers = [
-            columns.numbers[name].tolist()
-            for name in ("duration_s", "exit_code", "total_j", "u_j", "performance")
-        ]
-        return itertools.starmap(Row, zip(*texts, *numbers, strict=True))
+            return QueryResult(self.rows[index], self._summary, self.damaged)
+        return self._summary(self.rows[index].run_id)
 
     @property
     def ids(self) -> list[str]:
-        """Their ids, in the same order."""
-        return [str(name) for name in self.columns.texts["id"].list()]
-
-
-class Row(NamedTuple):
-    """A run in short; numbers that are unknown are NaN, other facts None."""
-
-    run_id: str
-    state: str
-    started_at: str
-    metric: str | None
-    duration_s: float
-    exit_code: float
-    total_j: float
-    u_j: float
-    performance: float
+        return [run.run_id for run in self.rows]
 
 
 class Index:
-    """A store's runs, and the file that makes many of them quick to list, filter and compare."""
+    """The runs of a store, and the file that makes many of them quick to list and compare."""
 
     def __init__(self, path: Path, runs_path: Path) -> None:
         self.path, self.runs_path = path, runs_path
         self._prefix = f"{runs_path}{os.sep}"
 
-    def find(self, names: Sequence[str], wanted: Filter | None = None) -> Found:
-        """The runs that are wanted, of the directories of these names."""
-        known = self._known(names)
-        columns = known.columns
-        picked, damaged = _picked(columns, wanted or Filter())
-        found = Found(columns, known.summary, damaged)
-        return found if picked.all() else found.at(np.flatnonzero(picked))
+    def find(self, names: Sequence[str], wanted: Filter | None = None) -> QueryResult:
+        """The runs that are wanted among the directories of these names."""
+        saved = IndexFile.open(self.path)
+        known = [] if saved is None else saved.rows
+        stamps = dict(zip(names, _map(self._stamp, names), strict=True))
+        rows = [row for row in known if self._holds(row, stamps.get(row.run_id))]
+        for row in rows:
+            del stamps[row.run_id]
+        fresh = self._read_all([name for name, stamp in stamps.items() if stamp is not None])
+        stale = len(known) - len(rows) + len(fresh)
+        if fresh:
+            rows = sorted([*rows, *(entry.row for entry in fresh.values())], key=_BY_TIME)
 
-    def _known(self, names: Sequence[str]) -> _Known:
-        """Every directory that may be a run, by time: from the index, or read where that is old."""
-        stamps = _stamps(_map(self._stamp, names))
-        saved = Saved.open(self.path)
-        rows = self._still_true(saved, names, stamps)
-        kept = np.sort(rows[rows >= 0])
-        old = np.flatnonzero((rows < 0) & (stamps[:, 0] != _MERE_FILE))
-        reads = _Reads()
-        columns = Columns.of(reads.of(self._read_all([names[i] for i in old.tolist()])))
-        known = _Known.of(self._read, saved, kept, columns, reads)
-        count = 0 if saved is None else len(saved.columns)
-        wrong = count - len(kept) + len(reads)
-        if wrong > _STALE_SHARE * count:
-            self._write(known)
-        return known
+        def summary_of(run_id: str) -> str:
+            if run_id in fresh or saved is None:
+                return fresh[run_id].summary
+            return saved.summary(run_id)
 
-    def _still_true(
-        self, saved: Saved | None, names: Sequence[str], stamps: Stamps
-    ) -> npt.NDArray[np.intp]:
-        """The row (n,) of the index that is what would be read now of each name; -1: none is."""
-        rows = np.full(len(names), -1, dtype=np.intp)
-        if saved is None or not len(saved.columns):
-            return rows
-        number = {name: i for i, name in enumerate(saved.columns.texts["id"].list())}
-        rows[:] = [number.get(name, -1) for name in names]
-        then = saved.stamps[rows]
-        rows[(then[:, :3] != stamps).any(axis=1)] = -1
-        # Of what has no end its files tell, too.
-        for i in np.flatnonzero((rows >= 0) & (then[:, 3] != _ENDED[0])).tolist():
-            if tuple(then[i, 3:].tolist()) != files_of(self.runs_path / names[i]):
-                rows[i] = -1
-        return rows
+        if stale > _STALE_SHARE * len(known):
+            self._write(rows, summary_of)
+        found, damaged = _matching(rows, wanted or Filter())
+        return QueryResult(found, partial(self._summary, summary_of), damaged)
 
-    def _read_all(self, names: Sequence[str]) -> Iterator[_Read | None]:
-        """`_read` of each name, in order, the disk being asked for the next ones meanwhile."""
+    def _holds(self, row: Facts, stamp: str | None) -> bool:
+        """Whether the index has of a run what would be read now."""
+        if row.run_json != stamp:
+            return False
+        # Of a run without an end its files tell more than run.json.
+        return row.files is None or row.files == _files_stamp(self.runs_path / row.run_id)
 
+    def _read_all(self, names: Sequence[str]) -> dict[str, _Entry]:
+        """`_read` of each, while the disk is asked for the next ones."""
         upcoming = {
             names[i]: names[i + _TRIED : i + 2 * _TRIED] for i in range(0, len(names), _TRIED)
         }
 
-        def read(name: str) -> _Read | None:
+        def read(name: str) -> _Entry | None:
             for ahead in upcoming.get(name, ()):
                 _will_be_read(f"{self._prefix}{ahead}/run.json")
             return self._read(name)
 
-        return _map(read, names)
+        entries = zip(names, _map(read, names), strict=True)
+        return {name: entry for name, entry in entries if entry is not None}
 
-    def _write(self, known: _Known) -> None:
-        """Replaces the index, where that is possible."""
-        path = self.path
-        draft = path.with_name(
+    def _write(self, rows: Sequence[Facts], summary_of: Callable[[str], str]) -> None:
+        """Replaces the index, where that is possible. Names that are no Unicode are left out."""
+        draft = self.path.with_name(
             f".index-{os.uname().nodename}-{os.getpid()}-{os.urandom(3).hex()}.tmp"
         )
+        kept = ((row, summary_of(row.run_id)) for row in rows if is_unicode(row.run_id))
         with suppress(OSError):  # a store that may only be read
-            for left in path.parent.glob(".index-*.tmp"):
+            for left in self.path.parent.glob(".index-*.tmp"):
                 if time.time() - left.stat().st_mtime > _ABANDONED_S:
                     left.unlink(missing_ok=True)
             try:
-                write(draft, known.columns, known.stamps, known.texts())
-                draft.replace(path)
+                write_index(draft, kept)
+                draft.replace(self.path)
             finally:
                 draft.unlink(missing_ok=True)
 
-    def _stamp(self, name: str) -> tuple[int, int, int]:
-        """Time, size and inode of a run's run.json: see _NO_FILE, _MERE_FILE for one without.
+    def _stamp(self, name: str) -> str | None:
+        """Time, size and inode of a run's run.json; "" if it has none, None for a mere file.
 
-        An atomic replace changes the inode, whatever the clock is worth.
+        An atomic replace changes the inode, even where the clock does not move.
         """
         try:
             # os.stat: a Path costs three times as much, and there may be 100,000.
             found = os.stat(f"{self._prefix}{name}/run.json")  # noqa: PTH116
         except NotADirectoryError:
-            return (_MERE_FILE, 0, 0)
+            return None
         except OSError:
-            return _NO_FILE
-        # What a file system makes up may have more bits than an index has.
-        return (found.st_mtime_ns & _BITS, found.st_size, found.st_ino & _BITS)
+            return ""
+        return f"{found.st_mtime_ns} {found.st_size} {found.st_ino}"
 
-    def _read(self, name: str) -> _Read | None:
-        """What the index is to say of a run; None for what is no run."""
+    def _read(self, name: str) -> _Entry | None:
+        """What the index is to have of a run; None for what is no run."""
         # Before the files are read: what is written in between is then read again next time.
         stamp = self._stamp(name)
         directory = self.runs_path / name
-        if stamp[0] == _MERE_FILE or (stamp == _NO_FILE and not files_of(directory)[0]):
+        if stamp is None or not (stamp or files_of(directory)[0]):
             return None  # gone, or just made
-        files = _ENDED
+        files = None
         try:
             run = read_run(directory, validate=False)  # there may be 100,000
             if not has_ended(run):
                 from pepr_profiler.summary.summarise import summarise
 
-                files = files_of(directory)
+                files = _files_stamp(directory)
                 run = summarise(directory, run=run)
-            facts = facts_of(run, called=name)
-            text = dump(_short(run, name))
+            row = facts_of(run, run_id=name)
+            summary = dump(_short(run, name))
         except PeprError as error:
             what = error.what.replace(f"{directory}{os.sep}", "").replace(str(directory), "it")
             why = f"{what}: {error.why}" if error.why else what
-            facts, text = unreadable(name, why, error.fix), b"null"
+            row, summary = Facts(run_id=name, why=why, fix=error.fix), "null"
         except (*MALFORMED, OSError) as error:
             why = f"run.json is not a summary of its files ({type(error).__name__}: {error})"
             fix = f"restore it, or: pepr-profile runs rm {shlex.quote(name)}"
-            facts, text = unreadable(name, why, fix), b"null"
-        return facts, (*stamp, *files), text
+            row, summary = Facts(run_id=name, why=why, fix=fix), "null"
+        return _Entry(row=row._replace(run_json=stamp, files=files), summary=summary)
 
-
-class _Reads:
-    """What was read of k runs: stamps (k, 5) and a text each, counted from 0 or, as lists, from -k.
-
-    The texts are in one piece: between files of several times their size, which come and go, they
-    would leave the heap as large as all the files.
-    """
-
-    def __init__(self) -> None:
-        self._stamps, self._ends, self._texts = array("q"), array("q", [0]), bytearray()
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def of(self, reads: Iterable[_Read | None]) -> Iterator[Facts]:
-        """Keeps what is read, and hands on the facts."""
-        for read in reads:
-            if read is not None:
-                facts, stamp, text = read
-                self._stamps.extend(stamp)
-                self._texts += text
-                self._ends.append(len(self._texts))
-                yield facts
-
-    @property
-    def stamps(self) -> Stamps:
-        return np.array(self._stamps, dtype=np.int64).reshape(-1, 5)
-
-    def text(self, number: int) -> bytes:
-        number %= len(self)
-        return bytes(self._texts[self._ends[number] : self._ends[number + 1]])
-
-
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """What is known of n directories, by time; `place` (n,) is where the text of each is.
-
-    From 0 on that is a row of `saved`; -1 is the last of `reads`, -2 the one before …
-    """
-
-    read: Callable[[str], _Read | None]
-    columns: Columns
-    saved: Saved | None
-    reads: _Reads
-    place: Rows
-
-    @classmethod
-    def of(
-        cls,
-        read: Callable[[str], _Read | None],
-        saved: Saved | None,
-        kept: Rows,
-        columns: Columns,
-        reads: _Reads,
-    ) -> _Known:
-        """What is saved in some of its rows, and the columns of what was read."""
-        place = np.arange(-len(reads), 0)
-        if saved is not None:
-            old = saved.columns
-            old = old if len(kept) == len(old) else old.at(kept)
-            columns = old.followed_by(columns) if len(reads) else old
-            place = np.concatenate((kept, place))
-        known = cls(read, columns, saved, reads, place)
-        if not len(reads):
-            return known  # what is saved is by time
-        began, ids = (columns.texts[name].list() for name in ("started_at", "id"))
-        keys = list(zip(began, ids, strict=True))
-        return known.at(np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.intp))
-
-    def at(self, rows: Rows) -> _Known:
-        return replace(self, columns=self.columns.at(rows), place=self.place[rows])
-
-    @property
-    def stamps(self) -> Stamps:
-        fresh = self.reads.stamps
-        both = fresh if self.saved is None else np.concatenate((self.saved.stamps, fresh))
-        return both[self.place]
-
-    def texts(self) -> list[bytes]:
-        """The text of each. OSError if what is saved cannot be read any more."""
-        return list(map(self._text, self.place.tolist()))
-
-    def _text(self, place: int) -> bytes:
-        if self.saved is None or place < 0:
-            return self.reads.text(place)
-        return self.saved.text(place)
-
-    def summary(self, row: int) -> dict[str, Any]:
-        """What `Found` gives of a run. TraceError if it has gone meanwhile, and from here too."""
+    def _summary(self, summary_of: Callable[[str], str], run_id: str) -> dict[str, Any]:
+        """The short summary of a run. TraceError if it was removed meanwhile."""
         from orjson import loads
 
-        place = int(self.place[row])
-        try:
-            text = self._text(place)
-        except OSError:  # a file server may forget what another client has replaced
-            name = str(self.columns.text("id", row))
-            again = self.read(name)
-            if again is None or again[0].state is None:
-                raise TraceError(
-                    f"run {name} cannot be read any more",
-                    why="it was removed or damaged while it was looked at",
-                    fix="try again",
-                ) from None
-            text = again[2]
-        summary: dict[str, Any] = loads(text)
+        # A file server may forget an index that another client has replaced.
+        with suppress(OSError, ValueError):
+            summary: dict[str, Any] = loads(summary_of(run_id))
+            return summary
+        again = self._read(run_id)
+        if again is None or again.row.state is None:
+            raise TraceError(
+                f"run {run_id} cannot be read any more",
+                why="it was removed or damaged while it was looked at",
+                fix="try again",
+            )
+        summary = loads(again.summary)
         return summary
 
 
-def _stamps(stamps: Iterable[tuple[int, int, int]]) -> Stamps:
-    every = itertools.chain.from_iterable(stamps)
-    return np.fromiter(every, dtype=np.int64).reshape(-1, 3)
+class _Entry(Record):
+    """What was read of a run: its facts, and its short summary as JSON."""
+
+    row: Facts
+    summary: str
 
 
-def _will_be_read(path: str) -> None:
-    """Asks for a file, which is then fetched while others are computed on."""
-    with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _files_stamp(directory: Path) -> str:
+    changed_ns, size = files_of(directory)
+    return f"{changed_ns} {size}"
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+_FORMAT = 6
+"""The `user_version` of the database. An index with another one is replaced."""
+
+_FACTS = ", ".join(Facts._fields)
+
+_CHECKSUM = 4
+"""The file ends with the CRC-32 of all before, in so many bytes. SQLite does not look at them,
+because the header of a database says how long that is."""
+
+
+class IndexFile:
+    """An index as it was when it was opened; `rows` are the facts of all its runs, by time.
+
+    It can still be read after it was replaced, except where a network file system forgets it.
+    """
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+        weakref.finalize(self, database.close)
+        (form,) = database.execute("PRAGMA user_version").fetchone()
+        if form != _FORMAT:
+            raise ValueError(f"its format is {form}")
+        self.rows = list(map(Facts._make, database.execute(f"SELECT {_FACTS} FROM run")))
+
+    @classmethod
+    def open(cls, path: Path) -> IndexFile | None:
+        """None if there is no whole index of this version's format."""
         try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(descriptor)
+            import sqlite3
+        except ImportError:  # Python can be built without it
+            return None
+        if not _is_whole(path):
+            return None
+        # `immutable`: nothing is locked, and no journal is looked for.
+        uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+        try:
+            return cls(sqlite3.connect(uri, uri=True, check_same_thread=False))
+        except (sqlite3.Error, ValueError):
+            return None
+
+    def summary(self, run_id: str) -> str:
+        """The short summary of a run as JSON. OSError if it cannot be read any more."""
+        from sqlite3 import Error
+
+        query = "SELECT summary FROM run WHERE run_id = ?"
+        try:
+            (summary,) = self._database.execute(query, (run_id,)).fetchone() or (None,)
+        except Error as error:
+            raise OSError(str(error)) from error
+        if not isinstance(summary, str):
+            raise OSError(f"the index has nothing of {run_id}")
+        return summary
 
 
-def _copies(columns: Columns, rows: Rows) -> Iterator[tuple[int, str]]:
-    """Which of the runs is another once more, and the directory of that."""
-    recorded = columns.texts["recorded_id"].at(rows)
-    if recorded.distinct:
-        return
-    for run_id, same in recorded.groups().items():
-        originals: dict[tuple[str | None, ...], str] = {}
-        members = [(int(rows[i]), str(columns.text("id", int(rows[i])))) for i in same]
-        # A directory that still has the name it was made with is the original, else the first.
-        members.sort(key=lambda member: member[1] != run_id)
-        for row, directory in members:
-            key = tuple(columns.text(name, row) for name in ("host", "started_at"))
-            if originals.setdefault(key, directory) != directory:
-                yield row, originals[key]
+def write_index(path: Path, runs: Iterable[tuple[Facts, str]]) -> None:
+    """Writes a new index: facts and the short summary of each run, by time. OSError if it cannot.
+
+    Everybody can query it: one table, `run`, whose columns are the Facts, and `summary`.
+    """
+    try:
+        import sqlite3
+    except ImportError as error:
+        raise OSError("this Python has no sqlite3") from error
+    places = ", ".join("?" * (len(Facts._fields) + 1))
+    try:
+        # `nolock`: nobody else knows this file, and it may lie on a network file system.
+        uri = f"{path.absolute().as_uri()}?nolock=1"
+        with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as database:
+            database.execute("PRAGMA page_size = 16384")  # wastes less of each on rows of 1.6 kB
+            database.execute("PRAGMA journal_mode = OFF")
+            database.execute("PRAGMA synchronous = OFF")  # a torn file is detected
+            database.execute(f"PRAGMA user_version = {_FORMAT}")
+            database.execute("BEGIN")
+            database.execute(f"CREATE TABLE run ({_FACTS}, summary, PRIMARY KEY (run_id))")
+            rows = ((*row, summary) for row, summary in runs)
+            database.executemany(f"INSERT INTO run VALUES ({places})", rows)
+            database.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise OSError(str(error)) from error
+    with path.open("r+b", buffering=0) as file:
+        file.write(_checksum(file, path.stat().st_size))
 
 
-def _picked(columns: Columns, wanted: Filter) -> tuple[npt.NDArray[np.bool_], list[Damaged]]:
-    """Which runs (n,) the filter wants, each recording once, and what cannot be picked."""
-    readable = ~columns.texts["state"].equal(None)
-    damaged = [
-        Damaged(*(str(columns.text(key, i)) for key in ("id", "why", "fix")))
-        for i in np.flatnonzero(~readable).tolist()
-    ]
-    picked = readable & _wanted(columns, wanted)
-    for i, original in _copies(columns, np.flatnonzero(readable)):
-        if picked[i]:
-            name = str(columns.text("id", i))
-            why = f"it is {original} once more, which would count twice"
-            damaged.append(Damaged(name, why, f"pepr-profile runs rm {shlex.quote(name)}"))
-        picked[i] = False
-    return picked, sorted(damaged, key=lambda d: d.run_id)
+def _is_whole(path: Path) -> bool:
+    """Whether a file ends with the checksum of all before that."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK)  # else a FIFO waits for a writer
+
+    try:
+        with open(path, "rb", buffering=0, opener=opener) as file:
+            found = os.fstat(file.fileno())
+            length = found.st_size - _CHECKSUM
+            whole = stat.S_ISREG(found.st_mode) and length > 0
+            return whole and _checksum(file, length) == file.read()
+    except OSError:
+        return False
 
 
-def _wanted(columns: Columns, wanted: Filter) -> npt.NDArray[np.bool_]:
-    """Of which runs (n,) the filter's facts are true."""
-    picked = np.ones(len(columns), dtype=np.bool_)
-    for key in ("experiment", "state", "provenance"):
-        if (value := getattr(wanted, key)) is not None:
-            picked &= columns.texts[key].equal(value)
-    for key in ("name", "host"):
-        if (glob := getattr(wanted, key)) is not None:
-            match = re.compile(fnmatch.translate(glob)).match
-            column = columns.texts[key]
-            picked &= column.where([match(str(value)) is not None for value in column.values])
-    began = columns.texts["started_at"]
-    if wanted.since is not None:
-        picked &= began.where([str(value) >= wanted.since for value in began.values])
-    if wanted.until is not None:
-        picked &= began.where([str(value) < wanted.until for value in began.values])
-    return picked
+def _checksum(file: BinaryIO, length: int) -> bytes:
+    """The CRC-32 of the next `length` bytes of a file."""
+    check = 0
+    while length > 0 and (data := file.read(min(length, 1 << 20))):
+        check = zlib.crc32(data, check)
+        length -= len(data)
+    return check.to_bytes(_CHECKSUM, "little")
+
+
+# --- what is wanted ------------------------------------------------------------------------------
+
+
+def _matching(rows: Sequence[Facts], wanted: Filter) -> tuple[list[Facts], list[Damaged]]:
+    """The runs that the filter matches, each recording once, and what has to be left out."""
+    damaged = [Damaged(row.run_id, row.why, row.fix) for row in rows if row.state is None]
+    readable = [row for row in rows if row.state is not None] if damaged else rows
+    found = [row for row in readable if wanted.matches(row)]
+    if copies := _copies(readable):
+        for row in found:
+            if original := copies.get(row.run_id):
+                why = f"it is a copy of {original}, which would count twice"
+                fix = f"pepr-profile runs rm {shlex.quote(row.run_id)}"
+                damaged.append(Damaged(row.run_id, why, fix))
+        found = [row for row in found if row.run_id not in copies]
+    return found, sorted(damaged, key=attrgetter("run_id"))
+
+
+def _copies(rows: Sequence[Facts]) -> dict[str, str]:
+    """Which directories hold a copy of a run, and the directory of that run."""
+    if len({row.recorded_id for row in rows}) == len(rows):
+        return {}
+    identity = attrgetter("recorded_id", "host", "started_at")
+    originals: dict[Any, str] = {}
+    for row in rows:
+        # A directory that still has the name it was recorded with is the original, else the first.
+        if identity(row) not in originals or row.run_id == row.recorded_id:
+            originals[identity(row)] = row.run_id
+    named = {row.run_id: originals[identity(row)] for row in rows}
+    return {copy: original for copy, original in named.items() if copy != original}
 
 
 _KEPT = (
@@ -463,6 +412,7 @@ _KEPT_OF_COMPONENT = ("id", "kind", "source", "provenance", "in_total", "job_j",
 
 
 def _short(run: Mapping[str, Any], directory: str) -> dict[str, Any]:
+    """The part of a summary that `QueryResult` gives."""
     energy = run["energy"]
     components = []
     for component in energy["components"]:
@@ -482,6 +432,19 @@ def _short(run: Mapping[str, Any], directory: str) -> dict[str, Any]:
             "components": components,
         },
     }
+
+
+# --- reading many files --------------------------------------------------------------------------
+
+
+def _will_be_read(path: str) -> None:
+    """Asks the kernel for a file, which is then fetched while others are parsed."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
 
 _T = TypeVar("_T")

@@ -21,7 +21,7 @@ TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
     from typing import Any
 
-    from pepr_profiler.store.index import Filter, Found
+    from pepr_profiler.store.index import Filter, QueryResult
 
 LAST = "last"
 """What the newest run may be called."""
@@ -85,7 +85,7 @@ class Store:
                 f"give --store DIR (or PEPR_STORE) that you may write; {fallback} is a store too",
             )
 
-    def find(self, wanted: Filter | None = None) -> Found:
+    def find(self, wanted: Filter | None = None) -> QueryResult:
         """The runs that are wanted, incomplete ones with what they cost so far."""
         from pepr_profiler.store.index import Index
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,8 +12,8 @@ import numpy as np
 
 from pepr_profiler import units
 from pepr_profiler.errors import UsageError
-from pepr_profiler.store.columns import CAUSES, Columns, Rows, facts_of
-from pepr_profiler.store.index import Found
+from pepr_profiler.store.facts import CAUSES, Facts, facts_of
+from pepr_profiler.store.index import QueryResult
 from pepr_profiler.study import pepr
 from pepr_profiler.study.jobs import merge_jobs
 from pepr_profiler.study.ranking import Amount, Shared, listed
@@ -45,130 +44,138 @@ that depends on the load (half each: a judgement)."""
 
 @dataclass(frozen=True, eq=False)
 class Cohort:
-    """Runs that can be compared: what is known of them as columns, and their summaries."""
+    """Runs that can be compared: the facts of each, and their summaries in the same order."""
 
-    columns: Columns
+    rows: Sequence[Facts]
     summaries: Sequence[Run]
 
     def __len__(self) -> int:
-        return len(self.columns)
+        return len(self.rows)
 
     @classmethod
     def of(
         cls, runs: Iterable[Run], whole: Callable[[str], Run] | None = None
     ) -> tuple[Cohort, list[tuple[str, str]]]:
-        """The runs that can be ranked, each once, and why the others cannot.
+        """The runs that can be ranked, each once, and (run, reason) of those that cannot.
 
-        What several profilers recorded of one job is one run (see jobs.merge_jobs), for which
-        `whole` gives a whole summary by its id.
+        What several profilers recorded of one job is one run (see jobs.merge_jobs). `whole` gives
+        the whole summary of a run, which that needs, by its id.
         """
         out: list[tuple[str, str]] = []
-        given = cls(runs.columns, runs) if isinstance(runs, Found) else cls._read(runs, out)
+        given = cls(runs.rows, runs) if isinstance(runs, QueryResult) else cls._read(runs, out)
         every = given._one_a_job(whole)
-        columns = every.columns
-        code, signal = columns.numbers["exit_code"], columns.numbers["signal"]
-        incomplete = columns.texts["state"].equal("incomplete")
-        failed, killed = (np.nan_to_num(x) != 0 for x in (code, signal))
-        good = ~(incomplete | failed | killed)
-        for i in np.flatnonzero(~good).tolist():
-            if incomplete[i]:
-                why = "incomplete: it was killed or still runs"
-            elif failed[i]:
-                why = f"failed with exit status {code[i]:.0f}"
-            else:
-                why = f"was killed by signal {signal[i]:.0f}"
-            out.append((columns.who(i), why))
-        if not columns.texts["id"].distinct:
-            # An id is unique in a store. Two stores may share one, a copied run shares all.
-            identity = [columns.texts[key].codes for key in ("id", "host", "started_at")]
-            chosen = np.flatnonzero(good)
-            _, first = np.unique(np.array(identity)[:, chosen], axis=1, return_index=True)
-            good[np.delete(chosen, first)] = False
-        return every.at(np.flatnonzero(good)), out
+        chosen: list[int] = []
+        # An id is unique in a store. Two stores may share one, a copied run shares all of these.
+        seen: set[tuple[str, str | None, str]] = set()
+        for i, row in enumerate(every.rows):
+            identity = row.run_id, row.host, row.started_at
+            if reason := _not_done(row):
+                out.append((row.label, reason))
+            elif identity not in seen:
+                seen.add(identity)
+                chosen.append(i)
+        return every.at(chosen), out
 
     @classmethod
     def _read(cls, runs: Iterable[Run], out: list[tuple[str, str]]) -> Cohort:
-        """Of summaries; those that are none go `out`."""
-        good, facts = [], []
+        """A cohort of summaries; what is no summary goes to `out`."""
+        good, rows = [], []
         for run in runs:
             reason = unreadable_as_summary(run)
             if not reason:
                 try:
-                    facts.append(facts_of(run))
+                    rows.append(facts_of(run))
                 except MALFORMED as error:
                     reason = f"it is no summary ({type(error).__name__}: {error})"
             if reason:
                 out.append((str(run.get("run_id", "a run")), reason))
             else:
                 good.append(run)
-        return cls(Columns.of(facts), good)
+        return cls(rows, good)
 
-    def at(self, rows: Rows) -> Cohort:
-        if len(rows) == len(self) and (rows == np.arange(len(self))).all():
+    def at(self, chosen: Sequence[int]) -> Cohort:
+        """Some of the runs, in the order of `chosen`."""
+        if len(chosen) == len(self) and list(chosen) == list(range(len(self))):
             return self
-        return Cohort(self.columns.at(rows), _Picked(self.summaries, rows.tolist()))
+        return Cohort([self.rows[i] for i in chosen], _Runs(self.summaries, chosen))
 
     @property
     def ids(self) -> list[str]:
-        return [str(name) for name in self.columns.texts["id"].list()]
+        return [row.run_id for row in self.rows]
+
+    def label(self, i: int) -> str:
+        """What a run is called in messages."""
+        return self.rows[i].label
 
     def _one_a_job(self, whole: Callable[[str], Run] | None) -> Cohort:
-        """With what several profilers recorded of one job as one, behind the others.
+        """The same with one run for each job, those of several recordings behind the others.
 
         A run around several others that are compared, the script of a sweep, stays beside them.
         """
-        texts = self.columns.texts
-        job, outer = texts["job"], texts["outer"]
-        counts = np.bincount(job.codes, minlength=len(job.values))
-        shared = [
-            value is not None and count > 1 for value, count in zip(job.values, counts, strict=True)
+        rows = self.rows
+        in_job = Counter(row.job for row in rows if row.job is not None)
+        inside = Counter(row.outer_id for row in rows if row.outer_id is not None)
+        around = {outer for outer, count in inside.items() if count == 1}
+        around &= {row.run_id for row in rows} if around else set()
+        related = [
+            i
+            for i, row in enumerate(rows)
+            if (row.job is not None and in_job[row.job] > 1)
+            or row.run_id in around
+            or row.outer_id in around
         ]
-        inside = Counter(outer.list())
-        around = {name for name, count in inside.items() if name is not None and count == 1}
-        around &= set(texts["id"].values) if around else set()
-        if not any(shared) and not around:
+        if not related:
             return self
-        related = job.where(shared)
-        for column in (texts["id"], outer):
-            related |= column.where([value in around for value in column.values])
-        parts = np.flatnonzero(related)
-        ids = self.ids
         merged = merge_jobs(
-            [whole(ids[i]) if whole is not None else self.summaries[i] for i in parts.tolist()]
+            [self.summaries[i] if whole is None else whole(rows[i].run_id) for i in related]
         )
-        rest = self.at(np.flatnonzero(~related))
+        rest = sorted(set(range(len(rows))).difference(related))
         return Cohort(
-            rest.columns.followed_by(Columns.of(map(facts_of, merged))),
-            _Picked(_Chained(rest.summaries, merged), range(len(rest) + len(merged))),
+            [*(rows[i] for i in rest), *map(facts_of, merged)],
+            _Runs(self.summaries, rest, merged),
         )
+
+    def _numbers(self, name: str) -> pepr.Floats:
+        """One of the Facts that are numbers (n,); NaN is unknown."""
+        return np.array([getattr(row, name) for row in self.rows], dtype=np.float64)
+
+    def _metric(self, name: str) -> pepr.Floats:
+        """A metric that was logged (n,); NaN is unknown."""
+        from orjson import loads
+
+        return np.array([loads(row.metrics).get(name) for row in self.rows], dtype=np.float64)
+
+    def _metric_names(self) -> list[str]:
+        from orjson import loads
+
+        return sorted({name for row in self.rows for name in loads(row.metrics)})
 
     def performance(self, metric: str | None) -> tuple[str, pepr.Floats]:
         """The metric's name and one value a run: the named metric, or the runs' own performance.
 
-        UsageError for a run that has none, and where the runs' own are not the same.
+        UsageError for a run that has none, and where the runs' own are not the same metric.
         """
-        columns = self.columns
-        own = columns.texts["metric"]
-        if metric is None:
-            values = np.where(own.equal(None), np.nan, columns.numbers["performance"])
-        else:
-            values = columns.metric(metric)
-            instead = np.isnan(values) & own.equal(metric)
-            values[instead] = columns.numbers["performance"][instead]
-        without = np.flatnonzero(np.isnan(values)).tolist()
+        rows = self.rows
+        own = [None if row.metric is None else row.performance for row in rows]
+        values = np.array(own, dtype=np.float64)
+        if metric is not None:
+            named = np.array([row.metric == metric for row in rows], dtype=np.bool_)
+            logged = self._metric(metric)
+            values = np.where(np.isnan(logged) & named, values, logged)
+        without = [rows[i] for i in np.flatnonzero(np.isnan(values)).tolist()]
         if without:
-            known = columns.metric_names()
+            known = self._metric_names()
             others = f"; or --metric with one of: {', '.join(known)}" if known else ""
             raise UsageError(
-                f"no {metric or 'performance'} is known of {listed([columns.who(i) for i in without])}",  # noqa: E501
+                f"no {metric or 'performance'} is known of "
+                + listed([row.label for row in without]),
                 why="a score needs the performance of every run of the cohort",
-                fix=f"pepr-profile runs set {columns.text('id', without[0])} "
-                f"{metric or 'accuracy'}=0.91{others}; "
-                "or name the runs to compare: pepr-profile compare RUN RUN",
+                fix=f"pepr-profile runs set {without[0].run_id} {metric or 'accuracy'}=0.91"
+                f"{others}; or name the runs to compare: pepr-profile compare RUN RUN",
             )
         if metric is not None:
             return metric, values
-        names = sorted(str(own.values[code]) for code in np.unique(own.codes))
+        names = sorted({str(row.metric) for row in rows})
         if len(names) > 1:
             raise UsageError(
                 "the runs' performances are not the same metric",
@@ -178,17 +185,20 @@ class Cohort:
         return names[0], values
 
     def models(self) -> list[str]:
-        """What model each run is of: its name. Runs of one model are repeats.
+        """The name of the model that each run is of: the run's name. Runs of one model are repeats.
 
-        A run that was not given a name has its script's, which says nothing of the model: such runs
-        are repeats only if their commands are the same, a seed apart, and are told apart by what of
-        their commands differs.
+        A run that was given no name has its script's, which says nothing of the model. Such runs
+        are repeats only if their commands are the same but for the seed. Else what differs in their
+        commands becomes part of the name.
         """
-        names = [str(name) for name in self.columns.texts["name"].list()]
+        from orjson import loads
+
+        names = [row.name for row in self.rows]
         unnamed: dict[str, list[tuple[int, tuple[str, ...]]]] = {}
-        for i, words in enumerate(self.columns.commands):
-            if words is not None:
-                unnamed.setdefault(names[i], []).append((i, _without_seed(words)))
+        for i, row in enumerate(self.rows):
+            if row.command is not None:
+                command = _without_seed(loads(row.command))
+                unnamed.setdefault(row.name, []).append((i, command))
         for name, commands in unnamed.items():
             if len({command for _, command in commands}) == 1:
                 continue
@@ -198,89 +208,96 @@ class Cohort:
                 names[i] = f"{name} {own}".rstrip()
         return names
 
-    def groups(self, by: str | None) -> dict[str | None, Rows]:
-        """The runs' numbers by group, in order of appearance."""
+    def groups(self, by: str | None) -> dict[str | None, list[int]]:
+        """The numbers of the runs in each group, groups in order of appearance.
+
+        `by` is one of GROUPS; None is the experiment, with one nameless group if there is only one.
+        """
         if by is not None and by not in GROUPS:
             raise UsageError(
                 f"runs cannot be grouped by {by!r}",
                 why=f"it is none of {', '.join(GROUPS)}",
                 fix="--group experiment",
             )
-        if by == "none":
-            return {None: np.arange(len(self))}
-        groups = self.columns.texts[by or "experiment"].groups()
-        if by is None and len(groups) == 1:
-            return {None: np.arange(len(self))}
-        nameless = groups.pop(None, None)
-        if nameless is not None:  # beside an experiment that is called so, if there is one
-            named = groups.get(_NAMELESS, nameless[:0])
-            groups[_NAMELESS] = np.sort(np.concatenate((named, nameless)))
-        return dict(sorted(groups.items(), key=lambda group: int(group[1][0])))
+        groups: dict[str | None, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            value = None if by == "none" else row.host if by == "host" else row.experiment
+            groups.setdefault(_NAMELESS if value is None else value, []).append(i)
+        if by == "none" or (by is None and len(groups) == 1):
+            return {None: list(range(len(self)))}
+        return groups
 
     def provenance(self, *, allow_mixed: bool) -> str:
         """Whether the energies are measured or modelled, all of one scope.
 
-        UsageError if some are this, some that, and if some are the job's share of its devices, and
-        some all that they took.
+        UsageError where some are measured and others modelled, unless `allow_mixed`, and where some
+        are the job's share of its devices and others all that the devices took.
         """
-        columns = self.columns
-        whole = np.flatnonzero(columns.texts["scope"].equal("device"))
-        kinds = columns.texts["provenance"].groups()
+        kinds = sorted({str(row.provenance) for row in self.rows})
         if len(kinds) > 1 and not allow_mixed:
-            named = {str(kind): [columns.who(i) for i in at.tolist()] for kind, at in kinds.items()}
+            who = (
+                listed([row.label for row in self.rows if str(row.provenance) == kind])
+                for kind in kinds
+            )
             raise UsageError(
-                f"{' and '.join(sorted(named))} energies are not comparable",
-                why="; ".join(f"{kind}: {listed(who)}" for kind, who in sorted(named.items())),
+                f"{' and '.join(kinds)} energies are not comparable",
+                why="; ".join(map(": ".join, zip(kinds, who, strict=True))),
                 fix="compare runs of one kind by naming them, or ask for it: --mix-provenance",
             )
+        whole = [row.label for row in self.rows if row.scope == "device"]
         if 0 < len(whole) < len(self):
             raise UsageError(
                 "energies of jobs and of whole devices are not comparable",
-                why=listed([columns.who(i) for i in whole.tolist()])
-                + " recorded with --scope device, the others without",
+                why=f"{listed(whole)} recorded with --scope device, the others without",
                 fix="compare runs of one scope by naming them",
             )
-        return "mixed" if len(kinds) > 1 else str(next(iter(kinds)))
+        return "mixed" if len(kinds) > 1 else kinds[0]
 
     def with_shared_errors(self, amount: Amount) -> Amount:
-        """An amount of these runs that follows from their energy, with what errors they share.
+        """An amount of these runs that follows from their energy, with the errors that they share.
 
-        One a device and cause: what one standard uncertainty of it does to each run.
+        There is one such error for each device and cause.
         """
+        from orjson import loads
+
         assert amount.units_per_joule is not None
-        errors = self.columns.errors
-        rows, moves = [errors.rows[:0]], [errors.values[0, :0]]
-        for entries in errors.label.groups().values():
-            for cause, part in _SHARED.items():
-                rows.append(errors.rows[entries])
-                moves.append(math.sqrt(part) * errors.values[CAUSES.index(cause), entries])
-        lines = np.repeat(np.arange(len(rows)), [len(one) for one in rows])
-        at, moves_j = np.concatenate(rows), np.concatenate(moves)
-        some = moves_j != 0
-        shared = Shared(lines[some], at[some], (moves_j * amount.units_per_joule[at])[some])
+        number: dict[str, int] = {}
+        entries = [
+            (number.setdefault(device, len(number)), i, *errors_j)
+            for i, row in enumerate(self.rows)
+            for device, *errors_j in loads(row.errors)
+        ]
+        table = np.array(entries, dtype=np.float64).reshape(-1, 2 + len(CAUSES))
+        devices, runs = table[:, :2].T.astype(np.intp)
+        moves_j = table[:, 2:] * np.sqrt([_SHARED[cause] for cause in CAUSES])
+        entry, cause = np.nonzero(moves_j)
+        shared = Shared(
+            lines=devices[entry] * len(CAUSES) + cause,
+            rows=runs[entry],
+            moves=moves_j[entry, cause] * amount.units_per_joule[runs[entry]],
+        )
         return replace(amount, shared=shared)
 
     def amount(self, resource: str, price: tuple[float, str] | None) -> Amount:
         """A resource of every run. UsageError if it is unknown of any."""
-        numbers = self.columns.numbers
         if resource in ("energy", "carbon", "cost"):
             return self._energetic(resource, price)
         if resource == "time":
-            values, name, unit = numbers["time_s"], "time", "s"
+            values, name, unit = self._numbers("time_s"), "time", "s"
             fix = "name the runs to compare: pepr-profile compare RUN RUN"
         elif resource.partition(":")[0] == "memory":
             if resource not in LABELS:
                 raise self._no_such(resource)
-            gpu = numbers["gpu_peak_bytes"]
+            gpu = self._numbers("gpu_peak_bytes")
             on_gpu = resource == "memory:gpu" or (
                 resource == "memory" and bool(np.nan_to_num(gpu).all())
             )
-            values = gpu if on_gpu else numbers["peak_rss_bytes"]
+            values = gpu if on_gpu else self._numbers("peak_rss_bytes")
             name, unit = "GPU memory" if on_gpu else "peak RSS", "B"
             sensor = "nvml" if on_gpu else "processes"
             fix = f"profile again with the {sensor} sensor, or rank by energy: --resource energy"
         else:
-            values = self.columns.metric(resource)
+            values = self._metric(resource)
             if np.isnan(values).all():
                 raise self._no_such(resource)
             name, unit = resource, ""
@@ -289,12 +306,11 @@ class Cohort:
         return Amount(resource, name, unit, values, label=_label(resource))
 
     def _energetic(self, resource: str, price: tuple[float, str] | None) -> Amount:
-        numbers = self.columns.numbers
-        energy_j = numbers["total_j"]
+        energy_j = self._numbers("total_j")
         self._require(energy_j, what="energy", fix="pepr-profile sensors says what can be measured")
         unit, units_per_joule = "J", np.ones(len(self))
         if resource == "carbon":
-            values = numbers["g_co2e"]
+            values = self._numbers("g_co2e")
             self._require(
                 values,
                 what="carbon",
@@ -314,12 +330,12 @@ class Cohort:
                     )
                 unit, units_per_joule = price[1], np.full(len(self), price[0] / units.J_PER_KWH)
             values = energy_j * units_per_joule
-        u = numbers["u_j"] * units_per_joule
+        u = self._numbers("u_j") * units_per_joule
         return Amount(resource, resource, unit, values, u, units_per_joule, label=_label(resource))
 
     def _require(self, values: pepr.Floats, *, what: str, fix: str) -> None:
         """UsageError that names the runs whose value is unknown."""
-        lacking = [self.columns.who(i) for i in np.flatnonzero(np.isnan(values)).tolist()]
+        lacking = [self.rows[i].label for i in np.flatnonzero(np.isnan(values)).tolist()]
         if lacking:
             raise UsageError(
                 f"no {what} is known of {listed(lacking)}",
@@ -329,7 +345,7 @@ class Cohort:
 
     def _no_such(self, resource: str) -> UsageError:
         known = ["energy", "carbon", "time", "memory", "memory:gpu", "memory:host", "cost"]
-        known += self.columns.metric_names()
+        known += self._metric_names()
         return UsageError(
             f"there is no resource {resource!r}",
             why="it is neither measured nor logged by any of these runs, which have: "
@@ -338,38 +354,40 @@ class Cohort:
         )
 
 
+def _not_done(row: Facts) -> str:
+    """Why a run did not end as it should have, or nothing."""
+    if row.state == "incomplete":
+        return "incomplete: it was killed or still runs"
+    if row.exit_code:
+        return f"failed with exit status {row.exit_code:.0f}"
+    return f"was killed by signal {row.signal:.0f}" if row.signal else ""
+
+
 def _label(resource: str) -> str:
     return LABELS.get(resource, f"PePR-{resource}")
 
 
-class _Picked(Sequence[Run]):
-    """Some of the runs of a sequence that makes each when it is asked for."""
+class _Runs(Sequence[Run]):
+    """Some runs of a sequence that makes each when it is asked for, and more behind them."""
 
-    def __init__(self, runs: Sequence[Run] | _Chained, rows: Sequence[int]) -> None:
-        self._runs, self._rows = runs, rows
+    def __init__(
+        self, runs: Sequence[Run], chosen: Sequence[int], more: Sequence[Run] = ()
+    ) -> None:
+        self._runs, self._chosen, self._more = runs, chosen, more
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._chosen) + len(self._more)
 
     @overload
     def __getitem__(self, index: int) -> Run: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Run]: ...
     def __getitem__(self, index: int | slice) -> Run | Sequence[Run]:
-        if isinstance(index, slice):
-            return _Picked(self._runs, self._rows[index])
-        return self._runs[self._rows[index]]
-
-
-class _Chained:
-    """Two sequences of runs, one behind the other."""
-
-    def __init__(self, first: Sequence[Run], second: Sequence[Run]) -> None:
-        self._first, self._second = first, second
-
-    def __getitem__(self, index: int) -> Run:
-        n = len(self._first)
-        return self._first[index] if index < n else self._second[index - n]
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return _Runs(self, places)
+        behind = places - len(self._chosen)
+        return self._runs[self._chosen[places]] if behind < 0 else self._more[behind]
 
 
 _READ = {"run_id", "name", "complete", "exit_code", "energy", "time_s", "memory", "metrics"}

@@ -104,7 +104,7 @@ class Study:
                         p[at],
                         amount,
                         ids=cohort.ids,
-                        called=cohort.columns.who,
+                        called=cohort.label,
                         repeats=True,
                         companions=[("time", "s", time_s[at])] if amount.energetic else (),
                         bounds=bounds,
