@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 import click
 
@@ -152,6 +152,18 @@ def main(arguments: list[str] | None = None, *, began_ns: int | None = None) -> 
         complain("interrupted")
         return 130
     return result if isinstance(result, int) else 0
+
+
+def screen(file: IO[str]) -> tuple[int, bool]:
+    """The width of a report on `file` in cells, and whether it has colours.
+
+    That of the terminal, at most 120; 80 without colours where it is none.
+    """
+    if not file.isatty():
+        return 80, False
+    import shutil
+
+    return min(shutil.get_terminal_size((80, 24)).columns, 120), not os.environ.get("NO_COLOR")
 
 
 def write_text(path: Path, text: str | bytes) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pepr_profiler.commands import store_option
-from pepr_profiler.commands.report import forms_of, output_option
+from pepr_profiler.commands.report import forms_of, output_option, performance_options
 from pepr_profiler.commands.score import limits_of, publish, range_options
 from pepr_profiler.errors import UsageError
 
@@ -36,12 +36,7 @@ from pepr_profiler.errors import UsageError
 )
 @click.option("--metric", metavar="NAME", help="Metric that is the performance [each run's own].")
 @range_options("in J, g, s or bytes: 151k:1.94M")
-@click.option("--percent", is_flag=True, help="The metric is in percent.")
-@click.option(
-    "--transform",
-    type=click.Choice(["one-minus", "exp-neg"]),
-    help="Turn a lower-is-better metric x into 1-x or exp(-x).",
-)
+@performance_options
 @click.option(
     "--mix-provenance", is_flag=True, help="Compare measured and estimated energies all the same."
 )

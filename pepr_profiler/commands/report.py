@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands import store_option, write_text
+from pepr_profiler.commands import complain, screen, store_option, write_text
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import FORMS
 
@@ -38,6 +37,17 @@ def forms_of(outputs: Sequence[Path]) -> list[tuple[Path, str]]:
     return [(path, form_of(path)) for path in outputs]
 
 
+def performance_options(command: Any) -> Any:
+    """The options that say how a metric becomes a performance: from 0 to 1, higher is better."""
+    transform = click.option(
+        "--transform",
+        type=click.Choice(["one-minus", "exp-neg"]),  # pepr.TRANSFORMS, whose module loads numpy
+        help="Turn a lower-is-better metric x into 1-x or exp(-x).",
+    )
+    percent = click.option("--percent", is_flag=True, help="The metric is in percent.")
+    return percent(transform(command))
+
+
 @click.command()
 @click.argument("run")
 @store_option
@@ -46,12 +56,7 @@ def forms_of(outputs: Sequence[Path]) -> list[tuple[Path, str]]:
 @click.option(
     "--metric", metavar="NAME", help="Metric to show against the energy [the performance]."
 )
-@click.option("--percent", is_flag=True, help="That metric is in percent.")
-@click.option(
-    "--transform",
-    type=click.Choice(["one-minus", "exp-neg"]),
-    help="Turn a lower-is-better metric x into 1-x or exp(-x).",
-)
+@performance_options
 def report(
     run: str,
     *,
@@ -89,7 +94,7 @@ def report(
             curve = curve and curve._replace(metric=name_of(metric, transform))
         for path, form in forms:
             write_text(path, _rendered(summary, timeline, form, curve))
-            click.echo(f"pepr-profile: wrote {path}", err=True)
+            complain(f"wrote {path}")
     else:
         from pepr_profiler.summary.summarise import summarise
 
@@ -140,13 +145,7 @@ def show(summary: dict[str, Any], *, file: IO[str], curve: Mapping[str, Any] | N
     """
     from pepr_profiler.report.run_text import render_run
 
-    tty = file.isatty()
-    width = 80
-    if tty:
-        import shutil
-
-        width = min(shutil.get_terminal_size((80, 24)).columns, 120)
-    color = tty and not os.environ.get("NO_COLOR")
+    width, color = screen(file)
     text = render_run(summary, width=width, color=color, curve=curve)
     click.echo(f"{text}\n", file=file, color=color)
 

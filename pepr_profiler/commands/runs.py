@@ -79,11 +79,11 @@ _FILTERS = (
 
 def _instant(text: str, *, option: str) -> str:
     """ISO-8601 in UTC, as `started_at`, from a date, a time (UTC if it has no zone), or an age."""
-    number = text.rstrip("smindhw")
-    unit = text[len(number) :]
+    count = text.rstrip("smindhw")
+    unit = text[len(count) :]
     try:
         if unit in _UNITS:
-            at = datetime.now(timezone.utc) - timedelta(seconds=float(number) * _UNITS[unit])
+            at = datetime.now(timezone.utc) - timedelta(seconds=float(count) * _UNITS[unit])
         else:
             # Python 3.10 does not know the Z.
             at = datetime.fromisoformat(text.removesuffix("Z"))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands import complain, write_text
+from pepr_profiler.commands import complain, screen, write_text
+from pepr_profiler.commands.report import performance_options
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import FORMS
 from pepr_profiler.report.text import brief
-from pepr_profiler.study.table import _Table
+from pepr_profiler.study.table import TextTable
 from pepr_profiler.units import parse_range
 
 if TYPE_CHECKING:
@@ -91,12 +90,7 @@ def limits_of(
     "--time", metavar="COL", help="Column of the time that a row took, to find outliers with."
 )
 @range_options("in the unit of its column: 150:900")
-@click.option("--percent", is_flag=True, help="The performance is in percent.")
-@click.option(
-    "--transform",
-    type=click.Choice(["one-minus", "exp-neg"]),
-    help="Turn a lower-is-better metric x into 1-x or exp(-x).",
-)
+@performance_options
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Write the table with its scores."
 )
@@ -137,7 +131,7 @@ def score(
             why="-o adds a score to every row, but --repeats scores the means of several rows",
             fix="leave one of them out; --json FILE has the scores of the means",
         )
-    rows = _Table.read(table)
+    rows = TextTable.read(table)
     wanted = (performance, *resources, *filter(None, (name, group, time)))
     rows.require(wanted)
     if output:
@@ -148,7 +142,7 @@ def score(
     columns: dict[str, Any] = {
         column: rows.numbers(column, labels) for column in (*numeric, *times)
     }
-    # A column of texts may also be one of those that were read as numbers: hence the "\0".
+    # Under keys that no column has: names and groups may be columns that are read as numbers, too.
     columns["\0"] = labels
     if group is not None:
         columns[f"\0{group}"] = rows.cells(group)
@@ -168,7 +162,7 @@ def score(
         added = _scores_by_row(study, rows.groups(group), resources, clamped=limits is not None)
         write_text(output, rows.text_with(added, output))
         complain(f"wrote {output}")
-    publish(study, json_file=json_file, screen=output is None, save_bounds=save_bounds)
+    publish(study, json_file=json_file, on_screen=output is None, save_bounds=save_bounds)
 
 
 def _scores_by_row(
@@ -198,12 +192,12 @@ def publish(
     study: Study,
     *,
     json_file: str | None,
-    screen: bool = True,
+    on_screen: bool = True,
     save_bounds: Path | None = None,
     forms: Sequence[tuple[Path, str]] = (),
     load: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> None:
-    """The rankings as JSON to a file or stdout, else (where `screen`) as tables on stdout.
+    """The rankings as JSON to a file or stdout, else (where `on_screen`) as tables on stdout.
 
     With `forms` (of `forms_of`) they go to those files instead; `load` is `study_page`'s. Runs that
     were left out, outliers, and what lies outside a given range are named on stderr.
@@ -242,10 +236,8 @@ def publish(
         click.echo(ranking_json(study), nl=False)
     elif json_file:
         write_text(Path(json_file), ranking_json(study))
-    elif screen and not forms:
-        tty = sys.stdout.isatty()
-        width = max(60, min(100, shutil.get_terminal_size().columns)) if tty else 80
-        color = tty and not os.environ.get("NO_COLOR")
+    elif on_screen and not forms:
+        width, color = screen(sys.stdout)
         click.echo("\n".join(_screens(study, width=width, color=color)), nl=False, color=color)
 
 
@@ -281,9 +273,9 @@ def _screens(study: Study, *, width: int, color: bool) -> Iterator[str]:
             continue
         yield render_ranking(rankings[0], width=width, color=color)
         if rankings[0].without is not None:
-            screen = render_ranking(rankings[0].without, width=width, color=color)
-            doubtful = sum(len(doubt.names) for doubt in rankings[0].doubts)
-            yield f"Without the {doubtful} outlier{'s' * (doubtful > 1)}:\n\n{screen}"
+            text = render_ranking(rankings[0].without, width=width, color=color)
+            n = sum(len(doubt.names) for doubt in rankings[0].doubts)
+            yield f"Without the {n} outlier{'s' * (n > 1)}:\n\n{text}"
 
 
 def _added(resources: Sequence[str], clamped: bool) -> list[str]:

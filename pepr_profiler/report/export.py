@@ -14,9 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import FORMS
-from pepr_profiler.report.text import KINDS, amount, counted, percent
+from pepr_profiler.report.text import amount, counted, percent
 from pepr_profiler.units import format_duration, format_with_u
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def form_of(path: Path, *, installed: Installed = find_spec) -> str:
             f"{path} has no extension that says what to write"
             if not form
             else f".{form} files cannot be written",
-            why=f"known are {', '.join(f'.{known}' for known in FORMS)}",
+            why=f"the known ones are {', '.join(f'.{known}' for known in FORMS)}",
             fix="name for example -o report.html, -o figure.pdf or -o table.csv",
         )
     require_packages(form, installed=installed)
@@ -179,9 +180,9 @@ def encode(rows: Sequence[Mapping[str, Any]], form: str) -> bytes:
 
 
 def run_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A run as a table: its total, then its components, then its phases, each with ± u (k = 2).
+    """A run as a table: its total, then its devices, then its phases, each with ± u (k = 2).
 
-    `energy_j` of a component is what of it is counted: the job's, or the device's in that scope.
+    `energy_j` of a device is the part that is counted: the job's share, or all of it.
     """
     energy = summary["energy"]
     total_j, time_s = energy.get("total_j"), summary.get("time_s")
@@ -237,10 +238,10 @@ def run_table(summary: Mapping[str, Any], form: str) -> bytes:
     cells = [
         [
             str(r["name"]) if r["part"] != "total" else "total",
-            r["part"] if r["in_total"] is not False else f"{r['part']}, not added",
+            "device" if r["part"] == "component" else r["part"],
             format_duration(r["duration_s"]),
             format_with_u(r["energy_j"], r["u_j"], "J"),
-            "" if r["in_total"] is False else percent(r["share"], unknown=""),
+            "not in the total" if r["in_total"] is False else percent(r["share"], unknown=""),
         ]
         for r in rows
     ]
@@ -292,12 +293,12 @@ _CELL = 80
 
 
 def _cut(text: Any) -> str:
-    """A name for a table that is to be set: the other forms have it whole."""
+    """A name in a typeset table; the other forms have it in full."""
     return str(text) if len(str(text)) <= _CELL else f"{str(text)[: _CELL - 1]}…"
 
 
 def latex(heads: Sequence[str], rows: Sequence[Sequence[str]], *, align: str) -> bytes:
-    r"""A LaTeX table for the booktabs package; `heads` are LaTeX already, cells are text."""
+    r"""A LaTeX table for the booktabs package; `heads` are LaTeX, cells are plain text."""
     lines = [rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
     lines.append(" & ".join(h.replace("#", r"\#") for h in heads) + r" \\")
     lines.append(r"\midrule")

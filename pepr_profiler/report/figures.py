@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
-from pepr_profiler.report.text import KINDS
+from pepr_profiler.energy.sources import KINDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-# Hues that stay apart for colour-blind readers (Okabe and Ito), toned down; each has a CSS variable
-# of the page, whose dark values are in page.css.
+# Hues that colour-blind readers can distinguish (Okabe and Ito), toned down. Each is a CSS variable
+# of the page; page.css has their values for dark mode.
 INK, MUTED, RULE, PAPER = "#1d2329", "#5c6670", "#dde1e5", "#fffffe"
 KIND_COLORS = dict(zip(KINDS, ("#2b6cb0", "#d97a1e", "#1f9179", "#8a6fb3"), strict=True))
 ALARM, POINT = "#b3372b", "#2b6cb1"
@@ -43,7 +43,7 @@ _LABEL = 26  # characters of a name in a figure; the tables have the rest
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure of a page, drawn twice, and what it says to who cannot see it."""
+    """One figure of a page in two widths, with a description for those who cannot see it."""
 
     id: str
     title: str
@@ -89,7 +89,7 @@ def style() -> Iterator[None]:
         "pdf.fonttype": 42,
     }
     with mpl.rc_context(look), warnings.catch_warnings():
-        # Of a glyph that matplotlib's font lacks the page's or the reader's font may well have one.
+        # A glyph that matplotlib's font lacks may be in the font of the page or of the reader.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
@@ -118,7 +118,7 @@ _XLINK = "http://www.w3.org/1999/xlink"
 
 
 def _inline(svg: bytes, prefix: str, title: str, text: str) -> str:
-    """SVG to stand in a page: colours by CSS variables, ids of its own, a title, short numbers."""
+    """SVG as part of a page: CSS variables for colours, ids of its own, a title, short numbers."""
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", _XLINK)
     root = ET.fromstring(svg)
@@ -169,7 +169,7 @@ def _attribute(key: str, value: str, prefix: str) -> str:
 
 
 def _shorter(path: str) -> str:
-    """A path with one decimal, level and upright lines written as such: a third of the bytes."""
+    """A path with one decimal, and H and V for level and upright lines: a third of the bytes."""
     pieces: list[str] = []
     at: tuple[str, ...] = ()
     for command, numbers in re.findall(r"([MLQCz])([^MLQCz]*)", path):
@@ -187,7 +187,7 @@ def _shorter(path: str) -> str:
 
 
 def label_right(axes: Axes, marks: Sequence[tuple[float, str, str]], width: float) -> None:
-    """Names beside the ends of what they name, moved apart where they would touch."""
+    """Names at the right ends of curves, moved apart where they would touch."""
     if not marks:
         return
     low, high = axes.get_ylim()

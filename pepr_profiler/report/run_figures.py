@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.report.figures import (
     ALARM,
     INK,
@@ -22,7 +23,7 @@ from pepr_profiler.report.figures import (
     save,
     style,
 )
-from pepr_profiler.report.text import KINDS, component_name
+from pepr_profiler.report.text import component_name
 from pepr_profiler.summary.timeline import Timeline, TimelineComponent
 from pepr_profiler.units import format_duration, format_with_u
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 _KIND_NAMES = {"gpu": "GPUs", "cpu": "packages", "dram": "memories", "other": "others"}
-_TINTS = (1.0, 0.72, 0.52, 0.86, 0.62)  # parts of one kind lie on each other: told apart by tone
+_TINTS = (1.0, 0.72, 0.52, 0.86, 0.62)  # shades that distinguish parts of one kind
 
 _MOST_LAYERS = 6
 MOST_DEVICES = 24
@@ -99,7 +100,7 @@ def power_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
         watts = np.nan_to_num(layer.watts)  # to stack on and to place names by, not drawn
         marks.append((float(np.mean((top + 0.5 * watts)[-len(top) // 6 :])), layer))
         top = top + watts
-    # Of a sum that lacks a part, the part that is known is no sum.
+    # Where a part is unknown, so is the sum.
     unread = np.zeros(len(top), dtype=np.bool_)
     for c in timeline.components:
         unread |= np.isnan(c.job_w) & c.in_total
@@ -168,7 +169,7 @@ def _hatch_gaps(axes: Axes, components: Sequence[TimelineComponent]) -> None:
 
 
 def energy_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
-    """The job's energy so far, with its band of k = 2."""
+    """The job's energy so far, with a band of ± u (k = 2)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, 2.6), layout="constrained")
@@ -190,7 +191,7 @@ def energy_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
 
 
 def devices_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
-    """Every device in a panel of its own: its power, the job's part, its lowest and highest."""
+    """A panel per device: its power, and the band of its lowest and highest or the job's part."""
     from matplotlib.figure import Figure
 
     shown = sorted(timeline.components, key=lambda c: KINDS.index(c.kind))[:MOST_DEVICES]
@@ -198,7 +199,7 @@ def devices_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
     rows = max(1, math.ceil(len(shown) / columns))
     height = 0.4 + 1.05 * rows
     figure = Figure(figsize=(width, height))
-    # Placed by hand: matplotlib's own layout takes seconds for a dozen panels.
+    # Placed by hand, as matplotlib's own layout takes seconds for a dozen panels.
     left = 0.62
     panel = (width - columns * (left + 0.3)) / columns, 0.72
     size = max(1, math.ceil((len(timeline.edges_s) - 1) / (240 if width > NARROW else 160)))

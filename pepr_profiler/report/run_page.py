@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.report import figures, run_figures, study_figures
 from pepr_profiler.report.html import clip, render
 from pepr_profiler.report.run_text import stop_note
 from pepr_profiler.report.text import (
-    KINDS,
     component_name,
     counted,
+    kind_of,
     number,
     percent,
     ratio,
@@ -220,8 +221,7 @@ def _components(energy: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     key = counted(energy)
 
     def place(c: Mapping[str, Any]) -> tuple[bool, int, str]:
-        kind = KINDS.index(c["kind"]) if c["kind"] in KINDS else len(KINDS)
-        return not c["in_total"], kind, str(c.get("label"))
+        return not c["in_total"], KINDS.index(kind_of(c)), str(c.get("label"))
 
     for c in sorted(energy.get("components") or [], key=place):
         share = ratio(c.get(key), total[0]) if c["in_total"] else None
@@ -229,7 +229,7 @@ def _components(energy: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         sensor = clip(_SENSORS.get(c["source"], str(c["source"])), 60)
         yield {
             "name": component_name(c),
-            "kind": c["kind"] if c["kind"] in KINDS else "other",
+            "kind": kind_of(c),
             "in_total": c["in_total"],
             "excluded": c.get("excluded") or ("" if known else "unknown"),
             "energy": format_with_u(c.get(key), c.get("u_j"), "J", like=_like(total, c)),

@@ -9,15 +9,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.record import Record
 from pepr_profiler.report.text import (
-    KINDS,
     Line,
     cells,
     component_name,
     counted,
     cut,
     drawn,
+    kind_of,
     known,
     label_of,
     left,
@@ -186,11 +187,7 @@ class _Row(Record):
 
 
 def _rows(components: Iterable[Mapping[str, Any]], key: str) -> list[_Row]:
-    """The rows of the table; `key` is what of a component is in the total, "job_j" by default."""
-
-    def kind_of(component: Mapping[str, Any]) -> str:
-        return component["kind"] if component.get("kind") in KINDS else "other"
-
+    """The rows of the table; `key` is the energy of a component that is counted."""
     added = sorted(
         (c for c in components if c.get("in_total")), key=lambda c: KINDS.index(kind_of(c))
     )
@@ -206,7 +203,7 @@ def _rows(components: Iterable[Mapping[str, Any]], key: str) -> list[_Row]:
 
 
 def _merged(parts: Sequence[Mapping[str, Any]], name: str | None, key: str) -> _Row:
-    """The sum of `parts`: unknown if one is; their u adds in squares, being per board."""
+    """The sum of `parts`, unknown if one is. Their u are independent and add in squares."""
 
     def total(figure: str) -> float | None:
         values = [known(part.get(figure)) for part in parts]
@@ -239,10 +236,7 @@ def _component_lines(energy: Mapping[str, Any], width: int) -> list[Line]:
     lines: list[Line] = []
     if rows:
         total = energy.get("total_j"), energy.get("u_j")
-        mixed = (
-            len({format_provenance(energy.get("provenance")), *(row.provenance for row in rows)})
-            > 1
-        )
+        mixed = {row.provenance for row in rows} != {format_provenance(energy.get("provenance"))}
         columns = [
             _Column("energy", [format_with_u(r.energy_j, r.u_j, "J", like=total) for r in rows]),
             _Column("share", [percent(ratio(r.energy_j, total[0])) for r in rows]),
@@ -252,7 +246,7 @@ def _component_lines(energy: Mapping[str, Any], width: int) -> list[Line]:
         gap = _GAP
         if mixed:
             columns.insert(0, _Column("", [r.provenance for r in rows], left=True))
-            gap = "  "  # the provenance's place is taken from the gaps, not from the sparkline
+            gap = "  "  # the provenance takes its room from the gaps, not from the sparkline
         spare = width - _table_cells(_NAME_CELLS, columns, gap) - len(gap)
         longer = max(cells(row.name) for row in rows) - _NAME_CELLS
         longer = max(0, min(longer, spare - len(_TITLE)))
@@ -285,7 +279,7 @@ def _aside(components: Iterable[Mapping[str, Any]]) -> str:
         if component.get("in_total"):
             continue
         name = printable(label_of(component))
-        if component.get("kind") != "gpu":  # whose names may well have a "core" in them
+        if component.get("kind") != "gpu":  # a GPU's name may contain "core"
             text = f"{component.get('id')} {name}".lower()
             name = next((key for key in _ASIDE if key in text), name)
         group = names.setdefault(_ASIDE.get(name, ""), [])
@@ -357,7 +351,7 @@ def _fact_lines(
 
 
 def _fact(key: str, notes: Iterable[tuple[str, str]], width: int) -> list[Line]:
-    """`key` and its text, wrapped beside it; every further note is indented below the first."""
+    """`key` with its notes wrapped beside it; those after the first are indented below it."""
     lines: list[Line] = []
     for index, (text, style) in enumerate(note for note in notes if note[0]):
         indent = 2 if index else 0
@@ -440,7 +434,7 @@ def stop_note(curve: ProgressCurve) -> str:
 
 
 def _curve_line(energy_j: Sequence[float], values: Sequence[float], total_j: float) -> str:
-    """The values over the energy in eighth blocks, from lowest to highest; " " before the first."""
+    """The values against the energy in eighth blocks, lowest to highest; " " before the first."""
     low, span = min(values), max(values) - min(values)
     line = ""
     for cell in range(_CURVE_CELLS):
@@ -495,9 +489,7 @@ def _sampling(summary: Mapping[str, Any]) -> str:
     text += f"; profiler {format_duration(cpu_s)} CPU"
     text += "" if fraction is None else f" ({fraction:.1%})"
     if by_daemon:  # it alone knows which of its reads were late
-        text += (
-            f"; {printable(by_daemon)} was read by this machine's daemon (none of it is in late)"
-        )
+        text += f"; {printable(by_daemon)} was read by this machine's daemon (not counted as late)"
     return text
 
 
@@ -530,7 +522,7 @@ class _Column(Record):
 
     def after(self, gap: str, text: str) -> str:
         """`gap` and `text`, aligned in the column."""
-        # The energy is wide: its title sits over the digits that it is read from.
+        # The energy column is wide: its title stands over the digits, not over the unit.
         if self.left or (self.title == "energy" and text == self.title):
             return gap + text.ljust(self.cells)
         return text.rjust(len(gap) + self.cells)
@@ -567,7 +559,7 @@ def _sparkline(row: _Row, room: int) -> str:
 
 
 def _mean_between(trace_w: Sequence[float | None], start: float, stop: float) -> float | None:
-    """The mean of the known buckets in [start, stop), each weighted by how much of it is in."""
+    """The mean of the known buckets in [start, stop), each weighted by its part inside."""
     weighted, weight = 0.0, 0.0
     for index in range(int(start), min(len(trace_w), math.ceil(stop))):
         value, part = known(trace_w[index]), min(index + 1, stop) - max(index, start)
@@ -578,13 +570,12 @@ def _mean_between(trace_w: Sequence[float | None], start: float, stop: float) ->
 
 def _watts(values: Sequence[float | None], bounds: Sequence[bool] | None = None) -> list[str]:
     """A column of watts with one number of decimals, two where a value is below 10 W."""
-    known = [abs(value) for value in values if value is not None]
-    decimals = 2 if any(value < 9.95 for value in known) else 1
+    decimals = 2 if any(value is not None and abs(value) < 9.95 for value in values) else 1
     return [
         "?" if value is None else f"{'≤' if bound else ''}{value:.{decimals}f}"
         for value, bound in zip(values, bounds or [False] * len(values), strict=True)
     ]
 
 
-def _count(number: int | None) -> str:
-    return UNKNOWN if number is None else f"{number:,}"
+def _count(n: int | None) -> str:
+    return UNKNOWN if n is None else f"{n:,}"

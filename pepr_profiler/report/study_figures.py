@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Points:
-    """Rows of a study as points: `x`, `y` (n,) with their u (NaN: unknown), and each one's runs.
+    """Rows of a study as points: `x`, `y` (n,) with their u (NaN: unknown), and their runs.
 
     `runs` are (row, x, y). `bounds` are (r_min, r_max) where `y` is a performance over the resource
     that they bound.
@@ -59,7 +59,7 @@ class Points:
 
 
 LEVELS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-"""Scores whose lines of equal PePR are drawn."""
+"""The scores for which a line of equal PePR is drawn."""
 
 MOST_RUNS = 1000
 """Single runs, as dots and curves, that a figure can show and a page can hold."""
@@ -70,7 +70,7 @@ _MOST_NAMED = 14
 
 
 def shown_runs(study: Study) -> dict[str, Mapping[str, Any]]:
-    """The runs by their ids; none where they are more than can be shown."""
+    """The runs by their ids; none where there are too many to show."""
     if len(study.runs) > MOST_RUNS:
         return {}
     return {str(run["run_id"]): run for run in study.runs}
@@ -154,7 +154,7 @@ def _outliers(ranking: Ranking) -> Any:
 
 
 def study_chart(ident: str, title: str, text: str, points: Points) -> tuple[Chart, dict[str, Any]]:
-    """A scatter of a study, and how its two drawings map numbers to places, for the page's script.
+    """A scatter of a study, and how its two drawings map numbers to positions, for the script.
 
     A map is [slope, offset] of log10 x (of x where `log` is false) and of y, in SVG units.
     """
@@ -189,7 +189,7 @@ def _log_fits(x: NDArray[np.float64]) -> bool:
 def scatter(points: Points, width: float = WIDE) -> Figure:
     """Performance over a resource, its axis logarithmic, with lines of equal PePR and the front.
 
-    Bars are u; faint dots are single runs; a cross is a row whose numbers look wrong.
+    Bars are u, faint dots single runs, crosses outliers.
     """
     return panels([("", points)], width=width, height=4.4 if width > NARROW else 4.0)
 
@@ -274,7 +274,7 @@ def _draw_isolines(axes: Axes, bounds: tuple[float, float], *, log: bool) -> Non
     for level in LEVELS:
         axes.plot(x, level * (1 + r), color=MUTED, linewidth=0.7, alpha=0.55,
                   gid=f"iso-{level}", zorder=1, scalex=False, scaley=False)  # fmt: skip
-        # Named where it leaves the figure at its top; the page's script moves the name along.
+        # Its name is where it leaves the figure at the top; the page's script moves it along.
         end = bounds[0] + (y1 / level - 1) * (bounds[1] - bounds[0])
         if level < y1 <= 2 * level and x0 <= end <= x1:
             axes.annotate(f"{level:g}" if named else f"PePR {level:g}", (end, 1.0),
@@ -345,7 +345,7 @@ _MOST_CURVES = 60
 def progress_curves(
     curves: Sequence[ProgressCurve], best: Envelope | None = None, *, width: float = WIDE
 ) -> Figure:
-    """Performance over the energy until then, a line a run; `best` is the envelope of them all.
+    """Performance against the energy until then, one line per run; `best` is their envelope.
 
     Lines of one name are one colour and named once; energy is logarithmic where there are several.
     """

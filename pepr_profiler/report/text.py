@@ -14,9 +14,6 @@ from typing import Any
 
 from pepr_profiler.units import UNKNOWN, format_duration, format_provenance, format_quantity
 
-KINDS = ("gpu", "cpu", "dram", "other")
-"""The kinds of component, in the order in which every report shows them."""
-
 Line = list[tuple[str, str]]
 """A line as pieces of text from left to right, each with the rich style that colours it."""
 
@@ -143,6 +140,13 @@ def amount(value: float, unit: str) -> str:
 def counted(energy: Mapping[str, Any]) -> str:
     """The key of what is counted of each component of a summary's energy."""
     return "device_j" if energy.get("scope") == "device" else "job_j"
+
+
+def kind_of(component: Mapping[str, Any]) -> str:
+    """The kind of a component, one of `energy.sources.KINDS`."""
+    from pepr_profiler.energy.sources import KINDS
+
+    return component["kind"] if component.get("kind") in KINDS else "other"
 
 
 def label_of(component: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _DURATION = re.compile(r"time|duration|seconds|(^|_)s$", re.IGNORECASE)
 
 
-class _Table:
+class TextTable:
     """A table of text: column names, rows of as many cells, and each row's line in the file."""
 
     def __init__(
@@ -30,7 +30,7 @@ class _Table:
         self.index = {column: i for i, column in enumerate(columns)}
 
     @classmethod
-    def read(cls, path: Path) -> _Table:
+    def read(cls, path: Path) -> TextTable:
         rows: list[list[str]] = []
         lines: list[int] = []
         try:
