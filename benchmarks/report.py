@@ -109,9 +109,9 @@ class WholeWriter:
     def __init__(self, directory: Path, lane: LaneInfo) -> None:
         import pyarrow as pa
 
-        from pepr_profiler.trace.lane import _schema_of
+        from pepr_profiler.trace.lane import schema_of
 
-        self._schema = pa.ipc.read_schema(pa.py_buffer(arrow.schema_message(_schema_of(lane))))
+        self._schema = pa.ipc.read_schema(pa.py_buffer(arrow.schema_message(schema_of(lane))))
         self._stream = pa.ipc.new_stream(str(directory / f"{lane.name}.arrows"), self._schema)
 
     def write(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:

@@ -1,10 +1,11 @@
 """Arrow IPC streams of the plain kind that recordings are: numbers of fixed width, none missing.
 
-After Arrow's format/Message.fbs and Schema.fbs, which only grow: any Arrow reader opens what is
-written here (the tests hold pyarrow and nanoarrow against it), and what other writers make of such
-columns is read. By hand, because a damaged file may end a process that reads it with nanoarrow
-(0.9: a message without its mark, a schema without fields), and a recording is what is left of a
-crash. The schema is written here, the batches behind it by the recorder (csrc/recording/arrow.h).
+This follows Arrow's format/Message.fbs and Schema.fbs, which only grow: any Arrow reader opens what
+is written here (the tests compare with pyarrow and nanoarrow), and what other writers make of such
+columns is read. It uses no Arrow library, because a damaged file may kill a process that reads it
+with nanoarrow (0.9: a message without its mark, a schema without fields), and a recording may be
+what is left of a crash. The schema is written here, the batches behind it by the core
+(csrc/recording/arrow.h).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MARK = b"\xff\xff\xff\xff"
-"""What a message begins with; then follow the length of its metadata, these, and its body."""
+"""A message begins with this; then come the length of its metadata, the metadata, and its body."""
 
 _VERSION = 4
 """MetadataVersion V5, of Arrow 1.0 and later."""
@@ -37,7 +38,7 @@ _PRECISIONS = {"<f2": 0, "<f4": 1, "<f8": 2}
 
 
 class Column(Record):
-    """A column's name, what its numbers are as numpy calls it ("<i8", "<u4", "<f8"), and facts."""
+    """A column's name, numpy's name for its numbers ("<i8", "<u4", "<f8"), and facts about it."""
 
     name: str
     form: str
@@ -52,14 +53,14 @@ class Schema(Record):
 
 
 class DamagedError(ValueError):
-    """Why a stream cannot be read: what begins it is no schema, or not of such columns."""
+    """A stream cannot be read: it does not begin with a schema, or with one of such columns."""
 
 
 # --- writing -----------------------------------------------------------------------------------
 
 
 def schema_message(schema: Schema) -> bytes:
-    """What a stream begins with."""
+    """The message that a stream begins with."""
     fields: list[dict[int, _Field]] = [
         {
             **{0: column.name, 1: ("B", 0)},  # nullable
@@ -74,12 +75,12 @@ def schema_message(schema: Schema) -> bytes:
     return _MARK + struct.pack("<i", len(metadata)) + metadata
 
 
-# A table's fields by their numbers: a scalar with its struct form, or what it refers to.
+# A table's fields by their numbers: a scalar, as (form of struct, value), or what it refers to.
 _Field: TypeAlias = "tuple[str, int] | str | list[dict[int, _Field]] | dict[int, _Field]"
 
 
 def _type_of(form: str) -> dict[int, _Field]:
-    """A Field's type: which of the union's, and its table."""
+    """The type of a Field: which one of the union's it is, and its table."""
     if form in _PRECISIONS:
         return {2: ("B", _FLOATING_POINT), 3: {0: ("h", _PRECISIONS[form])}}
     return {2: ("B", _INT), 3: {0: ("i", 8 * int(form[2:])), 1: ("B", form[1] == "i")}}
@@ -92,8 +93,8 @@ def _pairs(facts: Mapping[str, str]) -> list[dict[int, _Field]]:
 def _flatbuffer(root: dict[int, _Field]) -> bytes:
     """A tree of tables as a flatbuffer, padded to a multiple of 8.
 
-    Offsets are relative to where they stand and lead forwards; a table's fields are found by its
-    vtable, which is written just before it; a number lies at a multiple of its size.
+    An offset is relative to its own place and leads forwards. A table's fields are found by its
+    vtable, which is written just before it. A number lies at a multiple of its size.
     """
     data = bytearray(4)
     _refer(data, 0, _append_table(data, root))
@@ -101,7 +102,7 @@ def _flatbuffer(root: dict[int, _Field]) -> bytes:
 
 
 def _append_table(data: bytearray, fields: dict[int, _Field]) -> int:
-    """Appends a table and all that it refers to; where it begins."""
+    """Appends a table and all that it refers to; returns where it begins."""
     vtable = [0] * (2 + max(fields) + 1)
     inline, size = [], 4  # an offset to the vtable comes first
     forms = {number: x[0] if isinstance(x, tuple) else "I" for number, x in fields.items()}
@@ -146,7 +147,7 @@ def _refer(data: bytearray, at: int, to: int) -> None:
 
 
 def read_schema(source: Path | bytes) -> Schema | None:
-    """The schema of a stream; None where it was not written whole.
+    """The schema of a stream; None if it was not written whole.
 
     Raises DamagedError if something else is there.
     """
@@ -166,10 +167,10 @@ def read_schema(source: Path | bytes) -> Schema | None:
 
 
 def read_batches(source: Path | bytes, forms: Sequence[str]) -> Iterator[list[NDArray[np.generic]]]:
-    """The columns of each batch, (rows,) of `forms` each; up to the first that is torn or damaged.
+    """The columns of each batch, (rows,) of `forms` each, up to the first torn or damaged batch.
 
     Arrow has no checksums, but each column must be as long as its batch says. A batch that is
-    compressed, or in which something is missing, is none of these streams. Empty ones are left out.
+    compressed, or in which a number is missing, is not one of ours. Empty batches are left out.
     """
     import numpy as np
 
@@ -191,7 +192,7 @@ def read_batches(source: Path | bytes, forms: Sequence[str]) -> Iterator[list[ND
 
 
 def _form_of(column: _Table) -> str:
-    """What a column holds; of what is not read here, only the number of its type."""
+    """Numpy's name for a column's numbers; of other columns, the number of their type."""
     kind = column.number(2, "<B")
     if kind == _INT:
         of_int = column.table(3)
@@ -202,9 +203,10 @@ def _form_of(column: _Table) -> str:
 
 
 class _Table:
-    """A table of a flatbuffer. Positions are those that struct and slices allow, whatever it says.
+    """A table of a flatbuffer, which may be damaged.
 
-    All methods but `number` raise ValueError or struct.error where it contradicts itself.
+    Its methods raise ValueError or struct.error where it contradicts itself; none reads outside of
+    the data.
     """
 
     def __init__(self, data: bytes, at: int) -> None:
@@ -224,7 +226,7 @@ class _Table:
         return int(value)
 
     def _position(self, field: int) -> int:
-        """Where a field is; 0 if it has its default."""
+        """Where a field is; 0 if it is not stored, since it has its default."""
         offset = self._fields[field] if field < len(self._fields) else 0
         return self._at + offset if offset else 0
 
@@ -294,7 +296,7 @@ def _messages(source: Path | bytes) -> Iterator[tuple[int, _Table, bytes]]:
 
 
 def _is_begun(source: Path | bytes) -> bool:
-    """Whether a stream without a whole first message may be one that is being written."""
+    """Whether a stream without a whole first message may still be being written."""
     if isinstance(source, Path):
         try:
             with source.open("rb") as file:

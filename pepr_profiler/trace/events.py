@@ -1,8 +1,11 @@
-"""Marks and metrics of a run, and notes about processes: lines of JSON, one writer a file.
+"""Marks and metrics of a run, and notes about its processes: lines of JSON, one writer a file.
 
 Lines of `events-HOST-PID.jsonl` are appended and written through at once: they survive `kill -9` of
-the program that made them. A block of a program begins and ends in one file; a mark
-(`pepr-profile mark`) says its phase's name and belongs to the run.
+the program that wrote them. A block of a program begins and ends in one file. A mark
+(`pepr-profile mark`) names its phase, which belongs to the run: another process may end it.
+
+Notes about processes are in `processes-HOST-PID.jsonl`, so that who only looks at a run in progress
+need not read its marks.
 """
 
 from __future__ import annotations
@@ -22,18 +25,19 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-# --- marks and metrics -------------------------------------------------------------------------
-
 MARKS = ("next", "begin", "end")
-"""What a mark may say: "next" ends the phase that "next" began before in its series, and begins
-one; "begin" and "end" go by the phase's name."""
+"""What a mark may be. "next" begins a phase, and ends the one that the last "next" of its series
+began; "begin" and "end" go by the phase's name."""
+
+
+# --- writing -----------------------------------------------------------------------------------
 
 
 class EventWriter:
-    """Appends marks and metrics of this process to its own file of a run directory.
+    """Appends this process's events to its own file in a run directory.
 
-    Safe across fork: a child opens a file of its own at its first event. Raises nothing once it is
-    open: a line that cannot be written is counted in `lost`.
+    Safe across fork: a child opens a file of its own at its first event. It raises nothing: a line
+    that cannot be written is counted in `lost`.
     """
 
     def __init__(self, directory: Path, kind: str = "events") -> None:
@@ -53,7 +57,7 @@ class EventWriter:
 
     def begin(self, name: str, number: int, parent: int | None) -> int:
         """A phase begins now: at this instant, ns."""
-        self._open()  # which takes longer than a mark, and is none of the phase's time
+        self._open()  # takes longer than a mark; it is not part of the phase
         t_ns, up = time.monotonic_ns(), "null" if parent is None else str(parent)
         self.write(f'{{"event":"begin","t_ns":{t_ns},"id":{number},"parent":{up},"name":{name}}}')
         return t_ns
@@ -67,7 +71,7 @@ class EventWriter:
     def mark(self, verb: str, name: str | None, *, series: str, t_ns: int | None = None) -> None:
         """A phase of the whole run, which other processes may end; `verb` is one of MARKS.
 
-        A file knows only its own writer, so marks are paired where they are read (`read_events`).
+        Other processes write to other files, so marks are paired when they are read.
         """
         mark = {"event": "mark", "t_ns": time.monotonic_ns() if t_ns is None else t_ns}
         self.write(json.dumps({**mark, "verb": verb, "series": series, "name": name}))
@@ -97,10 +101,13 @@ class EventWriter:
             self._fd = -1
 
 
+# --- marks and metrics, read back ---------------------------------------------------------------
+
+
 class Phase(Record):
     """One pass through a phase; `end_ns` is None if it never ended.
 
-    `series` is whose mark began it; None for a program's own block, which no mark ends.
+    `series` is that of the mark that began it; None for a program's own block, which no mark ends.
     """
 
     name: str
@@ -111,26 +118,22 @@ class Phase(Record):
 
 
 class Events(Record):
-    """What the programs of a run marked and logged, in time order."""
+    """What the programs of a run marked and logged, in time order.
+
+    `metrics` are (t_ns, values by name). `torn_lines` counts lines that could not be read.
+    """
 
     phases: tuple[Phase, ...]
     metrics: tuple[tuple[int, dict[str, Any]], ...]
     torn_lines: int
 
 
-_EVENT = {"t_ns": int, "id": int, "metrics": {}}
-"""What of an event is computed with; see EventWriter."""
-
-
-def _lines_of(path: Path) -> list[bytes]:
-    try:
-        return path.read_bytes().splitlines()
-    except OSError:
-        return []
+_EVENT_SHAPE = {"t_ns": int, "id": int, "metrics": {}}
+"""What is used of an event, besides names; see EventWriter."""
 
 
 def read_events(directory: Path) -> Events:
-    """Reads every events file of a run directory; a torn last line is counted, not fatal."""
+    """Reads every events file of a run directory."""
     phases: list[Phase] = []
     metrics: list[tuple[int, dict[str, Any]]] = []
     marks: list[_Mark] = []
@@ -141,30 +144,41 @@ def read_events(directory: Path) -> Events:
             try:
                 event = json.loads(line)
                 kind = event["event"]
-                if wrong := shape_error(event, _EVENT):
+                if wrong := shape_error(event, _EVENT_SHAPE):
                     raise ValueError(wrong)
                 t_ns = event["t_ns"]
                 if kind == "begin":
-                    _ = event["name"]
+                    _ = event["name"]  # a line without it is torn
                     # A program that replaced itself (exec) kept its pid and counts from 1 again.
                     if event["id"] in open_phases:
-                        phases.append(_phase(open_phases[event["id"]], None))
+                        phases.append(_phase_of_block(open_phases[event["id"]], None))
                     open_phases[event["id"]] = event
                 elif kind == "end":
                     begin = open_phases.pop(event["id"], None)
                     if begin is not None:
-                        phases.append(_phase(begin, t_ns))
+                        phases.append(_phase_of_block(begin, t_ns))
                 elif kind == "mark":
                     marks.append(_Mark.of(event))
                 elif kind == "metrics":
                     metrics.append((t_ns, event["metrics"]))
             except MALFORMED:
                 torn += 1
-        phases.extend(_phase(begin, None) for begin in open_phases.values())
-    phases.extend(_marked(marks))
+        phases.extend(_phase_of_block(begin, None) for begin in open_phases.values())
+    phases.extend(_phases_of_marks(marks))
     phases.sort(key=lambda phase: phase.begin_ns)
     metrics.sort(key=lambda item: item[0])
     return Events(tuple(phases), tuple(metrics), torn)
+
+
+def _lines_of(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines()
+    except OSError:
+        return []
+
+
+def _phase_of_block(begin: dict[str, Any], end_ns: int | None) -> Phase:
+    return Phase(str(begin["name"]), int(begin["t_ns"]), end_ns, begin.get("parent") is not None)
 
 
 class _Mark(Record):
@@ -181,7 +195,7 @@ class _Mark(Record):
         return cls(int(event["t_ns"]), verb, str(event["series"]), name)
 
     def ends(self, begun: _Mark) -> bool:
-        """Whether this mark ends the phase that `begun` began, if no better one is open."""
+        """Whether this mark may end the phase that `begun` began."""
         if self.verb == "next":
             return begun.verb == "next" and begun.series == self.series
         if self.name is None:
@@ -189,11 +203,12 @@ class _Mark(Record):
         return self.verb == "end" and begun.name == self.name
 
 
-def _marked(marks: Sequence[_Mark]) -> Iterator[Phase]:
-    """The phases that marks of all processes make; of several that one could end, the last begun.
+def _phases_of_marks(marks: Sequence[_Mark]) -> Iterator[Phase]:
+    """The phases that the marks of all processes make.
 
-    A phase of the mark's own series comes first: scripts side by side use the same names. One that
-    another began is ended too: who begins and who ends may be two processes.
+    Of several that a mark may end, it ends the last one that was begun by its own series: scripts
+    side by side use the same names. If there is none, the last one that another series began: who
+    begins and who ends may be two processes.
     """
     begun: list[_Mark] = []
     for mark in sorted(marks, key=lambda mark: mark.t_ns):
@@ -202,34 +217,37 @@ def _marked(marks: Sequence[_Mark]) -> Iterator[Phase]:
             found = [other for other in found if other.series == mark.series] or found
             if found:
                 begun.remove(found[-1])
-                yield _between(found[-1], mark.t_ns, begun)
+                yield _phase_of_mark(found[-1], mark.t_ns, begun)
         if mark.verb != "end":
             begun.append(mark)
-    yield from (_between(mark, None, begun[:i]) for i, mark in enumerate(begun))
+    yield from (_phase_of_mark(mark, None, begun[:i]) for i, mark in enumerate(begun))
 
 
-def _between(begin: _Mark, end_ns: int | None, begun: Sequence[_Mark]) -> Phase:
-    around = any(m.series == begin.series and m.t_ns <= begin.t_ns for m in begun)
-    return Phase(str(begin.name), begin.t_ns, end_ns, around, begin.series)
+def _phase_of_mark(begin: _Mark, end_ns: int | None, begun: Sequence[_Mark]) -> Phase:
+    """The phase that a mark began, while those that `begun` began were open too."""
+    nested = any(m.series == begin.series and m.t_ns <= begin.t_ns for m in begun)
+    return Phase(str(begin.name), begin.t_ns, end_ns, nested, begin.series)
+
+
+# --- notes about processes ----------------------------------------------------------------------
 
 
 def read_process_notes(directory: Path) -> list[dict[str, Any]]:
-    """What was written down of processes while they lived (neighbours.py), in time order.
+    """What recording/processes.py noted of processes while they lived, in time order.
 
-    In a file of its own: whoever only looks at a run in progress need not read its marks. A torn
-    line is left out.
+    A torn line is left out.
     """
     notes: list[dict[str, Any]] = []
     for path in sorted(directory.glob("processes-*.jsonl")):
         for line in _lines_of(path):
             with suppress(*MALFORMED):
                 note = json.loads(line)
-                if not shape_error(note, _NOTE) and note.keys() >= _NOTED[note["event"]]:
+                if not shape_error(note, _NOTE_SHAPE) and note.keys() >= _NOTE_KEYS[note["event"]]:
                     notes.append(note)
     return sorted(notes, key=lambda note: int(note["t_ns"]))
 
 
-_NOTE = {
+_NOTE_SHAPE = {
     "t_ns": int,
     "since_ns": int,
     "pid": int,
@@ -239,9 +257,5 @@ _NOTE = {
     "user": (str, None),
     "processes": [{"cpu_s": float, "pid": int, "command": (str, None), "user": (str, None)}],
 }
-_NOTED = {"process": {"t_ns", "pid"}, "cpu": {"t_ns", "since_ns", "profiler_s", "processes"}}
-"""What is computed with of a note, by its kind; see neighbours.py."""
-
-
-def _phase(begin: dict[str, Any], end_ns: int | None) -> Phase:
-    return Phase(str(begin["name"]), int(begin["t_ns"]), end_ns, begin.get("parent") is not None)
+_NOTE_KEYS = {"process": {"t_ns", "pid"}, "cpu": {"t_ns", "since_ns", "profiler_s", "processes"}}
+"""What a note must have, by its kind."""

@@ -1,20 +1,16 @@
-"""A recording on disk: written while the run goes on, readable up to the last flush.
+"""One lane on disk: the rows that a driver read, written while the run goes on.
 
-A run directory holds one Arrow IPC stream a lane, `LANE.arrows`, with the columns `t_ns`
-(CLOCK_MONOTONIC when the read began), `read_ns` (how long it took, at most 4.29 s), `skipped`,
-`gap_ns` and a float64 a channel; what a channel is stands in the schema's metadata. Small batches,
-one a flush, would cost more bytes than their numbers, so they go to `LANE.tail.arrows` and are
-rewritten as one large batch now and then. A crash between the two leaves rows in both; a reader
-drops those it has seen.
+`LANE.arrows` is an Arrow IPC stream with the columns `t_ns` (when the read began), `read_ns` (how
+long it took, at most 4.29 s), `skipped`, `gap_ns`, and a float64 for each channel. The schema's
+metadata says what a channel is.
 
-A large batch is stored more sparsely than it was read: rows between which every counter went
-straight, and every gauge stayed level, are left out (csrc/recording/thin.h). `skipped` says how
-many lay just before a row, and `gap_ns` how long ago the last of them was read, so that a quiet
-stretch is never taken for a gap. Around a gap nothing is left out.
-
-Marks and metrics are lines of `events-HOST-PID.jsonl`, one writer a file, append only, written
-through at once: they survive `kill -9` of the program that made them. A block of a program begins
-and ends in one file; a mark (`pepr-profile mark`) says its phase's name and belongs to the run.
+- Small batches, one a flush, would cost more bytes than their numbers. So they are appended to
+  `LANE.tail.arrows`, and moved to the main stream as one large batch now and then. A crash between
+  the two leaves rows in both; a reader drops those that it has seen.
+- Of a large batch, rows are left out between which every counter follows a line and every gauge
+  keeps its level (csrc/recording/thin.h). `skipped` says how many were left out just before a row,
+  and `gap_ns` how long before it the last of them was read, so that a quiet stretch does not look
+  like a gap. Around a gap nothing is left out.
 """
 
 from __future__ import annotations
@@ -80,9 +76,9 @@ class Batch(Record):
     """Rows of one lane: `t_ns`, `read_ns` int64 (n,), `values` float64 (channels, n) as recorded.
 
     A recorded value times its channel's `scale` is in the channel's unit; NaN is unknown.
-    `skipped` int64 (n,) rows were read just before a row and left out, the last of them `gap_ns`
-    before it; in them, the same channels were unknown as in the row. Where it is 0, `gap_ns` is the
-    time since the row before. None: nothing was left out.
+    `skipped` int64 (n,) says how many rows were read just before a row and left out; in them, the
+    same channels were unknown as in the row. `since_read_ns` int64 (n,) is the time since the row
+    before was read, left out or not. Both are None if nothing was left out.
     """
 
     t_ns: NDArray[np.int64]
@@ -108,8 +104,9 @@ class Batch(Record):
 
 
 class LaneWriter:
-    """One lane's files: the journal writes there what a sampler reads, we what we are given.
+    """Writes one lane's files.
 
+    The journal writes there what a sampler reads; `write` is for rows that come from elsewhere.
     Rows that the disk does not take are kept for later, in bounds (csrc/recording/lane_file.h).
     """
 
@@ -117,7 +114,7 @@ class LaneWriter:
         self.lane = lane
         self.file = _core.LaneFile(
             str(directory / lane.name),
-            arrow.schema_message(_schema_of(lane)),
+            arrow.schema_message(schema_of(lane)),
             _thin_rules(lane.channels),
         )
 
@@ -128,7 +125,7 @@ class LaneWriter:
         return OSError(code, os.strerror(code)) if code else None
 
     def write(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None:
-        """Appends rows given as native-endian columns; on disk when it returns, unless `error`."""
+        """Appends rows as native-endian columns and waits for the disk; see `error` then."""
         self.file.append(t_ns, read_ns, values)
         self.file.flush()
 
@@ -138,7 +135,7 @@ class LaneWriter:
 
 
 def _thin_rules(channels: Sequence[Channel]) -> list[tuple[str, float]]:
-    """How sparsely each channel may be stored; the numbers are explained in docs/design.md."""
+    """How sparsely each channel may be stored (docs/design.md, Store what a line does not say)."""
     counted = {c.device for c in channels if c.quantity == "energy"}
     return [
         ("line", LINE_STEPS if c.quantity == "energy" else _FINE_LINE_STEPS)
@@ -153,28 +150,28 @@ def _thin_rules(channels: Sequence[Channel]) -> list[tuple[str, float]]:
 
 
 LINE_STEPS = 0.25
-"""What a counter's stored line may be off by, in parts of a refresh's energy; u takes it in."""
+"""What a counter's stored line may be off by, in parts of a refresh's energy; u includes it."""
 
 _FINE_LINE_STEPS = 0.06
-"""CPU times are set against each other in windows of 1 s."""
+"""The same for CPU times, which are compared with each other in windows of 1 s."""
 
 _HOLD = 0.01
-"""Power that is integrated, relative."""
+"""What power that is integrated may be off by, relative."""
 
 _LEVEL_S = 0.25
-"""A gauge that nothing is integrated from: a quarter of a second of its level."""
+"""What the integral of any other gauge may be off by: its level for a quarter of a second."""
 
 
-_OF_THE_ROW = (
+_ROW_COLUMNS = (
     arrow.Column("t_ns", "<i8", {"unit": "ns", "clock": "CLOCK_MONOTONIC"}),
     arrow.Column("read_ns", "<u4", {"unit": "ns"}),
     arrow.Column("skipped", "<u4", {"unit": "1"}),
     arrow.Column("gap_ns", "<u4", {"unit": "ns"}),
 )
-"""The columns before the channels'; of recordings in which nothing was left out, the first two."""
+"""The columns before the channels'. Recordings of before rows were left out have the first two."""
 
 
-def _schema_of(lane: LaneInfo) -> arrow.Schema:
+def schema_of(lane: LaneInfo) -> arrow.Schema:
     channels = (
         arrow.Column(
             channel.name,
@@ -192,11 +189,11 @@ def _schema_of(lane: LaneInfo) -> arrow.Schema:
         for channel in lane.channels
     )
     facts = {"pepr": "1", "lane": lane.name, "spec": lane.spec, "period_ns": str(lane.period_ns)}
-    return arrow.Schema((*_OF_THE_ROW, *channels), facts)
+    return arrow.Schema((*_ROW_COLUMNS, *channels), facts)
 
 
 class _EmptyLaneError(TraceError):
-    """Not even a lane's schema was written whole."""
+    """The schema of a lane was not written whole, nor was anything behind it."""
 
 
 class LaneReader:
@@ -257,7 +254,7 @@ class LaneReader:
 
 
 def lane_names(directory: Path) -> list[str]:
-    """All lanes, those too of which nothing was written."""
+    """All lanes of a run, also those of which no row was written."""
     return sorted({path.name.split(".")[0] for path in directory.glob("*.arrows")})
 
 
@@ -271,11 +268,11 @@ def read_lanes(directory: Path) -> dict[str, LaneReader]:
 
 
 _JOINED_ROWS = 1 << 15
-"""What a reader handles at once: below it the calls cost more than the numbers."""
+"""So many rows are handled at once: of fewer, the calls cost more than the numbers."""
 
 
 def joined(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The same rows in fewer batches: a stored one that was thinned well holds 60 rows.
+    """The same rows in fewer batches: of a stored one, as few as 60 rows may be left.
 
     A day of RAPL at 1 kHz is integrated in a fifth of the time.
     """
@@ -317,25 +314,25 @@ def _lane_of(schema: arrow.Schema) -> LaneInfo:
     if schema.facts["pepr"] != "1":
         raise ValueError("it is of another version")
     columns = [(column.name, column.form) for column in schema.columns]
-    about = [(column.name, column.form) for column in _OF_THE_ROW]
-    first = next((n for n in (len(about), 2) if columns[:n] == about[:n]), 0)
+    of_row = [(column.name, column.form) for column in _ROW_COLUMNS]
+    first = next((n for n in (len(of_row), 2) if columns[:n] == of_row[:n]), 0)
     if not first or {form for _, form in columns[first:]} != {"<f8"}:
         raise ValueError(f"its columns are {columns[:9]}")
     channels = []
     for column in schema.columns[first:]:
-        told = column.facts
-        counter, labels = json.loads(told["counter"]), json.loads(told["labels"])
+        facts = column.facts
+        counter, labels = json.loads(facts["counter"]), json.loads(facts["labels"])
         if wrong := shape_error(counter, bool) or shape_error(labels, {...: str}):
             raise ValueError(f"of {column.name}, {wrong}")
         channels.append(
             Channel(
                 name=column.name,
-                quantity=told["quantity"],
-                unit=told["unit"],
-                scale=_number(told["scale"]),
-                modulus=_number(told["modulus"], least=0.0),
+                quantity=facts["quantity"],
+                unit=facts["unit"],
+                scale=_number(facts["scale"]),
+                modulus=_number(facts["modulus"], least=0.0),
                 counter=counter,
-                source=told["source"],
+                source=facts["source"],
                 labels=labels,
             )
         )
@@ -351,15 +348,14 @@ def _number(text: str, *, least: float = -1e30) -> float:
 
 
 _LAST_NS = 1 << 62
-"""A machine that runs for 146 years."""
-
+"""The uptime of a machine that has run for 146 years."""
 
 _MOST = 2.0**64
-"""No register that is read holds more; what seems to is unknown."""
+"""No register that is read holds more; a larger number is taken to be unknown."""
 
 
 def _batches(source: Path | bytes, schema: arrow.Schema) -> Iterator[Batch]:
-    """The batches of a lane's stream, up to the first that is torn or damaged: times rise."""
+    """The batches of a lane's stream, up to the first that is torn, or whose times do not rise."""
     import numpy as np
 
     forms = [column.form for column in schema.columns]
@@ -372,5 +368,5 @@ def _batches(source: Path | bytes, schema: arrow.Schema) -> Iterator[Batch]:
         last_ns = int(t_ns[-1])
         times = [column.astype(np.int64) for column in numbers[1:-channels]]
         values = np.vstack(numbers[-channels:])
-        values[np.abs(values) > _MOST] = np.nan  # one flipped bit would else drown all others
+        values[np.abs(values) > _MOST] = np.nan  # one flipped bit would drown all others
         yield Batch(t_ns, times[0], values, *times[1:])

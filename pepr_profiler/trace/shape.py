@@ -8,20 +8,22 @@ if TYPE_CHECKING:
 
 
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
-"""What a file that is not ours, or damaged, may raise where it is used as if it were."""
+"""What may be raised where a file is used that is damaged, or was written by another program."""
 
 
 def shape_error(value: Any, shape: Any, at: str = "") -> str:  # noqa: PLR0911 - one a kind of shape
-    """What of `value` (JSON) has not this shape, as "energy.total_j is 'x'"; "" if all has.
+    """What of a JSON value does not have this shape, as "energy.total_j is 'x'"; "" if all has.
 
-    A shape is a type (float is any finite number, int one of 64 bits), None, a tuple of shapes of
-    which one fits, `[shape]` for a list, or a dict: of each key that is there, with `...` for all
-    others, and with None the keys that must be there. Keys that it does not name are of later
-    versions.
+    A shape is
+    - a type (float is any finite number, int one of 64 bits) or None;
+    - a tuple of shapes, of which one must fit;
+    - `[shape]`, a list of such items;
+    - a dict: the shape of the value of each key, with `...` for all other keys, and with None the
+      keys that must be there. Other keys may come from later versions and are not looked at.
     """
     if isinstance(shape, dict):
         if not isinstance(value, dict):
-            return _unfit(value, at)
+            return _mismatch(value, at)
         for key, item in value.items():
             inner = shape.get(key, shape.get(...))
             if inner is not None and (
@@ -32,7 +34,7 @@ def shape_error(value: Any, shape: Any, at: str = "") -> str:  # noqa: PLR0911 -
         return next((f"{at or 'it'} has no {key}" for key in lacking), "")
     if isinstance(shape, list):
         if not isinstance(value, list):
-            return _unfit(value, at)
+            return _mismatch(value, at)
         items = (shape_error(item, shape[0], f"{at}[{i}]") for i, item in enumerate(value))
         return next(filter(None, items), "")
     if isinstance(shape, tuple):
@@ -41,7 +43,7 @@ def shape_error(value: Any, shape: Any, at: str = "") -> str:  # noqa: PLR0911 -
         inside = (wrong for wrong in found if not wrong.startswith(f"{at or 'it'} is "))
         return "" if "" in found else next(inside, found[0])
     if shape is None:
-        return "" if value is None else _unfit(value, at)
+        return "" if value is None else _mismatch(value, at)
     kind = type(value)
     if shape is float:
         fits = kind in (float, int) and -1e300 < value < 1e300
@@ -49,8 +51,8 @@ def shape_error(value: Any, shape: Any, at: str = "") -> str:  # noqa: PLR0911 -
         fits = kind is int and -(2**63) <= value < 2**63
     else:
         fits = kind is shape
-    return "" if fits else _unfit(value, at)
+    return "" if fits else _mismatch(value, at)
 
 
-def _unfit(value: Any, at: str) -> str:
+def _mismatch(value: Any, at: str) -> str:
     return f"{at or 'it'} is {str(value)[:40]!r}"
