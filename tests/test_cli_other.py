@@ -1,4 +1,4 @@
-"""The verbs that look at recorded runs: report, runs, compare."""
+"""The commands that look at recorded runs: report, runs, compare."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Say = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Cli:
-    """Three measured runs of one experiment: energies 1 : 2 : 4, the dearest is the best."""
+    """Three measured runs of one experiment: energies 1 : 2 : 4, the most expensive is the best."""
     cli = Cli(tmp_path_factory.mktemp("study"))
     for name, power_w, accuracy in (
         ("small", 100, 0.80),
@@ -96,6 +96,7 @@ def test_compare_ranks_an_experiment_by_pepr(study: Cli, say: Say) -> None:
         (["--metric", "f1"], "f1"),
         (["small"], "fix:"),
         (["no-such-run"], "no-such-run"),
+        (["--range", "5:1"], "5:1"),
         (["--bounds", "5:1"], "5:1"),
         (["--resource", "carbon"], "--region"),
     ],
@@ -184,8 +185,8 @@ def test_times_without_a_zone_are_utc_as_they_are_listed() -> None:
     assert _instant("2026-11-20T12:30+02:00", option="") == "2026-11-20T10:30:00.000+00:00"
     assert _instant("2026-11-20T12:30Z", option="") == "2026-11-20T12:30:00.000+00:00"
     week_ago = datetime.now(timezone.utc) - timedelta(days=7)
-    told = datetime.fromisoformat(_instant("7d", option=""))
-    assert abs(told - week_ago) < timedelta(minutes=1)
+    found = datetime.fromisoformat(_instant("7d", option=""))
+    assert abs(found - week_ago) < timedelta(minutes=1)
 
 
 def test_damaged_runs_are_named_wherever_runs_are_taken_together(study: Cli, say: Say) -> None:
@@ -243,10 +244,10 @@ def test_export_has_a_row_a_run_whatever_its_form(study: Cli, say: Say, tmp_path
     # truth: the runs' own files
     assert [row["name"] for row in full] == ["small", "middle", "big"]
     for row in full:
-        told = json.loads((study.store / "runs" / row["run_id"] / "run.json").read_text())
-        assert row["energy_j"] == told["energy"]["total_j"]
-        assert row["energy_u_j"] == told["energy"]["u_j"]
-        assert row["metric_acc"] == told["metrics"]["acc"]
+        summary = json.loads((study.store / "runs" / row["run_id"] / "run.json").read_text())
+        assert row["energy_j"] == summary["energy"]["total_j"]
+        assert row["energy_u_j"] == summary["energy"]["u_j"]
+        assert row["metric_acc"] == summary["metrics"]["acc"]
         parts = (row["energy_gpu_j"], row["energy_cpu_j"], row["energy_dram_j"])
         assert sum(parts) == pytest.approx(row["energy_j"])
         assert row["carbon_g_co2e"] is None
@@ -342,13 +343,13 @@ def test_output_into_a_closed_pipe_ends_without_a_trace_back(study: Cli) -> None
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("verb", ["report small", "runs list", "--help"])
+@pytest.mark.parametrize("command", ["report small", "runs list", "--help"])
 def test_output_onto_a_full_disk_is_an_error_of_ours(
-    study: Cli, verb: str, unbuffered: str
+    study: Cli, command: str, unbuffered: str
 ) -> None:
     with Path("/dev/full").open("wb") as full:
         result = subprocess.run(
-            [sys.executable, "-m", "pepr_profiler", *verb.split()],
+            [sys.executable, "-m", "pepr_profiler", *command.split()],
             env=study.environment({"PYTHONUNBUFFERED": unbuffered}),
             stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip

@@ -304,7 +304,7 @@ def test_a_page_of_more_runs_than_it_can_show_has_their_means() -> None:
     # when
     page = study_page(study, load=lambda run_id: by_id[asked.append(run_id) or run_id])
     few = study_page(Study.from_runs(runs[:30], group="none"))
-    # then it looks at one run of each, which tells the parameters, and shows no single runs
+    # then it looks at one run of each, which has the parameters, and shows no single runs
     assert sorted(asked) == ["r-m0-0", "r-m1-0", "r-m2-0"]
     assert "3 models, 1,200 runs" in page and "during training" not in page
     assert "single runs" in few and "single runs" not in page

@@ -568,7 +568,7 @@ def test_a_run_given_twice_counts_once_and_two_of_one_id_count_twice() -> None:
         (
             [run_summary("a"), run_summary("b", energy=energy(9.0, provenance="modelled"))],
             {},
-            "measured and modelled energies",
+            "measured and estimated energies",
             "--mix-provenance",
         ),
         (
@@ -633,7 +633,7 @@ def test_energies_of_jobs_and_of_whole_devices_share_no_cohort(store: Path) -> N
     whole = energy(9.0) | {"scope": "device"}
     runs = [run_summary("a"), run_summary("b", energy=whole, time_s=90.0)]
     # then their energies are not compared, their times are
-    with pytest.raises(UsageError, match="b-1 recorded with --scope device"):
+    with pytest.raises(UsageError, match="b-1 recorded with --attribution device"):
         Study.from_runs(runs)
     assert Study.from_runs(runs, resources=["time"]).rank().resource.tolist() == [60.0, 90.0]
     # and nor through the store's index

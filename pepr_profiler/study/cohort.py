@@ -169,7 +169,7 @@ class Cohort:
             raise UsageError(
                 f"no {metric or 'performance'} is known of "
                 + listed([row.label for row in without]),
-                why="a score needs the performance of every run of the cohort",
+                why="a score needs the performance of every run that is compared",
                 fix=f"pepr-profile runs set {without[0].run_id} {metric or 'accuracy'}=0.91"
                 f"{others}; or name the runs to compare: pepr-profile compare RUN RUN",
             )
@@ -228,28 +228,29 @@ class Cohort:
         return groups
 
     def provenance(self, *, allow_mixed: bool) -> str:
-        """Whether the energies are measured or modelled, all of one scope.
+        """Whether the energies are measured or modelled, all of one attribution.
 
         UsageError where some are measured and others modelled, unless `allow_mixed`, and where some
         are the job's share of its devices and others all that the devices took.
         """
         kinds = sorted({str(row.provenance) for row in self.rows})
         if len(kinds) > 1 and not allow_mixed:
+            words = [units.format_provenance(kind) for kind in kinds]
             who = (
                 listed([row.label for row in self.rows if str(row.provenance) == kind])
                 for kind in kinds
             )
             raise UsageError(
-                f"{' and '.join(kinds)} energies are not comparable",
-                why="; ".join(map(": ".join, zip(kinds, who, strict=True))),
-                fix="compare runs of one kind by naming them, or ask for it: --mix-provenance",
+                f"{' and '.join(words)} energies are not comparable",
+                why="; ".join(map(": ".join, zip(words, who, strict=True))),
+                fix="name runs of one kind, or compare them all the same: --mix-provenance",
             )
         whole = [row.label for row in self.rows if row.scope == "device"]
         if 0 < len(whole) < len(self):
             raise UsageError(
                 "energies of jobs and of whole devices are not comparable",
-                why=f"{listed(whole)} recorded with --scope device, the others without",
-                fix="compare runs of one scope by naming them",
+                why=f"{listed(whole)} recorded with --attribution device, the others without",
+                fix="name runs of one attribution",
             )
         return "mixed" if len(kinds) > 1 else kinds[0]
 
@@ -339,7 +340,7 @@ class Cohort:
         if lacking:
             raise UsageError(
                 f"no {what} is known of {listed(lacking)}",
-                why="an unknown resource is not 0, and the cohort's bounds depend on every run",
+                why="an unknown resource is not 0, and every run counts in the normalisation range",
                 fix=fix,
             )
 
