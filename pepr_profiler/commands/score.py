@@ -238,6 +238,7 @@ def publish(
         write_text(Path(json_file), ranking_json(study))
     elif on_screen and not forms:
         width, color = screen(sys.stdout)
+        width = max(width, 80)  # a narrower terminal wraps the lines, instead of losing the scores
         click.echo("\n".join(_screens(study, width=width, color=color)), nl=False, color=color)
 
 
