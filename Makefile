@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-# nvml.h comes from PyPI, and lies somewhere below site-packages.
+# nvml.h comes with a package from PyPI, somewhere below site-packages.
 FIND_NVML := from importlib.metadata import files; \
 	print(next(f.locate().parent for f in files("nvidia-nvml-dev") if f.name == "nvml.h"))
 WITH_NVML = export PEPR_NVML_INCLUDE="$$(python -c '$(FIND_NVML)')" &&

@@ -17,14 +17,9 @@ ROOT = Path(__file__).resolve().parent
 
 def nvml_include() -> Path:
     """The directory of nvml.h inside the installed package nvidia-nvml-dev."""
-    files = importlib.metadata.files("nvidia-nvml-dev") or []
-    for file in files:
+    for file in importlib.metadata.files("nvidia-nvml-dev") or []:
         if file.name == "nvml.h":
-            return (
-                Path(str(importlib.metadata.distribution("nvidia-nvml-dev").locate_file(file)))
-                .resolve()
-                .parent
-            )
+            return Path(str(file.locate())).resolve().parent
     sys.exit("nvml.h not found in nvidia-nvml-dev; reinstall it: pip install -U nvidia-nvml-dev")
 
 
@@ -46,7 +41,7 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
-        # What was found the last time may have lain in an environment of pip's that is gone.
+        # Its paths may lead into a build environment of pip that no longer exists.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
             "cmake",
