@@ -173,6 +173,11 @@ def test_runs_are_listed_by_what_they_are_and_when(study: Cli, say: Say) -> None
         found = json.loads(say("runs", "list", "--json", *arguments)[1])
         assert [run["name"] for run in found["runs"]] == listed
         assert found["damaged"] == []
+    # estimated is what reports call an energy that summaries call modelled
+    estimated, modelled = (
+        say("runs", "list", "--provenance", word)[1] for word in ("estimated", "modelled")
+    )
+    assert estimated == modelled and "sizes" not in estimated
     for when in ("yesterday", "", "-", "3x", "2026-13-01"):
         status, out, err = say("runs", "list", "--since", when)
         assert (status, out) == (2, "")
