@@ -4,6 +4,7 @@ from typing import type_check_only
 @type_check_only
 class _NativeType(type): ...  # the metaclass that pybind11 gives its classes
 
+MAX_PLAUSIBLE_W: float
 REFRESH_CHANGES: int
 FEWEST_REFRESH_CHANGES: int
 

@@ -497,7 +497,8 @@ def test_a_module_is_told_beside_the_gpu_that_it_contains() -> None:
 CONTRIBUTED = {
     "gpu:new": "new/energy energy J 1 0 counter dcgm uuid=GPU-new kind=gpu component=gpu:new",
     "other:npu/energy": "npu/energy energy J 1 0 counter acme kind=npu index=first uuid=x",
-    "other:bare": "bare energy J 1 0 counter acme",
+    "other:bare": "bare energy J 1 0 counter acme gain=0.01",
+    "other:vague": "vague energy J 1 0 counter acme gain=low",
     # names of our drivers' sources, without the labels that these give
     "cpu:zone": "zone energy J 1 0 counter powercap kind=cpu",
     "cpu:event": "event energy J 1 0 counter perf kind=cpu",
@@ -534,6 +535,10 @@ def test_a_sensor_that_nobody_knows_is_an_ordinary_one(tmp_path: Path) -> None:
     assert {c["kind"] for c in listed.values()} <= {"gpu", "cpu", "dram", "other"}
     # and energy in another unit is not taken for joules, and said to be left out
     assert codes(summary, "odd/energy") == {"unknown-unit"}
+    # and a gain that is no number is 0, with a warning
+    assert codes(summary, "vague") == {"unknown-gain"}
+    assert listed["other:vague"]["budget"]["gain_j"] == 0.0
+    assert listed["other:bare"]["budget"]["gain_j"] == pytest.approx(0.01 * expected_j, rel=0.03)
     # and a page with its figures can be drawn of it
     result = cli("report", str(cli.runs()[0]), "-o", str(tmp_path / "run.html"))
     assert result.status == 0, result.stderr

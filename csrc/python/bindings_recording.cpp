@@ -18,6 +18,7 @@
 #include "recording/journal.h"
 #include "recording/lane_file.h"
 #include "recording/thin.h"
+#include "sampling/cadence.h"
 #include "sampling/sampler.h"
 #include "system/notifier.h"
 
@@ -73,6 +74,7 @@ void append_rows(LaneFile& file, std::string_view t_ns, std::string_view read_ns
 }  // namespace
 
 void bind_recording(py::module_& m) {
+    m.attr("MAX_PLAUSIBLE_W") = pepr::kMaxPlausibleW;
     m.attr("REFRESH_CHANGES") = pepr::kRefreshChanges;
     m.attr("FEWEST_REFRESH_CHANGES") = pepr::kFewestRefreshChanges;
 

@@ -12,7 +12,6 @@ constexpr std::int64_t kMinSpacingNs = kMs;
 constexpr std::int64_t kGiveUpNs = 10'000 * kMs;  // a search in which nothing changes for so long
 constexpr std::int64_t kLongestRestNs = 600'000 * kMs;
 constexpr std::int64_t kStillPowerNs = 100 * kMs;  // a power that stands still may jump any time
-constexpr double kPlausibleW = 20'000.0;           // no package, memory or board draws more
 
 // A refresh is told apart to a 16th of its period; a read is put a 5th before the end of the window
 // in which the refresh is expected: the one in 5 or 10 that comes too early bounds it from below.
@@ -48,8 +47,8 @@ Cadence::Cadence(const std::vector<Channel>& channels, std::int64_t base_ns) : b
         trackers_.push_back(tracker);
         const double range_j = channels[i].modulus * channels[i].scale;
         if (channels[i].counter && range_j > 0)
-            longest_ns_ =
-                std::min(longest_ns_, static_cast<std::int64_t>(5e8 * range_j / kPlausibleW) + 1);
+            longest_ns_ = std::min(longest_ns_,
+                                   static_cast<std::int64_t>(5e8 * range_j / kMaxPlausibleW) + 1);
     }
 }
 

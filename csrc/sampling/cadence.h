@@ -9,6 +9,9 @@
 
 namespace pepr {
 
+// No package, memory or board draws more.
+constexpr double kMaxPlausibleW = 20'000.0;
+
 // However slow a sensor, and however tight the budget: a lane is read at least this often. Shorter
 // than what counts as a gap (1 s), and than the time in which 20 kW fill half of the smallest RAPL
 // range known (65.7 kJ): no wrap passes unseen.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -159,8 +160,17 @@ def _labelled_source(lane: LaneInfo, index: int) -> Source:
         label=channel.labels.get("label", channel.name),
         in_total=not excluded,
         excluded=excluded,
-        gain=float(channel.labels.get("gain", 0.0)),
+        gain=stated_gain(channel) or 0.0,
     )
+
+
+def stated_gain(channel: Channel) -> float | None:
+    """The `gain` of a channel's labels; 0 without one, None if it is no number of 0 or more."""
+    try:
+        gain = float(channel.labels.get("gain", 0.0))
+    except ValueError:
+        return None
+    return gain if 0 <= gain < math.inf else None
 
 
 # --- RAPL, whether powercap or perf reads it ------------------------------------------------------

@@ -7,8 +7,7 @@ needs no numpy: the daemon, which stays small, undoes wraps by it too.
 
 from __future__ import annotations
 
-_IMPLAUSIBLE_W = 20_000.0
-"""No package, memory or board draws this. The core reads often enough for it (kPlausibleW)."""
+from pepr_profiler._core import MAX_PLAUSIBLE_W
 
 _LONGEST_REFRESH_S = 0.05
 """Two reads may be closer together than this and have a whole refresh's energy between them."""
@@ -21,6 +20,6 @@ def undo_fall(step_j: float, now_j: float, *, range_j: float, span_s: float) -> 
     reset: then what it has counted since is known, and what flowed before is lost.
     """
     wrapped_j = step_j + range_j
-    if range_j > 0 and 0 <= wrapped_j <= _IMPLAUSIBLE_W * max(span_s, _LONGEST_REFRESH_S):
+    if range_j > 0 and 0 <= wrapped_j <= MAX_PLAUSIBLE_W * max(span_s, _LONGEST_REFRESH_S):
         return wrapped_j, True
-    return (now_j if now_j <= _IMPLAUSIBLE_W * span_s else 0.0), False
+    return (now_j if now_j <= MAX_PLAUSIBLE_W * span_s else 0.0), False

@@ -10,7 +10,7 @@ from pepr_profiler.energy.activity import Activity
 from pepr_profiler.energy.curve import EnergyCurve, gap_limit_s
 from pepr_profiler.energy.gpu_users import OtherProcess
 from pepr_profiler.energy.gpus import Gpus, board_of
-from pepr_profiler.energy.sources import UNITS
+from pepr_profiler.energy.sources import UNITS, stated_gain
 from pepr_profiler.errors import warning
 from pepr_profiler.summary.component import ComponentResult
 from pepr_profiler.trace.lane import Channel
@@ -68,6 +68,18 @@ def unknown_units(channels: Iterable[Channel]) -> Iterator[dict[str, str]]:
                 "unknown-unit",
                 f"{channel.name} is recorded in {channel.unit}, not in {unit}: it is not counted",
                 f"give its sensor the unit {unit} and the scale that makes it so",
+            )
+
+
+def unknown_gains(channels: Iterable[Channel]) -> Iterator[dict[str, str]]:
+    """For channels whose stated uncertainty cannot be used."""
+    for channel in channels:
+        if channel.quantity in UNITS and stated_gain(channel) is None:
+            yield warning(
+                "unknown-gain",
+                f"{channel.name} has the gain {channel.labels['gain']!r}, which is no number "
+                "of 0 or more: its energy is taken to be exact",
+                "give its sensor the relative standard uncertainty of its gain, such as 0.03",
             )
 
 

@@ -56,7 +56,7 @@ def note(pid: int, owner: str, *, t_s: float = 0.1) -> dict[str, Any]:
     return {"event": "process", "t_ns": int(t_s * S), "pid": pid, "owner": owner, **who}
 
 
-def tenants(
+def users(
     rows: Sequence[Row | None], *notes: dict[str, Any], sm: bool = True, count: int | None = None
 ) -> GpuUsers:
     of = lane(sm=sm)
@@ -75,7 +75,7 @@ JOB, OTHER = note(1, "job"), note(2, "other")
 
 def test_who_is_alone_has_all_of_it_from_the_read_before_to_the_read_after() -> None:
     # given the job at reads 2 and 3 of 0 … 5, then nobody, and another at the last
-    seen = tenants([{}, {}, {1: 0.2}, {1: 0.0}, {}, {2: 0.9}], JOB, OTHER)
+    seen = users([{}, {}, {1: 0.2}, {1: 0.0}, {}, {2: 0.9}], JOB, OTHER)
     assert parts(seen) == [(0, 0), (1, 0), (1, 0), (1, 0), (0, 1)]
     assert (seen.job_s, seen.others_s, seen.unknown_s) == (3.0, 1.0, 0.0)
     assert seen.changes == 2
@@ -84,7 +84,7 @@ def test_who_is_alone_has_all_of_it_from_the_read_before_to_the_read_after() -> 
 
 def test_two_share_by_sm_use_and_hold_it_each_the_same() -> None:
     third = note(3, "other")
-    seen = tenants([{1: 0, 2: 0}, {1: 0.3, 2: 0.6}, {1: 0.1, 2: 0.1, 3: 0.2}], JOB, OTHER, third)
+    seen = users([{1: 0, 2: 0}, {1: 0.3, 2: 0.6}, {1: 0.1, 2: 0.1, 3: 0.2}], JOB, OTHER, third)
     assert np.allclose(parts(seen), [(0.3, 0.6), (0.1, 0.3)])
     assert seen.use.job_presence.tolist() == [0.5, pytest.approx(1 / 3)]
     assert seen.use.others_presence.tolist() == [0.5, pytest.approx(2 / 3)]
@@ -94,17 +94,17 @@ def test_two_share_by_sm_use_and_hold_it_each_the_same() -> None:
 
 
 def test_where_the_driver_has_no_news_the_next_read_tells() -> None:
-    seen = tenants([{1: 0, 2: 0}, {1: 0, 2: 0}, {1: 0.2, 2: 0.6}], JOB, OTHER)
+    seen = users([{1: 0, 2: 0}, {1: 0, 2: 0}, {1: 0.2, 2: 0.6}], JOB, OTHER)
     assert np.allclose(parts(seen), [(0.2, 0.6), (0.2, 0.6)])
 
 
 def test_one_that_ended_without_a_last_sample_went_on_as_before() -> None:
-    seen = tenants([{1: 0, 2: 0}, {1: 0.5, 2: 0.5}, {2: 0.5}], JOB, OTHER)
+    seen = users([{1: 0, 2: 0}, {1: 0.5, 2: 0.5}, {2: 0.5}], JOB, OTHER)
     assert np.allclose(parts(seen), [(0.5, 0.5), (0.5, 0.5)])
 
 
 def test_a_failed_read_is_bridged_by_its_neighbours() -> None:
-    seen = tenants([{1: 0.5}, None, {1: 0.5}], JOB)
+    seen = users([{1: 0.5}, None, {1: 0.5}], JOB)
     assert parts(seen) == [(1, 0)]
     assert seen.job_s == 2.0
 
@@ -120,27 +120,27 @@ def test_a_failed_read_is_bridged_by_its_neighbours() -> None:
 def test_a_process_that_nobody_knows_leaves_the_board_undivided(
     rows: list[Row | None], notes: list[dict[str, Any]], why: str
 ) -> None:
-    seen = tenants(rows, *notes)
+    seen = users(rows, *notes)
     assert parts(seen) == [(1, 0), (1, 0)]
     assert (seen.unknown_s, seen.job_s, seen.unknown_reason) == (2.0, 0.0, why)
 
 
 def test_without_sm_use_only_a_shared_board_is_undivided() -> None:
-    seen = tenants([{1: 0}, {1: 0}, {1: 0, 2: 0}], JOB, OTHER, sm=False)
+    seen = users([{1: 0}, {1: 0}, {1: 0, 2: 0}], JOB, OTHER, sm=False)
     assert parts(seen) == [(1, 0), (1, 0)]
     assert seen.unknown_s == 1.0
     assert "how much of it each process uses" in seen.unknown_reason
 
 
 def test_more_processes_than_slots_leave_it_undivided() -> None:
-    seen = tenants([{1: 0.1, 2: 0.1}] * 2, JOB, OTHER, count=40)
+    seen = users([{1: 0.1, 2: 0.1}] * 2, JOB, OTHER, count=40)
     assert (seen.unknown_s, seen.unknown_reason) == (1.0, "more than 4 processes use it")
 
 
 def test_a_pid_that_was_given_out_again_is_another_process() -> None:
     # given PID 1 as the job's until 5 s, and another's from 8 s on
     rows: list[Row | None] = [{1: 0.5}] * 5 + [{}] * 3 + [{1: 0.5}] * 3
-    seen = tenants(rows, note(1, "job", t_s=0.2), note(1, "other", t_s=8.3))
+    seen = users(rows, note(1, "job", t_s=0.2), note(1, "other", t_s=8.3))
     assert parts(seen) == [(1, 0)] * 5 + [(0, 0)] * 2 + [(0, 1)] * 3
 
 
