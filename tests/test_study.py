@@ -1,4 +1,4 @@
-"""Studies: cohorts of runs and tables; repeats, groups, resources, bounds, doubts, bad input."""
+"""Studies: cohorts of runs and tables; repeats, groups, resources, bounds, outliers, bad input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pepr_profiler.report.ranking_text import render_ranking
 from pepr_profiler.store.index import Filter
 from pepr_profiler.store.runs import Store
 from pepr_profiler.study import pepr
-from pepr_profiler.study.ranking import Shared
+from pepr_profiler.study.ranking import SharedErrors
 from pepr_profiler.study.study import Study, load, read_bounds
 
 
@@ -166,7 +166,7 @@ def test_what_boards_share_is_the_same_as_a_table_of_all_runs_and_boards() -> No
     rng = np.random.default_rng(5)
     table = np.where(rng.random((40, 300)) < 0.05, rng.normal(size=(40, 300)), 0.0)
     lines, rows = np.nonzero(table)
-    shared = Shared(lines, rows, table[lines, rows])
+    shared = SharedErrors(lines, rows, table[lines, rows])
     model = rng.permutation(np.arange(300) % 25)
     # then they move the runs, and their models' means, as that table does
     assert shared.squares(300) == pytest.approx(np.sum(table**2, axis=0))
@@ -174,8 +174,8 @@ def test_what_boards_share_is_the_same_as_a_table_of_all_runs_and_boards() -> No
     assert shared.means(model, np.bincount(model)) == pytest.approx(truth)
     some = rng.permutation(300)[:100]
     assert shared.at(some, 300).squares(100) == pytest.approx(np.sum(table[:, some] ** 2, axis=0))
-    assert Shared.none().squares(3).tolist() == [0, 0, 0]
-    assert Shared.none().means(model, np.bincount(model)).shape == (0, 25)
+    assert SharedErrors.none().squares(3).tolist() == [0, 0, 0]
+    assert SharedErrors.none().means(model, np.bincount(model)).shape == (0, 25)
 
 
 # --- resources -----------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_runs_of_many_experiments_are_one_cohort_when_asked_for() -> None:
         Study.from_runs(two_experiments(), group="luck")
 
 
-# --- doubts --------------------------------------------------------------------------------------
+# --- outliers ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dataset", "wrong"), [("derma_pt", 0), ("pneumonia_small", 35)])
@@ -297,7 +297,7 @@ def test_the_papers_wrong_energies_are_named_and_ranked_without(dataset: str, wr
     impossible = {m for m, w in zip(columns["model"], watts, strict=True) if w > 1500}
     assert len(impossible) == wrong
     ranking = study.rank()
-    named = {name for doubt in ranking.doubts for name in doubt.names}
+    named = {name for outlier in ranking.outliers for name in outlier.names}
     assert named == impossible
     assert len(ranking.names) == 131  # the ranking that was asked for has them
     if not wrong:
@@ -323,9 +323,11 @@ def test_a_run_of_impossible_power_is_named_and_the_ranking_given_both_ways() ->
     # when
     ranking = Study.from_runs(runs).rank()
     # then
-    (doubt,) = ranking.doubts
-    assert doubt.names == ("m4-1",) and ranking.names[doubt.rows[0]] == "m4"
-    assert doubt.what == "energy per time" and "6.000 kW" in doubt.why and "200.0 W" in doubt.why
+    (outlier,) = ranking.outliers
+    assert outlier.names == ("m4-1",) and ranking.names[outlier.rows[0]] == "m4"
+    assert (
+        outlier.what == "energy per time" and "6.000 kW" in outlier.why and "200.0 W" in outlier.why
+    )
     assert ranking.scores.bounds[1] == pytest.approx((300 * 200 + 301 * 6000) / 2)
     without = ranking.without
     assert without is not None and without.scores.bounds[1] == pytest.approx(720.5 * 200)

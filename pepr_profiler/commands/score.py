@@ -135,17 +135,17 @@ def score(
     wanted = (performance, *resources, *filter(None, (name, group, time)))
     rows.require(wanted)
     if output:
-        rows.refuse_existing(_added(resources, limits is not None))
+        rows.require_new(_added(resources, limits is not None))
     labels = rows.labels(name, taken=wanted)
     numeric = dict.fromkeys((performance, *resources))
-    times = (time,) if time else tuple(rows.durations())
+    times = (time,) if time else tuple(rows.duration_columns())
     columns: dict[str, Any] = {
         column: rows.numbers(column, labels) for column in (*numeric, *times)
     }
     # Under keys that no column has: names and groups may be columns that are read as numbers, too.
     columns["\0"] = labels
     if group is not None:
-        columns[f"\0{group}"] = rows.cells(group)
+        columns[f"\0{group}"] = rows.texts(group)
     study = Study.from_table(
         columns,
         performance=performance,
@@ -208,14 +208,14 @@ def publish(
     for who, why in study.left_out:
         complain(f"left out {brief(who)}: {brief(why)}")
     for ranking in study.rankings:
-        for doubt in ranking.doubts:
+        for outlier in ranking.outliers:
             rows = "runs" if ranking.run_ids else "rows"
-            few = len(doubt.names) == 1
+            few = len(outlier.names) == 1
             complain(
-                f"warning: {len(doubt.names)} of {_counted(ranking.n, ranking.names)} {rows} "
-                f"{'is an outlier' if few else 'are outliers'} in {brief(doubt.what)}: "
-                f"{listed(list(map(brief, doubt.names)))}"
-                f"\n  why: {doubt.why}; a wrong reading stretches the normalisation range and so"
+                f"warning: {len(outlier.names)} of {_counted(ranking.n, ranking.names)} {rows} "
+                f"{'is an outlier' if few else 'are outliers'} in {brief(outlier.what)}: "
+                f"{listed(list(map(brief, outlier.names)))}"
+                f"\n  why: {outlier.why}; a wrong reading stretches the normalisation range and so"
                 f" changes every R; the ranking is also printed without {'it' if few else 'them'}"
                 f"\n  fix: check {'it' if few else 'them'} and leave out what is wrong, or fix the"
                 " range with --range MIN:MAX"
@@ -275,7 +275,7 @@ def _screens(study: Study, *, width: int, color: bool) -> Iterator[str]:
         yield render_ranking(rankings[0], width=width, color=color)
         if rankings[0].without is not None:
             text = render_ranking(rankings[0].without, width=width, color=color)
-            n = sum(len(doubt.names) for doubt in rankings[0].doubts)
+            n = sum(len(outlier.names) for outlier in rankings[0].outliers)
             yield f"Without the {n} outlier{'s' * (n > 1)}:\n\n{text}"
 
 

@@ -107,8 +107,8 @@ def ranking_data(ranking: Ranking) -> dict[str, Any]:
         },
         "rows": rows,
         "doubts": [
-            {"what": doubt.what, "why": doubt.why, "names": list(doubt.names)}
-            for doubt in ranking.doubts
+            {"what": outlier.what, "why": outlier.why, "names": list(outlier.names)}
+            for outlier in ranking.outliers
         ],
         "without_doubtful": ranking_data(ranking.without) if ranking.without else None,
     }

@@ -148,8 +148,8 @@ def score_points(ranking: Ranking, parameters: Sequence[float | None]) -> Points
 
 def _outliers(ranking: Ranking) -> Any:
     mask = np.zeros(len(ranking.names), dtype=np.bool_)
-    for doubt in ranking.doubts:
-        mask[list(doubt.rows)] = True
+    for outlier in ranking.outliers:
+        mask[list(outlier.rows)] = True
     return mask
 
 

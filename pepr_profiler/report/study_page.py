@@ -93,7 +93,7 @@ def _group(
     n = len(first.names)
     runs = [1] * n if first.n is None else [int(x) for x in first.n]
     parameters = _parameters(first, by_id)
-    outliers = {i for each in rankings for doubt in each.doubts for i in doubt.rows}
+    outliers = {i for each in rankings for outlier in each.outliers for i in outlier.rows}
     charts: list[dict[str, Any]] = []
     live: list[dict[str, Any]] = []
 
@@ -277,9 +277,9 @@ def _resource_cells(ranking: Ranking, i: int, *, u: bool) -> dict[str, Any]:
 
 def _outlier_texts(rankings: Sequence[Ranking]) -> Iterable[dict[str, str]]:
     for ranking in rankings:
-        for doubt in ranking.doubts:
-            named = ", ".join(clip(x, 40) for x in doubt.names[:8])
-            more = f" and {len(doubt.names) - 8} more" if len(doubt.names) > 8 else ""
+        for outlier in ranking.outliers:
+            named = ", ".join(clip(x, 40) for x in outlier.names[:8])
+            more = f" and {len(outlier.names) - 8} more" if len(outlier.names) > 8 else ""
             effect = (
                 "Check these numbers before you trust the ranking; untick them to see it without."
             )
@@ -287,7 +287,7 @@ def _outlier_texts(rankings: Sequence[Ranking]) -> Iterable[dict[str, str]]:
                 best = ranking.without.names[int(ranking.without.order[0])]
                 effect += f" Without them, the best by {ranking.label} is {clip(best, 60)}."
             yield {
-                "text": f"Outliers in {doubt.what}: {named}{more}; {doubt.why}.",
+                "text": f"Outliers in {outlier.what}: {named}{more}; {outlier.why}.",
                 "effect": effect,
             }
 

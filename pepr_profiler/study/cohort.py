@@ -1,4 +1,4 @@
-"""Recorded runs as a cohort: which can be compared, what model each is of, and what they took."""
+"""Runs as a cohort: which can be compared, what model each is of, and how much each took."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pepr_profiler.store.facts import CAUSES, Facts, facts_of
 from pepr_profiler.store.index import QueryResult
 from pepr_profiler.study import pepr
 from pepr_profiler.study.jobs import merge_jobs
-from pepr_profiler.study.ranking import Amount, Shared, listed
+from pepr_profiler.study.ranking import Amount, SharedErrors, listed
 from pepr_profiler.trace.shape import MALFORMED
 
 Run: TypeAlias = Mapping[str, Any]
@@ -29,17 +29,17 @@ LABELS = {
     "memory:gpu": "PePR-M gpu",
     "memory:host": "PePR-M host",
 }
-"""How the paper calls the score of a resource; any other's is PePR-NAME."""
+"""The paper's names of the scores. The score of any other resource is PePR-NAME."""
 
 GROUPS = ("experiment", "host", "none")
-"""What runs may be grouped by, each group a cohort of its own."""
+"""What runs may be grouped by. Each group is a cohort of its own."""
 
 _NAMELESS = "no experiment"
 
 _SHARED = {"gain_j": 1.0, "offset_j": 1.0, "model_j": 0.5}
-"""Causes of error that all runs on a device share, and how much of their variance. A sensor's gain
-and offset are fixed for its board; a power model is off by a part that is the machine's and a part
-that depends on the load (half each: a judgement)."""
+"""Causes of error that all runs on a device share, and which part of the variance they share. The
+gain and offset of a sensor are fixed for its board. The error of a power model depends half on the
+machine and half on the load, which is a judgement."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,7 +272,7 @@ class Cohort:
         devices, runs = table[:, :2].T.astype(np.intp)
         moves_j = table[:, 2:] * np.sqrt([_SHARED[cause] for cause in CAUSES])
         entry, cause = np.nonzero(moves_j)
-        shared = Shared(
+        shared = SharedErrors(
             lines=devices[entry] * len(CAUSES) + cause,
             rows=runs[entry],
             moves=moves_j[entry, cause] * amount.units_per_joule[runs[entry]],
@@ -356,7 +356,7 @@ class Cohort:
 
 
 def _not_done(row: Facts) -> str:
-    """Why a run did not end as it should have, or nothing."""
+    """Why a run did not end as it should have; "" if it did."""
     if row.state == "incomplete":
         return "incomplete: it was killed or still runs"
     if row.exit_code:
@@ -395,7 +395,7 @@ _READ = {"run_id", "name", "complete", "exit_code", "energy", "time_s", "memory"
 
 
 def unreadable_as_summary(run: Run) -> str:
-    """Why a mapping cannot be compared as a summary, or nothing."""
+    """Why a mapping is no summary that can be compared; "" if it is one."""
     schema = run.get("schema", 1)
     if schema != 1:
         return f"its schema is {schema!r}, this version reads 1: update pepr-profiler"
@@ -408,7 +408,7 @@ _SEED = re.compile(r"-{0,2}(\w+[._-])?seed", re.IGNORECASE)
 
 
 def _without_seed(command: Sequence[Any]) -> tuple[str, ...]:
-    """A command less --seed 1, --seed=1 and seed=1, which tell repeats of one model apart."""
+    """A command without --seed 1, --seed=1 and seed=1, in which repeats of one model differ."""
     words: list[str] = []
     skip = False
     for word in map(str, command):

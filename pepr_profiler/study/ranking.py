@@ -1,6 +1,6 @@
-"""A cohort as arrays, weighed and ranked: repeats, bounds, and what of it looks wrong.
+"""The ranking of a cohort: its repeats averaged, its bounds chosen, its outliers named.
 
-Where the numbers are from, runs or a table, is the business of `cohort` and `study`.
+`cohort` makes the numbers that are ranked from runs, `study` from runs or a table.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pepr_profiler.trace.shape import shape_error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doubt:
-    """Numbers that do not fit their cohort's, and the ranking's rows that they are part of.
+class Outlier:
+    """Runs whose numbers do not fit the others': a hint for a person to look at, not a proof.
 
-    `names` are the runs (or a table's rows) that have them, `what` was compared ("energy per
-    time"), `why` it looks wrong. A hint for a person to look at, not a proof.
+    `names` are these runs (or rows of a table), and `rows` the rows of the ranking that they are
+    part of. `what` says which number does not fit ("energy per time"), `why` how far off it is.
     """
 
     rows: tuple[int, ...]
@@ -35,20 +35,23 @@ class Doubt:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Ranking:
-    """A scored cohort of n rows and what its numbers mean; arrays and `names` are (n,), unordered.
+    """A scored cohort of n rows; arrays and `names` are (n,), in the order of the input.
 
-    `label` heads the score ("PePR-E"), `of` says what a row is ("run", "model", "row"). `key` is
-    the resource as it was asked for, `resource_name` how it is called; `unit` is one that
-    units.format_quantity knows, a currency, or "" where only the user knows it. `group` is the
-    experiment or host of the runs, or the value of a table's column, and `grouped_by` which of
-    these. Every u covers 95.45 % (k = 2, or Student's t for few repeats), NaN is unknown.
+    `label` is the name of the score ("PePR-E"), `of` what a row is ("run", "model", "row").
+    `metric` is the performance, `percent` and `transform` what was done to it. `key` is the
+    resource as it was asked for, `resource_name` what it is called; `unit` is one that
+    units.format_quantity knows, a currency, or "" where only the user knows it. `group` is
+    the experiment or host of the runs, or the value of a table's column, and `grouped_by` which of
+    these. `provenance` is that of all energies. `bounds_given` says that the bounds are not the
+    cohort's own, `bounds_source` the file that they are from.
 
-    `n` is the repeats of each row. Where n = 1, `u_pepr` lacks the spread over repeats, which
-    nobody has seen (`sd_performance` and `sd_resource` are NaN): it is what is known of that run,
-    and a lower bound for the model. `u_pepr` is None where nothing is known of any row.
-    `standing` tells how sure the order is, None as `u_pepr`.
+    Each u covers 95.45 % (k = 2, or Student's t for few repeats); NaN is unknown. `n` is the number
+    of runs that each row is the mean of, `run_ids` are their ids, and `sd_performance` and
+    `sd_resource` their sample standard deviations. A row of one run shows no spread: its SDs are
+    NaN, and its `u_pepr` is that of this run, a lower bound for the model. `u_pepr` and
+    `standing`, which says how sure the order is, are None where nothing is known of any row.
 
-    `doubts` are rows that look wrong, `without` the same ranking without them.
+    `outliers` do not fit the other rows; `without` is the same ranking without them.
     """
 
     label: str
@@ -75,7 +78,7 @@ class Ranking:
     sd_performance: pepr.Floats | None = None
     sd_resource: pepr.Floats | None = None
     standing: pepr.Standing | None = None
-    doubts: tuple[Doubt, ...] = ()
+    outliers: tuple[Outlier, ...] = ()
     without: Ranking | None = None
 
     @property
@@ -90,6 +93,7 @@ class Ranking:
 
     @property
     def u_pepr(self) -> pepr.Floats | None:
+        """The u of each score."""
         return None if self.standing is None else self.standing.u_pepr
 
     @property
@@ -99,15 +103,21 @@ class Ranking:
 
     @property
     def single(self) -> pepr.Mask:
-        """Rows (n,) whose spread over repeats is unknown: one run."""
+        """Which rows are one run, so that their spread over repeats is unknown."""
         return np.ones(len(self.names), np.bool_) if self.n is None else self.n == 1
+
+    @property
+    def doubts(self) -> tuple[Outlier, ...]:
+        """The old name of `outliers`."""
+        return self.outliers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Bounds of one resource, and where they are from; None is unknown or does not matter.
+    """The normalisation range of one resource, from `low` to `high`, and what it belongs to.
 
-    `name` is what the resource is called: memory may be the GPU's or the host's.
+    `name` is what the resource is called: memory may be the GPU's or the host's. `source` is the
+    file that it was read from. None is unknown or does not matter.
     """
 
     resource: str
@@ -122,7 +132,7 @@ class Bounds:
 
     @classmethod
     def read(cls, data: Mapping[str, Any], *, source: str) -> tuple[Bounds, ...]:
-        """Those that `saved` put down; ValueError, which says what is wrong, for all else."""
+        """The bounds in JSON data that `saved` made. ValueError, which says why, for other data."""
         try:
             if data["kind"] != "pepr-bounds" or data["schema"] != 1:
                 raise ValueError(f"it is {data['kind']!r} of schema {data['schema']!r}")
@@ -151,7 +161,7 @@ class Bounds:
 
     @staticmethod
     def saved(rankings: Sequence[Ranking], **facts: Any) -> dict[str, Any]:
-        """The bounds of rankings as JSON data; `facts` say who made them, and when."""
+        """The bounds of rankings as JSON data. `facts` are added: who made them, and when."""
         return {
             "schema": 1,
             "kind": "pepr-bounds",
@@ -186,10 +196,10 @@ _BOUNDS = {
 
 
 def flat_rows(ranking: Ranking) -> list[dict[str, Any]]:
-    """The rows of a ranking, best score first; see `Study.rows`."""
+    """A flat dict for each row of a ranking, best score first; see `Study.rows`."""
     scores, front, order = ranking.scores, ranking.front, ranking.order
     standing = ranking.standing
-    doubtful = {row for doubt in ranking.doubts for row in doubt.rows}
+    odd = {row for outlier in ranking.outliers for row in outlier.rows}
 
     def column(values: npt.NDArray[Any] | None) -> list[Any]:
         if values is None:
@@ -215,7 +225,7 @@ def flat_rows(ranking: Ranking) -> list[dict[str, Any]]:
         "spread_known": (~ranking.single[order]).tolist(),
         "pareto": front[order].tolist(),
         "clamped": scores.clamped[order].tolist(),
-        "doubtful": [i in doubtful for i in order.tolist()],
+        "doubtful": [i in odd for i in order.tolist()],
     }
     fixed = {
         "group": ranking.group,
@@ -231,11 +241,11 @@ def flat_rows(ranking: Ranking) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True, eq=False)
-class Shared:
-    """Errors that runs have in common, as in pepr.Errors, but only what is not 0; arrays are (k,).
+class SharedErrors:
+    """Errors that runs have in common, as in pepr.Errors.shared, without its zeros; arrays (k,).
 
-    `moves` are how far the resource of a run, `rows`, moves for one standard uncertainty of an
-    error, `lines`. Of 100,000 runs on a thousand boards a table of both would have 2 GB.
+    The resource of the run `rows[i]` moves by `moves[i]` for one standard uncertainty of the error
+    `lines[i]`. For 100,000 runs on a thousand boards, a table with the zeros would have 2 GB.
     """
 
     lines: npt.NDArray[np.intp]
@@ -243,22 +253,25 @@ class Shared:
     moves: pepr.Floats
 
     @classmethod
-    def none(cls) -> Shared:
+    def none(cls) -> SharedErrors:
         return cls(np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0))
 
-    def at(self, rows: npt.NDArray[Any], n: int) -> Shared:
-        """Those of some of the n runs."""
+    def at(self, rows: npt.NDArray[Any], n: int) -> SharedErrors:
+        """The errors of some of n runs, which are numbered anew."""
         place = np.full(n, -1, dtype=np.intp)
         place[rows] = np.arange(len(rows))
         kept = place[self.rows] >= 0
-        return Shared(self.lines[kept], place[self.rows[kept]], self.moves[kept])
+        return SharedErrors(self.lines[kept], place[self.rows[kept]], self.moves[kept])
 
     def squares(self, n: int) -> pepr.Floats:
-        """What they add to the variance of each of n runs."""
+        """What they add to the variance of each of n runs (n,)."""
         return np.asarray(np.bincount(self.rows, self.moves**2, minlength=n), dtype=np.float64)
 
     def means(self, model: npt.NDArray[np.intp], n: npt.NDArray[np.intp]) -> pepr.Floats:
-        """How far the mean of each model moves (lines, models), of `n` (models,) runs each."""
+        """How far they move the mean of each model (lines, models), of `n` (models,) runs each.
+
+        `model` (runs,) is the number of each run's model.
+        """
         lines, number = np.unique(self.lines, return_inverse=True)
         places = number * len(n) + model[self.rows]
         total = np.bincount(places, weights=self.moves, minlength=len(lines) * len(n))
@@ -268,10 +281,12 @@ class Shared:
 
 @dataclass(frozen=True, eq=False)
 class Amount:
-    """What of a resource n runs or rows took; `u` has k = 2 and is NaN where it is unknown.
+    """How much of a resource each of n runs or rows took: `values` (n,) in `unit`.
 
-    `units_per_joule` (n,) is what one joule is of it, where it follows from the energy: then its
-    errors are the energy's, some of which the runs share.
+    `u` (n,) is the uncertainty (k = 2, NaN is unknown). `units_per_joule` (n,) is what one joule
+    makes of a resource that follows from the energy, such as a cost. The errors of such a resource
+    are those of the energy, of which the runs share some (`shared`). `key` is the resource as it
+    was asked for, `name` what it is called, `label` the name of its score.
     """
 
     key: str
@@ -280,7 +295,7 @@ class Amount:
     values: pepr.Floats
     u: pepr.Floats | None = None
     units_per_joule: pepr.Floats | None = None
-    shared: Shared | None = None
+    shared: SharedErrors | None = None
     label: str = ""
 
     @property
@@ -288,7 +303,7 @@ class Amount:
         return self.units_per_joule is not None
 
     def at(self, rows: Sequence[int] | npt.NDArray[Any]) -> Amount:
-        """The same of some of the rows."""
+        """The amounts of some of the rows."""
         return replace(
             self,
             values=self.values[rows],
@@ -300,7 +315,7 @@ class Amount:
         )
 
 
-def ranked(
+def make_ranking(
     names: Sequence[str],
     p: pepr.Floats,
     amount: Amount,
@@ -313,25 +328,25 @@ def ranked(
     check: bool = True,
     **facts: Any,
 ) -> Ranking:
-    """The ranking of n runs or rows; with `repeats` those of one name become one row.
+    """The ranking of n runs or rows by name, performance `p` (n,) and resource.
 
-    `ids` (n,) are the runs', and `called` is how errors name one; the rows of a table have none.
-    `companions` are name, unit and values of what the resource grows with. `facts` are fields of
-    the Ranking.
+    With `repeats` the runs of one name become one row. `ids` (n,) are those of the runs, `called`
+    gives the name of one in messages; rows of a table have neither. `companions` (name, unit,
+    values) grow with the resource, and with `check` show its outliers. `facts` are fields of the
+    Ranking.
     """
-    limits = _limits(bounds, amount, facts.get("group"), facts.get("provenance"))
-    fixed = None if limits is None else (limits.low, limits.high)
+    given = _bounds_for(amount, bounds, facts.get("group"), facts.get("provenance"))
+    fixed = None if given is None else (given.low, given.high)
     models = list(dict.fromkeys(names)) if repeats else list(names)
     number = {name: i for i, name in enumerate(models)}
     index = np.array([number[name] for name in names]) if repeats else np.arange(len(names))
     values = amount.values
-    # Before the means hide them.
-    pepr.checked(p, values, names=names)
+    pepr.checked(p, values, names=names)  # before means hide a bad value
     shown: dict[str, Any] = {"performance": p, "resource": values}
     standing = None
     if repeats:
-        shared = amount.shared or Shared.none()
-        # Without an u of its own a resource counts as recorded; what repeats show comes on top.
+        shared = amount.shared or SharedErrors.none()
+        # A resource whose u is unknown counts as exact, but for what its repeats show.
         u = np.zeros(len(p)) if amount.u is None else amount.u
         own = np.sqrt(np.maximum(u**2 / 4 - shared.squares(len(p)), 0.0))
         means = pepr.average(index, p, values, u_r=own)
@@ -349,14 +364,14 @@ def ranked(
         if not (once.all() and (amount.u is None or np.isnan(amount.u).all())):
             standing = pepr.standing(means.performance, means.resource, errors, bounds=fixed)
     scores = pepr.score(shown["performance"], shown["resource"], bounds=fixed, names=models)
-    doubts: tuple[Doubt, ...] = ()
+    outliers: tuple[Outlier, ...] = ()
     without = None
     if check:
-        odd, doubts = _doubts(amount, companions, called or names.__getitem__, index)
-        if doubts:
+        odd, outliers = _outliers(amount, companions, called or names.__getitem__, index)
+        if outliers:
             good = np.flatnonzero(~odd).tolist()
             try:
-                without = ranked(
+                without = make_ranking(
                     [names[i] for i in good], p[good], amount.at(good),
                     ids=[ids[i] for i in good] if ids else (), repeats=repeats,
                     bounds=bounds, check=False, **facts,
@@ -372,11 +387,11 @@ def ranked(
         key=amount.key,
         unit=amount.unit,
         scores=scores,
-        bounds_given=limits is not None,
-        bounds_source=limits.source if limits else "",
+        bounds_given=given is not None,
+        bounds_source=given.source if given else "",
         run_ids=_members(index, len(models), ids),
         standing=standing,
-        doubts=doubts,
+        outliers=outliers,
         without=without,
         **shown,
     )
@@ -385,7 +400,7 @@ def ranked(
 def _members(
     index: npt.NDArray[np.intp], models: int, ids: Sequence[str]
 ) -> tuple[tuple[str, ...], ...]:
-    """The ids of each model's runs; nothing for the rows of a table."""
+    """The ids of each model's runs; empty for the rows of a table."""
     if not ids:
         return ()
     if models == len(ids):
@@ -396,13 +411,16 @@ def _members(
     return tuple(map(tuple, members))
 
 
-def _limits(
-    bounds: pepr.MinMax | Sequence[Bounds] | None,
+def _bounds_for(
     amount: Amount,
+    bounds: pepr.MinMax | Sequence[Bounds] | None,
     group: str | None,
     provenance: str | None,
 ) -> Bounds | None:
-    """The bounds that hold for a cohort's resource; None: the cohort's own."""
+    """Which of the bounds that were given hold for a cohort's resource; None: the cohort's own.
+
+    UsageError if bounds were given, but none for this resource, unit, group and provenance.
+    """
     if bounds is None:
         return None
     entries = [entry for entry in bounds if isinstance(entry, Bounds)]
@@ -449,13 +467,13 @@ def _limits(
     return entry
 
 
-def _doubts(
+def _outliers(
     amount: Amount,
     companions: Sequence[tuple[str, str, pepr.Floats]],
     who: Callable[[int], str],
     index: npt.NDArray[np.intp],
-) -> tuple[pepr.Mask, tuple[Doubt, ...]]:
-    """Which runs or rows (n,) look wrong beside the others, and what to say of them."""
+) -> tuple[pepr.Mask, tuple[Outlier, ...]]:
+    """Which runs or rows (n,) do not fit the others, and the message about them."""
     odd = np.zeros(len(index), dtype=np.bool_)
     ratio, what, unit = amount.values, amount.name, amount.unit
     if unit == "B":
@@ -469,14 +487,14 @@ def _doubts(
             break
     if not odd.any():
         return odd, ()
-    doubt = Doubt(
+    outlier = Outlier(
         rows=tuple(np.unique(index[odd]).tolist()),
         names=tuple(who(i) for i in np.flatnonzero(odd).tolist()),
         what=what,
         why=f"it is {_span(ratio[odd], unit)}, but {_span(ratio[~odd], unit)} in the other "
         f"{int((~odd).sum())}",
     )
-    return odd, (doubt,)
+    return odd, (outlier,)
 
 
 def _span(values: pepr.Floats, unit: str) -> str:
@@ -491,6 +509,6 @@ _NAMED = 5  # items that an error spells out before it only counts
 
 
 def listed(items: Sequence[str], *, limit: int = _NAMED) -> str:
-    """The first few of them, and how many more there are."""
+    """The first few items, and how many more there are: "a, b and 3 more"."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more

@@ -1,11 +1,11 @@
-"""A study: runs, or the rows of a table, weighed against resources and ranked by PePR.
+"""A study: runs, or the rows of a table, ranked by PePR for each resource.
 
     study = Study.from_store(experiment="sizes", resources=("energy", "time"))
     study.rank("time").scores.pepr     # in the order of study.rank("time").names
-    pandas.DataFrame(study.rows())     # a row a model and resource
+    pandas.DataFrame(study.rows())     # one row per model and resource
 
-Repeats of one model (runs of the same name) are one row, with the means of their performance and
-resource, their spread and their number.
+Runs of the same name are repeats of one model, and one row: the means of their performance and
+resource, with their spread and number.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from pepr_profiler.store.index import Filter
 from pepr_profiler.store.runs import Store
 from pepr_profiler.study import pepr
 from pepr_profiler.study.cohort import Cohort, Run, unreadable_as_summary
-from pepr_profiler.study.ranking import Amount, Bounds, Ranking, flat_rows, ranked
+from pepr_profiler.study.ranking import Amount, Bounds, Ranking, flat_rows, make_ranking
 
 _NAMED = 5  # runs that an error spells out before it only counts
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Study:
-    """Rankings, one for each group and resource, groups in the order of their appearance.
+    """Rankings by PePR, one for each group and resource, groups in order of appearance.
 
-    `left_out` says (run, reason). `runs` are the summaries that were ranked, empty for a table;
-    those from a store are made when they are asked for.
+    `left_out` are (run, reason) of what could not be ranked. `runs` are the summaries of the runs
+    that were, none for a table. From a store each summary is made when it is asked for.
     """
 
     rankings: tuple[Ranking, ...]
@@ -59,19 +59,22 @@ class Study:
         left_out: Sequence[tuple[str, str]] = (),
         whole: Callable[[str], Run] | None = None,
     ) -> Study:
-        """Of summaries (docs/design.md, Contract), such as `load` gives.
+        """Ranks summaries (docs/design.md, Contract), such as `load` returns.
 
-        A resource is energy, carbon, time, memory (the GPU's peak where all runs have one, else the
-        host's), memory:gpu, memory:host, cost (with `price` a kWh and its currency), or any metric
-        that the runs logged. `metric` is the performance, without it the runs' own. `group` is one
-        of GROUPS; without it the experiment, if there are several. `bounds` fix those of the one
-        resource, or are those of a study (`read_bounds`).
+        Resources are energy, carbon, time, memory (the GPU's peak if all runs have one, else the
+        host's), memory:gpu, memory:host, cost (`price` is that of a kWh and its currency), or any
+        metric that the runs logged. The performance is `metric`, by default each run's own;
+        `percent` and `transform` as in `as_performance`. Runs are grouped by `group`, one of
+        "experiment", "host" and "none", by default by experiment if there are several. `bounds`
+        are (min, max) of the one resource, or those of a study (`read_bounds`).
 
-        Runs that failed, are incomplete, of a newer version, or given twice are left out and named,
-        and so are groups that are no cohort. UsageError for a run without the metric or a resource,
-        for runs whose own performance is not the same metric, for measured beside modelled energy
-        in one cohort (unless `mix_provenance`), for bounds of another resource, and when nothing is
-        left.
+        Runs that failed, are incomplete, are from a newer version or were given twice are left
+        out, and so are groups whose resources are all equal. `left_out` adds to these. `whole`
+        gives the whole summary for an id where `runs` are short ones.
+
+        UsageError for a run without the metric or a resource, for runs whose own performances are
+        different metrics, for measured and modelled energies in one group (unless
+        `mix_provenance`), for bounds of another resource, and when no run is left.
         """
         chosen, gone = Cohort.of(runs, whole)
         out = [*left_out, *gone]
@@ -99,7 +102,7 @@ class Study:
                     provenance = cohort.provenance(allow_mixed=mix_provenance)
                     amount = cohort.with_shared_errors(amount)
                 try:
-                    ranking = ranked(
+                    ranking = make_ranking(
                         models,
                         p[at],
                         amount,
@@ -140,10 +143,10 @@ class Study:
         runs: Sequence[str] = (),
         **options: Any,
     ) -> Study:
-        """Of recorded runs: those named by id or prefix, an experiment's, or all of the store.
+        """Ranks recorded runs: those named by id or prefix, of an experiment, or all of a store.
 
-        `options` are those of `from_runs`. Runs that are named are one cohort unless a group
-        is.
+        `options` are those of `from_runs`. Runs that are named are one group, unless `group` is
+        given.
         """
         recorded = store if isinstance(store, Store) else Store(Path(store) if store else None)
         if runs:
@@ -171,10 +174,11 @@ class Study:
         transform: str | None = None,
         repeats: bool = False,
     ) -> Study:
-        """Of columns (n,) of a table: a mapping of sequences, or a pandas.DataFrame.
+        """Ranks the rows of a table: a mapping of columns (n,), or a pandas.DataFrame.
 
-        Every row is ranked; with `repeats` those of one name are repeats of a model. `time`
-        names columns of durations, which resources that grow with them are checked against.
+        The other arguments name columns, but for `bounds`, `percent` and `transform`, which are as
+        in `from_runs`. `time` are durations, which help to find outliers of the resources. Every
+        row is ranked by itself; with `repeats`, rows of one name are repeats of a model.
         """
         p = pepr.as_performance(columns[performance], percent=percent, transform=transform)
         labels = (
@@ -200,7 +204,7 @@ class Study:
                     if resource not in durations
                 ]
                 try:
-                    ranking = ranked(
+                    ranking = make_ranking(
                         [labels[i] for i in at],
                         p[at],
                         amount.at(at),
@@ -225,7 +229,9 @@ class Study:
         return cls(rankings=tuple(rankings))
 
     def rank(self, resource: str | None = None, group: str | None = None) -> Ranking:
-        """The ranking by a resource (of a group); the first where there is no choice to make."""
+        """The ranking by this resource and of this group, by default the first. UsageError if there
+        is none.
+        """
         for ranking in self.rankings:
             if resource in (None, ranking.key) and group in (None, ranking.group):
                 return ranking
@@ -238,23 +244,26 @@ class Study:
 
     @property
     def scores(self) -> dict[tuple[str | None, str], pepr.Scores]:
-        """The scores of every (group, resource), in the order of the ranking's `names`."""
+        """The scores for each (group, resource), in the order of that ranking's `names`."""
         return {(ranking.group, ranking.key): ranking.scores for ranking in self.rankings}
 
     @property
     def bounds(self) -> dict[tuple[str | None, str], pepr.MinMax]:
-        """(r_min, r_max) of every (group, resource), in the resource's unit."""
+        """(r_min, r_max) for each (group, resource), in the unit of the resource."""
         return {key: scores.bounds for key, scores in self.scores.items()}
 
     def rows(self) -> list[dict[str, Any]]:
-        """A flat dict a row and resource, best score first: `pandas.DataFrame(study.rows())`.
+        """A flat dict for each row of each ranking, best score first.
 
-        SI units or the table's own, fractions; unknown is None.
+        Numbers are in SI units or the table's own, shares are fractions, None is unknown.
+        `pandas.DataFrame(study.rows())` makes a table of them.
         """
         return [row for ranking in self.rankings for row in flat_rows(ranking)]
 
     def bounds_data(self) -> dict[str, Any]:
-        """What `compare --save-range` writes: the bounds, of what, by whom and when."""
+        """The JSON that `compare --save-range` writes: the bounds of each ranking, who made them
+        and when.
+        """
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return Bounds.saved(self.rankings, made_at=now, made_by=_user())
 
@@ -269,8 +278,9 @@ def _user() -> str | None:
 def load(run: str | Path | Run, *, store: Path | None = None) -> dict[str, Any]:
     """The summary of a run (docs/design.md, Contract) as a dict.
 
-    `run` is an id, a unique prefix, `last`, a run directory, a summary's file (`--json FILE`), or a
-    summary. UsageError if there is no such run, TraceError for what is no recording.
+    `run` is an id, a unique prefix of one, `last`, a run directory, a file that `--json FILE`
+    wrote, or a summary. `store` is where runs are looked for. UsageError if there is no such run,
+    TraceError if it is no recording.
     """
     if isinstance(run, Mapping):
         if reason := unreadable_as_summary(run):
@@ -287,7 +297,7 @@ def load(run: str | Path | Run, *, store: Path | None = None) -> dict[str, Any]:
 
 
 def read_bounds(path: Path) -> tuple[Bounds, ...]:
-    """The bounds of a study, as `compare --save-range` wrote them; UsageError for all else."""
+    """The bounds in a file that `compare --save-range` wrote. UsageError for any other file."""
     data = _json_of(path, "normalisation range")
     try:
         return Bounds.read(data, source=path.name)

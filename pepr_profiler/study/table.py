@@ -1,4 +1,4 @@
-"""A CSV or TSV table, read with errors that name the line."""
+"""A table in a CSV or TSV file: read, checked with errors that name the line, and written again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,22 +15,26 @@ from pepr_profiler.errors import UsageError
 if TYPE_CHECKING:
     from pepr_profiler.study import pepr
 
-# A resource divided by one of these columns is a rate (energy: a mean power), which rows of one
-# cohort share to within a small factor. Only where --time does not say which.
+# The names of columns of durations. A resource divided by one is a rate (of energy a mean power),
+# which is similar in all rows of a cohort.
 _DURATION = re.compile(r"time|duration|seconds|(^|_)s$", re.IGNORECASE)
 
 
 class TextTable:
-    """A table of text: column names, rows of as many cells, and each row's line in the file."""
+    """The text of a table: names of `columns`, and `rows` with a cell for each of them."""
 
     def __init__(
-        self, path: Path, columns: list[str], rows: list[list[str]], lines: list[int]
+        self, path: Path, columns: Sequence[str], rows: Sequence[list[str]], lines: Sequence[int]
     ) -> None:
-        self.path, self.columns, self.rows, self.lines = path, columns, rows, lines
-        self.index = {column: i for i, column in enumerate(columns)}
+        self.path, self.columns, self.rows = path, columns, rows
+        self._lines = lines  # where in the file each row ends
+        self._places = {column: i for i, column in enumerate(columns)}
 
     @classmethod
     def read(cls, path: Path) -> TextTable:
+        """The table in a file. Its extension says what separates the cells, its first row names the
+        columns. UsageError for everything else.
+        """
         rows: list[list[str]] = []
         lines: list[int] = []
         try:
@@ -82,9 +86,10 @@ class TextTable:
                 )
         return cls(path, columns, rows[1:], lines[1:])
 
-    def require(self, wanted: Sequence[str]) -> None:
-        for column in wanted:
-            if column not in self.index:
+    def require(self, columns: Sequence[str]) -> None:
+        """UsageError if the table lacks one of these columns."""
+        for column in columns:
+            if column not in self._places:
                 import difflib
 
                 close = difflib.get_close_matches(column, self.columns, n=1, cutoff=0.5)
@@ -95,8 +100,9 @@ class TextTable:
                     fix=f"did you mean {close[0]}?" if close else "name one of them",
                 )
 
-    def refuse_existing(self, added: Sequence[str]) -> None:
-        existing = [column for column in added if column in self.index]
+    def require_new(self, columns: Sequence[str]) -> None:
+        """UsageError if the table already has one of these columns."""
+        existing = [column for column in columns if column in self._places]
         if existing:
             raise UsageError(
                 f"{self.path} already has the column(s) {', '.join(existing)}",
@@ -104,49 +110,61 @@ class TextTable:
                 fix="score the table without them, or rename them",
             )
 
-    def labels(self, name: str | None, *, taken: Sequence[str]) -> list[str]:
-        """What each row is called: the named column, else the first of text, else its number."""
-        if name is None:
-            free = (column for column in self.columns if column not in taken)
-            name = next((column for column in free if not self._is_numeric(column)), None)
-        if name is None:
-            return [f"row {number}" for number in range(1, len(self.rows) + 1)]
-        return self.cells(name)
+    def texts(self, column: str) -> list[str]:
+        """The cells of a column."""
+        return [row[self._places[column]] for row in self.rows]
 
     def numbers(self, column: str, labels: Sequence[str]) -> pepr.Floats:
-        """The column as (n,) floats; UsageError names the first cell that is no finite number."""
+        """The cells of a column as numbers (n,). UsageError for one that is no finite number, which
+        names the row by its label.
+        """
         import numpy as np
 
-        at = self.index[column]
-        values = [_number(row[at]) for row in self.rows]
+        cells = self.texts(column)
+        values = [_number(cell) for cell in cells]
         for i, value in enumerate(values):
             if value is None:
-                cell = self.rows[i][at]
                 raise UsageError(
-                    f"{self.path}, line {self.lines[i]} ({labels[i]}), column {column}: "
-                    + (f"{cell!r} is not a finite number" if cell.strip() else "the cell is blank"),
-                    why="a score needs both numbers, and every row counts in the range of R",
+                    f"{self.path}, line {self._lines[i]} ({labels[i]}), column {column}: "
+                    + (
+                        f"{cells[i]!r} is not a finite number"
+                        if cells[i].strip()
+                        else "the cell is blank"
+                    ),
+                    why="a score needs both numbers of every row, and R depends on all rows",
                     fix="correct the cell or take the row out of the table",
                 )
         return np.array(values, dtype=np.float64)
 
-    def cells(self, column: str) -> list[str]:
-        return [row[self.index[column]] for row in self.rows]
+    def labels(self, column: str | None, *, taken: Sequence[str]) -> list[str]:
+        """A name for each row: its cell of `column`, else of the first column that is not `taken`
+        and not all numbers, else the row's number.
+        """
+        if column is None:
+            free = (name for name in self.columns if name not in taken)
+            column = next((name for name in free if not self._is_numeric(name)), None)
+        if column is None:
+            return [f"row {number}" for number in range(1, len(self.rows) + 1)]
+        return self.texts(column)
 
     def groups(self, column: str | None) -> dict[str | None, list[int]]:
-        """The row numbers of each value of the column, in the order of the table."""
+        """The numbers of the rows that have each value of a column, in the order of the table.
+
+        Without a column all rows are one group, None.
+        """
         if column is None:
             return {None: list(range(len(self.rows)))}
         members: dict[str | None, list[int]] = {}
-        for i, cell in enumerate(self.cells(column)):
+        for i, cell in enumerate(self.texts(column)):
             members.setdefault(cell, []).append(i)
         return members
 
-    def durations(self) -> list[str]:
-        return [c for c in self.columns if _DURATION.search(c) and self._is_numeric(c)]
+    def duration_columns(self) -> list[str]:
+        """The columns that are durations by their name, and all numbers."""
+        return [name for name in self.columns if _DURATION.search(name) and self._is_numeric(name)]
 
-    def text_with(self, added: dict[str, list[Any]], path: Path) -> str:
-        """The table with columns added, cells otherwise as they were; separated as `path` says."""
+    def text_with(self, added: Mapping[str, Sequence[Any]], path: Path) -> str:
+        """The text of a file `path` with this table and more columns, `added`, at its right."""
         text = io.StringIO(newline="")
         writer = csv.writer(text, delimiter=_delimiter(path), lineterminator="\n")
         writer.writerow([*self.columns, *added])
@@ -156,8 +174,7 @@ class TextTable:
         return text.getvalue()
 
     def _is_numeric(self, column: str) -> bool:
-        at = self.index[column]
-        return all(_number(row[at]) is not None for row in self.rows)
+        return all(_number(cell) is not None for cell in self.texts(column))
 
 
 def _number(cell: str) -> float | None:
