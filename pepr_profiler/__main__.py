@@ -24,13 +24,13 @@ def _exit(status: int) -> None:
     import threading
 
     if threading.active_count() == 1:
+        atexit._run_exitfuncs()  # first, as what they print is to be flushed too
         try:
             sys.stdout.flush()
             sys.stderr.flush()
         except (OSError, ValueError, AttributeError):
             pass  # the interpreter knows what to say of it, and which status
         else:
-            atexit._run_exitfuncs()
             os._exit(status)
     sys.exit(status)
 

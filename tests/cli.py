@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pepr_profiler
@@ -47,10 +49,14 @@ class Cli:
         return {**kept, **self.variables, **(extra or {})}
 
     def start(
-        self, *arguments: str, env: Mapping[str, str] | None = None, **options: Any
+        self,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        program: Sequence[str] = ("-m", "pepr_profiler"),
+        **options: Any,
     ) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-m", "pepr_profiler", *arguments],
+            [sys.executable, *program, *arguments],
             env=self.environment(env),
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
         )
@@ -105,6 +111,22 @@ def until(condition: Callable[[], Any], *, within_s: float = SLOW_S) -> Any:
             return value
         time.sleep(min(max(0.01, waited_s / 20), 0.1))
     raise AssertionError(f"not within {within_s:g} s: {condition}")
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """How many functions `work` calls: what it costs, which is the same on every machine."""
+    calls = itertools.count()
+
+    def count(frame: FrameType, event: str, function: object) -> None:  # noqa: ARG001
+        if event in ("call", "c_call"):
+            next(calls)
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return next(calls)
 
 
 def component(summary: Mapping[str, Any], ident: str) -> dict[str, Any]:

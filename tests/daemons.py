@@ -37,6 +37,18 @@ BURN = """if True:
     while time.monotonic_ns() < end_ns: sum(range(1000))"""
 """Works from when a file is there until the time that stands in it; see `give_go`."""
 
+OTHERWISE = """if True:
+    import functools, json, sys
+    from importlib import import_module
+    from pepr_profiler.commands import main
+    from pepr_profiler.daemon.server import Quotas, Waits
+    given = json.loads(sys.argv.pop(1))
+    command = import_module("pepr_profiler.commands.daemon")
+    command._serve = functools.partial(
+        command._serve, quotas=Quotas(**given["quotas"]), waits=Waits(**given["waits"]))
+    sys.exit(main(sys.argv[1:]))"""
+"""A daemon with other quotas and waits than the command line gives it."""
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
 
@@ -48,6 +60,7 @@ class Daemon:
     socket: Path
     process: subprocess.Popen[bytes]
     notices: socket.socket
+    program: Sequence[str]
 
     @property
     def pid(self) -> int:
@@ -82,9 +95,20 @@ class Daemon:
 
 @contextmanager
 def daemon(
-    folder: Path, *options: str, env: dict[str, str] | None = None, **popen: Any
+    folder: Path,
+    *options: str,
+    env: dict[str, str] | None = None,
+    quotas: dict[str, float] | None = None,
+    waits: dict[str, float] | None = None,
+    **popen: Any,
 ) -> Iterator[Daemon]:
-    """Starts a daemon below `folder` and waits until it serves."""
+    """Starts a daemon below `folder` and waits until it serves.
+
+    `quotas` and `waits`: those fields of `server.Quotas` and `server.Waits` that are not as usual.
+    """
+    program: Sequence[str] = ("-m", "pepr_profiler")
+    if quotas or waits:
+        program = ("-c", OTHERWISE, json.dumps({"quotas": quotas or {}, "waits": waits or {}}))
     folder.mkdir(exist_ok=True, parents=True)
     path = folder / "run" / "daemon.sock"
     notify = folder / "notify"
@@ -94,9 +118,9 @@ def daemon(
     notices.bind(str(notify))
     notify.chmod(0o777)
     variables = {"NOTIFY_SOCKET": str(notify), **(env or {})}
-    process = cli.start("daemon", *options, env=variables, stderr=None, **popen)
+    process = cli.start("daemon", *options, env=variables, program=program, stderr=None, **popen)
     with notices, ended(process):
-        running = Daemon(cli, path, process, notices)
+        running = Daemon(cli, path, process, notices, program)
         running.hears("READY=1")
         yield running
         if process.poll() is None:
@@ -107,7 +131,9 @@ def daemon(
 def restart(running: Daemon, *options: str) -> subprocess.Popen[bytes]:
     """A daemon in the place of one that died."""
     variables = {"NOTIFY_SOCKET": running.notices.getsockname()}
-    return running.cli.start("daemon", *options, env=variables, stderr=None)
+    return running.cli.start(
+        "daemon", *options, env=variables, program=running.program, stderr=None
+    )
 
 
 def lock(tree: Tree) -> None:

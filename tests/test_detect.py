@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
+from cli import calls_of
 from sim.permissions import obeying_permissions, without_perf
 from sim.powercap import BuildTree, Tree, Zone, two_socket_server
 from sim.sysfs import Event, grace, hwmon_chip, perf_tree, why_no_tsc
@@ -147,12 +147,8 @@ def test_detection_costs_a_run_next_to_nothing(powercap_sim: BuildTree) -> None:
     sysfs = perf_tree(sysfs_of(tree), BOTH)
     for n in range(12):
         hwmon_chip(sysfs, "nvme", {"temp1_input": n})
-    times_s = []
-    for _ in range(9):
-        begin_s = time.perf_counter()
-        detect(sysfs)
-        times_s.append(time.perf_counter() - begin_s)
-    assert sorted(times_s)[4] < 0.02
+    # then it calls 2,000 functions, 50 of which ask the kernel: a millisecond or two
+    assert calls_of(lambda: detect(sysfs)) < 4000
 
 
 # --- where we are, and what that changes ----------------------------------------------------------

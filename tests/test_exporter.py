@@ -27,7 +27,6 @@ from sim.powercap import BuildTree, Tree, Zone, two_socket_server
 from sim.waves import Constant, Square
 
 from pepr_profiler.daemon.lanes import Lanes, SamplingOptions
-from pepr_profiler.daemon.ledger import SETTLED_S
 from pepr_profiler.daemon.meters import Meter, Meters
 from pepr_profiler.energy.sources import Source
 
@@ -261,9 +260,9 @@ def numbers(running: Daemon) -> dict[str, str]:
     return {run["run"]: str(run["number"]) for run in running.status()["runs"]}
 
 
-def settled(running: Daemon, after_ns: int) -> dict[tuple[str, str], float]:
+def settled(running: Daemon, after_ns: int, *, settled_s: int) -> dict[tuple[str, str], float]:
     """The runs in the metrics once all energy up to an instant has been given out."""
-    until(lambda: time.monotonic_ns() > after_ns + (SETTLED_S + 1) * 10**9)
+    until(lambda: time.monotonic_ns() > after_ns + (settled_s + 1) * 10**9)
     return runs_in(running)
 
 
@@ -278,10 +277,12 @@ def test_runs_metrics_agree_with_their_summaries_and_add_up(
     begin_ns = time.monotonic_ns()
     with ExitStack() as stack:
         metered = ("--metrics", "0", "--metrics-runs")
-        running = stack.enter_context(daemon(tmp_path, *options, *metered))
+        settled_s = 10  # claims come every 2 s, and are about what is no older than 8 s
+        waits = {"settled_s": settled_s, "check_s": 1.0}
+        running = stack.enter_context(daemon(tmp_path, *options, *metered, waits=waits))
         until(lambda: ("pepr_lane_up", "nvml") in (served := scrape(running)) and served)
         lock(tree)
-        clients, end_ns = [], time.monotonic_ns() + 12 * 10**9
+        clients, end_ns = [], time.monotonic_ns() + 9 * 10**9
         for which in "ab":
             summary = tmp_path / f"{which}.json"
             command = ["--json", str(summary), "--name", which, *options, "--"]
@@ -296,7 +297,7 @@ def test_runs_metrics_agree_with_their_summaries_and_add_up(
             assert client.returncode == 0, err
             summaries[which] = json.loads(summary.read_text())
         last_ns = max(s["recording"]["window_ns"][1] for s in summaries.values())
-        served = settled(running, last_ns)
+        served = settled(running, last_ns, settled_s=settled_s)
         settled_ns = time.monotonic_ns()
     for which, summary in summaries.items():
         window_ns = summary["recording"]["window_ns"]
@@ -329,17 +330,18 @@ def test_a_hostile_client_claims_no_more_than_there_is_and_no_label_of_its_own(
 ) -> None:
     options = ("--sensor", tree.spec, "--metrics", "0", "--metrics-runs")
     begin_ns = time.monotonic_ns()
-    with daemon(tmp_path, *options) as running, raw(running.socket) as peer:
+    waits = {"settled_s": 3, "check_s": 1.0}
+    with daemon(tmp_path, *options, waits=waits) as running, raw(running.socket) as peer:
         registered = [say(peer, op="register", run=f"\u00e9vil {n}") for n in range(100)]
         assert [bool(answer.get("claims")) for answer in registered] == [n < 32 for n in range(100)]
         until(lambda: running.lane("powercap")["samples"] > 0)
-        until(lambda: time.monotonic_ns() > begin_ns + 8 * 10**9)
+        until(lambda: time.monotonic_ns() > begin_ns + 5 * 10**9)
         now_s = time.monotonic_ns() // 10**9
         for n in range(32):
             claim = {"run": f"\u00e9vil {n}", "first_s": now_s - 12, "shares": {"cpu": [1.0] * 16}}
             assert say(peer, op="claim", **claim)["ok"]
         assert not say(peer, op="claim", run="another's", first_s=now_s, shares={})["ok"]
-        served = settled(running, time.monotonic_ns())
+        served = settled(running, time.monotonic_ns(), settled_s=3)
         truth_j = tree.energy_j("intel-rapl:0", begin_ns, time.monotonic_ns())
         assert 0 < sum(v for (_, kind), v in served.items() if kind == "cpu") <= truth_j
         assert {int(number) for number, _ in served} <= set(range(256))

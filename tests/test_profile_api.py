@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,10 @@ def test_processes_are_read_no_more_often_than_is_asked_for(
     assert LaneReader(run.directory, "processes").lane.period_ns == expected_s * 1e9
 
 
-def test_a_block_ends_though_its_end_is_heard_by_a_look_that_had_begun(meter: str) -> None:
+def test_a_block_ends_though_its_end_is_heard_by_a_look_that_had_begun(
+    meter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pepr_profiler.recording.recorder._IDLE_S", 1e6)  # it never looks again
     run = profile("raced", sensors=[meter])
     run.__enter__()
     assert run._recorder is not None
@@ -68,9 +70,7 @@ def test_a_block_ends_though_its_end_is_heard_by_a_look_that_had_begun(meter: st
     run._recorder.notifier.notify()
     wait_s(0.2)
     threading.Timer(0.3, run._lock.release).start()
-    begin_s = time.monotonic()
     run.__exit__(None, None, None)
-    assert time.monotonic() - begin_s < 5.0  # and not when it would look again
     assert run.summary["complete"]
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pepr_profiler.commands import complain
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.units import format_duration, format_quantity, parse_duration, parse_overhead
+
+if TYPE_CHECKING:
+    from pepr_profiler.daemon.server import Quotas, Waits
 
 
 @click.group(invoke_without_command=True)
@@ -82,13 +85,16 @@ def _serve(
     coarse_quantum: float,
     metrics: str | None,
     metrics_runs: bool,
+    quotas: Quotas | None = None,
+    waits: Waits | None = None,
 ) -> int:
     from pepr_profiler.daemon import exporter, system
     from pepr_profiler.daemon.lanes import Lanes, SamplingOptions
     from pepr_profiler.daemon.ledger import Ledger
-    from pepr_profiler.daemon.server import Policy, Quotas, Server, raise_descriptor_limit
+    from pepr_profiler.daemon.server import Policy, Quotas, Server, Waits, raise_descriptor_limit
     from pepr_profiler.sensors.detect import detect_lasting
 
+    quotas, waits = quotas or Quotas(), waits or Waits()
     root = os.geteuid() == 0
     sampling = SamplingOptions(
         period_ns=parse_duration(period) if period else None,
@@ -114,8 +120,8 @@ def _serve(
     listener = inherited or system.listen(Path(where), access)
     policy = Policy(owner=os.getuid(), single_user=not shared, admin_gid=admin_gid)
     manager = system.ServiceManager()
-    lanes = Lanes(sensors or detect_lasting(), sampling)
-    raise_descriptor_limit(Quotas().clients + 256)
+    lanes = Lanes(sensors or detect_lasting(), sampling, lost_s=waits.lost_s)
+    raise_descriptor_limit(quotas.clients + 256)
     had_privileges = system.confine(become)
     try:
         lanes.open_privileged()
@@ -130,8 +136,10 @@ def _serve(
             lanes,
             policy=policy,
             manager=manager,
+            quotas=quotas,
+            check_s=waits.check_s,
             exporter=metrics_server,
-            ledger=Ledger() if metrics_runs else None,
+            ledger=Ledger(settled_s=waits.settled_s) if metrics_runs else None,
             log=complain,
         )
         complain(f"serving {where} as user {os.geteuid()}")

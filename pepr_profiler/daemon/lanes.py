@@ -20,9 +20,11 @@ _OPEN_TO_ALL = frozenset({"nvml"})
 """Users of a GPU may ask its driver for its energy, so there is nothing to hide from anybody. These
 sensors are opened last, without any privilege, so that a driver that hangs has none."""
 
+LOST_S = 5.0
+"""A counter that is unknown for longer is gone."""
+
 _OPEN_S = 5.0
 _STOP_S = 0.2
-_LOST_S = 5.0  # a counter that is unknown for longer is gone
 _RETRY_S = 60.0
 
 
@@ -76,8 +78,11 @@ class ServedLane:
 class Lanes:
     """All lanes of the daemon. `check` is to be called now and then; it never blocks."""
 
-    def __init__(self, specs: Sequence[str], options: SamplingOptions) -> None:
+    def __init__(
+        self, specs: Sequence[str], options: SamplingOptions, *, lost_s: float = LOST_S
+    ) -> None:
         self._options = options
+        self._lost_s = lost_s
         self._budget, self._readers = _core.CpuBudget(options.overhead), _core.Readers()
         self._specs = lanes_by_name(specs)
         self._lanes: dict[str, ServedLane] = {}
@@ -204,7 +209,7 @@ class Lanes:
             elif index in lane.ever_known:
                 lane.unknown_since_s.setdefault(index, now_s)
         return any(
-            now_s - since_s >= _LOST_S and _exists(lane.spec, lane.channels[index])
+            now_s - since_s >= self._lost_s and _exists(lane.spec, lane.channels[index])
             for index, since_s in lane.unknown_since_s.items()
         )
 

@@ -40,7 +40,10 @@ class Ledger:
     free for longest is given out next.
     """
 
-    def __init__(self, *, most: int = 256, most_per_user: int = 32) -> None:
+    def __init__(
+        self, *, most: int = 256, most_per_user: int = 32, settled_s: int = SETTLED_S
+    ) -> None:
+        self._settled_s = settled_s
         self._free = deque(range(most))
         self._most_per_user = most_per_user
         self._entries: dict[tuple[int, str], _Entry] = {}
@@ -92,7 +95,7 @@ class Ledger:
             if (device := _device(meter.source)) is not None:
                 by_device.setdefault(device, []).append(meter)
         self._devices = frozenset(by_device)
-        end_s = int(now_s) - SETTLED_S
+        end_s = int(now_s) - self._settled_s
         claimed = {second for entry in self._entries.values() for second in entry.claims}
         for second in sorted(s for s in claimed if s < end_s):
             for device, of_device in by_device.items():

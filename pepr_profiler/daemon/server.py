@@ -23,8 +23,8 @@ import psutil
 
 from pepr_profiler import __version__
 from pepr_profiler.daemon.exporter import Exporter, families
-from pepr_profiler.daemon.lanes import Lanes
-from pepr_profiler.daemon.ledger import Ledger
+from pepr_profiler.daemon.lanes import LOST_S, Lanes
+from pepr_profiler.daemon.ledger import SETTLED_S, Ledger
 from pepr_profiler.daemon.meters import Meters
 from pepr_profiler.daemon.system import (
     NO_DESCRIPTORS_LEFT,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 STOPPED, RESTART = 0, 75
 """Exit statuses. 75 (EX_TEMPFAIL): start it again, with its privileges."""
 
-_CHECK_S, _OPENING_CHECK_S = 5.0, 0.5
+_OPENING_CHECK_S = 0.5
 _PAUSE_S = 1.0  # without new clients, when there are no descriptors left
 _SO_PEERGROUPS = getattr(socket, "SO_PEERGROUPS", 59)  # Linux 4.13
 _MOST_GROUPS_BYTES = 1024  # what getsockopt of Python takes
@@ -68,6 +68,15 @@ class Quotas:
     silence_s: float = 10.0
     requests_per_s: float = 200.0
     requests_at_once: float = 3000.0  # 300 clients that begin together, with ten requests each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waits:
+    """How long the daemon waits before it acts."""
+
+    check_s: float = 5.0  # from one look at its lanes to the next
+    lost_s: float = LOST_S
+    settled_s: int = SETTLED_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +127,7 @@ class Server:
         policy: Policy,
         manager: ServiceManager,
         quotas: Quotas | None = None,
+        check_s: float = Waits.check_s,
         exporter: Exporter | None = None,
         ledger: Ledger | None = None,
         log: Callable[[str], None],
@@ -126,6 +136,7 @@ class Server:
         self._lanes = lanes
         self._policy = policy
         self._quotas = quotas or Quotas()
+        self._check_s = check_s
         self._log = log
         self._manager = manager
         self._exporter = exporter
@@ -199,7 +210,7 @@ class Server:
         if now_s >= self._check_at_s:
             self._check_lanes()
             self._update_meters()
-            self._check_at_s = now_s + (_OPENING_CHECK_S if self._lanes.opening else _CHECK_S)
+            self._check_at_s = now_s + (_OPENING_CHECK_S if self._lanes.opening else self._check_s)
             self._forget_users(now_s)
 
     def _update_meters(self) -> None:

@@ -12,7 +12,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,9 @@ class Tree:
             self._link(folder)
         for zone in zones:
             self._make(zone)
+        self._program, self._script = writer, root / "writer.spec"
         if writer is not None:
-            self._start(writer, root / "writer.spec")
+            self._start(writer)
 
     @property
     def spec(self) -> str:
@@ -143,6 +144,16 @@ class Tree:
         if self.live:
             raise ValueError("a live tree moves by itself; script it with waves and faults")
         os.pwrite(self._files[key], _padded(value_uj), 0)
+
+    def fail(self, key: str, effect: str) -> None:
+        """From now on a live zone has this fault."""
+        if self._program is None:
+            raise ValueError("a still tree has no faults; set its value")
+        fault = ZoneFault(effect, self._since_s(time.monotonic_ns()))
+        zone = self.zones[key]
+        self.zones[key] = replace(zone, faults=(*zone.faults, fault))
+        self.stop()
+        self._start(self._program)
 
     def energy_j(self, key: str, t0_ns: int, t1_ns: int) -> float:
         """The energy that the zone truly took, whatever its file says."""
@@ -197,16 +208,16 @@ class Tree:
         else:
             self._files[zone.key] = fd
 
-    def _start(self, program: Path, spec: Path) -> None:
+    def _start(self, program: Path) -> None:
         lines = [f"epoch_ns {self.epoch_ns}", f"period_ns {round(self.period_s * 1e9)}"]
         lines.append(f"class {self.where}")
         for zone in self.zones.values():
             lines.append(f"zone {zone.range_uj} {zone.start_uj} {self.path(zone.key)}")
             lines.append(f"power {zone.wave.words()}")
             lines += [f"fault {f.effect} {f.start_s} {f.end_s}" for f in zone.faults]
-        spec.write_text("\n".join(lines) + "\n")
+        self._script.write_text("\n".join(lines) + "\n")
         self._writer = subprocess.Popen(
-            [str(program), str(spec), str(os.getpid())], stdout=subprocess.PIPE, text=True
+            [str(program), str(self._script), str(os.getpid())], stdout=subprocess.PIPE, text=True
         )
         assert self._writer.stdout is not None
         if self._writer.stdout.readline() != "ready\n":
