@@ -1,5 +1,6 @@
-// The Python module `_core`; what belongs to files is in bindings_recording.cpp. Columns leave as
-// bytes, so that a recording needs no NumPy.
+// The Python module `_core`: sensors, sampling and what Linux offers. Columns of numbers leave it
+// as bytes, so that a recording needs no NumPy. bindings_recording.cpp has the part that writes
+// files.
 
 #include <algorithm>
 #include <cerrno>
@@ -19,6 +20,7 @@
 
 #include "sampling/ring.h"
 #include "sampling/sampler.h"
+#include "sampling/steady.h"
 #include "system/clock.h"
 #include "system/notifier.h"
 #include "system/privileges.h"
@@ -48,12 +50,12 @@ py::bytes to_bytes(const T* data, std::size_t count) {
     return {reinterpret_cast<const char*>(data), count * sizeof(T)};
 }
 
-// Another process's ring, from the last row that began before `since_ns`.
+// Reads another process's ring, from the last row that began before `since_ns`.
 class RingReader {
 public:
     RingReader(int fd, std::int64_t since_ns) : ring_(fd), cursor_(ring_.find(since_ns)) {}
     std::size_t width() const noexcept { return ring_.width(); }
-    std::uint64_t waiting() const noexcept { return ring_.head() - cursor_; }
+    std::uint64_t unread_rows() const noexcept { return ring_.head() - cursor_; }
     std::size_t read(const RingView::Columns& out) noexcept {
         return ring_.read(cursor_, out, lost);
     }
@@ -73,23 +75,20 @@ py::object latest_row(const Source& source) {
     return py::make_tuple(t_ns, values);
 }
 
-// Of a Sampler or a RingReader: both have rows of `width` numbers and a cursor.
+// The next rows of a Sampler or a RingReader as (rows, t_ns, read_ns, columns); None: no new ones.
 template <typename Source>
-py::object read_batch(Source& sampler) {
-    // Memory for what is there: of a lane with many channels a full batch is megabytes to clear.
-    const std::size_t rows = std::min<std::uint64_t>(sampler.waiting(), kBatchRows);
+py::object read_batch(Source& source) {
+    // No more memory than needed: with many channels a full batch is megabytes.
+    const std::size_t rows = std::min<std::uint64_t>(source.unread_rows(), kBatchRows);
     if (rows == 0) return py::none();
-    const std::size_t width = sampler.width();
+    const std::size_t width = source.width();
     std::vector<std::int64_t> t_ns(rows), read_ns(rows);
     std::vector<double> values(rows * width);
-    const std::size_t n = sampler.read({t_ns.data(), read_ns.data(), values.data(), rows});
+    const std::size_t n = source.read({t_ns.data(), read_ns.data(), values.data(), rows});
     if (n == 0) return py::none();
-    // 4.3 s is long for a read; what outlasts it is a gap that t_ns shows too.
     std::vector<std::uint32_t> short_read_ns(n);
     std::transform(read_ns.begin(), read_ns.begin() + static_cast<std::ptrdiff_t>(n),
-                   short_read_ns.begin(), [](std::int64_t ns) {
-                       return static_cast<std::uint32_t>(std::min<std::int64_t>(ns, UINT32_MAX));
-                   });
+                   short_read_ns.begin(), pepr::to_short_ns);
     py::list columns;
     for (std::size_t c = 0; c < width; ++c) columns.append(to_bytes(&values[c * rows], n));
     return py::make_tuple(n, to_bytes(t_ns.data(), n), to_bytes(short_read_ns.data(), n), columns);
@@ -116,9 +115,9 @@ const char* state_name(const Sampler& sampler) {
     return kNames[static_cast<std::size_t>(sampler.state())];
 }
 
-// A pending signal as (signo, code, pid), or None (signals.h). As signal.sigtimedwait(), which
-// returns memory that nobody has written when it is stopped (SIGSTOP, Slurm's suspend) and goes on
-// behind its deadline (CPython 3.11 to 3.14).
+// See signals.h. It replaces signal.sigtimedwait(), which returns uninitialised memory if the
+// process is stopped (SIGSTOP, Slurm's suspend) and continues after the deadline (CPython 3.11
+// to 3.14).
 py::object wait_signal(const std::vector<int>& signals, std::int64_t deadline_ns,
                        const std::shared_ptr<Notifier>& notifier) {
     sigset_t set;
@@ -143,7 +142,7 @@ bool set_child_subreaper() { return ::prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) 
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-    m.doc() = "The native recorder: drivers, sampling threads and their rings.";
+    m.doc() = "The native recorder: sensors, the threads that read them, and their rows on disk.";
 
     py::register_exception_translator([](std::exception_ptr pointer) {
         try {
@@ -167,11 +166,11 @@ PYBIND11_MODULE(_core, m) {
         .def_readonly("source", &Channel::source)
         .def_readonly("labels", &Channel::labels);
 
-    py::class_<Note>(m, "Note", "A part of a source that could not be opened.")
-        .def_readonly("denied", &Note::denied)
+    py::class_<Note>(m, "Note", "A part of a sensor that could not be opened.")
         .def_readonly("what", &Note::what)
         .def_readonly("why", &Note::why)
-        .def_readonly("fix", &Note::fix);
+        .def_readonly("fix", &Note::fix)
+        .def_readonly("denied", &Note::denied);
 
     py::class_<CpuBudget, std::shared_ptr<CpuBudget>>(
         m, "CpuBudget", "CPU time that lanes may take together, as a share of one core.")
@@ -181,8 +180,8 @@ PYBIND11_MODULE(_core, m) {
              }),
              py::arg("share"));
 
-    py::class_<Notifier, std::shared_ptr<Notifier>>(
-        m, "Notifier", "Wakes whoever waits for it; see system/notifier.h.")
+    py::class_<Notifier, std::shared_ptr<Notifier>>(m, "Notifier",
+                                                    "Wakes the thread that waits for it.")
         .def(py::init<>())
         .def("notify", &Notifier::notify)
         .def("clear", &Notifier::clear)
@@ -197,7 +196,7 @@ PYBIND11_MODULE(_core, m) {
         m, "Readers", "The threads that read the lanes of a recording.")
         .def(py::init<>());
 
-    py::class_<Sampler>(m, "Sampler", "One lane: one driver, read into its own ring.")
+    py::class_<Sampler>(m, "Sampler", "One lane: one sensor, read into its own ring.")
         .def(py::init([](std::string spec, std::int64_t period_ns, bool learn,
                          std::shared_ptr<CpuBudget> budget,
                          std::optional<std::pair<std::int64_t, double>> coarse,
@@ -209,8 +208,8 @@ PYBIND11_MODULE(_core, m) {
                  if (coarse && !(how->period_ns > 0 && how->quantum_j > 0))
                      throw py::value_error("coarse is (period_ns, quantum_j), both positive");
                  return std::make_unique<Sampler>(
-                     pepr::Lane::How{std::move(spec), period_ns, learn, std::move(budget), how,
-                                     drop_capabilities, std::move(notifier)},
+                     pepr::Lane::Options{std::move(spec), period_ns, learn, std::move(budget), how,
+                                         drop_capabilities, std::move(notifier)},
                      std::move(readers));
              }),
              py::arg("spec"), py::arg("period_ns"), py::arg("learn") = false,
@@ -232,6 +231,11 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("channels", &Sampler::channels)
         .def_property_readonly("notes", &Sampler::notes);
 
+    // Only simulations need it: their lanes are read when real ones would be.
+    py::class_<pepr::SteadySpacing>(m, "SteadySpacing", "How far apart a steady counter is read.")
+        .def(py::init<std::int64_t>(), py::arg("base_ns"))
+        .def("next_ns", &pepr::SteadySpacing::next_ns, py::arg("step"), py::arg("since_ns"));
+
     bind_recording(m);
 
     py::class_<RingReader>(m, "RingReader", "The ring of another process, read-only.")
@@ -242,16 +246,17 @@ PYBIND11_MODULE(_core, m) {
         .def_readonly("lost", &RingReader::lost);
 
     m.def("keep_capabilities", &pepr::keep_capabilities, py::arg("mask"),
-          "Leaves this thread those of its capabilities that are in the mask.");
+          "Drops the capabilities of this thread that are not in the mask.");
     m.def("keep_across_setuid", &pepr::keep_across_setuid, py::arg("keep"),
-          "Whether a change of the user keeps the permitted capabilities (prctl 8).");
+          "Sets whether a change of the user keeps the permitted capabilities (prctl 8).");
     m.def("forbid_privileges", &pepr::forbid_privileges,
-          "Nothing that is executed from here on gains a privilege (prctl 24, 38).");
+          "Nothing executed from here on gains a privilege (prctl 24, 38).");
     m.def("now_ns", &pepr::now_ns, "CLOCK_MONOTONIC in ns, as time.monotonic_ns().");
-    m.def("wait_signal", &wait_signal, py::arg("signals"), py::arg("deadline_ns"),
-          py::arg("notifier") = nullptr,
-          "The next of these blocked signals as (signo, code, pid); None at the deadline, or when "
-          "the notifier was notified.");
+    m.def(
+        "wait_signal", &wait_signal, py::arg("signals"), py::arg("deadline_ns"),
+        py::arg("notifier") = nullptr,
+        "Waits for one of these blocked signals: (signo, code, pid). None at the deadline, or when "
+        "the notifier is notified.");
     m.def("set_child_subreaper", &set_child_subreaper,
           "Makes orphaned descendants of this process its children (prctl 36).");
 }

@@ -40,10 +40,10 @@ pepr::ThinRule rule_of(const std::pair<std::string, double>& rule) {
 
 std::shared_ptr<LaneFile> open_file(std::string stem, std::string_view schema,
                                     const std::vector<std::pair<std::string, double>>& rules) {
-    LaneFile::How how{std::move(stem), std::string(schema), {}};
-    for (const auto& rule : rules) how.rules.push_back(rule_of(rule));
+    LaneFile::Options options{std::move(stem), std::string(schema), {}};
+    for (const auto& rule : rules) options.rules.push_back(rule_of(rule));
     try {
-        return std::make_shared<LaneFile>(std::move(how));
+        return std::make_shared<LaneFile>(std::move(options));
     } catch (const std::system_error& error) {
         errno = error.code().value();
         PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.what());
@@ -51,24 +51,25 @@ std::shared_ptr<LaneFile> open_file(std::string stem, std::string_view schema,
     }
 }
 
-// Rows as Sampler.read gives them.
+// Appends rows as Sampler.read returns them.
 void append_rows(LaneFile& file, std::string_view t_ns, std::string_view read_ns,
                  const std::vector<std::string_view>& values) {
     const std::size_t n = t_ns.size() / sizeof(std::int64_t);
-    if (values.size() != file.width()) throw py::value_error("a column a channel");
-    std::vector<std::int64_t> begun_ns(n), took_ns(n);
+    if (values.size() != file.width())
+        throw py::value_error("there must be one column for each channel");
+    std::vector<std::int64_t> begin_ns(n), took_ns(n);
     std::vector<std::uint32_t> short_ns(n);
     std::vector<double> columns(n * values.size());
     const auto copy = [](auto* to, std::size_t count, std::string_view from) {
         if (from.size() != count * sizeof *to) throw py::value_error("columns differ in length");
         if (count > 0) std::memcpy(to, from.data(), from.size());
     };
-    copy(begun_ns.data(), n, t_ns);
+    copy(begin_ns.data(), n, t_ns);
     copy(short_ns.data(), n, read_ns);
     std::copy(short_ns.begin(), short_ns.end(), took_ns.begin());
     for (std::size_t c = 0; c < values.size(); ++c) copy(columns.data() + c * n, n, values[c]);
     const py::gil_scoped_release release;
-    file.append({begun_ns.data(), took_ns.data(), columns.data(), n}, n);
+    file.append({begin_ns.data(), took_ns.data(), columns.data(), n}, n);
 }
 
 }  // namespace
@@ -96,8 +97,9 @@ void bind_recording(py::module_& m) {
         .def(
             "add",
             [](Journal& journal, const Sampler& sampler, std::shared_ptr<LaneFile> file) {
-                if (file->width() != sampler.width()) throw py::value_error("another lane's file");
-                const py::gil_scoped_release release;  // it may be writing
+                if (file->width() != sampler.width())
+                    throw py::value_error("the file is of another lane");
+                const py::gil_scoped_release release;  // add() waits while the journal writes
                 journal.add(sampler.lane(), std::move(file));
             },
             py::arg("sampler"), py::arg("file"))

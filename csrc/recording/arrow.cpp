@@ -10,14 +10,15 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "streams are little-endian, as memory is");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+              "streams are little-endian, and memory has to be");
 
 namespace pepr {
 
 namespace {
 
-// What a message begins with. Then follow the length of its metadata, these, and its body; a length
-// of 0 is the end of the stream.
+// A message is this mark, the length of its metadata, the metadata and its body. A length of 0 ends
+// the stream.
 constexpr std::uint32_t kMark = 0xffffffff;
 constexpr std::uint16_t kVersion = 4;     // MetadataVersion V5, of Arrow 1.0 and later
 constexpr std::uint8_t kRecordBatch = 3;  // MessageHeader
@@ -41,28 +42,30 @@ void append_batch(std::string& stream, const std::vector<ArrowColumn>& columns, 
     std::size_t body_bytes = 0;
     for (const ArrowColumn& column : columns) body_bytes += padded(rows * column.size);
     stream.reserve(stream.size() + 88 + 48 * count + body_bytes);
-    // All batches of so many columns have their numbers at the same places, so this is no tree of
-    // tables that is built, but their bytes in order: offsets are relative to where they stand.
+    // The metadata is a flatbuffer whose layout depends only on the number of columns, so its bytes
+    // are written in order instead of building tables. Offsets are relative to their own position.
     put_all<std::uint32_t>(stream, kMark, 80 + 48 * count);
-    put<std::uint32_t>(stream, 16);                        // the root's place
-    put_all<std::uint16_t>(stream, 12, 20, 16, 18, 4, 8);  // of a Message: its fields' places
-    put_all<std::int32_t>(stream, 12, 28);                 // its vtable, its header
+    put<std::uint32_t>(stream, 16);                        // offset of the root, a Message
+    put_all<std::uint16_t>(stream, 12, 20, 16, 18, 4, 8);  // vtable of Message
+    put_all<std::int32_t>(stream, 12, 28);                 // offsets of its vtable and its header
     put<std::int64_t>(stream, static_cast<std::int64_t>(body_bytes));
     put(stream, kVersion);
     put(stream, kRecordBatch);
     stream.append(1, '\0');
-    put_all<std::uint16_t>(stream, 10, 20, 8, 4, 16);  // of a RecordBatch: its fields' places
+    put_all<std::uint16_t>(stream, 10, 20, 8, 4, 16);  // vtable of RecordBatch
     stream.append(2, '\0');
-    put_all<std::int32_t>(stream, 12, 16);  // its vtable, its nodes
+    put_all<std::int32_t>(stream, 12, 16);  // offsets of its vtable and its nodes
     put<std::int64_t>(stream, static_cast<std::int64_t>(rows));
-    put_all<std::uint32_t>(stream, 12 + 16 * count, count);  // its buffers, how many nodes
+    put_all<std::uint32_t>(stream, 12 + 16 * count,
+                           count);  // offset of its buffers; count of nodes
     for (std::size_t c = 0; c < count; ++c) put_all<std::int64_t>(stream, rows, 0);
     stream.append(4, '\0');
     put<std::uint32_t>(stream, static_cast<std::uint32_t>(2 * count));
     std::size_t at = 0;
     for (const ArrowColumn& column : columns) {
         const std::size_t bytes = rows * column.size;
-        put_all<std::int64_t>(stream, at, 0, at, bytes);  // what is valid of it (all), its numbers
+        put_all<std::int64_t>(stream, at, 0, at,
+                              bytes);  // validity (empty: all are valid), numbers
         at += padded(bytes);
     }
     for (const ArrowColumn& column : columns) {

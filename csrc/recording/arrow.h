@@ -1,3 +1,4 @@
+// Writes Arrow IPC streams of plain numbers, to memory and to a file.
 #pragma once
 
 #include <cstddef>
@@ -8,34 +9,35 @@
 
 namespace pepr {
 
-// Numbers of fixed width, none missing: `rows` times `size` bytes at `data`.
+// Numbers of `size` bytes each, one for each row, at `data`; none is missing.
 struct ArrowColumn {
     const void* data;
     std::size_t size;
 };
 
-// One record batch as a message of an Arrow IPC stream, appended to `stream`. After Arrow's
-// format/Message.fbs, little-endian; what begins a stream, its schema, is made by arrow.py.
+// Appends one record batch to `stream`, as a message of an Arrow IPC stream (Arrow's
+// format/Message.fbs, little-endian). arrow.py makes the schema, with which a stream begins.
 void append_batch(std::string& stream, const std::vector<ArrowColumn>& columns, std::size_t rows);
 
-// A stream on disk that never holds half a message. Functions return errno, 0 if they succeeded.
+// A stream on disk that never has half a message. Functions return 0 for success, else errno.
 class ArrowFile {
 public:
-    // Throws std::system_error. The schema is written before the first message.
+    // Throws std::system_error. The first append writes the schema first.
     ArrowFile(std::string path, std::string schema);
 
-    // What cannot be written whole is cut off again.
+    // If not all of it can be written, truncates the file to what it was.
     int append(const std::string& messages) noexcept;
-    // Marks the end, as Arrow readers like it; a stream without rows stays empty.
+    // Writes the mark that ends a stream. A stream without rows stays an empty file.
     int finish() noexcept;
-    // In the place of all that was appended, which has to be as much or more: it takes no room.
+    // Writes over all that was appended, which must be as long or longer, so that it needs no
+    // space.
     int replace(const std::string& messages) noexcept;
-    // Leaves the schema alone.
+    // Removes all but the schema.
     int clear() noexcept;
-    // Nothing can be appended any more.
+    // Closes the file; nothing can be appended any more.
     void close() noexcept;
     void remove() noexcept;
-    // What the file system still takes of us, as far as it tells.
+    // The space that is left for us, as far as the file system knows.
     std::size_t free_bytes() const noexcept;
     std::size_t size() const noexcept { return size_; }
 

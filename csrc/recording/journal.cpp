@@ -47,16 +47,16 @@ struct Journal::State {
 
     void work() noexcept {
         ::pthread_setname_np(::pthread_self(), "pepr-journal");
-        // Nothing waits for it: it may go along with whatever else wakes the CPU.
+        // Nothing waits for it, so it may be late and share a wake-up with another timer.
         ::prctl(PR_SET_TIMERSLACK, period_ns / 8);
         for (std::int64_t due_ns = now_ns() + period_ns; stopping == 0; due_ns += period_ns) {
             wait_while(stopping, 0, due_ns);
             try {
                 flush();
             } catch (const std::bad_alloc&) {
-                // The rings keep what there is until the next time; what they lose, is counted.
+                // The rings keep the rows until the next time, and count those that they lose.
             }
-            // Behind a disk that hung or a stopped process, what was missed is not made up for.
+            // After a hung disk or a stopped process, the missed writes are not made up for.
             if (now_ns() - due_ns > period_ns) due_ns = now_ns();
             cpu_ns = read_clock_ns(CLOCK_THREAD_CPUTIME_ID);
         }

@@ -1,3 +1,4 @@
+// The thread that writes lanes to disk while they are recorded.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +10,9 @@
 
 namespace pepr {
 
-// Writes lanes to disk while they are recorded, once in `period_ns` and from a thread of its own:
-// neither a driver nor a disk that hangs keeps the other, and a program that records itself does
-// none of it. The notifier is notified when a write begins to fail, and when it works again.
+// It writes once in `period_ns`. In a thread of its own, a disk that hangs does not delay the
+// drivers nor the reverse, and a program that records itself spends no time on it. The notifier is
+// notified when writes begin to fail, and when they work again.
 class Journal {
 public:
     Journal(std::int64_t period_ns, std::shared_ptr<Notifier> notifier);
@@ -19,16 +20,16 @@ public:
     Journal(const Journal&) = delete;
     Journal& operator=(const Journal&) = delete;
 
-    // From now on the file has what the lane reads. The lane is open.
+    // From now on writes the rows of the lane, which must be open, to the file.
     void add(std::shared_ptr<const Lane> lane, std::shared_ptr<LaneFile> file);
 
-    // Writes what the lanes have read until now, by the calling thread.
+    // Writes what the lanes have read until now, in the calling thread.
     void flush();
 
-    // Ends the thread; what is read from now on is written by `flush` alone.
+    // Ends the thread. From now on only flush() writes.
     void stop();
 
-    // CPU time that its thread has used.
+    // The CPU time of its thread.
     std::int64_t cpu_ns() const noexcept;
 
 private:

@@ -8,28 +8,23 @@ namespace pepr {
 
 namespace {
 
-// Rows of a finished batch: large enough that its 400 bytes of header do not matter.
+// Rows of a large batch: so many that its 400 bytes of header do not matter.
 constexpr std::size_t kBatchRows = 1024;
 
-// Rows that are taken from a ring and written at a time: their memory is ours for ever.
+// Rows that are read from a ring and written at a time. We keep the memory for them.
 constexpr std::size_t kDrainRows = 256;
 
-// What the tail may hold before its rows are moved: a flush costs 50 bytes a channel beside its
-// numbers, and who uses 64 GPUs is told by 3,000 channels.
+// The size of the tail at which its rows move to the main file. A flush costs 50 bytes for each
+// channel besides its numbers, and the processes of 64 GPUs take 3,000 channels.
 constexpr std::size_t kTailBytes = 1 << 24;
 
-// Rows at the beginning of a lane that are all kept: refresh periods are learnt from them.
-constexpr std::size_t kWholeRows = 256;
+// Rows at the beginning of a lane that are not thinned: refresh periods are learnt from them.
+constexpr std::size_t kUnthinnedRows = 256;
 
-// What a full disk may keep waiting in memory before rows are dropped: 2 min at 1 kHz.
+// Rows that wait in memory while the disk is full, before they are dropped: 2 min at 1 kHz.
 constexpr std::size_t kMostPendingRows = 1 << 17;
 
 using Lock = std::lock_guard<std::mutex>;
-
-// 4.3 s is long; a read or a gap that outlasts it shows in t_ns too.
-std::uint32_t short_ns(std::int64_t ns) noexcept {
-    return static_cast<std::uint32_t>(std::clamp<std::int64_t>(ns, 0, UINT32_MAX));
-}
 
 template <typename T>
 void make_room(std::vector<T>& column, std::size_t more) {
@@ -47,16 +42,16 @@ std::vector<T> pick(const std::vector<T>& column, const std::vector<std::size_t>
 
 }  // namespace
 
-LaneFile::LaneFile(How how)
-    : how_(std::move(how)),
-      main_(how_.stem + ".arrows", how_.schema),
-      tail_(how_.stem + ".tail.arrows", how_.schema),
-      whole_(kWholeRows) {}
+LaneFile::LaneFile(Options options)
+    : options_(std::move(options)),
+      main_(options_.stem + ".arrows", options_.schema),
+      tail_(options_.stem + ".tail.arrows", options_.schema),
+      unthinned_(kUnthinnedRows) {}
 
 void LaneFile::append(const RingView::Columns& columns, std::size_t rows) {
     const Lock lock(mutex_);
     make_room(rows);
-    keep(columns, rows);
+    add(columns, rows);
 }
 
 void LaneFile::drain(const RingView& ring) {
@@ -69,13 +64,14 @@ void LaneFile::drain(const RingView& ring) {
         make_room(rows);
         const RingView::Columns out{ring_t_ns_.data(), ring_read_ns_.data(), columns_.data(), rows};
         std::uint64_t lost = 0;
-        keep(out, ring.read(cursor_, out, lost));
+        add(out, ring.read(cursor_, out, lost));
         lost_ += lost;
         if (error_ == 0) write();
     }
 }
 
-// Where there is no memory, the ring has the rows still, and no column is longer than another.
+// Reserves memory first: if it throws, the ring still has the rows, and all columns the same
+// length.
 void LaneFile::make_room(std::size_t rows) {
     pepr::make_room(t_ns_, rows);
     pepr::make_room(read_ns_, rows);
@@ -83,12 +79,12 @@ void LaneFile::make_room(std::size_t rows) {
     pepr::make_room(values_, rows * width());
 }
 
-void LaneFile::keep(const RingView::Columns& columns, std::size_t rows) {
+void LaneFile::add(const RingView::Columns& columns, std::size_t rows) {
     for (std::size_t r = 0; r < rows; ++r) {
         const std::int64_t t_ns = columns.t_ns[r];
         t_ns_.push_back(t_ns);
-        read_ns_.push_back(short_ns(columns.read_ns[r]));
-        since_read_ns_.push_back(short_ns(t_ns - last_ns_.value_or(t_ns)));
+        read_ns_.push_back(to_short_ns(columns.read_ns[r]));
+        since_read_ns_.push_back(to_short_ns(t_ns - last_ns_.value_or(t_ns)));
         for (std::size_t c = 0; c < width(); ++c)
             values_.push_back(columns.values[c * columns.stride + r]);
         last_ns_ = t_ns;
@@ -114,18 +110,18 @@ void LaneFile::write() {
         columns.push_back({&columns_[c * n], sizeof columns_[0]});
     messages_.clear();
     append_batch(messages_, columns, n);
-    if (attempt(tail_.append(messages_))) in_tail_ = t_ns_.size();
+    if (succeeded(tail_.append(messages_))) in_tail_ = t_ns_.size();
     if (t_ns_.size() >= kBatchRows || tail_.size() >= kTailBytes) consolidate();
 }
 
 void LaneFile::end() {
     if (!t_ns_.empty()) consolidate();
     if (t_ns_.empty()) {
-        attempt(main_.finish());
-        tail_.remove();  // left behind it does no harm: a reader drops what it has seen
+        succeeded(main_.finish());
+        tail_.remove();  // if that fails, a reader drops the rows that it has twice
     } else {
-        if (error_ == ENOSPC || error_ == EDQUOT) squeeze();
-        give_up();
+        if (error_ == ENOSPC || error_ == EDQUOT) write_fewer_rows();
+        drop_unwritten();
     }
     main_.close();
     tail_.close();
@@ -142,29 +138,30 @@ void LaneFile::transpose(std::size_t first, std::vector<double>& columns) const 
 
 void LaneFile::consolidate() {
     const std::size_t n = t_ns_.size();
-    std::vector<double> columns;  // ours alone: of a lane with many channels it is megabytes
+    std::vector<double> columns;  // not kept: with many channels it is megabytes
     transpose(0, columns);
-    learn(columns);
-    const auto rows = thin(how_.rules, t_ns_.data(), columns.data(), n, n, whole_);
-    if (attempt(main_.append(batch_of(rows, true)))) {
-        whole_ -= std::min(whole_, n);
-        forget();
+    learn_intervals(columns);
+    const auto rows = thin(options_.rules, t_ns_.data(), columns.data(), n, n, unthinned_);
+    if (succeeded(main_.append(batch_of(rows, true)))) {
+        unthinned_ -= std::min(unthinned_, n);
+        clear_rows();
         (void)tail_.clear();
     } else if (n > kMostPendingRows) {
-        give_up();
+        drop_unwritten();
     }
 }
 
-// A counter that is read more seldom while power is steady keeps to a line as close as at first.
-void LaneFile::learn(const std::vector<double>& columns) {
+// A counter is read less often while power is steady. Its tolerance stays that of its first
+// interval.
+void LaneFile::learn_intervals(const std::vector<double>& columns) {
     const std::size_t n = t_ns_.size();
     for (std::size_t c = 0; c < width(); ++c)
-        if (ThinRule& rule = how_.rules[c];
-            rule.kind == ThinRule::Kind::kLine && rule.most_usual_s == 0.0)
-            rule.most_usual_s = first_interval_s(&columns[c * n], t_ns_.data(), n);
+        if (ThinRule& rule = options_.rules[c];
+            rule.kind == ThinRule::Kind::kLine && rule.max_interval_s == 0.0)
+            rule.max_interval_s = first_interval_s(&columns[c * n], t_ns_.data(), n);
 }
 
-// `thinned`: what lies between these rows is known from them, else it is lost.
+// `thinned`: the rows in between follow from these rows; if not, they are lost.
 std::string LaneFile::batch_of(const std::vector<std::size_t>& rows, bool thinned) const {
     std::vector<std::uint32_t> skipped(rows.size());
     for (std::size_t i = 1; thinned && i < rows.size(); ++i)
@@ -186,7 +183,7 @@ std::string LaneFile::batch_of(const std::vector<std::size_t>& rows, bool thinne
     return batch;
 }
 
-void LaneFile::forget() noexcept {
+void LaneFile::clear_rows() noexcept {
     t_ns_.clear();
     read_ns_.clear();
     since_read_ns_.clear();
@@ -194,26 +191,28 @@ void LaneFile::forget() noexcept {
     in_tail_ = 0;
 }
 
-// Writes fewer rows, from all of the time and with the last, over those of the tail: that room is
-// ours, whoever waits for some. Half of it is for lanes that have none, as of what is free.
-void LaneFile::squeeze() {
+// Writes some of the rows, evenly chosen and with the last, over those in the tail: nobody else can
+// take that space. Without a tail it takes free space. It uses half of either, so that other lanes
+// without space find some.
+void LaneFile::write_fewer_rows() {
     const std::size_t n = t_ns_.size(), row_bytes = 20 + 8 * width();
-    const bool over = in_tail_ > 0;
-    std::size_t count = std::min(n, (over ? tail_.size() : main_.free_bytes()) / 2 / row_bytes);
+    const bool over_tail = in_tail_ > 0;
+    std::size_t count =
+        std::min(n, (over_tail ? tail_.size() : main_.free_bytes()) / 2 / row_bytes);
     for (; count > 0 && !t_ns_.empty(); count /= 2) {
         std::vector<std::size_t> rows{n - 1};
         for (std::size_t left = count - 1; left > 0; --left)
             rows.push_back((left - 1) * (n - 1) / (count - 1));
         std::reverse(rows.begin(), rows.end());
         const std::string batch = batch_of(rows, false);
-        if (!attempt(over ? tail_.replace(batch) : main_.append(batch))) continue;
+        if (!succeeded(over_tail ? tail_.replace(batch) : main_.append(batch))) continue;
         dropped_ += n - count;
-        forget();
+        clear_rows();
     }
 }
 
-// Lets go of the rows that no file holds.
-void LaneFile::give_up() {
+// Drops the rows that are in no file.
+void LaneFile::drop_unwritten() {
     dropped_ += t_ns_.size() - in_tail_;
     t_ns_.resize(in_tail_);
     read_ns_.resize(in_tail_);
@@ -221,7 +220,7 @@ void LaneFile::give_up() {
     values_.resize(in_tail_ * width());
 }
 
-bool LaneFile::attempt(int error) noexcept {
+bool LaneFile::succeeded(int error) noexcept {
     error_ = error;
     return error == 0;
 }

@@ -1,3 +1,4 @@
+// One lane on disk: the two files that hold its rows.
 #pragma once
 
 #include <atomic>
@@ -14,62 +15,61 @@
 
 namespace pepr {
 
-// One lane on disk, `STEM.arrows`. What was read lately lies in small batches in
-// `STEM.tail.arrows` and is now and then rewritten as one large batch, thinned; a crash between the
-// two leaves rows in both. What the disk does not take is kept for later. Any thread may call any
-// of the functions.
+// The main file is `STEM.arrows`. New rows go to `STEM.tail.arrows` in small batches; now and then
+// they are thinned and move to the main file as one large batch. A crash in between leaves rows in
+// both. Rows that could not be written stay in memory for later. All functions are thread-safe.
 class LaneFile {
 public:
-    struct How {
+    struct Options {
         std::string stem, schema;     // columns: t_ns, read_ns, skipped, gap_ns, and the channels
-        std::vector<ThinRule> rules;  // a channel each
+        std::vector<ThinRule> rules;  // one for each channel
     };
 
     // Throws std::system_error.
-    explicit LaneFile(How how);
+    explicit LaneFile(Options options);
 
-    std::size_t width() const noexcept { return how_.rules.size(); }
+    std::size_t width() const noexcept { return options_.rules.size(); }
 
-    // Rows to be written at the next flush.
+    // Adds rows, which the next flush writes.
     void append(const RingView::Columns& columns, std::size_t rows);
 
-    // Appends what the ring got since the last drain, and writes it unless the disk is full.
+    // Appends the ring's rows since the last drain, and writes them unless the disk is full.
     void drain(const RingView& ring);
 
-    // Writes what was appended. `last`: as a large batch, and the files end there. If the disk is
-    // full then, fewer rows are written; the last one is among them, so that counters lose no
-    // energy.
+    // Writes what was appended. `last`: as a large batch, and closes the files. If the disk is full
+    // then, it writes fewer rows; the last row is among them, so that counters lose no energy.
     void flush(bool last = false);
 
-    // These never wait, not for a disk that hangs either.
-    int error() const noexcept { return error_; }  // of the last write, errno; 0: none
-    std::uint64_t dropped_rows() const noexcept { return dropped_; }  // for good: no disk took them
-    std::uint64_t lost_rows() const noexcept { return lost_; }  // overwritten before we took them
+    // These never wait, not even while the disk hangs.
+    int error() const noexcept { return error_; }  // errno of the last write; 0: none
+    std::uint64_t dropped_rows() const noexcept { return dropped_; }  // never written
+    std::uint64_t lost_rows() const noexcept { return lost_; }        // overwritten in the ring
 
 private:
     void make_room(std::size_t rows);
-    void keep(const RingView::Columns& columns, std::size_t rows);
+    void add(const RingView::Columns& columns, std::size_t rows);
     void write();
     void consolidate();
-    void learn(const std::vector<double>& columns);
+    void learn_intervals(const std::vector<double>& columns);
     std::string batch_of(const std::vector<std::size_t>& rows, bool thinned) const;
-    void forget() noexcept;
+    void clear_rows() noexcept;
     void end();
-    void squeeze();
-    void give_up();
-    bool attempt(int error) noexcept;
+    void write_fewer_rows();
+    void drop_unwritten();
+    bool succeeded(int error) noexcept;
     void transpose(std::size_t first, std::vector<double>& columns) const;
 
-    How how_;
-    std::mutex mutex_;  // of all that follows
+    Options options_;
+    std::mutex mutex_;  // protects all that follows, except the atomics
     ArrowFile main_, tail_;
-    // Rows since the last large batch, of which the tail holds `in_tail_`; values row by row.
+    // The rows since the last large batch, values row by row. The first `in_tail_` are in the tail.
     std::vector<std::int64_t> t_ns_;
     std::vector<std::uint32_t> read_ns_, since_read_ns_;
     std::vector<double> values_;
-    std::size_t in_tail_ = 0, whole_;
+    std::size_t in_tail_ = 0;
+    std::size_t unthinned_;  // rows left of those at the beginning that are not thinned
     std::optional<std::int64_t> last_ns_;
-    // As long each time, so they keep their memory.
+    // Buffers, kept because they have the same size each time.
     std::string messages_;
     std::vector<double> columns_;
     std::vector<std::int64_t> ring_t_ns_, ring_read_ns_;

@@ -10,20 +10,24 @@ namespace pepr {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kWide = 1.5;  // usual times, from which on a jump may hide between two changes
-constexpr double kStandstills = 8;  // usual times between changes, from which on it is one
+// Times the usual interval between changes: a power jump may hide in one longer than this.
+constexpr double kLongInterval = 1.5;
+// Likewise: without a change for longer than this, the counter stood still.
+constexpr double kStandstill = 8;
 
-// One column on its way from the row that was kept last.
+// A column, and what is known of it since the row kept last.
 struct Column {
     ThinRule rule;
     const double* values;
-    double usual_s = 0.0;                // between two changes
-    double changed_s = 0.0, rate = 0.0;  // the last change, and how fast it moved there
+    double interval_s = 0.0;             // the usual one between two changes
+    double changed_s = 0.0, rate = 0.0;  // when it changed last, and its rate of change then
 
-    double t_s = 0.0, first = 0.0;                // of the row kept last
-    double least = -kInfinity, most = kInfinity;  // slopes of lines through all that came since
-    double integral = 0.0, largest = 0.0;
-    bool moved = false, fresh = true, holds = true;
+    double t_s = 0.0, first = 0.0;                // time and value of the row kept last
+    double least = -kInfinity, most = kInfinity;  // slopes of the lines that fit all rows since
+    double integral = 0.0, largest = 0.0;         // of the values since
+    bool moved = false;                           // it has changed since
+    bool fresh = true;                            // it has just changed, or not at all since
+    bool fits = true;                             // a line to this row fits all rows between
 
     void begin(std::size_t row, double at_s) {
         t_s = at_s;
@@ -32,11 +36,11 @@ struct Column {
         most = kInfinity;
         integral = largest = 0.0;
         moved = false;
-        fresh = holds = true;
+        fresh = fits = true;
     }
 
-    // Takes in a row. False: no row from here on can follow the one kept last.
-    bool takes(std::size_t row, double at_s, double before_s) {
+    // Takes in the next row. False if a row must be kept before it.
+    bool accepts(std::size_t row, double at_s, double before_s) {
         const double value = values[row];
         if (std::isnan(value)) return true;
         const double since_s = at_s - t_s;
@@ -44,12 +48,12 @@ struct Column {
             case ThinRule::Kind::kLine: {
                 const bool changes = value != values[row - 1];
                 fresh = changes || !moved;
-                holds = true;
+                fits = true;
                 if (!changes) return true;
                 moved = true;
                 const double slope = (value - first) / since_s;
-                holds = slope >= least && slope <= most;
-                const double off = rule.tolerance * slope * usual_s;
+                fits = slope >= least && slope <= most;
+                const double off = rule.tolerance * slope * interval_s;
                 narrow(slope, off / since_s);
                 return least <= most;
             }
@@ -57,7 +61,7 @@ struct Column {
                 const double allowed = rule.tolerance * std::abs(first);
                 const bool within = std::abs(value - first) <= allowed;
                 integral += (value - first) * (at_s - before_s);
-                return within && std::abs(integral) <= 20 * allowed * usual_s;
+                return within && std::abs(integral) <= 20 * allowed * interval_s;
             }
             case ThinRule::Kind::kLevel: {
                 integral += value * (at_s - before_s);
@@ -69,20 +73,20 @@ struct Column {
         return false;
     }
 
-    bool ends_well() const { return fresh && holds; }
+    bool may_keep() const { return fresh && fits; }
 
-    // What makes this row and the one before it worth keeping, whatever the rest says.
+    // Whether this row and the one before it have to be kept, whatever the other columns say.
     bool breaks(std::size_t row, double at_s) {
         const double value = values[row], before = values[row - 1];
         if (std::isnan(value) != std::isnan(before)) return true;
         if (rule.kind != ThinRule::Kind::kLine || value == before || std::isnan(value))
             return false;
-        const double still_s = at_s - changed_s, expected = rate * still_s;
-        const bool jumps = still_s > kWide * usual_s &&
-                           std::abs(value - before - expected) > rule.tolerance * rate * usual_s;
+        const double since_change_s = at_s - changed_s, expected = rate * since_change_s;
+        const bool jumps = since_change_s > kLongInterval * interval_s &&
+                           std::abs(value - before - expected) > rule.tolerance * rate * interval_s;
         changed_s = at_s;
-        rate = (value - before) / still_s;
-        return jumps || value < before || still_s > kStandstills * usual_s;
+        rate = (value - before) / since_change_s;
+        return jumps || value < before || since_change_s > kStandstill * interval_s;
     }
 
 private:
@@ -92,7 +96,7 @@ private:
     }
 };
 
-double usual_interval_s(const double* values, const std::int64_t* t_ns, std::size_t n) {
+double mean_interval_s(const double* values, const std::int64_t* t_ns, std::size_t n) {
     std::int64_t sum_ns = 0, count = 0, last_ns = -1;
     for (std::size_t i = 1; i < n; ++i) {
         if (values[i] == values[i - 1] || std::isnan(values[i])) continue;
@@ -134,7 +138,7 @@ double first_interval_s(const double* values, const std::int64_t* t_ns, std::siz
 
 std::vector<std::size_t> thin(const std::vector<ThinRule>& rules, const std::int64_t* t_ns,
                               const double* values, std::size_t stride, std::size_t n,
-                              std::size_t whole) {
+                              std::size_t unthinned) {
     std::vector<std::size_t> kept;
     if (n == 0) return kept;
     std::vector<Column> columns;
@@ -142,27 +146,27 @@ std::vector<std::size_t> thin(const std::vector<ThinRule>& rules, const std::int
         Column column{};
         column.rule = rules[c];
         column.values = values + c * stride;
-        column.usual_s = usual_interval_s(column.values, t_ns, n);
-        if (column.rule.most_usual_s > 0)
-            column.usual_s = std::min(column.usual_s, column.rule.most_usual_s);
+        column.interval_s = mean_interval_s(column.values, t_ns, n);
+        if (column.rule.max_interval_s > 0)
+            column.interval_s = std::min(column.interval_s, column.rule.max_interval_s);
         columns.push_back(column);
     }
     const auto at_s = [&](std::size_t row) {
         return 1e-9 * static_cast<double>(t_ns[row] - t_ns[0]);
     };
 
-    std::vector<bool> must(n, false);
-    must[0] = must[n - 1] = true;
-    std::fill_n(must.begin(), std::min(whole, n), true);
+    std::vector<bool> required(n, false);
+    required[0] = required[n - 1] = true;
+    std::fill_n(required.begin(), std::min(unthinned, n), true);
     for (std::size_t i = 1; i < n; ++i) {
-        if (t_ns[i] - t_ns[i - 1] > kThinGapNs) must[i - 1] = must[i] = true;
+        if (t_ns[i] - t_ns[i - 1] > kThinGapNs) required[i - 1] = required[i] = true;
         for (Column& column : columns)
-            if (column.breaks(i, at_s(i))) must[i - 1] = must[i] = true;
+            if (column.breaks(i, at_s(i))) required[i - 1] = required[i] = true;
     }
     for (const Column& column : columns) {
         if (column.rule.kind == ThinRule::Kind::kLine) continue;
         const auto [lowest, highest] = extremes(column.values, n);
-        must[lowest] = must[highest] = true;
+        required[lowest] = required[highest] = true;
     }
 
     const auto keep = [&](std::size_t row) {
@@ -172,18 +176,18 @@ std::vector<std::size_t> thin(const std::vector<ThinRule>& rules, const std::int
     keep(0);
     std::size_t candidate = 0;  // the last row that could follow the one kept last
     for (std::size_t i = 1; i < n; ++i) {
-        bool goes_on = t_ns[i] - t_ns[kept.back()] <= kThinLongestNs, ends_well = true;
+        bool goes_on = t_ns[i] - t_ns[kept.back()] <= kThinLongestNs, may_keep = true;
         for (Column& column : columns) {
-            goes_on &= column.takes(i, at_s(i), at_s(i - 1));
-            ends_well &= column.ends_well();
+            goes_on &= column.accepts(i, at_s(i), at_s(i - 1));
+            may_keep &= column.may_keep();
         }
-        if (goes_on && ends_well) candidate = i;
-        const bool lost = !goes_on || (must[i] && candidate != i);
+        if (goes_on && may_keep) candidate = i;
+        const bool lost = !goes_on || (required[i] && candidate != i);
         if (lost && kept.back() + 1 < i) {
             // Back to the last row that would do; without one, to the row after the last kept one.
             i = candidate > kept.back() ? candidate : kept.back() + 1;
             keep(i);
-        } else if (lost || must[i]) {
+        } else if (lost || required[i]) {
             keep(i);
         }
     }

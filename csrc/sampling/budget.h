@@ -1,3 +1,4 @@
+// Limits the CPU time that all lanes of a recording take together, by reading them less often.
 #pragma once
 
 #include <atomic>
@@ -7,51 +8,54 @@
 
 namespace pepr {
 
-// CPU time that the lanes of a recording may take together, as a share of one core.
+// The CPU time that the lanes may take together, as a share of one core.
 //
-// Where they would take more, those that wait for no refresh give way first, up to a fourth of
-// their rate: read less often they lose resolution, where a lane that follows refreshes loses the
-// knowledge of when they come. Then those, to a fourth too, then all alike. Resolution is worth
-// half of the budget: beyond that those that wait for none give way, to a fourth at most, whoever
-// else there is.
+// A lane that follows refreshes is read just after each refresh of its sensor. Read less often, it
+// would no longer know when they come. A flexible lane follows none; read less often, it only loses
+// resolution. So if all want more than the budget, first the flexible lanes are slowed down, to a
+// fourth of their rate at most; then those that follow refreshes, to a fourth as well; then all by
+// the same factor. Besides, flexible lanes get half of the budget at most, down to a fourth of
+// their rate, even if nobody else needs the rest.
 class CpuBudget {
 public:
     explicit CpuBudget(double share) : limit_ppb_(share * 1e9) {}
-    // Changes what the lanes that follow refreshes, or those that give way, would like to take.
-    void want(bool gives_way, std::int64_t by_ppb) noexcept;
-    // How many times further apart such a lane is to be read.
-    double stretch(bool gives_way) const noexcept;
+    // Changes the sum that the flexible lanes, or the others, would take at the rate that they
+    // want.
+    void add_demand(bool is_flexible, std::int64_t by_ppb) noexcept;
+    // By which factor such a lane is to be slowed down.
+    double slowdown(bool is_flexible) const noexcept;
 
 private:
     const double limit_ppb_;
-    // Sums in which each lane keeps its part: relaxed.
-    std::atomic<std::int64_t> follow_ppb_{0}, give_way_ppb_{0};
+    // Sums; each lane adds and subtracts its own part. Nothing else depends on them: relaxed.
+    std::atomic<std::int64_t> following_ppb_{0}, flexible_ppb_{0};
 };
 
-// One lane's part in a budget. Windows of at least 1 s; the first second, in which drivers warm up
-// and cadences are learnt, is not counted.
+// One lane's part in a budget. It measures in windows of at least 1 s. The first window, in which
+// drivers warm up and refreshes are learnt, does not count.
 class Throttle {
 public:
     explicit Throttle(std::shared_ptr<CpuBudget> budget) : budget_(std::move(budget)) {}
-    ~Throttle() { want(gives_way_, 0); }
+    ~Throttle() { set_demand(is_flexible_, 0); }
     Throttle(const Throttle&) = delete;
     Throttle& operator=(const Throttle&) = delete;
 
-    // Counts a read that ended at t_ns, and was put off by `min_spacing_ns` if `throttled`. True
-    // once a window is full: `account` wants to be called.
-    bool read(std::int64_t t_ns, bool throttled) noexcept;
-    // The lane's thread had used cpu_ns of CPU time at t_ns. `gives_way`: it waits for no refresh.
-    void account(std::int64_t t_ns, std::int64_t cpu_ns, bool gives_way) noexcept;
-    // What must lie between the beginnings of two reads; 0: whatever is wanted.
+    // Counts a read that ended at t_ns. `throttled`: the budget delayed it. True at the end of a
+    // window: `end_window` is to be called.
+    bool count_read(std::int64_t t_ns, bool throttled) noexcept;
+    // At t_ns the lane's reads had taken cpu_ns of CPU time.
+    void end_window(std::int64_t t_ns, std::int64_t cpu_ns, bool is_flexible) noexcept;
+    // The least time between the beginnings of two reads; 0: the budget asks for none.
     std::int64_t min_spacing_ns() const noexcept { return min_spacing_ns_; }
 
 private:
-    void want(bool gives_way, std::int64_t ppb) noexcept;
+    void set_demand(bool is_flexible, std::int64_t ppb) noexcept;
 
     std::shared_ptr<CpuBudget> budget_;
-    std::int64_t begin_ns_ = -1, begin_cpu_ns_ = -1, reads_ = 0, throttled_reads_ = 0;
-    std::int64_t wanted_ns_ = 1, wanted_ppb_ = 0, min_spacing_ns_ = 0;
-    bool gives_way_ = false;
+    std::int64_t begin_ns_ = -1, begin_cpu_ns_ = -1;  // of the window
+    std::int64_t reads_ = 0, throttled_reads_ = 0;
+    std::int64_t wanted_spacing_ns_ = 1, demand_ppb_ = 0, min_spacing_ns_ = 0;
+    bool is_flexible_ = false;
 };
 
 }  // namespace pepr

@@ -1,3 +1,5 @@
+// Rounds energy for users who must not see it finely, because they could learn secrets from it
+// (CVE-2020-8694).
 #pragma once
 
 #include <cmath>
@@ -8,26 +10,26 @@
 
 namespace pepr {
 
-// How finely energy may be told to whoever could learn secrets from it (CVE-2020-8694).
 struct Coarse {
     std::int64_t period_ns;  // at most one row in this time
     double quantum_j;        // energy counters are rounded down to a multiple of it
 };
 
-// Makes the rows for those readers. Rounding down a counter telescopes: the energy between any two
-// rows is off by less than one quantum, however many rows lie between them, wraps included. Gauges
-// keep their value: a driver averages them over more than a period (docs/daemon.md).
+// Makes the coarse rows from all rows. The energy between any two coarse rows is wrong by less than
+// one quantum, however many rows lie between them, wraps included, because the rounding errors of a
+// counter do not add up. Other numbers keep their value: a driver averages them over more than a
+// period (docs/daemon.md).
 class Coarsener {
 public:
     Coarsener(const std::vector<Channel>& channels, Coarse how)
         : period_ns_(how.period_ns), row_(channels.size()), quanta_(channels.size()) {
         for (std::size_t c = 0; c < channels.size(); ++c)
-            if (channels[c].quantity == "energy" && channels[c].scale > 0)  // counts are whole
-                quanta_[c] = std::round(how.quantum_j / channels[c].scale);
+            if (channels[c].quantity == "energy" && channels[c].scale > 0)
+                quanta_[c] = std::round(how.quantum_j / channels[c].scale);  // raw counts are whole
     }
 
-    // The row to tell, or nullptr: too soon after the one before.
-    const double* take(std::int64_t t_ns, const std::vector<double>& row) noexcept {
+    // The coarse row for this one; nullptr: too soon after the last coarse row.
+    const double* coarsen(std::int64_t t_ns, const std::vector<double>& row) noexcept {
         if (t_ns < next_ns_) return nullptr;
         next_ns_ = t_ns + period_ns_;
         for (std::size_t c = 0; c < row_.size(); ++c)

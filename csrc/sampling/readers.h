@@ -1,3 +1,4 @@
+// The threads that read the lanes of a recording, and which thread reads which lane.
 #pragma once
 
 #include <memory>
@@ -6,33 +7,32 @@
 
 namespace pepr {
 
-// The threads that read the lanes of a recording: as many as lanes, of which most sleep.
+// There are as many threads as lanes, but most of them sleep.
 //
-// To wake up costs a thread more than most reads do (30 to 60 µs in a virtual machine that
-// leaves its idle state), so lanes that answer quickly are read by one thread, the leader, and all
-// that are due in one wake-up. Leader and followers (Schmidt et al., POSA 2, 2000): should a driver
-// keep the leader, another thread takes the lead of the other lanes, within 0.35 s and once: a lane
-// that was slow is read by the thread that found it so, and by no other, until it has been quick
-// for long.
+// A wake-up costs a thread more than most reads (30 to 60 µs in a virtual machine that leaves its
+// idle state). So one thread, the leader, reads all lanes that answer quickly, and in one wake-up
+// all that are due. This is the pattern Leader/Followers (Schmidt et al., POSA 2, 2000). If a
+// driver hangs while the leader reads it, another thread becomes the leader within 0.35 s. That
+// delays the other lanes only once: the thread that found a lane slow goes on to read it, alone,
+// until the lane has been quick for long.
 class Readers {
 public:
     Readers();
 
-    // Adds a lane, which is opened by a thread of its own. Throws std::system_error where there can
-    // be no other thread.
-    std::shared_ptr<Lane> add(Lane::How how);
+    // Adds a lane, which a new thread opens. Throws std::system_error if no thread can be started.
+    std::shared_ptr<Lane> add(Lane::Options options);
 
-    // Takes one last sample and ends the lane. False: its driver did not return in time; the thread
-    // is left behind, since a thread inside a hung driver cannot be ended.
+    // Takes one last sample and ends the lane. False if its driver did not return in time: a thread
+    // that hangs inside a driver cannot be ended, so it is left behind.
     bool stop(const std::shared_ptr<Lane>& lane, std::int64_t timeout_ns);
 
-    // In a forked child, which has our memory but not our threads: nothing may be freed under the
-    // parent's feet.
+    // Never frees the state. A forked child calls it: it has our memory without our threads, which
+    // may have been using that memory.
     void leak() const;
 
 private:
     struct State;
-    std::shared_ptr<State> state_;  // outlives us when a thread is left behind
+    std::shared_ptr<State> state_;  // a thread that is left behind shares it
 };
 
 }  // namespace pepr

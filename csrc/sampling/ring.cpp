@@ -46,7 +46,7 @@ RingView::RingView(int fd) {
     struct stat about{};
     refuse_unless(::fstat(fd, &about) == 0, "the descriptor is not open");
     refuse_unless(S_ISREG(about.st_mode), "it is no memory file");
-    // Without these its owner could cut it short under our mapping, which is SIGBUS.
+    // Without these seals its owner could truncate it under our mapping: reads would raise SIGBUS.
     const int seals = ::fcntl(fd, F_GET_SEALS);
     refuse_unless(seals >= 0 && (seals & kKeptSize) == kKeptSize, "its size is not sealed");
     refuse_unless(about.st_size >= static_cast<off_t>(kHeaderBytes), "it is too small");
@@ -54,7 +54,7 @@ RingView::RingView(int fd) {
     void* memory = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0);
     refuse_unless(memory != MAP_FAILED, "it cannot be mapped");
     place(memory);
-    // Copied once: what is checked is what is used, whatever its owner writes later.
+    // Copied once, so that we use what we have checked, whatever its owner writes later.
     const Header& header = *header_;
     const std::uint64_t magic = header.magic, version = header.version;
     const std::uint64_t width = header.width, capacity = header.capacity;
@@ -71,7 +71,7 @@ RingView::RingView(int fd) {
 }
 
 RingView::~RingView() {
-    // Without a mapping (a Ring that could not be made) this would unmap what lies at address 0.
+    // Without the check, a Ring whose constructor threw would unmap what is mapped at address 0.
     if (header_ != nullptr) ::munmap(header_, bytes_of(width_, capacity_));
 }
 
@@ -89,7 +89,7 @@ std::size_t RingView::read(std::uint64_t& cursor, const Columns& out,
         copy(out.read_ns + r, row[1]);
         for (std::size_t c = 0; c < width_; ++c) copy(out.values + c * out.stride + r, row[2 + c]);
     }
-    // Rows below reserved - capacity may have been overwritten while they were copied.
+    // The producer may have overwritten rows below reserved - capacity while we copied them.
     const std::uint64_t reserved = header_->reserved.load(std::memory_order_acquire);
     std::size_t torn = 0;
     if (reserved > cursor + capacity_) torn = reserved - capacity_ - cursor;
@@ -119,10 +119,10 @@ std::size_t RingView::latest(const Columns& out) const noexcept {
 
 std::uint64_t RingView::find(std::int64_t t_ns) const noexcept {
     const std::uint64_t head = this->head();
-    // The oldest rows may be overwritten while we search; read() would then notice a lost one.
+    // Leave out the oldest rows: they may be overwritten during the search.
     std::uint64_t low = head > capacity_ ? head - capacity_ + capacity_ / 16 : 0, high = head;
     const std::uint64_t oldest = low;
-    while (low < high) {  // the first row that began later
+    while (low < high) {  // finds the first row that began later
         const std::uint64_t middle = low + (high - low) / 2;
         std::int64_t began_ns;
         copy(&began_ns, row_at(middle)[0]);
@@ -154,13 +154,13 @@ Ring::Ring(std::size_t width, std::size_t min_rows) {
 Ring::~Ring() { ::close(fd_); }
 
 int Ring::share() const {
-    // FUTURE_WRITE spares the mapping that we have and forbids any other; the last seal is on the
-    // seals. The mode keeps others from opening it for writing in the first place.
+    // FUTURE_WRITE keeps our writable mapping and forbids new ones; SEAL forbids changing the
+    // seals. The file mode forbids to open it for writing at all.
     constexpr int kSeals = kKeptSize | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL;
     if ((::fcntl(fd_, F_GET_SEALS) & kSeals) != kSeals &&
         (::fchmod(fd_, 0444) != 0 || ::fcntl(fd_, F_ADD_SEALS, kSeals) != 0))
         fail("sealing the sample ring");
-    // Anew for each: a duplicate would share our rights and, among readers, the file offset.
+    // Opened anew for each reader: a duplicate of ours would be writable.
     const std::string path = "/proc/self/fd/" + std::to_string(fd_);
     const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (fd < 0) fail("opening the sample ring for a reader");

@@ -1,5 +1,7 @@
+// A ring of rows in shared memory, from one producer to readers in this and other processes.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -7,16 +9,20 @@
 
 namespace pepr {
 
-// A ring of fixed-width rows in shared memory: one producer, any number of readers, each with a
-// cursor of its own. The producer never waits: a reader that is lapped loses the oldest rows and
-// learns how many. Rows are {t_ns, read_ns, value…}, every word 8 bytes.
-//
-// A seqlock over the whole ring. `reserved` counts rows whose writing has begun, `head` rows that
-// are complete. Every data word is stored with release and loaded with acquire, so a reader that
-// saw a word of row n + capacity also sees reserved > n and drops its copy of row n. This needs no
-// fence (which ThreadSanitizer does not model) and is free on x86.
+// How a row's durations are stored: at most 4.3 s. A longer one shows in the times of the rows too.
+inline std::uint32_t to_short_ns(std::int64_t ns) noexcept {
+    return static_cast<std::uint32_t>(std::clamp<std::int64_t>(ns, 0, UINT32_MAX));
+}
 
-// The reader's side, in the producer's process or in another.
+// Rows are {t_ns, read_ns, value…}, every word 8 bytes. Each reader has its own cursor. The
+// producer never waits: a reader that is too slow loses the oldest rows and gets their number.
+//
+// The ring is one seqlock. `reserved` counts the rows whose writing has begun, `head` those that
+// are complete. Every data word is stored with release and loaded with acquire. So a reader that
+// saw a word of row n + capacity also sees reserved > n + capacity and drops its copy of row n.
+// This needs no fence (which ThreadSanitizer does not model) and is free on x86.
+
+// The reader's side, in the producer's process or in another one.
 class RingView {
 public:
     struct Columns {
@@ -26,9 +32,9 @@ public:
         std::size_t stride;  // also the most rows that fit
     };
 
-    // Maps the ring behind a descriptor that Ring::share() gave, read-only; the descriptor stays
-    // the caller's. Throws std::invalid_argument for anything else: whoever made it, nothing that
-    // it does later makes a reader crash or leave the mapping.
+    // Maps read-only the ring of a descriptor that Ring::share() returned; the caller still owns
+    // the descriptor. Throws std::invalid_argument for any other file. Nothing that the file's
+    // owner does later can make the reader crash or read outside of the mapping.
     explicit RingView(int fd);
     ~RingView();
     RingView(const RingView&) = delete;
@@ -38,15 +44,15 @@ public:
     std::size_t capacity() const noexcept { return capacity_; }
     std::uint64_t head() const noexcept { return header_->head.load(std::memory_order_acquire); }
 
-    // Copies rows from `cursor` on and moves it; adds rows overwritten before they were seen to
-    // `lost`. Returns the number of rows copied, 0 when there is nothing new.
+    // Copies the rows from `cursor` on and moves the cursor. Adds to `lost` the number of rows that
+    // were overwritten before. Returns the number of rows copied; 0: nothing is new.
     std::size_t read(std::uint64_t& cursor, const Columns& out, std::uint64_t& lost) const noexcept;
 
-    // The newest row, seen by nobody's cursor; 0: there is none yet.
+    // Copies the newest row, whatever has been read. Returns the number of rows: 1, or 0.
     std::size_t latest(const Columns& out) const noexcept;
 
-    // The number of the last row that began at t_ns or before; the oldest one kept if all did
-    // later.
+    // The number of the last row that began at t_ns or before; of the oldest row there is if all
+    // began later.
     std::uint64_t find(std::int64_t t_ns) const noexcept;
 
 protected:
@@ -81,19 +87,19 @@ private:
     void drop_front(const Columns& out, std::size_t rows, std::size_t count) const noexcept;
 };
 
-// The producer's.
+// The producer's side.
 class Ring : public RingView {
 public:
     Ring(std::size_t width, std::size_t min_rows);
     ~Ring();
 
-    // A descriptor of its own for a reader in another process, who may not be trusted: opened for
-    // reading, and sealed so that no way back to writing, growing or truncating is left to anybody.
-    // The caller closes it. Throws std::system_error.
+    // A new descriptor for a reader in another process, which may not be trusted: opened for
+    // reading, and sealed so that nobody can write to, grow or truncate the file through it. The
+    // caller closes it. Throws std::system_error.
     int share() const;
 
     void push(std::int64_t t_ns, std::int64_t read_ns, const double* values) noexcept {
-        const std::uint64_t n = header_->head.load(std::memory_order_relaxed);  // ours alone
+        const std::uint64_t n = header_->head.load(std::memory_order_relaxed);  // only we write it
         // Ordered before the data words, because those are release stores.
         header_->reserved.store(n + 1, std::memory_order_relaxed);
         Word* row = row_at(n);

@@ -6,9 +6,9 @@
 
 namespace pepr {
 
-Sampler::Sampler(Lane::How how, std::shared_ptr<Readers> readers)
+Sampler::Sampler(Lane::Options options, std::shared_ptr<Readers> readers)
     : readers_(readers != nullptr ? std::move(readers) : std::make_shared<Readers>()),
-      lane_(readers_->add(std::move(how))),
+      lane_(readers_->add(std::move(options))),
       owner_pid_(::getpid()) {}
 
 Sampler::~Sampler() {
@@ -36,11 +36,11 @@ const Lane& Sampler::opened() const {
 const std::vector<Channel>& Sampler::channels() const { return opened().sensor().channels(); }
 const std::vector<Note>& Sampler::notes() const { return opened().sensor().notes(); }
 std::size_t Sampler::width() const { return opened().ring().width(); }
-std::uint64_t Sampler::waiting() const { return opened().ring().head() - cursor_; }
+std::uint64_t Sampler::unread_rows() const { return opened().ring().head() - cursor_; }
 int Sampler::share(bool coarse) const {
     const Lane& lane = opened();
     if (!coarse) return lane.ring().share();
-    if (lane.coarse_ring() == nullptr) throw std::logic_error("this lane is not told coarsely");
+    if (lane.coarse_ring() == nullptr) throw std::logic_error("this lane has no coarse ring");
     return lane.coarse_ring()->share();
 }
 std::size_t Sampler::read(const Ring::Columns& out) {

@@ -1,5 +1,5 @@
-// Energy and power of any chip that the kernel's hwmon class shows: AMD GPUs and CPUs, Grace,
-// power supplies, board monitors.
+// Energy and power of every chip in the kernel's hwmon class: AMD GPUs and CPUs, Grace, power
+// supplies, board monitors.
 
 #include <cerrno>
 #include <cstring>
@@ -25,7 +25,7 @@ public:
         if (error)
             throw SensorError(missing, error.message(),
                               "virtual machines have none; on the machine itself: sensors");
-        if (chips.count(root / "name") > 0) chips = {root};  // one chip of many was asked for
+        if (chips.count(root / "name") > 0) chips = {root};  // the spec names a single chip
         for (const fs::path& chip : chips) open_chip(chip);
         if (channels_.empty() && !notes_.empty()) {
             notes_[0].what = "hwmon sensors cannot be read";
@@ -41,7 +41,7 @@ public:
     void poll(double* out) noexcept override {
         for (const Reading& reading : readings_) {
             double value = number(reading.file);
-            if (reading.times) value *= number(reading.times);
+            if (reading.factor) value *= number(reading.factor);
             *out++ = value;
         }
     }
@@ -49,7 +49,7 @@ public:
 private:
     struct Reading {
         File file;
-        File times;  // a second factor: current, where a chip has no power
+        File factor;  // current, where a chip has voltage and current but no power
     };
 
     static double number(const File& file) noexcept {
@@ -63,14 +63,14 @@ private:
     void open_chip(const fs::path& chip) {
         std::error_code error;
         std::set<fs::path> files = list_directory(chip, error);
-        // Old drivers, acpi_power_meter (Grace) among them, leave their files with the device.
+        // Old drivers (acpi_power_meter on Grace) put their files into the device's directory.
         for (const fs::path& file : list_directory(chip / "device", error))
             if (files.count(chip / file.filename()) == 0) files.insert(file);
         const auto has = [&](const fs::path& file) { return files.count(file) > 0; };
         std::string name = read_text(chip / "name");
         if (name.empty()) name = read_text(chip / "device/name");
-        // amdgpu offers no power cap where the GPU is a part of the processor (amdgpu_pm.c), except
-        // on one whose power is labelled so. The power is then the whole processor's.
+        // Where the GPU is a part of the processor, the power is the whole processor's. amdgpu then
+        // has no power cap (amdgpu_pm.c), except for one chip, which has this label.
         const bool processor = name == "amdgpu" && (!has(chip / "power1_cap") ||
                                                     read_text(chip / "power1_label") == "slowPPT");
         for (const fs::path& file : files) {
@@ -80,12 +80,12 @@ private:
             const std::string base = stem.substr(0, underscore);  // "power1"
             const std::string what = stem.substr(underscore);
             const fs::path path = file.parent_path() / base;
-            // The average covers the time between two readings, the input an instant of it.
+            // power*_average covers all of the time between two readings, power*_input an instant.
             const bool power =
                 base.rfind("power", 0) == 0 &&
                 (what == "_average" || (what == "_input" && !has(path.string() + "_average")));
             const bool energy = base.rfind("energy", 0) == 0 && what == "_input";
-            // Jetson's monitors know volts and amperes of a rail: mV times mA is microwatts.
+            // Jetson's ina3221 has the voltage and current of a rail: mV times mA is microwatts.
             const fs::path current = file.parent_path() / ("curr" + base.substr(2) + "_input");
             const bool rail = name == "ina3221" && base.rfind("in", 0) == 0 && what == "_input" &&
                               has(current) && has(path.string() + "_label");
@@ -95,10 +95,10 @@ private:
     }
 
     void open_file(const fs::path& chip, const std::string& name, const fs::path& base,
-                   const fs::path& path, const fs::path& times, bool energy, bool processor) {
+                   const fs::path& path, const fs::path& factor, bool energy, bool processor) {
         const std::string input = base.filename();
-        Reading reading{File(path), times.empty() ? File() : File(times)};
-        if (!reading.file || (!times.empty() && !reading.times)) {
+        Reading reading{File(path), factor.empty() ? File() : File(factor)};
+        if (!reading.file || (!factor.empty() && !reading.factor)) {
             const int error = errno;
             const std::string what = "hwmon " + name + " " + input;
             notes_.push_back(is_denied(error)
@@ -111,7 +111,7 @@ private:
         if (label.empty()) label = read_text(base.string() + "_oem_info");
         std::error_code error;
         const fs::path device = fs::canonical(chip / "device", error);
-        // hwmonN is numbered anew at every boot; the device's own name stays.
+        // The N of hwmonN may change with every boot; the device's own name does not.
         const std::string owner = error ? chip.filename().string() : device.filename().string();
         Channel channel;
         channel.name = name + "@" + owner + "/" + input;

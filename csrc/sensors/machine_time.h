@@ -1,3 +1,4 @@
+// The CPU time of the whole machine, and how much a hypervisor stole of it.
 #pragma once
 
 #include <cstdint>
@@ -13,15 +14,15 @@ namespace pepr {
 
 // CPU time of the whole machine since it booted, s.
 //
-// /proc/stat tells it, but counts every interrupt of every CPU for each read. The root of cgroup v2
-// tells the same sums (root_cgroup_cputime of kernel/cgroup/rstat.c, Linux 5.8 and later), but of
-// what was stolen nothing, or no longer.
+// /proc/stat has it, but sums every interrupt of every CPU for each read. The root of cgroup v2 has
+// the same sums and is cheaper (root_cgroup_cputime of kernel/cgroup/rstat.c, Linux 5.8 and later),
+// but it has no stolen time.
 class MachineTime {
 public:
     explicit MachineTime(const std::string& root = "") : stat_(root + "/proc/stat") {
         for (const char* folder : {"/sys/fs/cgroup", "/sys/fs/cgroup/unified"}) {
             const std::string path = root + folder;
-            // All but the root have a type; a container may see its own group in this place.
+            // Only the root group has no type. A container may see its own group in its place.
             if (::access((path + "/cgroup.type").c_str(), F_OK) == 0) continue;
             root_group_ = File(path + "/cpu.stat");
             if (double busy_s; read_group(busy_s)) return;
@@ -30,14 +31,14 @@ public:
     }
     explicit operator bool() const noexcept { return static_cast<bool>(stat_); }
 
-    // By user, system and interrupts. What guests use is in user already.
+    // Of user, system and interrupts. User includes what guests use.
     double busy_s() noexcept {
         double busy_s = kUnknown;
         if (!root_group_ || !read_group(busy_s)) read_stat(busy_s);
         return busy_s;
     }
 
-    // In whole ticks, which ran elsewhere. Read anew if busy_s did not come by it.
+    // What a hypervisor stole, in whole ticks. Read now, unless busy_s() has just read it.
     double stolen_s() noexcept {
         double busy_s;
         if (root_group_) read_stat(busy_s);

@@ -1,5 +1,5 @@
-// Every NVIDIA GPU of the machine, through the driver's own library, opened at run time: the same
-// build runs with and without a driver. Devices are known by UUID; indices change across boots.
+// Energy, power, utilisation and memory of every NVIDIA GPU, through the driver's library. A UUID
+// identifies a device, because indices change across boots.
 
 #include <algorithm>
 #include <array>
@@ -68,8 +68,8 @@ enum : std::size_t {
 };
 
 // A call takes a driver from 2.5 us to milliseconds, under a lock that the program may wait for
-// (docs/measurement, B). So what tells no energy (utilisation, memory, the power of a board that
-// has a counter) is asked for no more often, and stands meanwhile, as it does in the driver.
+// (docs/measurement, B). So what says nothing about energy (utilisation, memory, the power of a
+// board with a counter) is read no more often than this, and keeps its value in between.
 constexpr std::int64_t kGaugesNs = 200'000'000;
 
 nvmlFieldValue_t request(const Reading& reading) noexcept {
@@ -87,28 +87,28 @@ public:
         probe();
         for (Gpu& gpu : gpus_) describe(gpu);
         if (channels_.empty()) throw nvml::nothing_found(notes_);
-        told_.assign(channels_.size(), kUnknown);
+        values_.assign(channels_.size(), kUnknown);
     }
 
     void poll(double* out) noexcept override {
         const std::int64_t t_ns = now_ns();
         const bool all = t_ns >= gauges_due_ns_;
         if (all) gauges_due_ns_ = t_ns + kGaugesNs;
-        double* told = told_.data();
+        double* values = values_.data();
         for (Gpu& gpu : gpus_) {
             const std::size_t calls = all ? gpu.calls.size() : gpu.watched_calls;
             const std::size_t fields = all ? gpu.fields.size() : gpu.watched_fields;
-            for (std::size_t i = 0; i < calls; ++i) ask(*gpu.calls[i], gpu.device, told[i]);
-            told += gpu.calls.size();
+            for (std::size_t i = 0; i < calls; ++i) ask(*gpu.calls[i], gpu.device, values[i]);
+            values += gpu.calls.size();
             const nvmlReturn_t code =
                 fields == 0
                     ? NVML_SUCCESS
                     : library_.fields(gpu.device, static_cast<int>(fields), gpu.fields.data());
             for (std::size_t i = 0; i < fields; ++i)
-                told[i] = code == NVML_SUCCESS ? field_value(gpu.fields[i]) : kUnknown;
-            told += gpu.fields.size();
+                values[i] = code == NVML_SUCCESS ? field_value(gpu.fields[i]) : kUnknown;
+            values += gpu.fields.size();
         }
-        std::copy(told_.begin(), told_.end(), out);
+        std::copy(values_.begin(), values_.end(), out);
     }
 
     void finish() noexcept override { gauges_due_ns_ = 0; }
@@ -116,7 +116,7 @@ public:
 private:
     struct Gpu : nvml::Board {
         std::array<nvmlReturn_t, kReadings.size()> answers;
-        // What poll() reads, in the order of the channels: first what tells the board's energy.
+        // What poll() reads, in the order of the channels. The first `watched` ones measure energy.
         std::vector<const Reading*> calls;
         std::vector<nvmlFieldValue_t> fields;
         std::size_t watched_calls = 0, watched_fields = 0;
@@ -139,14 +139,14 @@ private:
         gpus_.push_back(std::move(gpu));
     }
 
-    // Polled faster than its sensor refreshes, a driver may answer NOT_SUPPORTED once where the
-    // call works (zeus PR 186): only a repeated refusal counts. All are asked before any is asked
-    // again, so that the pauses do not add up over calls and GPUs.
+    // Finds out which readings each GPU has. If it is polled faster than its sensor refreshes, a
+    // driver may answer NOT_SUPPORTED once although the call works (zeus PR 186), so only a
+    // repeated refusal counts. Each attempt asks all GPUs, so that the pauses do not add up.
     void probe() {
         for (int attempt = 0; attempt < kAttempts; ++attempt) {
             bool refused = false;
             for (Gpu& gpu : gpus_) {
-                // Few boards are a module, and its power is in no total: once is enough.
+                // Few boards are a module, and its power is in no total: ask once.
                 const std::size_t asked = attempt == 0 ? kReadings.size() : kModule;
                 for (std::size_t i = 0; i < asked; ++i) {
                     double value;
@@ -161,9 +161,9 @@ private:
     }
 
     void describe(Gpu& gpu) {
-        // What fails but may come back is kept: unknown until it does.
-        const auto has = [&](std::size_t i) { return !nvml::never(gpu.answers[i]); };
-        // PowerUsage repeats one of the fields where they exist; which one, depends on the chip.
+        // A reading that fails now but may work later is kept. It is unknown until then.
+        const auto has = [&](std::size_t i) { return !nvml::is_permanent(gpu.answers[i]); };
+        // PowerUsage repeats one of the fields where they exist. Which one depends on the chip.
         const bool fields = has(kInstant) || has(kAverage);
         const bool counted = has(kEnergyCall) || has(kEnergyField);
         for (std::size_t i = 0; i < kReadings.size(); ++i) {
@@ -222,7 +222,7 @@ private:
 
     nvml::Library library_;
     std::vector<Gpu> gpus_;
-    std::vector<double> told_;  // by channel, as the driver answered last
+    std::vector<double> values_;  // the driver's last answers, by channel
     std::int64_t gauges_due_ns_ = 0;
 };
 

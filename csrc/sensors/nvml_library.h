@@ -1,4 +1,4 @@
-// NVIDIA's driver library, opened at run time: the same build runs with and without a driver.
+// Loads NVIDIA's driver library at run time: the same build runs with and without a driver.
 #pragma once
 
 #include <array>
@@ -29,10 +29,10 @@ inline std::string remedy(nvmlReturn_t code) {
     }
 }
 
-// nvml.h renames calls to their newest version by macro; a symbol is looked up by its real name,
-// and one that the driver is too old for stays null.
+// The library and its functions. Macros of nvml.h rename a function to its newest version, so each
+// is looked up by its real name. One that the driver is too old for is null.
 struct Library {
-    // `where` is a path, or empty for the driver's own name. Throws SensorError; not started yet.
+    // Loads the library at path `where`, or the usual one if it is empty. Throws SensorError.
     explicit Library(const std::string& where)
         : path(where.empty() ? kUsualLibrary : where),
           handle(::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
@@ -61,7 +61,7 @@ struct Library {
             return reinterpret_cast<F*>(address);
         }
     };
-    // Starts NVML and counts its GPUs; throws SensorError.
+    // Starts NVML and returns the number of GPUs. Throws SensorError.
     unsigned start() {
         check(init(), "NVML does not start");
         started = true;
@@ -106,27 +106,27 @@ struct Library {
         find("nvmlDeviceGetProcessUtilization");
 };
 
-// A refusal that stays. Others may pass (a GPU that is lost, a time-out).
-inline bool never(nvmlReturn_t code) noexcept {
+// Whether a call that failed so will always fail. Others may work again (a lost GPU, a time-out).
+inline bool is_permanent(nvmlReturn_t code) noexcept {
     return code == NVML_ERROR_NOT_SUPPORTED || code == NVML_ERROR_FUNCTION_NOT_FOUND ||
            code == NVML_ERROR_INVALID_ARGUMENT || code == NVML_ERROR_NO_PERMISSION;
 }
 
-// Why a sensor that found nothing to read is none.
+// The error for a sensor that found nothing to read.
 inline SensorError nothing_found(const std::vector<Note>& notes) {
     if (!notes.empty()) return SensorError(notes[0]);
     return {"no NVIDIA GPU", "the driver runs but sees no device",
             "check nvidia-smi -L, and NVIDIA_VISIBLE_DEVICES in a container"};
 }
 
-// A GPU's handle and names, asked once when a sensor opens.
+// A GPU's handle and names, read once when a sensor opens.
 struct Board {
     nvmlDevice_t device = nullptr;
     std::map<std::string, std::string> labels;
     bool mig = false;
 };
 
-// NVML_SUCCESS, or why the board at `index` cannot be opened.
+// Fills in the board at `index`. Returns NVML_SUCCESS, or why it cannot be opened.
 inline nvmlReturn_t open_board(const Library& library, unsigned index, Board& board) {
     nvmlReturn_t code = library.by_index(index, &board.device);
     std::array<char, NVML_DEVICE_UUID_V2_BUFFER_SIZE> uuid{}, name{};

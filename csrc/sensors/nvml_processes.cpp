@@ -1,8 +1,8 @@
-// Which processes compute on each NVIDIA GPU, and how much of it each of them used.
+// Which processes compute on each NVIDIA GPU, and how much of it each of them uses.
 //
-// A lane of its own: these calls may be slow, and one that hangs must not cost a joule. Processes
-// come and go while a lane's channels are fixed, so each GPU has slots; a process keeps its slot
-// for as long as it is seen. Whose process it is, Python finds out while it lives.
+// This is a sensor of its own, because these calls may be slow or hang, and energy readings must
+// not wait for them. Processes come and go while the channels of a sensor are fixed, so each GPU
+// has a number of slots. A process keeps its slot while it is seen. Python finds out whose it is.
 
 #include <algorithm>
 #include <array>
@@ -14,22 +14,22 @@ namespace pepr {
 
 namespace {
 
-constexpr std::size_t kSlots = 16;  // a GPU; more than that is told by the count
-constexpr std::size_t kMost = 256;  // processes of a GPU that are looked at
+constexpr std::size_t kSlots = 16;           // for each GPU; the count may be higher
+constexpr std::size_t kMostProcesses = 256;  // read of one GPU
 constexpr auto kNotAvailable = static_cast<unsigned long long>(NVML_VALUE_NOT_AVAILABLE);
-constexpr unsigned kMaxPercent = 100;  // drivers have been seen to answer more, which is garbage
+constexpr unsigned kMaxPercent = 100;  // some drivers return more, which is garbage
 
 struct Slot {
     unsigned pid = 0;  // 0: free
     bool seen = false;
-    double sm = 0.0, bytes = 0.0, instance = 0.0;
+    double sm_percent = 0.0, bytes = 0.0, instance = 0.0;
 };
 
 struct Gpu : nvml::Board {
     std::array<Slot, kSlots> slots{};
     double count = 0.0;
-    bool measures_use = false;
-    unsigned long long last_seen_us = 0;  // the newest sample so far, by the driver's clock
+    bool has_utilisation = false;
+    unsigned long long last_sample_us = 0;  // by the driver's clock
 };
 
 class NvmlProcesses final : public Sensor {
@@ -38,7 +38,7 @@ public:
         const unsigned count = library_.start();
         for (unsigned index = 0; index < count; ++index) {
             Gpu gpu{};
-            // One that does not open is told by whoever reads its energy.
+            // The sensor that reads its energy reports a board that does not open.
             if (nvml::open_board(library_, index, gpu) == NVML_SUCCESS) describe(gpu);
         }
         if (gpus_.empty()) throw nvml::nothing_found(notes_);
@@ -46,12 +46,12 @@ public:
 
     void poll(double* out) noexcept override {
         for (Gpu& gpu : gpus_) {
-            const bool listed = look(gpu);
+            const bool listed = read_processes(gpu);
             *out++ = listed ? gpu.count : kUnknown;
             for (const Slot& slot : gpu.slots) {
                 *out++ = listed ? slot.pid : kUnknown;
                 *out++ = listed ? slot.bytes : kUnknown;
-                if (gpu.measures_use) *out++ = listed ? slot.sm : kUnknown;
+                if (gpu.has_utilisation) *out++ = listed ? slot.sm_percent : kUnknown;
                 if (gpu.mig) *out++ = listed ? slot.instance : kUnknown;
             }
         }
@@ -60,18 +60,19 @@ public:
 private:
     void describe(Gpu& gpu) {
         const std::string of_gpu = " of GPU " + gpu.labels["index"];
-        unsigned room = kMost;
+        unsigned room = kMostProcesses;
         const nvmlReturn_t listed = library_.processes
                                         ? library_.processes(gpu.device, &room, infos_.data())
                                         : NVML_ERROR_FUNCTION_NOT_FOUND;
-        if (nvml::never(listed)) {
+        if (nvml::is_permanent(listed)) {
             Note note = library_.note("processes" + of_gpu, listed);
             note.fix = "none: its driver does not list them";
             notes_.push_back(std::move(note));
             return;
         }
-        // Asked for nothing older than now, so that the first row is not about the past.
-        gpu.measures_use = !gpu.mig && library_.process_utilisation && !nvml::never(use_of(gpu));
+        // This read also skips older samples, so that the first row is not about the past.
+        gpu.has_utilisation =
+            !gpu.mig && library_.process_utilisation && !nvml::is_permanent(read_utilisation(gpu));
         const auto add = [&](const std::string& name, const char* quantity, const char* unit,
                              double scale, const char* source) {
             channels_.push_back({gpu.labels["uuid"] + "/" + name, quantity, unit, scale, 0.0, false,
@@ -82,26 +83,27 @@ private:
             const std::string slot = std::to_string(i);
             add("pid" + slot, "identity", "1", 1.0, "nvml-processes");
             add("memory" + slot, "memory", "B", 1.0, "nvml-process-memory");
-            if (gpu.measures_use)
+            if (gpu.has_utilisation)
                 add("sm" + slot, "utilisation", "1", 0.01, "nvml-process-utilisation");
             if (gpu.mig) add("instance" + slot, "identity", "1", 1.0, "nvml-processes");
         }
         gpus_.push_back(std::move(gpu));
     }
 
-    bool look(Gpu& gpu) noexcept {
-        unsigned count = kMost;
+    // Updates the slots. False if the driver does not list its processes now.
+    bool read_processes(Gpu& gpu) noexcept {
+        unsigned count = kMostProcesses;
         samples_used_ = 0;
         if (library_.processes(gpu.device, &count, infos_.data()) != NVML_SUCCESS) return false;
-        if (gpu.measures_use) use_of(gpu);
-        const unsigned listed = std::min<unsigned>(count, kMost);
+        if (gpu.has_utilisation) read_utilisation(gpu);
+        const unsigned listed = std::min<unsigned>(count, kMostProcesses);
         gpu.count = count;
         for (Slot& slot : gpu.slots) slot.seen = false;
-        each_pid(listed, [&](unsigned pid) {
+        for_each_pid(listed, [&](unsigned pid) {
             if (Slot* const slot = slot_of(gpu, pid)) slot->seen = true;
         });
         for (Slot& slot : gpu.slots) slot = {slot.seen ? slot.pid : 0};
-        each_pid(listed, [&](unsigned pid) {
+        for_each_pid(listed, [&](unsigned pid) {
             if (slot_of(gpu, pid) != nullptr) return;
             if (Slot* const slot = slot_of(gpu, 0)) slot->pid = pid;
         });
@@ -114,29 +116,30 @@ private:
                                : static_cast<double>(info.usedGpuMemory);
             slot->instance = info.gpuInstanceId;
         }
-        // Samples of one process add up: a driver that tells them one by one leaves out the zeros.
+        // A driver may return several samples of one process, without those that are 0: add them.
         for (unsigned i = 0; i < samples_used_; ++i)
-            if (Slot* const slot = slot_of(gpu, samples_[i].pid)) slot->sm += samples_[i].smUtil;
+            if (Slot* const slot = slot_of(gpu, samples_[i].pid))
+                slot->sm_percent += samples_[i].smUtil;
         return true;
     }
 
-    // A process that has ended is no longer listed, but its last samples are its own.
+    // Visits the listed processes, and those that have ended but left samples.
     template <typename Visit>
-    void each_pid(unsigned listed, Visit visit) noexcept {
+    void for_each_pid(unsigned listed, Visit visit) noexcept {
         for (unsigned i = 0; i < listed; ++i) visit(infos_[i].pid);
         for (unsigned i = 0; i < samples_used_; ++i) visit(samples_[i].pid);
     }
 
-    // Each process's mean SM utilisation since the call before, in samples_; NOT_FOUND where none
-    // computed or no sample has been taken since.
-    nvmlReturn_t use_of(Gpu& gpu) noexcept {
-        unsigned count = kMost;
+    // Reads each process's mean SM utilisation since the last call into samples_. NOT_FOUND if none
+    // computed, or if the driver took no sample since.
+    nvmlReturn_t read_utilisation(Gpu& gpu) noexcept {
+        unsigned count = kMostProcesses;
         const nvmlReturn_t code =
-            library_.process_utilisation(gpu.device, samples_.data(), &count, gpu.last_seen_us);
+            library_.process_utilisation(gpu.device, samples_.data(), &count, gpu.last_sample_us);
         samples_used_ = 0;
         if (code != NVML_SUCCESS) return code;
-        for (unsigned i = 0; i < std::min<unsigned>(count, kMost); ++i) {
-            gpu.last_seen_us = std::max(gpu.last_seen_us, samples_[i].timeStamp);
+        for (unsigned i = 0; i < std::min<unsigned>(count, kMostProcesses); ++i) {
+            gpu.last_sample_us = std::max(gpu.last_sample_us, samples_[i].timeStamp);
             if (samples_[i].pid != 0 && samples_[i].smUtil <= kMaxPercent)
                 samples_[samples_used_++] = samples_[i];
         }
@@ -151,8 +154,8 @@ private:
 
     nvml::Library library_;
     std::vector<Gpu> gpus_;
-    std::array<nvmlProcessInfo_t, kMost> infos_{};
-    std::array<nvmlProcessUtilizationSample_t, kMost> samples_{};
+    std::array<nvmlProcessInfo_t, kMostProcesses> infos_{};
+    std::array<nvmlProcessUtilizationSample_t, kMostProcesses> samples_{};
     unsigned samples_used_ = 0;
 };
 

@@ -1,9 +1,9 @@
-// RAPL through the kernel's perf events: 64-bit counters that do not wrap, one system call a
+// RAPL through the kernel's perf events: 64-bit counters that do not wrap, one system call for each
 // socket.
 //
-// `perf[:SYSFS]` reads the PMU `power`; `perf-core[:SYSFS]` the PMU `power_core` (AMD, one counter
-// a core). Which events exist, their encoding, scale and unit, and the CPUs to read them on are all
-// the kernel's to say, in SYSFS/bus/event_source/devices/PMU.
+// `perf[:SYSFS]` reads the PMU `power`, `perf-core[:SYSFS]` the PMU `power_core` (AMD, one counter
+// for each core). SYSFS/bus/event_source/devices/PMU says which events exist, their encoding, scale
+// and unit, and on which CPUs to read them.
 
 #include <array>
 #include <cerrno>
@@ -31,7 +31,7 @@ struct Event {
     double scale;
 };
 
-// "0,2-4" as numbers, as cpumask and format files write them.
+// The numbers of a list such as "0,2-4", which cpumask and format files use.
 std::vector<int> parse_list(const std::string& text) {
     std::vector<int> numbers;
     std::istringstream stream(text);
@@ -85,7 +85,7 @@ private:
     static constexpr std::size_t kMostEvents = 16;
 
     struct Group {
-        std::vector<File> files;  // the first leads and is read
+        std::vector<File> files;  // one read of the first, the group leader, returns all counters
     };
 
     std::vector<Event> find_events() const {
@@ -103,7 +103,7 @@ private:
         return events;
     }
 
-    // "event=0x02,umask=1" by the bit ranges that format/event and format/umask give.
+    // Encodes "event=0x02,umask=1" with the bit ranges in format/event and format/umask.
     std::array<std::uint64_t, 3> encode(const std::string& text) const {
         std::array<std::uint64_t, 3> config{};
         std::istringstream stream(text);

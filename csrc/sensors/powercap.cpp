@@ -1,4 +1,4 @@
-// Energy counters of /sys/class/powercap (RAPL and anything else that registers there).
+// Energy counters of /sys/class/powercap: RAPL, and whatever else registers there.
 
 #include <cerrno>
 #include <cmath>
@@ -53,21 +53,21 @@ public:
     }
 
 private:
-    // The class directory lists children flat beside their parents and again inside them, through
-    // symbolic links that also lead back up: zones are told apart by their resolved path.
+    // The class directory lists child zones beside their parents and again inside them, through
+    // symbolic links that also lead back up. The resolved path identifies a zone.
     void collect(const fs::path& directory, int depth, std::set<fs::path>& found) {
-        constexpr int kDeepest = 4;  // control type, package, domain, and one to spare
+        constexpr int kMostDepth = 4;  // control type, package, domain, and one to spare
         std::error_code error;
         const auto entries = list_directory(directory, error);
         if (is_denied(error.value())) note_denied("powercap " + directory.string(), directory);
         for (const fs::path& entry : entries) {
-            // Zones are called TYPE:N…; "device", "subsystem" and "power" lead elsewhere.
+            // Zones have names like TYPE:N; "device", "subsystem" and "power" lead elsewhere.
             if (depth > 0 && entry.filename().string().find(':') == std::string::npos) continue;
             if (!fs::is_directory(entry, error)) continue;
             const fs::path real = fs::canonical(entry, error);
             if (error) continue;
             if (fs::exists(real / "energy_uj", error) && !found.insert(real).second) continue;
-            if (depth < kDeepest) collect(real, depth + 1, found);
+            if (depth < kMostDepth) collect(real, depth + 1, found);
         }
     }
 
@@ -105,7 +105,8 @@ private:
             channel.labels["parent"] = parent;
             channel.labels["parent_name"] = read_text(directory.parent_path() / "name");
         }
-        // One unit (61 µJ) short of the true modulus, which sysfs does not tell: negligible a wrap.
+        // One unit (61 µJ) less than the true modulus, which sysfs does not show. Once per wrap,
+        // that is negligible.
         const std::string range = read_text(directory / "max_energy_range_uj");
         if (!range.empty()) channel.modulus = std::strtod(range.c_str(), nullptr);
         if (!(channel.modulus > 0 && std::isfinite(channel.modulus))) {
@@ -114,7 +115,7 @@ private:
                 {"the range of " + what,
                  "it has no max_energy_range_uj, so that a wrap looks like a reset and "
                  "loses what was counted since the reading before",
-                 "none: the driver does not tell; keep --period short"});
+                 "none: the driver does not give it; keep --period short"});
         }
         channels_.push_back(std::move(channel));
         files_.push_back(std::move(file));

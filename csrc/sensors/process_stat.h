@@ -1,3 +1,4 @@
+// Reads one process: /proc/PID/stat and its CPU clock.
 #pragma once
 
 #include <algorithm>
@@ -14,42 +15,42 @@
 
 namespace pepr {
 
-// The numbers of /proc/PID/stat that we use. Times are totals since the process began.
+// What /proc/PID/stat says of a process. Times are totals since it began.
 struct Stat {
     pid_t parent;
-    bool living;  // no zombie
-    double own_s, waited_s;
+    bool living;             // not a zombie
+    double own_s, waited_s;  // its own CPU time, and that of children that it waited for
     std::uint64_t start_ticks;
     std::uint64_t rss_bytes;
 };
 
-// The clock of a process, as clock_getcpuclockid makes it but without its system call:
-// MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED) of include/linux/posix-timers.h. There is none for the
-// pid of a thread.
+// The clock of a process, as clock_getcpuclockid returns it, but without a system call:
+// MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED) of include/linux/posix-timers.h. The id of a thread
+// that is not a process has none.
 inline clockid_t cpu_clock_of(pid_t pid) noexcept {
     return static_cast<clockid_t>(~static_cast<unsigned>(pid) << 3 | 2u);
 }
 
-// A number below 0, which none of ours is.
+// Skips a field that parse_number refuses: a negative number. We use none of those.
 inline bool skip_word(const char*& at, const char* end) noexcept {
     while (at < end && *at != ' ') ++at;
     return at < end;
 }
 
-// Kept open, it names one process for ever: once that has exited, it tells nothing, whoever has its
-// pid then.
+// As long as this file is open it refers to this process. After it has exited, reads fail, even if
+// another process has its pid then.
 inline File open_stat(pid_t pid) noexcept {
     char path[32];
     std::snprintf(path, sizeof path, "/proc/%d/stat", pid);
     return File(path);
 }
 
-// False if there is no such process.
+// Fills in `stat`. False if there is no such process any more.
 inline bool read_stat(const File& file, pid_t pid, Stat& stat, double tick_s,
                       std::uint64_t page_bytes) noexcept {
     char text[1024];
     const std::size_t length = file.read(text, sizeof text);
-    // Field 2, the command, may hold spaces and parentheses: the last ) ends it.
+    // Field 2, the command, may contain spaces and parentheses. The last ) ends it.
     const char* at = static_cast<const char*>(memrchr(text, ')', length));
     if (at == nullptr || length < static_cast<std::size_t>(at - text) + 4) return false;
     const char state = at[2];
@@ -59,22 +60,22 @@ inline bool read_stat(const File& file, pid_t pid, Stat& stat, double tick_s,
     for (std::size_t field = 4; field < fields.size(); ++field)
         if (!parse_number(at, end, fields[field]) && !skip_word(at, end)) return false;
     stat.parent = static_cast<pid_t>(fields[4]);
-    // Its parent has just waited for it, and the kernel knows neither threads nor parent any more
-    // (do_task_stat without a sighand). Taken for an orphan, its time would count twice.
+    // No threads: its parent has just waited for it, and the kernel gives no parent any more
+    // (do_task_stat without a sighand). If we took it for an orphan, its time would count twice.
     if (fields[20] == 0) return false;
     // The main thread may have ended before the others.
     stat.living = (state != 'Z' && state != 'X') || fields[20] > 1;
     stat.start_ticks = fields[22];
     stat.rss_bytes = fields[24] * page_bytes;
     stat.waited_s = static_cast<double>(fields[16] + fields[17]) * tick_s;
-    // Its own clock counts ns; the ticks are for kernels that refuse it.
+    // Its clock counts ns. Use the ticks of /proc only where the kernel refuses it.
     const std::int64_t own_ns = read_clock_ns(cpu_clock_of(pid));
     stat.own_s = own_ns >= 0 ? 1e-9 * static_cast<double>(own_ns)
                              : static_cast<double>(fields[14] + fields[15]) * tick_s;
     return true;
 }
 
-// The same as in our own stat, but not cut off to ticks.
+// Our own waited_s, but not rounded down to ticks.
 inline double own_waited_s() noexcept {
     rusage waited{};
     ::getrusage(RUSAGE_CHILDREN, &waited);
@@ -83,8 +84,8 @@ inline double own_waited_s() noexcept {
            1e-6 * static_cast<double>(user.tv_usec + system.tv_usec);
 }
 
-// What can change of ourselves, who are there as long as we look. `memory` is our /proc/PID/statm;
-// none leaves the memory as it is.
+// Updates what can change in our own Stat; cheaper than read_stat. `memory` is our /proc/PID/statm;
+// without it the memory stays as it is.
 inline void read_own(Stat& stat, const File& memory, std::uint64_t page_bytes) noexcept {
     const std::int64_t own_ns = read_clock_ns(CLOCK_PROCESS_CPUTIME_ID);
     stat.own_s = std::max(stat.own_s, 1e-9 * static_cast<double>(own_ns));

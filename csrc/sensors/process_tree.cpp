@@ -12,11 +12,11 @@ namespace pepr {
 
 namespace {
 
-constexpr std::size_t kMostProcesses = 1 << 16;  // reserved, touched only when used
-constexpr std::size_t kMostKept = 32;            // descriptors of ours that a program can spare
-constexpr pid_t kFirstPid = 300;                 // after a turn: RESERVED_PIDS of kernel/pid.c
+constexpr std::size_t kMostProcesses = 1 << 16;  // reserved memory, touched only when used
+constexpr std::size_t kMostOpen = 32;            // descriptors that a program can spare for us
+constexpr pid_t kFirstPid = 300;  // when pids start again: RESERVED_PIDS of kernel/pid.c
 
-// All of a file that may be long. What changes meanwhile may be missed, or told twice.
+// All of a file that may be long. What changes meanwhile may be missing, or there twice.
 std::string read_whole(const std::string& path) {
     const File file(path);
     std::string text;
@@ -53,19 +53,19 @@ ProcessTree::ProcessTree(const std::vector<pid_t>& roots, pid_t left_out)
       page_bytes_(static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE))),
       last_pid_("/proc/loadavg"),
       own_memory_(self_ == left_out_ ? File() : File("/proc/" + std::to_string(self_) + "/statm")),
-      looked_until_(last_pid()),
-      looked_before_(looked_until_) {
+      searched_until_(last_pid()),
+      searched_before_(searched_until_) {
     processes_.reserve(kMostProcesses);
     gone_.reserve(kMostProcesses);
     for (const pid_t root : roots)
         if (Stat stat{}; read_stat(open_stat(root), root, stat) && stat.living) add(root, stat);
 }
 
-// --- who is of the tree --------------------------------------------------------------------------
+// --- who belongs to the tree ---------------------------------------------------------------------
 
 std::vector<ProcessTree::Thread> ProcessTree::search() {
     std::vector<Thread> threads;
-    std::vector<std::pair<pid_t, pid_t>> left;  // to look at: process, parent
+    std::vector<std::pair<pid_t, pid_t>> left;  // still to search: process, parent
     for (const Process& process : processes_) left.emplace_back(process.pid, process.seen.parent);
     while (!left.empty()) {
         const auto [process, parent] = left.back();
@@ -84,18 +84,19 @@ std::vector<ProcessTree::Thread> ProcessTree::search() {
 }
 
 bool ProcessTree::follow() noexcept {
-    // Two calls look at each pid: a process has it a moment before it can be found by it.
-    const pid_t from = looked_before_, last = last_pid();
-    looked_before_ = looked_until_;
-    looked_until_ = last;
-    if (!look_between(from, last)) return false;
-    // A look costs 15 µs, and who forks goes on meanwhile.
-    looked_until_ = last_pid();
-    look_between(last, looked_until_);
+    // Two calls search each pid, because a process gets its pid a moment before it can be found by
+    // it.
+    const pid_t from = searched_before_, last = last_pid();
+    searched_before_ = searched_until_;
+    searched_until_ = last;
+    if (!search_between(from, last)) return false;
+    // A process costs 15 µs, and more may be born meanwhile.
+    searched_until_ = last_pid();
+    search_between(last, searched_until_);
     return true;
 }
 
-bool ProcessTree::look_between(pid_t pid, pid_t last) noexcept {
+bool ProcessTree::search_between(pid_t pid, pid_t last) noexcept {
     if (pid == last || pid < 0 || last < 0) return false;
     for (pid_t tries = 0; pid != last && tries < pid_max_; ++tries) {
         if (++pid >= pid_max_) pid = std::min(kFirstPid, last);
@@ -154,7 +155,7 @@ std::size_t ProcessTree::read_clocks(bool zombies_too) noexcept {
         vanished += process.gone;
         if (process.gone || (!process.seen.living && !zombies_too)) continue;
         const std::int64_t own_ns = read_clock_ns(cpu_clock_of(process.pid));
-        // A pid that is in use again has a clock that runs behind; refresh will tell them apart.
+        // If the pid is in use again, its clock runs behind. refresh will notice.
         process.seen.own_s = std::max(process.seen.own_s, 1e-9 * static_cast<double>(own_ns));
         if (own_ns >= 0) continue;
         ++vanished;
@@ -197,16 +198,16 @@ bool ProcessTree::refresh(Process& process) noexcept {
     if (!process.stat) process.stat = open_stat(process.pid);
     process.gone =
         !read_stat(process.stat, process.pid, stat) || stat.start_ticks != process.seen.start_ticks;
-    if (processes_.size() > kMostKept) process.stat = File();
+    if (processes_.size() > kMostOpen) process.stat = File();
     if (process.gone) return false;
-    stat.own_s = std::max(stat.own_s, process.seen.own_s);  // may be in ticks
+    stat.own_s = std::max(stat.own_s, process.seen.own_s);  // it may be rounded down to ticks
     process.seen = stat;
     process.overdue_s = process.owed_s;
     return true;
 }
 
-// After parents were read: who was waited for since its own read, but before theirs, would count
-// twice.
+// Called after the parents were read. A process that its parent waited for between its own read and
+// the parent's would otherwise count twice.
 bool ProcessTree::drop_gone() noexcept {
     gone_.clear();
     for (Process& process : processes_) {
@@ -214,23 +215,23 @@ bool ProcessTree::drop_gone() noexcept {
         if (process.gone) gone_.push_back(&process);
     }
     if (gone_.empty()) return false;
-    // Children first: what they hand up goes on with their parents, unless these were told of it.
+    // Children first: their time goes up with their parents, unless these have it already.
     std::sort(gone_.begin(), gone_.end(), [this](const Process* a, const Process* b) {
         const std::uint64_t a_start = a->seen.start_ticks, b_start = b->seen.start_ticks;
         return a_start != b_start ? a_start > b_start : born_after(a->pid, b->pid);
     });
-    for (const Process* process : gone_) hand_up(*process);
+    for (const Process* process : gone_) credit_parent(*process);
     const auto kept = std::remove_if(processes_.begin(), processes_.end(),
                                      [](const Process& process) { return process.gone; });
     processes_.erase(kept, processes_.end());
     return true;
 }
 
-// The time of a process that vanishes turns up with the parent that waited for it, at the next read
-// at the latest. The kernel drops it when the parent ignores SIGCHLD, and it goes elsewhere when an
-// orphan's new parent is not of the tree: then what was last seen of it is kept. cutime and cstime
-// are cut off to ticks, so that two ticks a parent may stay owed for ever.
-void ProcessTree::hand_up(const Process& process) noexcept {
+// The time of a process that vanished turns up in its parent's waited_s by the next read. It does
+// not if the parent ignores SIGCHLD, or if an orphan's new parent is not of the tree; then we keep
+// what was last seen. The kernel rounds cutime and cstime down to ticks, so that two ticks for each
+// parent may stay owed forever.
+void ProcessTree::credit_parent(const Process& process) noexcept {
     const double grown_s = process.grown_s();
     const double lost_s = std::max(0.0, process.overdue_s - 2 * tick_s_ - grown_s);
     const double late_s = std::max(0.0, process.owed_s - 2 * tick_s_ - grown_s - lost_s);

@@ -1,3 +1,4 @@
+// Which processes belong to a tree, and the CPU time and memory that they use.
 #pragma once
 
 #include <cstdint>
@@ -10,56 +11,58 @@
 
 namespace pepr {
 
-// One process, and the account of its time. What was used before the tree was watched counts for
-// nothing: it is taken off again wherever the kernel adds it to.
+// One process and the account of its CPU time. The kernel adds the time of a child to its parent's
+// waited_s when the parent waits for it. Time from before the tree was watched does not count: it
+// is subtracted wherever it turns up.
 struct Process {
     pid_t pid;
-    Stat seen;  // last; with the pid, start_ticks names one process for ever
-    double before_own_s = 0.0, before_waited_s = 0.0;
-    double owed_s = 0.0;     // by children that vanished: as much must turn up in waited_s
-    double overdue_s = 0.0;  // what was owed when all were read last
-    double foreign_s = 0.0;  // of their time, what was used before we watched
-    File stat = {};          // its /proc/PID/stat, in a small tree
-    bool gone = false;
+    Stat seen;  // as read last; its start_ticks and the pid identify a process
+    double before_own_s = 0.0, before_waited_s = 0.0;  // when the watch began
+    double owed_s = 0.0;     // time of children that vanished: it has to turn up in waited_s
+    double overdue_s = 0.0;  // what was owed already at the last read, and should be there by now
+    double foreign_s = 0.0;  // the part of owed_s from before the tree was watched
+    File stat = {};          // its /proc/PID/stat, kept open in a small tree
+    bool gone = false;       // it vanished, but is not dropped yet
 
     double grown_s() const noexcept { return seen.waited_s - before_waited_s; }
 };
 
-// Processes and their descendants: which there are, their memory, and what their clocks tell about
-// their CPU time. Nobody is waited for, traced or stopped.
+// A set of processes and all their descendants. It only reads: it waits for, traces or stops
+// nobody.
 //
-// New processes are found among the pids that were given out since the last look, so that looking
-// costs as much as was forked, however large the tree. A process whose parent ends before the first
-// look at it is not found, unless it passes to one of the tree, as a subreaper's do.
+// New processes are found among the pids that the kernel gave out since the last search, so that a
+// search costs as much as was forked, however large the tree is. A process whose parent ends before
+// it is found is missed, unless its new parent is of the tree, as a subreaper is.
 class ProcessTree {
 public:
-    // The own time, memory and place of `left_out` are not of the tree, wherever it is; 0: nobody.
+    // `left_out` (0: none) does not count: not its own time and memory, nor as a living process.
+    // Its children count.
     ProcessTree(const std::vector<pid_t>& roots, pid_t left_out);
 
-    // Adds all descendants by walking down, and tells the threads of all. Allocates, as nothing
-    // below does.
     struct Thread {
         pid_t id, process, starter;  // the process that started it
     };
+    // Adds all descendants by walking down the tree, and returns all threads. This allocates; the
+    // functions below do not.
     std::vector<Thread> search();
 
-    // Time counts from here on.
+    // Counts time from here on.
     void begin() noexcept;
 
-    // Adds what was born since the last call. True if something was, of the tree or not.
+    // Adds the descendants born since the last call. True if any process was born, ours or not.
     bool follow() noexcept;
 
-    // Reads the clocks of all, or of all but zombies, whose clocks stand still; how many processes
-    // were found vanished, which refresh drops.
+    // Reads the clock of each process, or of each that is not a zombie: a zombie's clock stands
+    // still. Returns how many processes vanished; refresh or settle drops them.
     std::size_t read_clocks(bool zombies_too) noexcept;
 
-    // Reads the next `most` processes in turn, and drops those that it finds vanished. True if
-    // there were any.
+    // Reads /proc of the next `most` processes, in turn, and drops those that vanished. True if any
+    // did.
     bool refresh(std::size_t most) noexcept;
     bool refresh() noexcept { return refresh(processes_.size()); }
 
-    // Reads the parents of those that were found vanished, if they are `most` at most, and drops
-    // these: their parents have been told of them, and of children that nobody ever saw.
+    // Reads the parents of the processes that vanished, `most` parents at most, and drops these
+    // processes. The parents' time then includes them, and children that were never found.
     void settle(std::size_t most) noexcept;
 
     const std::vector<Process>& processes() const noexcept { return processes_; }
@@ -67,23 +70,24 @@ public:
     std::size_t living() const noexcept;
     std::uint64_t rss_bytes() const noexcept;
 
-    // CPU time by the clocks of those that live, what was waited for, and what nobody waited for as
-    // far as it was seen. Right after all were refreshed, if they are whenever one has vanished.
+    // CPU time of the tree: by the clocks of those that live, by what parents waited for, and,
+    // where nobody waited, what was last seen. Exact just after a refresh of all, provided that all
+    // are refreshed whenever one vanishes.
     double accounted_s() const noexcept;
 
-    // The pid that was given out last in our namespace, -1 if unknown; and whether `pid` was given
-    // out after `other`, as pids go round.
+    // The pid that the kernel gave out last in our namespace; -1 if unknown. born_after: whether it
+    // gave out `pid` after `other`. Pids start again from the bottom when they run out.
     pid_t last_pid() const noexcept;
     bool born_after(pid_t pid, pid_t other) const noexcept;
 
 private:
     std::vector<Process>::iterator position_of(pid_t pid) noexcept;
     Process* find(pid_t pid) noexcept;
-    bool look_between(pid_t pid, pid_t last) noexcept;
+    bool search_between(pid_t pid, pid_t last) noexcept;
     bool add(pid_t pid, const Stat&) noexcept;
     bool refresh(Process&) noexcept;
     bool drop_gone() noexcept;
-    void hand_up(const Process&) noexcept;
+    void credit_parent(const Process&) noexcept;
     double accounted_s(const Process&) const noexcept;
     bool read_stat(const File&, pid_t pid, Stat&) const noexcept;
 
@@ -91,11 +95,11 @@ private:
     const double tick_s_;
     const std::uint64_t page_bytes_;
     const File last_pid_, own_memory_;
-    std::vector<Process> processes_;  // by pid
-    std::vector<Process*> gone_;      // while they are dropped
-    std::size_t next_ = 0;            // to be refreshed
-    pid_t looked_until_, looked_before_;
-    double ended_s_ = 0.0;  // of processes that vanished, and that turns up nowhere
+    std::vector<Process> processes_;          // by pid
+    std::vector<Process*> gone_;              // those that are being dropped
+    std::size_t next_ = 0;                    // the next one to refresh
+    pid_t searched_until_, searched_before_;  // the last pids of the last two searches
+    double ended_s_ = 0.0;  // time of processes that vanished, which no parent has
 };
 
 }  // namespace pepr

@@ -1,9 +1,8 @@
-// CPU time and memory of a process tree, and how busy the whole machine was meanwhile.
+// CPU time and memory of a process tree, and the CPU time of the whole machine.
 //
-// `processes:self` follows this process and its descendants, `processes:children` the descendants
-// alone (a wrapper does not charge itself to its child), `processes:pids=12,34` those processes and
-// their descendants, until all have exited; should this process be one of them, it is left out. CPU
-// time counts from the open on.
+// `processes:self` follows this process and its descendants; `processes:children` the descendants
+// alone, for a wrapper, which is no part of its job; `processes:pids=12,34` those processes and
+// their descendants, without this process if it is among them. CPU time counts from the opening on.
 
 #include <algorithm>
 #include <cstring>
@@ -12,9 +11,9 @@
 
 #include <unistd.h>
 
+#include "sensors/cpu_time_reconciler.h"
 #include "sensors/machine_time.h"
 #include "sensors/process_tree.h"
-#include "sensors/reconciled.h"
 #include "sensors/sensor.h"
 #include "sensors/task_clock.h"
 #include "system/clock.h"
@@ -24,14 +23,14 @@ namespace pepr {
 
 namespace {
 
-// Where perf counts the time, about as much is read each sample, whatever the tree's size: so many
-// clocks and events, 0.5 µs each, and of so many processes what /proc tells of memory, children and
-// who lives, 15 µs each. What is more than that is put off, and read whole every so many samples:
-// of 2,000 processes that were attached to, the time every 4 and the memory every 84. Zombies,
-// which a fork storm piles up, put off none but their own: the last reading before an attached tree
-// ends is all that there will be of how the kernel took its processes apart.
-constexpr std::size_t kClocksEach = 1024;
-constexpr std::size_t kReadsEach = 24;
+// Where perf counts the time, a sample costs about the same however large the tree is: at most so
+// many clocks and events, 0.5 µs each, and reads of /proc (memory, children, who lives), 15 µs
+// each. A larger tree is read whole, but only every few samples: with 2,000 attached processes, the
+// time every 4 and the memory every 84. Zombies, which a fork storm piles up, delay only their own
+// clocks. The last reading before an attached tree ends is the only one of the time that the kernel
+// took to tear down its processes.
+constexpr std::size_t kClocksPerSample = 1024;
+constexpr std::size_t kReadsPerSample = 24;
 
 constexpr const char* kPids = "pids=";
 
@@ -60,7 +59,7 @@ public:
         describe(where, source);
         own_before_s_ = own_s();
         machine_.busy_s();
-        reconciled_.emplace(machine_.stolen_s(), 1.0 / static_cast<double>(::sysconf(_SC_CLK_TCK)));
+        reconciler_.emplace(machine_.stolen_s(), 1.0 / static_cast<double>(::sysconf(_SC_CLK_TCK)));
         if (clock_) counted_before_s_ = clock_->read_s();
         tree_.begin();
     }
@@ -68,7 +67,7 @@ public:
     void poll(double* out) noexcept override {
         const double busy_s = machine_.busy_s();
         const double cpu_s = clock_ ? counted_s() : accounted_s();
-        // Dips: a child reaped while we read, and cutime cut off to ticks where it was exact.
+        // It may dip: a child is reaped while we read, or cutime is rounded down to ticks.
         out[0] = job_cpu_s_ = std::max(job_cpu_s_, cpu_s);
         out[1] = static_cast<double>(tree_.rss_bytes());
         out[2] = static_cast<double>(tree_.living());
@@ -103,23 +102,23 @@ private:
         if (!read_tree()) return job_cpu_s_;
         const double count_s = clock_->read_s() - counted_before_s_ - (own_s() - own_before_s_);
         const bool changed = std::exchange(changed_, false);
-        return reconciled_->take(count_s, tree_.accounted_s(), changed,
-                                 [this] { return machine_.stolen_s(); });
+        return reconciler_->update(count_s, tree_.accounted_s(), changed,
+                                   [this] { return machine_.stolen_s(); });
     }
 
-    // False if the clocks are not due yet; `changed_` is about the time since they were.
+    // False if the clocks are not due yet.
     bool read_tree() noexcept {
         const std::size_t before = tree_.processes().size();
         tree_.follow();
         const std::size_t size = tree_.processes().size();
         changed_ = changed_ || size != before;
         ++skipped_;
-        if (skipped_ * kReadsEach >= size) {
+        if (skipped_ * kReadsPerSample >= size) {
             refresh();
             return true;
         }
         const auto due = [&](std::size_t clocks) {
-            return skipped_ % (1 + (clocks + clock_->events()) / kClocksEach) == 0;
+            return skipped_ % (1 + (clocks + clock_->events()) / kClocksPerSample) == 0;
         };
         if (!due(tree_.living())) return false;
         const std::size_t gone = tree_.read_clocks(due(size));
@@ -127,7 +126,7 @@ private:
         if (2 * gone > size)
             refresh();
         else if (gone > 0)
-            tree_.settle(kReadsEach);
+            tree_.settle(kReadsPerSample);
         return true;
     }
 
@@ -142,7 +141,7 @@ private:
         if (forked || vanished || unsettled_)
             unsettled_ = tree_.refresh();
         else
-            tree_.refresh(kReadsEach);
+            tree_.refresh(kReadsPerSample);
         return tree_.accounted_s();
     }
 
@@ -155,11 +154,11 @@ private:
     MachineTime machine_;
     ProcessTree tree_;
     std::optional<TaskClock> clock_;
-    std::optional<Reconciled> reconciled_;
+    std::optional<CpuTimeReconciler> reconciler_;
     double counted_before_s_ = 0.0, own_before_s_ = 0.0, job_cpu_s_ = 0.0;
     std::size_t skipped_ = 0;  // samples since all processes were read
-    bool changed_ = true;      // since the clocks were, a process was born or has ended
-    bool unsettled_ = true;
+    bool changed_ = true;      // a process was born or has ended since the clocks were read
+    bool unsettled_ = true;    // a process vanished at the last refresh
 };
 
 std::vector<pid_t> parse_pids(const std::string& where) {

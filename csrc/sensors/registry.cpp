@@ -1,3 +1,5 @@
+// Opens the driver that a spec names. A new driver needs one declaration and one line here.
+
 #include "sensors/sensor.h"
 
 #include <cmath>
@@ -31,7 +33,7 @@ constexpr Driver kDrivers[] = {
     {"replay", open_replay},
 };
 
-// A recording has to explain itself: a channel that cannot be written down is refused at the start.
+// Refuses a channel that could not be interpreted later, before anything is recorded.
 void check_channels(const std::string& spec, const std::vector<Channel>& channels) {
     for (const Channel& channel : channels)
         if (!std::isfinite(channel.scale) || !std::isfinite(channel.modulus) || channel.modulus < 0)

@@ -1,9 +1,9 @@
-// A recorded or scripted stream, played against the clock from the moment it is opened.
+// Plays a recorded or scripted stream of readings in real time, from the moment it is opened.
 //
-// Text, one thing a line, fields separated by tabs; lines that begin with # are comments:
+// The file is text with fields separated by tabs; lines that begin with # are comments:
 //   channel  NAME  QUANTITY  UNIT  SCALE  MODULUS  counter|gauge  SOURCE  [KEY=VALUE …]
-//   SECONDS  VALUE  VALUE …          one value a channel, "nan" where unknown
-// A poll returns the last row whose time has come. Times increase.
+//   SECONDS  VALUE  VALUE …          one value for each channel, "nan" where unknown
+// Times increase. A poll returns the last row whose time has come.
 
 #include <algorithm>
 #include <cerrno>
@@ -39,10 +39,12 @@ class Replay final : public Sensor {
 public:
     explicit Replay(const std::string& path) : path_(path) {
         std::ifstream file(path);
-        if (!file)
+        if (!file) {
+            const int error = errno;
             throw SensorError(
-                Note{"replay file '" + path + "' cannot be read", std::strerror(errno),
-                     "use --sensor replay:FILE with an existing file", is_denied(errno)});
+                Note{"replay file '" + path + "' cannot be read", std::strerror(error),
+                     "use --sensor replay:FILE with an existing file", is_denied(error)});
+        }
         std::string line;
         for (int number = 1; std::getline(file, line); ++number) {
             if (line.empty() || line[0] == '#') continue;

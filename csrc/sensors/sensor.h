@@ -1,3 +1,4 @@
+// What every driver is: a Sensor that reads numbers, each described by a Channel.
 #pragma once
 
 #include <limits>
@@ -12,32 +13,32 @@ namespace pepr {
 
 constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
 
-// What one recorded number is. A recording must explain itself years later, so whatever a driver
-// knows about the number (zone path, UUID, model) goes into `labels`; interpretation is Python's.
+// What one recorded number is. A recording must explain itself years later, so a driver puts all it
+// knows about the number (zone path, UUID, model) into `labels`. Python interprets it.
 struct Channel {
     std::string name;      // unique in its lane and stable across runs, "GPU-1f2e…/energy"
     std::string quantity;  // "energy", "power", "utilisation", "memory", "cpu_time", "count",
                            // "identity"
     std::string unit;      // SI unit of value × scale: "J", "W", "1", "B", "s"
     double scale = 1.0;    // recorded value × scale = value in `unit`; kept apart to stay exact
-    double modulus = 0.0;  // a counter returns to 0 at this recorded value; 0: never seen to wrap
+    double modulus = 0.0;  // a counter wraps to 0 at this recorded value; 0: it does not wrap
     bool counter = false;  // cumulative: only differences mean anything
     std::string source;    // where it was read, "powercap", "nvml-energy"
     std::map<std::string, std::string> labels;
 };
 
-// What could not be opened, why, and how to make it work. A sensor that works has notes of its
-// parts that do not.
+// What could not be opened, why, and how to make it work. A sensor that opens has a note for each
+// of its parts that did not.
 struct Note {
     std::string what, why, fix;
-    bool denied = false;  // only permission is missing
+    bool denied = false;  // only a permission is missing
 };
 
 inline Note denied(std::string what, const std::string& why, std::string fix) {
     return {std::move(what), "Permission denied: " + why, std::move(fix), true};
 }
 
-// The whole source cannot be opened.
+// Thrown when a sensor cannot be opened at all.
 class SensorError : public std::runtime_error {
 public:
     explicit SensorError(Note about) : std::runtime_error(about.what), note(std::move(about)) {}
@@ -47,15 +48,15 @@ public:
     Note note;
 };
 
-// One driver. Construction may throw SensorError, block and allocate; poll may do none of these.
+// One opened driver. Its constructor may block, allocate and throw SensorError; poll may not.
 class Sensor {
 public:
     virtual ~Sensor() = default;
 
-    // Writes one number a channel to `out`, kUnknown where a read failed.
+    // Writes one number for each channel to `out`, kUnknown where a read failed.
     virtual void poll(double* out) noexcept = 0;
 
-    // Comes before the last poll: what was put off from poll to poll is due.
+    // Called before the last poll, which then has to read everything, however rarely it is read.
     virtual void finish() noexcept {}
 
     const std::vector<Channel>& channels() const noexcept { return channels_; }

@@ -18,22 +18,23 @@ namespace {
 constexpr int kMostRounds = 20;
 constexpr std::size_t kCheap = 256;  // threads to list
 
-// Puts many descriptors where a program that lives by its soft limit does not miss them (1024 by
-// default, and all that select() takes): beyond that limit, which is raised while this lives. A
-// program that is started at just that moment inherits the higher one.
-class Shelf {
+// Moves many descriptors beyond the soft limit (1024 by default, and the most that select() takes),
+// so that the program still has all of those below. It raises the limit while it exists; a program
+// started at that very moment inherits the higher limit.
+class HighDescriptors {
 public:
-    Shelf() { ::getrlimit(RLIMIT_NOFILE, &before_); }
-    ~Shelf() {
+    HighDescriptors() { ::getrlimit(RLIMIT_NOFILE, &before_); }
+    ~HighDescriptors() {
         if (raised_) ::setrlimit(RLIMIT_NOFILE, &before_);
     }
-    Shelf(const Shelf&) = delete;
-    Shelf& operator=(const Shelf&) = delete;
+    HighDescriptors(const HighDescriptors&) = delete;
+    HighDescriptors& operator=(const HighDescriptors&) = delete;
 
-    // The same file in its place; none, and errno EMFILE, if there is none left.
-    File place(File file) noexcept {
-        if (++placed_ <= kFewFiles) return file;
-        if (placed_ == kFewFiles + 1 && before_.rlim_cur < before_.rlim_max) {
+    // The same file with a high descriptor, except for the first few. No file, and errno EMFILE, if
+    // no descriptor is free.
+    File move_up(File file) noexcept {
+        if (++moved_ <= kFewFiles) return file;
+        if (moved_ == kFewFiles + 1 && before_.rlim_cur < before_.rlim_max) {
             rlimit raised = before_;
             raised.rlim_cur = raised.rlim_max;
             raised_ = ::setrlimit(RLIMIT_NOFILE, &raised) == 0;
@@ -46,10 +47,10 @@ public:
     }
 
 private:
-    static constexpr rlim_t kFewFiles = 64;  // that a program can spare, and that it needs at least
+    static constexpr rlim_t kFewFiles = 64;  // a program can spare as many, and needs as many
 
     rlimit before_{};
-    rlim_t placed_ = 0;
+    rlim_t moved_ = 0;
     bool raised_ = false;
 };
 
@@ -74,8 +75,8 @@ private:
                              "let it use perf_event_open; docker: --cap-add PERFMON"));
 }
 
-// perf's task-clock on a thread and its heirs. Whether it counts the kernel's part is not asked
-// for, since that needs no permission then, and this clock counts it all the same.
+// perf's task-clock of a thread and all that it starts. exclude_kernel avoids the need for a
+// permission; this clock counts the time in the kernel all the same.
 File open_clock(pid_t thread) noexcept {
     perf_event_attr attr{};
     attr.size = sizeof attr;
@@ -90,19 +91,19 @@ File open_clock(pid_t thread) noexcept {
 
 }  // namespace
 
-// What was started before its parent's event was there has inherited nothing and gets an event of
-// its own; what was started after has, and must get none. Pids are given out in order, so that the
-// pid that was last when the parent's event was opened tells one from the other. A fork that is
-// just under way then may be taken for an heir: it is as if it had been missed, which
-// ProcessTree's account makes up for.
+// A process started before its parent's event was open inherits nothing and needs an event of its
+// own. One started after that inherits the event and must get none. The kernel gives out pids in
+// order, so the last pid at the time when the parent's event was opened separates the two. A fork
+// just in progress then may be taken for one that inherited: its time is missed here, and
+// ProcessTree's account makes up for it.
 TaskClock::TaskClock(ProcessTree& tree) {
-    Shelf shelf;
+    HighDescriptors descriptors;
     std::set<pid_t> known;
-    std::map<pid_t, pid_t> opened_after;  // process: the pid given out last before its first event
+    std::map<pid_t, pid_t> opened_after;  // process: the last pid when its first event was opened
     pid_t last = -1;
     bool found_new = true;
     for (int round = 0; found_new && round < kMostRounds; ++round) {
-        // Once more even if nothing was born, where that is cheap: for what was just being born.
+        // Where it is cheap, search once more even if no pid was given out: for a fork in progress.
         if (round > 0 && tree.last_pid() == last && known.size() > kCheap) break;
         found_new = false;
         last = tree.last_pid();
@@ -115,10 +116,10 @@ TaskClock::TaskClock(ProcessTree& tree) {
             found_new = true;
             opened_after.emplace(thread.process, tree.last_pid());
             File event = open_clock(thread.id);
-            if (event) event = shelf.place(std::move(event));
+            if (event) event = descriptors.move_up(std::move(event));
             if (event)
                 events_.push_back(std::move(event));
-            else if (errno != ESRCH)  // it has exited
+            else if (errno != ESRCH)  // ESRCH: it has exited
                 refuse(thread.id, errno);
         }
     }

@@ -1,3 +1,4 @@
+// The CPU time of a process tree, counted by the kernel's perf events.
 #pragma once
 
 #include <vector>
@@ -8,20 +9,20 @@
 
 namespace pepr {
 
-// CPU time of a process tree as the scheduler counts it: perf's task-clock on each thread,
-// inherited by all that these start. Exact to the ns for threads, children of any length whoever
-// waits for them, daemons and exec; nothing needs to be found or followed once it is open.
+// Opens perf's task-clock on each thread of the tree; all threads and processes that these start
+// inherit it. It is exact to the ns for threads, for children however short and whoever waits for
+// them, for daemons and after exec. Nothing has to be searched or followed once it is open.
 //
-// One descriptor a thread that ran when it was opened. The kernel adds up a thread's heirs when it
-// is read: 0.1 µs each.
+// It takes one descriptor for each thread that runs when it is opened. A read adds up the clocks
+// that a thread's children inherited, 0.1 µs each.
 class TaskClock {
 public:
-    // Counts the tree from here on. Throws SensorError where the kernel does not let us.
+    // Counts from here on. Throws SensorError if the kernel does not permit it.
     explicit TaskClock(ProcessTree& tree);
 
     std::size_t events() const noexcept { return events_.size(); }
 
-    // CPU time, s, of which a hypervisor may have stolen a part.
+    // CPU time, s. It includes what a hypervisor stole from running threads.
     double read_s() noexcept;
 
 private:

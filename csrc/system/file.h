@@ -1,3 +1,4 @@
+// A file descriptor that closes itself, and helpers to read the small files of sysfs and procfs.
 #pragma once
 
 #include <charconv>
@@ -14,7 +15,6 @@
 
 namespace pepr {
 
-// A file descriptor that closes itself.
 class File {
 public:
     File() = default;
@@ -32,8 +32,8 @@ public:
     explicit operator bool() const noexcept { return fd_ >= 0; }
     int fd() const noexcept { return fd_; }
 
-    // Reads from the start, as sysfs and procfs want for a fresh value, and terminates the text.
-    // Returns its length, 0 for any failure.
+    // Reads from the start, which makes sysfs and procfs compute a fresh value, and ends the text
+    // with '\0'. Returns its length; 0 for any failure.
     std::size_t read(char* text, std::size_t size) const noexcept {
         const ssize_t n = ::pread(fd_, text, size - 1, 0);
         text[n > 0 ? n : 0] = '\0';
@@ -44,8 +44,8 @@ private:
     int fd_ = -1;
 };
 
-// A small text file without its trailing newline; empty if it cannot be read. What is no ASCII,
-// which nothing in sysfs has, becomes '?': a name must be text in a recording.
+// The text of a small file, without its trailing newline; empty if it cannot be read. Anything but
+// printable ASCII becomes '?', because names go into recordings as text.
 inline std::string read_text(const std::string& path) {
     char text[512];
     std::string result(text, File(path).read(text, sizeof text));
@@ -55,8 +55,8 @@ inline std::string read_text(const std::string& path) {
     return result;
 }
 
-// What lies in a directory, sorted: channels keep their order from run to run. Never throws for a
-// directory that goes away meanwhile; `error` says why the list is empty or short.
+// The entries of a directory, sorted, so that channels have the same order in every run. Does not
+// throw if the directory vanishes meanwhile; `error` says why the list is empty or incomplete.
 inline std::set<std::filesystem::path> list_directory(const std::filesystem::path& directory,
                                                       std::error_code& error) {
     std::set<std::filesystem::path> paths;
@@ -69,7 +69,7 @@ inline std::set<std::filesystem::path> list_directory(const std::filesystem::pat
 
 inline bool is_denied(int error) noexcept { return error == EACCES || error == EPERM; }
 
-// Parses an unsigned decimal number and moves `at` behind it; false if there is none.
+// Parses an unsigned decimal number and moves `at` past it. False if there is none.
 template <typename T>
 bool parse_number(const char*& at, const char* end, T& value) noexcept {
     while (at < end && *at == ' ') ++at;

@@ -1,3 +1,4 @@
+// Sleeping until a number in memory changes, with an absolute deadline.
 #pragma once
 
 #include <atomic>
@@ -12,9 +13,9 @@
 
 namespace pepr {
 
-// Sleeps until `word` differs from `expected` or CLOCK_MONOTONIC reaches `deadline_ns`. A futex is
-// the one sleep with both an absolute deadline and a predicate; it costs what clock_nanosleep does.
-// False: it still is `expected`.
+// Sleeps until `word` differs from `expected` or CLOCK_MONOTONIC reaches `deadline_ns`. Returns
+// whether it differs. Only a futex has both an absolute deadline and a predicate; it costs as much
+// as clock_nanosleep.
 inline bool wait_while(const std::atomic<std::uint32_t>& word, std::uint32_t expected,
                        std::int64_t deadline_ns) noexcept {
     static_assert(sizeof(word) == sizeof(std::uint32_t));

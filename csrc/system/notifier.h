@@ -1,3 +1,4 @@
+// Wakes the thread that owns a recording when it has something to do, so that it need not poll.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +15,7 @@
 
 namespace pepr {
 
-// Wakes the thread that owns a recording when there is something to look at, so that it need not
-// poll. Any thread may notify, any number of times; one clear() takes back all of it.
+// Any thread may notify, any number of times; one clear() takes back all of them.
 class Notifier {
 public:
     Notifier() : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {

@@ -1,0 +1,259 @@
+// CPU time of process trees and of the machine.
+
+#include <random>
+
+#include <sys/resource.h>
+
+#include "core_test.h"
+#include "sensors/cpu_time_reconciler.h"
+#include "sensors/machine_time.h"
+
+namespace {
+
+std::int64_t burn(clockid_t clock, std::int64_t cpu_ns) {
+    const std::int64_t begin_ns = pepr::read_clock_ns(clock);
+    std::int64_t used_ns = 0;
+    while (used_ns < cpu_ns) used_ns = pepr::read_clock_ns(clock) - begin_ns;
+    return used_ns;
+}
+
+double poll_cpu_s(pepr::Sensor& sensor) {
+    std::vector<double> row(sensor.channels().size());
+    sensor.poll(row.data());
+    return row[0];
+}
+
+double seconds(const timeval& t) {
+    return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec);
+}
+
+// Runs `work` in a forked child and waits for it; returns the CPU time that the kernel charged it.
+double run_child_s(const std::function<void()>& work) {
+    const pid_t child = ::fork();
+    if (child == 0) {
+        work();
+        ::_exit(0);
+    }
+    rusage usage{};
+    int status = -1;
+    CHECK(::wait4(child, &status, 0, &usage) == child && status == 0);
+    return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+}
+
+// What a hypervisor steals from a running thread is in perf's count until /proc/stat tells it, in
+// ticks of 10 ms for each of two threads.
+constexpr double kStolenS = 0.02;
+
+TEST(processes_self_counts_threads) {
+    const auto sensor = pepr::open_sensor("processes:self");
+    CHECK(sensor->channels().at(0).name == "job/cpu");
+    std::atomic<std::int64_t> burnt_ns{0};
+    const std::int64_t clock_before_ns = pepr::read_clock_ns(CLOCK_PROCESS_CPUTIME_ID);
+    const double before_s = poll_cpu_s(*sensor);
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 2; ++i)
+        threads.emplace_back([&] { burnt_ns += burn(CLOCK_THREAD_CPUTIME_ID, 150 * kMs); });
+    for (std::thread& thread : threads) thread.join();
+    const double counted_s = poll_cpu_s(*sensor) - before_s;
+    const std::int64_t clock_ns = pepr::read_clock_ns(CLOCK_PROCESS_CPUTIME_ID) - clock_before_ns;
+    CHECK(counted_s >= 1e-9 * static_cast<double>(burnt_ns.load()));
+    CHECK(counted_s <= 1e-9 * static_cast<double>(clock_ns) + kStolenS);
+}
+
+TEST(processes_count_children_that_were_waited_for) {
+    const auto self = pepr::open_sensor("processes:self");
+    const auto children = pepr::open_sensor("processes:children");
+    const double self_before_s = poll_cpu_s(*self), children_before_s = poll_cpu_s(*children);
+    const double charged_s = run_child_s([] { burn(CLOCK_PROCESS_CPUTIME_ID, 250 * kMs); });
+    CHECK(charged_s >= 0.24);
+    CHECK(std::abs(poll_cpu_s(*children) - children_before_s - charged_s) < kStolenS);
+    // Ourselves, who only waited, come on top.
+    CHECK(poll_cpu_s(*self) - self_before_s >= charged_s - 0.001);
+    CHECK(poll_cpu_s(*self) - self_before_s < charged_s + 0.05);
+}
+
+TEST(processes_children_leave_out_ourselves) {
+    const auto children = pepr::open_sensor("processes:children");
+    const double before_s = poll_cpu_s(*children);
+    burn(CLOCK_PROCESS_CPUTIME_ID, 100 * kMs);
+    CHECK(poll_cpu_s(*children) - before_s < kStolenS);  // of 0.1 s: two clocks, and what is stolen
+}
+
+TEST(processes_pids_count_from_the_open_on) {
+    int clocks[2], go[2];
+    CHECK(::pipe(clocks) == 0 && ::pipe(go) == 0);
+    const pid_t child = ::fork();
+    if (child == 0) {
+        const pid_t grandchild = ::fork();
+        const auto burn_and_tell = [&] {
+            burn(CLOCK_PROCESS_CPUTIME_ID, 100 * kMs);
+            const std::int64_t ns = pepr::read_clock_ns(CLOCK_PROCESS_CPUTIME_ID);
+            if (::write(clocks[1], &ns, sizeof ns) != sizeof ns) ::_exit(1);
+        };
+        ::close(go[1]);
+        burn_and_tell();
+        char byte = 0;
+        if (::read(go[0], &byte, 1) != 0) ::_exit(1);
+        burn_and_tell();
+        int status = 0;
+        if (grandchild > 0) ::waitpid(grandchild, &status, 0);
+        ::_exit(status);
+    }
+    const auto sum_of_two = [&] {
+        std::int64_t ns[2] = {};
+        for (std::int64_t& value : ns)
+            CHECK(::read(clocks[0], &value, sizeof value) == sizeof value);
+        return 1e-9 * static_cast<double>(ns[0] + ns[1]);
+    };
+    const double before_s = sum_of_two();
+    const auto sensor = pepr::open_sensor("processes:pids=" + std::to_string(child));
+    std::vector<double> row(sensor->channels().size());
+    sensor->poll(row.data());
+    CHECK(row[0] < 0.01 && row[2] == 2.0);
+    ::close(go[1]);
+    const double used_s = sum_of_two() - before_s;
+    int status = -1;
+    CHECK(::waitpid(child, &status, 0) == child && status == 0);
+    sensor->finish();
+    sensor->poll(row.data());
+    if (sensor->notes().empty()) CHECK(row[0] > used_s - 0.005);  // perf
+    CHECK(row[0] < used_s + 0.1);  // the rest is what it takes to end
+    CHECK(row[2] == 0.0);
+    for (const int fd : {clocks[0], clocks[1], go[0]}) ::close(fd);
+}
+
+// While one child lives, another is born and ends, and then none is left.
+TEST(processes_are_read_without_an_allocation) {
+    int hold[2];
+    CHECK(::pipe(hold) == 0);
+    const auto sensor = pepr::open_sensor("processes:self");
+    std::vector<double> row(sensor->channels().size());
+    const pid_t stays = ::fork();
+    if (stays == 0) {
+        char byte = 0;
+        ::close(hold[1]);
+        ::_exit(::read(hold[0], &byte, 1) == 0 ? 0 : 1);
+    }
+    const std::uint64_t before = allocations;
+    for (int i = 0; i < 5; ++i) {
+        sensor->poll(row.data());
+        if (i > 1) CHECK(row[2] == 2.0);
+    }
+    const pid_t ends = ::fork();
+    if (ends == 0) ::_exit(0);
+    sensor->poll(row.data());
+    int status = -1;
+    CHECK(::waitpid(ends, &status, 0) == ends);
+    ::close(hold[1]);
+    CHECK(::waitpid(stays, &status, 0) == stays && status == 0);
+    sensor->finish();
+    sensor->poll(row.data());
+    CHECK(allocations == before);
+    CHECK(row[2] == 1.0);
+    ::close(hold[0]);
+}
+
+// A tree on two CPUs in virtual time, 10 polls a second for 100 s, of which a hypervisor steals.
+struct Stolen {
+    double share;          // of the time that its tasks run
+    int changes_each = 0;  // polls
+    double unseen_s = 0;   // a poll, or a change, of processes that nobody ever saw
+    double setuid_s = 0;   // a poll, which the count is blind to
+    double noise_s = 0;    // between the reads of the count and of the clocks
+    double others_s = 0;   // a poll, stolen of other programs
+};
+
+struct Told {
+    double cpu_s, truth_s, stolen_s;
+    int asked = 0;  // how often what was stolen was asked for
+};
+
+Told tell(const Stolen& load) {
+    constexpr double kTick_s = 0.01, kBefore_s = 11.67;
+    std::mt19937 random(5);
+    std::uniform_real_distribution<double> noise_s(0, load.noise_s);
+    pepr::CpuTimeReconciler reconciler(kBefore_s, kTick_s);
+    Told told{0, 0, 0};
+    double count_s = 0, clocks_s = 0, unseen_s = 0;
+    for (int poll = 0; poll < 1000; ++poll) {
+        const bool changed = load.changes_each > 0 && poll % load.changes_each == 0;
+        const double ran_s = poll > 0 ? 0.2 : 0.0;
+        if (changed || load.changes_each == 0) unseen_s += load.unseen_s;
+        told.stolen_s += load.share * ran_s + load.others_s;
+        clocks_s += (1 - load.share) * ran_s + load.setuid_s;
+        count_s += ran_s;
+        told.truth_s = clocks_s + unseen_s;
+        const auto stolen_s = [&] {
+            ++told.asked;
+            return kBefore_s + kTick_s * std::floor(told.stolen_s / kTick_s);
+        };
+        told.cpu_s = reconciler.update(count_s + unseen_s + noise_s(random), clocks_s,
+                                       poll == 0 || changed, stolen_s);
+    }
+    return told;
+}
+
+TEST(cpu_time_is_without_what_was_stolen) {
+    for (const double share : {0.001, 0.015, 0.3}) {
+        const Told told = tell({share});
+        CHECK(std::abs(told.cpu_s - told.truth_s) < 0.021);  // a tick, and one that was not told
+        CHECK(told.asked <= 1000 * std::min(1.0, share * 0.2 / 0.01));
+        // given births or deaths, what was stolen since the last poll cannot be told from theirs
+        const Told busy = tell({share, 10});
+        CHECK(busy.cpu_s - busy.truth_s > -0.001);
+        CHECK(busy.cpu_s - busy.truth_s < 0.11 * busy.stolen_s + 0.021);
+    }
+}
+
+TEST(cpu_time_that_was_not_stolen_is_kept) {
+    const Told unseen = tell({0, 0, 0.005});
+    CHECK(std::abs(unseen.cpu_s - unseen.truth_s) < 1e-9);
+    const Told setuid = tell({0, 0, 0, 0.01});
+    CHECK(std::abs(setuid.cpu_s - setuid.truth_s) < 1e-9 && setuid.asked == 0);
+    // no more than was stolen is taken off
+    const Told both = tell({0.01, 0, 0.005});
+    CHECK(both.truth_s - both.cpu_s < 1e-9 && both.cpu_s - both.truth_s < both.stolen_s);
+    // nor for what began and ended unseen while others did, whatever was stolen of other programs
+    const Told born = tell({0, 10, 0.05, 0, 0, 0.02});
+    CHECK(std::abs(born.cpu_s - born.truth_s) < 1e-9);
+    const Told still = tell({0, 0, 0, 0, 0.002});
+    CHECK(std::abs(still.cpu_s - still.truth_s) < 0.0021 && still.asked == 0);
+}
+
+// The time of a machine, by files of ours in place of the kernel's.
+TEST(machine_time_is_of_the_whole_machine) {
+    const Folder folder;
+    const fs::path root = fs::path(folder.write("here", "")).parent_path();
+    const auto write = [&](const std::string& name, const std::string& text) {
+        fs::create_directories((root / name).parent_path());
+        std::ofstream(root / name) << text;
+    };
+    const auto close = [](double value, double expected) {
+        return std::abs(value - expected) < 1e-6;
+    };
+    CHECK(!pepr::MachineTime(root.string()));
+    write("proc/stat", "cpu  1000 200 300 9999 77 1 4 50 600 60\ncpu0 1 2 3 4 5 6 7 8 9 10\n");
+    {
+        pepr::MachineTime machine(root.string());
+        CHECK(machine && close(machine.busy_s(), 15.05) && close(machine.stolen_s(), 0.5));
+        write("proc/stat", "cpu  1100 200 300 9999 77 1 4 60 600 60\n");
+        CHECK(close(machine.busy_s(), 16.05) && close(machine.stolen_s(), 0.6));
+    }
+    const std::string told =
+        "usage_usec 16999999\nuser_usec 13001234\nsystem_usec 3050000\nnice_usec 2000000\n";
+    for (const char* place : {"sys/fs/cgroup/unified/", "sys/fs/cgroup/"}) {
+        write(std::string(place) + "cpu.stat", told);
+        pepr::MachineTime machine(root.string());
+        CHECK(close(machine.busy_s(), 16.051234) && close(machine.stolen_s(), 0.6));
+        write(std::string(place) + "cgroup.type", "domain\n");  // a container's own
+        CHECK(close(pepr::MachineTime(root.string()).busy_s(), 16.05));
+    }
+    fs::remove(root / "sys/fs/cgroup/cgroup.type");
+    write("sys/fs/cgroup/cpu.stat", "nr_periods 0\nnr_throttled 0\n");
+    CHECK(close(pepr::MachineTime(root.string()).busy_s(), 16.05));
+    write("proc/stat", "cpu  1100 200\n");
+    pepr::MachineTime torn(root.string());
+    CHECK(std::isnan(torn.busy_s()) && std::isnan(torn.stolen_s()));
+}
+
+}  // namespace
