@@ -107,7 +107,7 @@ def test_lanes_are_independent(spec: str) -> None:
     assert len(times_of(fast)) >= 12
 
 
-# --- cadence and budget; the rest of it is in core_test.cpp, in virtual time ----------------------
+# --- cadence and budget; the rest is in tests/core, in virtual time -------------------------------
 
 
 def repeated(sampler: _core.Sampler) -> list[bool]:

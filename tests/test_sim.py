@@ -17,8 +17,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 from cli import SLOW_S, until
+from sim import native
 from sim.nvml import (
     A100,
     H100,
@@ -36,9 +38,12 @@ from sim.nvml import (
 )
 from sim.permissions import obey_permissions, obeying_permissions
 from sim.powercap import RANGE_UJ, BuildTree, Zone, ZoneFault, two_socket_server
+from sim.virtual import SteadySpacing
 from sim.waves import TRAINING_LOAD, Constant, Points, Sine, Square, Step, Wave, recorded
 
 T = TypeVar("T")
+
+CSRC = Path(__file__).parents[1] / "csrc"
 
 SUCCESS = 0
 ENERGY, AVERAGE, INSTANT = 83, 185, 186
@@ -735,6 +740,36 @@ def test_the_writer_ends_with_its_tree_and_with_its_parent(
 
     # gone, or a zombie where nobody reaps
     until(lambda: not orphan.exists() or orphan.read_text().rpartition(") ")[2][0] == "Z")
+
+
+def test_simulated_lanes_read_steady_counters_as_far_apart_as_real_ones(tmp_path: Path) -> None:
+    # given steady power with noise, jumps now and then, and steps of no or of a random size
+    random, base_ns = np.random.default_rng(3), 20_000_000
+    lengths = random.integers(1, 300, 200)
+    power_w = np.repeat(random.uniform(50, 400, 200), lengths)
+    noise = np.repeat(random.uniform(0.01, 0.2, 200), lengths)
+    since_ns = random.integers(base_ns // 2, 5 * base_ns, len(power_w))
+    steps_uj = power_w * since_ns * 1e-3 * random.normal(1, noise)
+    odd = random.uniform(size=len(power_w)) < 0.02
+    steps_uj[odd] *= random.choice([0, -1, 3], odd.sum())
+
+    # when the rule of the product and that of the simulation get the same steps
+    try:
+        program = native.build(tmp_path, "steady", ("steady_spacing.cpp",), f"-I{CSRC}")
+    except native.UnavailableError as missing:
+        pytest.skip(str(missing))
+    pairs = list(zip(steps_uj.tolist(), since_ns.tolist(), strict=True))
+    lines = "".join(f"{step!r} {ns}\n" for step, ns in pairs)
+    done = subprocess.run(
+        [program, str(base_ns)], input=lines, capture_output=True, text=True, check=True
+    )
+    real_ns = np.array(done.stdout.split(), dtype=np.int64)
+    spacing = SteadySpacing(1e-9 * base_ns)
+    simulated_ns = np.rint([1e9 * spacing.next_s(step, 1e-9 * ns) for step, ns in pairs])
+
+    # then they ask for the same spacing each time, and for each of the possible ones
+    assert np.array_equal(simulated_ns, real_ns)
+    assert set((real_ns // base_ns).tolist()) == {1, 2, 4}
 
 
 def test_even_root_can_be_made_to_obey_permissions(powercap_sim: BuildTree) -> None:

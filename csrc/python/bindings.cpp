@@ -20,7 +20,6 @@
 
 #include "sampling/ring.h"
 #include "sampling/sampler.h"
-#include "sampling/steady.h"
 #include "system/clock.h"
 #include "system/notifier.h"
 #include "system/privileges.h"
@@ -230,11 +229,6 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("state", &state_name)
         .def_property_readonly("channels", &Sampler::channels)
         .def_property_readonly("notes", &Sampler::notes);
-
-    // Only simulations need it: their lanes are read when real ones would be.
-    py::class_<pepr::SteadySpacing>(m, "SteadySpacing", "How far apart a steady counter is read.")
-        .def(py::init<std::int64_t>(), py::arg("base_ns"))
-        .def("next_ns", &pepr::SteadySpacing::next_ns, py::arg("step"), py::arg("since_ns"));
 
     bind_recording(m);
 

@@ -13,10 +13,10 @@ namespace pepr {
 // No package, memory or board draws more.
 constexpr double kMaxPlausibleW = 20'000.0;
 
-    // The longest time between two reads, however slow the sensor and however tight the budget. It is
-    // less than what counts as a gap (1 s), and than the time in which 20 kW fill half of the
-    // smallest RAPL range known (65.7 kJ), so that no wrap is missed.
-    constexpr std::int64_t kMaxSpacingNs = 800'000'000;
+// The longest time between two reads, however slow the sensor and however tight the budget. It is
+// less than what counts as a gap (1 s), and than the time in which 20 kW fill half of the
+// smallest RAPL range known (65.7 kJ), so that no wrap is missed.
+constexpr std::int64_t kMaxSpacingNs = 800'000'000;
 
 // It learns from when the numbers change. Reads come as late as possible without missing a refresh:
 // just after the refresh that is due last. So a single device is read just after each refresh; of

@@ -11,6 +11,8 @@ namespace pepr {
 // The spacing doubles, up to four times the base, after each 16 steps in a row that lie about on a
 // straight line, so that little is lost with the reads left out. The first step off the line resets
 // it to the base. No energy is lost either way, because the counter keeps it.
+//
+// tests/sim/virtual.py has the same rule, for simulated recordings; test_sim.py compares the two.
 class SteadySpacing {
 public:
     explicit SteadySpacing(std::int64_t base_ns) : base_ns_(base_ns), spacing_ns_(base_ns) {}
@@ -32,8 +34,7 @@ public:
 private:
     static constexpr std::int64_t kMostBases = 4;
     static constexpr int kStepsToDouble = 16;
-    static constexpr double kTolerance =
-        0.5;  // of a step at the base spacing; more is off the line
+    static constexpr double kTolerance = 0.5;  // of a step at the base; beyond, it is off the line
 
     std::int64_t base_ns_, spacing_ns_;
     double slope_ = 0.0;  // per ns, of the last step

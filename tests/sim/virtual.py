@@ -160,20 +160,46 @@ def cadenced_times_s(
     return np.concatenate(([begin_s], t_s[(t_s > begin_s) & (t_s < end_s - 1e-3)], [end_s]))
 
 
+class SteadySpacing:
+    """How far apart a lane reads a counter that changes at every read: csrc/sampling/steady.h.
+
+    The spacing doubles, up to four times the base, after 16 steps in a row that lie on a line
+    within half of a step at the base. The first step off the line resets it.
+    """
+
+    def __init__(self, base_s: float) -> None:
+        self._base_s = self._spacing_s = base_s
+        self._slope = 0.0  # per s
+        self._steps_on_line = 0
+
+    def next_s(self, step: float, since_s: float) -> float:
+        """The time until the next read, after a step of the counter within `since_s`."""
+        off = abs(step - self._slope * since_s)
+        if off > 0.5 * self._slope * self._base_s:
+            self._spacing_s, self._steps_on_line = self._base_s, 0
+        else:
+            self._steps_on_line += 1
+            if self._steps_on_line == 16:
+                self._spacing_s = min(2 * self._spacing_s, 4 * self._base_s)
+                self._steps_on_line = 0
+        self._slope = step / since_s
+        return self._spacing_s
+
+
 def steady_times_s(
     random: np.random.Generator, begin_s: float, end_s: float, *, wave: Wave, base_s: float = 0.02
 ) -> Times:
-    """When a lane reads a counter that moves at every read: more seldom while power is steady.
+    """When a lane reads a counter that changes at every read: less often while power is steady.
 
-    Twice and four times as far apart as `base_s` after 16 steps each that lie within half of a
-    base's energy of a line. From 1 s on it goes along with another lane that reads each 0.1 s,
-    earlier by up to five eighths of its gap or later by up to three.
+    From 1 s on it shares the wake-ups of another lane, which reads each 0.1 s: it reads earlier by
+    up to five eighths of its spacing, or later by up to three.
     """
     grid_s = np.arange(begin_s, end_s, 1e-3)
     energy_j = cumulative_j(wave, grid_s)
     late_s = np.minimum(random.exponential(1e-4, len(grid_s)), base_s / 4)
     phase_s = random.uniform(0, 0.1)
-    times, reached_j, power_w, gap_s, run = [begin_s], float(energy_j[0]), 0.0, base_s, 0
+    spacing = SteadySpacing(base_s)
+    times, reached_j, gap_s = [begin_s], float(energy_j[0]), base_s
     while True:
         t_s = times[-1] + gap_s
         other_s = np.floor((t_s + 3 / 8 * gap_s - phase_s) / 0.1) * 0.1 + phase_s
@@ -183,13 +209,8 @@ def steady_times_s(
             return np.append(times, end_s)
         times.append(t_s + float(late_s[len(times)]))
         now_j = float(energy_j[int((times[-1] - begin_s) / 1e-3)])
-        since_s = times[-1] - times[-2]
-        off_j = abs(now_j - reached_j - power_w * since_s)
-        run = run + 1 if off_j <= 0.5 * power_w * base_s else 0
-        gap_s = gap_s if run else base_s
-        if run == 16:
-            gap_s, run = min(2 * gap_s, 4 * base_s), 0
-        power_w, reached_j = (now_j - reached_j) / since_s, now_j
+        gap_s = spacing.next_s(now_j - reached_j, times[-1] - times[-2])
+        reached_j = now_j
 
 
 def batch(t_s: Times, *columns: Times) -> Batch:
