@@ -94,7 +94,7 @@ TEST(budget_gives_flexible_lanes_half) {
 }
 
 TEST(budget_follows_what_a_lane_wants) {
-    // given a lane that is held back, and then wants less than it may
+    // given a lane that is throttled, and then wants less than it may
     const auto budget = std::make_shared<pepr::CpuBudget>(0.005);
     pepr::Throttle throttle(budget);
     std::int64_t t_ns = 0, cpu_ns = 0;

@@ -134,8 +134,8 @@ TEST(cadence_follows_the_fastest_of_unlike_devices) {
     CHECK(found.missed == 0 && found.wasted_share() <= 0.30);
 }
 
-// A RAPL counter in uJ, refreshed each ms or so, read as a cadence of 20 ms wants it: how often
-// from from_s to to_s, and how far apart at most.
+// Reads a RAPL counter in uJ, which is refreshed about each ms, as a cadence of 20 ms asks for.
+// Counts the reads from from_s to to_s, and the longest time between two.
 struct Counted {
     std::int64_t reads = 0, widest_ns = 0;
 };

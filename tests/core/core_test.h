@@ -93,6 +93,13 @@ inline std::size_t entries_of(const char* folder) {
         std::distance(fs::directory_iterator(folder), fs::directory_iterator()));
 }
 
+inline std::size_t thread_count() { return entries_of("/proc/self/task"); }
+
+// The kernel lists a thread for a moment after it was joined.
+inline bool thread_count_becomes(std::size_t count) {
+    return comes_true([count] { return thread_count() == count; });
+}
+
 // --- sensors and files ---------------------------------------------------------------------------
 
 class Folder {

@@ -40,7 +40,7 @@ double run_child_s(const std::function<void()>& work) {
     return seconds(usage.ru_utime) + seconds(usage.ru_stime);
 }
 
-// What a hypervisor steals from a running thread is in perf's count until /proc/stat tells it, in
+// What a hypervisor steals from a running thread is in perf's count until /proc/stat shows it, in
 // ticks of 10 ms for each of two threads.
 constexpr double kStolenS = 0.02;
 
@@ -67,7 +67,7 @@ TEST(processes_count_children_that_were_waited_for) {
     const double charged_s = run_child_s([] { burn(CLOCK_PROCESS_CPUTIME_ID, 250 * kMs); });
     CHECK(charged_s >= 0.24);
     CHECK(std::abs(poll_cpu_s(*children) - children_before_s - charged_s) < kStolenS);
-    // Ourselves, who only waited, come on top.
+    // Our own time, of waiting only, comes on top.
     CHECK(poll_cpu_s(*self) - self_before_s >= charged_s - 0.001);
     CHECK(poll_cpu_s(*self) - self_before_s < charged_s + 0.05);
 }
@@ -153,74 +153,77 @@ TEST(processes_are_read_without_an_allocation) {
     ::close(hold[0]);
 }
 
-// A tree on two CPUs in virtual time, 10 polls a second for 100 s, of which a hypervisor steals.
+// A tree on two CPUs in virtual time, with 10 polls a second for 100 s. A hypervisor steals from
+// it.
 struct Stolen {
     double share;          // of the time that its tasks run
     int changes_each = 0;  // polls
-    double unseen_s = 0;   // a poll, or a change, of processes that nobody ever saw
+    double unseen_s = 0;   // a poll, or a change, of processes that were never found
     double setuid_s = 0;   // a poll, which the count is blind to
     double noise_s = 0;    // between the reads of the count and of the clocks
     double others_s = 0;   // a poll, stolen of other programs
 };
 
-struct Told {
+struct Outcome {
     double cpu_s, truth_s, stolen_s;
-    int asked = 0;  // how often what was stolen was asked for
+    int asked = 0;  // how often stolen time was read
 };
 
-Told tell(const Stolen& load) {
+Outcome simulate(const Stolen& load) {
     constexpr double kTick_s = 0.01, kBefore_s = 11.67;
     std::mt19937 random(5);
     std::uniform_real_distribution<double> noise_s(0, load.noise_s);
     pepr::CpuTimeReconciler reconciler(kBefore_s, kTick_s);
-    Told told{0, 0, 0};
+    Outcome result{0, 0, 0};
     double count_s = 0, clocks_s = 0, unseen_s = 0;
     for (int poll = 0; poll < 1000; ++poll) {
         const bool changed = load.changes_each > 0 && poll % load.changes_each == 0;
         const double ran_s = poll > 0 ? 0.2 : 0.0;
         if (changed || load.changes_each == 0) unseen_s += load.unseen_s;
-        told.stolen_s += load.share * ran_s + load.others_s;
+        result.stolen_s += load.share * ran_s + load.others_s;
         clocks_s += (1 - load.share) * ran_s + load.setuid_s;
         count_s += ran_s;
-        told.truth_s = clocks_s + unseen_s;
+        result.truth_s = clocks_s + unseen_s;
         const auto stolen_s = [&] {
-            ++told.asked;
-            return kBefore_s + kTick_s * std::floor(told.stolen_s / kTick_s);
+            ++result.asked;
+            return kBefore_s + kTick_s * std::floor(result.stolen_s / kTick_s);
         };
-        told.cpu_s = reconciler.update(count_s + unseen_s + noise_s(random), clocks_s,
-                                       poll == 0 || changed, stolen_s);
+        result.cpu_s = reconciler.update(count_s + unseen_s + noise_s(random), clocks_s,
+                                         poll == 0 || changed, stolen_s);
     }
-    return told;
+    return result;
 }
 
 TEST(cpu_time_is_without_what_was_stolen) {
     for (const double share : {0.001, 0.015, 0.3}) {
-        const Told told = tell({share});
-        CHECK(std::abs(told.cpu_s - told.truth_s) < 0.021);  // a tick, and one that was not told
-        CHECK(told.asked <= 1000 * std::min(1.0, share * 0.2 / 0.01));
-        // given births or deaths, what was stolen since the last poll cannot be told from theirs
-        const Told busy = tell({share, 10});
+        const Outcome idle = simulate({share});
+        CHECK(std::abs(idle.cpu_s - idle.truth_s) < 0.021);  // one tick, and one not shown yet
+        CHECK(idle.asked <= 1000 * std::min(1.0, share * 0.2 / 0.01));
+        // given births or deaths, stolen time since the last poll cannot be distinguished from
+        // theirs
+        const Outcome busy = simulate({share, 10});
         CHECK(busy.cpu_s - busy.truth_s > -0.001);
         CHECK(busy.cpu_s - busy.truth_s < 0.11 * busy.stolen_s + 0.021);
     }
 }
 
 TEST(cpu_time_that_was_not_stolen_is_kept) {
-    const Told unseen = tell({0, 0, 0.005});
+    const Outcome unseen = simulate({0, 0, 0.005});
     CHECK(std::abs(unseen.cpu_s - unseen.truth_s) < 1e-9);
-    const Told setuid = tell({0, 0, 0, 0.01});
+    const Outcome setuid = simulate({0, 0, 0, 0.01});
     CHECK(std::abs(setuid.cpu_s - setuid.truth_s) < 1e-9 && setuid.asked == 0);
-    // no more than was stolen is taken off
-    const Told both = tell({0.01, 0, 0.005});
+    // at most what was stolen is subtracted
+    const Outcome both = simulate({0.01, 0, 0.005});
     CHECK(both.truth_s - both.cpu_s < 1e-9 && both.cpu_s - both.truth_s < both.stolen_s);
-    // nor for what began and ended unseen while others did, whatever was stolen of other programs
-    const Told born = tell({0, 10, 0.05, 0, 0, 0.02});
+    // and nothing for processes that began and ended unseen, whatever was stolen from other
+    // programs
+    const Outcome born = simulate({0, 10, 0.05, 0, 0, 0.02});
     CHECK(std::abs(born.cpu_s - born.truth_s) < 1e-9);
-    const Told still = tell({0, 0, 0, 0, 0.002});
+    const Outcome still = simulate({0, 0, 0, 0, 0.002});
     CHECK(std::abs(still.cpu_s - still.truth_s) < 0.0021 && still.asked == 0);
 }
 
-// The time of a machine, by files of ours in place of the kernel's.
+// The time of a machine, from our files in place of the kernel's.
 TEST(machine_time_is_of_the_whole_machine) {
     const Folder folder;
     const fs::path root = fs::path(folder.write("here", "")).parent_path();
@@ -239,10 +242,10 @@ TEST(machine_time_is_of_the_whole_machine) {
         write("proc/stat", "cpu  1100 200 300 9999 77 1 4 60 600 60\n");
         CHECK(close(machine.busy_s(), 16.05) && close(machine.stolen_s(), 0.6));
     }
-    const std::string told =
+    const std::string stat =
         "usage_usec 16999999\nuser_usec 13001234\nsystem_usec 3050000\nnice_usec 2000000\n";
     for (const char* place : {"sys/fs/cgroup/unified/", "sys/fs/cgroup/"}) {
-        write(std::string(place) + "cpu.stat", told);
+        write(std::string(place) + "cpu.stat", stat);
         pepr::MachineTime machine(root.string());
         CHECK(close(machine.busy_s(), 16.051234) && close(machine.stolen_s(), 0.6));
         write(std::string(place) + "cgroup.type", "domain\n");  // a container's own

@@ -34,7 +34,8 @@ TEST(readers_read_quick_lanes_by_one_thread_and_slow_ones_by_another) {
     const auto readers = std::make_shared<pepr::Readers>();
     Sampler quick(FakeSensor::options(0, 4 * kMs), readers);
     CHECK(quick.wait_ready(10 * kNsPerS));
-    std::this_thread::sleep_for(std::chrono::microseconds(1500));  // begun apart, they meet
+    std::this_thread::sleep_for(
+        std::chrono::microseconds(1500));  // started apart, they coincide later
     Sampler other(FakeSensor::options(1, 4 * kMs), readers);
     CHECK(other.wait_ready(10 * kNsPerS));
     CHECK(comes_true([] { return is_one_reader(0, 1); }));
@@ -56,8 +57,7 @@ TEST(readers_read_quick_lanes_by_one_thread_and_slow_ones_by_another) {
     CHECK(quick.stop(10 * kNsPerS) && other.stop(10 * kNsPerS));
     for (Sampler* sampler : {&quick, &other}) {
         const Recorded rows = read_all(*sampler);
-        const std::uint64_t lost =
-            sampler->stats().lost;  // where all this took 1,024 reads or more
+        const std::uint64_t lost = sampler->stats().lost;  // if all this took 1,024 reads or more
         CHECK(rows.t_ns.size() + lost == sampler->stats().samples);
         for (std::size_t i = 0; i < rows.columns[0].size(); ++i)  // none twice, none left out
             CHECK(rows.columns[0][i] == static_cast<double>(lost + i + 1));
@@ -66,7 +66,7 @@ TEST(readers_read_quick_lanes_by_one_thread_and_slow_ones_by_another) {
 }
 
 TEST(readers_go_on_when_a_driver_keeps_its_leader) {
-    const std::size_t threads_before = entries_of("/proc/self/task");
+    const std::size_t threads_before = thread_count();
     {
         const auto readers = std::make_shared<pepr::Readers>();
         Sampler hung(FakeSensor::options(0, 2 * kMs), readers),
@@ -89,30 +89,30 @@ TEST(readers_go_on_when_a_driver_keeps_its_leader) {
         CHECK(now_ns() - begin_ns < 2 * kNsPerS);
         CHECK(third.stop(10 * kNsPerS));
         CHECK(longest_gap_ns(read_all(other)) < 5 * kNsPerS);  // 0.35 s where CPUs are free
-        CHECK(entries_of("/proc/self/task") == threads_before + 1);
+        CHECK(thread_count_becomes(threads_before + 1));
     }
     FakeSensor::states[0].hangs = false;
-    CHECK(comes_true([&] { return entries_of("/proc/self/task") == threads_before; }));
+    CHECK(thread_count_becomes(threads_before));
 }
 
 TEST(readers_stop_a_lane_while_another_keeps_its_leader) {
-    const std::size_t threads_before = entries_of("/proc/self/task");
+    const std::size_t threads_before = thread_count();
     {
         const auto readers = std::make_shared<pepr::Readers>();
         Sampler hung(FakeSensor::options(0, kMs), readers),
             other(FakeSensor::options(1, kMs), readers);
         CHECK(comes_true([] { return is_one_reader(0, 1) && FakeSensor::states[1].reads > 20; }));
         FakeSensor::states[0].hangs = true;
-        CHECK(other.stop(10 * kNsPerS));  // at once: nobody has looked yet
+        CHECK(other.stop(10 * kNsPerS));  // at once: nobody has noticed yet
         CHECK(!hung.stop(20 * kMs));
         CHECK(hung.stop(0));  // it was left behind
     }
     FakeSensor::states[0].hangs = false;
-    CHECK(comes_true([&] { return entries_of("/proc/self/task") == threads_before; }));
+    CHECK(thread_count_becomes(threads_before));
 }
 
 TEST(readers_cycles_leave_nothing_behind) {
-    const std::size_t threads = entries_of("/proc/self/task");
+    const std::size_t threads = thread_count();
     for (int cycle = 0; cycle < 60; ++cycle) {
         const auto readers = std::make_shared<pepr::Readers>();
         std::vector<std::unique_ptr<Sampler>> lanes;
@@ -124,7 +124,7 @@ TEST(readers_cycles_leave_nothing_behind) {
         for (const auto& lane : lanes)
             if (cycle % 2 == 0) CHECK(lane->stop(10 * kNsPerS));
     }
-    CHECK(entries_of("/proc/self/task") == threads);
+    CHECK(thread_count_becomes(threads));
 }
 
 TEST(readers_read_without_an_allocation) {
@@ -144,7 +144,7 @@ TEST(readers_read_without_an_allocation) {
     }));
 }
 
-// Lanes whose period nobody asked for go along with those that must be read.
+// Lanes whose period nobody asked for share the wake-ups of lanes that must be read.
 TEST(readers_spare_the_wake_ups_of_flexible_lanes) {
     const auto readers = std::make_shared<pepr::Readers>();
     const auto budget = std::make_shared<pepr::CpuBudget>(0.9);
@@ -169,7 +169,7 @@ TEST(readers_spare_the_wake_ups_of_flexible_lanes) {
     CHECK(all >= 50 && along * 10 >= all * 7);  // by chance it would be 1 in 4
 }
 
-// Earlier and later together are the whole spacing: whatever the phase, a wake-up of others fits.
+// The slack is a whole spacing: whatever the phase is, a wake-up of another lane fits.
 TEST(flexible_lane_has_slack_whatever_its_period) {
     for (const std::int64_t period_ns : {20 * kMs, 100 * kMs, kNsPerS, 10 * kNsPerS}) {
         pepr::Lane::Options how = FakeSensor::options(0, period_ns);
@@ -183,7 +183,7 @@ TEST(flexible_lane_has_slack_whatever_its_period) {
     }
 }
 
-// Going along is no reason to be read more often.
+// Sharing wake-ups is no reason to be read more often.
 TEST(readers_read_flexible_lanes_no_more_often_than_due) {
     const auto readers = std::make_shared<pepr::Readers>();
     pepr::Lane::Options elastic = FakeSensor::options(1, 40 * kMs);

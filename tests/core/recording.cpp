@@ -20,7 +20,7 @@ struct Stream {
     bool is_ended = false;
 };
 
-// Of a stream without a schema, by where Arrow has its numbers.
+// Reads a stream without a schema; Arrow's format says where the numbers are.
 Stream stream_in(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
     const std::string data{std::istreambuf_iterator<char>(file), {}};
@@ -51,7 +51,7 @@ std::shared_ptr<pepr::LaneFile> file_of(const Folder& folder, const char* name) 
         pepr::LaneFile::Options{stem, "", {{pepr::ThinRule::Kind::kLine, 0.25}}});
 }
 
-TEST(journal_writes_each_row_once_whoever_flushes) {
+TEST(journal_writes_each_row_once_with_two_threads_that_flush) {
     const Folder folder;
     const auto notifier = std::make_shared<pepr::Notifier>();
     const auto readers = std::make_shared<pepr::Readers>();
@@ -120,7 +120,7 @@ TEST(arrow_file_is_written_over_in_its_own_space_or_left_alone) {
         return std::string{std::istreambuf_iterator<char>(file), {}};
     };
     pepr::ArrowFile file(path, "schema");
-    CHECK(file.replace("row") == ENOSPC);  // there is no room yet that would be its own
+    CHECK(file.replace("row") == ENOSPC);  // it has no space of its own yet
     CHECK(file.append("first second") == 0);
     CHECK(file.replace("more than there was") == ENOSPC);
     CHECK(content() == "schemafirst second");
@@ -129,9 +129,53 @@ TEST(arrow_file_is_written_over_in_its_own_space_or_left_alone) {
     CHECK(file.append(" third") == 0 && content() == "schemafewer third");
 }
 
+// A counter in J that is read every 10 ms: 100 W, 300 W from 5 s on, and 2 s without a read at 10
+// s.
+TEST(thinning_keeps_what_a_line_does_not_say) {
+    constexpr std::size_t kRows = 1500;
+    std::vector<std::int64_t> t_ns(kRows);
+    std::vector<double> energy_j(kRows);
+    for (std::size_t i = 1; i < kRows; ++i) {
+        t_ns[i] = t_ns[i - 1] + (i == 1000 ? 2000 : 10) * kMs;
+        const double power_w = t_ns[i] <= 5 * kNsPerS ? 100 : 300;
+        energy_j[i] = energy_j[i - 1] + 1e-9 * static_cast<double>(t_ns[i] - t_ns[i - 1]) * power_w;
+    }
+    const std::vector<std::size_t> kept = pepr::thin(
+        {{pepr::ThinRule::Kind::kLine, 0.25}}, t_ns.data(), energy_j.data(), kRows, kRows, 64);
+    const auto has = [&](std::size_t row) {
+        return std::binary_search(kept.begin(), kept.end(), row);
+    };
+    CHECK(std::is_sorted(kept.begin(), kept.end()) && kept.size() < 64 + 16);
+    for (std::size_t row = 0; row < 64; ++row) CHECK(has(row));
+    CHECK(has(999) && has(1000) && has(kRows - 1));  // around the gap, and the last one
+    for (std::size_t k = 1; k < kept.size(); ++k) {
+        const std::size_t from = kept[k - 1], to = kept[k];
+        CHECK(t_ns[to] - t_ns[from] <= pepr::kThinLongestNs);
+        const double slope =
+            (energy_j[to] - energy_j[from]) / static_cast<double>(t_ns[to] - t_ns[from]);
+        for (std::size_t row = from; row < to; ++row) {
+            const double line_j =
+                energy_j[from] + slope * static_cast<double>(t_ns[row] - t_ns[from]);
+            CHECK(std::abs(energy_j[row] - line_j) <= 0.25 * 3);  // of a step of 3 J
+        }
+    }
+}
+
+TEST(refresh_periods_are_learnt_from_the_first_changes) {
+    std::vector<std::int64_t> t_ns;
+    std::vector<double> values;
+    for (std::int64_t i = 0; i < 400; ++i) {  // changes each 100 ms, after 20 of them each 300 ms
+        t_ns.push_back(10 * kMs * i);
+        values.push_back(static_cast<double>(i < 200 ? i / 10 : 20 + (i - 200) / 30));
+    }
+    CHECK(std::abs(pepr::first_interval_s(values.data(), t_ns.data(), 400) - 0.1) < 1e-9);
+    CHECK(std::abs(pepr::first_interval_s(values.data(), t_ns.data(), 31) - 0.1) < 1e-9);
+    CHECK(pepr::first_interval_s(values.data(), t_ns.data(), 30) == 0.0);  // two changes only
+}
+
 TEST(journal_cycles_leave_nothing_behind_and_a_forked_child_goes) {
     const Folder folder;
-    const std::size_t threads = entries_of("/proc/self/task"), files = entries_of("/proc/self/fd");
+    const std::size_t threads = thread_count(), files = entries_of("/proc/self/fd");
     {
         Sampler lane(FakeSensor::options(0, kMs));
         CHECK(lane.wait_ready(10 * kNsPerS));
@@ -153,7 +197,7 @@ TEST(journal_cycles_leave_nothing_behind_and_a_forked_child_goes) {
             if (cycle % 2 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(3));
         }
     }
-    CHECK(entries_of("/proc/self/task") == threads && entries_of("/proc/self/fd") == files);
+    CHECK(thread_count_becomes(threads) && entries_of("/proc/self/fd") == files);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@
 
 namespace {
 
-// Every word of row n follows from n alone, so that a row made of two is seen.
+// Every word of row n follows from n alone, which shows a row that is made of two.
 double value_of(std::int64_t n, std::size_t channel) {
     return static_cast<double>(n) * static_cast<double>(channel + 3);
 }
@@ -235,7 +235,7 @@ TEST(ring_finds_the_row_that_an_instant_lies_in) {
     CHECK(ring.find(0) >= 200 - 64 && ring.find(0) <= 200 - 64 + 4);  // the oldest that is safe
 }
 
-// One that cannot be made has no mapping: nothing is unmapped in its place, at address 0.
+// A ring whose constructor throws has no mapping. It must not unmap what lies at address 0.
 TEST(ring_that_cannot_be_made_unmaps_nothing) {
     CHECK(holds_in_a_child([] {
         void* const low = reinterpret_cast<void*>(0x100000);  // where some programs' code lies

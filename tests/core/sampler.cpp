@@ -63,7 +63,7 @@ TEST(sampler_follows_what_it_reads) {
     CHECK(stats.settled >= 30 && stats.wasted * 2 < stats.settled);
 }
 
-// However small the budget: beyond half its range, what a counter wrapped by is anybody's guess.
+// However small the budget is: after more than half of its range, a wrap cannot be undone.
 TEST(sampler_that_is_throttled_still_sees_every_wrap) {
     // given a counter of 4 kJ, which 20 kW fill in 200 ms, refreshed every 10 ms
     const Folder folder;
@@ -78,7 +78,7 @@ TEST(sampler_that_is_throttled_still_sees_every_wrap) {
     const std::int64_t from_ns = now_ns();
     std::this_thread::sleep_for(std::chrono::milliseconds(1500));
     CHECK(sampler.stop(10 * kNsPerS));
-    // then it is read every 100 ms: held back, but no more
+    // then it is read every 100 ms: throttled, but no more
     const Recorded rows = read_all(sampler);
     const auto reads = std::count_if(rows.t_ns.begin(), rows.t_ns.end(),
                                      [from_ns](std::int64_t t_ns) { return t_ns > from_ns; });
@@ -103,8 +103,8 @@ TEST(sampler_forgets_no_deadline) {
     const Sampler::Stats stats = sampler.stats();
     CHECK(rows.t_ns.size() == stats.samples);
     CHECK(stats.lost == 0);
-    // First sample, one a deadline, last sample: late, skipped or in time, each deadline counts
-    // once.
+    // The first sample, one for each deadline, the last sample. Each deadline counts once: late,
+    // skipped or in time.
     const std::int64_t passed = (rows.t_ns.back() - rows.t_ns.front()) / kPeriodNs;
     const auto accounted = static_cast<std::int64_t>(stats.samples - 2 + stats.skipped);
     CHECK(std::abs(accounted - passed) <= 1);
@@ -178,6 +178,7 @@ TEST(sampler_counts_what_is_unknown) {
 }
 
 TEST(sampler_that_never_opens_is_given_up_in_time) {
+    const std::size_t threads_before = thread_count();
     HangingDriver driver;
     Sampler sampler({driver.spec(), kMs});
     CHECK(!sampler.wait_ready(20 * kMs));
@@ -190,22 +191,21 @@ TEST(sampler_that_never_opens_is_given_up_in_time) {
     CHECK(waited_ns >= 100 * kMs && waited_ns < 2 * kNsPerS);
     CHECK(sampler.stop(0));  // it was left behind: nothing more to wait for
     driver.answer("");       // lets the thread go, after all
+    CHECK(thread_count_becomes(threads_before));
 }
 
 TEST(sampler_left_behind_outlives_its_owner) {
     HangingDriver driver;
-    const std::size_t threads_before = entries_of("/proc/self/task");
+    const std::size_t threads_before = thread_count();
     {
         const Sampler sampler({driver.spec(), kMs});
         const std::int64_t begin_ns = now_ns();
-        while (entries_of("/proc/self/task") == threads_before && now_ns() < begin_ns + kNsPerS) {
+        while (thread_count() == threads_before && now_ns() < begin_ns + kNsPerS) {
         }
     }  // destroyed without stop: waits a second, then leaves the thread alone
     driver.answer(std::string(kChannels) +
-                  "0\t1\t2\n");  // it wakes up to memory that must be there
-    for (const std::int64_t end_ns = now_ns() + 10 * kNsPerS; now_ns() < end_ns;)
-        if (entries_of("/proc/self/task") <= threads_before) break;
-    CHECK(entries_of("/proc/self/task") <= threads_before);
+                  "0\t1\t2\n");  // wakes the thread, whose memory must still be there
+    CHECK(thread_count_becomes(threads_before));
 }
 
 TEST(sampler_rethrows_why_it_failed) {
@@ -224,14 +224,14 @@ TEST(sampler_rethrows_why_it_failed) {
 TEST(sampler_cycles_leave_nothing_behind) {
     const Folder folder;
     const std::string spec = two_channels(folder);
-    const std::size_t files = entries_of("/proc/self/fd"), threads = entries_of("/proc/self/task");
+    const std::size_t files = entries_of("/proc/self/fd"), threads = thread_count();
     for (int cycle = 0; cycle < 150; ++cycle) {
         Sampler sampler({spec, kMs});
         if (cycle % 3 == 0) CHECK(sampler.wait_ready(10 * kNsPerS));
         if (cycle % 2 == 0) CHECK(sampler.stop(10 * kNsPerS));
     }
     CHECK(entries_of("/proc/self/fd") == files);
-    CHECK(entries_of("/proc/self/task") == threads);
+    CHECK(thread_count_becomes(threads));
 }
 
 TEST(sampler_lets_a_forked_child_go) {
@@ -264,7 +264,7 @@ TEST(coarse_rows_are_rare_and_their_errors_do_not_add_up) {
     std::mt19937_64 random(3);
     double energy_uj = 12'345'678'901, first_uj = -1, last_uj = 0, begin_uj = 0;
     std::int64_t last_ns = -1;
-    int told = 0;
+    int coarse_rows = 0;
     for (std::int64_t t_ns = 0; t_ns < 3 * kNsPerS; t_ns += kMs / 2) {
         energy_uj += static_cast<double>(random() % 100'000);
         const double* row = coarsener.coarsen(t_ns, {energy_uj, 7.5});
@@ -277,18 +277,18 @@ TEST(coarse_rows_are_rare_and_their_errors_do_not_add_up) {
         last_ns = t_ns;
         last_uj = row[0];
         CHECK(std::abs((last_uj - first_uj) - (energy_uj - begin_uj)) < 100'000);
-        ++told;
+        ++coarse_rows;
     }
-    CHECK(told == 300);
+    CHECK(coarse_rows == 300);
     const double* unknown = coarsener.coarsen(4 * kNsPerS, {pepr::kUnknown, 1});
     CHECK(unknown != nullptr && std::isnan(unknown[0]));
 }
 
-// A number that names somebody, among others.
-class Visitor final : public pepr::Sensor {
+// Energy, and a number that identifies a process.
+class IdentitySensor final : public pepr::Sensor {
 public:
     static std::atomic<double> who;
-    Visitor() {
+    IdentitySensor() {
         channels_.push_back({"a/energy", "energy", "J", 1.0, 0.0, true, "test", {}});
         channels_.push_back({"a/pid0", "identity", "1", 1.0, 0.0, false, "test", {}});
     }
@@ -301,29 +301,29 @@ private:
     double count_ = 0;
 };
 
-std::atomic<double> Visitor::who{0};
+std::atomic<double> IdentitySensor::who{0};
 
 TEST(lane_notifies_when_an_identity_changes) {
     const auto notifier = std::make_shared<pepr::Notifier>();
     pepr::Lane::Options how{"", kMs};
     how.notifier = notifier;
     how.open = [](const std::string&) -> std::unique_ptr<pepr::Sensor> {
-        return std::make_unique<Visitor>();
+        return std::make_unique<IdentitySensor>();
     };
-    Visitor::who = 0;
+    IdentitySensor::who = 0;
     Sampler lane(std::move(how));
     CHECK(lane.wait_ready(10 * kNsPerS));
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
     CHECK(!notifier->wait(0));  // nobody, as before
     for (const double who : {4121.0, 7.0, 0.0}) {
-        Visitor::who = who;
+        IdentitySensor::who = who;
         CHECK(notifier->wait(20 * kNsPerS));
         notifier->clear();
         std::int64_t t_ns = 0, read_ns = 0;
         double values[2] = {};
         CHECK(lane.latest({&t_ns, &read_ns, values, 1}) == 1);
-        CHECK(values[1] == who);  // what is told can be read already
-        Visitor::who = pepr::kUnknown;
+        CHECK(values[1] == who);  // the row can be read by now
+        IdentitySensor::who = pepr::kUnknown;
         std::this_thread::sleep_for(std::chrono::milliseconds(20));
         CHECK(!notifier->wait(0));  // being unknown for a while is no other process
     }
