@@ -203,7 +203,7 @@ def publish(
     were left out, outliers, and what lies outside a given range are named on stderr.
     """
     from pepr_profiler.report.export import ranking_json
-    from pepr_profiler.study.ranking import listed
+    from pepr_profiler.study.pepr import listed
 
     for who, why in study.left_out:
         complain(f"left out {brief(who)}: {brief(why)}")

@@ -1,1 +1,1 @@
-"""Runs on disk: found, loaded, changed, removed."""
+"""The runs on disk: made, found, loaded, changed, removed."""

@@ -1,7 +1,8 @@
-"""Runs on disk: `STORE/runs/RUN_ID/`, found by id, unique prefix, path, or as the last one.
+"""A store of runs on disk, `STORE/runs/RUN_ID/`: made, found, loaded, changed, removed.
 
-The run directories are the truth; the name of one is the run's id, wherever it was copied from.
-`STORE/index` is a cache (see index), without which everything works, later.
+A run is found by its id, a unique prefix of that, its path, or as the last one. The run directories
+are the truth: the name of a directory is the run's id, wherever it was copied from. `STORE/index`
+(see index.py) is only a cache.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ if TYPE_CHECKING:
     from pepr_profiler.store.index import Filter, QueryResult
 
 LAST = "last"
-"""What the newest run may be called."""
+"""A name for the newest run."""
 
 _QUIET_S = 60.0
-"""A recording is flushed at least once a second. A run without an end, which changed within the
-last minute, may be recorded on another machine or in another container."""
+"""A run without an end that changed within the last minute may still be recorded, on another host
+or in another container: a recording is flushed at least once a second."""
 
 
 def default_path() -> Path:
-    """`PEPR_STORE`, else the user's data directory, so that any shell finds every run."""
+    """`PEPR_STORE`, else a folder in the user's data directory, the same for all shells."""
     given = os.environ.get("PEPR_STORE")
     if given:
         return Path(given)
@@ -55,7 +56,7 @@ class Store:
         return self.path / "index"
 
     def create(self, name: str) -> Path:
-        """A new run directory, named after the run. Raises OSError where none can be made."""
+        """A new run directory, named after the run. OSError if none can be made."""
         slug = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:40] or "run"
         self.runs_path.mkdir(parents=True, exist_ok=True)
         while True:
@@ -69,7 +70,7 @@ class Store:
     def create_somewhere(self, name: str) -> tuple[Path, dict[str, str] | None]:
         """A new run directory, absolute, and a warning if it had to be made outside the store.
 
-        A program must run, and what it costs must not be lost, also where nothing can be written.
+        A program must run and be measured even if the store cannot be written.
         """
         try:
             # Absolute: the program that records itself may change its working directory.
@@ -86,7 +87,7 @@ class Store:
             )
 
     def find(self, wanted: Filter | None = None) -> QueryResult:
-        """The runs that are wanted, incomplete ones with what they cost so far."""
+        """The runs that are wanted; incomplete ones with what they took so far."""
         from pepr_profiler.store.index import Index
 
         return Index(self.path / "index", self.runs_path).find(self._names(), wanted)
@@ -94,7 +95,7 @@ class Store:
     def directory(self, ref: str) -> Path:
         """The directory of a run: an id, a unique prefix of one, a run directory, or `last`.
 
-        Raises UsageError if there is none or more than one.
+        UsageError if there is none or more than one.
         """
         as_path = Path(ref)
         if (as_path / "run.json").is_file():
@@ -120,9 +121,9 @@ class Store:
         )
 
     def load(self, ref: str) -> dict[str, Any]:
-        """The whole summary of a run: as written at its end, computed now if it has no end.
+        """The whole summary of a run: as it was written at its end, or computed now if it has none.
 
-        UsageError as `directory`; TraceError for what is no recording, or a newer version's.
+        UsageError as for `directory`, TraceError if it is no recording or of a newer version.
         """
         directory = self.directory(ref)
         return self._identified(_summary_of(directory), directory)
@@ -134,10 +135,10 @@ class Store:
         metrics: Mapping[str, float] | None = None,
         facts: Mapping[str, str | None] | None = None,
     ) -> dict[str, Any]:
-        """Adds metrics to a run, as a new line of events, and changes its `name`, `experiment`.
+        """Adds metrics to a run, and changes its facts, which are `name` and `experiment`.
 
-        Returns its summary, computed anew. Facts of a run that is still being recorded are refused
-        with UsageError: its recorder writes them at the end.
+        Returns the new summary. UsageError for facts of a run that is still recorded, because its
+        recorder would overwrite them at the end.
         """
         directory = self.directory(ref)
         run = _summary_of(directory)  # raises for what is no recording, before anything is written
@@ -157,13 +158,12 @@ class Store:
         return self._identified(summary, directory)
 
     def removable(self, ref: str, *, force: bool = False) -> Path:
-        """The directory that `remove` would take for `ref`.
+        """The directory of a run that may be removed.
 
-        UsageError where there is none inside this store, and for a run that is being recorded
-        unless `force`.
+        UsageError if it is not in this store, or is being recorded, unless `force`.
         """
         directory = self.directory(ref)
-        # Of a link in the store the link is meant, so only what is above it is resolved.
+        # A link in the store may be removed, wherever it leads: only its folder is resolved.
         inside = directory.absolute().parent.resolve() == self.runs_path.resolve()
         if not inside or directory.name in ("", ".", ".."):
             raise UsageError(
@@ -172,7 +172,7 @@ class Store:
                 fix="remove the directory itself, or say which store it is in: --store DIR",
             )
         run: dict[str, Any] = {}
-        with suppress(TraceError):  # what cannot be read may still be removed, if nobody writes it
+        with suppress(TraceError):  # a damaged run may be removed, if nobody writes it
             run = read_run(directory)
         if not force and is_recording(directory, run):
             raise _still_recording(
@@ -181,7 +181,7 @@ class Store:
         return directory
 
     def remove(self, directory: Path) -> None:
-        """Removes what `removable` gave: it is gone at once, its files soon after."""
+        """Removes a directory that `removable` gave: it is renamed first, then its files go."""
         import shutil
 
         try:
@@ -190,7 +190,7 @@ class Store:
                 return
             doomed = self.runs_path / f".removed-{os.urandom(6).hex()}"
             directory.rename(doomed)
-            for path in self.runs_path.glob(".removed-*"):  # those too that a crash left over
+            for path in self.runs_path.glob(".removed-*"):  # with what a crash has left
                 shutil.rmtree(path)
         except FileNotFoundError:
             return  # somebody else was faster
@@ -198,7 +198,7 @@ class Store:
             raise _unwritable(directory, f"{directory} could not be removed", error) from error
 
     def _names(self) -> list[str]:
-        """What may be a run; a name with a dot in front is none."""
+        """The names of what may be a run: all that do not begin with a dot."""
         try:
             return [name for name in os.listdir(self.runs_path) if name[0] != "."]  # noqa: PTH208
         except (FileNotFoundError, NotADirectoryError):
@@ -215,14 +215,14 @@ class Store:
         return plain and (self.runs_path / name).is_dir()
 
     def _identified(self, run: dict[str, Any], directory: Path) -> dict[str, Any]:
-        """The run with the id that it has here: a directory may have been copied and renamed."""
+        """The run with the name of its directory as id: it may have been copied and renamed."""
         if directory.absolute().parent == self.runs_path.absolute():
             run["run_id"] = directory.name
         return run
 
 
 def is_recording(directory: Path, run: Mapping[str, Any]) -> bool:
-    """Whether somebody may still be recording a run (its run.json, {} if it cannot be read)."""
+    """Whether a run may still be recorded. `run` is its run.json, {} if that cannot be read."""
     if run.get("complete"):
         return False
     if run and recorder_lives(run):
@@ -232,7 +232,7 @@ def is_recording(directory: Path, run: Mapping[str, Any]) -> bool:
 
 
 def _summary_of(directory: Path) -> dict[str, Any]:
-    """A run's summary: read if it is complete, else computed from what was flushed."""
+    """A run's summary: read if the run has ended, else computed from its files."""
     run = read_run(directory)
     return run if has_ended(run) else _summarise(directory, run)
 

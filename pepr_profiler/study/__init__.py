@@ -1,4 +1,4 @@
-"""Runs weighed against each other."""
+"""Runs compared with each other: scores, rankings, jobs of several recordings, curves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Study", "load", "read_bounds"]
 
 
 def __getattr__(name: str) -> object:
-    """Imports `study.study` only for whoever asks for one of its names."""
+    """Imports `study.study` when one of its names is first used."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from pepr_profiler.study import study

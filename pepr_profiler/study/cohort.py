@@ -16,7 +16,8 @@ from pepr_profiler.store.facts import CAUSES, Facts, facts_of
 from pepr_profiler.store.index import QueryResult
 from pepr_profiler.study import pepr
 from pepr_profiler.study.jobs import merge_jobs
-from pepr_profiler.study.ranking import Amount, SharedErrors, listed
+from pepr_profiler.study.pepr import listed
+from pepr_profiler.study.ranking import Amount, SharedErrors
 from pepr_profiler.trace.shape import MALFORMED
 
 Run: TypeAlias = Mapping[str, Any]

@@ -1,8 +1,9 @@
-"""Recordings of one job put together: what several profilers saw of one device counts once.
+"""Merges the recordings of one job: energy that several profilers saw of a device counts once.
 
-Ranks that each wrap themselves, nodes of a cluster, a wrapped script inside a wrapped launcher:
-each recording has the whole energy of the devices it saw, and its own job's share. Devices are told
-apart by the boot and their component id, GPUs by their UUID, which is the world's.
+A job has several recordings if each of its ranks is wrapped, if it runs on several nodes, or if a
+wrapped script runs in a wrapped launcher. Each recording has the whole energy of the devices that
+it saw, and the share of its own processes. Two recordings saw the same device if boot and component
+id are the same, or the UUID of a GPU, which is unique in the world.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ _SUMS = ("cpu_s", "samples", "dropped", "late", "timed", "failed_reads")
 
 
 def merge_jobs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
-    """One summary a job (docs/design.md, Contract), in the order of each one's first recording.
+    """One summary per job (docs/design.md, Contract), in the order of their first recordings.
 
-    Recordings are of one job if they share `job` and were made at the same time, as ranks are and
-    the steps of a sweep are not, or if one was made inside another (`recording.outer`). A recording
-    that stands alone comes back as it is; one that is given twice counts once. Of each device:
-    `device_j` is its energy over the union of the recordings' times, each instant once; the job's
-    shares of the recordings add up, except that one inside another is part of it, and never exceed
-    the device. What is not the job's or idle is others'. The result has the summaries' keys, those
-    that describe a recording from the longest one, and `runs`: the ids of all.
+    Recordings are of one job if one was made inside another (`recording.outer`), or if they have
+    the same `job` and overlap in time, as ranks do and the steps of a sweep do not. A recording
+    that is alone is returned as it is; one that is given twice counts once.
+
+    The `device_j` of a device is its energy over the union of the recordings' times, each instant
+    once. The recordings' shares add up to `job_j`, but for a recording inside another, which is
+    part of that; they never exceed the device. What is neither the job's nor idle is others'. A
+    merged summary has the same keys. What describes a recording is that of the longest one; `runs`
+    are the ids of all.
     """
     unique: dict[tuple[Any, str], Summary] = {}
     for summary in summaries:
@@ -44,7 +47,9 @@ def merge_jobs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
             related[0][:] = merged
         else:
             groups.append(merged)
-    return [dict(group[0]) if len(group) == 1 else _Job(group).summary() for group in groups]
+    return [
+        dict(group[0]) if len(group) == 1 else _JobRecordings(group).merged() for group in groups
+    ]
 
 
 def _related(one: Summary, other: Summary) -> bool:
@@ -63,8 +68,8 @@ def _inside(inner: Summary, outer: Summary) -> bool:
 
 
 @dataclass(frozen=True)
-class _View:
-    """What one recording saw of one device, over [begin_s, end_s] of wall-clock time."""
+class _DeviceRecord:
+    """What one recording has of one device, from begin to end of `span` (wall-clock s)."""
 
     run: Summary
     component: Mapping[str, Any]
@@ -77,8 +82,8 @@ class _View:
     def between_j(self, begin_s: float, end_s: float) -> float:
         """The device's energy between two instants of the span, from its power over time.
 
-        Where that is unknown there is, evenly, what the known power leaves of the energy: nothing
-        of a counter that was not read, what was held of a model.
+        Where the power is unknown, the energy that the known power does not account for is spread
+        evenly: 0 for a counter, which was not read there, the held value for a model.
         """
         begin, end = self.span
         trace_w = self.component.get("trace_w") or (None,)
@@ -97,8 +102,8 @@ class _View:
         return self.device_j * part / math.fsum(power_w)
 
 
-class _Job:
-    """Recordings of one job, the first given first."""
+class _JobRecordings:
+    """The recordings of one job, in the order in which they were given."""
 
     def __init__(self, runs: Sequence[Summary]) -> None:
         self._runs = runs
@@ -112,6 +117,7 @@ class _Job:
         return [run for run in self._runs if not self._outers(run)]
 
     def _outers(self, run: Summary) -> list[Summary]:
+        """The recordings that a recording is inside of, the nearest first."""
         found: list[Summary] = []
         at: Summary | None = run
         while at is not None:
@@ -120,9 +126,10 @@ class _Job:
                 found.append(at)
         return found
 
-    def summary(self) -> dict[str, Any]:
+    def merged(self) -> dict[str, Any]:
+        """The summary of the whole job."""
         duration_s = _length(self._whole)
-        components = [self._component(views) for views in self._devices().values()]
+        components = [self._component(records) for records in self._devices().values()]
         counted = [c for c in components if c["in_total"] and c["device_j"] is not None]
         scopes = {run["energy"].get("scope", "job") for run in self._runs}
         scope = scopes.pop() if len(scopes) == 1 else "job"
@@ -170,38 +177,38 @@ class _Job:
             "warnings": _unique(self._runs, "warnings", "text"),
         }
 
-    def _devices(self) -> dict[tuple[str, str], list[_View]]:
-        """Who saw which device, the longest look first."""
-        devices: dict[tuple[str, str], list[_View]] = {}
+    def _devices(self) -> dict[tuple[str, str], list[_DeviceRecord]]:
+        """The records of each device, the longest first."""
+        devices: dict[tuple[str, str], list[_DeviceRecord]] = {}
         for run, span in zip(self._runs, self._spans, strict=True):
             for component in run["energy"]["components"]:
                 ident = component["id"]
                 place = "" if ident.startswith("gpu:GPU-") else str(run.get("boot_id"))
-                devices.setdefault((place, ident), []).append(_View(run, component, span))
-        for views in devices.values():
-            views.sort(key=lambda view: view.span[0] - view.span[1])
+                devices.setdefault((place, ident), []).append(_DeviceRecord(run, component, span))
+        for records in devices.values():
+            records.sort(key=lambda record: record.span[0] - record.span[1])
         return devices
 
-    def _component(self, views: Sequence[_View]) -> dict[str, Any]:
-        known = [view for view in views if view.component.get("device_j") is not None]
+    def _component(self, records: Sequence[_DeviceRecord]) -> dict[str, Any]:
+        known = [record for record in records if record.component.get("device_j") is not None]
         if not known:
-            return dict(views[0].component)
-        seers = [view.run for view in known]
+            return dict(records[0].component)
+        seers = [record.run for record in known]
         inner = [v for v in known if any(run in seers for run in self._outers(v.run))]
         own = [v for v in known if v not in inner and v.component["in_total"]]
         seen: list[_Span] = []
-        pieces: list[tuple[_View, _Span]] = []
-        for view in known:
-            fresh = _without(view.span, seen)
-            pieces += [(view, span) for span in fresh]
-            seen = _union([*seen, view.span])
-        parts_j = [view.between_j(*span) for view, span in pieces]
+        pieces: list[tuple[_DeviceRecord, _Span]] = []
+        for record in known:
+            fresh = _without(record.span, seen)
+            pieces += [(record, span) for span in fresh]
+            seen = _union([*seen, record.span])
+        parts_j = [record.between_j(*span) for record, span in pieces]
         device_j = math.fsum(parts_j)
-        job_j = min(math.fsum(view.component["job_j"] for view in own), device_j)
+        job_j = min(math.fsum(record.component["job_j"] for record in own), device_j)
         idle_j = math.fsum(
-            view.component["idle_j"] * part_j / view.device_j
-            for (view, _), part_j in zip(pieces, parts_j, strict=True)
-            if view.device_j > 0
+            record.component["idle_j"] * part_j / record.device_j
+            for (record, _), part_j in zip(pieces, parts_j, strict=True)
+            if record.device_j > 0
         )
         idle_j = min(idle_j, device_j - job_j)
         result = {**known[0].component, "in_total": bool(own)}
@@ -215,37 +222,40 @@ class _Job:
             "job_j": job_j,
             "others_j": device_j - job_j - idle_j,
             "idle_j": idle_j,
-            "idle_w": _least(view.component.get("idle_w") for view in known),
-            "job_idle_j": _sum_known(view.component.get("job_idle_j") for view in own),
-            # One device's errors are the same in each look at it: they add up as they stand.
-            "u_j": _sum_known(view.component.get("u_j") for view in own or known[:1]),
+            "idle_w": _least(record.component.get("idle_w") for record in known),
+            "job_idle_j": _sum_known(record.component.get("job_idle_j") for record in own),
+            # The errors of a device are the same in each of its records: they add up linearly.
+            "u_j": _sum_known(record.component.get("u_j") for record in own or known[:1]),
             "mean_w": device_j / seen_s if seen_s > 0 else None,
-            "max_w": _most(view.component.get("max_w") for view in known),
+            "max_w": _most(record.component.get("max_w") for record in known),
             "trace_w": self._trace_w(pieces),
-            "budget": _budgets([view.component.get("budget") for view in own or known[:1]]),
+            "budget": _budgets([record.component.get("budget") for record in own or known[:1]]),
         }
 
-    def _trace_w(self, pieces: Iterable[tuple[_View, _Span]]) -> list[float | None]:
+    def _trace_w(self, pieces: Iterable[tuple[_DeviceRecord, _Span]]) -> list[float | None]:
         begin_s, end_s = self._whole[0][0], self._whole[-1][1]
         step_s = (end_s - begin_s) / _BUCKETS
         listed = list(pieces)
         trace: list[float | None] = []
         for i in range(_BUCKETS):
             bucket = begin_s + i * step_s, begin_s + (i + 1) * step_s
-            cut = [(view, _overlap(span, bucket)) for view, span in listed]
-            inside = [(view, span) for view, span in cut if span[1] > span[0]]
+            cut = [(record, _overlap(span, bucket)) for record, span in listed]
+            inside = [(record, span) for record, span in cut if span[1] > span[0]]
             seen_s = math.fsum(span[1] - span[0] for _, span in inside)
-            energy_j = math.fsum(view.between_j(*span) for view, span in inside)
+            energy_j = math.fsum(record.between_j(*span) for record, span in inside)
             trace.append(energy_j / seen_s if seen_s > 0 else None)
         return trace
 
     def _phases(self) -> list[dict[str, Any]]:
-        """Energies add up, phases of the ranks go on at the same time; those inside count once."""
+        """The phases by name: energies of ranks add up, of times the longest counts.
+
+        A phase of a recording inside another only counts where no other has one of that name.
+        """
         phases: dict[str, dict[str, Any]] = {}
         for run in self._top:
             for phase in run.get("phases") or ():
                 before = phases.get(phase["name"])
-                phases[phase["name"]] = dict(phase) if before is None else _together(before, phase)
+                phases[phase["name"]] = dict(phase) if before is None else _joined(before, phase)
         nested = (run for run in self._runs if run not in self._top)
         for phase in (phase for run in nested for phase in run.get("phases") or ()):
             phases.setdefault(phase["name"], dict(phase))
@@ -256,23 +266,27 @@ class _Job:
         if len(known) < len(self._top) or total_j is None:
             return None
         recorded_j = math.fsum(run["energy"]["total_j"] for run in known)
-        if recorded_j <= 0:  # no intensity can be told from it
+        if recorded_j <= 0:  # it shows no intensity
             return None
         emitted_g = math.fsum(run["carbon"]["g_co2e"] for run in known)
         return {**known[0]["carbon"], "g_co2e": emitted_g * total_j / recorded_j}
 
     def _sampler(self, duration_s: float) -> dict[str, Any]:
         of_runs = [run.get("sampler") or {} for run in self._runs]
-        # After a crash one recording does not tell: then nobody knows the sum.
-        told: dict[str, list[Any]] = {name: [of.get(name) for of in of_runs] for name in _SUMS}
-        sums = {name: None if None in values else sum(values) for name, values in told.items()}
+        # A recording that crashed lacks these, and then the sum is unknown.
+        known: dict[str, list[Any]] = {name: [of.get(name) for of in of_runs] for name in _SUMS}
+        sums = {name: None if None in values else sum(values) for name, values in known.items()}
         cpu_s = sums["cpu_s"]
         fraction = cpu_s / duration_s if cpu_s is not None and duration_s > 0 else None
         return {**(self._main.get("sampler") or {}), **sums, "cpu_fraction": fraction}
 
 
 def _spans(runs: Sequence[Summary]) -> list[_Span]:
-    """When each was recorded, wall-clock s. Those of one boot share one clock, not two readings."""
+    """When each run was recorded, in wall-clock s.
+
+    For all runs of one boot the first one's reading of both clocks is used: another reading may
+    differ by what the wall clock was set, and would move them against each other.
+    """
     offsets_ns: dict[str, int] = {}
     spans = []
     for run in runs:
@@ -287,7 +301,7 @@ def _spans(runs: Sequence[Summary]) -> list[_Span]:
 
 
 def _union(spans: Iterable[_Span]) -> list[_Span]:
-    """The times covered by any of some spans, in order and apart."""
+    """The union of some spans: in order, and no two of them touch."""
     union: list[_Span] = []
     for begin, end in sorted(spans):
         if union and begin <= union[-1][1]:
@@ -298,7 +312,7 @@ def _union(spans: Iterable[_Span]) -> list[_Span]:
 
 
 def _without(span: _Span, seen: Iterable[_Span]) -> list[_Span]:
-    """What of a span lies in none of those seen."""
+    """The parts of a span that none of those seen covers."""
     left, at = [], span[0]
     for begin, end in _union(seen):
         if begin > at:
@@ -316,7 +330,7 @@ def _length(spans: Iterable[_Span]) -> float:
     return math.fsum(end - begin for begin, end in spans)
 
 
-def _together(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def _joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     def added(key: str) -> float | None:
         return None if None in (one[key], other[key]) else one[key] + other[key]
 

@@ -1,4 +1,4 @@
-"""PePR: was the performance worth its resource? Scores, bounds, Pareto front and uncertainty.
+"""The PePR score, its uncertainty and the Pareto front: was the performance worth its resource?
 
 PePR = P / (1 + R) with R = (r - r_min) / (r_max - r_min) over a cohort: Selvan, Pepin, Igel,
 Samuel, Dam, "PePR: Performance per resource unit as a metric to promote small-scale deep learning",
@@ -21,33 +21,31 @@ from pepr_profiler.errors import UsageError
 Floats: TypeAlias = npt.NDArray[np.float64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
 MinMax: TypeAlias = tuple[float, float]
+"""The ends of a normalisation range, (r_min, r_max)."""
 
-# How a lower-is-better metric becomes a performance: an error rate in [0, 1] as 1 - x; a loss in
-# [0, inf) as exp(-x), which for a mean cross-entropy is the geometric mean of the likelihoods.
 TRANSFORMS: Mapping[str, Callable[[Floats], Floats]] = {
     "one-minus": lambda x: np.subtract(1.0, x),
     "exp-neg": lambda x: np.exp(np.negative(x)),
 }
-
-_NAMED = 5  # offending rows that an error spells out before it only counts
+"""How a lower-is-better metric becomes a performance: an error rate in [0, 1] as 1 - x, a loss in
+[0, inf) as exp(-x), which of a mean cross-entropy is the geometric mean of the likelihoods."""
 
 COVERAGE = math.erf(math.sqrt(2.0))
-"""95.45 %: what an interval of k = 2 covers of a normal distribution, and every u here states."""
+"""The share of a normal distribution within k = 2, 95.45 %: every u here covers as much."""
+
+_MOST_RANGES = 2_000  # rows: all pairs of more cost seconds, and nobody reads that many ranks
 
 
 class NoCohortError(UsageError):
-    """Resources without a span, so that R is 0/0."""
-
-
-_INTERVAL_ROWS = 2_000  # all pairs of more rows would cost seconds; nobody reads that many ranks
+    """The resources of a cohort are all equal, so that R is 0/0."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """PePR scores of a cohort of n rows; every array is (n,), in the order of the input.
+    """PePR scores of n rows, `pepr`; arrays are (n,), in the order of the input.
 
-    `bounds` are (r_min, r_max) in the resource's unit; `clamped` marks the resources outside fixed
-    bounds, whose `r_norm` was pinned to 0 or 1.
+    `r_norm` is R, the resource normalised by `bounds`, (r_min, r_max) in its unit. `clamped` marks
+    resources outside of fixed bounds, whose R was set to 0 or 1.
     """
 
     pepr: Floats
@@ -58,13 +56,13 @@ class Scores:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Errors:
-    """What is uncertain in the performance P and resource r of n rows, as variances (k = 1).
+    """The uncertainty of the performance P and resource r of n rows, as variances (k = 1).
 
-    `var_p`, `var_r` and their covariance `cov` (n,) are what is each row's own, known with `dof`
-    (n,) degrees of freedom: inf where it was known beforehand, a row's repeats - 1 where it was
-    seen in them. NaN is unknown. `shared` (m, n) holds errors that rows have in common, one a
-    line: how far each resource moves, all at once, for one standard uncertainty of that error. The
-    gain of a power sensor moves every energy measured with it in proportion.
+    `var_p`, `var_r` and their covariance `cov` (n,) are each row's own; NaN is unknown. `dof` (n,)
+    are their degrees of freedom: inf where they were known beforehand, the number of repeats - 1
+    where they were estimated from these. `shared` (m, n) are m errors that rows have in common:
+    how far each resource moves for one standard uncertainty of that error. The gain of a power
+    sensor, for example, moves every energy measured with it in proportion.
     """
 
     var_p: Floats
@@ -82,7 +80,7 @@ class Errors:
         u_p: npt.ArrayLike = 0.0,
         shared: npt.ArrayLike = (),
     ) -> Errors:
-        """Of n rows, from independent standard uncertainties (k = 1) that are known beforehand."""
+        """The errors of n rows whose standard uncertainties (k = 1) are known beforehand."""
         zeros = np.zeros(n)
         return cls(
             var_p=zeros + np.asarray(u_p, dtype=np.float64) ** 2,
@@ -94,13 +92,13 @@ class Errors:
 
     @property
     def u_p(self) -> Floats:
-        """The u of every performance (n,), at COVERAGE."""
+        """The u of each performance (n,), which covers COVERAGE."""
         u: Floats = coverage_factor(self.dof) * np.sqrt(self.var_p)
         return u
 
     @property
     def u_r(self) -> Floats:
-        """The u of every resource (n,), at COVERAGE, with what it shares."""
+        """The u of each resource (n,), which covers COVERAGE, with the shared errors."""
         common = np.sum(self.shared**2, axis=0)
         total = self.var_r + common
         dof = _effective_dof([(self.var_r, self.dof)], total)
@@ -110,11 +108,11 @@ class Errors:
 
 @dataclass(frozen=True, eq=False)
 class Means:
-    """Repeats made one row a model; arrays are (m,), by the number of the model.
+    """The means of `n` repeats of each of m models; arrays are (m,).
 
-    `sd_p` and `sd_r` are sample standard deviations, NaN where one run (`n` = 1) shows none. There
-    `errors` has only what is known without repeats, and 0 for the performance: it holds for that
-    very run, and is a lower bound for the model.
+    `sd_p` and `sd_r` are sample standard deviations, NaN for a model of one run, which shows no
+    spread. The `errors` of such a model are those of that run, with 0 for the performance: a lower
+    bound for the model.
     """
 
     n: npt.NDArray[np.intp]
@@ -127,13 +125,13 @@ class Means:
 
 @dataclass(frozen=True, eq=False)
 class Standing:
-    """How sure a ranking of n rows is; arrays are (n,), in the order of the input.
+    """How certain the order of n rows is; arrays are (n,), in the order of the input.
 
-    `u_pepr` covers with COVERAGE. `best` and `worst` are the ranks that a row can have: 1 + how
-    many rows are surely better, n - how many are surely worse; two rows are told apart if their
-    scores' difference exceeds its own u. None for more than 2,000 rows. `swap` is the probability
-    that the row and the next in the ranking are in the other order, NaN for the last. NaN is
-    unknown, and a row of unknown u cannot be told from any other.
+    `u_pepr` is the u of each score, NaN if unknown. `swap` is the probability that a row and the
+    next in the ranking are in the reverse order, NaN for the last. `best` and `worst` are the ranks
+    that a row can have: 1 + the number of rows that are surely better, n - the number that are
+    surely worse. One row is surely better than another if the difference of their scores exceeds
+    the u of that difference. There are no `best` and `worst` for more than 2,000 rows.
     """
 
     u_pepr: Floats
@@ -145,10 +143,10 @@ class Standing:
 def as_performance(
     values: npt.ArrayLike, *, percent: bool = False, transform: str | None = None
 ) -> Floats:
-    """Performance as PePR needs it, in [0, 1] and higher is better, by the user's declaration only.
+    """A metric as a performance, in [0, 1] where higher is better.
 
-    `percent` divides by 100, before the transform; `transform` is a key of TRANSFORMS, UsageError
-    for any other.
+    `percent` divides by 100. `transform` "one-minus" then makes 1 - x of x, and "exp-neg" exp(-x).
+    Without them the values stay as they are: nothing is guessed. UsageError for another transform.
     """
     if transform is not None and transform not in TRANSFORMS:
         raise UsageError(
@@ -169,11 +167,12 @@ def score(
     bounds: MinMax | None = None,
     names: Sequence[str] | None = None,
 ) -> Scores:
-    """The PePR score of every row, with bounds from the cohort or as given.
+    """The PePR score of each row: P / (1 + R), where R is 0 at r_min and 1 at r_max.
 
-    `performance` and `resource` are (n,); `names` (n,) only word the errors. UsageError for lengths
-    that differ, no rows, a performance outside [0, 1], a resource that is negative or not finite,
-    bounds that do not rise, and without bounds a cohort whose resources are all equal (0/0).
+    `performance` P and `resource` r are (n,). `bounds` are (r_min, r_max), by default the least and
+    the greatest of the resources. `names` (n,) are used in errors. UsageError for different
+    lengths, no rows, a performance outside [0, 1], a resource that is negative or not finite,
+    bounds that do not rise, and without bounds for resources that are all equal.
     """
     p, r = checked(performance, resource, names=names)
     if bounds is None:
@@ -202,21 +201,22 @@ def score(
 
 
 def rank(scores: Scores) -> npt.NDArray[np.intp]:
-    """The row numbers (n,) from the best score to the worst; equal scores keep their order."""
+    """The numbers (n,) of the rows from the best score to the worst; ties keep their order."""
     order: npt.NDArray[np.intp] = np.argsort(-scores.pepr, kind="stable")
     return order
 
 
 def pareto_front(performance: npt.ArrayLike, resource: npt.ArrayLike) -> Mask:
-    """Which rows (n,) no other row beats: performance as high, resource as low, one of them better.
+    """Which rows (n,) are on the front of performance against resource: no other row beats them.
 
-    Rows that are equal in both do not beat each other: they are on the front together.
+    A row beats another if its performance is no lower and its resource no higher, and one of these
+    is better. So rows that are equal in both are on the front together.
     """
     p, r = np.asarray(performance, dtype=np.float64), np.asarray(resource, dtype=np.float64)
     order = np.lexsort((-p, r))
     p_sorted, r_sorted = p[order], r[order]
-    # Rows of one resource form a group, its best performance first. On the front is who has that
-    # best, where it exceeds the best of all cheaper groups. O(n log n).
+    # Rows of equal resource form a group, its best performance first. A row is on the front if it
+    # has that best, and this exceeds the best of all cheaper groups. O(n log n).
     first = np.searchsorted(r_sorted, r_sorted, side="left")
     best_so_far = np.concatenate(([-np.inf], np.maximum.accumulate(p_sorted)))
     front = np.empty(len(p), dtype=np.bool_)
@@ -232,13 +232,13 @@ def average(
     u_r: npt.ArrayLike = math.nan,
     shared: npt.ArrayLike = (),
 ) -> Means:
-    """One row a model of n runs: means, spreads, and how well the means are known.
+    """The means of the runs of each model, their spread and their uncertainty.
 
-    `model` (n,) numbers the model of each run from 0. `u_r` (n,) is each run's own standard
-    uncertainty of the resource (k = 1, NaN: unknown), `shared` (m, n) as in Errors. A mean of n
-    repeats has the variance s^2 / n with n - 1 degrees of freedom (GUM 4.2.3), s^2 their sample
-    variance; runs' own errors are part of what scatters, so that s^2 is at least their mean square.
-    What runs share does not average out.
+    `model` (n,) is the number of each run's model, from 0. `u_r` (n,) is the standard uncertainty
+    of each resource (k = 1, NaN is unknown) without the shared errors, `shared` (m, n) as in
+    Errors. The mean of n repeats has the variance s^2 / n with n - 1 degrees of freedom (GUM
+    4.2.3), where s^2 is the sample variance. The runs' own errors are part of that scatter, so that
+    s^2 is at least their mean square. Shared errors do not average out.
     """
     index = np.asarray(model, dtype=np.intp)
     p, r = np.asarray(performance, dtype=np.float64), np.asarray(resource, dtype=np.float64)
@@ -281,33 +281,34 @@ def standing(
     *,
     bounds: MinMax | None = None,
 ) -> Standing:
-    """How sure every row's PePR and rank are; `bounds` None: the cohort's own.
+    """How certain the PePR and the rank of each row are; `bounds` as in `score`.
 
     First-order propagation, J Cov J^T (GUM 5.2.2). With s = r_max - r_min and D = P / (1 + R)^2 / s
-    the score moves by 1 / (1 + R) per unit of its P, by -D per unit of its r and, in the cohort's
-    own bounds, by D (1 - R) per unit of r_min and D R per unit of r_max. So a gain that all rows
-    share cancels there. A row that is pinned has an R without error: outside fixed bounds, or the
-    very row that sets a bound (its R is 0 or 1 whatever its resource is), unless a runner-up is so
-    near that it may in truth be the bound. Of rows that tie for a bound, the first sets it. First
-    order holds while s is several u(r).
+    the score moves by 1 / (1 + R) per unit of its P, by -D per unit of its r and, without fixed
+    bounds, by D (1 - R) per unit of r_min and D R per unit of r_max. So a gain that all rows share
+    cancels. First order holds while s is several u(r).
 
-    Variances seen in few repeats are wide by Student's t, with the effective degrees of freedom of
-    Welch and Satterthwaite (GUM G.4.1). For rows a above b with the difference d and its standard
-    uncertainty u_d, the probability that they are in the other order is that of t < -d / u_d.
+    R has no error outside of fixed bounds, nor in the row that sets a bound (the first of equals):
+    its R is 0 or 1 whatever its resource is. But if a runner-up is so near that it may in truth be
+    the bound, the error of that is added.
+
+    Variances estimated from few repeats are widened by Student's t, with the effective degrees of
+    freedom of Welch and Satterthwaite (GUM G.4.1). If row a is above row b by d, and u_d is the
+    standard uncertainty of d, they are in the reverse order with the probability of t < -d / u_d.
     """
     p, r = checked(performance, resource)
-    moves = _Moves.of(p, r, errors, bounds)
+    score_errors = _ScoreErrors.of(p, r, errors, bounds)
     scores = score(p, r, bounds=bounds)
-    variance, dof = moves.total()
+    variance, dof = score_errors.of_rows()
     order = rank(scores)
     swap = np.full(len(p), np.nan)
     swap[order[:-1]] = tail(
-        *_in_sigmas(scores.pepr[order[:-1]] - scores.pepr[order[1:]], *moves.neighbours(order))
+        *_in_sigmas(scores.pepr[order[:-1]] - scores.pepr[order[1:]], *score_errors.of_steps(order))
     )
     best, worst = None, None
-    if len(p) <= _INTERVAL_ROWS:
+    if len(p) <= _MOST_RANGES:
         lead = scores.pepr[:, None] - scores.pepr
-        in_sigmas, dofs = _in_sigmas(lead, *moves.pairs())
+        in_sigmas, dofs = _in_sigmas(lead, *score_errors.of_pairs())
         surely = in_sigmas > coverage_factor(dofs)  # False where it is unknown
         best, worst = 1 + surely.sum(axis=0), len(p) - surely.sum(axis=1)
     return Standing(
@@ -316,24 +317,27 @@ def standing(
 
 
 @dataclass(frozen=True, eq=False)
-class _Moves:
-    """How the scores of n rows move: `own` (n,) variances, and for what moves several at once a
-    list of (moves (q, n), degrees of freedom), q independent standard moves each. `pinned` (n,) is
-    what a row that sets a bound may move if in truth another one does; see `_usurped`."""
+class _ScoreErrors:
+    """The errors of n scores: each row's own, and those that move several scores at once.
+
+    `own` (n,) are variances with `dof` (n,) degrees of freedom. `common` are pairs: q independent
+    errors (q, n), as how far each score moves for one standard uncertainty, and their degrees of
+    freedom. `at_bounds` (n,) are the variances of rows that set a bound; see `_bound_error`.
+    """
 
     own: Floats
     dof: Floats
     common: list[tuple[Floats, float]]
-    pinned: Floats
+    at_bounds: Floats
 
     @classmethod
-    def of(cls, p: Floats, r: Floats, errors: Errors, bounds: MinMax | None) -> _Moves:
+    def of(cls, p: Floats, r: Floats, errors: Errors, bounds: MinMax | None) -> _ScoreErrors:
         scores = score(p, r, bounds=bounds)
         low, high = scores.bounds
         per_p = 1.0 / (1.0 + scores.r_norm)
         slope = p * per_p**2 / (high - low)
         per_r = np.where(scores.clamped, 0.0, -slope)
-        shared, common, pinned = errors.shared, [], np.zeros_like(p)
+        shared, common, at_bounds = errors.shared, [], np.zeros_like(p)
         if bounds is None:
             at_low, at_high = int(r.argmin()), int(r.argmax())
             per_r[[at_low, at_high]] = 0.0
@@ -344,14 +348,14 @@ class _Moves:
             moved = per_r * shared
         own = (
             per_p**2 * errors.var_p
-            + _times(per_r**2, errors.var_r)
-            + 2.0 * per_p * _times(per_r, errors.cov)
+            + _product(per_r**2, errors.var_r)
+            + 2.0 * per_p * _product(per_r, errors.cov)
         )
         if bounds is None:
             # The row that sets a bound moves all others with its resource, and itself with its P.
             for at, per_bound in ((at_low, per_low), (at_high, per_high)):
                 own[at] = 0.0
-                pinned[at] = (slope[at] * _usurped(at, r, errors)) ** 2
+                at_bounds[at] = (slope[at] * _bound_error(at, r, errors)) ** 2
                 per_own_p = np.zeros_like(p)
                 per_own_p[at] = per_p[at]
                 u_p = math.sqrt(errors.var_p[at])
@@ -359,29 +363,29 @@ class _Moves:
                 across = math.sqrt(max(float(errors.var_r[at]) - along**2, 0.0))
                 if math.isnan(errors.var_r[at]):
                     across = math.nan
-                pair = [u_p * per_own_p + along * per_bound, _times(per_bound, across)]
+                pair = [u_p * per_own_p + along * per_bound, _product(per_bound, across)]
                 common.append((np.array(pair), float(errors.dof[at])))
         common.append((moved, math.inf))
-        return cls(np.maximum(own, 0.0), errors.dof, common, pinned)
+        return cls(np.maximum(own, 0.0), errors.dof, common, at_bounds)
 
-    def total(self) -> tuple[Floats, Floats]:
-        """The variance of every score (n,) and its degrees of freedom."""
-        parts = [(self.own, self.dof), (self.pinned, np.asarray(math.inf))]
+    def of_rows(self) -> tuple[Floats, Floats]:
+        """The variance of each score (n,) and its degrees of freedom (n,)."""
+        parts = [(self.own, self.dof), (self.at_bounds, np.asarray(math.inf))]
         parts += [(np.sum(moves**2, axis=0), np.asarray(dof)) for moves, dof in self.common]
-        return _summed(parts)
+        return _sum(parts)
 
-    def neighbours(self, order: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
-        """The same of the difference of each row to the next in `order`, (n - 1,)."""
+    def of_steps(self, order: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
+        """The same of the difference between each row and the next in `order`, (n - 1,)."""
         a, b = order[:-1], order[1:]
         parts = [(self.own[a], self.dof[a]), (self.own[b], self.dof[b])]
         parts += [
             (np.sum((moves[:, a] - moves[:, b]) ** 2, axis=0), np.asarray(dof))
             for moves, dof in self.common
         ]
-        return _summed(parts)
+        return _sum(parts)
 
-    def pairs(self) -> tuple[Floats, Floats]:
-        """The same of the difference of every two rows, (n, n)."""
+    def of_pairs(self) -> tuple[Floats, Floats]:
+        """The same of the difference between any two rows, (n, n)."""
         n = len(self.own)
         own, dof = np.tile(self.own, (n, 1)), np.tile(self.dof, (n, 1))
         parts = [(own, dof), (own.T, dof.T)]
@@ -389,15 +393,16 @@ class _Moves:
             squares = np.sum(moves**2, axis=0)
             between = squares[:, None] + squares - 2.0 * moves.T @ moves
             parts.append((np.maximum(between, 0.0), np.asarray(of_moves)))
-        return _summed(parts)
+        return _sum(parts)
 
 
-def _usurped(at: int, r: Floats, errors: Errors) -> float:
-    """How far from its bound the row that sets it may be in truth, as a standard uncertainty.
+def _bound_error(at: int, r: Floats, errors: Errors) -> float:
+    """How far the row that sets a bound may in truth be from the bound, as standard uncertainty.
 
-    A runner-up at the distance d, whose difference has the uncertainty u, is the true bound by up
-    to 2 u - d (one-sided, k = 2). Without this, a row that seems cheapest would claim an R of just
-    0 although the next is as cheap within their errors, and be wrong half of the time.
+    If d is the distance of a runner-up and u the standard uncertainty of d, the runner-up may in
+    truth set the bound, 2 u - d further out (one-sided, k = 2). Without this a row that seems the
+    cheapest would claim an R of exactly 0, although the next is as cheap within the errors, and be
+    wrong half of the time.
     """
     apart = errors.var_r + errors.var_r[at]
     apart = apart + np.sum((errors.shared - errors.shared[:, [at]]) ** 2, axis=0)
@@ -406,33 +411,34 @@ def _usurped(at: int, r: Floats, errors: Errors) -> float:
     return float(np.fmax.reduce(reach, initial=0.0))
 
 
-def _times(factor: Floats, value: Floats | float) -> Floats:
-    """The product, with 0 where the factor is: what has no effect may be unknown."""
+def _product(factor: Floats, value: Floats | float) -> Floats:
+    """The product; 0 where the factor is 0, even if the value is unknown (NaN)."""
     return np.where(factor == 0.0, 0.0, factor * value)
 
 
-def _summed(parts: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
+def _sum(parts: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
+    """The sum of variances, and its degrees of freedom, from (variance, degrees of freedom)."""
     total = np.asarray(sum(variance for variance, _ in parts), dtype=np.float64)
     return total, _effective_dof(parts, total)
 
 
 def _effective_dof(parts: Sequence[tuple[Floats, Floats]], total: Floats) -> Floats:
-    """Welch and Satterthwaite: the degrees of freedom of a sum of variances."""
+    """The degrees of freedom of a sum of variances (Welch and Satterthwaite)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         dof = total**2 / np.asarray(sum(variance**2 / dof for variance, dof in parts))
     return np.where(np.isnan(dof), np.inf, dof)
 
 
 def _in_sigmas(lead: Floats, variance: Floats, dof: Floats) -> tuple[Floats, Floats]:
-    """How many standard uncertainties a lead is; no lead is 0 of them, even of no uncertainty."""
+    """A lead in standard uncertainties, with the degrees of freedom; 0 / 0 is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         in_sigmas = np.where(lead == 0.0, 0.0 * variance, lead / np.sqrt(variance))
     return in_sigmas, dof
 
 
-# cos(phi)^(dof - 1) is smooth, so that few points do; 40 give 6 digits, at one degree or a million.
+# cos(phi)^(dof - 1) is smooth: 40 points give 6 digits, with one degree of freedom or a million.
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(40)
-_MANY = 1e6  # degrees of freedom at which Student's t is normal to 6 digits
+_MOST_DOF = 1e6  # with as many, Student's t is normal to 6 digits
 
 
 def tail(t: Floats, dof: Floats) -> Floats:
@@ -440,16 +446,16 @@ def tail(t: Floats, dof: Floats) -> Floats:
 
     With t = sqrt(dof) tan(phi) the density is that of cos(phi)^(dof - 1), from -pi/2 to pi/2.
     """
-    nu = np.minimum(np.asarray(dof, dtype=np.float64), _MANY)
+    nu = np.minimum(np.asarray(dof, dtype=np.float64), _MOST_DOF)
     start = np.arctan(np.abs(t) / np.sqrt(nu))
-    known, at = np.unique(nu, return_inverse=True)  # a cohort has few
-    half = _beyond(np.zeros_like(known), known)[at].reshape(nu.shape)
-    mass = 0.5 * _beyond(start, nu) / half
+    values, at = np.unique(nu, return_inverse=True)  # a cohort has few
+    half = _tail_integral(np.zeros_like(values), values)[at].reshape(nu.shape)
+    mass = 0.5 * _tail_integral(start, nu) / half
     return np.where(np.asarray(t) < 0, 1.0 - mass, mass)
 
 
-def _beyond(start: Floats, nu: Floats) -> Floats:
-    """The integral of cos^(nu - 1) from `start` (n,) to pi/2, cut where nothing is left of it."""
+def _tail_integral(start: Floats, nu: Floats) -> Floats:
+    """The integral of cos^(nu - 1) from `start` (n,) to pi/2, or to where it has become 0."""
     end = np.minimum(start + 9.0 / np.sqrt(nu), math.pi / 2)
     half = (end - start) / 2
     phi = (start + half)[..., None] + half[..., None] * _POINTS
@@ -460,22 +466,22 @@ def _beyond(start: Floats, nu: Floats) -> Floats:
 
 
 def coverage_factor(dof: npt.ArrayLike) -> Floats:
-    """The k of COVERAGE: 2 for infinite degrees of freedom, 13.97, 4.53, 3.31 … for 1, 2, 3 …
+    """The k that covers COVERAGE: 2 for infinite degrees of freedom, 13.97, 4.53, 3.31 for 1, 2, 3.
 
-    Broken ones are rounded down (GUM G.4.1): interpolated, the intervals of two or three repeats
-    would cover 1 % less than they say.
+    Fractions are rounded down (GUM G.4.1). With interpolation instead, the intervals of two or
+    three repeats would cover 1 % less than they state.
     """
     inverse, factors = _coverage_factors()
-    # What is whole but for rounding stays so.
+    # The factor keeps a whole number that rounding errors made a little smaller.
     nu = np.floor(np.maximum(np.asarray(dof, dtype=np.float64), 1.0) * (1.0 + 1e-9))
     return np.asarray(np.interp(1.0 / nu, inverse, factors))
 
 
 @functools.lru_cache(maxsize=1)
 def _coverage_factors() -> tuple[Floats, Floats]:
-    """1 / dof, rising, and the k that belongs to each, found by bisection.
+    """1 / dof, rising, and the k of each, found by bisection.
 
-    In 1 / dof, k is nearly a line from 64 degrees of freedom on.
+    From 64 degrees of freedom on, k is nearly linear in 1 / dof.
     """
     inverse = np.concatenate(([0.0], 1.0 / np.arange(64.0, 0.0, -1.0)))
     with np.errstate(divide="ignore"):
@@ -492,22 +498,25 @@ def _coverage_factors() -> tuple[Floats, Floats]:
 def out_of_proportion(
     resource: npt.ArrayLike, companion: npt.ArrayLike | None = None, *, jump: float = 3.0
 ) -> Mask:
-    """Rows (n,) whose resource is not in the others' proportion to `companion`.
+    """Which rows (n,) are outliers: their resource is not in the others' proportion to `companion`.
 
-    For two resources that grow together (energy and time: their ratio is a mean power), faulty
-    readings stand apart: the sorted ratios of the rows have a jump of `jump` or more. The side with
-    fewer rows is marked, if the other has at least 8 and there the two really grow together
-    (correlation of the logarithms 0.8 or more); then the rest is looked at again. Without a
-    companion the resource itself is sorted. A 0 beside such rows is marked too. A hint for a person
-    to look at, not a proof. The jump is a judgement: in the paper's tables good rows stay below
-    2.3, and 35 wrong energies of pneumonia_small, 10 times the power of the server, make one of 9.
+    Where two resources grow together (energy and time: their ratio is a mean power), faulty
+    readings stand apart: the sorted ratios have a step of a factor `jump` or more. The side of the
+    step with fewer rows is marked, and the other side is looked at again. A 0 beside rows that are
+    not 0 is marked too. Nothing is marked unless 8 or more rows are left in which the two really
+    grow together (correlation of the logarithms 0.8 or more). Without a companion the resource
+    itself is sorted.
+
+    A hint for a person to look at, not a proof. The default of `jump` is a judgement: in the
+    paper's tables the steps between good rows stay below 2.3, and the 35 wrong energies of
+    pneumonia_small, 10 times the power of the server, make a step of 9.
     """
     a = np.asarray(resource, dtype=np.float64)
     b = np.ones_like(a) if companion is None else np.asarray(companion, dtype=np.float64)
     odd = np.zeros(len(a), dtype=np.bool_)
     rest = np.flatnonzero((a > 0) & (b > 0))
     rest = rest[np.argsort(a[rest] / b[rest], kind="stable")]
-    while len(rest) > _SOUND:
+    while len(rest) > _AGREEING:
         gaps = np.diff(np.log(a[rest] / b[rest]))
         cut = int(gaps.argmax()) + 1
         if gaps[cut - 1] < math.log(jump):
@@ -517,11 +526,11 @@ def out_of_proportion(
     zero = (a == 0) & (b > 0)
     if zero.sum() < len(rest):
         odd |= zero
-    sound = len(rest) >= _SOUND and (companion is None or _grow_together(a[rest], b[rest]))
+    sound = len(rest) >= _AGREEING and (companion is None or _grow_together(a[rest], b[rest]))
     return odd if sound else np.zeros_like(odd)
 
 
-_SOUND = 8  # rows that have to agree before another one looks wrong beside them
+_AGREEING = 8  # rows that must agree before another one counts as an outlier
 
 
 def _grow_together(a: Floats, b: Floats) -> bool:
@@ -532,7 +541,7 @@ def _grow_together(a: Floats, b: Floats) -> bool:
 def checked(
     performance: npt.ArrayLike, resource: npt.ArrayLike, *, names: Sequence[str] | None = None
 ) -> tuple[Floats, Floats]:
-    """Both as arrays (n,) that can be scored; UsageError as `score`."""
+    """Performance and resource as arrays (n,) that can be scored. UsageError as in `score`."""
     p, r = np.asarray(performance, dtype=np.float64), np.asarray(resource, dtype=np.float64)
     if p.ndim != 1 or p.shape != r.shape:
         raise UsageError(
@@ -560,14 +569,11 @@ def checked(
 
 
 def _rows(bad: Mask, values: Floats, names: Sequence[str] | None) -> str:
-    rows = np.flatnonzero(bad)
-    return _listed(
-        [f"{names[i] if names else f'row {i + 1}'} ({values[i]:g})" for i in rows[:_NAMED]],
-        total=len(rows),
-    )
+    rows = np.flatnonzero(bad).tolist()
+    return listed([f"{names[i] if names else f'row {i + 1}'} ({values[i]:g})" for i in rows])
 
 
-def _listed(items: Sequence[str], *, total: int | None = None) -> str:
-    total = len(items) if total is None else total
-    more = f" and {total - _NAMED} more" if total > _NAMED else ""
-    return ", ".join(items[:_NAMED]) + more
+def listed(items: Sequence[str], *, limit: int = 5) -> str:
+    """The first few items, and how many more there are: "a, b and 3 more"."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

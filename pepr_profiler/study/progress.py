@@ -1,8 +1,9 @@
-"""Performance over resource: what a run had reached when it had spent so much energy.
+"""Performance against energy while a run goes on, and where it could have been stopped.
 
-A summary keeps the instants at which metrics were logged, and the energy up to each (`progress`,
-docs/design.md, Contract). A curve is one metric of them. PePR along it is that of the run as if it
-had been stopped there; its bounds are a cohort's, or 0 and the run's own energy.
+A summary has the instants at which metrics were logged, and the energy up to each (`progress`,
+docs/design.md, Contract). A curve is one of these metrics. The PePR at a point of it is the score
+that the run would have if it had been stopped there. Its bounds are those of a cohort, or 0 and the
+energy of the whole run.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class ProgressCurve(Record):
-    """A run's performance where it was logged; arrays are (n,), in time order, n >= 1.
+    """The performance of a run at each point where it was logged; arrays are (n,), by time, n >= 1.
 
-    `energy_j` is what is counted from the beginning of the run on, `u_j` its uncertainty (k = 2);
-    `total_j` is that of the whole run. `epoch` is the epoch of each point, NaN if none was logged.
+    `t_s` and `energy_j` are counted from the beginning of the run, `u_j` is the uncertainty of the
+    energy (k = 2), `total_j` the energy of the whole run. `epoch` is NaN where none was logged.
     """
 
     run_id: str
@@ -41,10 +42,10 @@ class ProgressCurve(Record):
 
 
 class Stop(Record):
-    """A point of a curve at which the run could have been stopped.
+    """A point of a curve at which the run could have been stopped; `point` is its index.
 
-    `point` is its place in the curve's arrays. The shares are fractions of what the run has at the
-    last point (performance), and of its whole energy; `epoch` is None where none was logged.
+    `performance_share` is the performance there over that at the last point, `energy_share` the
+    energy up to there over that of the whole run. `epoch` is None where none was logged.
     """
 
     point: int
@@ -58,10 +59,11 @@ class Stop(Record):
 
 
 class Envelope(Record):
-    """The best performance at any energy budget, a step function; arrays are (m,).
+    """The best performance that some curves reach with an energy, a step function; arrays are (m,).
 
-    From `energy_j[i]` (included) up to `energy_j[i + 1]` it is `performance[i]`, by the point
-    `point[i]` of the curve `curve[i]`; below `energy_j[0]` no curve has one. Both rise strictly.
+    From `energy_j[i]` (included) to `energy_j[i + 1]` it is `performance[i]`, reached at the point
+    `point[i]` of the curve `curve[i]`. With less than `energy_j[0]` no curve has a performance.
+    `energy_j` and `performance` rise strictly.
     """
 
     energy_j: pepr.Floats
@@ -71,7 +73,7 @@ class Envelope(Record):
 
 
 def metric_of(summary: Mapping[str, Any]) -> str | None:
-    """The metric that a run's curve is of unless another is named: its performance, or its only."""
+    """The metric that a run's curve is of by default: its performance, else the only one logged."""
     progress = summary.get("progress")
     if not progress:
         return None
@@ -89,11 +91,11 @@ def curve_of(
     percent: bool = False,
     transform: str | None = None,
 ) -> ProgressCurve | None:
-    """A run's curve of `metric`; None where it has none, or its energy is unknown.
+    """The curve of a run's `metric`; None if it has none, or if its energy is unknown.
 
-    `percent` and `transform` as in `pepr.as_performance`. Values that are no number are left out.
-    Of several values in a row of one epoch the last is the epoch's: ranks that log the same,
-    batches. An epoch that is run again, after a restart, counts again where it was run again.
+    `percent` and `transform` as in `pepr.as_performance`. Values that are not finite are left out.
+    If several values in a row are of one epoch, as of batches or of ranks that log the same, the
+    last is the epoch's. An epoch that is run again after a restart is another point.
     """
     from pepr_profiler.study.pepr import as_performance  # most runs have no curve
 
@@ -130,16 +132,15 @@ def curve_of(
 
 
 def name_of(metric: str, transform: str | None) -> str:
-    """What a metric is called after a transform of `pepr.TRANSFORMS`: 1 - error."""
+    """The name of a metric after a transform of `pepr.TRANSFORMS`, such as "1 - error"."""
     return {"one-minus": "1 - {}", "exp-neg": "exp(-{})"}.get(transform or "", "{}").format(metric)
 
 
 def curve_shown(summary: Mapping[str, Any]) -> ProgressCurve | None:
-    """The curve of a run that tells most: of two points or more, all of them in [0, 1].
+    """The curve of a run to show: two points or more, all of them in [0, 1]; None if it has none.
 
-    It is that of its performance; where that was logged once, of what is called after it.
-
-    `val_accuracy` an epoch tells how `accuracy`, computed at the end, came about.
+    It is that of the run's performance. If that was logged only once, as `accuracy` at the end, it
+    is that of a metric whose name ends so, as `val_accuracy` of each epoch.
     """
     logged = (summary.get("progress") or {}).get("metrics") or {}
     own = metric_of(summary)
@@ -154,11 +155,10 @@ def curve_shown(summary: Mapping[str, Any]) -> ProgressCurve | None:
 
 
 def scores_along(curve: ProgressCurve, bounds: pepr.MinMax | None = None) -> pepr.Scores:
-    """PePR of the run as if it had been stopped at each point.
+    """The PePR that the run would have if it had been stopped at each point.
 
-    `bounds` are those of a cohort, J. Within one run there is no cohort: R is then the energy so
-    far over all of the run's, so that no run at all has R = 0 and the whole one R = 1. UsageError
-    for a performance outside [0, 1], and a run without energy.
+    `bounds` are those of a cohort, in J. By default R is the energy so far over that of the whole
+    run. UsageError for a performance outside [0, 1], and for a run that took no energy.
     """
     from pepr_profiler.study.pepr import score
 
@@ -171,7 +171,7 @@ def scores_along(curve: ProgressCurve, bounds: pepr.MinMax | None = None) -> pep
 
 
 def best_stop(curve: ProgressCurve, bounds: pepr.MinMax | None = None) -> Stop:
-    """Where PePR along a curve is highest, the earliest of equals; see `scores_along`."""
+    """The point of the highest PePR along a curve, the first of equals; see `scores_along`."""
     scores = scores_along(curve, bounds)
     best = int(scores.pepr.argmax())
     final = float(curve.performance[-1])
@@ -188,9 +188,9 @@ def best_stop(curve: ProgressCurve, bounds: pepr.MinMax | None = None) -> Stop:
 
 
 def envelope(curves: Sequence[ProgressCurve]) -> Envelope:
-    """The best performance that any of the runs had reached within an energy budget.
+    """The best performance that any of the curves reaches with each energy.
 
-    Of points that are equal in both the first curve's counts. O(n log n) in the points of all.
+    Of points that are equal in both, that of the first curve counts. O(n log n) in all points.
     """
     if not curves:
         none = np.empty(0)

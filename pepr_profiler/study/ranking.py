@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pepr_profiler import units
 from pepr_profiler.errors import UsageError
 from pepr_profiler.study import pepr
+from pepr_profiler.study.pepr import listed
 from pepr_profiler.trace.shape import shape_error
 
 
@@ -503,12 +504,3 @@ def _span(values: pepr.Floats, unit: str) -> str:
         units.format_quantity(x, unit) if unit else f"{x:.3g}" for x in (low, high)
     )
     return " … ".join(ends)
-
-
-_NAMED = 5  # items that an error spells out before it only counts
-
-
-def listed(items: Sequence[str], *, limit: int = _NAMED) -> str:
-    """The first few items, and how many more there are: "a, b and 3 more"."""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
