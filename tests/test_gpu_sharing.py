@@ -16,6 +16,7 @@ from sim.nvml import STARTED, BuildNvml, Fault, Gpu, Process, Scenario, default_
 from sim.waves import Constant, Step
 
 from pepr_profiler.study.jobs import merge_jobs
+from pepr_profiler.trace.lane import LaneReader
 
 NO_SUCH_PID = 4_194_303  # below pid_max of 64-bit kernels, and given out last of all
 
@@ -136,11 +137,12 @@ def test_idle_draw_is_measured_and_use_is_followed(
 def test_two_jobs_at_once_have_shares_that_add_up(
     cli: Cli, nvml_sim: BuildNvml, tmp_path: Path
 ) -> None:
-    # given two wrapped jobs on one board, each of whose children enters itself
+    # given two wrapped jobs on one board, each of whose children enters itself, and says when
     file = tmp_path / "processes"
     enter = (
         "import os, sys, time\n"
         "open(sys.argv[1], 'a').write(f'{os.getpid()} 1000 {sys.argv[2]}\\n')\n"
+        "open(sys.argv[1] + sys.argv[2], 'w').write(str(time.monotonic_ns()))\n"
         "while open(sys.argv[1]).read().count('\\n') < 2: time.sleep(0.01)\n"
         "time.sleep(4)"
     )
@@ -158,22 +160,34 @@ def test_two_jobs_at_once_have_shares_that_add_up(
             process.communicate(timeout=SLOW_S)
     summaries = [_read(path) for path in paths]
     first, second = (gpu(summary, 0) for summary in summaries)
-    # then each is the other's neighbour, with three quarters and one quarter while both are there
-    windows = [summary["recording"]["window_ns"] for summary in summaries]
-    for part, own, other, share in (
-        (first, *windows, 0.75),
-        (second, *reversed(windows), 0.25),
+    # then each is the other's neighbour, with three quarters and one quarter while both are there:
+    # from the read before they entered, which a busy machine may let them do late
+    begins_ns, begun_ns = [], []
+    entered_ns = {use: int(Path(f"{file}{use}").read_text()) for use in ("0.75", "0.25")}
+    for part, summary, own, other in (
+        (first, summaries[0], "0.75", "0.25"),
+        (second, summaries[1], "0.25", "0.75"),
     ):
-        alone_ns = max(0, other[0] - own[0]) + max(0, own[1] - other[1])
-        alone = alone_ns / (own[1] - own[0])
-        expected = alone + share * (1 - alone)
+        lane = LaneReader(cli.store / "runs" / summary["run_id"], "nvml-processes")
+        reads_ns = [t_ns for batch in lane for t_ns in batch.t_ns.tolist()]
+        begin_ns, end_ns = summary["recording"]["window_ns"]
+        own_ns, other_ns = (
+            max(begin_ns, *(t_ns for t_ns in reads_ns if t_ns <= entered_ns[use]))
+            for use in (own, other)
+        )
+        begins_ns.append(begin_ns)
+        begun_ns.append(own_ns)
+        both_ns = end_ns - max(own_ns, other_ns)
+        job_ns = max(0, other_ns - own_ns) + float(own) * both_ns
+        expected = job_ns / (end_ns - begin_ns)
         assert part["job_j"] / part["device_j"] == pytest.approx(expected, abs=0.06)
     assert adds_up(first) and adds_up(second)
-    # and as one job they have the whole board, once
+    # and as one job they have the whole board, once, from when the first of them entered
     (merged,) = merge_jobs(summaries)
     both = gpu(merged, 0)
     assert both["device_j"] == pytest.approx(400 * merged["duration_s"], rel=0.03)
-    assert both["job_j"] == pytest.approx(both["device_j"], rel=0.08)
+    unused_j = 400 * (min(begun_ns) - min(begins_ns)) * 1e-9
+    assert both["job_j"] == pytest.approx(both["device_j"] - unused_j, rel=0.08)
     assert adds_up(both)
 
 

@@ -293,7 +293,7 @@ class _ProcessTable:
             return f"PID {unknown[0]} on it had ended before it could be looked up"
         if self.overfull.any():
             return f"more than {self.slots} processes use it"
-        return "its driver does not tell how much of it each process uses" if both.any() else ""
+        return "its driver does not say how much of it each process uses" if both.any() else ""
 
 
 def _more_of_both_ends(counts: NDArray[np.int64]) -> NDArray[np.int64]:

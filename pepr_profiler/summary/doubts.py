@@ -199,14 +199,14 @@ def _missing_time(
     if late_s > gap_s:
         yield warning(
             "late-start",
-            f"{name} gave its first reading {late_s:.1f} s after the start; "
-            "its energy before is not in the total",
+            f"{name} gave its first reading {late_s:.1f} s after the start; its energy before that "
+            "is not in the total",
             "NVIDIA: enable persistence mode (sudo nvidia-smi -pm 1)",
         )
     if early_s > gap_s:
         yield warning(
             "ended-early",
-            f"{name} gave no reading in the last {early_s:.1f} s; its energy since is not in "
+            f"{name} gave no reading in the last {early_s:.1f} s; its energy since then is not in "
             "the total",
             f"{'free space for the store, or ' if lost_rows else ''}see dmesg for its driver",
         )
@@ -233,8 +233,8 @@ def shared_gpus(
     if gpus.visible is None:
         yield warning(
             "cuda-order",
-            f"CUDA_VISIBLE_DEVICES={gpus.cuda_visible_devices} does not tell which GPUs the job "
-            "may use: their models differ, and CUDA counts the fastest first",
+            f"CUDA_VISIBLE_DEVICES={gpus.cuda_visible_devices} does not say which GPUs the job may "
+            "use: their models differ, and CUDA counts the fastest first",
             "set CUDA_DEVICE_ORDER=PCI_BUS_ID, or name the GPUs by UUID (nvidia-smi -L)",
         )
     duration_s = (end_ns - begin_ns) * 1e-9
@@ -257,8 +257,8 @@ def shared_gpus(
         if unread_s > max(10 * users.period_s, _SHARED * duration_s):
             yield warning(
                 "processes-gap",
-                f"who used {name} is not known of the last {unread_s:.1f} s; "
-                "it is taken to have gone on as before",
+                f"who used {name} in the last {unread_s:.1f} s is unknown; its use is taken to "
+                "have gone on as before",
                 "see dmesg for its driver",
             )
 
@@ -299,7 +299,7 @@ def _whole_device(name: str, reason: str, part: float) -> dict[str, str]:
     some = "" if part > 0.99 else f" for {part:.0%} of the run"
     return warning(
         "whole-device",
-        f"who used {name} cannot be told{some}: {reason}; all of its energy there is counted as "
+        f"who used {name} is unknown{some}: {reason}; all of its energy of that time is counted as "
         "the job's",
         "in a container: share the host's PIDs (docker run --pid=host), or profile on the host",
     )
