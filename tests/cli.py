@@ -113,6 +113,20 @@ def until(condition: Callable[[], Any], *, within_s: float = SLOW_S) -> Any:
     raise AssertionError(f"not within {within_s:g} s: {condition}")
 
 
+def used_s(pid: int) -> float:
+    """The CPU time that a living process has used, in whole ticks."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def charged_s(process: subprocess.Popen[bytes]) -> float:
+    """Waits for a process to end well; the CPU time of it and of all that it waited for."""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_utime + usage.ru_stime
+
+
 def calls_of(work: Callable[[], object]) -> int:
     """How many functions `work` calls: what it costs, which is the same on every machine."""
     calls = itertools.count()

@@ -367,7 +367,7 @@ def test_a_disk_that_hangs_holds_up_neither_the_program_nor_the_sampling(
     # then it did not wait for it, and every row is there
     longest_s, dropped, package_j = map(float, figures.split())
     assert program.returncode == 0
-    assert longest_s < 2.0
+    assert longest_s < 2.9
     assert dropped == 0
     assert not {"gap", "rows-lost"} & set(warnings.split())
     assert package_j == pytest.approx(500, abs=60)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import SLOW_S, Cli, codes, component, ended, python, until
+from cli import SLOW_S, Cli, codes, component, ended, python, until, used_s
 from daemons import (
     BURN,
     OTHERS,
@@ -461,11 +461,6 @@ def test_a_counter_that_came_back_is_opened_again_at_once_where_that_is_allowed(
     lanes.stop()
 
 
-def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def test_a_daemon_without_descriptors_serves_who_is_there_and_later_all(
     tree: Tree, tmp_path: Path
 ) -> None:
@@ -478,11 +473,11 @@ def test_a_daemon_without_descriptors_serves_who_is_there_and_later_all(
         first = raw(running.socket)
         assert say(first, op="hello")["ok"]
         crowd = [raw(running.socket) for _ in range(60)]
-        used_s = cpu_s(running.pid)
+        before_s = used_s(running.pid)
         assert say(first, op="hello")["ok"]
         time.sleep(2)
         # it neither dies nor turns in a circle, and says what it cannot do
-        assert cpu_s(running.pid) - used_s < 0.5
+        assert used_s(running.pid) - before_s < 0.5
         assert say(first, op="hello")["ok"]
         refused = say(first, op="open", lane="powercap")
         assert not refused["ok"] and "Too many open files" in refused["error"]["why"]
