@@ -54,8 +54,8 @@ def test_energy_at_each_epoch_is_the_power_times_the_time(
     assert progress["metrics"]["accuracy"] == [0.5, 0.8, 0.9, 0.94, 0.95, 0.95]
     assert progress["left_out"] == 0
     # truth: the device's power is constant; the modelled rest is below 1 %
-    told = [POWER_W * t_s for t_s in progress["t_s"]]
-    assert progress["energy_j"] == pytest.approx(told, rel=0.02)
+    expected_j = [POWER_W * t_s for t_s in progress["t_s"]]
+    assert progress["energy_j"] == pytest.approx(expected_j, rel=0.02)
     # the epochs' metrics are logged where their phases end
     train_s = next(p["duration_s"] for p in summary["phases"] if p["name"] == "train")
     assert progress["t_s"][-1] - progress["t_s"][0] == pytest.approx(train_s * 5 / 6, rel=0.25)

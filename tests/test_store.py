@@ -1,4 +1,4 @@
-"""The store: what is listed is what the run directories say, whatever the index holds."""
+"""The store: runs are listed as their directories are, whatever the index holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import shutil
 import socket
 import sqlite3
 import subprocess
-import sys
 import threading
 import zlib
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import Cli, write_replay
+from cli import Cli, python, write_replay
 from sim.permissions import obey_permissions
 
 from pepr_profiler.errors import TraceError, UsageError
@@ -78,24 +77,17 @@ def began(day: int) -> str:
 LIST = "import sys; from pathlib import Path; from pepr_profiler.store.runs import Store; "
 
 
-def python(program: str, *arguments: Any, **options: Any) -> str:
-    """What a program of its own process prints."""
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[1],
-        **options,
-    )
+def output_of(program: str, *arguments: Any, **options: Any) -> str:
+    """What a program in a process of its own prints."""
+    command, root = python(program, *map(str, arguments)), Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, **options)
     return done.stdout
 
 
 # --- the index ------------------------------------------------------------------------------------
 
 
-def test_index_tells_nothing_else_than_the_runs_do(store: Store, make: Make) -> None:
+def test_index_holds_what_the_runs_do(store: Store, make: Make) -> None:
     for day in range(1, 6):
         make(f"net-{day}", started_at=began(day), metrics={"accuracy": day / 10})
     fresh = list(store.find())
@@ -103,11 +95,11 @@ def test_index_tells_nothing_else_than_the_runs_do(store: Store, make: Make) -> 
     assert list(store.find()) == fresh
     # truth: the files themselves, without our reader
     for run in fresh:
-        told = json.loads((store.runs_path / run["run_id"] / "run.json").read_text())
+        written = json.loads((store.runs_path / run["run_id"] / "run.json").read_text())
         for key in set(run) - {"energy"}:
-            assert run[key] == told[key], key
-        assert run["energy"]["total_j"] == told["energy"]["total_j"]
-        added = [c for c in told["energy"]["components"] if c["in_total"]]
+            assert run[key] == written[key], key
+        assert run["energy"]["total_j"] == written["energy"]["total_j"]
+        added = [c for c in written["energy"]["components"] if c["in_total"]]
         assert [c["id"] for c in run["energy"]["components"]] == [c["id"] for c in added]
         for component, whole in zip(run["energy"]["components"], added, strict=True):
             assert component["job_j"] == whole["job_j"]
@@ -136,7 +128,7 @@ def test_change_that_leaves_size_and_time_as_they_were_is_seen(store: Store, mak
     assert [run["name"] for run in store.find()] == ["two"]
 
 
-def test_rows_tell_of_each_run_what_its_summary_does(store: Store, make: Make) -> None:
+def test_rows_have_of_each_run_what_its_summary_has(store: Store, make: Make) -> None:
     # given a run with a performance, one that failed and one of which nothing is known
     make("good", started_at=began(1), performance={"metric": "accuracy", "value": 0.5})
     make("bad", started_at=began(2), exit_code=3)
@@ -340,10 +332,10 @@ def test_index_that_somebody_has_locked_is_read_and_replaced(store: Store, make:
             "from pepr_profiler.store.index import IndexFile; store = Store(Path(sys.argv[1]))\n"
             "print(len(IndexFile.open(store.index_path).rows), len(store.find()))"
         )
-        assert python(program, store.path) == "1 1\n"
+        assert output_of(program, store.path) == "1 1\n"
         make("b-1", started_at=began(2))
-        assert python(program, store.path) == "1 2\n"
-    assert python(program, store.path) == "2 2\n"
+        assert output_of(program, store.path) == "1 2\n"
+    assert output_of(program, store.path) == "2 2\n"
 
 
 def test_python_without_sqlite_lists_the_same(store: Store, make: Make) -> None:
@@ -363,7 +355,7 @@ def test_store_that_may_only_be_read_is_listed(store: Store, make: Make) -> None
     make("a-1")
     store.path.chmod(0o555)
     program = LIST + "print(Store(Path(sys.argv[1])).find().ids)"
-    listed = python(program, store.path, preexec_fn=obey_permissions)
+    listed = output_of(program, store.path, preexec_fn=obey_permissions)
     store.path.chmod(0o755)
     assert listed == "['a-1']\n"
     assert not store.index_path.exists()
@@ -380,7 +372,7 @@ WRITE = LIST + (
 def test_writers_at_once_never_see_less_than_there_is(store: Store, make: Make) -> None:
     for number in range(8):
         make(f"n-{number}", started_at=began(1 + number))
-    command = [sys.executable, "-c", WRITE, str(store.path)]
+    command = python(WRITE, str(store.path))
     writers = [subprocess.Popen(command, cwd=Path(__file__).parents[1]) for _ in range(4)]
     assert [writer.wait() for writer in writers] == [0] * 4
     assert [path.name for path in store.path.iterdir() if path.name[0] == "."] == []

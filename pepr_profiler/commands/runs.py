@@ -151,7 +151,8 @@ def show_run(run: str, *, as_json: bool, store: Path | None) -> None:
     They are not computed again, as `report` does.
     """
     recorded = Store(store)
-    directory, facts = recorded.directory(run), recorded.load(run)
+    directory = recorded.directory(run)
+    facts = recorded.load_from(directory)
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return

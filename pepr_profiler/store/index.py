@@ -135,10 +135,17 @@ class Index:
         saved = IndexFile.open(self.path)
         known = [] if saved is None else saved.rows
         stamps = dict(zip(names, _map(self._stamp, names), strict=True))
-        rows = [row for row in known if self._holds(row, stamps.get(row.run_id))]
-        for row in rows:
-            del stamps[row.run_id]
-        fresh = self._read_all([name for name, stamp in stamps.items() if stamp is not None])
+        rows = [
+            row
+            for row in known
+            if row.run_json == stamps.get(row.run_id)
+            # The files of a run without an end tell more than its run.json.
+            and (row.files is None or row.files == _files_stamp(self.runs_path / row.run_id))
+        ]
+        held = {row.run_id for row in rows}
+        fresh = self._read_all(
+            [name for name, stamp in stamps.items() if stamp is not None and name not in held]
+        )
         stale = len(known) - len(rows) + len(fresh)
         if fresh:
             rows = sorted([*rows, *(entry.row for entry in fresh.values())], key=_BY_TIME)
@@ -152,13 +159,6 @@ class Index:
             self._write(rows, summary_of)
         found, damaged = _matching(rows, wanted or Filter())
         return QueryResult(found, partial(self._summary, summary_of), damaged)
-
-    def _holds(self, row: Facts, stamp: str | None) -> bool:
-        """Whether the index has of a run what would be read now."""
-        if row.run_json != stamp:
-            return False
-        # Of a run without an end its files tell more than run.json.
-        return row.files is None or row.files == _files_stamp(self.runs_path / row.run_id)
 
     def _read_all(self, names: Sequence[str]) -> dict[str, _Entry]:
         """`_read` of each, while the disk is asked for the next ones."""

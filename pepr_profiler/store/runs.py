@@ -125,7 +125,10 @@ class Store:
 
         UsageError as for `directory`, TraceError if it is no recording or of a newer version.
         """
-        directory = self.directory(ref)
+        return self.load_from(self.directory(ref))
+
+    def load_from(self, directory: Path) -> dict[str, Any]:
+        """The whole summary of the run in a directory. TraceError as for `load`."""
         return self._identified(_summary_of(directory), directory)
 
     def set(
