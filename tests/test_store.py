@@ -344,10 +344,8 @@ def test_python_without_sqlite_lists_the_same(store: Store, make: Make) -> None:
     with_index = [list(store.find()) for _ in range(2)][1]
     store.index_path.unlink()
     program = "import sys; sys.modules['sqlite3'] = None; import json; " + LIST
-    listed = python(
-        program + "print(json.dumps(list(Store(Path(sys.argv[1])).find())))", store.path
-    )
-    assert json.loads(listed) == with_index
+    program += "print(json.dumps(list(Store(Path(sys.argv[1])).find())))"
+    assert json.loads(output_of(program, store.path)) == with_index
     assert sorted(path.name for path in store.path.iterdir()) == ["runs"]
 
 
