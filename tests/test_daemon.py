@@ -48,6 +48,7 @@ from pepr_profiler.errors import PeprError
 from pepr_profiler.trace.lane import LaneReader
 
 tmp_path = open_folder
+LATE_S = 0.03  # how late a tree may be written, and a row read, on a busy machine
 
 UNTIL = "import sys, time, os\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)"
 
@@ -114,11 +115,7 @@ def test_a_run_that_may_not_read_a_counter_reads_it_through_the_daemon(
     package = component(summary, "cpu:package-0")
     assert package["source"] == "powercap"
     truth_j = truth_of(tree, summary, "intel-rapl:0")
-    assert package["device_j"] == pytest.approx(truth_j, rel=0.02)
-    # to what is stated, and to how late a busy machine may have let a row be read
-    rows = LaneReader(running.cli.runs()[0], "powercap")
-    late_s = max(int(batch.read_ns.max()) for batch in rows) * 1e-9
-    assert abs(package["device_j"] - truth_j) <= package["u_j"] + 1 + 100 * late_s
+    assert abs(package["device_j"] - truth_j) <= package["u_j"] + 100 * LATE_S
     assert summary["recording"]["daemon"]["lanes"]["powercap"]["spec"] == tree.spec
     assert summary["recording"]["daemon"]["reconnects"] == 0
     assert summary["missing"] == []
@@ -128,7 +125,7 @@ def test_a_run_that_may_not_read_a_counter_reads_it_through_the_daemon(
     # how late rows came is known of our own alone: of the processes' lane
     own = LaneReader(running.cli.runs()[0], "processes")
     assert summary["sampler"]["timed"] == sum(len(batch.t_ns) for batch in own)
-    assert "% late" in said and "(none of it is in late)" in said
+    assert "% late" in said and "(not counted as late)" in said
     # and the run was known to the daemon while it lasted
     assert running.status()["runs"] == []
 
