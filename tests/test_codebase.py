@@ -211,3 +211,12 @@ def test_no_file_names_a_path_of_the_machine_it_was_written_on() -> None:
         text = path.read_text(errors="replace")
         named += [f"{relative(path)}: {match[0]}" for match in homes.finditer(text)]
     assert named == []
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    names: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                names.setdefault(node.name, []).append(relative(path))
+    assert {name: paths for name, paths in names.items() if len(paths) > 1} == {}

@@ -42,7 +42,7 @@ from sim.powercap import BuildTree, Tree, Zone, two_socket_server
 from sim.sysfs import perf_tree, why_no_tsc
 from sim.waves import Constant
 
-from pepr_profiler.daemon.lanes import Lanes, SamplingOptions
+from pepr_profiler.daemon.lanes import SamplingOptions, ServedLanes
 from pepr_profiler.daemon_client.client import Connection, DaemonClient
 from pepr_profiler.errors import PeprError
 from pepr_profiler.trace.lane import LaneReader
@@ -430,7 +430,7 @@ def test_a_counter_that_came_back_is_opened_again_at_once_where_that_is_allowed(
 ) -> None:
     tree = powercap_sim(Zone("intel-rapl:0", "package-0", start_uj=5))
     file = tree.path("intel-rapl:0") / "energy_uj"
-    lanes = Lanes([tree.spec], SamplingOptions(period_ns=10_000_000), lost_s=0.5)
+    lanes = ServedLanes([tree.spec], SamplingOptions(period_ns=10_000_000), lost_s=0.5)
     lanes.open_privileged()
     lanes.open_rest(dropped_privileges=False)
     lane = lanes.get("powercap")

@@ -39,7 +39,7 @@ from sim.powercap import BuildTree, two_socket_server
 
 from pepr_profiler import _core
 from pepr_profiler.daemon import system
-from pepr_profiler.daemon.lanes import Lanes, SamplingOptions
+from pepr_profiler.daemon.lanes import SamplingOptions, ServedLanes
 from pepr_profiler.daemon.server import Policy, Quotas, Server
 from pepr_profiler.daemon_client.client import Connection
 from pepr_profiler.daemon_client.protocol import (
@@ -283,7 +283,7 @@ def test_a_hundred_thousand_messages_leave_the_server_as_it_was(
     path = tmp_path / "run" / "daemon.sock"
     faults: list[str] = []
     listener = system.listen(path, system.Access(mode=0o600))
-    lanes = Lanes([replayed], SamplingOptions())
+    lanes = ServedLanes([replayed], SamplingOptions())
     lanes.open_privileged()
     unlimited = Quotas(requests_per_s=1e9, requests_at_once=1e9)
     policy = Policy(owner=os.getuid(), single_user=True)

@@ -26,7 +26,7 @@ from sim.permissions import obey_permissions
 from sim.powercap import BuildTree, Tree, Zone, two_socket_server
 from sim.waves import Constant, Square
 
-from pepr_profiler.daemon.lanes import Lanes, SamplingOptions
+from pepr_profiler.daemon.lanes import SamplingOptions, ServedLanes
 from pepr_profiler.daemon.meters import Meter, Meters
 from pepr_profiler.energy.sources import Source
 
@@ -489,7 +489,7 @@ def test_the_dashboard_asks_for_nothing_that_is_not_served(powercap_sim: BuildTr
 
 def test_without_descriptors_a_lane_is_unknown_until_there_are_some(tree: Tree) -> None:
     # given a lane that runs, and a process that may open nothing more
-    lanes = Lanes([tree.spec], SamplingOptions())
+    lanes = ServedLanes([tree.spec], SamplingOptions())
     lanes.open_privileged()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:

@@ -11,7 +11,7 @@ from pepr_profiler.block import close_recording, open_attached
 from pepr_profiler.commands import complain
 from pepr_profiler.commands.recording import (
     LiveLine,
-    Request,
+    RecordingRequest,
     collecting_garbage,
     log,
     recording_options,
@@ -42,7 +42,7 @@ def attach(
     pids: tuple[int, ...],
     duration: str | None,
     patterns: tuple[str, ...],
-    request: Request,
+    request: RecordingRequest,
 ) -> int:
     """Measure the processes PID and all that they start, now and later.
 
@@ -77,7 +77,7 @@ def _measure(
     *,
     stop: StopSignals,
     duration_ns: int | None,
-    request: Request,
+    request: RecordingRequest,
 ) -> tuple[Recorder, int] | None:
     """The closed recording and our status; None if it was broken off before it began."""
     line, quiet = LiveLine(), request.quiet

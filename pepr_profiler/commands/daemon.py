@@ -89,7 +89,7 @@ def _serve(
     waits: Waits | None = None,
 ) -> int:
     from pepr_profiler.daemon import exporter, system
-    from pepr_profiler.daemon.lanes import Lanes, SamplingOptions
+    from pepr_profiler.daemon.lanes import SamplingOptions, ServedLanes
     from pepr_profiler.daemon.ledger import Ledger
     from pepr_profiler.daemon.server import Policy, Quotas, Server, Waits, raise_descriptor_limit
     from pepr_profiler.sensors.detect import detect_lasting
@@ -120,7 +120,7 @@ def _serve(
     listener = inherited or system.listen(Path(where), access)
     policy = Policy(owner=os.getuid(), single_user=not shared, admin_gid=admin_gid)
     manager = system.ServiceManager()
-    lanes = Lanes(sensors or detect_lasting(), sampling, lost_s=waits.lost_s)
+    lanes = ServedLanes(sensors or detect_lasting(), sampling, lost_s=waits.lost_s)
     raise_descriptor_limit(quotas.clients + 256)
     had_privileges = system.confine(become)
     try:

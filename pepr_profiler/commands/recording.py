@@ -33,7 +33,7 @@ _URGENT = frozenset(
 """Said when they happen; the rest is in the summary."""
 
 
-class Request(Record):
+class RecordingRequest(Record):
     """What the options that every recording takes ask for, as they were given."""
 
     name: str | None
@@ -189,8 +189,8 @@ def recording_options(verb: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(verb)
     def with_request(**parameters: Any) -> int:
-        asked = {field: parameters.pop(field) for field in Request._fields}
-        return verb(**parameters, request=Request(**asked))
+        asked = {field: parameters.pop(field) for field in RecordingRequest._fields}
+        return verb(**parameters, request=RecordingRequest(**asked))
 
     decorated: Callable[..., int] = with_request
     for option in reversed(_OPTIONS):

@@ -11,7 +11,7 @@ import click
 from pepr_profiler.block import close_recording, open_recording
 from pepr_profiler.commands.recording import (
     LiveLine,
-    Request,
+    RecordingRequest,
     collecting_garbage,
     log,
     recording_options,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     "run's performance.",
 )
 @recording_options
-def run(command: tuple[str, ...], *, patterns: tuple[str, ...], request: Request) -> int:
+def run(command: tuple[str, ...], *, patterns: tuple[str, ...], request: RecordingRequest) -> int:
     """Run CMD and measure what it costs. Its output, input and exit status stay its own."""
     if not command:
         raise UsageError(
@@ -67,7 +67,7 @@ def _measure(
     options: Options,
     metrics: Metrics | None,
     held: HeldSignals,
-    request: Request,
+    request: RecordingRequest,
 ) -> tuple[Recorder, Exit]:
     """Samples before, during and after the command; returns the closed recording."""
     from pepr_profiler import _core

@@ -17,7 +17,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from pepr_profiler.daemon.lanes import Lanes
+from pepr_profiler.daemon.lanes import ServedLanes
 from pepr_profiler.daemon.meters import STALE_S, Meters
 from pepr_profiler.daemon.system import NO_DESCRIPTORS_LEFT
 from pepr_profiler.errors import PeprError, UsageError
@@ -35,7 +35,7 @@ _PAUSE_S = 1.0  # when there are no descriptors left
 
 def families(
     meters: Meters,
-    lanes: Lanes,
+    lanes: ServedLanes,
     *,
     gauges: Mapping[str, float],
     refused: Mapping[str, int],
@@ -107,7 +107,7 @@ def _run_family(runs: Iterable[tuple[int, str, float]]) -> Metric:
     return energy
 
 
-def _lane_families(lanes: Lanes, meters: Meters) -> list[Metric]:
+def _lane_families(lanes: ServedLanes, meters: Meters) -> list[Metric]:
     from prometheus_client import metrics_core
 
     up = metrics_core.GaugeMetricFamily(

@@ -75,7 +75,7 @@ class ServedLane:
         return None if newest is None else (time.monotonic_ns() - newest[0]) * 1e-9
 
 
-class Lanes:
+class ServedLanes:
     """All lanes of the daemon. `check` is to be called now and then; it never blocks."""
 
     def __init__(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import isnan, nan
 
 from pepr_profiler import _core
-from pepr_profiler.daemon.lanes import Lanes
+from pepr_profiler.daemon.lanes import ServedLanes
 from pepr_profiler.energy.sources import Source, find_sources
 from pepr_profiler.energy.unwrap import undo_fall
 from pepr_profiler.trace.lane import LaneInfo
@@ -80,7 +80,7 @@ class _Feed:
 class Meters:
     """A meter for each source of all lanes. Only the daemon's thread calls it."""
 
-    def __init__(self, lanes: Lanes) -> None:
+    def __init__(self, lanes: ServedLanes) -> None:
         self._lanes = lanes
         self._feeds: dict[str, _Feed] = {}
         self._meters: dict[str, Meter] = {}  # of the sources that are there

@@ -23,7 +23,7 @@ import psutil
 
 from pepr_profiler import __version__
 from pepr_profiler.daemon.exporter import Exporter, families
-from pepr_profiler.daemon.lanes import LOST_S, Lanes
+from pepr_profiler.daemon.lanes import LOST_S, ServedLanes
 from pepr_profiler.daemon.ledger import SETTLED_S, Ledger
 from pepr_profiler.daemon.meters import Meters
 from pepr_profiler.daemon.system import (
@@ -122,7 +122,7 @@ class Server:
     def __init__(
         self,
         listener: socket.socket,
-        lanes: Lanes,
+        lanes: ServedLanes,
         *,
         policy: Policy,
         manager: ServiceManager,

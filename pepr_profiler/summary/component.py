@@ -12,7 +12,7 @@ from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.sharing import Shares
 from pepr_profiler.energy.uncertainty import CrossCheck, UncertaintyBudget, budget
 from pepr_profiler.record import Record
-from pepr_profiler.trace.events import Phase
+from pepr_profiler.trace.events import PhaseSpan
 from pepr_profiler.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Grid(Record):
 
     @classmethod
     def over(
-        cls, begin_ns: int, end_ns: int, phases: Iterable[Phase], logged_ns: NDArray[np.int64]
+        cls, begin_ns: int, end_ns: int, phases: Iterable[PhaseSpan], logged_ns: NDArray[np.int64]
     ) -> Grid:
         """The grid of a window with its phases and the instants at which metrics were logged."""
 

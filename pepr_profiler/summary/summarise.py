@@ -24,7 +24,7 @@ from pepr_profiler.summary.component import ComponentResult, Grid
 from pepr_profiler.summary.lanes import Readings, read_all
 from pepr_profiler.summary.logged import MetricLog, last_values, performance_of, progress_of
 from pepr_profiler.summary.timeline import Timeline, timeline_of
-from pepr_profiler.trace.events import Events, Phase, read_events, read_process_notes
+from pepr_profiler.trace.events import Events, PhaseSpan, read_events, read_process_notes
 from pepr_profiler.trace.lane import LaneReader, lane_names, read_lanes
 from pepr_profiler.trace.run_json import read_run
 from pepr_profiler.trace.shape import MALFORMED
@@ -80,7 +80,7 @@ class _Examined(Record):
     summary: dict[str, Any]
     components: Sequence[ComponentResult]
     grid: Grid
-    phases: Sequence[Phase]
+    phases: Sequence[PhaseSpan]
 
 
 def _examine(
@@ -186,14 +186,14 @@ def _window(
     return begin_ns, end_ns
 
 
-def _phases_within(phases: Iterable[Phase], begin_ns: int, end_ns: int) -> list[Phase]:
+def _phases_within(phases: Iterable[PhaseSpan], begin_ns: int, end_ns: int) -> list[PhaseSpan]:
     """What lies in a window of each phase; one without an end goes on to the window's."""
     within = []
     for phase in phases:
         first_ns = max(phase.begin_ns, begin_ns)
         last_ns = end_ns if phase.end_ns is None else min(phase.end_ns, end_ns)
         if first_ns <= last_ns:
-            within.append(Phase(phase.name, first_ns, last_ns, phase.nested))
+            within.append(PhaseSpan(phase.name, first_ns, last_ns, phase.nested))
     return within
 
 
@@ -248,10 +248,10 @@ def _others_part(counted: Iterable[ComponentResult], kind: str) -> float:
 
 
 def _phases(
-    phases: Sequence[Phase], counted: Sequence[ComponentResult], grid: Grid
+    phases: Sequence[PhaseSpan], counted: Sequence[ComponentResult], grid: Grid
 ) -> list[dict[str, Any]]:
     """Phases by name, in order of first appearance: energy between their edges, summed."""
-    by_name: dict[str, list[Phase]] = {}
+    by_name: dict[str, list[PhaseSpan]] = {}
     for phase in phases:
         by_name.setdefault(phase.name, []).append(phase)
     result = []

@@ -10,7 +10,7 @@ import numpy as np
 from pepr_profiler.energy.curve import gap_limit_s
 from pepr_profiler.record import Record
 from pepr_profiler.summary.component import ComponentResult, Grid
-from pepr_profiler.trace.events import Phase
+from pepr_profiler.trace.events import PhaseSpan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,7 +58,7 @@ class Timeline(Record):
 
 
 def timeline_of(
-    components: Sequence[ComponentResult], grid: Grid, phases: Sequence[Phase]
+    components: Sequence[ComponentResult], grid: Grid, phases: Sequence[PhaseSpan]
 ) -> Timeline:
     """The timeline of a run, from what its summary was made of."""
     begin_ns = int(grid.steps_ns[0])

@@ -104,7 +104,7 @@ class EventWriter:
 # --- marks and metrics, read back ---------------------------------------------------------------
 
 
-class Phase(Record):
+class PhaseSpan(Record):
     """One pass through a phase; `end_ns` is None if it never ended.
 
     `series` is that of the mark that began it; None for a program's own block, which no mark ends.
@@ -123,7 +123,7 @@ class Events(Record):
     `metrics` are (t_ns, values by name). `torn_lines` counts lines that could not be read.
     """
 
-    phases: tuple[Phase, ...]
+    phases: tuple[PhaseSpan, ...]
     metrics: tuple[tuple[int, dict[str, Any]], ...]
     torn_lines: int
 
@@ -134,7 +134,7 @@ _EVENT_SHAPE = {"t_ns": int, "id": int, "metrics": {}}
 
 def read_events(directory: Path) -> Events:
     """Reads every events file of a run directory."""
-    phases: list[Phase] = []
+    phases: list[PhaseSpan] = []
     metrics: list[tuple[int, dict[str, Any]]] = []
     marks: list[_Mark] = []
     torn = 0
@@ -177,8 +177,10 @@ def _lines_of(path: Path) -> list[bytes]:
         return []
 
 
-def _phase_of_block(begin: dict[str, Any], end_ns: int | None) -> Phase:
-    return Phase(str(begin["name"]), int(begin["t_ns"]), end_ns, begin.get("parent") is not None)
+def _phase_of_block(begin: dict[str, Any], end_ns: int | None) -> PhaseSpan:
+    return PhaseSpan(
+        str(begin["name"]), int(begin["t_ns"]), end_ns, begin.get("parent") is not None
+    )
 
 
 class _Mark(Record):
@@ -203,7 +205,7 @@ class _Mark(Record):
         return self.verb == "end" and begun.name == self.name
 
 
-def _phases_of_marks(marks: Sequence[_Mark]) -> Iterator[Phase]:
+def _phases_of_marks(marks: Sequence[_Mark]) -> Iterator[PhaseSpan]:
     """The phases that the marks of all processes make.
 
     Of several that a mark may end, it ends the last one that was begun by its own series: scripts
@@ -223,10 +225,10 @@ def _phases_of_marks(marks: Sequence[_Mark]) -> Iterator[Phase]:
     yield from (_phase_of_mark(mark, None, begun[:i]) for i, mark in enumerate(begun))
 
 
-def _phase_of_mark(begin: _Mark, end_ns: int | None, begun: Sequence[_Mark]) -> Phase:
+def _phase_of_mark(begin: _Mark, end_ns: int | None, begun: Sequence[_Mark]) -> PhaseSpan:
     """The phase that a mark began, while those that `begun` began were open too."""
     nested = any(m.series == begin.series and m.t_ns <= begin.t_ns for m in begun)
-    return Phase(str(begin.name), begin.t_ns, end_ns, nested, begin.series)
+    return PhaseSpan(str(begin.name), begin.t_ns, end_ns, nested, begin.series)
 
 
 # --- notes about processes ----------------------------------------------------------------------
