@@ -265,7 +265,8 @@ def _files_stamp(directory: Path) -> str:
 # --- the file ------------------------------------------------------------------------------------
 
 _FORMAT = 6
-"""The `user_version` of the database. An index with another one is replaced."""
+"""The `user_version` of the database, to be raised when Facts or short summaries change.
+An index with another one is replaced."""
 
 _FACTS = ", ".join(Facts._fields)
 
