@@ -56,16 +56,14 @@ void append_batch(std::string& stream, const std::vector<ArrowColumn>& columns, 
     stream.append(2, '\0');
     put_all<std::int32_t>(stream, 12, 16);  // offsets of its vtable and its nodes
     put<std::int64_t>(stream, static_cast<std::int64_t>(rows));
-    put_all<std::uint32_t>(stream, 12 + 16 * count,
-                           count);  // offset of its buffers; count of nodes
+    put_all<std::uint32_t>(stream, 12 + 16 * count, count);  // offset of buffers; nodes
     for (std::size_t c = 0; c < count; ++c) put_all<std::int64_t>(stream, rows, 0);
     stream.append(4, '\0');
     put<std::uint32_t>(stream, static_cast<std::uint32_t>(2 * count));
     std::size_t at = 0;
     for (const ArrowColumn& column : columns) {
         const std::size_t bytes = rows * column.size;
-        put_all<std::int64_t>(stream, at, 0, at,
-                              bytes);  // validity (empty: all are valid), numbers
+        put_all<std::int64_t>(stream, at, 0, at, bytes);  // of validity (empty: all); of numbers
         at += padded(bytes);
     }
     for (const ArrowColumn& column : columns) {

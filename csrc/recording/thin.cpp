@@ -16,7 +16,7 @@ constexpr double kLongInterval = 1.5;
 constexpr double kStandstill = 8;
 
 // A column, and what is known of it since the row kept last.
-struct Column {
+struct ThinColumn {
     ThinRule rule;
     const double* values;
     double interval_s = 0.0;             // the usual one between two changes
@@ -141,9 +141,9 @@ std::vector<std::size_t> thin(const std::vector<ThinRule>& rules, const std::int
                               std::size_t unthinned) {
     std::vector<std::size_t> kept;
     if (n == 0) return kept;
-    std::vector<Column> columns;
+    std::vector<ThinColumn> columns;
     for (std::size_t c = 0; c < rules.size(); ++c) {
-        Column column{};
+        ThinColumn column{};
         column.rule = rules[c];
         column.values = values + c * stride;
         column.interval_s = mean_interval_s(column.values, t_ns, n);
@@ -160,10 +160,10 @@ std::vector<std::size_t> thin(const std::vector<ThinRule>& rules, const std::int
     std::fill_n(required.begin(), std::min(unthinned, n), true);
     for (std::size_t i = 1; i < n; ++i) {
         if (t_ns[i] - t_ns[i - 1] > kThinGapNs) required[i - 1] = required[i] = true;
-        for (Column& column : columns)
+        for (ThinColumn& column : columns)
             if (column.breaks(i, at_s(i))) required[i - 1] = required[i] = true;
     }
-    for (const Column& column : columns) {
+    for (const ThinColumn& column : columns) {
         if (column.rule.kind == ThinRule::Kind::kLine) continue;
         const auto [lowest, highest] = extremes(column.values, n);
         required[lowest] = required[highest] = true;
@@ -171,13 +171,13 @@ std::vector<std::size_t> thin(const std::vector<ThinRule>& rules, const std::int
 
     const auto keep = [&](std::size_t row) {
         kept.push_back(row);
-        for (Column& column : columns) column.begin(row, at_s(row));
+        for (ThinColumn& column : columns) column.begin(row, at_s(row));
     };
     keep(0);
     std::size_t candidate = 0;  // the last row that could follow the one kept last
     for (std::size_t i = 1; i < n; ++i) {
         bool goes_on = t_ns[i] - t_ns[kept.back()] <= kThinLongestNs, may_keep = true;
-        for (Column& column : columns) {
+        for (ThinColumn& column : columns) {
             goes_on &= column.accepts(i, at_s(i), at_s(i - 1));
             may_keep &= column.may_keep();
         }

@@ -159,7 +159,7 @@ void Cadence::end_search(Tracker& tracker, std::int64_t t_ns) const noexcept {
     tracker.state = State::kTracking;
     tracker.period_ns = sum_ns / count;
     tracker.spread_ns = tracker.period_ns / 64 + tracker.widest_ns / 8;
-    tracker.seen = tracker.late_run = tracker.skips = tracker.unexpected = 0;
+    tracker.refreshes = tracker.late_run = tracker.skips = tracker.unexpected = 0;
     tracker.anchor_ns = 0;
     expect(tracker, tracker.read_ns + tracker.period_ns, t_ns + tracker.period_ns);
 }
@@ -231,7 +231,7 @@ void Cadence::on_refresh(Tracker& tracker, std::int64_t t_ns) const noexcept {
     tracker.spread_ns =
         std::clamp(tracker.spread_ns, tracker.period_ns / 512, tracker.period_ns / 32);
     expect(tracker, soonest_ns + tracker.period_ns, latest_ns + tracker.period_ns);
-    if (unexpected || ++tracker.seen % kProbeEvery == 0) {
+    if (unexpected || ++tracker.refreshes % kProbeEvery == 0) {
         tracker.probing = true;
         tracker.due_ns = t_ns + tracker.period_ns / 2;
     }

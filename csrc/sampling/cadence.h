@@ -75,7 +75,7 @@ private:
         std::int64_t soonest_ns = 0, latest_ns = 0;
         // The last refresh that was bounded by reads from both sides, and the refreshes since.
         std::int64_t anchor_ns = 0, since_anchor = 0;
-        int seen = 0;          // refreshes
+        int refreshes = 0;     // seen
         int late_run = 0;      // refreshes in a row without a read just before them
         int retries = 0;       // reads after the expected refresh that saw no change
         int unchanged = 0;     // refreshes in a row that changed nothing

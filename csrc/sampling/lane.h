@@ -32,7 +32,7 @@ private:
     std::int64_t at_ns_ = 0;
 };
 
-// A lane has no thread: a thread of Readers reads it, one at a time.
+// A lane has no thread of its own: the threads of Readers read it, one at a time.
 class Lane {
 public:
     enum class State : std::uint32_t { kOpening, kRunning, kStopped, kFailed };

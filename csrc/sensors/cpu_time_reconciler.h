@@ -11,7 +11,7 @@ namespace pepr {
 // The clocks include what the count misses: the time that the kernel takes to tear down an exiting
 // process, which Linux 6.16 and later do not count (80 ms per GB of memory), and all that a setuid
 // program does, where the kernel ends the inheritance. The clocks miss processes that end unseen.
-// Only the count includes what a hypervisor steals from running tasks, which must come off again.
+// Only the count includes what a hypervisor steals from running tasks: this is taken off again.
 class CpuTimeReconciler {
 public:
     // `stolen_s`: what was stolen from the machine so far, in whole ticks.
@@ -44,8 +44,8 @@ public:
 private:
     double correction_s_ = 0.0;  // of the count
     double difference_s_ = 0.0;  // of account and count, at the last call
-    double largest_difference_s_ =
-        0.0;              // since a process was born or ended, or stolen time was read
+    // Since a process was born or ended, or stolen time was read.
+    double largest_difference_s_ = 0.0;
     double taken_off_s_;  // stolen time that was taken off the count
     double tick_s_;
 };

@@ -16,7 +16,7 @@
 namespace pepr {
 
 // What /proc/PID/stat says of a process. Times are totals since it began.
-struct Stat {
+struct ProcessStat {
     pid_t parent;
     bool living;             // not a zombie
     double own_s, waited_s;  // its own CPU time, and that of children that it waited for
@@ -46,7 +46,7 @@ inline File open_stat(pid_t pid) noexcept {
 }
 
 // Fills in `stat`. False if there is no such process any more.
-inline bool read_stat(const File& file, pid_t pid, Stat& stat, double tick_s,
+inline bool read_stat(const File& file, pid_t pid, ProcessStat& stat, double tick_s,
                       std::uint64_t page_bytes) noexcept {
     char text[1024];
     const std::size_t length = file.read(text, sizeof text);
@@ -84,9 +84,9 @@ inline double own_waited_s() noexcept {
            1e-6 * static_cast<double>(user.tv_usec + system.tv_usec);
 }
 
-// Updates what can change in our own Stat; cheaper than read_stat. `memory` is our /proc/PID/statm;
-// without it the memory stays as it is.
-inline void read_own(Stat& stat, const File& memory, std::uint64_t page_bytes) noexcept {
+// Updates what can change in our own ProcessStat; cheaper than read_stat. `memory` is our
+// /proc/PID/statm; without it the memory stays as it is.
+inline void read_own(ProcessStat& stat, const File& memory, std::uint64_t page_bytes) noexcept {
     const std::int64_t own_ns = read_clock_ns(CLOCK_PROCESS_CPUTIME_ID);
     stat.own_s = std::max(stat.own_s, 1e-9 * static_cast<double>(own_ns));
     stat.waited_s = own_waited_s();

@@ -58,7 +58,8 @@ ProcessTree::ProcessTree(const std::vector<pid_t>& roots, pid_t left_out)
     processes_.reserve(kMostProcesses);
     gone_.reserve(kMostProcesses);
     for (const pid_t root : roots)
-        if (Stat stat{}; read_stat(open_stat(root), root, stat) && stat.living) add(root, stat);
+        if (ProcessStat stat{}; read_stat(open_stat(root), root, stat) && stat.living)
+            add(root, stat);
 }
 
 // --- who belongs to the tree ---------------------------------------------------------------------
@@ -76,7 +77,8 @@ std::vector<ProcessTree::Thread> ProcessTree::search() {
             const std::string text = read_whole(tasks + std::to_string(thread) + "/children");
             const char* at = text.data();
             for (pid_t child = 0; parse_number(at, text.data() + text.size(), child);)
-                if (Stat stat{}; read_stat(open_stat(child), child, stat) && add(child, stat))
+                if (ProcessStat stat{};
+                    read_stat(open_stat(child), child, stat) && add(child, stat))
                     left.emplace_back(child, stat.parent);
         }
     }
@@ -100,7 +102,7 @@ bool ProcessTree::search_between(pid_t pid, pid_t last) noexcept {
     if (pid == last || pid < 0 || last < 0) return false;
     for (pid_t tries = 0; pid != last && tries < pid_max_; ++tries) {
         if (++pid >= pid_max_) pid = std::min(kFirstPid, last);
-        Stat stat{};
+        ProcessStat stat{};
         if (find(pid) == nullptr && read_clock_ns(cpu_clock_of(pid)) >= 0 &&
             read_stat(open_stat(pid), pid, stat) && find(stat.parent) != nullptr)
             add(pid, stat);
@@ -131,7 +133,7 @@ Process* ProcessTree::find(pid_t pid) noexcept {
     return at != processes_.end() && at->pid == pid ? &*at : nullptr;
 }
 
-bool ProcessTree::add(pid_t pid, const Stat& stat) noexcept {
+bool ProcessTree::add(pid_t pid, const ProcessStat& stat) noexcept {
     if (processes_.size() == kMostProcesses || find(pid) != nullptr) return false;
     processes_.insert(position_of(pid), Process{pid, stat});  // within what is reserved
     return true;
@@ -194,7 +196,7 @@ bool ProcessTree::refresh(Process& process) noexcept {
         process.overdue_s = process.owed_s;
         return true;
     }
-    Stat stat{};
+    ProcessStat stat{};
     if (!process.stat) process.stat = open_stat(process.pid);
     process.gone =
         !read_stat(process.stat, process.pid, stat) || stat.start_ticks != process.seen.start_ticks;
@@ -272,7 +274,7 @@ std::uint64_t ProcessTree::rss_bytes() const noexcept {
     return sum_bytes;
 }
 
-bool ProcessTree::read_stat(const File& file, pid_t pid, Stat& stat) const noexcept {
+bool ProcessTree::read_stat(const File& file, pid_t pid, ProcessStat& stat) const noexcept {
     if (!pepr::read_stat(file, pid, stat, tick_s_, page_bytes_)) return false;
     if (pid == self_) stat.waited_s = own_waited_s();
     return true;

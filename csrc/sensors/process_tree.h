@@ -16,7 +16,7 @@ namespace pepr {
 // is subtracted wherever it turns up.
 struct Process {
     pid_t pid;
-    Stat seen;  // as read last; its start_ticks and the pid identify a process
+    ProcessStat seen;  // as read last; its start_ticks and the pid identify a process
     double before_own_s = 0.0, before_waited_s = 0.0;  // when the watch began
     double owed_s = 0.0;     // time of children that vanished: it has to turn up in waited_s
     double overdue_s = 0.0;  // what was owed already at the last read, and should be there by now
@@ -84,12 +84,12 @@ private:
     std::vector<Process>::iterator position_of(pid_t pid) noexcept;
     Process* find(pid_t pid) noexcept;
     bool search_between(pid_t pid, pid_t last) noexcept;
-    bool add(pid_t pid, const Stat&) noexcept;
+    bool add(pid_t pid, const ProcessStat&) noexcept;
     bool refresh(Process&) noexcept;
     bool drop_gone() noexcept;
     void credit_parent(const Process&) noexcept;
     double accounted_s(const Process&) const noexcept;
-    bool read_stat(const File&, pid_t pid, Stat&) const noexcept;
+    bool read_stat(const File&, pid_t pid, ProcessStat&) const noexcept;
 
     const pid_t self_, left_out_, pid_max_;
     const double tick_s_;
