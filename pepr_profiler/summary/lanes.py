@@ -23,20 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _BUSY = 0.05
-"""GPU utilisation from which on somebody computes."""
-
-
-class LaneStats(Record):
-    """What is counted in a lane's rows, whatever they are read for.
-
-    `rows` are those that were read, stored or not. `failed_reads` counts numbers that were unknown.
-    `memory_peak_bytes` is by GPU; `busy_gpus` are those that were busy at some time.
-    """
-
-    rows: int
-    failed_reads: int
-    memory_peak_bytes: Mapping[str, float]
-    busy_gpus: frozenset[str]
+"""At a higher utilisation of a GPU, someone computes on it."""
 
 
 class Readings(Record):
@@ -44,7 +31,11 @@ class Readings(Record):
 
     `curves` are measured ones, then modelled ones for the CPU and the memory if they have none.
     `cross_checks` are what the power readings of a device give whose counter is used, `idle_w` its
-    idle draw where that is known; both by component. `gpu_users` are by UUID, `stats` by lane.
+    idle draw where that is known; both by component. `gpu_users` and `busy_gpus`, those on which
+    anyone computed, are by UUID.
+
+    `rows` are by lane and count all that were read, stored or not; `failed_reads` counts unknown
+    numbers. `gpu_peak_bytes` sums the most memory that was in use on each GPU; None if none says.
     """
 
     curves: Sequence[EnergyCurve]
@@ -52,31 +43,10 @@ class Readings(Record):
     idle_w: Mapping[str, float]
     activity: Activity | None
     gpu_users: Mapping[str, GpuUsers]
-    stats: Mapping[str, LaneStats]
-
-    @property
-    def rows(self) -> int:
-        """Rows that were read in all lanes."""
-        return sum(lane.rows for lane in self.stats.values())
-
-    @property
-    def failed_reads(self) -> int:
-        """Numbers that could not be read."""
-        return sum(lane.failed_reads for lane in self.stats.values())
-
-    @property
-    def busy_gpus(self) -> frozenset[str]:
-        """GPUs on which somebody computed."""
-        return frozenset[str]().union(*(lane.busy_gpus for lane in self.stats.values()))
-
-    @property
-    def gpu_peak_bytes(self) -> int | None:
-        """The most memory that was in use on each GPU, summed; None if no GPU says so."""
-        peaks: dict[str, float] = {}
-        for lane in self.stats.values():
-            for gpu, peak in lane.memory_peak_bytes.items():
-                peaks[gpu] = max(peaks.get(gpu, 0.0), peak)
-        return int(sum(peaks.values())) if peaks else None
+    busy_gpus: frozenset[str]
+    rows: Mapping[str, int]
+    failed_reads: int
+    gpu_peak_bytes: int | None
 
 
 def read_all(
@@ -97,10 +67,9 @@ def read_all(
     checks: dict[str, CrossCheck] = {}
     activity = None
     gpu_users: dict[str, GpuUsers] = {}
-    stats: dict[str, LaneStats] = {}
+    tally = _Tally()
     for name, reader in readers.items():
-        tally = _Tally(reader.lane)
-        batches = tally.watch(joined(reader))
+        batches = tally.counted(reader.lane, joined(reader))
         if SensorSpec(reader.lane.spec).kind == "nvml-processes":
             begin_ns, end_ns = int(at_ns[0]), int(at_ns[-1])
             gpu_users |= read_gpu_users(
@@ -115,7 +84,6 @@ def read_all(
             measured, powers = integrated[: len(own)], integrated[len(own) :]
             curves += measured
             checks |= _cross_checks(measured, powers, at_ns)
-        stats[name] = tally.stats()
     idle_w: dict[str, float] = {}
     if activity is not None and len(activity.t_ns) > 1:
         model = cpu_model(cpu, vcpus=activity.cpus, override=facts["options"]["cpu_power"])
@@ -124,7 +92,17 @@ def read_all(
         kinds = {c.source.kind for c in curves if c.source.in_total and c.first_ns >= 0}
         modelled = modelled_curves(activity, at_ns, cpu=model, ram=RamModel())
         curves += [curve for curve in modelled if curve.source.kind not in kinds]
-    return Readings(curves, checks, idle_w, activity, gpu_users, stats)
+    return Readings(
+        curves,
+        checks,
+        idle_w,
+        activity,
+        gpu_users,
+        frozenset(tally.busy_gpus),
+        tally.rows,
+        tally.failed_reads,
+        int(sum(tally.peaks_bytes.values())) if tally.peaks_bytes else None,
+    )
 
 
 def _cross_checks(
@@ -138,36 +116,32 @@ def _cross_checks(
 
 
 class _Tally:
-    """Counts in the rows of one lane on their way to whoever reads them."""
+    """Counts in the rows of all lanes, while others read them."""
 
-    def __init__(self, lane: LaneInfo) -> None:
-        channels = list(enumerate(lane.channels))
-        self._memory = [(i, c) for i, c in channels if c.source == "nvml-memory"]
-        self._utilisation = [(i, c) for i, c in channels if c.source == "nvml-utilisation"]
-        self._rows = self._failed_reads = 0
-        self._peaks: dict[str, float] = {}
-        self._busy: set[str] = set()
+    def __init__(self) -> None:
+        self.rows: dict[str, int] = {}
+        self.failed_reads = 0
+        self.busy_gpus: set[str] = set()
+        self.peaks_bytes: dict[str, float] = {}  # by GPU
 
-    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def counted(self, lane: LaneInfo, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches."""
+        self.rows[lane.name] = 0
+        channels = list(enumerate(lane.channels))
+        memory = [(i, c) for i, c in channels if c.source == "nvml-memory"]
+        utilisation = [(i, c) for i, c in channels if c.source == "nvml-utilisation"]
         for batch in batches:
-            self._add(batch)
+            self.rows[lane.name] += batch.reads
+            unknown = np.count_nonzero(np.isnan(batch.values), axis=0)
+            reads_of_row = 1 if batch.skipped is None else batch.skipped + 1
+            self.failed_reads += int(np.sum(unknown * reads_of_row))
+            for index, channel in utilisation:
+                if np.nanmax(batch.values[index], initial=0.0) * channel.scale > _BUSY:
+                    self.busy_gpus.add(channel.device)
+            for index, channel in memory:
+                values = batch.values[index]
+                used = values[np.isfinite(values)] * channel.scale
+                if len(used):
+                    before = self.peaks_bytes.get(channel.device, 0.0)
+                    self.peaks_bytes[channel.device] = max(before, float(used.max()))
             yield batch
-
-    def stats(self) -> LaneStats:
-        """What was counted in the batches so far."""
-        return LaneStats(self._rows, self._failed_reads, self._peaks, frozenset(self._busy))
-
-    def _add(self, batch: Batch) -> None:
-        self._rows += batch.reads
-        unknown = np.count_nonzero(np.isnan(batch.values), axis=0)
-        reads_of_row = 1 if batch.skipped is None else batch.skipped + 1
-        self._failed_reads += int(np.sum(unknown * reads_of_row))
-        for index, channel in self._utilisation:
-            if np.nanmax(batch.values[index], initial=0.0) * channel.scale > _BUSY:
-                self._busy.add(channel.device)
-        for index, channel in self._memory:
-            used = batch.values[index][np.isfinite(batch.values[index])] * channel.scale
-            if len(used):
-                peak = max(self._peaks.get(channel.device, 0.0), float(used.max()))
-                self._peaks[channel.device] = peak

@@ -297,14 +297,14 @@ def _sampler(facts: Mapping[str, Any], readings: Readings, duration_s: float) ->
     return {
         "cpu_s": cpu_s,
         "cpu_fraction": cpu_s / duration_s if cpu_s is not None and duration_s > 0 else None,
-        "samples": readings.rows,
+        "samples": sum(readings.rows.values()),
         "dropped": stats.get("dropped"),
         "late": stats.get("late"),
         "timed": stats.get("timed"),
         "failed_reads": readings.failed_reads,
         "rate_hz": {
-            name: lane.rows / duration_s if duration_s > 0 else None
-            for name, lane in readings.stats.items()
+            name: rows / duration_s if duration_s > 0 else None
+            for name, rows in readings.rows.items()
         },
         "refresh_s": stats.get("refresh_s"),
         "wasted": stats.get("wasted"),
