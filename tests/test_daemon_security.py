@@ -282,7 +282,7 @@ def test_a_hundred_thousand_messages_leave_the_server_as_it_was(
     """The daemon's own server without its limit of requests, so that all of them are answered."""
     path = tmp_path / "run" / "daemon.sock"
     faults: list[str] = []
-    listener = system.listen(path, system.Access(mode=0o600))
+    listener = system.listen(path, mode=0o600)
     lanes = ServedLanes([replayed], SamplingOptions())
     lanes.open_privileged()
     unlimited = Quotas(requests_per_s=1e9, requests_at_once=1e9)

@@ -88,6 +88,7 @@ def _serve(
     quotas: Quotas | None = None,
     waits: Waits | None = None,
 ) -> int:
+    from pepr_profiler import _core
     from pepr_profiler.daemon import exporter, system
     from pepr_profiler.daemon.lanes import SamplingOptions, ServedLanes
     from pepr_profiler.daemon.ledger import Ledger
@@ -115,9 +116,9 @@ def _serve(
     inherited = system.inherited_socket()
     # With systemd's socket or --group it serves many. A user's own serves that user alone.
     shared = root or inherited is not None or group is not None
-    access = system.Access(mode=0o660 if group else 0o666 if shared else 0o600, gid=gid)
+    mode = 0o660 if group else 0o666 if shared else 0o600
     where = path or system.default_path() if inherited is None else inherited.getsockname()
-    listener = inherited or system.listen(Path(where), access)
+    listener = inherited or system.listen(Path(where), mode=mode, gid=gid)
     policy = Policy(owner=os.getuid(), single_user=not shared, admin_gid=admin_gid)
     manager = system.ServiceManager()
     lanes = ServedLanes(sensors or detect_lasting(), sampling, lost_s=waits.lost_s)
@@ -125,7 +126,7 @@ def _serve(
     had_privileges = system.confine(become)
     try:
         lanes.open_privileged()
-        system.give_up()
+        _core.keep_capabilities(0)  # this thread's; each sampling thread drops its own
         lanes.open_rest(dropped_privileges=had_privileges)
         for lane in lanes:
             if lane.why and lane.sampler.state == "failed":

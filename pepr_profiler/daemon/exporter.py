@@ -37,21 +37,22 @@ def families(
     meters: Meters,
     lanes: ServedLanes,
     *,
-    gauges: Mapping[str, float],
+    clients: int,
+    registered: int,
     refused: Mapping[str, int],
     version: str,
     runs: Iterable[tuple[int, str, float]] | None = None,
 ) -> list[Metric]:
     """All metrics but the process's own (`process_…`), as families of `prometheus_client`.
 
-    `gauges` and `refused` are the daemon's own numbers, by name and by reason; `runs` has each
-    run's number, a kind of device and J. What meters have taken so far is what they show.
+    `clients` are connected, `registered` runs, and `refused` are by reason. `runs` has each run's
+    number, a kind of device and J. What meters have taken so far is what they show.
     """
     return [
         *_device_families(meters),
         *([] if runs is None else [_run_family(runs)]),
         *_lane_families(lanes, meters),
-        *_daemon_families(gauges, refused, version),
+        *_daemon_families(clients, registered, refused, version),
     ]
 
 
@@ -131,7 +132,7 @@ def _lane_families(lanes: ServedLanes, meters: Meters) -> list[Metric]:
 
 
 def _daemon_families(
-    gauges: Mapping[str, float], refused: Mapping[str, int], version: str
+    clients: int, registered: int, refused: Mapping[str, int], version: str
 ) -> list[Metric]:
     from prometheus_client import metrics_core
 
@@ -141,10 +142,8 @@ def _daemon_families(
     for why, count in refused.items():
         refusals.add_metric([why], count)
     return [
-        *(
-            metrics_core.GaugeMetricFamily(f"pepr_daemon_{name}", _DAEMON_GAUGES[name], value=value)
-            for name, value in gauges.items()
-        ),
+        metrics_core.GaugeMetricFamily("pepr_daemon_clients", "Clients connected.", value=clients),
+        metrics_core.GaugeMetricFamily("pepr_daemon_runs", "Runs registered.", value=registered),
         refusals,
         metrics_core.InfoMetricFamily("pepr_daemon", "The daemon.", value={"version": version}),
     ]
@@ -157,10 +156,6 @@ _LANE_COUNTERS = (
     ("failed_reads", "failed_reads", "Numbers that could not be read."),
     ("cpu_seconds", "cpu_s", "CPU time that sampling took."),
 )
-_DAEMON_GAUGES = {
-    "clients": "Clients connected.",
-    "runs": "Runs registered.",
-}
 
 
 # --- serving --------------------------------------------------------------------------------------

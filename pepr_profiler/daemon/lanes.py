@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pepr_profiler import _core
+from pepr_profiler.daemon_client.protocol import map_ring
 from pepr_profiler.errors import SensorError
 from pepr_profiler.sensors.spec import SensorSpec, lanes_by_name
 from pepr_profiler.trace.lane import Channel, describe
@@ -188,10 +188,7 @@ class ServedLanes:
             lane.failed = True
             lane.retry_at_s = time.monotonic() + _RETRY_S
             return False
-        try:
-            lane.reader = _core.RingReader(descriptor, 0)
-        finally:
-            os.close(descriptor)
+        lane.reader = map_ring(descriptor, 0)
         lane.channels = describe(lane.sampler.channels)
         lane.ever_known, lane.unknown_since_s = set(), {}
         lane.why, lane.denied, lane.failed = "", False, False

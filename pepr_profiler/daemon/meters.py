@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from math import isnan, nan
 
 from pepr_profiler import _core
 from pepr_profiler.daemon.lanes import ServedLanes
+from pepr_profiler.daemon_client.protocol import map_ring
 from pepr_profiler.energy.sources import Source, find_sources
 from pepr_profiler.energy.unwrap import undo_fall
 from pepr_profiler.trace.lane import LaneInfo
@@ -102,10 +102,8 @@ class Meters:
                 descriptor = lane.sampler.share(coarse=lane.restricted)
             except RuntimeError:
                 continue  # no descriptors left: its numbers are unknown until the next call
-            try:
-                rows = _core.RingReader(descriptor, (feed and self._newest_ns(lane.name)) or 0)
-            finally:
-                os.close(descriptor)
+            since_ns = self._newest_ns(lane.name) if feed is not None else 0
+            rows = map_ring(descriptor, since_ns)
             facts = LaneInfo(lane.name, lane.spec, lane.period_ns, lane.channels)
             self._feeds[lane.name] = _Feed(lane.sampler, rows, facts)
             changed = True

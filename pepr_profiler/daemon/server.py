@@ -22,28 +22,15 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from pepr_profiler import __version__
+from pepr_profiler.daemon import system
 from pepr_profiler.daemon.exporter import Exporter, families
 from pepr_profiler.daemon.lanes import LOST_S, ServedLanes
 from pepr_profiler.daemon.ledger import SETTLED_S, Ledger
 from pepr_profiler.daemon.meters import Meters
-from pepr_profiler.daemon.system import (
-    NO_DESCRIPTORS_LEFT,
-    ServiceManager,
-    capabilities,
-    owner_of,
-)
-from pepr_profiler.daemon_client.protocol import (
-    MOST_REPLY_BYTES,
-    MOST_REQUEST_BYTES,
-    VERSION,
-    Peer,
-    ProtocolError,
-    Request,
-    close_all,
-    parse,
-    peer_of,
-)
+from pepr_profiler.daemon_client import protocol
+from pepr_profiler.daemon_client.protocol import Peer, ProtocolError, Request
 from pepr_profiler.errors import PeprError
+from pepr_profiler.recording.attached import StopSignals
 from pepr_profiler.trace.run_json import boot_id
 
 if TYPE_CHECKING:
@@ -125,7 +112,7 @@ class Server:
         lanes: ServedLanes,
         *,
         policy: Policy,
-        manager: ServiceManager,
+        manager: system.ServiceManager,
         quotas: Quotas | None = None,
         check_s: float = Waits.check_s,
         exporter: Exporter | None = None,
@@ -141,7 +128,9 @@ class Server:
         self._manager = manager
         self._exporter = exporter
         self._meters = Meters(lanes) if exporter is not None else None
-        self._ledger = ledger if exporter is not None else None
+        shown = ledger if exporter is not None else None
+        self._shows_runs = shown is not None
+        self._ledger = shown or Ledger(most=0)
         self._refused = {"user": 0, "requests": 0, "clients": 0, "message": 0}
         self._selector = selectors.DefaultSelector()
         self._clients: set[_Client] = set()
@@ -156,12 +145,8 @@ class Server:
     def serve(self) -> int:
         """Serves until a signal, a client or a lane ends it; returns the exit status."""
         self._listener.setblocking(False)
-        waker, woken = socket.socketpair()
-        for end in (waker, woken):
-            end.setblocking(False)
-        before = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-        self._selector.register(woken, selectors.EVENT_READ, lambda: woken.recv(64))
+        stop = StopSignals((signal.SIGTERM, signal.SIGINT))
+        self._selector.register(stop.fd, selectors.EVENT_READ, self._end)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         if self._exporter is not None:
             self._selector.register(self._exporter.wake, selectors.EVENT_READ, self._export)
@@ -179,12 +164,8 @@ class Server:
                 self._exporter.stop()
             for client in list(self._clients):
                 self._drop(client)
-            signal.set_wakeup_fd(before)
-            for signo, handler in handlers.items():
-                signal.signal(signo, handler)
             self._selector.close()
-            waker.close()
-            woken.close()
+            stop.close()
 
     # --- time ---
 
@@ -216,8 +197,7 @@ class Server:
     def _update_meters(self) -> None:
         if self._meters is not None:
             self._meters.update()
-            if self._ledger is not None:
-                self._ledger.settle(self._meters, time.monotonic())
+            self._ledger.settle(self._meters, time.monotonic())
 
     def _check_lanes(self) -> None:
         changed, restart = self._lanes.check()
@@ -234,7 +214,7 @@ class Server:
         ready = [f"{lane.name} ({len(lane.channels)})" for lane in self._lanes if lane.ready]
         return f"reading {', '.join(ready) or 'nothing'}"
 
-    def _on_signal(self, *_: Any) -> None:
+    def _end(self) -> None:
         self._status = STOPPED
 
     def _export(self) -> None:
@@ -248,14 +228,14 @@ class Server:
     def _families(self) -> list[Metric]:
         assert self._exporter is not None and self._meters is not None
         self._update_meters()
-        runs = sum(len(client.runs) for client in self._clients)
         return families(
             self._meters,
             self._lanes,
-            gauges={"clients": len(self._clients), "runs": runs},
+            clients=len(self._clients),
+            registered=sum(len(client.runs) for client in self._clients),
             refused={**self._refused, "scrape": self._exporter.refused},
             version=__version__,
-            runs=self._ledger,
+            runs=self._ledger if self._shows_runs else None,
         )
 
     # --- clients ---
@@ -264,14 +244,14 @@ class Server:
         try:
             connection, _ = self._listener.accept()
         except OSError as error:
-            if error.errno in NO_DESCRIPTORS_LEFT:
+            if error.errno in system.NO_DESCRIPTORS_LEFT:
                 # Clients in the queue keep it readable: without a pause this would spin.
                 self._selector.unregister(self._listener)
                 self._paused_until_s = time.monotonic() + _PAUSE_S
             return  # else the client has gone already
         try:
             connection.setblocking(False)
-            self._admit(connection, peer_of(connection))
+            self._admit(connection, protocol.peer_of(connection))
         except OSError:
             connection.close()
 
@@ -308,7 +288,7 @@ class Server:
         client.user.clients -= 1
         client.user.runs -= len(client.runs)
         for run in client.runs:
-            self._leave(client, run)
+            self._ledger.leave(client.peer.uid, run, time.monotonic())
         self._selector.unregister(client.connection)
         client.connection.close()
 
@@ -339,7 +319,7 @@ class Server:
             return  # dropped since it was selected
         try:
             # A plain recv: the kernel closes descriptors that a client sends along.
-            data = client.connection.recv(MOST_REQUEST_BYTES + 1)
+            data = client.connection.recv(protocol.MOST_REQUEST_BYTES + 1)
         except BlockingIOError:
             return
         except OSError:
@@ -351,8 +331,8 @@ class Server:
         try:
             if not self._may_ask(self._user(client.peer.uid)):
                 raise ProtocolError("too many requests", fix="come back in a second")
-            reply, descriptors = self._answer(client, parse(data))
-            self._send(client, {"v": VERSION, "ok": True, **reply}, descriptors)
+            reply, descriptors = self._answer(client, protocol.parse(data))
+            self._send(client, {"v": protocol.VERSION, "ok": True, **reply}, descriptors)
         except ProtocolError as error:
             self._refused["message"] += 1
             self._send(client, _failure(error))
@@ -366,13 +346,13 @@ class Server:
             self._log(f"a request of user {client.peer.uid} failed: {error!r}")
             self._drop(client)
         finally:
-            close_all(descriptors)
+            protocol.close_all(descriptors)
 
     def _send(
         self, client: _Client, reply: dict[str, Any], descriptors: Sequence[int] = ()
     ) -> None:
         data = json.dumps(reply).encode()
-        if len(data) > MOST_REPLY_BYTES:
+        if len(data) > protocol.MOST_REPLY_BYTES:
             data = json.dumps(_failure(PeprError("the answer is too long"))).encode()
         try:
             socket.send_fds(client.connection, [data], list(descriptors))
@@ -420,39 +400,32 @@ class Server:
 
     def _register(self, client: _Client, request: Request) -> dict[str, Any]:
         pid = request.pid or client.peer.pid
-        if owner_of(pid) != client.peer.uid and client.peer.uid != 0:
+        if system.owner_of(pid) != client.peer.uid and client.peer.uid != 0:
             raise PeprError(f"process {pid} is not yours", fix="register one of your own")
         if request.run not in client.runs:
             if client.user.runs >= self._quotas.runs_per_user:
                 raise PeprError("too many runs are registered", fix="end some of them")
             client.user.runs += 1
-            if self._ledger is not None:
-                self._ledger.enter(client.peer.uid, request.run)
+            self._ledger.enter(client.peer.uid, request.run)
         client.runs[request.run] = pid
-        number = self._number(client, request.run)
-        return {} if number is None else {"claims": True}
+        return {} if self._number(client, request.run) is None else {"claims": True}
 
     def _unregister(self, client: _Client, request: Request) -> dict[str, Any]:
         if client.runs.pop(request.run, None) is None:
             raise PeprError(f"run '{request.run}' is not registered here")
         client.user.runs -= 1
-        self._leave(client, request.run)
+        self._ledger.leave(client.peer.uid, request.run, time.monotonic())
         return {}
 
     def _claim(self, client: _Client, request: Request) -> dict[str, Any]:
         if request.run not in client.runs:
             raise PeprError(f"run '{request.run}' is not registered here")
-        if self._ledger is not None:
-            claim = client.peer.uid, request.run, request.first_s, request.shares
-            self._ledger.claim(*claim, time.monotonic())
+        claim = client.peer.uid, request.run, request.first_s, request.shares
+        self._ledger.claim(*claim, time.monotonic())
         return {}
 
-    def _leave(self, client: _Client, run: str) -> None:
-        if self._ledger is not None:
-            self._ledger.leave(client.peer.uid, run, time.monotonic())
-
     def _number(self, client: _Client, run: str) -> int | None:
-        return None if self._ledger is None else self._ledger.number(client.peer.uid, run)
+        return self._ledger.number(client.peer.uid, run)
 
     def _stop(self, client: _Client) -> dict[str, Any]:
         if not client.trusted:
@@ -461,7 +434,7 @@ class Server:
                 why="it is for root, for whoever started it and for its administrators",
                 fix="sudo pepr-profile daemon stop",
             )
-        self._status = STOPPED
+        self._end()
         return {}
 
     def _describe(self, client: _Client) -> dict[str, Any]:
@@ -472,7 +445,7 @@ class Server:
             "version": __version__,
             "pid": os.getpid(),
             "user": os.geteuid(),
-            "capabilities": capabilities(),
+            "capabilities": system.capabilities(),
             "up_s": time.monotonic() - self._started_s,
             "cpu_s": time.process_time(),
             "rss_bytes": process.memory_info().rss,
@@ -503,7 +476,7 @@ class Server:
 
 def _failure(error: PeprError) -> dict[str, Any]:
     facts = {"what": error.what, "why": error.why, "fix": error.fix}
-    return {"v": VERSION, "ok": False, "error": facts}
+    return {"v": protocol.VERSION, "ok": False, "error": facts}
 
 
 def _refuse(connection: socket.socket, what: str, fix: str) -> None:

@@ -11,7 +11,6 @@ import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -36,14 +35,6 @@ _OPENING = 1 << _DAC_READ_SEARCH | 1 << _PERFMON
 
 
 # --- the socket -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Access:
-    """Who may connect: the file's mode and, if not -1, its group."""
-
-    mode: int
-    gid: int = -1
 
 
 def default_path() -> Path:
@@ -79,9 +70,10 @@ def inherited_socket() -> socket.socket | None:
     return listener
 
 
-def listen(path: Path, access: Access) -> socket.socket:
+def listen(path: Path, *, mode: int, gid: int = -1) -> socket.socket:
     """A listener at `path`, in a directory that only we may write to.
 
+    The file's `mode` and, if it is not -1, its group `gid` say who may connect.
     Whoever can write to the directory could replace the socket by their own. So the directory must
     be ours, no symbolic link, and closed to others, and everything is done through its descriptor.
     Raises PeprError for a directory that is not safe, and if a daemon runs already.
@@ -93,33 +85,24 @@ def listen(path: Path, access: Access) -> socket.socket:
         directory = os.open(path.parent, flags)
     except OSError as error:
         raise _unsafe(path.parent, error.strerror or str(error)) from None
-    about = os.fstat(directory)
-    if made and about.st_uid == os.geteuid():
-        os.fchmod(directory, 0o755)  # mkdir's mode was subject to the umask
-        about = os.fstat(directory)
-    if about.st_uid != os.geteuid():
-        os.close(directory)
-        raise _unsafe(path.parent, f"it belongs to user {about.st_uid}")
-    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        os.close(directory)
-        raise _unsafe(path.parent, "others may write to it")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
+        if made and os.fstat(directory).st_uid == os.geteuid():
+            os.fchmod(directory, 0o755)  # mkdir's mode was subject to the umask
+        about = os.fstat(directory)
+        if about.st_uid != os.geteuid():
+            raise _unsafe(path.parent, f"it belongs to user {about.st_uid}")
+        if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise _unsafe(path.parent, "others may write to it")
         _lock(directory, path)
-        _bind(listener, directory, path.name, access)
+        return _bound(directory, path.name, mode, gid)
     except OSError as error:
-        listener.close()
         raise PeprError(
             f"the daemon cannot listen at {path}",
             why=error.strerror or str(error),
             fix="give --socket FILE elsewhere",
         ) from None
-    except PeprError:
-        listener.close()
-        raise
     finally:
         os.close(directory)
-    return listener
 
 
 def _lock(directory: int, path: Path) -> None:
@@ -137,22 +120,27 @@ def _lock(directory: int, path: Path) -> None:
         ) from None
 
 
-def _bind(listener: socket.socket, directory: int, name: str, access: Access) -> None:
+def _bound(directory: int, name: str, mode: int, gid: int) -> socket.socket:
     try:
         if not stat.S_ISSOCK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
             raise PeprError(f"{name} is in the way", why="it is no socket", fix="remove it")
         os.unlink(name, dir_fd=directory)
     except FileNotFoundError:
         pass
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     before = os.umask(0o177)  # closed to others until group and mode are set
     try:
         listener.bind(f"/proc/self/fd/{directory}/{name}")
+        if gid >= 0:
+            os.chown(name, -1, gid, dir_fd=directory, follow_symlinks=False)
+        os.chmod(name, mode, dir_fd=directory)
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
     finally:
         os.umask(before)
-    if access.gid >= 0:
-        os.chown(name, -1, access.gid, dir_fd=directory, follow_symlinks=False)
-    os.chmod(name, access.mode, dir_fd=directory)
-    listener.listen(_BACKLOG)
+    return listener
 
 
 def _unsafe(directory: Path, why: str) -> PeprError:
@@ -178,16 +166,7 @@ def group_id(name: str) -> int:
 # --- privileges -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Account:
-    """The user that the daemon becomes."""
-
-    name: str
-    uid: int
-    gid: int
-
-
-def account(name: str | None) -> Account:
+def account(name: str | None) -> pwd.struct_passwd:
     """The account to become: the one asked for, else `pepr-profiler`, else `nobody`."""
     for candidate in (name,) if name else (ACCOUNT, "nobody"):
         try:
@@ -196,7 +175,7 @@ def account(name: str | None) -> Account:
             continue
         if entry.pw_uid == 0:
             break
-        return Account(entry.pw_name, entry.pw_uid, entry.pw_gid)
+        return entry
     raise UsageError(
         f"the daemon cannot become '{name or ACCOUNT}'",
         why="there is no such account, or it is root",
@@ -204,28 +183,22 @@ def account(name: str | None) -> Account:
     )
 
 
-def confine(become: Account | None) -> bool:
+def confine(become: pwd.struct_passwd | None) -> bool:
     """Keeps only the capabilities that open counters, and becomes another user if root.
 
     To be called before any thread exists. From then on nothing that is executed gains privileges.
-    Returns whether any capability is left for `give_up`.
+    Returns whether any capability is left.
     """
+    _core.forbid_privileges()  # first: only root may empty the bounding set
     if os.geteuid() == 0 and become is not None:
-        _core.forbid_privileges()  # first: only root may empty the bounding set
+        uid, gid = become.pw_uid, become.pw_gid
         _core.keep_across_setuid(True)
-        os.initgroups(become.name, become.gid)
-        os.setresgid(become.gid, become.gid, become.gid)
-        os.setresuid(become.uid, become.uid, become.uid)
+        os.initgroups(become.pw_name, gid)
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
         _core.keep_across_setuid(False)
-    else:
-        _core.forbid_privileges()
     _core.keep_capabilities(_OPENING)
     return capabilities() != 0
-
-
-def give_up() -> None:
-    """Drops the main thread's last capabilities. Each sampling thread drops its own."""
-    _core.keep_capabilities(0)
 
 
 def capabilities() -> int:

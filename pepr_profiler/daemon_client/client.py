@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from pepr_profiler import _core
+from pepr_profiler.daemon_client import protocol
 from pepr_profiler.daemon_client.address import SOCKET_VARIABLE, sockets_there
-from pepr_profiler.daemon_client.protocol import MOST_REPLY_BYTES, VERSION, close_all, peer_of
 from pepr_profiler.errors import PeprError
 from pepr_profiler.sensors.spec import SensorSpec
 from pepr_profiler.trace.lane import Channel
@@ -52,7 +52,7 @@ class Connection:
         try:
             self._socket.settimeout(timeout_s)
             self._connect()
-            listener = peer_of(self._socket)
+            listener = protocol.peer_of(self._socket)
             if listener.uid not in (0, os.geteuid()):
                 raise PeprError(
                     f"the daemon at {path} is not to be trusted",
@@ -83,23 +83,25 @@ class Connection:
         """The daemon's answer and the descriptors that came with it, which are the caller's."""
         import socket
 
-        request = {"v": VERSION, "op": operation, **fields}
+        request = {"v": protocol.VERSION, "op": operation, **fields}
         descriptors: list[int] = []
         try:
             self._socket.send(json.dumps(request).encode())
             data, descriptors, flags, _ = socket.recv_fds(
-                self._socket, MOST_REPLY_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+                self._socket, protocol.MOST_REPLY_BYTES, 1, socket.MSG_CMSG_CLOEXEC
             )
-            reply = json.loads(data) if data and not flags & socket.MSG_TRUNC else None
+            if not data or flags & socket.MSG_TRUNC:
+                raise ValueError("it closed the connection")
+            reply = json.loads(data)
+            if not isinstance(reply, dict):
+                raise ValueError("it was no object")
         except (OSError, ValueError) as error:
-            close_all(descriptors)
-            raise self._no_answer(str(error)) from None
-        if not isinstance(reply, dict):
-            close_all(descriptors)
-            why = "it closed the connection" if reply is None else "it was no object"
-            raise self._no_answer(why)
+            protocol.close_all(descriptors)
+            fix = "see: pepr-profile daemon status, or its journal"
+            what = f"the daemon at {self.path} gave no answer"
+            raise PeprError(what, why=str(error), fix=fix) from None
         if not reply.get("ok"):
-            close_all(descriptors)
+            protocol.close_all(descriptors)
             refusal = reply.get("error") or {}
             raise PeprError(
                 str(refusal.get("what", "the daemon refused")),
@@ -107,10 +109,6 @@ class Connection:
                 fix=str(refusal.get("fix", "")),
             )
         return reply, descriptors
-
-    def _no_answer(self, why: str) -> PeprError:
-        fix = "see: pepr-profile daemon status, or its journal"
-        return PeprError(f"the daemon at {self.path} gave no answer", why=why, fix=fix)
 
     def set_timeout(self, timeout_s: float) -> None:
         """From now on `ask` waits so long for an answer."""
@@ -236,14 +234,11 @@ class DaemonClient:
         warnings = []
         if self._lanes and self._lost_s is not None:
             gone_s = time.monotonic() - self._lost_s
-            warnings.append(
-                (
-                    "daemon-gone",
-                    f"the daemon at {self._path} was gone for the last {gone_s:.1f} s; "
-                    f"{', '.join(sorted(self._lanes))} ended early",
-                    "start it again: sudo pepr-profile daemon",
-                )
+            text = (
+                f"the daemon at {self._path} was gone for the last {gone_s:.1f} s; "
+                f"{', '.join(sorted(self._lanes))} ended early"
             )
+            warnings.append(("daemon-gone", text, "start it again: sudo pepr-profile daemon"))
         if self.error is not None:
             why = f": {self.error.why}" if self.error.why else ""
             fix = self.error.fix or "see: pepr-profile daemon status"
@@ -268,7 +263,7 @@ class DaemonClient:
         self._connection = Connection(path, timeout_s=timeout_s)
         before_ns = time.monotonic_ns()
         reply, descriptors = self._connection.ask("hello")
-        close_all(descriptors)
+        protocol.close_all(descriptors)
         after_ns = time.monotonic_ns()
         self._connection.set_timeout(_LATER_ANSWER_S if self._lanes else _FIRST_ANSWER_S)
         offset_ns = max(before_ns - int(reply["t_ns"]), int(reply["t_ns"]) - after_ns)
@@ -287,7 +282,7 @@ class DaemonClient:
             raise PeprError("the daemon is gone")
         reply, descriptors = self._connection.ask("open", lane=name)
         if len(descriptors) != 1:
-            close_all(descriptors)
+            protocol.close_all(descriptors)
             raise PeprError(f"the daemon gave no ring for lane '{name}'")
         return dict(reply["lane"]), descriptors[0]
 
@@ -403,11 +398,9 @@ class RemoteLane:
 
     def _map(self, facts: Mapping[str, Any], descriptor: int) -> _core.RingReader:
         try:
-            reader = _core.RingReader(descriptor, max(self._since_ns, self._last_ns))
+            reader = protocol.map_ring(descriptor, max(self._since_ns, self._last_ns))
         except ValueError as error:
             raise PeprError("the daemon gave no ring that can be read", why=str(error)) from None
-        finally:
-            os.close(descriptor)
         if reader.width != len(facts["channels"]):
             raise PeprError("the daemon's ring has another width than its description")
         return reader

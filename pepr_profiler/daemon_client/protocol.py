@@ -7,6 +7,7 @@ import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 
+from pepr_profiler import _core
 from pepr_profiler.errors import PeprError
 from pepr_profiler.record import Record
 
@@ -64,16 +65,17 @@ def parse(data: bytes) -> Request:
     operation = message.get("op")
     if operation not in OPERATIONS:
         raise _invalid(f"op is none of {', '.join(OPERATIONS)}")
-    request = Request(
-        operation, _name(message, "lane"), _name(message, "run"), _pid(message.get("pid"))
-    )
+    pid = message.get("pid")
+    if pid is not None:
+        pid = _whole(pid, range(1, 2**31), "pid is no process")
+    request = Request(operation, _name(message, "lane"), _name(message, "run"), pid)
     if operation == "open" and not request.lane:
         raise _invalid("open needs a lane")
     if operation in ("register", "unregister", "claim") and not request.run:
         raise _invalid(f"{operation} needs a run")
     if operation == "claim":
-        first_s, shares = _second(message.get("first_s")), _shares(message.get("shares"))
-        return request._replace(first_s=first_s, shares=shares)
+        first_s = _whole(message.get("first_s"), range(2**53), "first_s is no second")
+        return request._replace(first_s=first_s, shares=_shares(message.get("shares")))
     return request
 
 
@@ -84,17 +86,9 @@ def _name(message: dict[str, Any], key: str) -> str:
     return name
 
 
-def _pid(value: Any) -> int | None:
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise _invalid("pid is no process")
-    return value
-
-
-def _second(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
-        raise _invalid("first_s is no second")
+def _whole(value: Any, allowed: range, why: str) -> int:
+    if type(value) is not int or value not in allowed:
+        raise _invalid(why)
     return value
 
 
@@ -111,7 +105,7 @@ def _shares_of_device(value: Any) -> list[float]:
 
 
 def _share(value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+    if type(value) not in (int, float) or not 0 <= value <= 1:
         raise _invalid("a share is no number from 0 to 1")
     return float(value)
 
@@ -138,6 +132,17 @@ def peer_of(connection: socket.socket) -> Peer:
     layout = struct.Struct("iII")
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size)
     return Peer(*layout.unpack(data))
+
+
+def map_ring(descriptor: int, since_ns: int) -> _core.RingReader:
+    """The ring that came with a message, read from `since_ns` on; the descriptor is closed.
+
+    Raises ValueError if it is none.
+    """
+    try:
+        return _core.RingReader(descriptor, since_ns)
+    finally:
+        os.close(descriptor)
 
 
 def close_all(descriptors: Iterable[int]) -> None:

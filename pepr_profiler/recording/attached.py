@@ -40,20 +40,20 @@ _SHOWN = 40  # characters of a command in a message
 
 
 class StopSignals:
-    """Turns SIGINT, SIGTERM and SIGHUP into something to wait for, until `close()`.
+    """Turns signals into something to wait for, until `close()`: `fd` is readable when one came.
 
     None of them interrupts anything then: a second Ctrl-C must not cost the summary. One that was
     ignored before stays ignored (nohup). Use it in the main thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Sequence[int] = _STOPS) -> None:
         self._received: list[int] = []
         self.fd, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._before = {
             signo: signal.signal(signo, lambda number, _: self._received.append(number))
-            for signo in _STOPS
+            for signo in signals
             if signal.getsignal(signo) is not signal.SIG_IGN
         }
 
