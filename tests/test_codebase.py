@@ -149,6 +149,17 @@ def test_importing_the_package_starts_and_loads_nothing() -> None:
     assert set(done.stdout.split()) <= {"pepr_profiler", "__future__"}
 
 
+def test_native_files_begin_with_what_they_are_for() -> None:
+    """A source with a header of its own leaves it to that."""
+    silent = [
+        relative(path)
+        for path in NATIVE
+        if not path.read_text().startswith("// ")
+        and (path.suffix == ".h" or not path.with_suffix(".h").exists())
+    ]
+    assert silent == []
+
+
 @pytest.mark.parametrize("path", NATIVE, ids=relative)
 def test_native_files_stay_small(path: Path) -> None:
     limit = 150 if path.suffix == ".h" else 300
