@@ -237,17 +237,16 @@ class _ProcessTable:
         shared = ~undivided & (job_n > 0) & (others_n > 0)
         processes = np.maximum(job_n + others_n, 1)
 
-        def of_each(
-            shared_by_job: NDArray[np.float64], shared_by_others: NDArray[np.float64]
-        ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-            return (
-                np.where(job_alone, 1.0, np.where(shared, shared_by_job, 0.0)),
-                np.where(others_alone, 1.0, np.where(shared, shared_by_others, 0.0)),
-            )
-
-        use = of_each(self._sm_use(_JOB), self._sm_use(_OTHER))
-        presence = of_each(job_n / processes, others_n / processes)
-        return DeviceUse(self.t_ns, *use, *presence)
+        alone_or_shared = (
+            (job_alone, self._sm_use(_JOB)),
+            (others_alone, self._sm_use(_OTHER)),
+            (job_alone, job_n / processes),
+            (others_alone, others_n / processes),
+        )
+        parts = (
+            np.where(alone, 1.0, np.where(shared, part, 0.0)) for alone, part in alone_or_shared
+        )
+        return DeviceUse(self.t_ns, *parts)
 
     def _sm_use(self, owner: int) -> NDArray[np.float64]:
         """SM use of an owner's processes in each interval; a read says what was since the last one.
