@@ -19,13 +19,10 @@ from pepr_profiler import _core
 from pepr_profiler.daemon_client import protocol
 from pepr_profiler.daemon_client.address import SOCKET_VARIABLE, sockets_there
 from pepr_profiler.errors import PeprError
+from pepr_profiler.record import Any
 from pepr_profiler.sensors.spec import SensorSpec
 from pepr_profiler.trace.lane import Channel
 from pepr_profiler.trace.run_json import boot_id
-
-TYPE_CHECKING = False  # typing takes 0.5 MB
-if TYPE_CHECKING:
-    from typing import Any
 
 _FIRST_ANSWER_S = 5.0  # as long as a driver may take to open
 _LATER_ANSWER_S = 0.25  # short, because a recording that goes on waits for it

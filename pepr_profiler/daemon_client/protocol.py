@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pepr_profiler import _core
 from pepr_profiler.errors import PeprError
-from pepr_profiler.record import Record
+from pepr_profiler.record import Any, Record
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
     import socket  # 5 ms; most recordings have no use for it
-    from typing import Any
 
 VERSION = 1
 MOST_REQUEST_BYTES = 4096

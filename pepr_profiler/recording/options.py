@@ -6,12 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pepr_profiler.errors import UsageError
-from pepr_profiler.record import Record
+from pepr_profiler.record import Any, Record
 from pepr_profiler.units import check_pue, parse_cpu_power, parse_duration, parse_overhead
-
-TYPE_CHECKING = False  # typing takes 0.5 MB
-if TYPE_CHECKING:
-    from typing import Any
 
 OVERHEAD = 0.005
 """CPU time that all lanes together may take by default, as a share of one core."""

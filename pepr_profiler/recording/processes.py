@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+from pepr_profiler.record import Any
 from pepr_profiler.recording.procfs import (
     Stat,
     command_of,
@@ -20,10 +21,6 @@ from pepr_profiler.recording.procfs import (
     owner_of,
 )
 from pepr_profiler.sensors.spec import ProcessRoot
-
-TYPE_CHECKING = False  # typing takes 0.5 MB
-if TYPE_CHECKING:
-    from typing import Any, TypeAlias
 
 _SCAN_S, _LONGEST_SCAN_S = 10.0, 60.0
 _SCAN_PART, _SCAN_SHARE = 60, 400
@@ -37,7 +34,7 @@ _NAMED, _NAMED_SHARE = 8, 0.01
 _COMMAND_LENGTH = 120
 _CUDA_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 
-Note: TypeAlias = "Callable[[dict[str, Any]], None]"
+Note = Callable[[dict[str, Any]], None]
 
 
 class ProcessOwners:

@@ -17,13 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from pepr_profiler.record import Record
+from pepr_profiler.record import Any, Record
 from pepr_profiler.trace.shape import MALFORMED, shape_error
-
-TYPE_CHECKING = False  # typing takes 0.5 MB
-if TYPE_CHECKING:
-    from typing import Any
-
 
 MARKS = ("next", "begin", "end")
 """What a mark may be. "next" begins a phase, and ends the one that the last "next" of its series

@@ -23,14 +23,12 @@ from pathlib import Path
 
 from pepr_profiler import _core
 from pepr_profiler.errors import TraceError
-from pepr_profiler.record import Record
+from pepr_profiler.record import Any, Record
 from pepr_profiler.trace import arrow
 from pepr_profiler.trace.shape import MALFORMED, shape_error
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
-    from typing import Any
-
     import numpy as np
     from numpy.typing import NDArray
 

@@ -9,12 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from pepr_profiler.errors import TraceError
+from pepr_profiler.record import Any
 from pepr_profiler.trace.shape import shape_error
-
-TYPE_CHECKING = False  # typing takes 0.5 MB
-if TYPE_CHECKING:
-    from typing import Any, TypeAlias
-
 
 RUN_DIR_VARIABLE = "PEPR_RUN_DIR"
 """Names the run that a process is already part of; `profile()` joins it."""
@@ -91,7 +87,7 @@ def _damaged(path: str, why: str) -> TraceError:
     )
 
 
-_Shape: TypeAlias = "dict[Any, Any]"
+_Shape = dict[Any, Any]
 _TEXT, _NUMBER, _COUNT, _BY_NAME = (
     (str, None),
     (float, None),
