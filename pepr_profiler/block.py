@@ -36,38 +36,19 @@ if TYPE_CHECKING:
 # --- a recording, from its directory to its summary -----------------------------------------------
 
 
-def open_recording(
-    options: Options,
-    store: Path | None,
-    *,
-    root: str,
-    command: Sequence[str],
-    attached: Sequence[Mapping[str, Any]] = (),
-    dedicated: bool = False,
-    warn: AddWarning | None = None,
-) -> Recorder:
-    """A recording in a new directory of the store, whose lanes sample; `begin` is still to come.
+def open_recording(recorder: Recorder, store: Path | None) -> None:
+    """Opens a recording in a new directory of the store; its lanes sample, `begin` is to come.
 
-    The arguments are those of `Recorder`. Raises as `Recorder.open` does; nothing is left then.
+    Raises as `Recorder.open` does; nothing is left then.
     """
-    recorder = Recorder(
-        options,
-        root=root,
-        command=command,
-        attached=attached,
-        dedicated=dedicated,
-        warn=warn,
-        claims=_claims,
-    )
     try:
-        directory, warning = Store(store).create_somewhere(options.name)
+        directory, warning = Store(store).create_somewhere(recorder.options.name)
         if warning is not None:
             recorder.add_warning(**warning)
-        recorder.open(directory)
+        recorder.open(directory, claims=_claims)
     except BaseException:  # Ctrl-C too: the program may go on
         recorder.discard()
         raise
-    return recorder
 
 
 def open_attached(
@@ -86,15 +67,15 @@ def open_attached(
     while True:
         roots = targets.roots
         try:
-            recorder = open_recording(
+            recorder = Recorder(
                 options,
-                store,
                 root=ProcessRoot.of_pids(target.pid for target in roots),
                 command=roots[0].command,
                 attached=[{"pid": t.pid, "command": t.command} for t in roots],
                 dedicated=dedicated,
                 warn=warn,
             )
+            open_recording(recorder, store)
         except SensorError:
             if not targets.drop_ended():
                 raise
@@ -112,15 +93,9 @@ def open_attached(
         recorder.discard()
 
 
-def close_recording(
-    recorder: Recorder,
-    end_ns: int,
-    *,
-    exit_code: int | None,
-    exit_facts: Mapping[str, Any] | None = None,
-) -> None:
-    """Closes a recording at `end_ns`, and loads what its summary needs while the lanes go on."""
-    recorder.close(end_ns, exit_code=exit_code, exit_facts=exit_facts, meanwhile=_load_summary)
+def load_summary() -> None:
+    """Imports what a summary needs; to be done while the lanes go on at the end of a recording."""
+    from pepr_profiler.summary import summarise  # noqa: F401  takes as long as a refresh
 
 
 def complete_recording(recorder: Recorder) -> dict[str, Any]:
@@ -140,10 +115,6 @@ def grid_intensity(region: str | None, carbon_intensity: float | None) -> Mappin
     from pepr_profiler.energy.carbon import intensity_of  # a table of 208 countries
 
     return intensity_of(region, carbon_intensity)
-
-
-def _load_summary() -> None:
-    from pepr_profiler.summary import summarise  # noqa: F401  takes as long as a refresh
 
 
 def _claims() -> Claims:
@@ -297,7 +268,8 @@ class Run:
                 recorder = open_attached(self._options, self._store, targets)
         else:
             command = [sys.executable, *sys.argv]
-            recorder = open_recording(self._options, self._store, root="self", command=command)
+            recorder = Recorder(self._options, root="self", command=command)
+            open_recording(recorder, self._store)
         begin_ns = time.monotonic_ns()
         recorder.begin(begin_ns)
         self._recorder, self.directory = recorder, recorder.directory
@@ -330,7 +302,7 @@ class Run:
         if os.environ.get(RUN_DIR_VARIABLE) == str(recorder.directory):
             del os.environ[RUN_DIR_VARIABLE]
         exit_code = _exit_code(error) if self._pids is None else None
-        close_recording(recorder, end_ns, exit_code=exit_code)
+        recorder.close(end_ns, exit_facts={"code": exit_code}, meanwhile=load_summary)
         self._summary = complete_recording(recorder)
         for warning in recorder.warnings:  # last: a warning may be an error (python -W error)
             warnings.warn(f"pepr: {warning['text']} ({warning['hint']})", stacklevel=3)

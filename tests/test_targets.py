@@ -34,11 +34,11 @@ import ctypes, json, os, sys
 from pathlib import Path
 from time import monotonic_ns
 from pepr_profiler.errors import CommandError
-from pepr_profiler.recording.command import Child, hold_signals
+from pepr_profiler.recording.command import Child, HeldSignals
 from pepr_profiler.recording.relay import Relay
 
 options, command = json.loads(sys.argv[1]), sys.argv[2:]
-held = hold_signals()
+held = HeldSignals()
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 seen = []
 relay = Relay(lambda *chunk: seen.append(chunk)) if options["relay"] else None

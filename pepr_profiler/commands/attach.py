@@ -7,17 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pepr_profiler.block import close_recording, open_attached
-from pepr_profiler.commands import complain
-from pepr_profiler.commands.recording import (
-    LiveLine,
-    RecordingRequest,
-    collecting_garbage,
-    log,
-    recording_options,
-    say_urgent,
-    warn_of_fault,
-)
+from pepr_profiler.block import load_summary, open_attached
+from pepr_profiler.commands import complain, recording
+from pepr_profiler.commands.recording import LiveLine, RecordingRequest, recording_options
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.recording.attached import StopSignals, Targets, hold
 from pepr_profiler.recording.options import Options
@@ -80,44 +72,39 @@ def _measure(
     request: RecordingRequest,
 ) -> tuple[Recorder, int] | None:
     """The closed recording and our status; None if it was broken off before it began."""
-    line, quiet = LiveLine(), request.quiet
-
-    def warn(code: str, text: str, hint: str) -> None:
-        line.clear()
-        say_urgent(code, text, hint)
-
-    recorder = open_attached(options, request.store, targets, dedicated=True, warn=warn)
+    line = LiveLine(on=not request.quiet)
+    recorder = open_attached(options, request.store, targets, dedicated=True, warn=line.warn)
     begin_ns = time.monotonic_ns()
     if stop.received is not None:
         recorder.discard()
         complain("interrupted before the first sample")
         return None
     recorder.begin(begin_ns)
-    if not quiet:
+    if not request.quiet:
         who = " and ".join(str(target) for target in targets.roots)
         complain(f"measuring {who} and what they start; Ctrl-C ends that, they run on")
 
     def tick() -> bool:
         recorder.tick()
-        log(recorder, metrics)
-        if not quiet:
-            line.update(recorder.directory, begin_ns)
+        recording.log(recorder, metrics)
+        line.update(recorder.directory, begin_ns)
         return recorder.anyone_lives
 
     until_ns = None if duration_ns is None else begin_ns + duration_ns
     try:
-        with collecting_garbage():
+        with recording.collecting_garbage():
             ended_by = targets.watch(tick=tick, every_s=TICK_S, stop=stop, until_ns=until_ns)
     except Exception as error:
         ended_by = "fault"
-        warn_of_fault(recorder, error)
+        recording.warn_of_fault(recorder, error)
     now_ns = time.monotonic_ns()
     end_ns = {"duration": until_ns, "exit": recorder.all_exited_ns}.get(ended_by) or now_ns
     line.clear()
     for warning in metrics.finish() if metrics else []:
         recorder.add_warning(**warning)
-    log(recorder, metrics)
-    close_recording(recorder, end_ns, exit_code=None, exit_facts={"ended_by": ended_by})
+    recording.log(recorder, metrics)
+    exit_facts = {"ended_by": ended_by, "code": None}
+    recorder.close(end_ns, exit_facts=exit_facts, meanwhile=load_summary)
     return recorder, PeprError.status if ended_by == "fault" else 0
 
 

@@ -212,12 +212,6 @@ def name_of(command: Sequence[str]) -> str:
     return program
 
 
-def say_urgent(code: str, text: str, hint: str) -> None:
-    """Says those warnings at once that cannot wait for the summary."""
-    if code in _URGENT:
-        complain(f"{text}\n  fix: {hint}")
-
-
 def log(recorder: Recorder, metrics: Metrics | None) -> None:
     """Moves the metrics found so far, also in files, to the recording."""
     if metrics is None:
@@ -257,24 +251,19 @@ def _require_writable(path: Path) -> None:
 
 
 class LiveLine:
-    """A status line on our terminal, shown while nothing else is written there.
+    """A status line on our terminal if it is `on`, shown while nothing else is written there.
 
     A child that shares the terminal has to pass its output through `sink`, which hands it on to
     `feed`; else our line would wipe out one that the child has begun.
     """
 
-    def __init__(self, feed: Callable[[int, bytes, int], None] | None = None) -> None:
+    def __init__(self, *, on: bool, feed: Callable[[int, bytes, int], None] | None = None) -> None:
+        self._on = on and sys.stderr.isatty()
         self._feed = feed
-        self._on = sys.stderr.isatty()
         self._lock = threading.Lock()  # the child speaks in threads of the relay
         self._shown = False
         self._line_begun = False
         self._next_s = time.monotonic() + _QUIET_S
-
-    @property
-    def is_on(self) -> bool:
-        """Whether there is a terminal to show it on."""
-        return self._on
 
     def sink(self, channel: int, data: bytes, t_ns: int) -> None:
         """Notices that the child has written something, and passes it on."""
@@ -303,6 +292,12 @@ class LiveLine:
                 self._shown = True
         cost_s = time.monotonic() - now_s
         self._next_s = max(self._next_s, now_s + max(1.0, _LIVE_SHARE * cost_s))
+
+    def warn(self, code: str, text: str, hint: str) -> None:
+        """Says those warnings at once that cannot wait for the summary."""
+        self.clear()
+        if code in _URGENT:
+            complain(f"{text}\n  fix: {hint}")
 
     def clear(self) -> None:
         """Takes the line away, if it is there."""

@@ -8,18 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pepr_profiler.block import close_recording, open_recording
-from pepr_profiler.commands.recording import (
-    LiveLine,
-    RecordingRequest,
-    collecting_garbage,
-    log,
-    recording_options,
-    say_urgent,
-    warn_of_fault,
-)
+from pepr_profiler.block import load_summary, open_recording
+from pepr_profiler.commands import recording
+from pepr_profiler.commands.recording import LiveLine, RecordingRequest, recording_options
 from pepr_profiler.errors import UsageError
-from pepr_profiler.recording.command import Child, Exit, HeldSignals, hold_signals, resolve
+from pepr_profiler.recording.command import Child, Exit, HeldSignals, resolve
 from pepr_profiler.recording.options import Options
 from pepr_profiler.recording.recorder import TICK_S, Recorder
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
@@ -52,7 +45,7 @@ def run(command: tuple[str, ...], *, patterns: tuple[str, ...], request: Recordi
     resolve(command)
     metrics = request.metrics(patterns)
     options = request.options(command, metrics)
-    with hold_signals() as held:
+    with HeldSignals() as held:
         recorder, ended = _measure(command, options, metrics, held, request)
         request.finish(recorder)
     if ended.signal == signal.SIGINT:
@@ -74,21 +67,14 @@ def _measure(
 
     # Orphaned grandchildren become ours, so that their time is counted when they end.
     _core.set_child_subreaper()
-    relay, line, live = None, None, not request.quiet
+    relay, line = None, LiveLine(on=False)
     if metrics is not None and metrics.has_patterns:
         from pepr_profiler.recording.relay import Relay
 
-        line = LiveLine(metrics.feed)
-        relay = Relay(line.sink, before=line.clear) if live else Relay(metrics.feed)
-
-    def warn(code: str, text: str, hint: str) -> None:
-        if line is not None:
-            line.clear()
-        say_urgent(code, text, hint)
-
-    recorder = open_recording(
-        options, request.store, root="children", command=command, dedicated=True, warn=warn
-    )
+        line = LiveLine(on=not request.quiet, feed=metrics.feed)
+        relay = Relay(line.sink, before=line.clear)
+    recorder = Recorder(options, root="children", command=command, dedicated=True, warn=line.warn)
+    open_recording(recorder, request.store)
     try:
         environment = {RUN_DIR_VARIABLE: str(recorder.directory.absolute())}
         child = Child.spawn(command, held=held, env=environment, relay=relay)
@@ -99,18 +85,15 @@ def _measure(
 
     def tick() -> float:
         after_s = recorder.tick()
-        log(recorder, metrics)
-        if line is not None and live:
-            line.update(recorder.directory, child.started_ns)
-        watching = metrics is not None or (line is not None and line.is_on)
-        return min(after_s, TICK_S) if watching else after_s
+        recording.log(recorder, metrics)
+        line.update(recorder.directory, child.started_ns)
+        return after_s if metrics is None else min(after_s, TICK_S)
 
     ended = _supervise(child, tick, recorder)
-    if line is not None:
-        line.clear()
+    line.clear()
     for warning in [*child.warnings, *(metrics.finish() if metrics else [])]:
         recorder.add_warning(**warning)
-    log(recorder, metrics)
+    recording.log(recorder, metrics)
     if ended.descendants_left:
         recorder.add_warning(
             "descendants-left",
@@ -118,15 +101,15 @@ def _measure(
             "what they cost from now on is not counted",
             "let the command wait for them",
         )
-    close_recording(
-        recorder,
+    recorder.close(
         ended.ended_ns,
-        exit_code=ended.status,
         exit_facts={
             "signal": ended.signal,
             "cpu_s": ended.cpu_s,
             "max_rss_bytes": ended.max_rss_bytes,
+            "code": ended.status,
         },
+        meanwhile=load_summary,
     )
     return recorder, ended
 
@@ -134,10 +117,10 @@ def _measure(
 def _supervise(child: Child, tick: Callable[[], float], recorder: Recorder) -> Exit:
     """Waits for the child. A fault of ours becomes a warning and does not cost its status."""
     try:
-        with collecting_garbage():
+        with recording.collecting_garbage():
             return child.supervise(tick=tick, notifier=recorder.notifier)
     except Exception as error:
         if child.exit is None:
             raise
-        warn_of_fault(recorder, error)
+        recording.warn_of_fault(recorder, error)
         return child.exit

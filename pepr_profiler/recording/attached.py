@@ -20,21 +20,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pepr_profiler.errors import TargetError, UsageError
-from pepr_profiler.recording.procfs import (
-    ancestors_of,
-    command_of,
-    find_by_inner_pid,
-    inner_pid_of,
-    is_in_container,
-    mount_options,
-    owner_of,
-    process_of_thread,
-    read_stat,
-)
+from pepr_profiler.errors import TargetError, UsageError, warning
+from pepr_profiler.recording import procfs
+from pepr_profiler.recording.procfs import ancestors_of, command_of
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PF_KTHREAD = 0x00200000  # include/linux/sched.h
+_FROM_START = "to measure it from its start: pepr-profile -- CMD"
 _LISTED = 3
 _SHOWN = 40  # characters of a command in a message
 
@@ -118,14 +110,8 @@ class Targets:
         for target in gone:
             os.close(target.fd)
             self._held.remove(target)
-            self.warnings.append(
-                {
-                    "code": "target-ended",
-                    "text": f"{target} exited while pepr-profile attached to it; it is not in the "
-                    "figures",
-                    "hint": "to measure it from its start: pepr-profile -- CMD",
-                }
-            )
+            text = f"{target} exited while pepr-profile attached to it; it is not in the figures"
+            self.warnings.append(warning("target-ended", text, _FROM_START))
         if not self._held:
             raise _ended(str(gone[0]) if gone else "the process")
         return bool(gone)
@@ -221,7 +207,8 @@ def _hold_one(pid: int) -> Target:
     fd = _open(pid)
     try:
         try:
-            stat, command, inner_pid = read_stat(pid), command_of(pid), inner_pid_of(pid)
+            stat, command = procfs.read_stat(pid), command_of(pid)
+            inner_pid = procfs.inner_pid_of(pid)
         except OSError as error:
             # Gone, or not shown to us: the pidfd, which needs no /proc, knows.
             raise (_ended(str(pid)) if _is_ready(fd) else _hidden(pid, error)) from error
@@ -238,7 +225,7 @@ def _hold_one(pid: int) -> Target:
             raise TargetError(
                 f"{_who(pid, command)} has ended already",
                 why=f"it is a zombie: its parent {parent} has not collected it",
-                fix="attach to what still runs; to measure it from its start: pepr-profile -- CMD",
+                fix=f"attach to what still runs; {_FROM_START}",
             )
         if pid == 1 and pid in ancestors_of(os.getpid()):
             raise TargetError(
@@ -272,7 +259,7 @@ def _open(pid: int) -> int:
                 "profile",
                 fix="attach from the host, or: docker run --security-opt seccomp=unconfined …",
             ) from error
-        leader = process_of_thread(pid)
+        leader = procfs.process_of_thread(pid)
         if leader is not None:  # EINVAL, or ENOENT since Linux 6.9: a thread has none of its own
             raise TargetError(
                 f"{pid} is a thread, not a process",
@@ -289,26 +276,26 @@ def _ended(who: str) -> TargetError:
     return TargetError(
         f"{who} exited while pepr-profile attached to it",
         why="nothing of it is left to measure",
-        fix="to measure it from its start: pepr-profile -- CMD",
+        fix=_FROM_START,
     )
 
 
 def _no_such(pid: int) -> TargetError:
     why, fix = "no process has this PID", "see which there are: ps -eo pid,user,args"
-    outer = find_by_inner_pid(pid)
+    outer = procfs.find_by_inner_pid(pid)
     if outer:
         names = ", ".join(_who(other, command_of(other)) for other in outer[:_LISTED])
         why += f" here; in its container {names} has"
         fix = f"name it as it is called here: pepr-profile attach {outer[0]}"
-    elif is_in_container():
+    elif procfs.is_in_container():
         why += " in this container, where those of the host mean nothing"
     return TargetError(f"there is no process {pid}", why=why, fix=fix)
 
 
 def _hidden(pid: int, error: OSError) -> TargetError:
     """A process that runs and that /proc does not show us."""
-    owner = owner_of(pid)
-    options = mount_options()
+    owner = procfs.owner_of(pid)
+    options = procfs.mount_options()
     hidepid = options.get("hidepid", "0")
     why = f"/proc does not let us read it ({error.strerror})"
     if hidepid not in ("0", "off"):

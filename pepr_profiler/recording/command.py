@@ -1,6 +1,6 @@
 """The child of `pepr-profile -- CMD…`: started, supervised and reaped as if no profiler were there.
 
-    held = hold_signals()                       # first of all, before any thread exists
+    held = HeldSignals()                        # first of all, before any thread exists
     relay = Relay(metrics.feed) if metrics.has_patterns else None
     child = Child.spawn(command, held=held, env={"PEPR_RUN": run_dir}, relay=relay)
     exit = child.supervise(tick=recorder.tick, notifier=recorder.notifier)
@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from pepr_profiler import _core
-from pepr_profiler.errors import CommandError
+from pepr_profiler.errors import CommandError, warning
 from pepr_profiler.record import Record
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
@@ -63,7 +63,8 @@ SignalSet = frozenset[int]
 class HeldSignals:
     """The signals meant for the child, blocked until `release()`; `original` is the mask before.
 
-    Threads started meanwhile inherit the blocked mask, so that only `supervise` receives signals.
+    Make it before the sampler's threads exist: they inherit the blocked mask, so that only
+    `supervise` receives signals.
     """
 
     def __init__(self) -> None:
@@ -86,11 +87,6 @@ class HeldSignals:
 
     def __exit__(self, *_: object) -> None:
         self.release()
-
-
-def hold_signals() -> HeldSignals:
-    """Block the signals meant for the child, before the sampler's threads exist."""
-    return HeldSignals()
 
 
 def resolve(command: Sequence[str]) -> str:
@@ -309,14 +305,12 @@ class Child:
             os.kill(self.pid, signo)
         except PermissionError:  # a setuid program, such as sudo
             name = signal.strsignal(signo) or str(signo)
-            self.warnings.append(
-                {
-                    "code": "signal-not-delivered",
-                    "text": f"the child did not get a signal sent to the profiler ({name}): "
-                    "it runs as another user",
-                    "hint": f"send it as that user: sudo kill -{int(signo)} PID",
-                }
+            text = (
+                f"the child did not get a signal sent to the profiler ({name}): "
+                "it runs as another user"
             )
+            hint = f"send it as that user: sudo kill -{int(signo)} PID"
+            self.warnings.append(warning("signal-not-delivered", text, hint))
 
     def _continue(self) -> None:
         """Resume the child, unless it was resumed with us: `fg` signals the group, `kill` only us.
@@ -365,15 +359,13 @@ class Child:
             os.kill(os.getpid(), signal.SIGSTOP)
 
     def _make_exit(self) -> Exit:
-        status = self._status or 0
-        signaled = os.WIFSIGNALED(status)
+        code = os.waitstatus_to_exitcode(self._status or 0)  # below 0: the signal that killed it
+        peak_bytes = self._max_rss_bytes
         return Exit(
-            code=None if signaled else os.WEXITSTATUS(status),
-            signal=os.WTERMSIG(status) if signaled else None,
+            code=code if code >= 0 else None,
+            signal=-code if code < 0 else None,
             cpu_s=self._cpu_s,
-            max_rss_bytes=(
-                self._max_rss_bytes if self._max_rss_bytes > self._floor_bytes else None
-            ),
+            max_rss_bytes=peak_bytes if peak_bytes > self._floor_bytes else None,
             ended_ns=self._ended_ns,
             descendants_left=_children_left(),
         )

@@ -183,8 +183,7 @@ class Lanes:
         from pepr_profiler.sensors.machine import read_surroundings  # if something is missing
         from pepr_profiler.sensors.remedy import remedy
 
-        found = remedy(lane.spec, part, read_surroundings())
-        self.missing.append(found)
+        self.missing.append(remedy(lane.spec, part, read_surroundings()))
 
     def _is_asked_period(self, spec: SensorSpec) -> bool:
         return self._options.period_ns is not None and spec.kind not in _OWN_PERIOD

@@ -12,14 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from pepr_profiler.record import Any
-from pepr_profiler.recording.procfs import (
-    Stat,
-    command_of,
-    cpu_clock_s,
-    environ_of,
-    find_stat,
-    owner_of,
-)
+from pepr_profiler.recording import procfs
+from pepr_profiler.recording.procfs import Stat, environ_of, find_stat
 from pepr_profiler.sensors.spec import ProcessRoot
 
 _SCAN_S, _LONGEST_SCAN_S = 10.0, 60.0
@@ -272,7 +266,7 @@ def _scan_all(before: Mapping[int, Stat]) -> dict[int, Stat]:
                 continue
             pid, inode = int(entry.name), entry.inode()
             known = before.get(pid)
-            cpu_s = cpu_clock_s(pid) if known is not None and known.inode == inode else None
+            cpu_s = procfs.cpu_clock_s(pid) if known is not None and known.inode == inode else None
             if known is not None and cpu_s is not None:
                 alive[pid] = known._replace(cpu_s=cpu_s)
             elif (stat := find_stat(pid)) is not None:
@@ -294,7 +288,7 @@ def _exists_for_another(pid: int) -> bool:
 def _describe(pid: int, stat: Stat) -> dict[str, str]:
     """A process's command line and user, as notes have them."""
     try:
-        command = " ".join(command_of(pid))[:_COMMAND_LENGTH]
+        command = " ".join(procfs.command_of(pid))[:_COMMAND_LENGTH]
     except OSError:
         command = ""
-    return {"command": command or f"[{os.fsdecode(stat.name)}]", "user": owner_of(pid) or ""}
+    return {"command": command or f"[{os.fsdecode(stat.name)}]", "user": procfs.owner_of(pid) or ""}

@@ -39,14 +39,17 @@ _REMOTE_S, _IDLE_S = 1.0, 10.0
 """How often it is to be called where we write down a daemon's lanes, and where nothing is to do."""
 
 
+_STORED = ("intensity", "pue", "cpu_power", "performance", "scope")
+"""The options that a summary needs."""
+
+
 class Recorder:
     """One run, from the first sample to its complete files.
 
     `root` is "children" for a wrapper, which does not charge itself to its child, "self" for a
     program that profiles itself, and "pids=…" for processes that already run, which `attached`
     describes. `dedicated` says that this process only records: its CPU time is the profiler's.
-    `warn` hears each warning at once. `claims` makes the object that the daemon's metrics need,
-    should a daemon ask for it.
+    `warn` hears each warning at once.
 
     Threads of the core sample and write to disk. Everything else is done in `tick`, by the caller's
     thread; `notifier` becomes ready when a tick is due earlier.
@@ -61,7 +64,6 @@ class Recorder:
         attached: Sequence[Mapping[str, Any]] = (),
         dedicated: bool = False,
         warn: AddWarning | None = None,
-        claims: Callable[[], Claims] | None = None,
     ) -> None:
         self.options = options
         self.command = list(command)
@@ -72,7 +74,6 @@ class Recorder:
         self._root = root
         self._dedicated = dedicated
         self._warn = warn
-        self._make_claims = claims
         self._pid = os.getpid()
         self._window_ns: list[int | None] = [None, None]
         self._clock = [_clock_pair()]
@@ -93,9 +94,10 @@ class Recorder:
 
     # --- the life of a recording ---
 
-    def open(self, directory: Path) -> None:
+    def open(self, directory: Path, *, claims: Callable[[], Claims]) -> None:
         """Waits until the lanes sample; the run will be written to `directory`, which exists.
 
+        `claims` makes the object that the daemon's metrics need, should a daemon ask for it.
         Raises SensorError for a sensor that was asked for and is not there.
         """
         self.directory = directory
@@ -103,8 +105,8 @@ class Recorder:
         client = self._lanes.client
         if client is not None:
             client.announce(directory.name)
-            if client.wants_claims and self._make_claims is not None:
-                self._watches.claims = self._make_claims()
+            if client.wants_claims:
+                self._watches.claims = claims()
 
     def begin(self, t_ns: int) -> None:
         """The measured window begins; from here on the run is on disk."""
@@ -164,21 +166,15 @@ class Recorder:
             self._warn(code, text, hint)
 
     def close(
-        self,
-        end_ns: int,
-        *,
-        exit_code: int | None,
-        exit_facts: Mapping[str, Any] | None = None,
-        meanwhile: Callable[[], object] | None = None,
+        self, end_ns: int, *, exit_facts: dict[str, Any], meanwhile: Callable[[], object]
     ) -> None:
         """Takes the last samples, ends the lanes and completes the files.
 
-        The lanes go on for two refreshes behind `end_ns`. `meanwhile` is called during that time.
+        `exit_facts` say how the run ended, with its exit status (or None) as `code`. The lanes go
+        on for two refreshes behind `end_ns`. `meanwhile` is called during that time.
         """
-        self._window_ns[1] = end_ns
-        self._exit = {**(exit_facts or {}), "code": exit_code}
-        if meanwhile is not None:
-            meanwhile()
+        self._window_ns[1], self._exit = end_ns, exit_facts
+        meanwhile()
         self._wait_for_refreshes(end_ns)
         self._lanes.stop()
         self.flush()
@@ -276,13 +272,7 @@ class Recorder:
                 "window_ns": self._window_ns,
                 "profiler_pid": self._pid,
                 "cpu": read_cpu_identity()._asdict(),
-                "options": {
-                    "intensity": options.intensity,
-                    "pue": options.pue,
-                    "cpu_power": options.cpu_power,
-                    "performance": options.performance,
-                    "scope": options.scope,
-                },
+                "options": {name: getattr(options, name) for name in _STORED},
                 "attached": self.attached,
                 **self._around,
                 "exit": self._exit,
