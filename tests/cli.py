@@ -17,7 +17,8 @@ from typing import Any
 
 import pepr_profiler
 
-REPOSITORY = Path(pepr_profiler.__file__).parents[1]
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = Path(pepr_profiler.__file__).parents[1]  # from where the product is imported
 SLOW_S = 60.0  # far beyond anything that works; only a hang takes that long
 
 
@@ -43,7 +44,7 @@ class Cli:
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("PEPR_")}
-        paths = [str(REPOSITORY), *kept.get("PYTHONPATH", "").split(os.pathsep)]
+        paths = [str(PACKAGES), *kept.get("PYTHONPATH", "").split(os.pathsep)]
         kept["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         kept |= {"TMPDIR": str(self.folder), "PEPR_DAEMON": "off", "PEPR_STORE": str(self.store)}
         return {**kept, **self.variables, **(extra or {})}
@@ -95,6 +96,15 @@ class Cli:
         assert result.status == 0, result.stderr
         summary: dict[str, Any] = json.loads(result.stdout)
         return summary
+
+
+SLEEP_UNTIL = """if True:
+    import sys, time
+    while time.monotonic_ns() < int(sys.argv[1]): time.sleep(0.01)
+"""
+"""A program that lives until then: how late it starts does not matter."""
+
+BURN_UNTIL = SLEEP_UNTIL.replace("time.sleep(0.01)", "sum(range(1000))")
 
 
 def python(code: str, *arguments: str) -> list[str]:
@@ -166,6 +176,12 @@ def write_replay(path: Path, channels: Sequence[str], rows: Sequence[Sequence[fl
     lines += ["\t".join(map(repr, row)) for row in rows]
     path.write_text("\n".join(lines) + "\n")
     return f"replay:{path}"
+
+
+def write_meter(path: Path, power_w: float, name: str = "x") -> str:
+    """The spec of a sensor that says so many watts, of a device that is the job's alone."""
+    channel = f"meter power W 1 0 gauge test kind=gpu component=gpu:{name}"
+    return write_replay(path, [channel], [(0.0, float(power_w))])
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from cli import Cli, write_replay
+from cli import Cli, write_meter, write_replay
 from daemons import open_folder  # noqa: F401  a fixture for every module
 from sim import native, nvml, powercap
 
@@ -154,8 +154,13 @@ def cli(tmp_path: Path) -> Cli:
 @pytest.fixture
 def meter(tmp_path: Path) -> str:
     """A sensor that says 100 W, of a device that is the job's alone."""
-    channel = "meter power W 1 0 gauge test kind=gpu component=gpu:meter"
-    return write_replay(tmp_path / "meter", [channel], [(0.0, 100.0)])
+    return write_meter(tmp_path / "meter", 100, "meter")
+
+
+@pytest.fixture
+def quiet_sensor(tmp_path: Path) -> str:
+    """A sensor that is always there and measures no energy: the CPU is then modelled."""
+    return write_replay(tmp_path / "gauge", ["fan count 1 1 0 gauge test"], [(0.0, 1.0)])
 
 
 @pytest.fixture

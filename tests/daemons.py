@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import REPOSITORY, SLOW_S, Cli, ended
+from cli import PACKAGES, SLOW_S, Cli, ended
 from sim.powercap import Tree
 
 from pepr_profiler.daemon_client.client import Connection
 from pepr_profiler.daemon_client.protocol import VERSION, close_all
+
+PACKAGE_DATA = PACKAGES / "pepr_profiler" / "data"
+"""Units for systemd, and the dashboard."""
 
 OTHERS = (23451, 23452)
 """Two users that no machine has; the kernel asks for no account."""
@@ -172,7 +175,7 @@ def python_of(uid: int) -> tuple[str, dict[str, str]]:
 
 @cache
 def _python_of(uid: int) -> tuple[str, dict[str, str]]:
-    paths = [str(REPOSITORY), *(path for path in sys.path if "site-packages" in path)]
+    paths = [str(PACKAGES), *(path for path in sys.path if "site-packages" in path)]
     env = {"PYTHONPATH": os.pathsep.join(paths), "PATH": os.defpath, "PYTHONDONTWRITEBYTECODE": "1"}
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for python in (sys.executable, f"/usr/bin/{name}", f"/usr/local/bin/{name}"):

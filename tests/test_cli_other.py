@@ -13,7 +13,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from cli import Cli, ended, until, write_replay
+from cli import Cli, ended, until, write_meter, write_replay
 from pyarrow import parquet
 
 from pepr_profiler.commands import main
@@ -31,11 +31,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Cli:
         ("middle", 200, 0.90),
         ("big", 400, 0.95),
     ):
-        spec = write_replay(
-            cli.folder / name,
-            [f"meter power W 1 0 gauge test kind=gpu component=gpu:{name}"],
-            [(0.0, float(power_w))],
-        )
+        spec = write_meter(cli.folder / name, power_w, name)
         result = cli(
             "-q", "--experiment", "sizes", "--name", name, "--sensor", spec,
             "--cpu-power", "0.001:0.002", "--metric", "acc=acc ([0-9.]+)",

@@ -15,22 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import SLOW_S, Cli, codes, component, ended, python, until, write_replay
+from cli import SLEEP_UNTIL, SLOW_S, Cli, codes, component, ended, python, until, write_replay
 from sim.nvml import BuildNvml, Fault, Gpu, Scenario, default_uuid
 from sim.powercap import BuildTree, Zone, ZoneFault, two_socket_server
 from sim.waves import Constant, Square
 
 from pepr_profiler.trace.lane import LaneReader
-
-# Lives until CLOCK_MONOTONIC is argv[1] ns: how long it starts late does not matter.
-UNTIL = "import sys, time\nt = int(sys.argv[1])\nwhile time.monotonic_ns() < t: time.sleep(0.01)"
-
-
-@pytest.fixture
-def quiet_sensor(tmp_path: Path) -> str:
-    """A sensor that is always there and measures no energy: the CPU is then modelled."""
-    return write_replay(tmp_path / "gauge", ["fan count 1 1 0 gauge test"], [(0.0, 1.0)])
-
 
 # --- the child is not disturbed -------------------------------------------------------------------
 
@@ -504,10 +494,9 @@ def test_sensors_that_fail_in_mid_run_are_told_and_cost_only_themselves(
         ]  # fmt: skip
         still = Zone("intel-rapl:6", "package-6", Constant(0))
         tree = powercap_sim(*zones, still, live=True, epoch_ns=epoch_ns)
-        result, summary = cli.measure(
-            "--sensor", sim.spec, "--sensor", tree.spec,
-            "--", *python(UNTIL + "\nsys.exit(3)", str(epoch_ns + round((fault_s + 6) * 1e9))),
-        )  # fmt: skip
+        end_ns = epoch_ns + round((fault_s + 6) * 1e9)
+        child = python(SLEEP_UNTIL + "    sys.exit(3)", str(end_ns))
+        result, summary = cli.measure("--sensor", sim.spec, "--sensor", tree.spec, "--", *child)
         assert result.status == 3
         window_ns = summary["recording"]["window_ns"]
         begin_s, end_s = ((t_ns - epoch_ns) * 1e-9 for t_ns in window_ns)
@@ -598,7 +587,7 @@ def test_driver_that_hangs_neither_delays_the_child_nor_keeps_us(
     tree = powercap_sim(Zone("intel-rapl:0", "package-0", Constant(100)), live=True)
     end_ns = epoch_ns + 3_600_000_000
     result, summary = cli.measure(
-        "--sensor", sim.spec, "--sensor", tree.spec, "--", *python(UNTIL, str(end_ns))
+        "--sensor", sim.spec, "--sensor", tree.spec, "--", *python(SLEEP_UNTIL, str(end_ns))
     )
     assert result.status == 0
     assert codes(summary, "nvml:") == {"hung-sensor"}

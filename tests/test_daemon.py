@@ -48,7 +48,7 @@ from pepr_profiler.errors import PeprError
 from pepr_profiler.trace.lane import LaneReader
 
 tmp_path = open_folder
-LATE_S = 0.03  # how late a tree may be written, and a row read, on a busy machine
+LATE_S = 0.02  # of a row that a busy machine kept from being read
 
 UNTIL = "import sys, time, os\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)"
 
@@ -115,7 +115,7 @@ def test_a_run_that_may_not_read_a_counter_reads_it_through_the_daemon(
     package = component(summary, "cpu:package-0")
     assert package["source"] == "powercap"
     truth_j = truth_of(tree, summary, "intel-rapl:0")
-    assert abs(package["device_j"] - truth_j) <= package["u_j"] + 100 * LATE_S
+    assert abs(package["device_j"] - truth_j) <= package["u_j"] + 1 + 100 * (LATE_S + tree.late_s)
     assert summary["recording"]["daemon"]["lanes"]["powercap"]["spec"] == tree.spec
     assert summary["recording"]["daemon"]["reconnects"] == 0
     assert summary["missing"] == []

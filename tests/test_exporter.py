@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import SLOW_S, Cli, component, ended, python, until
-from daemons import Daemon, daemon, lock, open_folder, open_place, raw, say
+from cli import BURN_UNTIL, REPOSITORY, SLOW_S, Cli, component, ended, python, until
+from daemons import PACKAGE_DATA, Daemon, daemon, lock, open_folder, open_place, raw, say
 from sim.nvml import STARTED, BuildNvml, Gpu, Process, Scenario, Sensor
 from sim.permissions import obey_permissions
 from sim.powercap import BuildTree, Tree, Zone, two_socket_server
@@ -34,7 +34,6 @@ pytest.importorskip("prometheus_client", reason="pip install 'pepr-profiler[metr
 
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-DATA = Path(__file__).parents[1] / "pepr_profiler" / "data"
 QUANTUM_J = 0.1
 LATE_S = 0.2  # of a row, and of the tree's writer, on a machine with other things to do
 ENERGY = "pepr_device_energy_joules_total"
@@ -242,7 +241,6 @@ def test_a_meter_goes_through_wraps_resets_and_what_is_unknown() -> None:
 # --- runs -----------------------------------------------------------------------------------------
 
 RUN = "pepr_run_energy_joules_total"
-BURN = "import sys, time\nt = int(sys.argv[1])\nwhile time.monotonic_ns() < t: sum(range(1000))"
 
 
 def runs_in(running: Daemon) -> dict[tuple[str, str], float]:
@@ -286,7 +284,7 @@ def test_runs_metrics_agree_with_their_summaries_and_add_up(
         for which in "ab":
             summary = tmp_path / f"{which}.json"
             command = ["--json", str(summary), "--name", which, *options, "--"]
-            burn = python(BURN, str(end_ns))
+            burn = python(BURN_UNTIL, str(end_ns))
             client = running.cli.start(*command, *burn, preexec_fn=obey_permissions)
             clients.append((which, summary, stack.enter_context(ended(client))))
         until(lambda: len(running.status()["runs"]) == 2)
@@ -447,12 +445,12 @@ def test_without_the_package_the_command_that_installs_it_is_named(tmp_path: Pat
 def test_the_drop_in_of_the_documentation_lets_the_unit_serve_metrics(tmp_path: Path) -> None:
     if not shutil.which("systemd-analyze"):
         pytest.skip("no systemd-analyze; install systemd")
-    page = (DATA.parents[1] / "docs" / "daemon.md").read_text()
+    page = (REPOSITORY / "docs" / "daemon.md").read_text()
     found = re.search(r"    \[Service\]\n(    .*\n)+", page)
     assert found is not None
     drop_in = found[0].replace("    ", "").replace("/usr/bin/pepr-profile", "/bin/true")
     for name in ("pepr-profiler.service", "pepr-profiler.socket"):
-        text = (DATA / name).read_text()
+        text = (PACKAGE_DATA / name).read_text()
         (tmp_path / name).write_text(text.replace("/usr/bin/pepr-profile", "/bin/true"))
     (tmp_path / "pepr-profiler.service.d").mkdir()
     (tmp_path / "pepr-profiler.service.d" / "metrics.conf").write_text(drop_in)
@@ -467,7 +465,7 @@ def test_the_drop_in_of_the_documentation_lets_the_unit_serve_metrics(tmp_path: 
 
 
 def test_the_dashboard_asks_for_nothing_that_is_not_served(powercap_sim: BuildTree) -> None:
-    board = json.loads((DATA / "grafana-dashboard.json").read_text())
+    board = json.loads((PACKAGE_DATA / "grafana-dashboard.json").read_text())
     expressions = [t["expr"] for panel in board["panels"] for t in panel["targets"]]
     asked = {name for e in expressions for name in re.findall(r"\b(?:pepr|process)_\w+", e)}
     tree = powercap_sim(*two_socket_server())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import SLOW_S, Cli, ended, until, write_replay
+from cli import SLOW_S, Cli, ended, until
 from sim import native
 from sim.powercap import BuildTree, Zone
 from sim.waves import Constant, Square
@@ -23,11 +23,6 @@ from pepr_profiler.trace.events import EventWriter, read_events
 from pepr_profiler.trace.run_json import write_json
 
 MARK = f"{shlex.quote(sys.executable)} -m pepr_profiler mark"
-
-
-@pytest.fixture
-def sensor(tmp_path: Path) -> str:
-    return write_replay(tmp_path / "gauge", ["fan count 1 1 0 gauge test"], [(0.0, 1.0)])
 
 
 def marked(directory: Path) -> list[tuple[str, bool]]:
@@ -44,9 +39,9 @@ def phases_of(folder: Path, *marks: tuple[int, str, str | None, str]) -> list[An
 
 
 @contextmanager
-def recording(cli: Cli, sensor: str) -> Iterator[Path]:
+def recording(cli: Cli, quiet_sensor: str) -> Iterator[Path]:
     """A run that goes on until the block ends; its directory."""
-    with ended(cli.start("--sensor", sensor, "--", "cat", stdin=subprocess.PIPE)) as process:
+    with ended(cli.start("--sensor", quiet_sensor, "--", "cat", stdin=subprocess.PIPE)) as process:
         until(lambda: [d for d in cli.runs() if (d / "run.json").exists()])
         yield cli.runs()[0]
         process.communicate(timeout=SLOW_S)
@@ -80,19 +75,24 @@ def test_phases_of_a_shell_script_have_the_energy_of_their_times(
     for phase in (load, train):
         assert phase.end_ns is not None
         energy_j = told[phase.name]["energy_j"]
-        assert energy_j == pytest.approx(truth_j(phase.begin_ns, phase.end_ns), rel=0.02)
+        late_j = 155 * tree.late_s
+        truth = truth_j(phase.begin_ns, phase.end_ns)
+        assert energy_j == pytest.approx(truth, rel=0.02, abs=late_j)
     # and they add up with the rest of the run
     begin_ns, end_ns = summary["recording"]["window_ns"]
     assert train.end_ns is not None
     rest_j = truth_j(begin_ns, load.begin_ns) + truth_j(train.end_ns, end_ns)
     whole_j = rest_j + sum(phase["energy_j"] for phase in told.values())
     assert whole_j == pytest.approx(summary["energy"]["total_j"], rel=0.01)
-    assert 0.5 <= told["load"]["duration_s"] < told["train"]["duration_s"]
+    assert told["load"]["duration_s"] >= 0.5
+    assert told["train"]["duration_s"] >= 1
 
 
-def test_phases_nest_and_a_phase_that_nobody_ends_ends_with_the_run(cli: Cli, sensor: str) -> None:
+def test_phases_nest_and_a_phase_that_nobody_ends_ends_with_the_run(
+    cli: Cli, quiet_sensor: str
+) -> None:
     script = f"{MARK} begin epoch; {MARK} begin step; {MARK} end step; {MARK} 'tail \"ä'"
-    result, summary = cli.measure("--sensor", sensor, "--", "sh", "-ec", script)
+    result, summary = cli.measure("--sensor", quiet_sensor, "--", "sh", "-ec", script)
     assert result.status == 0, result.stderr
     assert marked(cli.runs()[0]) == [("epoch", False), ("step", True), ('tail "ä', False)]
     until_s = {p["name"]: p["duration_s"] for p in summary["phases"]}
@@ -102,8 +102,10 @@ def test_phases_nest_and_a_phase_that_nobody_ends_ends_with_the_run(cli: Cli, se
         assert until_s[phase.name] == pytest.approx(to_end_s)
 
 
-def test_a_run_is_marked_from_outside_by_its_id_or_a_part_of_it(cli: Cli, sensor: str) -> None:
-    with recording(cli, sensor) as directory:
+def test_a_run_is_marked_from_outside_by_its_id_or_a_part_of_it(
+    cli: Cli, quiet_sensor: str
+) -> None:
+    with recording(cli, quiet_sensor) as directory:
         for ref in (directory.name, directory.name[:-2], str(directory), "last"):
             assert cli("mark", "begin", ref, "--run", ref).status == 0
             assert cli("mark", "end", ref, "--run", ref).status == 0
@@ -123,12 +125,14 @@ if "CLICK_AT" in os.environ:
 """
 
 
-def test_a_mark_tells_of_the_time_when_it_was_called(cli: Cli, sensor: str, tmp_path: Path) -> None:
+def test_a_mark_tells_of_the_time_when_it_was_called(
+    cli: Cli, quiet_sensor: str, tmp_path: Path
+) -> None:
     # given: when the command begins to import what it is made of
     (tmp_path / "sitecustomize.py").write_text(IMPORTS)
     path = f"{tmp_path}{os.pathsep}{cli.environment()['PYTHONPATH']}"
     told = {"PYTHONPATH": path, "CLICK_AT": str(tmp_path / "click-at")}
-    with recording(cli, sensor) as directory:
+    with recording(cli, quiet_sensor) as directory:
         before_ns = time.monotonic_ns()
         assert cli("mark", "now", "--run", "last", env=told).status == 0
         (phase,) = read_events(directory).phases
@@ -165,7 +169,7 @@ int main(void) {
 
 
 def test_a_program_in_any_language_marks_by_appending_a_line(
-    cli: Cli, sensor: str, tmp_path: Path
+    cli: Cli, quiet_sensor: str, tmp_path: Path
 ) -> None:
     (tmp_path / "program.c").write_text(PROGRAM)
     try:
@@ -175,7 +179,7 @@ def test_a_program_in_any_language_marks_by_appending_a_line(
     program = str(tmp_path / "program")
     subprocess.run([compiler, "-x", "c", f"{program}.c", "-o", program], check=True)
     begin_ns = time.monotonic_ns()
-    result, summary = cli.measure("--sensor", sensor, "--", program)
+    result, summary = cli.measure("--sensor", quiet_sensor, "--", program)
     assert result.status == 0, result.stderr
     events = read_events(cli.runs()[0])
     assert marked(cli.runs()[0]) == [("all", True), ("load", True), ("train", False)]
@@ -263,8 +267,8 @@ def test_a_mark_without_a_run_says_how_to_name_one(cli: Cli) -> None:
     assert "PEPR_RUN_DIR is not set" in result.stderr and "--run RUN" in result.stderr
 
 
-def test_a_run_that_has_ended_is_refused(cli: Cli, sensor: str) -> None:
-    with recording(cli, sensor) as directory:
+def test_a_run_that_has_ended_is_refused(cli: Cli, quiet_sensor: str) -> None:
+    with recording(cli, quiet_sensor) as directory:
         pass
     for env in ({}, {"PEPR_RUN_DIR": str(directory)}):
         arguments = ["mark", "late"] if env else ["mark", "late", "--run", "last"]
@@ -274,8 +278,8 @@ def test_a_run_that_has_ended_is_refused(cli: Cli, sensor: str) -> None:
     assert marked(directory) == []
 
 
-def test_a_run_of_another_boot_is_refused(cli: Cli, sensor: str) -> None:
-    with recording(cli, sensor) as directory:
+def test_a_run_of_another_boot_is_refused(cli: Cli, quiet_sensor: str) -> None:
+    with recording(cli, quiet_sensor) as directory:
         facts = json.loads((directory / "run.json").read_text())
         copy = directory.with_name("copy-123456")
         copy.mkdir()
@@ -286,8 +290,8 @@ def test_a_run_of_another_boot_is_refused(cli: Cli, sensor: str) -> None:
     assert list(copy.glob("events-*")) == []
 
 
-def test_a_run_whose_recorder_was_killed_is_refused(cli: Cli, sensor: str) -> None:
-    with ended(cli.start("--sensor", sensor, "--", "true")) as process:
+def test_a_run_whose_recorder_was_killed_is_refused(cli: Cli, quiet_sensor: str) -> None:
+    with ended(cli.start("--sensor", quiet_sensor, "--", "true")) as process:
         process.communicate(timeout=SLOW_S)
     (directory,) = cli.runs()
     facts = json.loads((directory / "run.json").read_text())
@@ -301,8 +305,8 @@ def test_a_run_whose_recorder_was_killed_is_refused(cli: Cli, sensor: str) -> No
     assert "it is not being recorded any more" in result.stderr
 
 
-def test_ending_what_is_not_open_is_refused_and_says_what_is(cli: Cli, sensor: str) -> None:
-    with recording(cli, sensor) as directory:
+def test_ending_what_is_not_open_is_refused_and_says_what_is(cli: Cli, quiet_sensor: str) -> None:
+    with recording(cli, quiet_sensor) as directory:
         assert cli("mark", "begin", "train", "--run", "last").status == 0
         result = cli("mark", "end", "trian", "--run", "last")
         assert result.status == 2

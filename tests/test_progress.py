@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli import Cli, python, write_replay
+from cli import Cli, python, write_meter
 
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report.run_text import render_run
@@ -35,11 +35,7 @@ with profile("net") as run:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cli, dict[str, Any]]:
     """Six epochs on a device that draws 200 W, and nearly nothing beside."""
     cli = Cli(tmp_path_factory.mktemp("trained"))
-    spec = write_replay(
-        cli.folder / "m",
-        ["meter power W 1 0 gauge test kind=gpu component=gpu:x"],
-        [(0.0, POWER_W)],
-    )
+    spec = write_meter(cli.folder / "m", POWER_W)
     options = ("--sensor", spec, "--cpu-power", "0.001:0.002", "--period", "10ms")
     _, summary = cli.measure(*options, "--", *python(TRAIN))
     return cli, summary

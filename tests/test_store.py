@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import Cli, python, write_replay
+from cli import Cli, python, write_meter
 from sim.permissions import obey_permissions
 
 from pepr_profiler.errors import TraceError, UsageError
@@ -34,11 +34,7 @@ Make = Callable[..., Path]
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was really recorded."""
     cli = Cli(tmp_path_factory.mktemp("recorded"))
-    spec = write_replay(
-        cli.folder / "m",
-        ["meter power W 1 0 gauge test kind=gpu component=gpu:x"],
-        [(0.0, 50.0)],
-    )
+    spec = write_meter(cli.folder / "m", 50)
     cli.measure("--sensor", spec, "--name", "net", "--", "sleep", "0.2")
     return cli.runs()[0]
 

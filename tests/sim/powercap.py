@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 import subprocess
 import time
 from collections.abc import Callable
@@ -120,6 +121,8 @@ class Tree:
         for zone in zones:
             self._make(zone)
         self._program, self._script = writer, root / "writer.spec"
+        self._late = root / "late_ns"
+        self._late.write_bytes(bytes(8))
         if writer is not None:
             self._start(writer)
 
@@ -158,6 +161,12 @@ class Tree:
     def energy_j(self, key: str, t0_ns: int, t1_ns: int) -> float:
         """The energy that the zone truly took, whatever its file says."""
         return self.zones[key].wave.energy_j(self._since_s(t0_ns), self._since_s(t1_ns))
+
+    @property
+    def late_s(self) -> float:
+        """How late a value has been written at most: what a busy machine makes truths unsure by."""
+        (late_ns,) = struct.unpack("q", self._late.read_bytes())
+        return float(late_ns * 1e-9)
 
     def counter_uj(self, key: str, t_ns: int) -> int:
         """What a punctual live file reads at `t_ns`, wraps, stalls and resets included."""
@@ -210,7 +219,7 @@ class Tree:
 
     def _start(self, program: Path) -> None:
         lines = [f"epoch_ns {self.epoch_ns}", f"period_ns {round(self.period_s * 1e9)}"]
-        lines.append(f"class {self.where}")
+        lines += [f"class {self.where}", f"late {self._late}"]
         for zone in self.zones.values():
             lines.append(f"zone {zone.range_uj} {zone.start_uj} {self.path(zone.key)}")
             lines.append(f"power {zone.wave.words()}")

@@ -146,6 +146,8 @@ struct Tree {
                 period_ns = line.number<long long>();
             else if (key == "class")
                 links = line.rest();
+            else if (key == "late")
+                late_file = line.rest();
             else if (key == "zone") {
                 const auto range_uj = line.number<long long>(), start_uj = line.number<long long>();
                 const fs::path path = line.rest();
@@ -169,7 +171,7 @@ struct Tree {
     }
 
     long long epoch_ns = 0, period_ns = 1'000'000;
-    fs::path links;
+    fs::path links, late_file;
     std::vector<Zone> zones;
 };
 
@@ -183,12 +185,20 @@ int main(int, char** argv) try {
     sched_setscheduler(0, SCHED_FIFO, &priority);  // punctual beside busy tests; not always allowed
 
     Tree tree(argv[1]);
-    long long next_ns = tree.update();
+    const int late_fd = open(tree.late_file.c_str(), O_RDWR | O_CLOEXEC);
+    check(late_fd >= 0, tree.late_file);
+    void* page = mmap(nullptr, sizeof(long long), PROT_WRITE, MAP_SHARED, late_fd, 0);
+    check(page != MAP_FAILED, tree.late_file);
+    auto* const late_ns = static_cast<volatile long long*>(page);
+    long long next_ns = tree.update(), worst_ns = 0;
     std::cout << "ready" << std::endl;
     for (;;) {
         const timespec until{next_ns / 1'000'000'000, next_ns % 1'000'000'000};
         clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, nullptr);
+        const auto due_ns = next_ns;
         next_ns = tree.update();
+        worst_ns = std::max(worst_ns, monotonic_ns() - due_ns);
+        *late_ns = worst_ns;
     }
 } catch (const std::exception& error) {
     std::cerr << "powercap_writer: " << error.what() << '\n';
