@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import site
+import stat
 import tempfile
 import threading
 import time
@@ -41,9 +43,21 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if real else len(os.sched_getaffinity(0)) + 1
 
 
+def _place() -> str:
+    """Where the tests' folders are: as usual, if that suits sockets, shells and other users."""
+    usual = tempfile.gettempdir()
+    for place in (usual, "/tmp", "/var/tmp"):
+        plain = re.fullmatch(r"[A-Za-z0-9/._-]{1,40}", place)
+        folders = (Path(place), *Path(place).parents)
+        if plain and all(folder.stat().st_mode & stat.S_IXOTH for folder in folders):
+            return place
+    return usual
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Nothing of who started the tests reaches them: the same everywhere, by whoever."""
+    place = tempfile.tempdir = _place()
     home = tempfile.TemporaryDirectory(prefix="pepr-test-home-")
     session.config.add_cleanup(home.cleanup)
     cache: pytest.Cache | None = getattr(session.config, "cache", None)
@@ -62,7 +76,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         PEPR_DAEMON="off",
         PYTHONUSERBASE=site.getuserbase(),
         TERM="xterm-256color",
-        TMPDIR=tempfile.gettempdir(),
+        TMPDIR=place,
         TZ="UTC",
     )
     time.tzset()

@@ -32,6 +32,12 @@ from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
 # Says "ready", and goes on with argv's code once a line comes in.
 WAITING = "import os, sys\nprint('ready', flush=True)\nsys.stdin.readline()\n"
+HURRY = """
+try:
+    os.nice(-15)  # its CPU time is what shows of it: on a busy machine too it needs its part
+except PermissionError:
+    pass
+"""
 BUSY = "import time\nwhile time.process_time() < {cpu_s}: pass\n"
 
 
@@ -184,10 +190,7 @@ if os.fork():
     os.wait(), os._exit(0)
 if os.fork():
     os._exit(0)
-try:
-    os.nice(-15)  # its CPU time is all that shows of it: on a busy machine it needs its part
-except PermissionError:
-    pass
+{HURRY}
 os.set_blocking(0, False)
 while True:
     try:
@@ -292,8 +295,9 @@ def test_metric_file_is_watched_and_an_older_one_is_stale(cli: Cli, meter: str) 
 
 def test_attached_midway_sees_what_its_wrapper_sees(cli: Cli, meter: str) -> None:
     # given a wrapped program with workers that compute, some of them renewed all the time
-    code = """
+    code = f"""
 import multiprocessing, os, select, time
+{HURRY}
 def work(cpu_s):
     while time.process_time() < cpu_s: pass
 context = multiprocessing.get_context("fork")

@@ -200,5 +200,5 @@ def test_every_energy_has_its_uncertainty(
         assert part["u_j"] == pytest.approx(2 * math.hypot(*part["budget"].values()))
     assert {phase["name"] for phase in summary["phases"]} == {"block", "work"}
     assert all(phase["u_j"] > 0 for phase in summary["phases"])
-    (total,) = [line for line in result.stderr.splitlines() if line.strip().startswith("Energy")]
+    total = next(line for line in result.stderr.splitlines() if line.strip().startswith("Energy"))
     assert "±" in total

@@ -96,7 +96,7 @@ class Lane:
         while not holds(rows := self.rows()):
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"never came: {rows.columns}")
-            time.sleep(0.002)  # polling for a condition, no pause that a result depends on
+            time.sleep(0.01)  # polling for a condition, no pause that a result depends on
         return rows
 
     def take(self, samples: int) -> Rows:
@@ -1133,9 +1133,13 @@ def test_processes_follow_those_that_are_named_and_nobody_else() -> None:
         child.stdout.readline()
     with lane(f"processes:pids={children[0].pid},{children[1].pid}", 10_000_000) as opened:
         for child in children:
-            child.communicate(b"\n")
+            assert child.stdin is not None
+            child.stdin.write(b"\n")
+            child.stdin.flush()
         opened.until(lambda rows: rows.columns["job/processes"][-1] == 0)
         rows = opened.finish()
+    for child in children:
+        child.communicate()
 
     assert rows.columns["job/processes"][0] == 2
     assert rows.columns["job/cpu"][0] < 0.01
