@@ -24,7 +24,7 @@ from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
 KEPT = (
     # Where programs, libraries and packages are; which compiler the simulations are built with.
-    *("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"),
+    *("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME", "PYTHONPATH"),
     *("CXX", "CPATH", "LIBRARY_PATH"),
 )
 KEPT_PREFIXES = ("PYTEST_", "COV", "ASAN_", "TSAN_", "UBSAN_", "NIX_")

@@ -40,7 +40,8 @@ def follow(page: str, folder: Path) -> list[tuple[str, str, str]]:
         (folder / name).write_text(program)
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PEPR_")}
     kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
-    kept |= {"PEPR_STORE": str(folder / "store"), "PEPR_DAEMON": "off", "PYTHONPATH": str(ROOT)}
+    kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), kept.get("PYTHONPATH", "")]).strip(os.pathsep)
+    kept |= {"PEPR_STORE": str(folder / "store"), "PEPR_DAEMON": "off"}
     followed = []
     for command, shown in sessions(page):
         done = subprocess.run(

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli import REPOSITORY
 from sim.nvml import H100, PASCAL, BuildNvml, Fault, Gpu, NvmlSim, Scenario, Sensor
 from sim.waves import Constant, Square
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.peers.__main__ import MARKS, PUBLISHED, README, rendered
 from benchmarks.peers.environments import OURS, TOOLS, WRITTEN, Installed
@@ -33,15 +32,20 @@ from benchmarks.peers.report import (
 from benchmarks.peers.session import AXIS, Session, end, living
 
 
+class Here(Installed):
+    """A tool in the tests' own environment, whatever its interpreter is called."""
+
+    python = sys.executable
+
+
 def here(name: str) -> Installed:
-    """The tool from the tests' own environment."""
-    return Installed(TOOLS[name], Path(sys.prefix), "of the tests")
+    return Here(TOOLS[name], Path(sys.prefix), "of the tests")
 
 
 def environment(sim: NvmlSim, folder: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PEPR_")}
-    repository = str(Path(__file__).parents[1])
-    return {**kept, **sim.env, "PEPR_STORE": str(folder / "store"), "PYTHONPATH": repository}
+    paths = os.pathsep.join([str(REPOSITORY), kept.get("PYTHONPATH", "")]).strip(os.pathsep)
+    return {**kept, **sim.env, "PEPR_STORE": str(folder / "store"), "PYTHONPATH": paths}
 
 
 # A counter without the pauses of a real one: what is tested is the driver.
