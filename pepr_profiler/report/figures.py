@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
@@ -59,7 +60,7 @@ def plain(text: str, longest: int = _LABEL) -> str:
 
 
 @contextmanager
-def style() -> Iterator[None]:
+def _style() -> Iterator[None]:
     """The look of all figures; text stays text."""
     import matplotlib as mpl
 
@@ -67,9 +68,12 @@ def style() -> Iterator[None]:
         "axes.edgecolor": RULE,
         "axes.labelcolor": MUTED,
         "axes.labelsize": 9,
+        "axes.spines.left": False,
         "axes.spines.right": False,
         "axes.spines.top": False,
         "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
         "figure.facecolor": PAPER,
         "axes.facecolor": "none",
         "font.family": "sans-serif",
@@ -94,12 +98,12 @@ def style() -> Iterator[None]:
         yield
 
 
-def save(figure: Figure, file_format: str) -> bytes:
-    """The figure as the bytes of a png (300 dpi), svg or pdf file."""
+def save(draw: Callable[[], Figure], file_format: str) -> bytes:
+    """A figure as the bytes of a png (300 dpi), svg or pdf file."""
     out = io.BytesIO()
-    with style():
+    with _style():
         metadata = {"Date": None} if file_format == "svg" else None
-        figure.savefig(out, format=file_format, dpi=300, metadata=metadata)
+        draw().savefig(out, format=file_format, dpi=300, metadata=metadata)
     return out.getvalue()
 
 
@@ -107,9 +111,8 @@ def chart(ident: str, title: str, text: str, draw: Callable[[float], Figure]) ->
     """A figure for a page, from a function of its width in inches."""
     drawn = []
     for name, width in (("wide", WIDE), ("narrow", NARROW)):
-        with style():
-            figure = draw(width)
-        drawn.append(_inline(save(figure, "svg"), f"{ident}-{name}", title, text))
+        svg = save(partial(draw, width), "svg")
+        drawn.append(_inline(svg, f"{ident}-{name}", title, text))
     return Chart(ident, title, text, *drawn)
 
 
@@ -123,9 +126,8 @@ def _inline(svg: bytes, prefix: str, title: str, text: str) -> str:
     ET.register_namespace("xlink", _XLINK)
     root = ET.fromstring(svg)
     for parent in root.iter():
-        for child in list(parent):
-            if child.tag == f"{{{_SVG}}}metadata":
-                parent.remove(child)
+        for child in parent.findall(f"{{{_SVG}}}metadata"):
+            parent.remove(child)
     for element in root.iter():
         for key, value in element.attrib.items():
             element.attrib[key] = _attribute(key, value, prefix)
@@ -193,12 +195,13 @@ def label_right(axes: Axes, marks: Sequence[tuple[float, str, str]], width: floa
     low, high = axes.get_ylim()
     least = 0.075 * (high - low)
     places: list[float] = []
-    for y, _, _ in sorted(marks, key=lambda mark: mark[0]):
+    rising = sorted(marks, key=lambda mark: mark[0])
+    for y, _, _ in rising:
         places.append(max(y, places[-1] + least) if places else y)
     over = places[-1] - (high - 0.3 * least)
     if over > 0:
         places = [y - over for y in places]
-    for place, (_, label, color) in zip(places, sorted(marks, key=lambda m: m[0]), strict=True):
+    for place, (_, label, color) in zip(places, rising, strict=True):
         lines = label.split("\n")
         longest = (20 if width > NARROW else 13) if len(lines) == 1 else 40
         shown = "\n".join(plain(line, longest) for line in lines)

@@ -10,19 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pepr_profiler.energy.sources import KINDS
-from pepr_profiler.report.figures import (
-    ALARM,
-    INK,
-    KIND_COLORS,
-    MUTED,
-    NARROW,
-    POINT,
-    WIDE,
-    label_right,
-    plain,
-    save,
-    style,
-)
+from pepr_profiler.report import figures
+from pepr_profiler.report.figures import ALARM, INK, MUTED, NARROW, POINT, WIDE, plain
 from pepr_profiler.report.text import component_name
 from pepr_profiler.summary.timeline import Timeline, TimelineComponent
 from pepr_profiler.units import format_duration, format_with_u
@@ -78,9 +67,7 @@ def _name(component: TimelineComponent) -> str:
 
 def run_figure(timeline: Timeline, form: str) -> bytes:
     """Power over time as a png, svg or pdf file."""
-    with style():
-        figure = power_over_time(timeline)
-    return save(figure, form)
+    return figures.save(lambda: power_over_time(timeline), form)
 
 
 def power_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
@@ -96,7 +83,7 @@ def power_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
     marks = []
     for layer in _layers(timeline.components):
         axes.stairs(top + layer.watts, edges, baseline=top, fill=True, linewidth=0,
-                    color=KIND_COLORS[layer.kind], alpha=layer.tint)  # fmt: skip
+                    color=figures.KIND_COLORS[layer.kind], alpha=layer.tint)  # fmt: skip
         watts = np.nan_to_num(layer.watts)  # to stack on and to place names by, not drawn
         marks.append((float(np.mean((top + 0.5 * watts)[-len(top) // 6 :])), layer))
         top = top + watts
@@ -111,9 +98,9 @@ def power_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
         axes.text(0.5, 0.5, "no device could be measured or estimated", transform=axes.transAxes,
                   ha="center", color=MUTED)  # fmt: skip
     _amounts(axes.yaxis, "W")
-    axes.grid(axis="y")
-    axes.spines["left"].set_visible(False)
-    label_right(axes, [(y, layer.label, KIND_COLORS[layer.kind]) for y, layer in marks], width)
+    figures.label_right(
+        axes, [(y, layer.label, figures.KIND_COLORS[layer.kind]) for y, layer in marks], width
+    )
     _time_axis(axes, float(edges[-1]), width, labels=not rows)
     if rows:
         _draw_phases(figure.add_subplot(grid[1], sharex=axes), rows, float(edges[-1]), width)
@@ -129,14 +116,19 @@ def _phase_rows(timeline: Timeline) -> list[tuple[str, list[tuple[float, float]]
     pixel_s = float(timeline.edges_s[-1]) / 900
     rows = []
     for name in (name for name in spans if name in longest):
-        bars: list[tuple[float, float]] = []
-        for begin, end in sorted(spans[name]):
-            if bars and begin - bars[-1][1] < pixel_s:
-                bars[-1] = (bars[-1][0], max(bars[-1][1], end))
-            else:
-                bars.append((begin, end))
-        rows.append((name, bars))
+        rows.append((name, _joined(spans[name], pixel_s)))
     return rows
+
+
+def _joined(spans: Iterable[tuple[float, float]], apart_s: float) -> list[tuple[float, float]]:
+    """The spans in order; those that overlap or are at most `apart_s` apart are one."""
+    joined: list[tuple[float, float]] = []
+    for begin, end in sorted(spans):
+        if joined and begin - joined[-1][1] <= apart_s:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
+        else:
+            joined.append((begin, end))
+    return joined
 
 
 def _draw_phases(
@@ -149,18 +141,13 @@ def _draw_phases(
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [plain(name, 16) for name, _ in rows])
     axes.tick_params(axis="y", labelcolor=INK)
-    axes.spines["left"].set_visible(False)
+    axes.grid(visible=False)
     axes.spines["bottom"].set_visible(False)
     _time_axis(axes, end_s, width)
 
 
 def _hatch_gaps(axes: Axes, components: Sequence[TimelineComponent]) -> None:
-    spans: list[list[float]] = []
-    for begin, end in sorted(gap for c in components for gap in c.gaps_s):
-        if spans and begin <= spans[-1][1]:
-            spans[-1][1] = max(spans[-1][1], end)
-        else:
-            spans.append([begin, end])
+    spans = _joined((gap for c in components for gap in c.gaps_s), 0.0)
     for number, (begin, end) in enumerate(spans):
         axes.axvspan(begin, end, facecolor="none", edgecolor=ALARM, hatch="////", linewidth=0)
         if number == 0:
@@ -181,11 +168,9 @@ def energy_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
     axes.plot(at, energy, color=POINT, linewidth=1.6)
     _amounts(axes.yaxis, "J")
     axes.set_ylim(bottom=0)
-    axes.grid(axis="y")
-    axes.spines["left"].set_visible(False)
     if len(energy):
         end = format_with_u(float(energy[-1]), float(u[-1]), "J").replace(" ± ", "\n± ")
-        label_right(axes, [(float(energy[-1]), end, POINT)], width)
+        figures.label_right(axes, [(float(energy[-1]), end, POINT)], width)
     _time_axis(axes, float(timeline.edges_s[-1]), width)
     return figure
 
@@ -207,7 +192,7 @@ def devices_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
         column, row = divmod(number, rows)
         x, y = left + column * (panel[0] + left + 0.3), height - 0.28 - panel[1] - 1.05 * row
         axes = figure.add_axes((x / width, y / height, panel[0] / width, panel[1] / height))
-        color = KIND_COLORS.get(c.kind, KIND_COLORS["other"])
+        color = figures.KIND_COLORS.get(c.kind, figures.KIND_COLORS["other"])
         first = np.arange(0, len(timeline.edges_s) - 1, size)
         edges = np.append(timeline.edges_s[first], timeline.edges_s[-1])
         count = np.diff(np.append(first, len(timeline.edges_s) - 1))
@@ -226,8 +211,6 @@ def devices_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
         top = float(np.nanmax(c.high_w if c.high_w is not None else c.device_w, initial=0.0))
         axes.set_ylim(0, max(1e-9, 1.1 * top))
         _amounts(axes.yaxis, "W", most=3)
-        axes.grid(axis="y")
-        axes.spines["left"].set_visible(False)
         _time_axis(
             axes, float(edges[-1]), width, labels=row == rows - 1 or number == len(shown) - 1
         )

@@ -9,22 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pepr_profiler.report.figures import (
-    ALARM,
-    INK,
-    KIND_COLORS,
-    MUTED,
-    NARROW,
-    PAPER,
-    POINT,
-    WIDE,
-    Chart,
-    chart,
-    label_right,
-    plain,
-    save,
-    style,
-)
+from pepr_profiler.report import figures
+from pepr_profiler.report.figures import ALARM, INK, MUTED, NARROW, POINT, WIDE, Chart, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,14 +65,9 @@ def shown_runs(study: Study) -> dict[str, Mapping[str, Any]]:
 def study_figure(study: Study, form: str) -> bytes:
     """Performance against the resource, a panel a ranking, as a png, svg or pdf file."""
     by_id = shown_runs(study)
-    with style():
-        figure = panels(
-            [
-                (ranking.group or "", cost_points(ranking, by_id))
-                for ranking in study.rankings[:_MOST_PANELS]
-            ]
-        )
-    return save(figure, form)
+    shown = study.rankings[:_MOST_PANELS]
+    parts = [(ranking.group or "", cost_points(ranking, by_id)) for ranking in shown]
+    return figures.save(lambda: panels(parts), form)
 
 
 def cost_points(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> Points:
@@ -179,7 +160,7 @@ def study_chart(ident: str, title: str, text: str, points: Points) -> tuple[Char
         }
         return figure
 
-    return chart(ident, title, text, draw), places
+    return figures.chart(ident, title, text, draw), places
 
 
 def _log_fits(x: NDArray[np.float64]) -> bool:
@@ -233,8 +214,6 @@ def _prepare(axes: Axes, points: Points, width: float) -> None:
     axes.set_ylim(max(0.0, low - pad), min(1.03, high + pad))
     axes.set_xlabel(plain(points.x_label, 60), loc="right")
     axes.set_title(plain(points.y_label, 60), loc="left", fontsize=9, color=MUTED, pad=16)
-    axes.grid(axis="y")
-    axes.spines["left"].set_visible(False)
 
 
 def _amounts_below(axes: Axes, unit: str, width: float) -> None:
@@ -297,7 +276,7 @@ def _draw_point(axes: Axes, points: Points, i: int) -> None:
     if math.isfinite(u_y) and u_y > 0:
         axes.plot([x, x], [y - u_y, y + u_y], color=color, linewidth=1, alpha=0.5, gid=f"bary-{i}",
                   scalex=False, scaley=False)  # fmt: skip
-    filled = POINT if points.front[i] and not outlier else PAPER
+    filled = POINT if points.front[i] and not outlier else figures.PAPER
     axes.plot([x], [y], "X" if outlier else "o", color=color, markerfacecolor=filled,
               markersize=6.5, markeredgewidth=1.6, gid=f"point-{i}", zorder=5)  # fmt: skip
 
@@ -354,7 +333,7 @@ def progress_curves(
     figure = Figure(figsize=(width, 3.4), dpi=72, layout="constrained")
     axes = figure.add_subplot()
     names = list(dict.fromkeys(curve.name for curve in curves))
-    cycle = [*KIND_COLORS.values(), ALARM, MUTED]
+    cycle = [*figures.KIND_COLORS.values(), ALARM, MUTED]
     if len(curves) > 1 and all(_log_fits(curve.energy_j) for curve in curves):
         axes.set_xscale("log")
     for curve in curves[:_MOST_CURVES]:
@@ -378,7 +357,7 @@ def progress_curves(
             )
             for name, c in ends.items()
         ]
-        label_right(axes, marks, width)
+        figures.label_right(axes, marks, width)
     elif curves:
         axes.set_xlim(left=0)
     _amounts_below(axes, "J", width)
@@ -386,6 +365,4 @@ def progress_curves(
         plain(curves[0].metric, 60) if curves else "", loc="left", fontsize=9, color=MUTED
     )
     axes.set_xlabel("energy", loc="right")
-    axes.grid(axis="y")
-    axes.spines["left"].set_visible(False)
     return figure
