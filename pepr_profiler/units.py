@@ -109,6 +109,40 @@ def format_provenance(provenance: object) -> str:
     return "estimated" if provenance == "modelled" else str(provenance or UNKNOWN)
 
 
+def known(value: float | None) -> float | None:
+    """The value, or None where it is no finite number."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def ratio(part: float | None, whole: float | None) -> float | None:
+    """What part of the whole it is; None where that is unknown."""
+    part, whole = known(part), known(whole)
+    return None if part is None or not whole else part / whole
+
+
+def format_percent(fraction: float | None, *, unknown: str = "?") -> str:
+    """A fraction in percent with one decimal."""
+    return unknown if fraction is None else f"{fraction:.1%}"
+
+
+def format_number(value: float | None) -> str:
+    """A metric's value: four significant digits, whole numbers in full."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return UNKNOWN
+    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 9999.5 else f"{value:,.0f}"
+
+
+def format_amount(value: float, unit: str) -> str:
+    """An amount of a resource: a time, a physical quantity, money, or a number without a unit."""
+    if unit == "s":
+        return format_duration(value)
+    if unit in ("J", "g", "B"):
+        return format_quantity(value, unit)
+    if unit:
+        return f"{value:#.4g} {unit}"  # a currency takes no prefix
+    return format_quantity(value, "").rstrip() if value >= 1e4 else f"{value:.4g}"
+
+
 def parse_duration(text: str) -> int:
     """A positive duration in integer ns, from "10ms", "2s", "5m" (minutes) or "0.5" (seconds)."""
     match = re.fullmatch(rf"\s*{_NUMBER}\s*([a-zµμ]*)\s*", text)

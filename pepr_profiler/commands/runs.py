@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pepr_profiler import units
 from pepr_profiler.commands import complain, store_option, write_text
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import EXPORTS
-from pepr_profiler.report.text import number, printable
+from pepr_profiler.report.text import printable
 from pepr_profiler.store.facts import STATES, state_of
 from pepr_profiler.store.index import Filter
 from pepr_profiler.store.runs import Store
-from pepr_profiler.units import format_duration, format_provenance, format_quantity, format_with_u
+from pepr_profiler.units import format_duration, format_number, format_quantity, format_with_u
 
 if TYPE_CHECKING:
     from pepr_profiler.store.facts import Facts
@@ -136,7 +137,7 @@ def _line(row: Facts) -> str:
     state = "attached" if row.exit_code is None else f"exit {row.exit_code:.0f}"
     state = "incomplete" if row.state == "incomplete" else state
     joules, duration = format_with_u(row.total_j, row.u_j, "J"), format_duration(row.duration_s)
-    metric = "" if row.metric is None else f"{row.metric} {number(row.performance)}"
+    metric = "" if row.metric is None else f"{row.metric} {format_number(row.performance)}"
     text = f"{row.run_id:<28} {row.started_at[:16]}  {duration:>11}  {joules:>18}  {state:<10} "
     return f"{printable(text + metric).rstrip()}\n"
 
@@ -162,6 +163,7 @@ def show_run(run: str, *, as_json: bool, store: Path | None) -> None:
 
 def _facts(run: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
     energy, carbon, memory = run["energy"], run["carbon"], run["memory"]
+    gpu_bytes = memory["gpu_peak_bytes"]
     ended = f" with status {run['exit_code']}" if run["exit_code"] is not None else ""
     joules = format_with_u(energy["total_j"], energy["u_j"], "J")
     rows: list[tuple[str, str | None]] = [
@@ -174,7 +176,7 @@ def _facts(run: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
         ("began", run["started_at"]),
         ("lasted", format_duration(run["duration_s"])),
         ("state", state_of(run) + ended),
-        ("energy", f"{joules}, {format_provenance(energy['provenance'])}"),
+        ("energy", f"{joules}, {units.format_provenance(energy['provenance'])}"),
         *(
             (
                 "",
@@ -185,16 +187,12 @@ def _facts(run: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
         ),
         ("carbon", carbon and f"{format_quantity(carbon['g_co2e'], 'g')} CO2e, {carbon['source']}"),
         ("memory", format_quantity(memory["peak_rss_bytes"], "B")),
-        ("GPU memory", _quantity(memory["gpu_peak_bytes"], "B")),
-        *(("metric", f"{name} = {number(value)}") for name, value in run["metrics"].items()),
+        ("GPU memory", None if gpu_bytes is None else format_quantity(gpu_bytes, "B")),
+        *(("metric", f"{name} = {format_number(value)}") for name, value in run["metrics"].items()),
         *(("warning", warning["text"]) for warning in run["warnings"]),
         ("directory", str(directory)),
     ]
     return [(key, value) for key, value in rows if value is not None]
-
-
-def _quantity(value: float | None, unit: str) -> str | None:
-    return None if value is None else format_quantity(value, unit)
 
 
 @runs.command("set")

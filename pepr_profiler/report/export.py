@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import FORMS
-from pepr_profiler.report.text import amount, counted, percent
-from pepr_profiler.units import format_duration, format_with_u
+from pepr_profiler.report.components import counted
+from pepr_profiler.units import format_amount, format_duration, format_percent, format_with_u
 
 if TYPE_CHECKING:
     from pepr_profiler.study.ranking import Ranking
@@ -241,7 +241,9 @@ def run_table(summary: Mapping[str, Any], form: str) -> bytes:
             "device" if r["part"] == "component" else r["part"],
             format_duration(r["duration_s"]),
             format_with_u(r["energy_j"], r["u_j"], "J"),
-            "not in the total" if r["in_total"] is False else percent(r["share"], unknown=""),
+            "not in the total"
+            if r["in_total"] is False
+            else format_percent(r["share"], unknown=""),
         ]
         for r in rows
     ]
@@ -259,7 +261,7 @@ def ranking_table(rows: Sequence[Mapping[str, Any]], form: str) -> bytes:
         if r["u_pepr"] is not None and math.isfinite(r["u_pepr"]):
             score += f" ± {r['u_pepr']:.3f}"
         unit, u = r["unit"] or "", r["u_resource"]
-        resource = amount(r["resource"], unit)
+        resource = format_amount(r["resource"], unit)
         if unit and u is not None:
             resource = format_with_u(r["resource"], u, unit)
         cells.append(

@@ -7,19 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pepr_profiler.report.text import (
-    Line,
-    amount,
-    brief,
-    cells,
-    cut,
-    drawn,
-    left,
-    printable,
-    right,
-    wrap,
-)
+from pepr_profiler.report.text import Line, brief, cells, cut, drawn, left, printable, right, wrap
 from pepr_profiler.study.ranking import Ranking
+from pepr_profiler.units import format_amount
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _HEADING_CELLS = 12  # a column's heading is cut here; names of metrics can be long
@@ -42,7 +32,10 @@ def render_ranking(ranking: Ranking, *, width: int = 80, color: bool = False) ->
     pad = " " if any(marks) else ""
     columns = [
         (_heading(ranking.metric), _performance_cells(ranking)),
-        (_heading(ranking.resource_name), [amount(r, ranking.unit) for r in ranking.resource]),
+        (
+            _heading(ranking.resource_name),
+            [format_amount(r, ranking.unit) for r in ranking.resource],
+        ),
         ("R  " + pad, [f"{r:.3f}{m or pad}" for r, m in zip(scores.r_norm, marks, strict=True)]),
         (_heading(ranking.label, _LABEL_CELLS), _score_cells(ranking)),
     ]
@@ -185,7 +178,7 @@ def _notes(ranking: Ranking, ranks: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _range_text(ranking: Ranking) -> str:
-    low, high = (amount(end, ranking.unit) for end in ranking.scores.bounds)
+    low, high = (format_amount(end, ranking.unit) for end in ranking.scores.bounds)
     who = f" of these {ranking.of}s"
     if ranking.bounds_given:
         who = f" of {ranking.bounds_source}" if ranking.bounds_source else ", as given"

@@ -11,8 +11,8 @@ import numpy as np
 
 from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.report import figures
+from pepr_profiler.report.components import component_name
 from pepr_profiler.report.figures import ALARM, INK, MUTED, NARROW, POINT, WIDE, plain
-from pepr_profiler.report.text import component_name
 from pepr_profiler.summary.timeline import Timeline, TimelineComponent
 from pepr_profiler.units import format_duration, format_with_u
 
@@ -82,10 +82,12 @@ def power_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
     edges, top = timeline.edges_s, np.zeros(len(timeline.edges_s) - 1)
     marks = []
     for layer in _layers(timeline.components):
+        color = figures.KIND_COLORS[layer.kind]
         axes.stairs(top + layer.watts, edges, baseline=top, fill=True, linewidth=0,
-                    color=figures.KIND_COLORS[layer.kind], alpha=layer.tint)  # fmt: skip
+                    color=color, alpha=layer.tint)  # fmt: skip
         watts = np.nan_to_num(layer.watts)  # to stack on and to place names by, not drawn
-        marks.append((float(np.mean((top + 0.5 * watts)[-len(top) // 6 :])), layer))
+        level = float(np.mean((top + 0.5 * watts)[-len(top) // 6 :]))
+        marks.append((level, layer.label, color))
         top = top + watts
     # Where a part is unknown, so is the sum.
     unread = np.zeros(len(top), dtype=np.bool_)
@@ -98,9 +100,7 @@ def power_over_time(timeline: Timeline, width: float = WIDE) -> Figure:
         axes.text(0.5, 0.5, "no device could be measured or estimated", transform=axes.transAxes,
                   ha="center", color=MUTED)  # fmt: skip
     _amounts(axes.yaxis, "W")
-    figures.label_right(
-        axes, [(y, layer.label, figures.KIND_COLORS[layer.kind]) for y, layer in marks], width
-    )
+    figures.label_right(axes, marks, width)
     _time_axis(axes, float(edges[-1]), width, labels=not rows)
     if rows:
         _draw_phases(figure.add_subplot(grid[1], sharex=axes), rows, float(edges[-1]), width)

@@ -8,28 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from pepr_profiler import units
 from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.report import figures, run_figures, study_figures
+from pepr_profiler.report.components import component_name, counted, kind_of
 from pepr_profiler.report.html import clip, render
 from pepr_profiler.report.run_text import stop_note
-from pepr_profiler.report.text import (
-    component_name,
-    counted,
-    kind_of,
-    number,
-    percent,
-    ratio,
-)
 from pepr_profiler.study import progress
 from pepr_profiler.summary.timeline import Timeline
-from pepr_profiler.units import (
-    J_PER_WH,
-    UNKNOWN,
-    format_duration,
-    format_provenance,
-    format_quantity,
-    format_with_u,
-)
+from pepr_profiler.units import format_duration, format_percent, format_quantity, format_with_u
 
 _MOST_PHASES = 60
 
@@ -108,7 +95,7 @@ def run_page(
         energy=shown_energy,
         energy_note=_energy_note(energy),
         provenance=energy.get("provenance") or "",
-        provenance_text=format_provenance(energy.get("provenance")),
+        provenance_text=units.format_provenance(energy.get("provenance")),
         facts=list(_facts(summary)),
         warnings=summary.get("warnings") or [],
         missing=summary.get("missing") or [],
@@ -165,7 +152,7 @@ def _energy_note(energy: Mapping[str, Any]) -> str:
     total_j = energy.get("total_j")
     if total_j is None:
         return "no device could be measured or estimated"
-    text = f"{format_quantity(total_j / J_PER_WH, 'Wh')}"
+    text = f"{format_quantity(total_j / units.J_PER_WH, 'Wh')}"
     if energy.get("provenance") == "modelled":
         text += "; no sensor could be read: this is an estimate from utilisation"
     elif energy.get("provenance") == "mixed":
@@ -181,9 +168,8 @@ def _facts(summary: Mapping[str, Any]) -> Iterable[dict[str, str]]:
     yield fact("Time", format_duration(summary.get("time_s")))
     performance = summary.get("performance")
     if performance:
-        yield fact(
-            clip(str(performance["metric"]), 40), number(performance["value"]), "performance"
-        )
+        value = units.format_number(performance["value"])
+        yield fact(clip(str(performance["metric"]), 40), value, "performance")
     carbon = summary.get("carbon")
     if carbon:
         year = f" {carbon['year']}" if carbon.get("year") is not None else ""
@@ -194,7 +180,7 @@ def _facts(summary: Mapping[str, Any]) -> Iterable[dict[str, str]]:
             f"{clip(str(carbon['source']), 120)}{year}",
         )
     else:
-        yield fact("Carbon", UNKNOWN, "set the place: --region CODE")
+        yield fact("Carbon", units.UNKNOWN, "set the place: --region CODE")
     memory = summary.get("memory") or {}
     gpu_bytes = memory.get("gpu_peak_bytes")
     yield fact(
@@ -224,7 +210,7 @@ def _components(energy: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         return not c["in_total"], KINDS.index(kind_of(c)), str(c.get("label"))
 
     for c in sorted(energy.get("components") or [], key=place):
-        share = ratio(c.get(key), total[0]) if c["in_total"] else None
+        share = units.ratio(c.get(key), total[0]) if c["in_total"] else None
         known = c.get(key) is not None
         sensor = clip(_SENSORS.get(c["source"], str(c["source"])), 60)
         yield {
@@ -233,7 +219,7 @@ def _components(energy: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
             "in_total": c["in_total"],
             "excluded": c.get("excluded") or ("" if known else "unknown"),
             "energy": format_with_u(c.get(key), c.get("u_j"), "J", like=_like(total, c)),
-            "share": percent(share, unknown=""),
+            "share": format_percent(share, unknown=""),
             "percent": f"{100 * share:.2f}" if share is not None else "0",
             "others": _rest(c, "others_j"),
             "idle": _rest(c, "idle_j"),
@@ -259,14 +245,14 @@ def _phases(
     phases: Sequence[Mapping[str, Any]], total: tuple[float | None, float | None]
 ) -> Iterable[dict[str, Any]]:
     for p in sorted(phases, key=lambda p: -(p["energy_j"] or 0.0))[:_MOST_PHASES]:
-        share = ratio(p["energy_j"], total[0])
+        share = units.ratio(p["energy_j"], total[0])
         yield {
             "name": str(p["name"]),
             "energy": format_with_u(p["energy_j"], p["u_j"], "J", like=total),
-            "share": percent(share, unknown=""),
+            "share": format_percent(share, unknown=""),
             "percent": f"{min(100.0, 100 * share):.2f}" if share is not None else "0",
             "time": format_duration(p["duration_s"]),
-            "mean": format_quantity(ratio(p["energy_j"], p["duration_s"]), "W"),
+            "mean": format_quantity(units.ratio(p["energy_j"], p["duration_s"]), "W"),
             "count": f"{p['count']:,}",
         }
 
@@ -320,7 +306,7 @@ def _cross_checks(energy: Mapping[str, Any]) -> Iterable[str]:
 def _metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     performance = (summary.get("performance") or {}).get("metric")
     return [
-        {"name": name, "value": number(value), "performance": name == performance}
+        {"name": name, "value": units.format_number(value), "performance": name == performance}
         for name, value in (summary.get("metrics") or {}).items()
     ][:100]
 

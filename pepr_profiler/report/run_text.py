@@ -9,33 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from pepr_profiler import units
 from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.record import Record
-from pepr_profiler.report.text import (
-    Line,
-    cells,
-    component_name,
-    counted,
-    cut,
-    drawn,
-    kind_of,
-    known,
-    label_of,
-    left,
-    number,
-    percent,
-    printable,
-    ratio,
-    wrap,
-)
-from pepr_profiler.units import (
-    J_PER_WH,
-    UNKNOWN,
-    format_duration,
-    format_provenance,
-    format_quantity,
-    format_with_u,
-)
+from pepr_profiler.report.components import component_name, counted, kind_of, label_of
+from pepr_profiler.report.text import Line, cells, cut, drawn, left, printable, wrap
+from pepr_profiler.units import format_duration, format_provenance, format_quantity, format_with_u
 
 if TYPE_CHECKING:
     from pepr_profiler.study.progress import ProgressCurve
@@ -149,16 +128,16 @@ def _energy_lines(summary: Mapping[str, Any], width: int) -> list[Line]:
     total_j, u_j, provenance = energy.get("total_j"), energy.get("u_j"), energy.get("provenance")
     line: Line = [(f"  {'Energy':<{_KEY_CELLS}}", "bold")]
     notes: list[tuple[str, str]] = []
-    if known(total_j) is None:
-        line.append((UNKNOWN, "bold red"))
+    if units.known(total_j) is None:
+        line.append((units.UNKNOWN, "bold red"))
     else:
         line.append((format_with_u(total_j, u_j, "J"), "bold"))
-        line.append((f"{_GAP}({format_quantity(total_j / J_PER_WH, 'Wh')})", ""))
+        line.append((f"{_GAP}({format_quantity(total_j / units.J_PER_WH, 'Wh')})", ""))
         line.append((f"{_GAP}mean {format_quantity(energy.get('mean_w'), 'W')}", ""))
         line.append((f"{_GAP}{format_provenance(provenance)}", _STYLES.get(str(provenance), "red")))
         if provenance == "modelled":
             within = ""
-            if known(u_j) is not None and total_j > 0:
+            if units.known(u_j) is not None and total_j > 0:
                 within = f", ± {u_j / total_j:.0%}"
             notes.append(
                 (f"no sensor: an estimate from utilisation{within} (see missing)", "yellow")
@@ -206,12 +185,12 @@ def _merged(parts: Sequence[Mapping[str, Any]], name: str | None, key: str) -> _
     """The sum of `parts`, unknown if one is. Their u are independent and add in squares."""
 
     def total(figure: str) -> float | None:
-        values = [known(part.get(figure)) for part in parts]
+        values = [units.known(part.get(figure)) for part in parts]
         return None if None in values else math.fsum(v for v in values if v is not None)
 
     if name is None:
         name = component_name(parts[0], column=6)
-    uncertainties = [known(part.get("u_j")) for part in parts]
+    uncertainties = [units.known(part.get("u_j")) for part in parts]
     traces = [part.get("trace_w") for part in parts]
     trace_w: list[float | None] | None = None
     if all(traces):
@@ -239,7 +218,7 @@ def _component_lines(energy: Mapping[str, Any], width: int) -> list[Line]:
         mixed = {row.provenance for row in rows} != {format_provenance(energy.get("provenance"))}
         columns = [
             _Column("energy", [format_with_u(r.energy_j, r.u_j, "J", like=total) for r in rows]),
-            _Column("share", [percent(ratio(r.energy_j, total[0])) for r in rows]),
+            _Column("share", [_share(r.energy_j, total[0]) for r in rows]),
             _Column("mean W", _watts([r.mean_w for r in rows])),
             _Column("peak W", _watts([r.max_w for r in rows], [r.max_is_bound for r in rows])),
         ]
@@ -298,13 +277,13 @@ def _phase_lines(
     total = energy.get("total_j"), energy.get("u_j")
 
     def rank(phase: Mapping[str, Any]) -> float:
-        energy_j = known(phase.get("energy_j"))
+        energy_j = units.known(phase.get("energy_j"))
         return math.inf if energy_j is None else -energy_j
 
     shown = sorted(phases, key=rank)[:_MAX_PHASES]
     columns = [
         _Column("energy", [format_with_u(p["energy_j"], p["u_j"], "J", like=total) for p in shown]),
-        _Column("share", [percent(ratio(p["energy_j"], total[0])) for p in shown]),
+        _Column("share", [_share(p["energy_j"], total[0]) for p in shown]),
         _Column("count", [f"{p['count']:,}" for p in shown]),
         _Column("time", [format_duration(p["duration_s"]) for p in shown]),
     ]
@@ -363,7 +342,7 @@ def _fact(key: str, notes: Iterable[tuple[str, str]], width: int) -> list[Line]:
 
 def _carbon(carbon: Mapping[str, Any] | None) -> str:
     if carbon is None:
-        return f"{UNKNOWN}: set --region CODE or --carbon-intensity G_PER_KWH"
+        return f"{units.UNKNOWN}: set --region CODE or --carbon-intensity G_PER_KWH"
     grams = format_quantity(carbon.get("g_co2e"), "g")
     year = f" {carbon['year']}" if carbon.get("year") is not None else ""
     return (
@@ -378,8 +357,10 @@ def _metrics(summary: Mapping[str, Any]) -> str:
     parts = []
     if performance:
         metrics.pop(performance["metric"], None)
-        parts = [f"{performance['metric']} {number(performance['value'])} (performance)"]
-    return ", ".join([*parts, *(f"{name} {number(value)}" for name, value in metrics.items())])
+        value = units.format_number(performance["value"])
+        parts.append(f"{performance['metric']} {value} (performance)")
+    parts += [f"{name} {units.format_number(value)}" for name, value in metrics.items()]
+    return ", ".join(parts)
 
 
 _CURVE_CELLS = 24
@@ -461,9 +442,9 @@ def _attribution(energy: Mapping[str, Any]) -> str:
         return ""
 
     def total(key: str) -> str:
-        values = [value for c in added if (value := known(c.get(key))) is not None]
+        values = [value for c in added if (value := units.known(c.get(key))) is not None]
         if not values:
-            return UNKNOWN
+            return units.UNKNOWN
         at_least = "at least " if len(values) < len(added) else ""
         return at_least + format_quantity(math.fsum(values), "J")
 
@@ -481,11 +462,11 @@ def _sampling(summary: Mapping[str, Any]) -> str:
     late, timed = sampler.get("late"), sampler.get("timed")
     timed = samples if timed is None else timed  # older recordings have no `timed`
     text = f"{samples:,} samples, {_count(sampler.get('dropped'))} dropped"
-    text += f", {percent(ratio(late, timed)) if timed else _count(late)} late"
-    cpu_s = known(sampler.get("cpu_s"))
-    fraction = known(sampler.get("cpu_fraction"))
+    text += f", {_share(late, timed) if timed else _count(late)} late"
+    cpu_s = units.known(sampler.get("cpu_s"))
+    fraction = units.known(sampler.get("cpu_fraction"))
     if fraction is None:
-        fraction = ratio(cpu_s, summary.get("duration_s"))
+        fraction = units.ratio(cpu_s, summary.get("duration_s"))
     text += f"; profiler {format_duration(cpu_s)} CPU"
     text += "" if fraction is None else f" ({fraction:.1%})"
     if by_daemon:  # it alone knows which of its reads were late
@@ -562,7 +543,7 @@ def _mean_between(trace_w: Sequence[float | None], start: float, stop: float) ->
     """The mean of the known buckets in [start, stop), each weighted by its part inside."""
     weighted, weight = 0.0, 0.0
     for index in range(int(start), min(len(trace_w), math.ceil(stop))):
-        value, part = known(trace_w[index]), min(index + 1, stop) - max(index, start)
+        value, part = units.known(trace_w[index]), min(index + 1, stop) - max(index, start)
         if value is not None and part > 1e-9:  # rounding of start and stop is no sample
             weighted, weight = weighted + part * value, weight + part
     return weighted / weight if weight else None
@@ -577,5 +558,9 @@ def _watts(values: Sequence[float | None], bounds: Sequence[bool] | None = None)
     ]
 
 
+def _share(part: float | None, whole: float | None) -> str:
+    return units.format_percent(units.ratio(part, whole))
+
+
 def _count(n: int | None) -> str:
-    return UNKNOWN if n is None else f"{n:,}"
+    return units.UNKNOWN if n is None else f"{n:,}"

@@ -11,11 +11,10 @@ import numpy as np
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import figures, study_figures
 from pepr_profiler.report.html import clip, render
-from pepr_profiler.report.text import amount
 from pepr_profiler.study import progress
 from pepr_profiler.study.ranking import Ranking
 from pepr_profiler.study.study import Study
-from pepr_profiler.units import format_with_u
+from pepr_profiler.units import format_amount, format_with_u
 
 _MOST_ROWS = 1000
 
@@ -217,7 +216,7 @@ def _said(ranking: Ranking) -> str:
     text = (
         f"By {ranking.label} the best of {len(ranking.names)} is {clip(ranking.names[best], 60)}: "
         f"{metric} {ranking.performance[best]:.3f} for "
-        f"{amount(float(resource[best]), ranking.unit)}."
+        f"{format_amount(float(resource[best]), ranking.unit)}."
     )
     if top != best:
         factor = resource[top] / resource[best] if resource[best] else math.inf
@@ -225,13 +224,13 @@ def _said(ranking: Ranking) -> str:
         text += (
             f" {clip(ranking.names[top], 60)} has the highest {metric}, "
             f"{ranking.performance[top]:.3f}, for "
-            f"{amount(float(resource[top]), ranking.unit)}{more}."
+            f"{format_amount(float(resource[top]), ranking.unit)}{more}."
         )
     return text
 
 
 def _range_text(ranking: Ranking) -> str:
-    low, high = (amount(end, ranking.unit) for end in ranking.scores.bounds)
+    low, high = (format_amount(end, ranking.unit) for end in ranking.scores.bounds)
     who = "given" if ranking.bounds_given else "set by the cheapest and the most expensive here"
     return f"Normalisation range of R: {low} … {high}, {who}."
 
@@ -261,7 +260,7 @@ def _fraction(value: float, u: Any, i: int) -> str:
 def _resource_cells(ranking: Ranking, i: int, *, u: bool) -> dict[str, Any]:
     """One row's cells; `u` where there is room for it, the figures have it all."""
     value, u_resource = float(ranking.resource[i]), ranking.u_resource
-    shown = amount(value, ranking.unit)
+    shown = format_amount(value, ranking.unit)
     if u and u_resource is not None and math.isfinite(u_resource[i]) and ranking.unit:
         shown = format_with_u(value, float(u_resource[i]), ranking.unit)
     score = float(ranking.scores.pepr[i])

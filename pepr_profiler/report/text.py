@@ -8,11 +8,7 @@ program that is measured runs.
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-from pepr_profiler.units import UNKNOWN, format_duration, format_provenance, format_quantity
+from collections.abc import Iterable
 
 Line = list[tuple[str, str]]
 """A line as pieces of text from left to right, each with the rich style that colours it."""
@@ -101,65 +97,3 @@ def drawn(lines: Iterable[Line], *, width: int, color: bool) -> str:
             text.truncate(width, overflow="ellipsis")
             console.print(text, soft_wrap=True)
     return capture.get().removesuffix("\n")
-
-
-def known(value: float | None) -> float | None:
-    """The value, or None where it is no finite number."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def ratio(part: float | None, whole: float | None) -> float | None:
-    """What part of the whole it is; None where that is unknown."""
-    part, whole = known(part), known(whole)
-    return None if part is None or not whole else part / whole
-
-
-def percent(fraction: float | None, *, unknown: str = "?") -> str:
-    """A fraction in percent with one decimal."""
-    return unknown if fraction is None else f"{fraction:.1%}"
-
-
-def number(value: Any) -> str:
-    """A metric's value: four significant digits, whole numbers in full."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return UNKNOWN
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 9999.5 else f"{value:,.0f}"
-
-
-def amount(value: float, unit: str) -> str:
-    """An amount of a resource: a time, a physical quantity, money, or a number without a unit."""
-    if unit == "s":
-        return format_duration(value)
-    if unit in ("J", "g", "B"):
-        return format_quantity(value, unit)
-    if unit:
-        return f"{value:#.4g} {unit}"  # a currency takes no prefix
-    return format_quantity(value, "").rstrip() if value >= 1e4 else f"{value:.4g}"
-
-
-def counted(energy: Mapping[str, Any]) -> str:
-    """The key of what is counted of each component of a summary's energy."""
-    return "device_j" if energy.get("scope") == "device" else "job_j"
-
-
-def kind_of(component: Mapping[str, Any]) -> str:
-    """The kind of a component, one of `energy.sources.KINDS`."""
-    from pepr_profiler.energy.sources import KINDS
-
-    return component["kind"] if component.get("kind") in KINDS else "other"
-
-
-def label_of(component: Mapping[str, Any]) -> str:
-    """What distinguishes a component from others of its kind: its label, else its id's own part."""
-    return format_provenance(
-        component.get("label") or str(component.get("id", "")).partition(":")[2]
-    )
-
-
-def component_name(component: Mapping[str, Any], *, column: int = 0) -> str:
-    """A component as reports call it: "gpu:0 H100", "cpu package-0".
-
-    The name of its kind, where it is not in the label, has at least `column` cells.
-    """
-    kind, label = str(component.get("kind")), label_of(component)
-    return label if label.startswith(kind) or kind == "other" else f"{kind:<{column}} {label}"
