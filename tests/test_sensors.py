@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import SLOW_S, charged_s, until
+from cli import SLOW_S, charged_s, until, write_replay
 from sim.nvml import (
     A100,
     H100,
@@ -1243,3 +1244,56 @@ def test_replay_names_the_line_that_is_wrong(
 @pytest.mark.parametrize("lines", [(), (COUNTER,), ("0 ",), ("# nothing",)])
 def test_replay_needs_channels_and_rows(tmp_path: Path, lines: tuple[str, ...]) -> None:
     why_not(replay(tmp_path, *lines))
+
+
+COMMA_LOCALE = """
+import json, locale, sys
+locale.setlocale(locale.LC_ALL, "de_DE.UTF-8")
+assert locale.localeconv()["decimal_point"] == ","
+from pepr_profiler import _core
+found = {}
+for spec in sys.argv[1:]:
+    sampler = _core.Sampler(spec, 10**9)
+    assert sampler.wait_ready(10)
+    found[spec] = [[channel.scale, channel.modulus] for channel in sampler.channels]
+    rows = sampler.latest()
+    found[spec].append(rows[1] if rows else None)
+    sampler.stop(1)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="session")
+def comma_locale(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a program that may use de_DE.UTF-8, which writes 0,5 for a half."""
+    folder = tmp_path_factory.mktemp("locales")
+    made = shutil.which("localedef") and subprocess.run(
+        ["localedef", "-i", "de_DE", "-f", "UTF-8", str(folder / "de_DE.UTF-8")],
+        capture_output=True,
+        check=False,
+    )
+    if not made or made.returncode:
+        pytest.skip("no locale de_DE can be made here (Debian: apt-get install locales)")
+    return {**os.environ, "LOCPATH": str(folder)}
+
+
+def test_numbers_have_a_point_in_a_program_with_a_comma_locale(
+    tmp_path: Path, comma_locale: dict[str, str], powercap_sim: BuildTree
+) -> None:
+    # given a program that has set a comma locale, as Qt and GTK do
+    channel = "meter power W 0.25 0 gauge test kind=gpu component=gpu:meter"
+    replay = write_replay(tmp_path / "meter", [channel], [(0.0, 100.5)])
+    zone = powercap_sim(Zone("intel-rapl:0", "package-0"))
+    specs = [replay, zone.spec]
+    if not why_no_tsc():
+        specs.append(perf_spec(perf_tree(tmp_path / "sys", [Event("energy-pkg", scale="2.5e-9")])))
+    program = [sys.executable, "-c", COMMA_LOCALE, *specs]
+    done = subprocess.run(program, env=comma_locale, capture_output=True, text=True, check=False)
+
+    # then scales, ranges and readings are what the files say
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found[replay] == [[0.25, 0.0], [100.5]]
+    assert found[zone.spec][0][1] == RANGE_UJ
+    for spec in specs[2:]:
+        assert found[spec][0] == [2.5e-9, 0.0]

@@ -98,7 +98,7 @@ private:
                 continue;
             const std::string scale = read_text(path.string() + ".scale");
             events.push_back({path.filename(), encode(read_text(path)),
-                              scale.empty() ? 1.0 : std::strtod(scale.c_str(), nullptr)});
+                              scale.empty() ? 1.0 : to_double(scale.c_str())});
         }
         return events;
     }

@@ -108,7 +108,7 @@ private:
         // One unit (61 µJ) less than the true modulus, which sysfs does not show. Once per wrap,
         // that is negligible.
         const std::string range = read_text(directory / "max_energy_range_uj");
-        if (!range.empty()) channel.modulus = std::strtod(range.c_str(), nullptr);
+        if (!range.empty()) channel.modulus = to_double(range.c_str());
         if (!(channel.modulus > 0 && std::isfinite(channel.modulus))) {
             channel.modulus = 0;
             notes_.push_back(

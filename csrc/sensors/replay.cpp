@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <sstream>
@@ -30,7 +29,7 @@ std::vector<std::string> split(const std::string& line) {
 
 double number(const std::string& text) {
     char* end = nullptr;
-    const double value = std::strtod(text.c_str(), &end);
+    const double value = to_double(text.c_str(), &end);
     if (text.empty() || *end != '\0') throw std::invalid_argument("'" + text + "' is not a number");
     return value;
 }

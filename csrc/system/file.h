@@ -4,6 +4,7 @@
 #include <charconv>
 #include <cerrno>
 #include <cstddef>
+#include <cstdlib>
 #include <filesystem>
 #include <set>
 #include <string>
@@ -11,6 +12,7 @@
 #include <utility>
 
 #include <fcntl.h>
+#include <locale.h>
 #include <unistd.h>
 
 namespace pepr {
@@ -68,6 +70,13 @@ inline std::set<std::filesystem::path> list_directory(const std::filesystem::pat
 }
 
 inline bool is_denied(int error) noexcept { return error == EACCES || error == EPERM; }
+
+// As strtod, but with a decimal point whatever locale the program has set: in a comma locale
+// strtod reads a perf scale of "2.3e-10" as 2. std::from_chars for doubles needs GCC 11.
+inline double to_double(const char* text, char** end = nullptr) noexcept {
+    static const locale_t kPlain = ::newlocale(LC_ALL_MASK, "C", nullptr);
+    return ::strtod_l(text, end, kPlain);
+}
 
 // Parses an unsigned decimal number and moves `at` past it. False if there is none.
 template <typename T>
