@@ -532,8 +532,9 @@ def test_a_summary_is_only_read(measured: dict[str, Any]) -> None:
 def test_the_live_line_is_one_line(
     elapsed_s: float, energy_j: float | None, power_w: float, line: str
 ) -> None:
-    assert render_live(elapsed_s, energy_j, power_w, "modelled", 80) == line
-    assert render_live(elapsed_s, energy_j, power_w, "modelled", 11) == line[:11].rstrip()
+    energy = {"total_j": energy_j, "mean_w": power_w, "provenance": "modelled"}
+    assert render_live(elapsed_s, energy, 80) == line
+    assert render_live(elapsed_s, energy, 11) == line[:11].rstrip()
 
 
 def test_the_live_line_costs_no_heavy_import() -> None:
@@ -541,7 +542,7 @@ def test_the_live_line_costs_no_heavy_import() -> None:
     code = (
         "import sys\n"
         "from pepr_profiler.report.run_text import render_live\n"
-        "render_live(1.0, 2.0, 3.0, 'measured', 80)\n"
+        "render_live(1.0, dict(total_j=2.0, mean_w=3.0, provenance='measured'), 80)\n"
         "print(sorted({'rich', 'numpy'} & set(sys.modules)))\n"
     )
     # when

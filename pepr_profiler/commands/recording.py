@@ -283,9 +283,7 @@ class LiveLine:
         energy = summarise(directory, marks=False)["energy"]
         elapsed_s = (time.monotonic_ns() - started_ns) * 1e-9
         width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-        text = render_live(
-            elapsed_s, energy["total_j"], energy["mean_w"], energy["provenance"] or "", width - 1
-        )
+        text = render_live(elapsed_s, energy, width - 1)
         with self._lock:
             if time.monotonic() >= self._next_s and not self._line_begun:
                 self._write(f"\r\x1b[2K{text}\r")

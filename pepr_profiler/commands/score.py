@@ -265,10 +265,7 @@ def _screens(study: Study, *, width: int, color: bool) -> Iterator[str]:
     """One per group: its ranking, and again without outliers; or several side by side."""
     from pepr_profiler.report.ranking_text import render_ranking, render_side_by_side
 
-    groups: dict[str | None, list[Any]] = {}
-    for ranking in study.rankings:
-        groups.setdefault(ranking.group, []).append(ranking)
-    for rankings in groups.values():
+    for rankings in study.by_group().values():
         if len(rankings) > 1:
             yield render_side_by_side(rankings, width=width, color=color)
             continue

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,15 +128,7 @@ def flat_run(run: Mapping[str, Any]) -> dict[str, Any]:
         if part["in_total"] and part["job_j"] is not None and key in by_kind:
             by_kind[key] = (by_kind[key] or 0.0) + part["job_j"]
     return {
-        "run_id": run["run_id"],
-        "job": run["job"],
-        "name": run["name"],
-        "experiment": run["experiment"],
-        "host": run["host"],
-        "started_at": run["started_at"],
-        "complete": run["complete"],
-        "exit_code": run["exit_code"],
-        "time_s": run["time_s"],
+        **{key: run[key] for key in _SAME_IN_SUMMARY},
         "energy_j": energy["total_j"],
         "energy_u_j": energy["u_j"],
         "power_mean_w": energy["mean_w"],
@@ -152,6 +143,12 @@ def flat_run(run: Mapping[str, Any]) -> dict[str, Any]:
         "performance": performance.get("value"),
         **{f"metric_{name}": value for name, value in run["metrics"].items()},
     }
+
+
+_SAME_IN_SUMMARY = (
+    *("run_id", "job", "name", "experiment", "host", "started_at", "complete", "exit_code"),
+    "time_s",
+)
 
 
 def encode(rows: Sequence[Mapping[str, Any]], form: str) -> bytes:
@@ -189,24 +186,8 @@ def run_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     def row(part: str, name: str, **facts: Any) -> dict[str, Any]:
         energy_j = facts.get("energy_j")
-        columns: dict[str, Any] = {
-            "part": part,
-            "name": name,
-            "source": None,
-            "provenance": None,
-            "in_total": None,
-            "count": None,
-            "duration_s": None,
-            "energy_j": None,
-            "u_j": None,
-            "share": energy_j / total_j if energy_j is not None and total_j else None,
-            "device_j": None,
-            "others_j": None,
-            "idle_j": None,
-            "mean_w": None,
-            "max_w": None,
-        }
-        return {**columns, **facts}
+        share = energy_j / total_j if energy_j is not None and total_j else None
+        return {**dict.fromkeys(_RUN_COLUMNS), "part": part, "name": name, "share": share, **facts}
 
     rows = [
         row("total", str(summary.get("name") or summary["run_id"]), in_total=True,
@@ -230,6 +211,13 @@ def run_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+_RUN_COLUMNS = (
+    *("part", "name", "source", "provenance", "in_total", "count", "duration_s", "energy_j", "u_j"),
+    *("share", "device_j", "others_j", "idle_j", "mean_w", "max_w"),
+)
+_ASIDE = "not in the total"
+
+
 def run_table(summary: Mapping[str, Any], form: str) -> bytes:
     """`run_rows` as csv, parquet or tex."""
     rows = run_rows(summary)
@@ -241,9 +229,7 @@ def run_table(summary: Mapping[str, Any], form: str) -> bytes:
             "device" if r["part"] == "component" else r["part"],
             format_duration(r["duration_s"]),
             format_with_u(r["energy_j"], r["u_j"], "J"),
-            "not in the total"
-            if r["in_total"] is False
-            else format_percent(r["share"], unknown=""),
+            format_percent(r["share"], unknown="") if r["in_total"] is not False else _ASIDE,
         ]
         for r in rows
     ]
@@ -258,12 +244,8 @@ def ranking_table(rows: Sequence[Mapping[str, Any]], form: str) -> bytes:
     cells = []
     for r in rows:
         score = f"{r['pepr']:.3f}"
-        if r["u_pepr"] is not None and math.isfinite(r["u_pepr"]):
+        if r["u_pepr"] is not None:
             score += f" ± {r['u_pepr']:.3f}"
-        unit, u = r["unit"] or "", r["u_resource"]
-        resource = format_amount(r["resource"], unit)
-        if unit and u is not None:
-            resource = format_with_u(r["resource"], u, unit)
         cells.append(
             [
                 *([_cut(r["group"] or "")] if several else []),
@@ -272,7 +254,7 @@ def ranking_table(rows: Sequence[Mapping[str, Any]], form: str) -> bytes:
                 _cut(r["name"]),
                 str(r["n"]),
                 f"{r['performance']:.3f}",
-                resource,
+                format_amount(r["resource"], r["unit"] or "", r["u_resource"]),
                 f"{r['r_norm']:.3f}",
                 score,
             ]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pepr_profiler.report.text import Line, brief, cells, cut, drawn, left, printable, right, wrap
+from pepr_profiler.study import pepr
 from pepr_profiler.study.ranking import Ranking
 from pepr_profiler.units import format_amount
 
@@ -30,14 +31,15 @@ def render_ranking(ranking: Ranking, *, width: int = 80, color: bool = False) ->
     scores, order, standing = ranking.scores, ranking.order, ranking.standing
     marks = ["!" if clamped else "" for clamped in scores.clamped]
     pad = " " if any(marks) else ""
+    u_performance = ranking.u_performance if ranking.repeated else None
     columns = [
-        (_heading(ranking.metric), _performance_cells(ranking)),
+        (_heading(ranking.metric), _with_u(ranking.performance, u_performance)),
         (
             _heading(ranking.resource_name),
             [format_amount(r, ranking.unit) for r in ranking.resource],
         ),
         ("R  " + pad, [f"{r:.3f}{m or pad}" for r, m in zip(scores.r_norm, marks, strict=True)]),
-        (_heading(ranking.label, _LABEL_CELLS), _score_cells(ranking)),
+        (_heading(ranking.label, _LABEL_CELLS), _with_u(scores.pepr, ranking.u_pepr)),
     ]
     if ranking.repeated and ranking.n is not None:
         columns.insert(0, ("n", [str(n) for n in ranking.n]))
@@ -93,7 +95,7 @@ def render_side_by_side(
     def columns_of(with_u: bool) -> list[list[str]]:
         columns = [[f"{p:.3f}" for p in first.performance]]
         for ranking, where in zip(rankings, at, strict=True):
-            scored = _score_cells(ranking) if with_u else [f"{x:.3f}" for x in ranking.scores.pepr]
+            scored = _with_u(ranking.scores.pepr, ranking.u_pepr if with_u else None)
             marked = [
                 scored[i] + ("!" if ranking.scores.clamped[i] else "")
                 + (" *" if ranking.front[i] else "  ")
@@ -213,22 +215,12 @@ def _in_text(name: str) -> str:
     return brief(name, 40)
 
 
-def _performance_cells(ranking: Ranking) -> list[str]:
-    u = ranking.u_performance
-    if u is None or not ranking.repeated:
-        return [f"{p:.3f}" for p in ranking.performance]
-    return [_with_u(p, x) for p, x in zip(ranking.performance, u, strict=True)]
-
-
-def _score_cells(ranking: Ranking) -> list[str]:
-    values, u = ranking.scores.pepr, ranking.u_pepr
-    if u is None or bool(np.isnan(u).all()):
+def _with_u(values: pepr.Floats, u: pepr.Floats | None) -> list[str]:
+    """Each value with its u, "?" where it is unknown; without, where nothing is known of any."""
+    if u is None or np.isnan(u).all():
         return [f"{value:.3f}" for value in values]
-    return [_with_u(value, x) for value, x in zip(values, u, strict=True)]
-
-
-def _with_u(value: float, u: float) -> str:
-    return f"{value:.3f} ± " + ("?" if math.isnan(u) else f"{u:.3f}")
+    texts = ["?" if math.isnan(x) else f"{x:.3f}" for x in u]
+    return [f"{value:.3f} ± {text}" for value, text in zip(values, texts, strict=True)]
 
 
 def _probability(value: float) -> str:

@@ -80,8 +80,16 @@ def run_page(
             "The performance that was reached, against the energy spent until then.",
             lambda width: study_figures.progress_curves([curve], width=width),
         )
-    hatched = any(c.gaps_s for c in timeline.components if c.in_total)
     phases = summary.get("phases") or []
+    step = steps.partition(";")[0].rstrip(".")
+    power_caption = f"{whose} power, its devices on top of each other. {step}."
+    if phases:
+        power_caption += " Below: its phases."
+    if any(c.gaps_s for c in timeline.components if c.in_total):
+        power_caption += " Hatched: times without a reading; what is drawn there was not measured."
+    devices_caption = f"The whole device's power as a line. {steps}"
+    if all(c.low_w is None for c in timeline.components):
+        devices_caption += " The area is the part of it that is counted."
     return render(
         "run.html",
         scripts=["theme.js"],
@@ -100,26 +108,11 @@ def run_page(
         warnings=summary.get("warnings") or [],
         missing=summary.get("missing") or [],
         charts=charts,
-        power_caption=(
-            f"{whose} power, its devices on top of each other. "
-            + steps.partition(";")[0].rstrip(".")
-            + "."
-            + (" Below: its phases." if phases else "")
-            + (
-                " Hatched: times without a reading; what is drawn there was not measured."
-                if hatched
-                else ""
-            )
-        ),
+        power_caption=power_caption,
         whole=whole,
         energy_caption=f"{whose} energy since the beginning. The band is ± u, k = 2: it contains "
         "the true value with 95 % probability.",
-        devices_caption="The whole device's power as a line. "
-        + (
-            steps
-            if any(c.low_w is not None for c in timeline.components)
-            else f"{steps} The area is the part of it that is counted."
-        ),
+        devices_caption=devices_caption,
         progress=_progress_text(curve),
         components=list(_components(energy)),
         phases=list(_phases(phases, total)),
@@ -152,7 +145,7 @@ def _energy_note(energy: Mapping[str, Any]) -> str:
     total_j = energy.get("total_j")
     if total_j is None:
         return "no device could be measured or estimated"
-    text = f"{format_quantity(total_j / units.J_PER_WH, 'Wh')}"
+    text = format_quantity(total_j / units.J_PER_WH, "Wh")
     if energy.get("provenance") == "modelled":
         text += "; no sensor could be read: this is an estimate from utilisation"
     elif energy.get("provenance") == "mixed":
@@ -160,30 +153,28 @@ def _energy_note(energy: Mapping[str, Any]) -> str:
     return text
 
 
-def _facts(summary: Mapping[str, Any]) -> Iterable[dict[str, str]]:
-    def fact(name: str, value: str, more: str = "") -> dict[str, str]:
-        return {"name": name, "value": value, "more": more}
-
-    yield fact("Mean power", format_quantity(summary["energy"].get("mean_w"), "W"))
-    yield fact("Time", format_duration(summary.get("time_s")))
+def _facts(summary: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
+    """The name of each, its value, and what else there is to say of it."""
+    yield "Mean power", format_quantity(summary["energy"].get("mean_w"), "W"), ""
+    yield "Time", format_duration(summary.get("time_s")), ""
     performance = summary.get("performance")
     if performance:
         value = units.format_number(performance["value"])
-        yield fact(clip(str(performance["metric"]), 40), value, "performance")
+        yield clip(str(performance["metric"]), 40), value, "performance"
     carbon = summary.get("carbon")
     if carbon:
         year = f" {carbon['year']}" if carbon.get("year") is not None else ""
-        yield fact(
+        yield (
             "Carbon",
             f"{format_quantity(carbon.get('g_co2e'), 'g')} CO₂e",
             f"{carbon['intensity_g_per_kwh']:.4g} g/kWh, PUE {carbon['pue']:.2f}; "
             f"{clip(str(carbon['source']), 120)}{year}",
         )
     else:
-        yield fact("Carbon", units.UNKNOWN, "set the place: --region CODE")
+        yield "Carbon", units.UNKNOWN, "set the place: --region CODE"
     memory = summary.get("memory") or {}
     gpu_bytes = memory.get("gpu_peak_bytes")
-    yield fact(
+    yield (
         "Peak memory",
         format_quantity(memory.get("peak_rss_bytes"), "B"),
         f"and {format_quantity(gpu_bytes, 'B')} on GPUs" if gpu_bytes is not None else "",
@@ -211,14 +202,14 @@ def _components(energy: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
 
     for c in sorted(energy.get("components") or [], key=place):
         share = units.ratio(c.get(key), total[0]) if c["in_total"] else None
-        known = c.get(key) is not None
+        known, like = c.get(key) is not None, total if c["in_total"] else None
         sensor = clip(_SENSORS.get(c["source"], str(c["source"])), 60)
         yield {
             "name": component_name(c),
             "kind": kind_of(c),
             "in_total": c["in_total"],
             "excluded": c.get("excluded") or ("" if known else "unknown"),
-            "energy": format_with_u(c.get(key), c.get("u_j"), "J", like=_like(total, c)),
+            "energy": format_with_u(c.get(key), c.get("u_j"), "J", like=like),
             "share": format_percent(share, unknown=""),
             "percent": f"{100 * share:.2f}" if share is not None else "0",
             "others": _rest(c, "others_j"),
@@ -235,10 +226,6 @@ def _rest(component: Mapping[str, Any], key: str) -> str:
     if value is not None and device_j is not None and abs(value) < 1e-9 * device_j:
         value = 0.0
     return format_quantity(value, "J")
-
-
-def _like(total: tuple[Any, Any], component: Mapping[str, Any]) -> tuple[Any, Any] | None:
-    return total if component["in_total"] else None
 
 
 def _phases(
@@ -315,15 +302,13 @@ def _method(summary: Mapping[str, Any]) -> Iterable[str]:
     energy = summary["energy"]
     added = [c for c in energy.get("components") or [] if c["in_total"]]
     sources = {str(c["source"]) for c in added}
-    if any(s in sources for s in ("powercap", "perf", "nvml-energy")):
+    if sources & {"powercap", "perf", "nvml-energy"}:
         yield (
             "Where a device counts its own energy, the energy is the difference of two counter "
             "values: a sample that is missed costs resolution, but no energy. Wraps of the counter "
             "are undone."
         )
-    if any(s.startswith("nvml-power") for s in sources) or any(
-        s.startswith("hwmon") for s in sources
-    ):
+    if any(source.startswith(("nvml-power", "hwmon")) for source in sources):
         yield (
             "Where a device reports power only, its readings are integrated over time. They are "
             "shifted back by their lag: 0.5 s where they are averages over a second, else 0.3 of "

@@ -39,20 +39,18 @@ _ASIDE = {
 _STYLES = {"measured": "green", "modelled": "yellow", "mixed": "yellow"}
 
 
-def render_live(
-    elapsed_s: float,
-    energy_j: float | None,
-    power_w: float | None,
-    provenance: str,
-    width: int,
-) -> str:
-    """The status line while the child runs, at most `width` cells, without a line end."""
+def render_live(elapsed_s: float, energy: Mapping[str, Any], width: int) -> str:
+    """The status line while the child runs, at most `width` cells, without a line end.
+
+    `energy` is that of the summary so far.
+    """
     minutes, seconds = divmod(int(elapsed_s), 60)
     clock = f"{minutes:02d}:{seconds:02d}"
     if minutes >= 60:
         clock = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-    energy, power = format_quantity(energy_j, "J"), format_quantity(power_w, "W")
-    return f"pepr  {clock}  {energy}  {power}  {format_provenance(provenance)}"[:width].rstrip()
+    total, power = format_quantity(energy["total_j"], "J"), format_quantity(energy["mean_w"], "W")
+    line = f"pepr  {clock}  {total}  {power}  {format_provenance(energy['provenance'])}"
+    return line[:width].rstrip()
 
 
 def render_run(
@@ -310,8 +308,7 @@ def _fact_lines(
     ]
     lines: list[Line] = []
     for key, text in facts:
-        if text:
-            lines += _fact(key, [(text, "")], width)
+        lines += _fact(key, [(text, "")], width)
     missing: dict[tuple[str, str], list[str]] = {}
     for item in summary.get("missing") or []:
         missing.setdefault((item.get("why", ""), item.get("fix", "")), []).append(item["what"])

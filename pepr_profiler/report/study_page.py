@@ -14,14 +14,12 @@ from pepr_profiler.report.html import clip, render
 from pepr_profiler.study import progress
 from pepr_profiler.study.ranking import Ranking
 from pepr_profiler.study.study import Study
-from pepr_profiler.units import format_amount, format_with_u
+from pepr_profiler.units import format_amount
 
 _MOST_ROWS = 1000
 
 
-def study_page(
-    study: Study, *, load: Callable[[str], Mapping[str, Any]] | None = None, name: str = ""
-) -> str:
+def study_page(study: Study, *, load: Callable[[str], Mapping[str, Any]] | None = None) -> str:
     """The page of a study: figures and a ranking per group, in which rows can be unticked.
 
     `load` gives the whole summary of a run by its id, for the curves: a store's index has none, and
@@ -41,14 +39,8 @@ def study_page(
         if not by_id:  # too many: one run of each row is enough for its number of parameters
             firsts = {ids[0] for ranking in study.rankings for ids in ranking.run_ids}
             by_id = {i: load(i) for i in firsts}
-    groups: dict[str | None, list[Ranking]] = {}
-    for ranking in study.rankings:
-        groups.setdefault(ranking.group, []).append(ranking)
-    shown, data = [], []
-    for number, (group, rankings) in enumerate(groups.items()):
-        view, facts = _group(number, group, rankings, by_id)
-        shown.append(view)
-        data.append(facts)
+    groups = study.by_group()
+    shown = [_group(n, *of_group, by_id) for n, of_group in enumerate(groups.items())]
     models = len({row for ranking in study.rankings for row in ranking.names})
     seen = dict.fromkeys(
         (str(run.get("experiment") or ""), str(run.get("host") or "")) for run in study.runs
@@ -67,17 +59,17 @@ def study_page(
     return render(
         "study.html",
         scripts=["theme.js", "study.js"],
-        name=clip(name or " and ".join(experiments[:3]) or "A PePR study", 120),
+        name=clip(" and ".join(experiments[:3]) or "A PePR study", 120),
         sub=clip("; ".join(filter(None, [what, "on " + ", ".join(hosts) if hosts else ""])), 200),
         lead=f"Which model was worth its {clip(first.resource_name, 60)}? Each was trained, its "
         f"{clip(first.metric, 60)} noted and its {clip(' and '.join(weighed), 200)} "
         f"{'measured or estimated' if set(provenance) - {'measured'} else 'measured'}."
         if study.runs
         else f"Which was worth its {clip(first.resource_name, 60)}?",
-        groups=shown,
+        groups=[view for view, _ in shown],
         left_out=study.left_out,
         method=list(_study_method(study, provenance)),
-        data={"levels": list(study_figures.LEVELS), "groups": data},
+        data={"levels": list(study_figures.LEVELS), "groups": [facts for _, facts in shown]},
     )
 
 
@@ -148,9 +140,7 @@ def _group(
         )
         charts.append({"chart": drawn, "caption": caption, "heading": heading})
     view = {
-        "title": group
-        if group is not None
-        else f"{clip(first.metric, 60)} against {clip(first.resource_name, 60)}",
+        "title": group if group is not None else charts[0]["heading"],
         "summary": _said(first),
         "caption": _range_text(first),
         "of": first.of.capitalize(),
@@ -259,14 +249,11 @@ def _fraction(value: float, u: Any, i: int) -> str:
 
 def _resource_cells(ranking: Ranking, i: int, *, u: bool) -> dict[str, Any]:
     """One row's cells; `u` where there is room for it, the figures have it all."""
-    value, u_resource = float(ranking.resource[i]), ranking.u_resource
-    shown = format_amount(value, ranking.unit)
-    if u and u_resource is not None and math.isfinite(u_resource[i]) and ranking.unit:
-        shown = format_with_u(value, float(u_resource[i]), ranking.unit)
+    u_resource = float(ranking.u_resource[i]) if u and ranking.u_resource is not None else None
     score = float(ranking.scores.pepr[i])
     u_score = None if ranking.u_pepr is None else float(ranking.u_pepr[i])
     return {
-        "amount": shown,
+        "amount": format_amount(float(ranking.resource[i]), ranking.unit, u_resource),
         "score": f"{score:.3f}",
         "u": "" if u_score is None or math.isnan(u_score) else f"{u_score:.3f}",
         "front": bool(ranking.front[i]),

@@ -242,6 +242,13 @@ class Study:
             fix="name one of these, or make the study with that resource",
         )
 
+    def by_group(self) -> dict[str | None, list[Ranking]]:
+        """The rankings of each group, one a resource."""
+        groups: dict[str | None, list[Ranking]] = {}
+        for ranking in self.rankings:
+            groups.setdefault(ranking.group, []).append(ranking)
+        return groups
+
     @property
     def scores(self) -> dict[tuple[str | None, str], pepr.Scores]:
         """The scores for each (group, resource), in the order of that ranking's `names`."""
