@@ -32,12 +32,6 @@ from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
 # Says "ready", and goes on with argv's code once a line comes in.
 WAITING = "import os, sys\nprint('ready', flush=True)\nsys.stdin.readline()\n"
-HURRY = """
-try:
-    os.nice(-15)  # its CPU time is what shows of it: on a busy machine too it needs its part
-except PermissionError:
-    pass
-"""
 BUSY = "import time\nwhile time.process_time() < {cpu_s}: pass\n"
 
 
@@ -190,7 +184,10 @@ if os.fork():
     os.wait(), os._exit(0)
 if os.fork():
     os._exit(0)
-{HURRY}
+try:
+    os.nice(-15)  # its CPU time is all that shows of it: on a busy machine it needs its part
+except PermissionError:
+    pass
 os.set_blocking(0, False)
 while True:
     try:
@@ -295,9 +292,8 @@ def test_metric_file_is_watched_and_an_older_one_is_stale(cli: Cli, meter: str) 
 
 def test_attached_midway_sees_what_its_wrapper_sees(cli: Cli, meter: str) -> None:
     # given a wrapped program with workers that compute, some of them renewed all the time
-    code = f"""
+    code = """
 import multiprocessing, os, select, time
-{HURRY}
 def work(cpu_s):
     while time.process_time() < cpu_s: pass
 context = multiprocessing.get_context("fork")
@@ -328,7 +324,7 @@ long.kill()
         times, cpu_s = lane(directory, "job/cpu")
         used_s.append(np.diff(np.interp(attached["recording"]["window_ns"], times, cpu_s))[0])
     assert len(used_s) == 2
-    assert used_s[0] > 0.1  # however busy the machine is
+    assert used_s[0] > 0.05  # however busy the machine is
     assert used_s[0] == pytest.approx(used_s[1], rel=0.03, abs=0.02)
 
 
