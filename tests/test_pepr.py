@@ -27,6 +27,24 @@ PAPER_COLUMNS = [
 ]
 
 
+def errors_of(
+    n: int,
+    *,
+    u_r: npt.ArrayLike = 0.0,
+    u_p: npt.ArrayLike = 0.0,
+    shared: npt.ArrayLike = (),
+) -> pepr.Errors:
+    """The errors of n rows whose standard uncertainties (k = 1) are known beforehand."""
+    zeros = np.zeros(n)
+    return pepr.Errors(
+        var_p=zeros + np.asarray(u_p, dtype=np.float64) ** 2,
+        var_r=zeros + np.asarray(u_r, dtype=np.float64) ** 2,
+        cov=zeros,
+        dof=np.full(n, np.inf),
+        shared=np.asarray(shared, dtype=np.float64).reshape(-1, n),
+    )
+
+
 def u_of(
     p: npt.ArrayLike,
     r: npt.ArrayLike,
@@ -37,7 +55,7 @@ def u_of(
     shared: npt.ArrayLike = (),
 ) -> pepr.Floats:
     """u of the scores, from independent u that are known beforehand; all have k = 2."""
-    errors = pepr.Errors.of(
+    errors = errors_of(
         len(np.asarray(r)),
         u_r=np.asarray(u_r) / 2,
         u_p=np.asarray(u_performance) / 2,
@@ -397,7 +415,7 @@ def test_ranks_are_ranges_where_rows_cannot_be_told_apart() -> None:
     # given scores 0.90, 0.88, 0.86, 0.70 of u 0.016 each, so that neighbours of the first three
     # (0.02 apart, u of a difference 0.0226) cannot be told apart, but the first and third can
     p = [0.90, 0.88, 0.86, 0.70]
-    errors = pepr.Errors.of(4, u_p=0.008)
+    errors = errors_of(4, u_p=0.008)
     standing = pepr.standing(p, [1.0] * 4, errors, bounds=(1.0, 2.0))
     # then the middle one may be any of three, and no range is wider than it has to be
     assert standing.best is not None and standing.worst is not None
@@ -410,8 +428,8 @@ def test_ranks_are_ranges_where_rows_cannot_be_told_apart() -> None:
 def test_a_gain_in_common_makes_no_pair_uncertain() -> None:
     # given two energies 2 % apart, of one board (gain known to 10 %), or of two
     p, r = [0.8, 0.8, 0.5], [100.0, 102.0, 400.0]
-    one = pepr.Errors.of(3, shared=[[10.0, 10.2, 40.0]])
-    two = pepr.Errors.of(3, shared=[[10.0, 0.0, 0.0], [0.0, 10.2, 0.0], [0.0, 0.0, 40.0]])
+    one = errors_of(3, shared=[[10.0, 10.2, 40.0]])
+    two = errors_of(3, shared=[[10.0, 0.0, 0.0], [0.0, 10.2, 0.0], [0.0, 0.0, 40.0]])
     fixed = (50.0, 500.0)
     assert pepr.standing(p, r, one, bounds=fixed).swap[0] < 1e-6
     assert pepr.standing(p, r, two, bounds=fixed).swap[0] > 0.4
@@ -465,7 +483,7 @@ def small_ranking(**changes: Any) -> Ranking:
         "resource": r,
         "scores": pepr.score(p, r),
         "bounds_given": False,
-        "standing": pepr.standing(p, r, pepr.Errors.of(3, u_r=[12e3, 2e3, 4e3])),
+        "standing": pepr.standing(p, r, errors_of(3, u_r=[12e3, 2e3, 4e3])),
     }
     return Ranking(**(values | changes))
 
@@ -537,7 +555,7 @@ def test_colour_adds_escape_codes_and_changes_no_character() -> None:
 def test_an_unknown_uncertainty_is_a_question_mark_and_null() -> None:
     # given a middle run whose energy is known without its u: no bound is, so the others are certain
     p, r = np.array([0.96, 0.8, 0.9]), np.array([500e3, 100e3, 200e3])
-    errors = pepr.Errors.of(3, u_r=[12e3, 2e3, math.nan])
+    errors = errors_of(3, u_r=[12e3, 2e3, math.nan])
     ranking = small_ranking(standing=pepr.standing(p, r, errors))
     assert "0.720 ± ?" in render_ranking(ranking)
     rows = ranking_data(ranking)["rows"]

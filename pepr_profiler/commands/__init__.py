@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, TextIO, TypeVar
 
 import click
 
@@ -37,6 +37,16 @@ store_option = click.option(
     help="Where runs are kept [PEPR_STORE, else the user's data directory].",
 )
 """Every command that has to do with recorded runs has it; the parameter is `store: Path | None`."""
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def decorate(command: _Command, options: Sequence[Callable[[_Command], _Command]]) -> _Command:
+    """The command with options, which its help lists in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
 
 _UNWRITABLE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EPIPE}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pepr_profiler.block import complete_recording, grid_intensity
-from pepr_profiler.commands import complain, store_option, whoever_listens, written_output
+from pepr_profiler.commands import complain, decorate, store_option, whoever_listens, written_output
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.record import Record
 from pepr_profiler.recording.options import SCOPES, Options
@@ -192,10 +192,7 @@ def recording_options(verb: Callable[..., int]) -> Callable[..., int]:
         asked = {field: parameters.pop(field) for field in RecordingRequest._fields}
         return verb(**parameters, request=RecordingRequest(**asked))
 
-    decorated: Callable[..., int] = with_request
-    for option in reversed(_OPTIONS):
-        decorated = option(decorated)
-    return decorated
+    return decorate(with_request, _OPTIONS)
 
 
 def name_of(command: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pepr_profiler import units
-from pepr_profiler.commands import complain, store_option, write_text
+from pepr_profiler.commands import complain, decorate, store_option, write_text
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import EXPORTS
 from pepr_profiler.report.text import printable
@@ -54,9 +54,7 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
             given["provenance"] = "modelled"  # as summaries call it
         return command(*arguments, wanted=Filter(**given), **options)
 
-    for option in reversed(_FILTERS):
-        with_filter = option(with_filter)
-    return with_filter
+    return decorate(with_filter, _FILTERS)
 
 
 _FILTERS = (

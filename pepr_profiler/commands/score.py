@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands import complain, screen, write_text
+from pepr_profiler.commands import complain, decorate, screen, write_text
 from pepr_profiler.commands.report import performance_options
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import FORMS
@@ -35,13 +36,7 @@ def range_options(form: str) -> Callable[[Any], Any]:
         click.option("--range-from", "--bounds-from", "bounds_from", type=file, metavar="FILE",
                      help="Use the normalisation range that was saved in FILE."),
     )  # fmt: skip
-
-    def with_options(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return with_options
+    return partial(decorate, options=options)
 
 
 def limits_of(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, overload
 
 import numpy as np
+from orjson import loads
 
 from pepr_profiler import units
 from pepr_profiler.errors import UsageError
@@ -142,13 +143,9 @@ class Cohort:
 
     def _metric(self, name: str) -> pepr.Floats:
         """A metric that was logged (n,); NaN is unknown."""
-        from orjson import loads
-
         return np.array([loads(row.metrics).get(name) for row in self.rows], dtype=np.float64)
 
     def _metric_names(self) -> list[str]:
-        from orjson import loads
-
         return sorted({name for row in self.rows for name in loads(row.metrics)})
 
     def performance(self, metric: str | None) -> tuple[str, pepr.Floats]:
@@ -192,8 +189,6 @@ class Cohort:
         are repeats only if their commands are the same but for the seed. Else what differs in their
         commands becomes part of the name.
         """
-        from orjson import loads
-
         names = [row.name for row in self.rows]
         unnamed: dict[str, list[tuple[int, tuple[str, ...]]]] = {}
         for i, row in enumerate(self.rows):
@@ -260,8 +255,6 @@ class Cohort:
 
         There is one such error for each device and cause.
         """
-        from orjson import loads
-
         assert amount.units_per_joule is not None
         number: dict[str, int] = {}
         entries = [

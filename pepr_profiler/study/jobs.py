@@ -150,8 +150,10 @@ class _JobRecordings:
         failed = next((run for run in self._runs if run.get("exit_code")), None)
         first = min(self._runs, key=lambda run: str(run.get("started_at")))
         memory = [run.get("memory") or {} for run in self._top]
+        outer_first = [*self._top, *self._runs]
+        performances = _known(run.get("performance") for run in outer_first)
         metrics: dict[str, Any] = {}
-        for run in [*self._top, *self._runs]:
+        for run in outer_first:
             metrics = {**(run.get("metrics") or {}), **metrics}
         return {
             **self._main,
@@ -171,7 +173,7 @@ class _JobRecordings:
             },
             "carbon": self._carbon(total_j),
             "metrics": metrics,
-            "performance": _first(run.get("performance") for run in [*self._top, *self._runs]),
+            "performance": next(iter(performances), None),
             "sampler": self._sampler(duration_s),
             "missing": _unique(self._runs, "missing", "what"),
             "warnings": _unique(self._runs, "warnings", "text"),
@@ -222,12 +224,12 @@ class _JobRecordings:
             "job_j": job_j,
             "others_j": device_j - job_j - idle_j,
             "idle_j": idle_j,
-            "idle_w": _least(record.component.get("idle_w") for record in known),
+            "idle_w": min(_known(r.component.get("idle_w") for r in known), default=None),
             "job_idle_j": _sum_known(record.component.get("job_idle_j") for record in own),
             # The errors of a device are the same in each of its records: they add up linearly.
             "u_j": _sum_known(record.component.get("u_j") for record in own or known[:1]),
             "mean_w": device_j / seen_s if seen_s > 0 else None,
-            "max_w": _most(record.component.get("max_w") for record in known),
+            "max_w": max(_known(r.component.get("max_w") for r in known), default=None),
             "trace_w": self._trace_w(pieces),
             "budget": _budgets([record.component.get("budget") for record in own or known[:1]]),
         }
@@ -349,10 +351,6 @@ def _unique(runs: Iterable[Summary], key: str, name: str) -> list[Any]:
     return list(found.values())
 
 
-def _first(values: Iterable[Any]) -> Any:
-    return next((value for value in values if value is not None), None)
-
-
 def _known(values: Iterable[Any]) -> list[Any]:
     return [value for value in values if value is not None]
 
@@ -366,11 +364,3 @@ def _sum_known(values: Iterable[Any]) -> Any:
     """The sum of what is known; None if nothing is."""
     known = _known(values)
     return sum(known) if known else None
-
-
-def _least(values: Iterable[Any]) -> Any:
-    return min(_known(values), default=None)
-
-
-def _most(values: Iterable[Any]) -> Any:
-    return max(_known(values), default=None)

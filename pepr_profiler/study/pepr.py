@@ -71,39 +71,17 @@ class Errors:
     dof: Floats
     shared: Floats
 
-    @classmethod
-    def of(
-        cls,
-        n: int,
-        *,
-        u_r: npt.ArrayLike = 0.0,
-        u_p: npt.ArrayLike = 0.0,
-        shared: npt.ArrayLike = (),
-    ) -> Errors:
-        """The errors of n rows whose standard uncertainties (k = 1) are known beforehand."""
-        zeros = np.zeros(n)
-        return cls(
-            var_p=zeros + np.asarray(u_p, dtype=np.float64) ** 2,
-            var_r=zeros + np.asarray(u_r, dtype=np.float64) ** 2,
-            cov=zeros,
-            dof=np.full(n, np.inf),
-            shared=np.asarray(shared, dtype=np.float64).reshape(-1, n),
-        )
-
     @property
     def u_p(self) -> Floats:
         """The u of each performance (n,), which covers COVERAGE."""
-        u: Floats = coverage_factor(self.dof) * np.sqrt(self.var_p)
-        return u
+        return np.asarray(coverage_factor(self.dof) * np.sqrt(self.var_p))
 
     @property
     def u_r(self) -> Floats:
         """The u of each resource (n,), which covers COVERAGE, with the shared errors."""
         common = np.sum(self.shared**2, axis=0)
-        total = self.var_r + common
-        dof = _effective_dof([(self.var_r, self.dof)], total)
-        u: Floats = coverage_factor(dof) * np.sqrt(total)
-        return u
+        total, dof = _sum([(self.var_r, self.dof), (common, math.inf)])
+        return np.asarray(coverage_factor(dof) * np.sqrt(total))
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,8 +180,7 @@ def score(
 
 def rank(scores: Scores) -> npt.NDArray[np.intp]:
     """The numbers (n,) of the rows from the best score to the worst; ties keep their order."""
-    order: npt.NDArray[np.intp] = np.argsort(-scores.pepr, kind="stable")
-    return order
+    return np.asarray(np.argsort(-scores.pepr, kind="stable"))
 
 
 def pareto_front(performance: npt.ArrayLike, resource: npt.ArrayLike) -> Mask:
@@ -247,8 +224,7 @@ def average(
     n = np.bincount(index)
 
     def mean(values: Floats) -> Floats:
-        result: Floats = np.bincount(index, weights=values, minlength=len(n)) / n
-        return result
+        return np.asarray(np.bincount(index, weights=values, minlength=len(n)) / n)
 
     mean_p, mean_r = mean(p), mean(r)
     off_p, off_r = p - mean_p[index], r - mean_r[index]
@@ -370,29 +346,24 @@ class _ScoreErrors:
 
     def of_rows(self) -> tuple[Floats, Floats]:
         """The variance of each score (n,) and its degrees of freedom (n,)."""
-        parts = [(self.own, self.dof), (self.at_bounds, np.asarray(math.inf))]
-        parts += [(np.sum(moves**2, axis=0), np.asarray(dof)) for moves, dof in self.common]
-        return _sum(parts)
+        common = [(np.sum(moves**2, axis=0), dof) for moves, dof in self.common]
+        return _sum([(self.own, self.dof), (self.at_bounds, math.inf), *common])
 
     def of_steps(self, order: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
         """The same of the difference between each row and the next in `order`, (n - 1,)."""
         a, b = order[:-1], order[1:]
-        parts = [(self.own[a], self.dof[a]), (self.own[b], self.dof[b])]
-        parts += [
-            (np.sum((moves[:, a] - moves[:, b]) ** 2, axis=0), np.asarray(dof))
-            for moves, dof in self.common
-        ]
-        return _sum(parts)
+        common = [(np.sum((x[:, a] - x[:, b]) ** 2, axis=0), dof) for x, dof in self.common]
+        return _sum([(self.own[a], self.dof[a]), (self.own[b], self.dof[b]), *common])
 
     def of_pairs(self) -> tuple[Floats, Floats]:
         """The same of the difference between any two rows, (n, n)."""
         n = len(self.own)
         own, dof = np.tile(self.own, (n, 1)), np.tile(self.dof, (n, 1))
-        parts = [(own, dof), (own.T, dof.T)]
+        parts: list[tuple[Floats, Floats | float]] = [(own, dof), (own.T, dof.T)]
         for moves, of_moves in self.common:
             squares = np.sum(moves**2, axis=0)
             between = squares[:, None] + squares - 2.0 * moves.T @ moves
-            parts.append((np.maximum(between, 0.0), np.asarray(of_moves)))
+            parts.append((np.maximum(between, 0.0), of_moves))
         return _sum(parts)
 
 
@@ -416,17 +387,15 @@ def _product(factor: Floats, value: Floats | float) -> Floats:
     return np.where(factor == 0.0, 0.0, factor * value)
 
 
-def _sum(parts: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
-    """The sum of variances, and its degrees of freedom, from (variance, degrees of freedom)."""
+def _sum(parts: Sequence[tuple[Floats, Floats | float]]) -> tuple[Floats, Floats]:
+    """The sum of variances, and its degrees of freedom, from (variance, degrees of freedom).
+
+    The degrees of freedom are those of Welch and Satterthwaite.
+    """
     total = np.asarray(sum(variance for variance, _ in parts), dtype=np.float64)
-    return total, _effective_dof(parts, total)
-
-
-def _effective_dof(parts: Sequence[tuple[Floats, Floats]], total: Floats) -> Floats:
-    """The degrees of freedom of a sum of variances (Welch and Satterthwaite)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         dof = total**2 / np.asarray(sum(variance**2 / dof for variance, dof in parts))
-    return np.where(np.isnan(dof), np.inf, dof)
+    return total, np.where(np.isnan(dof), np.inf, dof)
 
 
 def _in_sigmas(lead: Floats, variance: Floats, dof: Floats) -> tuple[Floats, Floats]:
@@ -461,8 +430,7 @@ def _tail_integral(start: Floats, nu: Floats) -> Floats:
     phi = (start + half)[..., None] + half[..., None] * _POINTS
     with np.errstate(divide="ignore"):
         logarithm = (nu - 1.0)[..., None] * np.log(np.cos(phi))
-    total: Floats = half * (np.exp(logarithm) @ _WEIGHTS)
-    return total
+    return np.asarray(half * (np.exp(logarithm) @ _WEIGHTS))
 
 
 def coverage_factor(dof: npt.ArrayLike) -> Floats:

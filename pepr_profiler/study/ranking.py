@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,22 +144,16 @@ class Bounds:
                 raise ValueError("it has none")
             return tuple(
                 cls(
-                    resource=str(entry["resource"]),
-                    unit=str(entry["unit"] or ""),
+                    **{key: entry[key] for key in _SAME_IN_FILE},
+                    unit=entry["unit"] or "",
                     low=float(entry["min"]),
                     high=float(entry["max"]),
-                    name=str(entry["name"]),
-                    group=entry["group"],
-                    provenance=entry["provenance"],
-                    metric=entry["metric"],
                     source=source,
                 )
                 for entry in data["bounds"]
             )
         except KeyError as error:
             raise ValueError(f"it lacks {error}") from error
-        except TypeError as error:
-            raise ValueError(str(error)) from error
 
     @staticmethod
     def saved(rankings: Sequence[Ranking], **facts: Any) -> dict[str, Any]:
@@ -186,6 +181,7 @@ class Bounds:
         }
 
 
+_SAME_IN_FILE = ("resource", "name", "group", "provenance", "metric")
 _BOUNDS = {
     "bounds": [
         {
@@ -276,8 +272,7 @@ class SharedErrors:
         lines, number = np.unique(self.lines, return_inverse=True)
         places = number * len(n) + model[self.rows]
         total = np.bincount(places, weights=self.moves, minlength=len(lines) * len(n))
-        mean: pepr.Floats = total.reshape(-1, len(n)) / n
-        return mean
+        return np.asarray(total.reshape(-1, len(n)) / n)
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,14 +366,12 @@ def make_ranking(
         odd, outliers = _outliers(amount, companions, called or names.__getitem__, index)
         if outliers:
             good = np.flatnonzero(~odd).tolist()
-            try:
+            with suppress(pepr.NoCohortError):  # what is left may have no span
                 without = make_ranking(
                     [names[i] for i in good], p[good], amount.at(good),
                     ids=[ids[i] for i in good] if ids else (), repeats=repeats,
                     bounds=bounds, check=False, **facts,
                 )  # fmt: skip
-            except pepr.NoCohortError:
-                without = None  # what is left has no span
     several = repeats and len(models) < len(names)
     return Ranking(
         **{"of": "model" if several else "run" if ids else "row", **facts},
@@ -404,8 +397,6 @@ def _members(
     """The ids of each model's runs; empty for the rows of a table."""
     if not ids:
         return ()
-    if models == len(ids):
-        return tuple((x,) for x in ids)
     members: list[list[str]] = [[] for _ in range(models)]
     for i, x in zip(index.tolist(), ids, strict=True):
         members[i].append(x)
