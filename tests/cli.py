@@ -165,9 +165,9 @@ def codes(summary: Mapping[str, Any], about: str = "") -> set[str]:
 
     Unless it is asked about, who else uses the CPUs that the tests run on is left out.
     """
-    told = [warning for warning in summary["warnings"] if about in warning["text"]]
+    warnings = [warning for warning in summary["warnings"] if about in warning["text"]]
     neighbours = "of the CPU time that was used"
-    return {w["code"] for w in told if neighbours in about or neighbours not in w["text"]}
+    return {w["code"] for w in warnings if neighbours in about or neighbours not in w["text"]}
 
 
 def write_replay(path: Path, channels: Sequence[str], rows: Sequence[Sequence[float]]) -> str:

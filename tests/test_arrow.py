@@ -79,19 +79,19 @@ def test_pyarrow_reads_what_is_written(tmp_path: Path, channels: int) -> None:
     about = of_a_lane(channels)
     messages = written(about, tmp_path)
     with ipc.open_stream(stream(about, messages)) as reader:
-        told = reader.schema
+        fields = reader.schema
         batches = list(reader)
-    assert [(f.name, np.dtype(f.type.to_pandas_dtype()).str.replace("|", "<")) for f in told] == [
+    assert [(f.name, np.dtype(f.type.to_pandas_dtype()).str.replace("|", "<")) for f in fields] == [
         (c.name, c.form) for c in about.columns
     ]
-    assert not any(field.nullable for field in told)
-    for field, column in zip(told, about.columns, strict=True):
+    assert not any(field.nullable for field in fields)
+    for field, column in zip(fields, about.columns, strict=True):
         facts = {k.decode(): v.decode() for k, v in (field.metadata or {}).items()}
         assert facts == column.facts
-    assert {k.decode(): v.decode() for k, v in (told.metadata or {}).items()} == about.facts
-    for batch, (_, told_of) in zip(batches, messages, strict=True):
+    assert {k.decode(): v.decode() for k, v in (fields.metadata or {}).items()} == about.facts
+    for batch, (_, columns) in zip(batches, messages, strict=True):
         batch.validate(full=True)
-        for read, expected in zip(batch.columns, told_of, strict=True):
+        for read, expected in zip(batch.columns, columns, strict=True):
             np.testing.assert_array_equal(read.to_numpy(), expected)
 
 
@@ -99,8 +99,8 @@ def test_pyarrow_reads_what_is_written(tmp_path: Path, channels: int) -> None:
 def test_pyarrow_reads_a_schema_of_every_kind(columns: int) -> None:
     ipc, pa = pytest.importorskip("pyarrow.ipc"), pytest.importorskip("pyarrow")
     about = schema(columns)
-    told = ipc.read_schema(pa.py_buffer(arrow.schema_message(about)))
-    assert [(f.name, np.dtype(f.type.to_pandas_dtype()).str.replace("|", "<")) for f in told] == [
+    fields = ipc.read_schema(pa.py_buffer(arrow.schema_message(about)))
+    assert [(f.name, np.dtype(f.type.to_pandas_dtype()).str.replace("|", "<")) for f in fields] == [
         (c.name, c.form) for c in about.columns
     ]
 
@@ -112,7 +112,7 @@ def test_nanoarrow_reads_what_is_written(tmp_path: Path) -> None:
     (tmp_path / "s.arrows").write_bytes(stream(about, messages))
     read = na.ArrayStream.from_path(str(tmp_path / "s.arrows")).read_all()
     for at, column in enumerate(about.columns):
-        expected = np.concatenate([told_of[at] for _, told_of in messages])
+        expected = np.concatenate([columns[at] for _, columns in messages])
         assert read.child(at).to_pylist() == expected.tolist(), column
 
 

@@ -353,7 +353,7 @@ def test_attribution_device_makes_the_total_what_the_devices_took(
     assert summary["recording"]["options"]["scope"] == "device"
     added = [c for c in summary["energy"]["components"] if c["in_total"]]
     assert summary["energy"]["total_j"] == pytest.approx(sum(c["device_j"] for c in added))
-    # a job that sleeps has next to nothing of the machine, and that is told all the same
+    # a job that sleeps has next to nothing of the machine, and that is reported all the same
     shares_j = [sum(c[key] for c in added) for key in ("job_j", "others_j", "idle_j")]
     assert sum(shares_j) == pytest.approx(summary["energy"]["total_j"])
     assert shares_j[0] < summary["energy"]["total_j"]
@@ -521,7 +521,7 @@ child.kill()
         os.kill(child, signal.SIGKILL)
 
 
-def test_target_that_exits_while_we_attach_is_told_and_not_followed(tmp_path: Path) -> None:
+def test_target_that_exits_while_we_attach_is_reported_and_not_followed(tmp_path: Path) -> None:
     options, store = Options(name="race", cpu_power="1:2"), tmp_path / "store"
     with sleeping() as stays, sleeping() as goes, hold([goes.pid, stays.pid]) as targets:
         goes.kill()

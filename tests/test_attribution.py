@@ -210,17 +210,17 @@ def look(*processes: tuple[int, float], profiler_s: float = 0.0) -> dict[str, An
 def test_others_on_the_cpu_are_named_with_their_part_of_its_use() -> None:
     # given 10 s of two busy CPUs: the job 10 s, two others 5 s and 2 s, the rest unseen
     did = activity(10, job=[1.0] * 10, busy=[2.0] * 10)
-    (told,) = shared_cpu([look((8, 5.0), (9, 2.0))], did, 0.5, 0, 10 * S)
-    assert told["code"] == "shared-device"
-    assert "50% of the CPU time" in told["text"]
-    assert "PID 8 run 8 (25%), PID 9 run 9 (10%)" in told["text"]
-    assert "came and went (15%)" in told["text"]
+    (warning,) = shared_cpu([look((8, 5.0), (9, 2.0))], did, 0.5, 0, 10 * S)
+    assert warning["code"] == "shared-device"
+    assert "50% of the CPU time" in warning["text"]
+    assert "PID 8 run 8 (25%), PID 9 run 9 (10%)" in warning["text"]
+    assert "came and went (15%)" in warning["text"]
 
 
 def test_a_few_are_named_and_the_rest_counted() -> None:
     did = activity(10, job=[1.0] * 10, busy=[2.0] * 10)
-    (told,) = shared_cpu([look(*((p, 2.0) for p in range(5)))], did, 0.5, 0, 10 * S)
-    assert told["text"].count("PID") == 3 and told["text"].endswith(" and 2 more")
+    (warning,) = shared_cpu([look(*((p, 2.0) for p in range(5)))], did, 0.5, 0, 10 * S)
+    assert warning["text"].count("PID") == 3 and warning["text"].endswith(" and 2 more")
 
 
 def test_the_profiler_is_nobody_to_be_warned_of() -> None:
@@ -252,7 +252,7 @@ def seen(*, job_s: float, others_s: float = 0.0, unknown_s: float = 0.0, last_s:
 
 
 @pytest.mark.parametrize(
-    ("of", "told"),
+    ("of", "warned"),
     [
         (seen(job_s=60.0), []),
         (seen(job_s=60.0, others_s=2.9), []),  # less than 5 % of 60 s
@@ -263,10 +263,10 @@ def seen(*, job_s: float, others_s: float = 0.0, unknown_s: float = 0.0, last_s:
         (seen(job_s=60.0, last_s=56.0), []),
     ],
 )
-def test_a_gpu_is_warned_of_when_it_matters(of: GpuUsers, told: list[str]) -> None:
+def test_a_gpu_is_warned_of_when_it_matters(of: GpuUsers, warned: list[str]) -> None:
     curve, _ = device(100.0, 60, kind="gpu")
     curve = curve._replace(source=curve.source._replace(id="gpu:GPU-1"))
-    assert [w["code"] for w in shared_gpus(gpus(of), [curve], 0, 60 * S)] == told
+    assert [w["code"] for w in shared_gpus(gpus(of), [curve], 0, 60 * S)] == warned
 
 
 def test_a_recording_that_never_listed_processes_stays_as_it_was() -> None:

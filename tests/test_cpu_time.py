@@ -86,15 +86,15 @@ while True:
 assert lane.stop(20)
 drain()
 cpu_s = columns["job/cpu"]
-with open(file, "rb") as told:
-    total_ns, since_ns = struct.unpack("qq", told.read())
+with open(file, "rb") as report:
+    total_ns, since_ns = struct.unpack("qq", report.read())
 (label,) = [c.labels["source"] for c in lane.channels if c.name == "job/cpu"]
 print(json.dumps({
     "seen_s": cpu_s[-1] - cpu_s[0],
     "first_s": cpu_s[0],
     "truth_s": (since_ns if "attached" in how else total_ns) * 1e-9,
     "charged_s": usage.ru_utime + usage.ru_stime - before_s,
-    "stolen_s": stolen_s() - stolen + tick_s,  # what was stolen is told in whole ticks
+    "stolen_s": stolen_s() - stolen + tick_s,  # what was stolen is given in whole ticks
     "opened_s": opened_s,
     "processes": list(columns["job/processes"]),
     "source": label,
@@ -129,17 +129,23 @@ def workload(native_cache: Path) -> Path:
 
 
 @pytest.fixture
-def told(tmp_path: Path) -> Iterator[Path]:
+def report(tmp_path: Path) -> Iterator[Path]:
     """Where the workload says what it used."""
-    file = tmp_path / "told"
+    file = tmp_path / "report"
     file.write_bytes(bytes(16))
     yield file
 
 
 def follow(
-    workload: Path, kind: str, how: str, told: Path, *, period_ns: int = 100_000_000, **kwargs: Any
+    workload: Path,
+    kind: str,
+    how: str,
+    report: Path,
+    *,
+    period_ns: int = 100_000_000,
+    **kwargs: Any,
 ) -> Followed:
-    arguments = [str(TESTS), str(workload), kind, how, str(told), str(period_ns)]
+    arguments = [str(TESTS), str(workload), kind, how, str(report), str(period_ns)]
     done = subprocess.run(
         [sys.executable, "-c", FOLLOW, *arguments],
         stdout=subprocess.PIPE,
@@ -160,9 +166,9 @@ def require_perf(followed: Followed) -> None:
 @pytest.mark.parametrize("how", ["wrapped", "attached"])
 @pytest.mark.parametrize("kind", KINDS.split())
 def test_job_cpu_time_is_what_the_kernel_charged(
-    workload: Path, told: Path, kind: str, how: str
+    workload: Path, report: Path, kind: str, how: str
 ) -> None:
-    followed = follow(workload, kind, how, told)
+    followed = follow(workload, kind, how, report)
 
     require_perf(followed)
     assert followed.notes == []
@@ -174,16 +180,16 @@ def test_job_cpu_time_is_what_the_kernel_charged(
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS.split() if kind != "ignored"])
 def test_without_perf_the_clocks_tell_as_much_of_what_is_waited_for(
-    workload: Path, told: Path, kind: str
+    workload: Path, report: Path, kind: str
 ) -> None:
-    followed = follow(workload, kind, "wrapped by clocks", told)
+    followed = follow(workload, kind, "wrapped by clocks", report)
 
     assert followed.source == "process clocks"
     assert followed.seen_s == pytest.approx(followed.truth_s, rel=WITHIN)
 
 
-def test_without_perf_it_is_said_what_is_missed_and_why(workload: Path, told: Path) -> None:
-    followed = follow(workload, "short", "wrapped by clocks", told)
+def test_without_perf_it_is_said_what_is_missed_and_why(workload: Path, report: Path) -> None:
+    followed = follow(workload, "short", "wrapped by clocks", report)
 
     ((what, why, fix),) = followed.notes
     assert "CPU time" in what
@@ -193,10 +199,10 @@ def test_without_perf_it_is_said_what_is_missed_and_why(workload: Path, told: Pa
 
 @pytest.mark.parametrize("kind", ["threads", "workers", "short"])
 def test_what_was_used_before_the_attach_never_comes_in(
-    workload: Path, told: Path, kind: str
+    workload: Path, report: Path, kind: str
 ) -> None:
     # Without perf: the kernel adds a child's whole life to its parent when it is waited for.
-    followed = follow(workload, kind, "attached by clocks", told, period_ns=10_000_000)
+    followed = follow(workload, kind, "attached by clocks", report, period_ns=10_000_000)
 
     assert followed.first_s < 0.01
     # What is used between the last sample and the end is lost, on all CPUs.
@@ -204,8 +210,8 @@ def test_what_was_used_before_the_attach_never_comes_in(
     assert followed.seen_s <= followed.truth_s * (1 + WITHIN)
 
 
-def test_a_tree_that_forks_all_the_time_can_be_attached_to(workload: Path, told: Path) -> None:
-    followed = follow(workload, "busy", "attached", told)
+def test_a_tree_that_forks_all_the_time_can_be_attached_to(workload: Path, report: Path) -> None:
+    followed = follow(workload, "busy", "attached", report)
 
     require_perf(followed)
     ticks_s = 0.03  # of which the truth before the attach is made
@@ -215,8 +221,8 @@ def test_a_tree_that_forks_all_the_time_can_be_attached_to(workload: Path, told:
 
 
 @pytest.mark.parametrize("how", ["attached", "attached by clocks"])
-def test_the_living_are_counted_until_none_is_left(workload: Path, told: Path, how: str) -> None:
-    followed = follow(workload, "workers", how, told, period_ns=10_000_000)
+def test_the_living_are_counted_until_none_is_left(workload: Path, report: Path, how: str) -> None:
+    followed = follow(workload, "workers", how, report, period_ns=10_000_000)
 
     assert followed.processes[0] == 7
     assert 7 < max(followed.processes) <= 13

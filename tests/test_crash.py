@@ -199,7 +199,7 @@ def test_damaged_or_foreign_run_json_is_an_error_not_a_crash(
 
 
 @pytest.mark.parametrize(
-    ("window_ns", "cpu", "told"),
+    ("window_ns", "cpu", "why"),
     [
         ([0, 2**62], {}, "days"),  # would take 37 GB of seconds
         ([9, 5], {}, "window"),
@@ -209,7 +209,7 @@ def test_damaged_or_foreign_run_json_is_an_error_not_a_crash(
     ],
 )
 def test_recording_that_contradicts_itself_is_said_to(
-    killed: Killed, tmp_path: Path, window_ns: list[int] | None, cpu: dict[str, Any], told: str
+    killed: Killed, tmp_path: Path, window_ns: list[int] | None, cpu: dict[str, Any], why: str
 ) -> None:
     directory = tmp_path / "run"
     shutil.copytree(killed[0], directory)
@@ -220,7 +220,7 @@ def test_recording_that_contradicts_itself_is_said_to(
     (directory / "run.json").write_text(json.dumps(run))
     with pytest.raises(TraceError, match="contradicts itself") as refused:
         summarise(directory)
-    assert told in refused.value.why and "report" in refused.value.fix
+    assert why in refused.value.why and "report" in refused.value.fix
 
 
 # --- stores that take nothing ---------------------------------------------------------------------

@@ -184,7 +184,7 @@ def error_of(spec: str) -> SensorError:
     return caught.value
 
 
-def told(spec: str, error: SensorError, **where: bool) -> dict[str, str]:
+def advice(spec: str, error: SensorError, **where: bool) -> dict[str, str]:
     here = Surroundings(**{"root": False, "container": False, "virtual": False, **where})
     return remedy(spec, error, here)
 
@@ -195,10 +195,10 @@ def test_a_denied_zone_is_unlocked_where_it_is_locked(powercap_sim: BuildTree) -
     file = tree.where / "*" / "energy_uj"  # all of them: the class folder lists zones flat
     with obeying_permissions():
         error = error_of(tree.spec)
-    fix = told(tree.spec, error)["fix"]
+    fix = advice(tree.spec, error)["fix"]
     assert fix == f"sudo pepr-profile daemon (or, to open it to everybody: sudo chmod o+r {file})"
-    assert told(tree.spec, error, root=True)["fix"] == f"chmod o+r {file}"
-    boxed = told(tree.spec, error, root=True, container=True)
+    assert advice(tree.spec, error, root=True)["fix"] == f"chmod o+r {file}"
+    boxed = advice(tree.spec, error, root=True, container=True)
     assert boxed["fix"].startswith("on the host: sudo pepr-profile daemon, and docker run -v")
     assert boxed["fix"].endswith(f"sudo chmod o+r {file})")
     assert boxed["why"].startswith("Permission denied")
@@ -212,26 +212,26 @@ def test_denied_counting_is_unlocked_by_its_switch(tmp_path: Path) -> None:
     with without_perf():
         error = error_of(spec)
     switch = "sysctl kernel.perf_event_paranoid=0"
-    fix = told(spec, error)["fix"]
+    fix = advice(spec, error)["fix"]
     assert fix == f"sudo pepr-profile daemon (or, to open it to everybody: sudo {switch})"
-    assert told(spec, error, root=True)["fix"] == switch
-    assert "--cap-add PERFMON" in told(spec, error, root=True, container=True)["fix"]
+    assert advice(spec, error, root=True)["fix"] == switch
+    assert "--cap-add PERFMON" in advice(spec, error, root=True, container=True)["fix"]
 
 
 @pytest.mark.parametrize("kind", ["perf", "powercap", "hwmon", "nvml"])
 def test_what_is_absent_is_explained_for_where_we_are(kind: str, tmp_path: Path) -> None:
     error = error_of(f"{kind}:{tmp_path / 'nothing'}")
-    user, root = told(kind, error), told(kind, error, root=True)
-    boxed = told(kind, error, root=True, container=True)
+    user, root = advice(kind, error), advice(kind, error, root=True)
+    boxed = advice(kind, error, root=True, container=True)
     assert len({user["fix"], boxed["fix"]}) == 2
     assert ("on the host" if kind == "perf" else "docker run") in boxed["fix"]
     assert "sudo" not in root["fix"]
     if kind in ("perf", "powercap"):
         assert user["fix"].startswith("sudo modprobe")
-        virtual = told(kind, error, virtual=True, container=True)
+        virtual = advice(kind, error, virtual=True, container=True)
         assert "virtual machine" in virtual["why"] and "modprobe" not in virtual["fix"]
     # a place that was named by hand keeps what the driver says of it
-    named = told(f"{kind}:/there", error)
+    named = advice(f"{kind}:/there", error)
     assert (named["what"], named["why"], named["fix"]) == (error.what, error.why, error.fix)
 
 

@@ -107,7 +107,7 @@ def test_unknown_readings_cost_resolution_but_no_joules() -> None:
     t = np.arange(0, 10.005, 0.01)
     raw = np.where((t > 4) & (t < 7), np.nan, 80 * t)
     curve = curve_of(counter(), batches(t, raw), [1.0, 9.0])
-    # then the energy is complete, and the hole is told
+    # then the energy is complete, and the hole is reported
     assert between(curve) == pytest.approx(640.0, rel=1e-9)
     assert curve.unknown == 299
     assert curve.longest_gap_s == pytest.approx(3.0, abs=0.02)
@@ -287,7 +287,7 @@ def test_an_averaging_sensor_is_shifted_back_by_its_lag() -> None:
     t = np.arange(0, 10.001, 0.05)
     watts = 100 + 200 * np.clip(t - 5, 0, 1)
     curve = curve_of(power(lag_s=0.5, period_s=0.05), batches(t, watts), [3.0, 5.0, 7.0])
-    # then what came before and after the step is told apart up to the ramp's symmetric halves
+    # then what came before and after the step is distinguished up to the ramp's symmetric halves
     assert np.diff(curve.energy_j) == pytest.approx([200 + 25, 600 - 25], abs=0.5)
 
 
@@ -324,7 +324,7 @@ def test_packages_and_dram_add_up_and_nothing_else_does() -> None:
         ("intel-rapl-mmio:0", "package-0", ""),
     )
     sources = {source.id: source for source in find_sources([lane])}
-    # then the total has both packages and both memories, told apart by their socket
+    # then the total has both packages and both memories, distinguished by their socket
     assert {i for i, source in sources.items() if source.in_total} == {
         "cpu:package-0",
         "cpu:package-1",
@@ -481,7 +481,7 @@ def test_hwmon_adds_boards_and_sockets_but_no_supplies() -> None:
     }
 
 
-def test_a_module_is_told_beside_the_gpu_that_it_contains() -> None:
+def test_a_module_is_shown_beside_the_gpu_that_it_contains() -> None:
     labels = {"uuid": "GPU-1", "model": "NVIDIA GH200 480GB", "index": "0", "mig": "on"}
     facts = (("nvml-energy", "energy"), ("nvml-module-average", "power"))
     channels = tuple(

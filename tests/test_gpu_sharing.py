@@ -172,7 +172,7 @@ def test_two_jobs_at_once_have_shares_that_add_up(
         reads_ns = [t_ns for batch in lane for t_ns in batch.t_ns.tolist()]
         begin_ns, end_ns = summary["recording"]["window_ns"]
         own_ns, other_ns = (
-            max(begin_ns, *(t_ns for t_ns in reads_ns if t_ns <= entered_ns[use]))
+            max([begin_ns, *(t_ns for t_ns in reads_ns if t_ns <= entered_ns[use])])
             for use in (own, other)
         )
         begins_ns.append(begin_ns)
@@ -215,12 +215,12 @@ def test_a_process_list_that_hangs_costs_no_joule(cli: Cli, nvml_sim: BuildNvml)
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "missing"),
     [("NOT_SUPPORTED", "processes of GPU 0"), (None, "processes of GPU 0")],
     ids=["refused", "absent"],
 )
 def test_a_driver_without_process_lists_leaves_the_board_whole(
-    cli: Cli, nvml_sim: BuildNvml, answer: str | None, told: str
+    cli: Cli, nvml_sim: BuildNvml, answer: str | None, missing: str
 ) -> None:
     name = "nvmlDeviceGetComputeRunningProcesses_v3"
     faults = () if answer is None else (Fault(name, answer),)
@@ -230,7 +230,7 @@ def test_a_driver_without_process_lists_leaves_the_board_whole(
     part = gpu(summary, 0)
     assert part["job_j"] == pytest.approx(part["device_j"])
     assert codes(summary, "gpu:0") == {"whole-device"}
-    assert [item["what"] for item in summary["missing"] if item["what"] == told] == [told]
+    assert [item["what"] for item in summary["missing"] if item["what"] == missing] == [missing]
 
 
 def test_a_driver_that_is_not_there_is_missed_once(cli: Cli, tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_memory_of_gpus_that_two_drivers_read_adds_up(cli: Cli, tmp_path: Path) 
     assert summary["memory"]["gpu_peak_bytes"] == 8_000_000_000
 
 
-def test_the_jobs_own_memory_is_told_where_its_processes_are(
+def test_the_jobs_own_memory_is_known_where_its_processes_are(
     cli: Cli, nvml_sim: BuildNvml, stranger: subprocess.Popen[bytes]
 ) -> None:
     # given a board that holds 3 GiB, 1 GiB of it the job's, and another's board

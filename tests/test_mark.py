@@ -70,11 +70,11 @@ def test_phases_of_a_shell_script_have_the_energy_of_their_times(
     assert result.status == 0, result.stderr
     load, train = read_events(cli.runs()[0]).phases
     assert load.end_ns == train.begin_ns
-    told = {phase["name"]: phase for phase in summary["phases"]}
-    assert set(told) == {"load", "train"}
+    phases = {phase["name"]: phase for phase in summary["phases"]}
+    assert set(phases) == {"load", "train"}
     for phase in (load, train):
         assert phase.end_ns is not None
-        energy_j = told[phase.name]["energy_j"]
+        energy_j = phases[phase.name]["energy_j"]
         late_j = 155 * tree.late_s
         truth = truth_j(phase.begin_ns, phase.end_ns)
         assert energy_j == pytest.approx(truth, rel=0.02, abs=late_j)
@@ -82,10 +82,10 @@ def test_phases_of_a_shell_script_have_the_energy_of_their_times(
     begin_ns, end_ns = summary["recording"]["window_ns"]
     assert train.end_ns is not None
     rest_j = truth_j(begin_ns, load.begin_ns) + truth_j(train.end_ns, end_ns)
-    whole_j = rest_j + sum(phase["energy_j"] for phase in told.values())
+    whole_j = rest_j + sum(phase["energy_j"] for phase in phases.values())
     assert whole_j == pytest.approx(summary["energy"]["total_j"], rel=0.01)
-    assert told["load"]["duration_s"] >= 0.5
-    assert told["train"]["duration_s"] >= 1
+    assert phases["load"]["duration_s"] >= 0.5
+    assert phases["train"]["duration_s"] >= 1
 
 
 def test_phases_nest_and_a_phase_that_nobody_ends_ends_with_the_run(
@@ -131,10 +131,10 @@ def test_a_mark_tells_of_the_time_when_it_was_called(
     # given: when the command begins to import what it is made of
     (tmp_path / "sitecustomize.py").write_text(IMPORTS)
     path = f"{tmp_path}{os.pathsep}{cli.environment()['PYTHONPATH']}"
-    told = {"PYTHONPATH": path, "CLICK_AT": str(tmp_path / "click-at")}
+    env = {"PYTHONPATH": path, "CLICK_AT": str(tmp_path / "click-at")}
     with recording(cli, quiet_sensor) as directory:
         before_ns = time.monotonic_ns()
-        assert cli("mark", "now", "--run", "last", env=told).status == 0
+        assert cli("mark", "now", "--run", "last", env=env).status == 0
         (phase,) = read_events(directory).phases
     # then: its time is before that
     assert before_ns < phase.begin_ns < int((tmp_path / "click-at").read_text())

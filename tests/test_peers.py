@@ -79,12 +79,12 @@ def test_a_tool_measures_the_windows_that_it_is_asked_for(
     assert [(w.name, w.error) for w in windows] == [("first", None), ("second", None)]
     for window, length_ns in zip(windows, (300_000_000, 500_000_000), strict=True):
         assert window.end_ns - window.begin_ns >= length_ns
-        told_j = window.of("gpu")
+        reported_j = window.of("gpu")
         truth_j = sum(sim.scenario.energy_j(window.begin_ns, window.end_ns, i) for i in (0, 1))
         # The tool's own edges lie around the stamps, on a slow machine far around.
-        assert told_j is not None
-        assert 0.9 * truth_j <= told_j <= 400 * (time.monotonic() - began_s)
-        # and nothing is told of what the machine does not have
+        assert reported_j is not None
+        assert 0.9 * truth_j <= reported_j <= 400 * (time.monotonic() - began_s)
+        # and nothing is said of what the machine does not have
         assert window.of("dram") is None
     assert windows[1].begin_ns >= later_ns
     # and only we say how sure that is
@@ -172,8 +172,8 @@ def test_the_report_says_first_where_we_fall_short() -> None:
     short, table = text.index("## Where we fall short"), text.index("## Accuracy")
     assert short < table < text.index("## Behaviour")
     assert "- accuracy, step, error: 2.50 %. by much" in text
-    for told in ("a CPU; Linux 6", "at the start 0.5, 1.0, 2.0", "zeus 2", "What a read costs."):
-        assert told in text
+    for words in ("a CPU; Linux 6", "at the start 0.5, 1.0, 2.0", "zeus 2", "What a read costs."):
+        assert words in text
     assert "It took 6.5 min: accuracy 5.0 min, behaviour 1.5 min." in text
 
 
@@ -182,7 +182,7 @@ def judged(scenario: str, verdict: str, **facts: Any) -> Row:
 
 
 def test_the_summary_has_a_line_a_goal_and_shows_the_worst() -> None:
-    # given a goal that is missed in one of three scenarios, one that cannot be told in one of two,
+    # given a goal that is missed in one of three scenarios, one that is unclear in one of two,
     # and one of yes and no in which a peer is better than we
     found = [
         judged("10 Hz", REACHED, value=1.1, goal="lean", strain=1.1, against="loop: 1 us"),

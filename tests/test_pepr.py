@@ -411,9 +411,9 @@ def test_the_interval_covers_the_truth_where_two_rows_compete_for_a_bound(close:
     assert covered.min() >= 0.93
 
 
-def test_ranks_are_ranges_where_rows_cannot_be_told_apart() -> None:
+def test_ranks_are_ranges_where_rows_cannot_be_distinguished() -> None:
     # given scores 0.90, 0.88, 0.86, 0.70 of u 0.016 each, so that neighbours of the first three
-    # (0.02 apart, u of a difference 0.0226) cannot be told apart, but the first and third can
+    # (0.02 apart, u of a difference 0.0226) cannot be distinguished, but the first and third can
     p = [0.90, 0.88, 0.86, 0.70]
     errors = errors_of(4, u_p=0.008)
     standing = pepr.standing(p, [1.0] * 4, errors, bounds=(1.0, 2.0))

@@ -100,11 +100,11 @@ def test_descendants_of_a_wrapper_are_the_jobs_and_it_is_not(start: Any) -> None
     assert sorted(owners(notes)) == sorted(
         [(parent.pid, "job"), (child, "job"), (os.getpid(), "profiler"), (1, "other")]
     )
-    # and each is told once, with what it was
+    # and each is noted once, with what it was
     seen.on_gpu([parent.pid, child, os.getpid(), 1])
     assert len(notes) == 4
-    told = next(note for note in notes if note["pid"] == parent.pid)
-    assert told["command"].startswith(f"{sys.executable} -c") and told["user"]
+    noted = next(note for note in notes if note["pid"] == parent.pid)
+    assert noted["command"].startswith(f"{sys.executable} -c") and noted["user"]
     assert all(json.dumps(note) for note in notes)
 
 
@@ -242,7 +242,7 @@ def test_nobody_is_looked_for_where_all_others_took_next_to_nothing() -> None:
     notes: list[dict[str, Any]] = []
     seen = ProcessOwners("self", notes.append)
     seen.tick(0.0)  # the first look, for what had been used before
-    for others_s, told in ((0.0, 0), (math.inf, 1)):
+    for others_s, looks in ((0.0, 0), (math.inf, 1)):
         seen._next_s = 0.0
         seen.tick(others_s)
-        assert len(notes) == told
+        assert len(notes) == looks

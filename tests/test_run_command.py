@@ -350,7 +350,7 @@ os.read(read, 1)  # until the orphan has ended
     assert summary["memory"]["peak_rss_bytes"] > 2**20
 
 
-def test_descendant_that_stays_is_told_and_not_waited_for(cli: Cli, quiet_sensor: str) -> None:
+def test_descendant_that_stays_is_reported_and_not_waited_for(cli: Cli, quiet_sensor: str) -> None:
     script = "sleep 600 >/dev/null 2>&1 & echo $!"
     result, summary = cli.measure("--sensor", quiet_sensor, "--", "sh", "-c", script)
     pid = int(result.stdout)
@@ -452,7 +452,7 @@ def test_a_terminal_stays_a_terminal_while_its_output_is_read_along(
 # --- sensors that fail while the child runs -------------------------------------------------------
 
 
-def test_sensors_that_fail_in_mid_run_are_told_and_cost_only_themselves(
+def test_sensors_that_fail_in_mid_run_are_reported_and_cost_only_themselves(
     cli: Cli, nvml_sim: BuildNvml, powercap_sim: BuildTree
 ) -> None:
     # given faults that begin when the run has begun: after 2.5 s, or later on a busy machine
@@ -514,7 +514,7 @@ def test_sensors_that_fail_in_mid_run_are_told_and_cost_only_themselves(
     def gpu(index: int) -> dict[str, Any]:
         return component(summary, f"gpu:{default_uuid(index)}")
 
-    def told_of(about: str, lane: str) -> set[str]:
+    def warnings_of(about: str, lane: str) -> set[str]:
         # A lane that the machine itself kept from reading has a gap in all of its channels.
         batches = LaneReader(directory, lane)
         gaps_ns = [
@@ -525,18 +525,18 @@ def test_sensors_that_fail_in_mid_run_are_told_and_cost_only_themselves(
 
     # then what was read before is kept, and what is missing is said
     assert gpu(lost)["device_j"] == pytest.approx(200 * (fault_s - begin_s), abs=200 * 0.3)
-    assert told_of(default_uuid(lost), "nvml") == {"ended-early"}
+    assert warnings_of(default_uuid(lost), "nvml") == {"ended-early"}
     # a reset loses at most what flowed since the last reading
     whole_j = 200 * (end_s - begin_s)
     assert gpu(reset)["device_j"] == pytest.approx(whole_j, abs=200 * 0.3)
-    assert told_of(default_uuid(reset), "nvml") == {"reset"}
+    assert warnings_of(default_uuid(reset), "nvml") == {"reset"}
     # a spurious 0 or refusal is a missing sample
     for index in (zero, slow):
         assert gpu(index)["device_j"] == pytest.approx(whole_j, abs=200 * 0.2)
-        assert told_of(default_uuid(index), "nvml") == set()
+        assert warnings_of(default_uuid(index), "nvml") == set()
     until_fault_j = 100 * (fault_s - begin_s)
     whole_j = 100 * (end_s - begin_s)
-    for number, energy_j, told in [
+    for number, energy_j, warned in [
         (0, until_fault_j, {"stalled"}),
         (1, until_fault_j, {"ended-early"}),
         (2, whole_j, {"gap"}),  # a counter keeps its energy over a gap
@@ -545,10 +545,10 @@ def test_sensors_that_fail_in_mid_run_are_told_and_cost_only_themselves(
     ]:
         package = component(summary, f"cpu:package-{number}")
         assert package["device_j"] == pytest.approx(energy_j, abs=100 * 0.2), number
-        if "gap" in told:
-            assert codes(summary, f"cpu:package-{number} ") == told
+        if "gap" in warned:
+            assert codes(summary, f"cpu:package-{number} ") == warned
         else:
-            assert told_of(f"cpu:package-{number} ", "powercap") == told
+            assert warnings_of(f"cpu:package-{number} ", "powercap") == warned
     # a counter that never moves is unknown, which is not 0
     still = component(summary, "cpu:package-6")
     assert (still["device_j"], still["job_j"]) == (None, None)
@@ -631,7 +631,7 @@ def test_ctrl_c_ends_us_as_it_ended_the_child(cli: Cli, quiet_sensor: str) -> No
     assert (summary["complete"], summary["exit_code"]) == (True, 130)
 
 
-def test_a_die_that_mirrors_another_is_told_and_not_added(
+def test_a_die_that_mirrors_another_is_reported_and_not_added(
     cli: Cli, powercap_sim: BuildTree
 ) -> None:
     dies = [Zone(f"intel-rapl:{i}", f"package-0-die-{i}", Constant(90)) for i in range(2)]

@@ -401,7 +401,7 @@ def test_powercap_survives_garbage_and_a_zone_that_vanishes(powercap_sim: BuildT
     assert all(map(math.isnan, vanished[first_unknown:]))
 
 
-def test_powercap_notes_a_counter_whose_range_is_not_told(powercap_sim: BuildTree) -> None:
+def test_powercap_notes_a_counter_whose_range_is_unknown(powercap_sim: BuildTree) -> None:
     tree = powercap_sim(Zone("intel-rapl:0", "package-0"))
     (tree.path("intel-rapl:0") / "max_energy_range_uj").unlink()
 

@@ -509,7 +509,7 @@ def test_the_drivers_buffer_holds_past_power_at_its_own_instants(nvml_sim: Build
     assert fetch(samples[-1].timestamp + 60_000_000, 5)[0] == RETURNS["NOT_FOUND"]
 
 
-def test_a_scenario_that_does_not_parse_is_told_with_its_line(
+def test_a_scenario_that_does_not_parse_is_refused_with_its_line(
     nvml_sim: BuildNvml, capfd: pytest.CaptureFixture[str]
 ) -> None:
     sim = nvml_sim(Scenario())

@@ -646,7 +646,7 @@ def test_event_that_is_none_is_counted_and_harms_no_other(tmp_path: Path, line: 
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "why"),
     [
         ({"time_s": "1 s"}, "time_s is '1 s'"),
         ({"time_s": float("nan")}, "time_s is 'nan'"),
@@ -658,10 +658,10 @@ def test_event_that_is_none_is_counted_and_harms_no_other(tmp_path: Path, line: 
     ],
 )
 def test_run_json_of_another_shape_is_refused_by_the_place(
-    tmp_path: Path, change: dict[str, Any], told: str
+    tmp_path: Path, change: dict[str, Any], why: str
 ) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"schema": 1, **change}))
-    with pytest.raises(TraceError, match=told):
+    with pytest.raises(TraceError, match=why):
         read_run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"schema": 1, "of a later version": change}))
     assert read_run(tmp_path)["schema"] == 1

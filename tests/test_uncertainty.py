@@ -285,7 +285,7 @@ def test_the_duty_coefficient_is_that_of_simulated_loads() -> None:
         assert float(np.var(ours - truth)) == pytest.approx(expected, rel=0.3)
 
 
-def test_a_load_in_step_with_the_refreshes_is_told() -> None:
+def test_a_load_in_step_with_the_refreshes_is_noticed() -> None:
     random = np.random.default_rng(16)
     kind = virtual.CLASSES["a100"]
     run = virtual.record(kind, Square(0.2, 100, 350, 0.4), random, gain_u=0.0)
@@ -300,13 +300,13 @@ def test_a_load_in_step_with_the_refreshes_is_told() -> None:
 
 def test_training_like_loads_are_not_suspected_of_aliasing() -> None:
     random = np.random.default_rng(17)
-    told = 0
+    noticed = 0
     for _ in range(30):
         for _, wave in virtual.loads(random, 20.0):
             for cadenced in (False, True):
                 run = virtual.record(virtual.CLASSES["a100"], wave, random, cadenced=cadenced)
-                told += measured(run, 0.0, 20.0)[0].aliased
-    assert told <= 3  # of 360
+                noticed += measured(run, 0.0, 20.0)[0].aliased
+    assert noticed <= 3  # of 360
 
 
 def test_a_gap_in_power_readings_widens_u_and_one_in_a_counter_does_not() -> None:
