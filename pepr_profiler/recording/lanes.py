@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pepr_profiler import _core
-from pepr_profiler.daemon_client.address import sockets_there
 from pepr_profiler.errors import SensorError
 from pepr_profiler.recording.options import Options
 from pepr_profiler.sensors.detect import detect
@@ -167,6 +166,8 @@ class Lanes:
     def _read_through_daemon(self, lane: RecordedLane) -> bool:
         """Reads through the node's daemon what we may not read; False if it cannot either."""
         if self.client is None:
+            from pepr_profiler.daemon_client.address import sockets_there
+
             if not sockets_there():
                 return False
             from pepr_profiler.daemon_client.client import DaemonClient

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -45,8 +44,9 @@ class JobPresence:
 
     def take(self, rows: RawRows) -> None:
         """Looks at new rows of the process lane."""
-        living, cpu_s = (array("d", rows[3][place]) for place in self._at)
-        for at_ns, count, used_s in zip(array("q", rows[1]), living, cpu_s, strict=True):
+        times_ns = memoryview(rows[1]).cast("q")
+        living, cpu_s = (memoryview(rows[3][place]).cast("d") for place in self._at)
+        for at_ns, count, used_s in zip(times_ns, living, cpu_s, strict=True):
             # A daemon whose parents ended between two samples shows by its CPU time alone.
             works = used_s - self._seen_cpu_s > _WORKS_S
             self._seen_cpu_s = used_s

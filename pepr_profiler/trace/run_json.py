@@ -31,7 +31,7 @@ def write_json(path: Path, value: Any) -> None:
 def boot_id() -> str:
     """Which boot of which machine CLOCK_MONOTONIC is of; empty if the kernel does not say."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 
