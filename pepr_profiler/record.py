@@ -1,4 +1,4 @@
-"""Plain frozen data with named fields, cheap to make; and `Any` for annotations, without typing.
+"""Plain frozen data with named fields, cheap to make; and what annotations need, without typing.
 
 `class Peer(Record): pid: int` is what `typing.NamedTuple` would make of it, and that is what
 type checkers take it for. But typing, with what it compiles of each annotation, takes 0.7 MB of a
@@ -6,6 +6,8 @@ program that records itself; dataclasses, which need inspect, 1.5 MB. And a froz
 compiled anew by each process, a millisecond a class: with all that a summary needs, a sixth of
 `pepr-profile -- true`. What has to change or to cache there is a dataclass with neither `eq` nor
 `repr`, which are most of that millisecond.
+
+`Any`, and the arrays `Floats`, `Ints` and `Mask`, are for annotations, which are never evaluated.
 """
 
 from __future__ import annotations
@@ -14,10 +16,17 @@ TYPE_CHECKING = False  # typing's own, which type checkers know by name
 if TYPE_CHECKING:
     from typing import Any
     from typing import NamedTuple as Record
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+    Mask = NDArray[np.bool_]
 else:
     from collections import namedtuple
 
-    Any = object
+    Any = Floats = Ints = Mask = object
 
     class _Made(type):
         def __new__(cls, name, bases, body):
@@ -35,4 +44,4 @@ else:
         pass
 
 
-__all__ = ["Any", "Record"]
+__all__ = ["Any", "Floats", "Ints", "Mask", "Record"]

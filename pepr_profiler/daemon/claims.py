@@ -17,11 +17,10 @@ from pepr_profiler.daemon_client.protocol import CPU_DEVICE
 from pepr_profiler.energy.activity import cpu_use, read_activity
 from pepr_profiler.energy.gpu_users import read_gpu_users
 from pepr_profiler.energy.sharing import certain_shares
+from pepr_profiler.record import Floats, Ints
 from pepr_profiler.trace.lane import Batch, LaneInfo
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from pepr_profiler.daemon_client.client import RawRows
 
 MOST_S = 8
@@ -75,7 +74,7 @@ class RunClaims:
         self._forget((end_s - _LAG_S) * _SECOND_NS)
         return begin_s, shares
 
-    def _shares(self, edges_ns: NDArray[np.int64]) -> dict[str, list[float]]:
+    def _shares(self, edges_ns: Ints) -> dict[str, list[float]]:
         begin_ns, end_ns = int(edges_ns[0]), int(edges_ns[-1])
         found: dict[str, list[float]] = {}
         for name, (lane, batches) in self._lanes.items():
@@ -99,7 +98,7 @@ class RunClaims:
                 del batches[0]
 
 
-def _rounded(shares: NDArray[np.float64]) -> list[float]:
+def _rounded(shares: Floats) -> list[float]:
     """Rounded down to a millionth: a claim is never more than what is certain."""
     certain: list[float] = (np.floor(1e6 * np.clip(shares, 0.0, 1.0)) / 1e6).tolist()
     return certain

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pepr_profiler.record import Record
+from pepr_profiler.record import Floats, Ints, Record
 from pepr_profiler.trace.lane import Batch, LaneInfo
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _SHARE_WINDOW_NS = 1_000_000_000
 """Shares are formed over this long: the kernel counts the machine's busy time in ticks of 10 ms."""
@@ -25,10 +21,10 @@ class Activity(Record):
     tree, in which a shared page counts once a process.
     """
 
-    t_ns: NDArray[np.float64]
-    job_cpu_s: NDArray[np.float64]
-    busy_s: NDArray[np.float64]
-    rss_bytes: NDArray[np.float64]
+    t_ns: Floats
+    job_cpu_s: Floats
+    busy_s: Floats
+    rss_bytes: Floats
     cpus: int
     installed_bytes: float
 
@@ -38,7 +34,7 @@ class Activity(Record):
         peak = float(np.max(self.rss_bytes, initial=0.0))
         return int(peak) if peak > 0 else None
 
-    def load(self) -> NDArray[np.float64]:
+    def load(self) -> Floats:
         """The machine's busy fraction between samples, (n - 1,)."""
         span_s = np.diff(self.t_ns) * 1e-9
         return np.asarray(np.diff(self.busy_s) / (span_s * self.cpus))
@@ -86,11 +82,11 @@ class DeviceUse(Record):
     interval also hold for what lies before and after them.
     """
 
-    edges_ns: NDArray[np.float64]
-    job: NDArray[np.float64]
-    others: NDArray[np.float64]
-    job_presence: NDArray[np.float64]
-    others_presence: NDArray[np.float64]
+    edges_ns: Floats
+    job: Floats
+    others: Floats
+    job_presence: Floats
+    others_presence: Floats
 
     @classmethod
     def by_job_alone(cls, begin_ns: int, end_ns: int) -> DeviceUse:
@@ -104,7 +100,7 @@ class DeviceUse(Record):
         all_, none = np.ones(1), np.zeros(1)
         return cls(np.array([begin_ns, end_ns], dtype=np.float64), none, all_, none, all_)
 
-    def means(self, at_ns: NDArray[np.int64]) -> NDArray[np.float64]:
+    def means(self, at_ns: Ints) -> Floats:
         """The mean of each of the four, (4, m), between each instant and the one before it.
 
         The first instant has none before it: 0.

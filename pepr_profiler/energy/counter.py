@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pepr_profiler.energy.curve import NARROW, UNIFORM, Accumulator, Changes, EnergyCurve
 from pepr_profiler.energy.unwrap import undo_fall
+from pepr_profiler.record import Floats, Ints, Mask
 from pepr_profiler.trace.lane import LINE_STEPS
 from pepr_profiler.units import NS_PER_S
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _LAST_CHANGES, _NOISE = 3, 3.0
 """After the last change the mean power of the last few goes on; but the last one's alone does if it
@@ -50,13 +48,13 @@ simulated loads, docs/measurement, F; benchmarks/accuracy checks them)."""
 
 
 def reconstruct_interval(
-    power_w: NDArray[np.float64],
-    span_s: NDArray[np.float64],
-    x: NDArray[np.float64],
+    power_w: Floats,
+    span_s: Floats,
+    x: Floats,
     *,
-    longest_s: float | NDArray[np.float64],
+    longest_s: float | Floats,
     refreshes_unseen: bool = False,
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[Floats, Floats, Floats]:
     """How power went inside an interval, from the means of the intervals around it.
 
     `power_w` and `span_s` (5, n) are mean power and length of an interval and the two on either
@@ -117,12 +115,12 @@ def reconstruct_interval(
 
 
 def _limited(
-    far_left: NDArray[np.float64],
-    left: NDArray[np.float64],
-    mean: NDArray[np.float64],
-    right: NDArray[np.float64],
-    far_right: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    far_left: Floats,
+    left: Floats,
+    mean: Floats,
+    right: Floats,
+    far_right: Floats,
+) -> tuple[Floats, Floats]:
     """Power at both ends of a parabola that adds no extremum (Colella and Woodward, 1.6-1.10)."""
 
     def slope(a: Any, b: Any, c: Any) -> Any:
@@ -141,7 +139,7 @@ def _limited(
     return np.where(extremum, mean, new_low), np.where(extremum, mean, new_high)
 
 
-def _values_at(values: NDArray[np.float64], index: NDArray[np.int64]) -> NDArray[np.float64]:
+def _values_at(values: Floats, index: Ints) -> Floats:
     """The values at `index`, NaN beyond both ends."""
     inside = (index >= 0) & (index < len(values))
     return np.where(inside, values[np.clip(index, 0, len(values) - 1)], math.nan)
@@ -161,16 +159,16 @@ class Counter(Accumulator):
     longest_stall_s: float = 0.0
     _last: float = math.nan  # the counter at its last change
     # Intervals that wait for those after them; before them `_emitted` ones, which are done.
-    _knots: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    _joules: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    _thinned: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    _knots: Floats = field(default_factory=lambda: np.zeros(0))
+    _joules: Floats = field(default_factory=lambda: np.zeros(0))
+    _thinned: Mask = field(default_factory=lambda: np.zeros(0, bool))
     _emitted: int = 0
     _refreshes_unseen: bool = False  # it changes at each read: how old a change is, is unknown
     _uneven_w2: float = 0.0  # squared changes of power from interval to interval
     _intervals: int = 0
     _recent: list[tuple[float, float]] = field(default_factory=list)  # (J, s)
 
-    def begin(self, refreshed_ns: NDArray[np.float64], changes: Changes) -> None:
+    def begin(self, refreshed_ns: Floats, changes: Changes) -> None:
         begin = float(changes.t_ns[0])
         if len(refreshed_ns) > 1:
             begin = min(begin, float(refreshed_ns[0]) - self.refresh_s * NS_PER_S)
@@ -185,7 +183,7 @@ class Counter(Accumulator):
         if len(refreshed_ns):
             self.add(refreshed_ns, changes.after_first())
 
-    def add(self, refreshed_ns: NDArray[np.float64], changes: Changes) -> None:
+    def add(self, refreshed_ns: Floats, changes: Changes) -> None:
         last_ns = self._knots[-1]
         step_j = np.diff(changes.values, prepend=self._last)
         self._last = float(changes.values[-1])
@@ -199,9 +197,7 @@ class Counter(Accumulator):
         self._thinned = np.append(self._thinned, thinned)
         self._emit_settled(refreshed_ns, step_j)
 
-    def _unwrap(
-        self, step_j: NDArray[np.float64], span_s: NDArray[np.float64], values: NDArray[np.float64]
-    ) -> None:
+    def _unwrap(self, step_j: Floats, span_s: Floats, values: Floats) -> None:
         """Puts what flowed, J, in the place of each step that fell."""
         for i in np.flatnonzero(step_j < 0):
             step_j[i], wrapped = undo_fall(
@@ -213,9 +209,7 @@ class Counter(Accumulator):
             self.wraps += wrapped
             self.resets += not wrapped
 
-    def _emit_settled(
-        self, t: NDArray[np.float64], step_j: NDArray[np.float64], *, last: bool = False
-    ) -> None:
+    def _emit_settled(self, t: Floats, step_j: Floats, *, last: bool = False) -> None:
         """Emits all intervals; unless `last`, without the two that lack neighbours so far."""
         knots, joules = np.append(self._knots, t), np.append(self._joules, step_j)
         end = len(joules) - (0 if last else _NEIGHBOURS)
@@ -227,9 +221,7 @@ class Counter(Accumulator):
         self._thinned = self._thinned[passed:]
         self._emitted -= passed
 
-    def _emit_intervals(
-        self, knots: NDArray[np.float64], joules: NDArray[np.float64], begin: int, end: int
-    ) -> None:
+    def _emit_intervals(self, knots: Floats, joules: Floats, begin: int, end: int) -> None:
         span_s = np.maximum(np.diff(knots) / NS_PER_S, 1e-9)
         power_w = joules / span_s
         now = slice(begin, end)

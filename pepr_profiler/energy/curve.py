@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pepr_profiler import _core
 from pepr_profiler.energy.sources import Source
-from pepr_profiler.record import Record
+from pepr_profiler.record import Floats, Ints, Mask, Record
 from pepr_profiler.trace.lane import Batch
 from pepr_profiler.units import NS_PER_S
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _LEARN_CHANGES = _core.REFRESH_CHANGES
 """So many changes are seen before a sensor's refresh period is estimated."""
@@ -65,7 +62,7 @@ class EnergyCurve(Record):
     """
 
     source: Source
-    energy_j: NDArray[np.float64]
+    energy_j: Floats
     first_ns: int
     last_ns: int
     refresh_s: float = 0.0
@@ -74,10 +71,10 @@ class EnergyCurve(Record):
     unknown: int = 0
     longest_gap_s: float = 0.0
     longest_stall_s: float = 0.0
-    power_w: NDArray[np.float64] | None = None
-    edge_j2: NDArray[np.float64] | None = None
-    duty_j2: NDArray[np.float64] | None = None
-    gap_j2: NDArray[np.float64] | None = None
+    power_w: Floats | None = None
+    edge_j2: Floats | None = None
+    duty_j2: Floats | None = None
+    gap_j2: Floats | None = None
     quantum: float = 0.0
     lag_u_s: float = 0.0
     aliased: bool = False
@@ -96,10 +93,10 @@ class Changes(Record):
     since the last change were read and not stored.
     """
 
-    t_ns: NDArray[np.float64]
-    since_read_ns: NDArray[np.float64]
-    values: NDArray[np.float64]
-    left_out: NDArray[np.float64]
+    t_ns: Floats
+    since_read_ns: Floats
+    values: Floats
+    left_out: Floats
 
     def after_first(self) -> Changes:
         """All but the first."""
@@ -115,7 +112,7 @@ class Accumulator:
     """
 
     source: Source
-    at_ns: NDArray[np.int64]
+    at_ns: Ints
     first_ns: int = -1
     last_ns: int = -1
     unknown: int = 0
@@ -148,11 +145,11 @@ class Accumulator:
 
     # --- what counters and power readings do differently ---
 
-    def begin(self, refreshed_ns: NDArray[np.float64], changes: Changes) -> None:
+    def begin(self, refreshed_ns: Floats, changes: Changes) -> None:
         """Begins the curve; `refreshed_ns` are the refreshes of all changes but the first."""
         raise NotImplementedError
 
-    def add(self, refreshed_ns: NDArray[np.float64], changes: Changes) -> None:
+    def add(self, refreshed_ns: Floats, changes: Changes) -> None:
         """Continues the curve with changes, and the refreshes that they show."""
         raise NotImplementedError
 
@@ -164,16 +161,14 @@ class Accumulator:
         """After this long without a reading, the same value again counts as a change."""
         return math.inf
 
-    def usual_period_ns(
-        self, spacing_ns: NDArray[np.float64], since_read_ns: NDArray[np.float64]
-    ) -> float:
+    def usual_period_ns(self, spacing_ns: Floats, since_read_ns: Floats) -> float:
         """The usual one of the times between two changes: the mean of those that missed none."""
         del since_read_ns
         return float(np.mean(spacing_ns[spacing_ns <= 2.5 * median(spacing_ns)]))
 
     # --- from readings to changes ---
 
-    def feed(self, t_ns: NDArray[np.int64], values: NDArray[np.float64], batch: Batch) -> None:
+    def feed(self, t_ns: Ints, values: Floats, batch: Batch) -> None:
         """Takes in a batch's readings of this source, and when they were read."""
         known = np.isfinite(values)
         if self.source.zero_is_unknown:
@@ -210,9 +205,7 @@ class Accumulator:
         if self._change_count > _LEARN_CHANGES:
             self._start()
 
-    def _since_read_ns(
-        self, t: NDArray[np.float64], known: NDArray[np.bool_], batch: Batch
-    ) -> NDArray[np.float64]:
+    def _since_read_ns(self, t: Floats, known: Mask, batch: Batch) -> Floats:
         """How long before each known reading the one before was read; notes where too long."""
         since_ns = np.diff(t, prepend=self.last_ns if self.last_ns >= 0 else t[0])
         if batch.skipped is not None and batch.since_read_ns is not None:
@@ -275,7 +268,7 @@ class Accumulator:
                 self.jitter_s = max(width, spread) / NS_PER_S
         self.refresh_s = period / NS_PER_S
 
-    def _learn_resolution(self, values: NDArray[np.float64]) -> None:
+    def _learn_resolution(self, values: Floats) -> None:
         """Learns in which steps readings come: psys of some servers counts 1 J in units of 1 µJ.
 
         Readings that are all multiples of a step come in that step. A few could be so by chance.
@@ -285,7 +278,7 @@ class Accumulator:
             step = next((s for s in _STEPS if (np.abs(raw - s * np.rint(raw / s)) < 1e-6).all()), 0)
             self.quantum = step * self.source.scale
 
-    def _refresh_times(self, changes: Changes) -> NDArray[np.float64]:
+    def _refresh_times(self, changes: Changes) -> Floats:
         """When the refreshes were that these changes show, ns.
 
         A refresh was between two reads. Where these are close together against the refresh period,
@@ -337,9 +330,7 @@ class Accumulator:
 
     # --- from knots to the instants asked for ---
 
-    def emit(
-        self, t: NDArray[np.float64], sums: NDArray[np.float64], local: NDArray[np.float64]
-    ) -> slice:
+    def emit(self, t: Floats, sums: Floats, local: Floats) -> slice:
         """Appends knots to the curve and fills in the instants up to the last; which these are.
 
         `sums` (3, n) are cumulative at the knots `t`, `local` (2, n) of the intervals before them.
@@ -360,7 +351,7 @@ class Accumulator:
         self.last_edge_j2 = float(local[1, -1])
         return slice(begin, self._filled)
 
-    def _before_first_j(self, at: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _before_first_j(self, at: Floats) -> Floats:
         """What the first power makes of the time between these instants and the first knot."""
         if not self.hold_before_s:
             return np.zeros(len(at))
@@ -400,6 +391,6 @@ class Accumulator:
         )
 
 
-def median(values: NDArray[np.float64]) -> float:
+def median(values: Floats) -> float:
     """The upper median; np.median loads numpy.ma, 15 ms."""
     return float(np.sort(values)[len(values) // 2])

@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pepr_profiler.energy.activity import DeviceUse
-from pepr_profiler.record import Record
+from pepr_profiler.record import Floats, Ints, Mask, Record
 from pepr_profiler.trace.lane import Batch, LaneInfo
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 class OtherProcess(Record):
@@ -125,15 +122,15 @@ class _Columns:
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self.rows = 0
-        self._t_ns: list[NDArray[np.float64]] = []
-        self._parts: dict[int, list[tuple[int, NDArray[np.float64]]]] = {}
+        self._t_ns: list[Floats] = []
+        self._parts: dict[int, list[tuple[int, Floats]]] = {}
         for batch in batches:
             for index in np.flatnonzero((batch.values != 0).any(axis=1)).tolist():
                 self._parts.setdefault(index, []).append((self.rows, batch.values[index]))
             self._t_ns.append((batch.t_ns + batch.read_ns // 2).astype(np.float64))
             self.rows += len(batch.t_ns)
 
-    def t_ns(self) -> NDArray[np.float64]:
+    def t_ns(self) -> Floats:
         """When each row was read."""
         return np.concatenate(self._t_ns)
 
@@ -141,7 +138,7 @@ class _Columns:
         """Whether a channel was ever anything but 0."""
         return index in self._parts
 
-    def of(self, indices: Sequence[int]) -> NDArray[np.float64]:
+    def of(self, indices: Sequence[int]) -> Floats:
         """Some channels as recorded, (channels, rows)."""
         values = np.zeros((len(indices), self.rows))
         for row, index in enumerate(indices):
@@ -162,16 +159,16 @@ def _by_pid(notes: Iterable[Mapping[str, Any]]) -> dict[int, list[Mapping[str, A
 class _ProcessTable:
     """The process lists of one GPU: `count` (n,); PIDs, bytes and SM fractions (slots, n)."""
 
-    t_ns: NDArray[np.float64]
-    count: NDArray[np.float64]
-    pids: NDArray[np.int64]
-    memory: NDArray[np.float64]
-    sm: NDArray[np.float64] | None
+    t_ns: Floats
+    count: Floats
+    pids: Ints
+    memory: Floats
+    sm: Floats | None
     notes: Mapping[int, Sequence[Mapping[str, Any]]]
     slots: int  # how many the list has, those that were never used too
 
     @cached_property
-    def owners(self) -> NDArray[np.int64]:
+    def owners(self) -> Ints:
         """Whose the process in each slot was at each row."""
         owners = np.full(self.pids.shape, _FREE)
         for pid in sorted(set(self.pids[self.pids > 0].tolist())):
@@ -180,11 +177,11 @@ class _ProcessTable:
         return owners
 
     @cached_property
-    def overfull(self) -> NDArray[np.bool_]:
+    def overfull(self) -> Mask:
         """Where there were more processes than slots."""
         return np.asarray(self.count > np.count_nonzero(self.pids, axis=0))
 
-    def _owner_of(self, pid: int) -> NDArray[np.int64]:
+    def _owner_of(self, pid: int) -> Ints:
         """Whose process the PID was at each row: a PID may be given out again."""
         notes = self.notes.get(pid)
         if not notes:
@@ -227,9 +224,9 @@ class _ProcessTable:
 
     def _use(
         self,
-        job_n: NDArray[np.int64],
-        others_n: NDArray[np.int64],
-        undivided: NDArray[np.bool_],
+        job_n: Ints,
+        others_n: Ints,
+        undivided: Mask,
     ) -> DeviceUse:
         """Use by how many processes of each there were; what is undivided counts as the job's."""
         job_alone = undivided | ((job_n > 0) & (others_n == 0))
@@ -248,7 +245,7 @@ class _ProcessTable:
         )
         return DeviceUse(self.t_ns, *parts)
 
-    def _sm_use(self, owner: int) -> NDArray[np.float64]:
+    def _sm_use(self, owner: int) -> Floats:
         """SM use of an owner's processes in each interval; a read says what was since the last one.
 
         A process that has gone, and left no last sample, is taken to have gone on as before.
@@ -265,7 +262,7 @@ class _ProcessTable:
         use[:-1][late] = use[1:][late]
         return np.asarray(use)
 
-    def _other_processes(self, spans_s: NDArray[np.float64]) -> tuple[OtherProcess, ...]:
+    def _other_processes(self, spans_s: Floats) -> tuple[OtherProcess, ...]:
         """Processes of others, who used most first."""
         pids = sorted(set(self.pids[self.owners == _OTHER].tolist()))
         used_s, total_s = {}, 0.0
@@ -282,7 +279,7 @@ class _ProcessTable:
             found.append(OtherProcess(pid, note["command"], note["user"], present_s, part))
         return tuple(sorted(found, key=lambda n: (-(n.use_part or 0.0), -n.present_s)))
 
-    def _unknown_reason(self, both: NDArray[np.bool_]) -> str:
+    def _unknown_reason(self, both: Mask) -> str:
         """Why it is unknown who used the GPU, at times; empty if it never is."""
         unknown = sorted(set(self.pids[self.owners == _UNKNOWN].tolist()))
         foreign = [p for p in unknown if any(n["owner"] == "hidden" for n in self.notes.get(p, ()))]
@@ -295,12 +292,12 @@ class _ProcessTable:
         return "its driver does not say how much of it each process uses" if both.any() else ""
 
 
-def _more_of_both_ends(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def _more_of_both_ends(counts: Ints) -> Ints:
     """Of each interval between reads, the larger of the counts at its two ends."""
     return np.maximum(counts[:-1], counts[1:])
 
 
-def _spans_s(t_ns: NDArray[np.float64], begin_ns: int, end_ns: int) -> NDArray[np.float64]:
+def _spans_s(t_ns: Floats, begin_ns: int, end_ns: int) -> Floats:
     """How much of each interval, as `DeviceUse` has them, lies in a window."""
     edges = t_ns.copy()
     edges[0], edges[-1] = min(edges[0], begin_ns), max(edges[-1], end_ns)

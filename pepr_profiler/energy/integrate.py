@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,14 +15,12 @@ from pepr_profiler.energy.counter import Counter
 from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.power import Power
 from pepr_profiler.energy.sources import Source, package_of
+from pepr_profiler.record import Ints
 from pepr_profiler.trace.lane import Batch
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 def integrate(
-    batches: Iterable[Batch], sources: Sequence[Source], at_ns: NDArray[np.int64]
+    batches: Iterable[Batch], sources: Sequence[Source], at_ns: Ints
 ) -> list[EnergyCurve]:
     """The cumulative energy of each source, all of one lane, at `at_ns`, which is sorted."""
     accumulators = [(Counter if source.counter else Power)(source, at_ns) for source in sources]

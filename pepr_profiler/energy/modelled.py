@@ -7,14 +7,13 @@ by -52 % to +146 % in codecarbon's own load sweeps. So no figure here claims les
 
 from __future__ import annotations
 
-from pepr_profiler.record import Record
+from pepr_profiler.record import Floats, Ints, Record
 from pepr_profiler.sensors.machine import CpuIdentity
 from pepr_profiler.units import parse_cpu_power
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
 
     from pepr_profiler.energy.activity import Activity
     from pepr_profiler.energy.curve import EnergyCurve
@@ -119,7 +118,7 @@ def cpu_model(cpuinfo: CpuIdentity, *, vcpus: int, override: str | None = None) 
     )
 
 
-def power_w(model: CpuModel, load: ArrayLike) -> NDArray[np.float64]:
+def power_w(model: CpuModel, load: ArrayLike) -> Floats:
     """P = idle + load (max - idle), the form the figures were published for.
 
     `load` is the machine's busy fraction, any shape; outside [0, 1] (a tick counted late) it is
@@ -132,7 +131,7 @@ def power_w(model: CpuModel, load: ArrayLike) -> NDArray[np.float64]:
 
 
 def modelled_curves(
-    activity: Activity, at_ns: NDArray[np.int64], *, cpu: CpuModel, ram: RamModel
+    activity: Activity, at_ns: Ints, *, cpu: CpuModel, ram: RamModel
 ) -> list[EnergyCurve]:
     """Energy of CPU and memory from recorded utilisation, for a machine without sensors."""
     import numpy as np
@@ -156,9 +155,9 @@ def modelled_curves(
 
 def _curve_of_power(
     source: Source,
-    t_ns: NDArray[np.float64],
-    mean_w: NDArray[np.float64],
-    at_ns: NDArray[np.int64],
+    t_ns: Floats,
+    mean_w: Floats,
+    at_ns: Ints,
 ) -> EnergyCurve:
     """A curve from the mean power between samples; beyond them, the first and last go on."""
     import numpy as np

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pepr_profiler.energy.curve import UNIFORM, Accumulator, Changes, EnergyCurve, median
+from pepr_profiler.record import Floats, Mask
 from pepr_profiler.units import NS_PER_S
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _SLOWEST_REFRESH_S = 0.12
 """GPUs refresh their power every 15 to 104 ms (docs/measurement, B)."""
@@ -50,15 +47,13 @@ class Power(Accumulator):
     _seen_ns: float = 0.0  # the refresh of the last change, without the lag
     _count: int = 0  # refreshes that were seen
     # Sums of squared differences of readings 1, 2 and 3 refreshes apart, and the last readings.
-    _structure: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
-    _tail: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    _structure: Floats = field(default_factory=lambda: np.zeros(3))
+    _tail: Floats = field(default_factory=lambda: np.zeros(0))
 
     def news_after_s(self) -> float:
         return _GAP_REFRESHES * max(_SLOWEST_REFRESH_S, self.source.period_s)
 
-    def usual_period_ns(
-        self, spacing_ns: NDArray[np.float64], since_read_ns: NDArray[np.float64]
-    ) -> float:
+    def usual_period_ns(self, spacing_ns: Floats, since_read_ns: Floats) -> float:
         """The low quartile: at constant power a refresh may change nothing and not be noticed.
 
         No GPU takes longer than 100 ms (docs/measurement, B); its readers may.
@@ -66,7 +61,7 @@ class Power(Accumulator):
         quartile = np.sort(spacing_ns)[len(spacing_ns) // 4]
         return float(min(quartile, max(_SLOWEST_REFRESH_S * NS_PER_S, median(since_read_ns))))
 
-    def begin(self, refreshed_ns: NDArray[np.float64], changes: Changes) -> None:
+    def begin(self, refreshed_ns: Floats, changes: Changes) -> None:
         self.refresh_s = self.refresh_s or _SLOWEST_REFRESH_S
         slow_s = max(_SLOWEST_REFRESH_S, 1.05 * self.source.period_s)
         if len(refreshed_ns) < 2:
@@ -85,7 +80,7 @@ class Power(Accumulator):
         if len(refreshed_ns):
             self.add(refreshed_ns, changes.after_first())
 
-    def add(self, refreshed_ns: NDArray[np.float64], changes: Changes) -> None:
+    def add(self, refreshed_ns: Floats, changes: Changes) -> None:
         values, period = changes.values, self.refresh_s * NS_PER_S
         earlier = np.append(self._watts, values[:-1])
         since = np.append(self._seen_ns, refreshed_ns[:-1])
@@ -100,9 +95,7 @@ class Power(Accumulator):
         self._watts, self._seen_ns = float(values[-1]), float(refreshed_ns[-1])
         self._through(t, watts, held)
 
-    def _through(
-        self, t: NDArray[np.float64], watts: NDArray[np.float64], held: NDArray[np.bool_]
-    ) -> None:
+    def _through(self, t: Floats, watts: Floats, held: Mask) -> None:
         """Adds knots; until those that are `held` the reading before was still seen."""
         before = np.append(self.last_w, watts[:-1])
         span_s = np.maximum(np.diff(t, prepend=self.knot_ns) / NS_PER_S, 0.0)
@@ -124,9 +117,9 @@ class Power(Accumulator):
 
     def _watch(
         self,
-        earlier: NDArray[np.float64],
-        values: NDArray[np.float64],
-        refreshes: NDArray[np.float64],
+        earlier: Floats,
+        values: Floats,
+        refreshes: Floats,
     ) -> None:
         """Notes the range and the regularity of the readings, each as often as it was refreshed."""
         self.lowest_w = min(self.lowest_w, float(values.min()))

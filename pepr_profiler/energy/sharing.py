@@ -13,17 +13,13 @@ of an interval add up to its energy.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pepr_profiler.energy.activity import Activity, DeviceUse, cpu_use
 from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.gpu_users import GpuUsers
-from pepr_profiler.record import Record
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from pepr_profiler.record import Floats, Ints, Record
 
 _SHARING_U_REL = 0.10
 """Standard uncertainty of sharing by plain CPU time, of the part that others caused (judgement,
@@ -43,9 +39,9 @@ class Shares(Record):
     `idle_w` is the device's idle draw, `job_idle_j` the part of it that is in `job_j`.
     """
 
-    job_j: NDArray[np.float64]
-    others_j: NDArray[np.float64]
-    idle_j: NDArray[np.float64]
+    job_j: Floats
+    others_j: Floats
+    idle_j: Floats
     u_rel: float
     busy_rate: float = 0.0  # CPU seconds a second, of everybody; 0 where CPU time shares nothing
     idle_w: float | None = None
@@ -65,7 +61,7 @@ class Shares(Record):
 
 def share(
     curve: EnergyCurve,
-    at_ns: NDArray[np.int64],
+    at_ns: Ints,
     activity: Activity | None,
     users: GpuUsers | None = None,
     *,
@@ -114,8 +110,8 @@ def share(
 def _sharing_u_rel(
     curve: EnergyCurve,
     total_j: float,
-    job_j: NDArray[np.float64],
-    others_j: NDArray[np.float64],
+    job_j: Floats,
+    others_j: Floats,
     users: GpuUsers | None,
 ) -> float:
     """Relative standard uncertainty of the job's energy by how it was split from the others'."""
@@ -135,9 +131,7 @@ def _busy_rate(activity: Activity | None) -> float:
     return float(busy_s / span_ns * 1e9) if span_ns > 0 else 0.0
 
 
-def _split_by_resident_size(
-    step_j: NDArray[np.float64], at_ns: NDArray[np.int64], activity: Activity
-) -> list[NDArray[np.float64]]:
+def _split_by_resident_size(step_j: Floats, at_ns: Ints, activity: Activity) -> list[Floats]:
     """As `_split`, for modelled memory: its power is that of what is installed, used or not.
 
     What the job does not occupy is nobody's in particular.
@@ -148,9 +142,7 @@ def _split_by_resident_size(
     return [step_j * part, none, step_j * (1.0 - part), none]
 
 
-def _split(
-    step_j: NDArray[np.float64], draw_j: NDArray[np.float64], use: NDArray[np.float64]
-) -> list[NDArray[np.float64]]:
+def _split(step_j: Floats, draw_j: Floats, use: Floats) -> list[Floats]:
     """Job, others, nobody, and the job's part of the idle draw, of each interval, J.
 
     `step_j` is the device's energy, `draw_j` what it would have drawn idle, `use` is that of
@@ -174,7 +166,7 @@ def _split(
     return [job_j, others_j, idle_j, draw_j * job_of_draw]
 
 
-def certain_shares(use: DeviceUse, at_ns: NDArray[np.int64]) -> NDArray[np.float64]:
+def certain_shares(use: DeviceUse, at_ns: Ints) -> Floats:
     """The least part of each interval's energy that is the job's, whatever the idle draw, (n - 1,).
 
     The rule is linear in the idle draw, which lies between nothing and all that was drawn.
@@ -185,7 +177,7 @@ def certain_shares(use: DeviceUse, at_ns: NDArray[np.int64]) -> NDArray[np.float
     return np.asarray(np.minimum(no_draw, all_draw)[1:])
 
 
-def lowest_power_w(curve: EnergyCurve, at_ns: NDArray[np.int64]) -> float | None:
+def lowest_power_w(curve: EnergyCurve, at_ns: Ints) -> float | None:
     """The lowest mean power over one second of what was recorded, W; None if nothing was.
 
     The idle draw is at most that. In a second without any energy the counter stood still.

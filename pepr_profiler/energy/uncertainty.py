@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pepr_profiler.energy.curve import EnergyCurve
-from pepr_profiler.record import Record
+from pepr_profiler.record import Floats, Ints, Record
 from pepr_profiler.units import NS_PER_S
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _ALIAS_U = 0.2
 """An aliased energy is uncertain by this part of it (docs/measurement, F)."""
@@ -48,9 +44,9 @@ class UncertaintyBudget(Record):
 
 def budget(
     curve: EnergyCurve,
-    at_ns: NDArray[np.int64],
-    begins: NDArray[np.int64],
-    ends: NDArray[np.int64],
+    at_ns: Ints,
+    begins: Ints,
+    ends: Ints,
     *,
     energy_j: float | None = None,
 ) -> UncertaintyBudget:
@@ -69,7 +65,7 @@ def budget(
     count = len(at_ns)
     times = np.bincount(ends, minlength=count) - np.bincount(begins, minlength=count)
 
-    def summed(variance_j2: NDArray[np.float64] | None, weights: NDArray[np.int64]) -> float:
+    def summed(variance_j2: Floats | None, weights: Ints) -> float:
         if variance_j2 is None:
             return 0.0
         return abs(part) * math.sqrt(max(0.0, float(weights @ variance_j2)))
@@ -107,9 +103,7 @@ class CrossCheck(Record):
     u_j: float
 
 
-def cross_check(
-    counter: EnergyCurve, power: EnergyCurve, at_ns: NDArray[np.int64]
-) -> CrossCheck | None:
+def cross_check(counter: EnergyCurve, power: EnergyCurve, at_ns: Ints) -> CrossCheck | None:
     """Compares the integral of power readings with the counter; None if one is unknown.
 
     Over the part of the grid in which both were read: past its last reading each source is held for

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pepr_profiler.record import Floats
 from pepr_profiler.report.text import Line, brief, cells, cut, drawn, left, printable, right, wrap
-from pepr_profiler.study import pepr
 from pepr_profiler.study.ranking import Ranking
 from pepr_profiler.units import format_amount
 
@@ -215,7 +215,7 @@ def _in_text(name: str) -> str:
     return brief(name, 40)
 
 
-def _with_u(values: pepr.Floats, u: pepr.Floats | None) -> list[str]:
+def _with_u(values: Floats, u: Floats | None) -> list[str]:
     """Each value with its u, "?" where it is unknown; without, where nothing is known of any."""
     if u is None or np.isnan(u).all():
         return [f"{value:.3f}" for value in values]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pepr_profiler.energy.sources import KINDS
+from pepr_profiler.record import Floats
 from pepr_profiler.report import figures
 from pepr_profiler.report.components import component_name
 from pepr_profiler.report.figures import ALARM, INK, MUTED, NARROW, POINT, WIDE, plain
@@ -19,7 +20,6 @@ from pepr_profiler.units import format_duration, format_with_u
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
 
 _KIND_NAMES = {"gpu": "GPUs", "cpu": "packages", "dram": "memories", "other": "others"}
@@ -35,7 +35,7 @@ class _Layer:
     label: str
     kind: str
     tint: float
-    watts: NDArray[np.float64]
+    watts: Floats
 
 
 def _layers(components: Iterable[TimelineComponent]) -> list[_Layer]:

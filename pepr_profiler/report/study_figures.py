@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pepr_profiler.record import Floats, Mask
 from pepr_profiler.report import figures
 from pepr_profiler.report.figures import ALARM, INK, MUTED, NARROW, POINT, WIDE, Chart, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
     from pepr_profiler.study.progress import Envelope, ProgressCurve
     from pepr_profiler.study.ranking import Ranking
@@ -31,12 +31,12 @@ class Points:
     """
 
     names: tuple[str, ...]
-    x: NDArray[np.float64]
-    y: NDArray[np.float64]
-    u_x: NDArray[np.float64]
-    u_y: NDArray[np.float64]
-    front: NDArray[np.bool_]
-    outlier: NDArray[np.bool_]
+    x: Floats
+    y: Floats
+    u_x: Floats
+    u_y: Floats
+    front: Mask
+    outlier: Mask
     x_label: str
     y_label: str
     x_unit: str
@@ -163,7 +163,7 @@ def study_chart(ident: str, title: str, text: str, points: Points) -> tuple[Char
     return figures.chart(ident, title, text, draw), places
 
 
-def _log_fits(x: NDArray[np.float64]) -> bool:
+def _log_fits(x: Floats) -> bool:
     return bool((x > 0).all())
 
 

@@ -13,9 +13,9 @@ from orjson import loads
 
 from pepr_profiler import units
 from pepr_profiler.errors import UsageError
+from pepr_profiler.record import Floats
 from pepr_profiler.store.facts import CAUSES, Facts, facts_of
 from pepr_profiler.store.index import QueryResult
-from pepr_profiler.study import pepr
 from pepr_profiler.study.jobs import merge_jobs
 from pepr_profiler.study.pepr import listed
 from pepr_profiler.study.ranking import Amount, SharedErrors
@@ -137,18 +137,18 @@ class Cohort:
             _Runs(self.summaries, rest, merged),
         )
 
-    def _numbers(self, name: str) -> pepr.Floats:
+    def _numbers(self, name: str) -> Floats:
         """One of the Facts that are numbers (n,); NaN is unknown."""
         return np.array([getattr(row, name) for row in self.rows], dtype=np.float64)
 
-    def _metric(self, name: str) -> pepr.Floats:
+    def _metric(self, name: str) -> Floats:
         """A metric that was logged (n,); NaN is unknown."""
         return np.array([loads(row.metrics).get(name) for row in self.rows], dtype=np.float64)
 
     def _metric_names(self) -> list[str]:
         return sorted({name for row in self.rows for name in loads(row.metrics)})
 
-    def performance(self, metric: str | None) -> tuple[str, pepr.Floats]:
+    def performance(self, metric: str | None) -> tuple[str, Floats]:
         """The metric's name and one value a run: the named metric, or the runs' own performance.
 
         UsageError for a run that has none, and where the runs' own are not the same metric.
@@ -328,7 +328,7 @@ class Cohort:
         u = self._numbers("u_j") * units_per_joule
         return Amount(resource, resource, unit, values, u, units_per_joule, label=_label(resource))
 
-    def _require(self, values: pepr.Floats, *, what: str, fix: str) -> None:
+    def _require(self, values: Floats, *, what: str, fix: str) -> None:
         """UsageError that names the runs whose value is unknown."""
         lacking = [self.rows[i].label for i in np.flatnonzero(np.isnan(values)).tolist()]
         if lacking:

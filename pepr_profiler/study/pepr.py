@@ -17,9 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pepr_profiler.errors import UsageError
+from pepr_profiler.record import Floats, Mask
 
-Floats: TypeAlias = npt.NDArray[np.float64]
-Mask: TypeAlias = npt.NDArray[np.bool_]
 MinMax: TypeAlias = tuple[float, float]
 """The ends of a normalisation range, (r_min, r_max)."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pepr_profiler.record import Record
+from pepr_profiler.record import Floats, Record
 from pepr_profiler.summary.logged import COUNTERS
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ class ProgressCurve(Record):
     run_id: str
     name: str
     metric: str
-    t_s: pepr.Floats
-    energy_j: pepr.Floats
-    u_j: pepr.Floats
-    epoch: pepr.Floats
-    performance: pepr.Floats
+    t_s: Floats
+    energy_j: Floats
+    u_j: Floats
+    epoch: Floats
+    performance: Floats
     total_j: float
 
 
@@ -66,8 +66,8 @@ class Envelope(Record):
     `energy_j` and `performance` rise strictly.
     """
 
-    energy_j: pepr.Floats
-    performance: pepr.Floats
+    energy_j: Floats
+    performance: Floats
     curve: npt.NDArray[np.intp]
     point: npt.NDArray[np.intp]
 
@@ -107,7 +107,7 @@ def curve_of(
     if total_j is None or progress["energy_j"] is None:
         return None
 
-    def column(values: Sequence[float | None]) -> pepr.Floats:
+    def column(values: Sequence[float | None]) -> Floats:
         return np.array([math.nan if v is None else v for v in values], dtype=np.float64)
 
     values = column(progress["metrics"][metric])

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from pepr_profiler import units
 from pepr_profiler.errors import UsageError
+from pepr_profiler.record import Floats, Mask
 from pepr_profiler.study import pepr
 from pepr_profiler.study.pepr import listed
 from pepr_profiler.trace.shape import shape_error
@@ -62,8 +63,8 @@ class Ranking:
     metric: str
     resource_name: str
     unit: str
-    performance: pepr.Floats
-    resource: pepr.Floats
+    performance: Floats
+    resource: Floats
     scores: pepr.Scores
     bounds_given: bool
     bounds_source: str = ""
@@ -75,10 +76,10 @@ class Ranking:
     transform: str | None = None
     n: npt.NDArray[np.intp] | None = None
     run_ids: tuple[tuple[str, ...], ...] = ()
-    u_performance: pepr.Floats | None = None
-    u_resource: pepr.Floats | None = None
-    sd_performance: pepr.Floats | None = None
-    sd_resource: pepr.Floats | None = None
+    u_performance: Floats | None = None
+    u_resource: Floats | None = None
+    sd_performance: Floats | None = None
+    sd_resource: Floats | None = None
     standing: pepr.Standing | None = None
     outliers: tuple[Outlier, ...] = ()
     without: Ranking | None = None
@@ -89,12 +90,12 @@ class Ranking:
         return pepr.rank(self.scores)
 
     @property
-    def front(self) -> pepr.Mask:
+    def front(self) -> Mask:
         """Which rows are on the performance/resource Pareto front."""
         return pepr.pareto_front(self.performance, self.resource)
 
     @property
-    def u_pepr(self) -> pepr.Floats | None:
+    def u_pepr(self) -> Floats | None:
         """The u of each score."""
         return None if self.standing is None else self.standing.u_pepr
 
@@ -104,7 +105,7 @@ class Ranking:
         return self.n is not None and bool((self.n > 1).any())
 
     @property
-    def single(self) -> pepr.Mask:
+    def single(self) -> Mask:
         """Which rows are one run, so that their spread over repeats is unknown."""
         return np.ones(len(self.names), np.bool_) if self.n is None else self.n == 1
 
@@ -247,7 +248,7 @@ class SharedErrors:
 
     lines: npt.NDArray[np.intp]
     rows: npt.NDArray[np.intp]
-    moves: pepr.Floats
+    moves: Floats
 
     @classmethod
     def none(cls) -> SharedErrors:
@@ -260,11 +261,11 @@ class SharedErrors:
         kept = place[self.rows] >= 0
         return SharedErrors(self.lines[kept], place[self.rows[kept]], self.moves[kept])
 
-    def squares(self, n: int) -> pepr.Floats:
+    def squares(self, n: int) -> Floats:
         """What they add to the variance of each of n runs (n,)."""
         return np.asarray(np.bincount(self.rows, self.moves**2, minlength=n), dtype=np.float64)
 
-    def means(self, model: npt.NDArray[np.intp], n: npt.NDArray[np.intp]) -> pepr.Floats:
+    def means(self, model: npt.NDArray[np.intp], n: npt.NDArray[np.intp]) -> Floats:
         """How far they move the mean of each model (lines, models), of `n` (models,) runs each.
 
         `model` (runs,) is the number of each run's model.
@@ -288,9 +289,9 @@ class Amount:
     key: str
     name: str
     unit: str
-    values: pepr.Floats
-    u: pepr.Floats | None = None
-    units_per_joule: pepr.Floats | None = None
+    values: Floats
+    u: Floats | None = None
+    units_per_joule: Floats | None = None
     shared: SharedErrors | None = None
     label: str = ""
 
@@ -313,13 +314,13 @@ class Amount:
 
 def make_ranking(
     names: Sequence[str],
-    p: pepr.Floats,
+    p: Floats,
     amount: Amount,
     *,
     ids: Sequence[str] = (),
     called: Callable[[int], str] | None = None,
     repeats: bool = False,
-    companions: Sequence[tuple[str, str, pepr.Floats]] = (),
+    companions: Sequence[tuple[str, str, Floats]] = (),
     bounds: pepr.MinMax | Sequence[Bounds] | None = None,
     check: bool = True,
     **facts: Any,
@@ -461,10 +462,10 @@ def _bounds_for(
 
 def _outliers(
     amount: Amount,
-    companions: Sequence[tuple[str, str, pepr.Floats]],
+    companions: Sequence[tuple[str, str, Floats]],
     who: Callable[[int], str],
     index: npt.NDArray[np.intp],
-) -> tuple[pepr.Mask, tuple[Outlier, ...]]:
+) -> tuple[Mask, tuple[Outlier, ...]]:
     """Which runs or rows (n,) do not fit the others, and the message about them."""
     odd = np.zeros(len(index), dtype=np.bool_)
     ratio, what, unit = amount.values, amount.name, amount.unit
@@ -489,7 +490,7 @@ def _outliers(
     return odd, (outlier,)
 
 
-def _span(values: pepr.Floats, unit: str) -> str:
+def _span(values: Floats, unit: str) -> str:
     low, high = float(values.min()), float(values.max())
     ends = dict.fromkeys(
         units.format_quantity(x, unit) if unit else f"{x:.3g}" for x in (low, high)

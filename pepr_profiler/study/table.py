@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pepr_profiler.errors import UsageError
+from pepr_profiler.record import Floats
 
 if TYPE_CHECKING:
-    from pepr_profiler.study import pepr
+    pass
 
 # The names of columns of durations. A resource divided by one is a rate (of energy a mean power),
 # which is similar in all rows of a cohort.
@@ -114,7 +115,7 @@ class TextTable:
         """The cells of a column."""
         return [row[self._places[column]] for row in self.rows]
 
-    def numbers(self, column: str, labels: Sequence[str]) -> pepr.Floats:
+    def numbers(self, column: str, labels: Sequence[str]) -> Floats:
         """The cells of a column as numbers (n,). UsageError for one that is no finite number, which
         names the row by its label.
         """

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.sharing import Shares
 from pepr_profiler.energy.uncertainty import CrossCheck, UncertaintyBudget, budget
-from pepr_profiler.record import Record
+from pepr_profiler.record import Floats, Ints, Record
 from pepr_profiler.trace.events import PhaseSpan
 from pepr_profiler.units import NS_PER_S
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _BUCKETS = 48
 """Points of the power-over-time line in a summary."""
@@ -31,18 +28,16 @@ _MOST_SECONDS = 1 << 22
 class Grid(Record):
     """The instants at which energy is needed, ns: seconds, buckets, steps, marks, both ends."""
 
-    at_ns: NDArray[np.int64]
-    seconds_ns: NDArray[np.int64]
-    buckets_ns: NDArray[np.int64]
-    steps_ns: NDArray[np.int64]
+    at_ns: Ints
+    seconds_ns: Ints
+    buckets_ns: Ints
+    steps_ns: Ints
 
     @classmethod
-    def over(
-        cls, begin_ns: int, end_ns: int, phases: Iterable[PhaseSpan], logged_ns: NDArray[np.int64]
-    ) -> Grid:
+    def over(cls, begin_ns: int, end_ns: int, phases: Iterable[PhaseSpan], logged_ns: Ints) -> Grid:
         """The grid of a window with its phases and the instants at which metrics were logged."""
 
-        def edges(count: int) -> NDArray[np.int64]:
+        def edges(count: int) -> Ints:
             return np.linspace(begin_ns, end_ns, count + 1).astype(np.int64)
 
         seconds_ns = edges(min(max(1, (end_ns - begin_ns) // NS_PER_S), _MOST_SECONDS))
@@ -55,11 +50,11 @@ class Grid(Record):
         at_ns = at_ns[np.diff(at_ns, prepend=at_ns[0] - 1) > 0]  # np.unique loads numpy.ma: 15 ms
         return cls(at_ns, seconds_ns, buckets_ns, steps_ns)
 
-    def places(self, at_ns: NDArray[np.int64]) -> NDArray[np.int64]:
+    def places(self, at_ns: Ints) -> Ints:
         """Where these instants, which are on the grid, are."""
         return np.asarray(np.searchsorted(self.at_ns, at_ns))
 
-    def pick(self, values: NDArray[np.float64], at_ns: NDArray[np.int64]) -> NDArray[np.float64]:
+    def pick(self, values: Floats, at_ns: Ints) -> Floats:
         """Of values that are given on the grid, those at these instants, which are on it."""
         return np.asarray(values[self.places(at_ns)])
 
@@ -106,22 +101,18 @@ class ComponentResult(Record):
         return float(self.counted_so_far_j[-1])
 
     @property
-    def counted_so_far_j(self) -> NDArray[np.float64]:
+    def counted_so_far_j(self) -> Floats:
         """What of it is counted, cumulative at the grid."""
         if self.scope == "job":
             return self.shares.job_j
         return np.asarray(self.curve.energy_j - self.curve.energy_j[0])
 
-    def counted_within_j(
-        self, grid: Grid, begins_ns: NDArray[np.int64], ends_ns: NDArray[np.int64]
-    ) -> float:
+    def counted_within_j(self, grid: Grid, begins_ns: Ints, ends_ns: Ints) -> float:
         """What of it is counted in some windows, whose edges are on the grid, together."""
         so_far_j = self.counted_so_far_j
         return float(np.sum(grid.pick(so_far_j, ends_ns) - grid.pick(so_far_j, begins_ns)))
 
-    def budget(
-        self, grid: Grid, begins_ns: NDArray[np.int64], ends_ns: NDArray[np.int64]
-    ) -> UncertaintyBudget:
+    def budget(self, grid: Grid, begins_ns: Ints, ends_ns: Ints) -> UncertaintyBudget:
         """The uncertainty budget of `counted_within_j` of the same windows."""
         energy_j = self.counted_within_j(grid, begins_ns, ends_ns)
         begins, ends = grid.places(begins_ns), grid.places(ends_ns)
@@ -188,7 +179,7 @@ _FIGURES = (
 """The keys of a component whose values are unknown if its energy is."""
 
 
-def _power_w(energy_j: NDArray[np.float64], at_ns: NDArray[np.int64]) -> list[float | None]:
+def _power_w(energy_j: Floats, at_ns: Ints) -> list[float | None]:
     span_s = np.diff(at_ns) * 1e-9
     with np.errstate(divide="ignore", invalid="ignore"):
         power_w = np.diff(energy_j) / span_s

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,13 +14,10 @@ from pepr_profiler.energy.integrate import integrate
 from pepr_profiler.energy.modelled import RamModel, cpu_model, modelled_curves
 from pepr_profiler.energy.sources import find_cross_sources, find_sources
 from pepr_profiler.energy.uncertainty import CrossCheck, cross_check
-from pepr_profiler.record import Record
+from pepr_profiler.record import Ints, Record
 from pepr_profiler.sensors.machine import CpuIdentity
 from pepr_profiler.sensors.spec import SensorSpec
 from pepr_profiler.trace.lane import Batch, LaneInfo, LaneReader, joined
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _BUSY = 0.05
 """At a higher utilisation of a GPU, someone computes on it."""
@@ -53,7 +50,7 @@ def read_all(
     readers: Mapping[str, LaneReader],
     facts: Mapping[str, Any],
     notes: Sequence[Mapping[str, Any]],
-    at_ns: NDArray[np.int64],
+    at_ns: Ints,
 ) -> Readings:
     """Reads each lane once: energy at `at_ns` (sorted), and who was there meanwhile.
 
@@ -106,7 +103,7 @@ def read_all(
 
 
 def _cross_checks(
-    counters: Iterable[EnergyCurve], powers: Iterable[EnergyCurve], at_ns: NDArray[np.int64]
+    counters: Iterable[EnergyCurve], powers: Iterable[EnergyCurve], at_ns: Ints
 ) -> dict[str, CrossCheck]:
     by_id = {counter.source.id: counter for counter in counters}
     checks = {

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from pepr_profiler.record import Record
+from pepr_profiler.record import Ints, Record
 from pepr_profiler.summary.component import ComponentResult, Grid
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 COUNTERS = ("epoch", "step")
 """They say when a metric was logged, and are no metrics themselves."""
@@ -68,7 +65,7 @@ class MetricLog(Record):
     instants some are `left_out`.
     """
 
-    at_ns: NDArray[np.int64]
+    at_ns: Ints
     rows: tuple[Mapping[str, float], ...]
     left_out: int
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pepr_profiler.energy.curve import gap_limit_s
-from pepr_profiler.record import Record
+from pepr_profiler.record import Floats, Ints, Record
 from pepr_profiler.summary.component import ComponentResult, Grid
 from pepr_profiler.trace.events import PhaseSpan
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _BANDED_S = 2.0
 """Steps this long or longer hold seconds to take the lowest and highest of."""
@@ -35,10 +31,10 @@ class TimelineComponent(Record):
     label: str
     provenance: str
     in_total: bool
-    job_w: NDArray[np.float64]
-    device_w: NDArray[np.float64]
-    low_w: NDArray[np.float64] | None
-    high_w: NDArray[np.float64] | None
+    job_w: Floats
+    device_w: Floats
+    low_w: Floats | None
+    high_w: Floats | None
     gaps_s: tuple[tuple[float, float], ...]
 
 
@@ -49,11 +45,11 @@ class Timeline(Record):
     are (name, begin, end).
     """
 
-    edges_s: NDArray[np.float64]
+    edges_s: Floats
     components: tuple[TimelineComponent, ...]
-    at_s: NDArray[np.float64]
-    energy_j: NDArray[np.float64]
-    u_j: NDArray[np.float64]
+    at_s: Floats
+    energy_j: Floats
+    u_j: Floats
     phases: tuple[tuple[str, float, float], ...]
 
 
@@ -63,7 +59,7 @@ def timeline_of(
     """The timeline of a run, from what its summary was made of."""
     begin_ns = int(grid.steps_ns[0])
 
-    def since_begin_s(t_ns: NDArray[np.int64]) -> NDArray[np.float64]:
+    def since_begin_s(t_ns: Ints) -> Floats:
         return np.asarray((t_ns - begin_ns) * 1e-9)
 
     apart = max(1, (len(grid.steps_ns) - 1) // _BAND_POINTS)
@@ -95,7 +91,7 @@ def _over_time(component: ComponentResult, grid: Grid) -> TimelineComponent:
     span_s = np.maximum(np.diff(steps_ns) * 1e-9, 1e-9)
     unread = (steps_ns[1:] < curve.first_ns) | (steps_ns[:-1] > curve.last_ns)
 
-    def mean_w(energy_j: NDArray[np.float64]) -> NDArray[np.float64]:
+    def mean_w(energy_j: Floats) -> Floats:
         return np.where(unread, np.nan, np.diff(grid.pick(energy_j, steps_ns)) / span_s)
 
     low_w = high_w = None

@@ -23,14 +23,13 @@ from pathlib import Path
 
 from pepr_profiler import _core
 from pepr_profiler.errors import TraceError
-from pepr_profiler.record import Any, Record
+from pepr_profiler.record import Any, Floats, Ints, Record
 from pepr_profiler.trace import arrow
 from pepr_profiler.trace.shape import MALFORMED, shape_error
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    pass
 
 
 class Channel(Record):
@@ -79,11 +78,11 @@ class Batch(Record):
     before was read, left out or not. Both are None if nothing was left out.
     """
 
-    t_ns: NDArray[np.int64]
-    read_ns: NDArray[np.int64]
-    values: NDArray[np.float64]
-    skipped: NDArray[np.int64] | None = None
-    since_read_ns: NDArray[np.int64] | None = None
+    t_ns: Ints
+    read_ns: Ints
+    values: Floats
+    skipped: Ints | None = None
+    since_read_ns: Ints | None = None
 
     @property
     def reads(self) -> int:
