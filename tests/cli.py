@@ -33,7 +33,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Cli:
-    """`pepr-profile` with a store in a folder of the test's."""
+    """`pepr-profile` as a process, with its store in `folder`; `variables` for all it starts."""
 
     folder: Path
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -102,18 +102,18 @@ SLEEP_UNTIL = """if True:
     import sys, time
     while time.monotonic_ns() < int(sys.argv[1]): time.sleep(0.01)
 """
-"""A program that lives until then: how late it starts does not matter."""
+"""A program that ends at an instant (CLOCK_MONOTONIC, ns), however late it starts."""
 
 BURN_UNTIL = SLEEP_UNTIL.replace("time.sleep(0.01)", "sum(range(1000))")
 
 
 def python(code: str, *arguments: str) -> list[str]:
-    """A child that runs `code`."""
+    """The command that runs `code`."""
     return [sys.executable, "-c", code, *arguments]
 
 
 def until(condition: Callable[[], Any], *, within_s: float = SLOW_S) -> Any:
-    """The first true value of `condition`, where nothing wakes us when it changes."""
+    """Asks again and again until `condition` gives a true value, and returns it."""
     begin_s = time.monotonic()
     while (waited_s := time.monotonic() - begin_s) < within_s:
         value = condition()
@@ -161,13 +161,13 @@ def component(summary: Mapping[str, Any], ident: str) -> dict[str, Any]:
 
 
 def codes(summary: Mapping[str, Any], about: str = "") -> set[str]:
-    """The codes of a summary's warnings; those whose text mentions `about`.
+    """The codes of a summary's warnings; with `about`, of those whose text contains it.
 
-    Unless it is asked about, who else uses the CPUs that the tests run on is left out.
+    Tests run beside other programs: that these used the CPU is left out, unless `about` is that.
     """
     warnings = [warning for warning in summary["warnings"] if about in warning["text"]]
-    neighbours = "of the CPU time that was used"
-    return {w["code"] for w in warnings if neighbours in about or neighbours not in w["text"]}
+    others = "of the CPU time that was used"
+    return {w["code"] for w in warnings if others in about or others not in w["text"]}
 
 
 def write_replay(path: Path, channels: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
@@ -186,7 +186,7 @@ def write_meter(path: Path, power_w: float, name: str = "x") -> str:
 
 @contextmanager
 def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """Whatever happens, the process is gone afterwards and its pipes are closed."""
+    """Kills the process at the end of the block, if it still runs, and closes its pipes."""
     with process:
         try:
             yield process

@@ -22,9 +22,10 @@ from sim import native, nvml, powercap
 
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
+# All else of the environment of whoever starts the tests is taken away.
 KEPT = (
     # Where programs, libraries and packages are; which compiler the simulations are built with.
-    *("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME", "PYTHONPATH"),
+    *("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH"),
     *("CXX", "CPATH", "LIBRARY_PATH"),
 )
 KEPT_PREFIXES = ("PYTEST_", "COV", "ASAN_", "TSAN_", "UBSAN_", "NIX_")
@@ -44,7 +45,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def _place() -> str:
-    """Where the tests' folders are: as usual, if that suits sockets, shells and other users."""
+    """The usual folder for temporary files, or one that sockets, shells and other users can use."""
     usual = tempfile.gettempdir()
     for place in (usual, "/tmp", "/var/tmp"):
         plain = re.fullmatch(r"[A-Za-z0-9/._-]{1,40}", place)
@@ -56,7 +57,7 @@ def _place() -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Nothing of who started the tests reaches them: the same everywhere, by whoever."""
+    """Gives the tests the same surroundings everywhere, whoever starts them and how."""
     place = tempfile.tempdir = _place()
     home = tempfile.TemporaryDirectory(prefix="pepr-test-home-")
     session.config.add_cleanup(home.cleanup)
@@ -81,7 +82,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     )
     time.tzset()
     os.umask(0o022)
-    # Who is started by `nohup`, or in the background of a script, inherits some of them ignored.
+    # `nohup`, or a script that starts us in the background, leaves some signals ignored.
     for signo in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # Python ignores these
         if signal.getsignal(signo) is signal.SIG_IGN:
             ours = signal.default_int_handler if signo == signal.SIGINT else signal.SIG_DFL

@@ -49,7 +49,7 @@ OTHERWISE = """if True:
     command._serve = functools.partial(
         command._serve, quotas=Quotas(**given["quotas"]), waits=Waits(**given["waits"]))
     sys.exit(main(sys.argv[1:]))"""
-"""A daemon with other quotas and waits than the command line gives it."""
+"""The command line, whose daemon has other quotas and waits than usual."""
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
