@@ -124,7 +124,7 @@ def test_idle_draw_is_measured_and_use_is_followed(
 
     # then the idle draw is known, and what flowed before was nobody's
     begin_s = (summary["recording"]["window_ns"][0] - sim.scenario.epoch_ns) * 1e-9
-    assert part["idle_w"] == pytest.approx(60, rel=0.05)
+    assert part["idle_w"] == pytest.approx(60, rel=0.1)  # a read of a second may be late by a tenth
     assert part["idle_j"] == pytest.approx(60 * (5 - begin_s), abs=60 * 1.2)
     # and the rest is shared by use: a change is seen up to half a second late
     others_j = 360 * 2 * (0.7 + 0.1)
