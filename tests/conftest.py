@@ -35,13 +35,15 @@ KEPT_PREFIXES = ("PYTEST_", "COV", "ASAN_", "TSAN_", "UBSAN_", "NIX_")
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One worker more than there are cores: most tests wait for a program to end.
 
-    One at a time for those of a real GPU, which measure what the GPU is used for.
+    None for single tests, which would take longer so, and for those of a real GPU: these measure it
+    one after the other.
     """
     asked = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS", "")
     if asked.isdigit():
         return int(asked)
+    few = all("::" in argument for argument in config.args)
     real = "gpu" in config.getoption("markexpr")
-    return 0 if real else len(os.sched_getaffinity(0)) + 1
+    return 0 if few or real else len(os.sched_getaffinity(0)) + 1
 
 
 def _place() -> str:

@@ -487,7 +487,7 @@ def test_a_daemon_without_descriptors_serves_who_is_there_and_later_all(
 # --- many -----------------------------------------------------------------------------------------
 
 CLIENT = """if True:
-    import os, signal, sys
+    import os, select, signal, socket, sys  # the client's own imports, once for all
     from pathlib import Path
     from pepr_profiler.daemon_client.client import DaemonClient
     for _ in range(int(sys.argv[2])):
