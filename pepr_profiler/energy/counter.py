@@ -115,11 +115,7 @@ def reconstruct_interval(
 
 
 def _limited(
-    far_left: Floats,
-    left: Floats,
-    mean: Floats,
-    right: Floats,
-    far_right: Floats,
+    far_left: Floats, left: Floats, mean: Floats, right: Floats, far_right: Floats
 ) -> tuple[Floats, Floats]:
     """Power at both ends of a parabola that adds no extremum (Colella and Woodward, 1.6-1.10)."""
 

@@ -222,12 +222,7 @@ class _ProcessTable:
             reads=int(np.count_nonzero(inside)),
         )
 
-    def _use(
-        self,
-        job_n: Ints,
-        others_n: Ints,
-        undivided: Mask,
-    ) -> DeviceUse:
+    def _use(self, job_n: Ints, others_n: Ints, undivided: Mask) -> DeviceUse:
         """Use by how many processes of each there were; what is undivided counts as the job's."""
         job_alone = undivided | ((job_n > 0) & (others_n == 0))
         others_alone = ~undivided & (job_n == 0) & (others_n > 0)

@@ -153,12 +153,7 @@ def modelled_curves(
     ]
 
 
-def _curve_of_power(
-    source: Source,
-    t_ns: Floats,
-    mean_w: Floats,
-    at_ns: Ints,
-) -> EnergyCurve:
+def _curve_of_power(source: Source, t_ns: Floats, mean_w: Floats, at_ns: Ints) -> EnergyCurve:
     """A curve from the mean power between samples; beyond them, the first and last go on."""
     import numpy as np
 

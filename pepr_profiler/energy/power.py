@@ -115,12 +115,7 @@ class Power(Accumulator):
         self.last_w, self.last_change_w = float(watts[-1]), 0.0
         self.emit(t, sums, np.array((mean_w, edge_j2)))
 
-    def _watch(
-        self,
-        earlier: Floats,
-        values: Floats,
-        refreshes: Floats,
-    ) -> None:
+    def _watch(self, earlier: Floats, values: Floats, refreshes: Floats) -> None:
         """Notes the range and the regularity of the readings, each as often as it was refreshed."""
         self.lowest_w = min(self.lowest_w, float(values.min()))
         self.highest_w = max(self.highest_w, float(values.max()))

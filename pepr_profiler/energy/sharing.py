@@ -108,11 +108,7 @@ def share(
 
 
 def _sharing_u_rel(
-    curve: EnergyCurve,
-    total_j: float,
-    job_j: Floats,
-    others_j: Floats,
-    users: GpuUsers | None,
+    curve: EnergyCurve, total_j: float, job_j: Floats, others_j: Floats, users: GpuUsers | None
 ) -> float:
     """Relative standard uncertainty of the job's energy by how it was split from the others'."""
     if curve.source.provenance == "modelled" or not total_j > 0:  # the model's own is far larger

@@ -43,12 +43,7 @@ class UncertaintyBudget(Record):
 
 
 def budget(
-    curve: EnergyCurve,
-    at_ns: Ints,
-    begins: Ints,
-    ends: Ints,
-    *,
-    energy_j: float | None = None,
+    curve: EnergyCurve, at_ns: Ints, begins: Ints, ends: Ints, *, energy_j: float | None = None
 ) -> UncertaintyBudget:
     """The budget of the windows from index `begins` to `ends` of the grid, taken together.
 
