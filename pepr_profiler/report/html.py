@@ -11,6 +11,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from pepr_profiler import __version__
+from pepr_profiler.units import format_quantity
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -58,6 +59,7 @@ def _environment() -> Environment:
     )
     made.filters["clip"] = clip
     made.filters["data"] = embedded
+    made.filters["quantity"] = format_quantity
     return made
 
 

@@ -81,15 +81,7 @@ def run_page(
             lambda width: study_figures.progress_curves([curve], width=width),
         )
     phases = summary.get("phases") or []
-    step = steps.partition(";")[0].rstrip(".")
-    power_caption = f"{whose} power, its devices on top of each other. {step}."
-    if phases:
-        power_caption += " Below: its phases."
-    if any(c.gaps_s for c in timeline.components if c.in_total):
-        power_caption += " Hatched: times without a reading; what is drawn there was not measured."
-    devices_caption = f"The whole device's power as a line. {steps}"
-    if all(c.low_w is None for c in timeline.components):
-        devices_caption += " The area is the part of it that is counted."
+    wh = "" if total[0] is None else format_quantity(total[0] / units.J_PER_WH, "Wh")
     return render(
         "run.html",
         scripts=["theme.js"],
@@ -101,26 +93,26 @@ def run_page(
         duration=format_duration(summary.get("duration_s")),
         command=clip(shlex.join(summary.get("command") or []), 2000),
         energy=shown_energy,
-        energy_note=_energy_note(energy),
+        energy_wh=wh,
         provenance=energy.get("provenance") or "",
         provenance_text=units.format_provenance(energy.get("provenance")),
         facts=list(_facts(summary)),
         warnings=summary.get("warnings") or [],
         missing=summary.get("missing") or [],
         charts=charts,
-        power_caption=power_caption,
         whole=whole,
-        energy_caption=f"{whose} energy since the beginning. The band is ± u, k = 2: it contains "
-        "the true value with 95 % probability.",
-        devices_caption=devices_caption,
+        whose=whose,
+        steps=steps,
+        hatched=any(c.gaps_s for c in timeline.components if c.in_total),
+        banded=any(c.low_w is not None for c in timeline.components),
         progress=_progress_text(curve),
         components=list(_components(energy)),
         phases=list(_phases(phases, total)),
         more_phases=max(0, len(phases) - _MOST_PHASES),
         budget=list(_budget(energy)),
-        cross_checks=list(_cross_checks(energy)),
+        checks=_cross_checks(energy),
         metrics=_metrics(summary),
-        method=list(_method(summary)),
+        method=_method(energy),
         quality=_quality(summary),
     )
 
@@ -139,18 +131,6 @@ def _instant(text: Any) -> str:
         return datetime.fromisoformat(str(text)).strftime("%Y-%m-%d %H:%M UTC")
     except ValueError:
         return "at an unknown time"
-
-
-def _energy_note(energy: Mapping[str, Any]) -> str:
-    total_j = energy.get("total_j")
-    if total_j is None:
-        return "no device could be measured or estimated"
-    text = format_quantity(total_j / units.J_PER_WH, "Wh")
-    if energy.get("provenance") == "modelled":
-        text += "; no sensor could be read: this is an estimate from utilisation"
-    elif energy.get("provenance") == "mixed":
-        text += "; there is no sensor for the estimated rows"
-    return text
 
 
 def _facts(summary: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
@@ -266,28 +246,17 @@ def _budget(energy: Mapping[str, Any]) -> Iterable[dict[str, str]]:
             }
 
 
-def _cross_checks(energy: Mapping[str, Any]) -> Iterable[str]:
-    """What a second sensor says: each that disagrees by name, the others in one sentence."""
-    agreeing = []
+def _cross_checks(energy: Mapping[str, Any]) -> dict[str, Any]:
+    """What second sensors say: which of them disagree, and of the others the one most apart."""
+    agreeing: list[dict[str, Any]] = []
+    disagreeing: list[dict[str, Any]] = []
     for c in energy.get("components") or []:
-        check = c.get("cross_check")
-        if check and abs(check["difference_j"]) <= check["u_j"]:
-            agreeing.append(check)
-        elif check:
-            name = component_name(c)
-            yield (
-                f"Cross-check: the power readings of {clip(name, 60)}, integrated, are "
-                f"{format_quantity(check['difference_j'], 'J')} from its energy counter; "
-                f"± {format_quantity(check['u_j'], 'J')} is expected."
-            )
-    if agreeing:
-        most = max(agreeing, key=lambda check: abs(check["difference_j"]))
-        devices = "one device" if len(agreeing) == 1 else f"{len(agreeing)} devices"
-        yield (
-            f"Cross-check: the power readings of {devices}, integrated, agree with the energy "
-            f"counters: at most {format_quantity(abs(most['difference_j']), 'J')} apart, where "
-            f"± {format_quantity(most['u_j'], 'J')} is expected."
-        )
+        if check := c.get("cross_check"):
+            agrees = abs(check["difference_j"]) <= check["u_j"]
+            named = {"name": clip(component_name(c), 60), **check}
+            (agreeing if agrees else disagreeing).append(named)
+    most = max(agreeing, key=lambda check: abs(check["difference_j"]), default=None)
+    return {"disagreeing": disagreeing, "agreeing": len(agreeing), "most": most}
 
 
 def _metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -298,44 +267,16 @@ def _metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     ][:100]
 
 
-def _method(summary: Mapping[str, Any]) -> Iterable[str]:
-    energy = summary["energy"]
+def _method(energy: Mapping[str, Any]) -> dict[str, bool]:
+    """Which paragraphs of the template say how the energy was computed."""
     added = [c for c in energy.get("components") or [] if c["in_total"]]
     sources = {str(c["source"]) for c in added}
-    if sources & {"powercap", "perf", "nvml-energy"}:
-        yield (
-            "Where a device counts its own energy, the energy is the difference of two counter "
-            "values: a sample that is missed costs resolution, but no energy. Wraps of the counter "
-            "are undone."
-        )
-    if any(source.startswith(("nvml-power", "hwmon")) for source in sources):
-        yield (
-            "Where a device reports power only, its readings are integrated over time. They are "
-            "shifted back by their lag: 0.5 s where they are averages over a second, else 0.3 of "
-            "their refresh period, where that period can be seen."
-        )
-    if any(c["provenance"] == "modelled" for c in added):
-        yield (
-            "Where there is no sensor, power is estimated: for the processor from its recorded "
-            "busy time and the watts per CPU of servers of its generation, for the memory from its "
-            "size, of which the job gets the part that it had in use. Such an estimate has "
-            "± 50 % or more. Two runs on one machine share most of that error, so a comparison "
-            "between them is better than the ± says."
-        )
-    if any(c["kind"] in ("cpu", "dram", "gpu") for c in added):
-        yield (
-            "A device's energy is divided between this job, other processes, and idle. What it "
-            "took above its idle power goes to those who used it, in proportion to their use: busy "
-            "CPU time for processors and memory, SM utilisation for a GPU. The idle power goes to "
-            "them as well while the device was in use; else to the processes that hold the GPU, or "
-            "to nobody: that part is called idle."
-        )
-    yield (
-        "Every ± is an expanded uncertainty, k = 2, after the Guide to the expression of "
-        "uncertainty in measurement (JCGM 100:2008). The facts about sensors, and their sources, "
-        "are in the project's docs/measurement.md; the score for comparing runs is PePR, arXiv "
-        "2403.12562."
-    )
+    return {
+        "counters": bool(sources & {"powercap", "perf", "nvml-energy"}),
+        "powers": any(source.startswith(("nvml-power", "hwmon")) for source in sources),
+        "estimates": any(c["provenance"] == "modelled" for c in added),
+        "shares": any(c["kind"] in ("cpu", "dram", "gpu") for c in added),
+    }
 
 
 def _quality(summary: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from pepr_profiler.errors import UsageError
 from pepr_profiler.report import figures, study_figures
 from pepr_profiler.report.html import clip, render
 from pepr_profiler.study import progress
+from pepr_profiler.study.pepr import listed
 from pepr_profiler.study.ranking import Ranking
 from pepr_profiler.study.study import Study
 from pepr_profiler.units import format_amount
@@ -49,26 +50,25 @@ def study_page(study: Study, *, load: Callable[[str], Mapping[str, Any]] | None 
     hosts = sorted({clip(host, 60) for _, host in seen} - {""})
     weighed = list(dict.fromkeys(ranking.resource_name for ranking in study.rankings))
     what = f"{models} {study.rankings[0].of}s"
-    if any(ranking.repeated for ranking in study.rankings):
+    repeated = any(ranking.repeated for ranking in study.rankings)
+    if repeated:
         what += f", {len(study.runs):,} runs"
     by = study.rankings[0].grouped_by
     if len(groups) > 1:
         what += f", {len(groups)} {by}s" if study.runs else f", by {by}"
-    provenance = sorted({r.provenance for r in study.rankings if r.provenance})
     first = study.rankings[0]
     return render(
         "study.html",
         scripts=["theme.js", "study.js"],
         name=clip(" and ".join(experiments[:3]) or "A PePR study", 120),
         sub=clip("; ".join(filter(None, [what, "on " + ", ".join(hosts) if hosts else ""])), 200),
-        lead=f"Which model was worth its {clip(first.resource_name, 60)}? Each was trained, its "
-        f"{clip(first.metric, 60)} noted and its {clip(' and '.join(weighed), 200)} "
-        f"{'measured or estimated' if set(provenance) - {'measured'} else 'measured'}."
-        if study.runs
-        else f"Which was worth its {clip(first.resource_name, 60)}?",
+        are_runs=bool(study.runs),
+        first=first,
+        resources=clip(" and ".join(weighed), 200),
+        provenances=sorted({r.provenance for r in study.rankings if r.provenance}),
+        repeated=repeated,
         groups=[view for view, _ in shown],
         left_out=study.left_out,
-        method=list(_study_method(study, provenance)),
         data={"levels": list(study_figures.LEVELS), "groups": [facts for _, facts in shown]},
     )
 
@@ -88,38 +88,21 @@ def _group(
     charts: list[dict[str, Any]] = []
     live: list[dict[str, Any]] = []
 
-    def add(
-        *, kind: str, k: int, heading: str, caption: str, text: str, points: study_figures.Points
-    ) -> None:
+    def add(kind: str, k: int, heading: str, text: str, points: study_figures.Points) -> None:
         ident = f"g{number}-{kind}-{k}"
         drawn, places = study_figures.study_chart(ident, heading, text, points)
-        charts.append({"chart": drawn, "caption": caption, "heading": heading})
+        facts = {"label": rankings[k].label, "has_runs": bool(points.runs)}
+        charts.append({"chart": drawn, "heading": heading, "kind": kind, **facts})
         live.append({"id": ident, "kind": kind, "ranking": k, "places": places})
 
     for k, ranking in enumerate(rankings):
-        points = study_figures.cost_points(ranking, by_id)
-        add(
-            kind="cost",
-            k=k,
-            heading=f"{clip(ranking.metric, 60)} against {clip(ranking.resource_name, 60)}",
-            caption="Up is better, left is cheaper. Thin lines join points of equal "
-            f"{ranking.label}, with its value at their upper ends. The dotted line is the "
-            "Pareto front; its models are filled. Bars are ± u (k = 2)"
-            + ("; faint dots are single runs." if points.runs else "."),
-            text=_said(ranking),
-            points=points,
-        )
+        heading = f"{clip(ranking.metric, 60)} against {clip(ranking.resource_name, 60)}"
+        add("cost", k, heading, _said(ranking), study_figures.cost_points(ranking, by_id))
         against = study_figures.score_points(ranking, parameters) if k == 0 and n > 1 else None
         if against is not None:
-            add(
-                kind="score",
-                k=k,
-                heading=f"{ranking.label} against the number of parameters",
-                caption="Are larger models worth it? As in the PePR paper's figure. Bars are "
-                f"± u of {ranking.label}.",
-                text="Each model's score against its number of parameters; the table has both.",
-                points=against,
-            )
+            heading = f"{ranking.label} against the number of parameters"
+            text = "Each model's score against its number of parameters; the table has both."
+            add("score", k, heading, text, against)
     ids = [x for several in first.run_ids for x in several]
     ran = [by_id[x] for x in ids] if all(x in by_id for x in ids) else []
     curves = [curve for curve in map(progress.curve_shown, ran) if curve is not None]
@@ -133,12 +116,8 @@ def _group(
                 curves, progress.envelope(curves), width=width
             ),
         )
-        caption = (
-            f"One thin line per run: {clip(curves[0].metric, 60)} as it was logged, against the "
-            "job's energy until then. The thick line is the best that any of them had reached with "
-            "that energy."
-        )
-        charts.append({"chart": drawn, "caption": caption, "heading": heading})
+        metric = clip(curves[0].metric, 60)
+        charts.append({"chart": drawn, "heading": heading, "kind": "curves", "metric": metric})
     view = {
         "title": group if group is not None else charts[0]["heading"],
         "summary": _said(first),
@@ -147,9 +126,9 @@ def _group(
         "repeated": first.repeated,
         "parameters": any(p is not None for p in parameters),
         "metric": first.metric,
-        "note": _rank_note(first),
+        "has_ranges": first.standing is not None and first.standing.best is not None,
         "charts": charts,
-        "outliers": list(_outlier_texts(rankings)),
+        "outliers": list(_outlier_facts(rankings)),
         "resources": [{"name": r.resource_name, "label": r.label} for r in rankings],
         "rows": [
             {
@@ -233,15 +212,6 @@ def _ranks(ranking: Ranking, i: int) -> str:
     return "" if best == worst else f"{best}–{worst}"
 
 
-def _rank_note(ranking: Ranking) -> str:
-    if ranking.standing is None or ranking.standing.best is None:
-        return ""
-    return (
-        "(a–b) beside a rank: the row may have any of these ranks, as the scores differ by less "
-        "than their ±."
-    )
-
-
 def _fraction(value: float, u: Any, i: int) -> str:
     shown = f"{value:.3f}"
     return shown if u is None or math.isnan(u[i]) else f"{shown} ± {u[i]:.3f}"
@@ -261,49 +231,12 @@ def _resource_cells(ranking: Ranking, i: int, *, u: bool) -> dict[str, Any]:
     }
 
 
-def _outlier_texts(rankings: Sequence[Ranking]) -> Iterable[dict[str, str]]:
+def _outlier_facts(rankings: Sequence[Ranking]) -> Iterable[dict[str, Any]]:
     for ranking in rankings:
         for outlier in ranking.outliers:
-            named = ", ".join(clip(x, 40) for x in outlier.names[:8])
-            more = f" and {len(outlier.names) - 8} more" if len(outlier.names) > 8 else ""
-            effect = (
-                "Check these numbers before you trust the ranking; untick them to see it without."
-            )
+            best = None
             if ranking.without is not None:
                 best = ranking.without.names[int(ranking.without.order[0])]
-                effect += f" Without them, the best by {ranking.label} is {clip(best, 60)}."
-            yield {
-                "text": f"Outliers in {outlier.what}: {named}{more}; {outlier.why}.",
-                "effect": effect,
-            }
-
-
-def _study_method(study: Study, provenance: Sequence[str]) -> Iterable[str]:
-    yield (
-        "A score holds among the models compared: another model can change the normalisation range "
-        "of R, and so every score, unless the range is fixed (--range). That is why the range is "
-        "printed with each table."
-    )
-    if any(r.repeated for r in study.rankings):
-        yield (
-            "Runs of one name are repeats of one model, usually with different seeds. The numbers "
-            "are their means; the ± cover 95 % (k = 2, or Student's t where repeats are few) and "
-            "contain the spread over repeats and the uncertainty of the energy itself."
-        )
-    if set(provenance) - {"measured"}:
-        which = "The" if set(provenance) == {"modelled"} else "Some of the"
-        yield (
-            f"{which} energies are estimated from utilisation, as there is no sensor. Most of "
-            "that error is the same for all runs of a machine, and cancels when they are compared "
-            "with each other."
-        )
-    for ranking in study.rankings[:1]:
-        if ranking.percent or ranking.transform:
-            how = " and ".join(
-                filter(None, ["divided by 100" if ranking.percent else "", ranking.transform or ""])
-            )
-            yield f"The performance is the metric {clip(ranking.metric, 60)}, transformed: {how}."
-    yield (
-        "PePR: Selvan, Pepin, Igel, Samuel, Dam: PePR: Performance per resource unit as a metric "
-        "to promote small-scale deep learning. NLDL 2025, arXiv 2403.12562."
-    )
+            named = listed([clip(x, 40) for x in outlier.names], limit=8)
+            facts = {"what": outlier.what, "why": outlier.why, "names": named}
+            yield {**facts, "label": ranking.label, "best_without": best}
