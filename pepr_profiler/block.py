@@ -1,4 +1,4 @@
-"""A recording and its summary in one: the `with` block, and what the command line needs of it."""
+"""`with profile(...)`: records a block and summarises it. Commands use parts of it too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which part of each device is surely a run's, second by second, while the run goes on.
+"""The part of each device's energy that is certainly a run's, for each second of it.
 
 A run's share of a device depends on the device's idle draw, which is known when the run is over.
 But it depends linearly, and the idle draw is between nothing and all of the draw: the smaller of

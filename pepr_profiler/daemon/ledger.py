@@ -1,4 +1,4 @@
-"""Joules of registered runs, for the metrics: what is surely theirs, second by second.
+"""Adds up the certain energy of each registered run (claims.py), for the metrics.
 
 A client claims a part of a device in a second, and the daemon knows what the device took then. It
 grants what there is: all users together get at most the device, and whoever claims no more than an

@@ -1,4 +1,4 @@
-"""The daemon and its system: a socket that nobody can replace, few privileges, and systemd."""
+"""The daemon's socket, its privileges, and its integration with systemd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grid intensity by country and the carbon of an energy; every value carries year and source.
+"""Grid carbon intensity by country, and the CO2e of an energy, with year and source.
 
 The table is Ember's, through Our World in Data (CC BY 4.0); data/README.md says how it was made.
 """

@@ -1,1 +1,1 @@
-"""A run being recorded. Nothing here knows of joules."""
+"""Records a run. Energy is computed elsewhere."""

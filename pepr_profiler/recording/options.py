@@ -1,4 +1,4 @@
-"""What a recording is asked to be, checked before anything starts."""
+"""The options of a recording, checked before anything starts."""
 
 from __future__ import annotations
 

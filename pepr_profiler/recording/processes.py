@@ -1,4 +1,4 @@
-"""Whose processes are whose while a run is recorded: the job's, the profiler's, or another's.
+"""Decides whether a PID belongs to the job, the profiler or another, while it runs.
 
 A sensor reports PIDs, and a PID means nothing once its process has ended. So each is looked up
 while it lives, and what it was is written beside the lanes, for a report that may come years later.

@@ -1,4 +1,4 @@
-"""What a recording looks at besides its sensors: who of the job lives, and who else computes."""
+"""Watches which of the job's processes still run, and which others use CPU or GPU."""
 
 from __future__ import annotations
 

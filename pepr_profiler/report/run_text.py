@@ -1,4 +1,4 @@
-"""The run on a terminal: a screen from its summary, and one live line while it runs."""
+"""Terminal output of a run: its summary, and the live line while it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of a study: its rankings as figures, and as tables that rank again without a row."""
+"""The page of a study: figures, and tables that rank again when a row is unticked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What machine this is: its processor, and what decides how a sensor can be unlocked."""
+"""What machine this is: its processor, and the facts that remedies depend on."""
 
 from __future__ import annotations
 

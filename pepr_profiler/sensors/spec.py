@@ -1,4 +1,4 @@
-"""Sensor specs, `kind[:where]`: which driver, at which place, and how often it is first read."""
+"""Sensor specs, `kind[:where]`: which driver, where its device is, and the first period."""
 
 from __future__ import annotations
 

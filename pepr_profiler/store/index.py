@@ -1,4 +1,4 @@
-"""All runs of a store at once: from its index where that still holds, else from the runs' files.
+"""All runs of a store: from the index where it is up to date, else from the runs' files.
 
 The index is a cache, an SQLite file. For each run it keeps the facts that lists and comparisons
 need, a short summary, and what run.json was when it was read: its time, size and inode. A run.json

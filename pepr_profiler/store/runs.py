@@ -116,7 +116,7 @@ class Store:
             )
         raise UsageError(
             f"there is no run '{ref}'",
-            why=f"no run in {self.path} has an id that begins so, and it is no run directory",
+            why=f"no run id in {self.path} begins with it, and there is no such run directory",
             fix="see: pepr-profile runs list, or give --store DIR",
         )
 

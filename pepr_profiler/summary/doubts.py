@@ -1,4 +1,4 @@
-"""The warnings of a summary: what its recording gives reason to doubt."""
+"""The warnings of a summary: which figures may be wrong, and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One pass over the lanes of a run: all that their readings give, as plain values."""
+"""Reads all lanes of a run once, and returns what they give as plain values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape that a JSON value must have, checked wherever a file is read."""
+"""Checks that JSON from a file has the expected keys and types."""
 
 from __future__ import annotations
 
