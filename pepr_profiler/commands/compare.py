@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -45,20 +46,15 @@ from pepr_profiler.errors import UsageError
 def compare(
     runs: tuple[str, ...],
     *,
-    experiment: str | None,
     store: Path | None,
     resources: tuple[str, ...],
     price: str | None,
-    group: str | None,
-    metric: str | None,
     bounds: str | None,
     bounds_from: Path | None,
     save_bounds: Path | None,
-    percent: bool,
-    transform: str | None,
-    mix_provenance: bool,
     json_file: str | None,
     outputs: tuple[Path, ...],
+    **options: Any,  # of Study.from_store
 ) -> None:
     """Rank runs by PePR: RUNs by id or prefix, those of an experiment, or all in the store.
 
@@ -84,15 +80,10 @@ def compare(
     study = Study.from_store(
         recorded,
         runs=runs,
-        experiment=experiment,
         resources=wanted or ["energy"],
-        metric=metric,
-        group=group,
         bounds=limits_of(bounds, bounds_from, dict.fromkeys(wanted)),
-        percent=percent,
-        transform=transform,
-        mix_provenance=mix_provenance,
         price=parse_price(price) if price else None,
+        **options,
     )
     publish(study, json_file=json_file, save_bounds=save_bounds, forms=forms, load=recorded.load)
 

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,23 +34,20 @@ _URGENT = frozenset(
 
 
 class RecordingRequest(Record):
-    """What the options that every recording takes ask for, as they were given."""
+    """What the options that every recording takes ask for, as they were given.
+
+    `others` are those that `Options.checked` takes as they are.
+    """
 
     name: str | None
-    experiment: str | None
-    job: str | None
     files: tuple[str, ...]
     region: str | None
     carbon_intensity: float | None
-    pue: float
-    cpu_power: str | None
-    scope: str
-    sensors: tuple[str, ...]
     period: str | None
-    overhead: str
     store: Path | None
     json_file: str | None
     quiet: bool
+    others: Mapping[str, Any]
 
     def metrics(self, patterns: Sequence[str] = ()) -> Metrics | None:
         """The metrics that are asked for. Raises UsageError for one that cannot work."""
@@ -66,16 +63,10 @@ class RecordingRequest(Record):
             _require_writable(Path(self.json_file))
         return Options.checked(
             name=self.name or name_of(command),
-            experiment=self.experiment,
-            job=self.job,
-            sensors=self.sensors,
             period=self.period or None,
-            overhead=self.overhead,
             intensity=grid_intensity(self.region, self.carbon_intensity),
-            pue=self.pue,
-            cpu_power=self.cpu_power,
             performance=metrics.names[0] if metrics else None,
-            scope=self.scope,
+            **self.others,
         )
 
     def finish(self, recorder: Recorder) -> None:
@@ -184,13 +175,20 @@ _OPTIONS = (
 )
 
 
+_OWN = [name for name in RecordingRequest._fields if name != "others"]
+_OTHERS = ("experiment", "job", "sensors", "overhead", "pue", "cpu_power", "scope")
+
+
 def recording_options(verb: Callable[..., int]) -> Callable[..., int]:
     """Gives a verb the options of every recording, as its argument `request`."""
 
     @functools.wraps(verb)
     def with_request(**parameters: Any) -> int:
-        asked = {field: parameters.pop(field) for field in RecordingRequest._fields}
-        return verb(**parameters, request=RecordingRequest(**asked))
+        others = {name: parameters.pop(name) for name in _OTHERS}
+        asked = {
+            name: parameters.pop(name) for name in RecordingRequest._fields if name != "others"
+        }
+        return verb(**parameters, request=RecordingRequest(**asked, others=others))
 
     return decorate(with_request, _OPTIONS)
 

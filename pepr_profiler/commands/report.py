@@ -63,9 +63,7 @@ def report(
     store: Path | None,
     json_file: str | None,
     outputs: tuple[Path, ...],
-    metric: str | None,
-    percent: bool,
-    transform: str | None,
+    **wanted: Any,  # of progress.curve_of
 ) -> None:
     """Show RUN again (an id, a unique prefix of one, a run directory, or last), finished or not.
 
@@ -79,7 +77,7 @@ def report(
     """
     from pepr_profiler.store.runs import Store
 
-    forms = forms_of(outputs)
+    forms, metric = forms_of(outputs), wanted["metric"]
     directory = Store(store).directory(run)
     if forms:
         from pepr_profiler.summary.summarise import with_timeline
@@ -90,8 +88,8 @@ def report(
             from pepr_profiler.study.progress import curve_of, name_of
 
             _require_logged(summary, metric)
-            curve = curve_of(summary, metric=metric, percent=percent, transform=transform)
-            curve = curve and curve._replace(metric=name_of(metric, transform))
+            curve = curve_of(summary, **wanted)
+            curve = curve and curve._replace(metric=name_of(metric, wanted["transform"]))
         for path, form in forms:
             write_text(path, _rendered(summary, timeline, form, curve))
             complain(f"wrote {path}")
@@ -104,7 +102,6 @@ def report(
     elif not forms:
         if metric is not None:
             _require_logged(summary, metric)
-        wanted = {"metric": metric, "percent": percent, "transform": transform}
         show(summary, file=sys.stdout, curve=wanted)
 
 

@@ -7,18 +7,23 @@ import json
 import os
 import textwrap
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from pepr_profiler import _core
+from pepr_profiler.daemon_client.client import DaemonClient, RemoteLane
+from pepr_profiler.energy.sources import Source, find_sources
+from pepr_profiler.errors import SensorError
+from pepr_profiler.sensors.detect import detect
+from pepr_profiler.sensors.machine import Surroundings, read_cpu_identity, read_surroundings
+from pepr_profiler.sensors.remedy import remedy
+from pepr_profiler.sensors.spec import KINDS, SensorSpec, lanes_by_name
+from pepr_profiler.trace.lane import LaneInfo, describe
+from pepr_profiler.units import format_quantity
 
-    from pepr_profiler._core import Sampler
-    from pepr_profiler.daemon_client.client import DaemonClient, RemoteLane
-    from pepr_profiler.energy.sources import Source
-    from pepr_profiler.sensors.machine import Surroundings
-    from pepr_profiler.trace.lane import LaneInfo
+_Opened = tuple[LaneInfo, _core.Sampler | RemoteLane]
 
 _LOOK_S = 0.6  # six refreshes of the slowest sensors in common use (100 ms)
 
@@ -36,16 +41,17 @@ _LABEL = 30
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def sensors(*, specs: tuple[str, ...], as_json: bool) -> None:
     """Open each sensor, read it for a moment, and print what it gives."""
-    from pepr_profiler.sensors.detect import detect
-    from pepr_profiler.sensors.machine import read_surroundings
-    from pepr_profiler.sensors.spec import KINDS, SensorSpec
-
     here = read_surroundings()
     recorded = specs or detect()
     # Sensors that detection left out are tried too, to show that they are there or why not.
     kinds = {SensorSpec(spec).kind for spec in recorded}
     others = () if specs else tuple(kind for kind in KINDS if kind not in kinds)
-    channels, missing = _look((*recorded, *others), recorded, here, named=bool(specs))
+    client = DaemonClient()
+    opened, missing = _open((*recorded, *others), here, client, named=bool(specs))
+    if opened:
+        time.sleep(_LOOK_S)  # refreshes and power are seen from counters that change
+    channels = _describe(opened, recorded)
+    client.close()
     if as_json:
         found = {"place": here._asdict(), "recorded": recorded}
         click.echo(json.dumps({**found, "channels": channels, "missing": missing}, indent=1))
@@ -54,36 +60,15 @@ def sensors(*, specs: tuple[str, ...], as_json: bool) -> None:
     click.echo("\n".join([*_measured(channels), *_missing(missing)]).rstrip())
 
 
-def _look(
-    specs: tuple[str, ...], recorded: tuple[str, ...], here: Surroundings, *, named: bool
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """What each channel of all sensors reads, and what is missing."""
-    from pepr_profiler.daemon_client.client import DaemonClient
-
-    client = DaemonClient()
-    opened, missing = _open(specs, here, client, named=named)
-    if opened:
-        time.sleep(_LOOK_S)  # refreshes and power are seen from counters that change
-    channels = _describe(opened, recorded)
-    client.close()
-    return channels, missing
-
-
 def _open(
     specs: tuple[str, ...], here: Surroundings, client: DaemonClient, *, named: bool
-) -> tuple[list[tuple[LaneInfo, Sampler | RemoteLane]], list[dict[str, str]]]:
+) -> tuple[list[_Opened], list[dict[str, str]]]:
     """The sensors that can be read, by ourselves or through the daemon, and what is missing."""
-    from pepr_profiler import _core
-    from pepr_profiler.errors import SensorError
-    from pepr_profiler.sensors.remedy import remedy
-    from pepr_profiler.sensors.spec import lanes_by_name
-    from pepr_profiler.trace.lane import LaneInfo, describe
-
     lanes = lanes_by_name(specs)
     periods_ns = [_PERIOD_NS.get(spec.kind, _OTHER_PERIOD_NS) for spec in lanes.values()]
     samplers = [_core.Sampler(s, p) for s, p in zip(lanes.values(), periods_ns, strict=True)]
     deadline = time.monotonic() + _OPEN_S
-    opened: list[tuple[LaneInfo, Sampler | RemoteLane]] = []
+    opened: list[_Opened] = []
     missing = []
     for (name, spec), period_ns, own in zip(lanes.items(), periods_ns, samplers, strict=True):
         failure: SensorError | None = None
@@ -107,14 +92,8 @@ def _open(
     return opened, missing
 
 
-def _describe(
-    opened: list[tuple[LaneInfo, Sampler | RemoteLane]], recorded: tuple[str, ...]
-) -> list[dict[str, Any]]:
+def _describe(opened: list[_Opened], recorded: tuple[str, ...]) -> list[dict[str, Any]]:
     """What each channel has read, and whether a recording counts it."""
-    from pepr_profiler import _core
-    from pepr_profiler.energy.sources import find_sources
-    from pepr_profiler.sensors.machine import read_cpu_identity
-
     vendor = read_cpu_identity().vendor or ""
     sources = find_sources([lane for lane, _ in opened], cpu_vendor=vendor)
     by_channel = {(source.lane, source.channel): source for source in sources}
@@ -137,16 +116,12 @@ def _describe(
 
 
 def _read(
-    lane: LaneInfo, sources: Sequence[Source | None], sampler: Sampler | RemoteLane
+    lane: LaneInfo, sources: Sequence[Source | None], sampler: _core.Sampler | RemoteLane
 ) -> list[dict[str, Any]]:
     """What each channel of a lane read, how often it changed, and how long a read took."""
     import numpy as np
 
-    from pepr_profiler import _core
-
-    batches = []
-    while (batch := sampler.read()) is not None:
-        batches.append(batch)
+    batches = list(iter(sampler.read, None))
     t_s = np.concatenate([np.frombuffer(b[1], dtype=np.int64) for b in batches]) * 1e-9
     read_s = np.concatenate([np.frombuffer(b[2], dtype=np.uint32) for b in batches]) * 1e-9
     result = []
@@ -188,8 +163,6 @@ def _read(
 
 def _measured(channels: list[dict[str, Any]]) -> list[str]:
     """For each sensor what a read costs, and two lines a component: power and use, and its id."""
-    from pepr_profiler.units import format_quantity
-
     lines = []
     for spec, group in itertools.groupby(channels, key=lambda channel: channel["sensor"]):
         found = list(group)
@@ -228,8 +201,6 @@ def _measured(channels: list[dict[str, Any]]) -> list[str]:
 
 def _refresh(channel: dict[str, Any]) -> str:
     """The refresh period, "< …" if it is too short to be seen, "not seen" if too long."""
-    from pepr_profiler.units import format_quantity
-
     refresh_s, step_s = channel["refresh_s"], channel["looked_every_s"]
     if refresh_s is None:
         return "not seen"
