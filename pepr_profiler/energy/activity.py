@@ -39,15 +39,10 @@ class Activity(Record):
         span_s = np.diff(self.t_ns) * 1e-9
         return np.asarray(np.diff(self.busy_s) / (span_s * self.cpus))
 
-    def job_cpu_between(self, begin_ns: int, end_ns: int) -> float:
-        """CPU seconds of the job from one instant to another."""
-        ends = np.interp([begin_ns, end_ns], self.t_ns, self.job_cpu_s)
-        return float(ends[1] - ends[0])
-
-    def busy_between(self, begin_ns: int, end_ns: int) -> float:
-        """CPU seconds of everybody from one instant to another."""
-        ends = np.interp([begin_ns, end_ns], self.t_ns, self.busy_s)
-        return float(ends[1] - ends[0])
+    def cpu_between(self, begin_ns: int, end_ns: int) -> list[float]:
+        """CPU seconds of the job, and of everybody, from one instant to another."""
+        ends_ns, both = [begin_ns, end_ns], (self.job_cpu_s, self.busy_s)
+        return [float(np.diff(np.interp(ends_ns, self.t_ns, cpu_s))[0]) for cpu_s in both]
 
 
 def read_activity(lane: LaneInfo, batches: Iterable[Batch]) -> Activity | None:

@@ -9,7 +9,7 @@ import functools
 import math
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -21,57 +21,6 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     _F = TypeVar("_F", bound=Callable[..., Any])
-
-# What people type for a country, beside its codes and the table's name; written as _key() does.
-_ALIASES = {
-    "america": "USA",
-    "bolivarian republic of venezuela": "VEN",
-    "britain": "GBR",
-    "brunei darussalam": "BRN",
-    "burma": "MMR",
-    "cabo verde": "CPV",
-    "congo brazzaville": "COG",
-    "congo kinshasa": "COD",
-    "czech republic": "CZE",
-    "democratic peoples republic of korea": "PRK",
-    "democratic republic of the congo": "COD",
-    "drc": "COD",
-    "el": "GRC",  # the European Union's code
-    "emirates": "ARE",
-    "england": "GBR",
-    "great britain": "GBR",
-    "holland": "NLD",
-    "hong kong sar": "HKG",
-    "islamic republic of iran": "IRN",
-    "ivory coast": "CIV",
-    "korea": "KOR",
-    "lao pdr": "LAO",
-    "macau": "MAC",
-    "northern ireland": "GBR",
-    "palestinian territories": "PSE",
-    "peoples republic of china": "CHN",
-    "prc": "CHN",
-    "republic of china": "TWN",
-    "republic of congo": "COG",
-    "republic of korea": "KOR",
-    "republic of moldova": "MDA",
-    "republic of the congo": "COG",
-    "roc": "TWN",
-    "russian federation": "RUS",
-    "scotland": "GBR",
-    "slovak republic": "SVK",
-    "state of palestine": "PSE",
-    "swaziland": "SWZ",
-    "syrian arab republic": "SYR",
-    "timor leste": "TLS",
-    "turkiye": "TUR",
-    "uae": "ARE",
-    "uk": "GBR",
-    "united states of america": "USA",
-    "us virgin islands": "VIR",
-    "viet nam": "VNM",
-    "wales": "GBR",
-}
 
 
 class Carbon(TypedDict):
@@ -154,11 +103,7 @@ def estimate(energy_j: float, *, intensity: GridIntensity, pue: float) -> Carbon
 def _table() -> dict[str, GridIntensity]:
     """Every key that finds a country: both codes, the name and the aliases."""
     by_key: dict[str, GridIntensity] = {}
-    import csv
-    from importlib import resources
-
-    path = resources.files("pepr_profiler") / "data" / "grid_intensity.csv"
-    for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+    for row in _rows("grid_intensity.csv"):
         entry = GridIntensity(
             float(row["g_per_kwh"]),
             int(row["year"]),
@@ -168,8 +113,17 @@ def _table() -> dict[str, GridIntensity]:
         )
         for column in ("iso3", "iso2", "name"):
             by_key[_key(row[column])] = entry
-    # A name of the table wins over an alias of the same spelling.
-    return {alias: by_key[iso3.lower()] for alias, iso3 in _ALIASES.items()} | by_key
+    aliases = {row["alias"]: by_key[row["iso3"].lower()] for row in _rows("country_aliases.csv")}
+    return aliases | by_key  # a name of the table wins over an alias of the same spelling
+
+
+def _rows(name: str) -> Iterable[dict[str, str]]:
+    """The rows of a table in data/, by the names of its columns."""
+    import csv
+    from importlib import resources
+
+    text = (resources.files("pepr_profiler") / "data" / name).read_text(encoding="utf-8")
+    return csv.DictReader(text.splitlines())
 
 
 def _key(text: str) -> str:

@@ -122,7 +122,8 @@ def _source_of(lane: LaneInfo, index: int, cpu_vendor: str) -> Source:
     channel = lane.channels[index]
     labels = channel.labels.keys()
     if channel.source == "powercap" and "name" in labels:
-        return _rapl_source(lane, index, _zone_domain(channel), cpu_vendor)
+        domain = channel.labels.get("parent_name", ""), channel.labels["name"]
+        return _rapl_source(lane, index, domain, cpu_vendor)
     if channel.source == "perf" and labels >= {"event", "package", "cpu"}:
         return _rapl_source(lane, index, _perf_domain(lane, channel), cpu_vendor)
     if channel.source.startswith("hwmon-") and labels >= {"chip", "label", "device", "input"}:
@@ -132,7 +133,7 @@ def _source_of(lane: LaneInfo, index: int, cpu_vendor: str) -> Source:
     return _labelled_source(lane, index)
 
 
-def _make(lane: LaneInfo, index: int, **facts: object) -> Source:
+def _make(lane: LaneInfo, index: int, *, excluded: str = "", **facts: object) -> Source:
     channel = lane.channels[index]
     return Source(
         lane=lane.name,
@@ -142,6 +143,8 @@ def _make(lane: LaneInfo, index: int, **facts: object) -> Source:
         scale=channel.scale,
         modulus=channel.modulus,
         period_s=lane.period_ns * 1e-9,
+        in_total=not excluded,
+        excluded=excluded,
         **facts,  # type: ignore[arg-type]
     )
 
@@ -151,15 +154,13 @@ def _labelled_source(lane: LaneInfo, index: int) -> Source:
     channel = lane.channels[index]
     kind = channel.labels.get("kind", "other")
     kind = kind if kind in KINDS else "other"
-    excluded = channel.labels.get("excluded", "")
     return _make(
         lane,
         index,
         id=channel.labels.get("component", f"{kind}:{channel.name}"),
         kind=kind,
         label=channel.labels.get("label", channel.name),
-        in_total=not excluded,
-        excluded=excluded,
+        excluded=channel.labels.get("excluded", ""),
         gain=stated_gain(channel) or 0.0,
     )
 
@@ -208,14 +209,9 @@ def _rapl_source(lane: LaneInfo, index: int, domain: tuple[str, str], cpu_vendor
         id=f"{kind}:{ident}",
         kind=kind,
         label=path,
-        in_total=not excluded,
         excluded=excluded,
         gain=gain,
     )
-
-
-def _zone_domain(channel: Channel) -> tuple[str, str]:
-    return channel.labels.get("parent_name", ""), channel.labels["name"]
 
 
 def _perf_domain(lane: LaneInfo, channel: Channel) -> tuple[str, str]:
@@ -265,7 +261,7 @@ def _hwmon_source(lane: LaneInfo, index: int) -> Source:
         facts["excluded"] = "inside its socket"
     else:
         facts["excluded"] = "a supply or a rail: it may feed other components"
-    return _make(lane, index, in_total="excluded" not in facts, **facts)
+    return _make(lane, index, **facts)
 
 
 # --- boards of NVIDIA -----------------------------------------------------------------------------
@@ -305,7 +301,6 @@ def _module_source(lane: LaneInfo, index: int) -> Source:
         id=f"other:{channel.labels['uuid']}/module-{window}",
         kind="other",
         label=f"module of gpu:{channel.labels['index']} ({window})",
-        in_total=False,
         excluded="contains the GPU",
     )
 

@@ -280,7 +280,7 @@ def shared_cpu(
         return
     look = next((n for n in reversed(looks) if n["t_ns"] <= end_ns + _LOOK_AFTER_NS), looks[0])
     span_ns = look["since_ns"], look["t_ns"]
-    busy_s, job_s = activity.busy_between(*span_ns), activity.job_cpu_between(*span_ns)
+    job_s, busy_s = activity.cpu_between(*span_ns)
     others_s = busy_s - job_s - look["profiler_s"]
     if others_s < _SHARED * (span_ns[1] - span_ns[0]) * 1e-9:
         return
