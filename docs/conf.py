@@ -55,8 +55,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(int|float|str|bytes|bool|dict|list|tuple|set|object|None|ValueError|OSError)"),
     ("py:.*", r"(Exception|BaseException|RuntimeError|KeyError|TypeError)"),
     # Aliases, and what of ours is not in the reference.
-    ("py:.*", r"(.*\.)?(Floats|Mask|MinMax|Run|Bounds|Store)"),
-    ("py:.*", r"(Source|EnergyCurve)"),
+    ("py:.*", r"(.*\.)?(Floats|Mask|MinMax|Run|Bounds|Store|Source|EnergyCurve)"),
 ]
 
 # The repository's pages link to files of the repository; on the site, those are these pages.
