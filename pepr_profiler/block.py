@@ -396,8 +396,12 @@ def profile(
     )
     try:
         where = None if store is None else Path(store)
+        if where is not None and b"\0" in os.fsencode(where):
+            raise ValueError("no path can hold a NUL byte")
+        if isinstance(pids, bytes | str):
+            raise TypeError(f"'{type(pids).__name__}' is no list of numbers")
         followed = None if pids is None else [operator.index(pid) for pid in pids]
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # a lone surrogate is a ValueError too
         raise UsageError(
             f"store={store!r} or pids={pids!r} cannot be used",
             why=str(error),

@@ -1,15 +1,39 @@
 """The old name of `study.pepr`, kept so that what imports it works as before."""
 
 from pepr_profiler.study.pepr import (
-    MinMax as Bounds,
-)
-from pepr_profiler.study.pepr import (
+    COVERAGE,
+    TRANSFORMS,
+    Errors,
+    Means,
+    MinMax,
+    NoCohortError,
     Scores,
     Standing,
     as_performance,
+    average,
+    coverage_factor,
     pareto_front,
     rank,
     score,
+    standing,
 )
 
-__all__ = ["Bounds", "Scores", "Standing", "as_performance", "pareto_front", "rank", "score"]
+Bounds = MinMax
+
+__all__ = [
+    "COVERAGE",
+    "TRANSFORMS",
+    "Bounds",
+    "Errors",
+    "Means",
+    "NoCohortError",
+    "Scores",
+    "Standing",
+    "as_performance",
+    "average",
+    "coverage_factor",
+    "pareto_front",
+    "rank",
+    "score",
+    "standing",
+]

@@ -204,33 +204,48 @@ def parse_cpu_power(text: str) -> tuple[float, float]:
     return idle_w, max_w
 
 
+_HIGHEST_PUE = 100.0
+
+
 def check_pue(pue: float) -> float:
-    """A power usage effectiveness as it was given. Raises UsageError unless finite and >= 1."""
+    """A power usage effectiveness as a float. Raises UsageError unless it is from 1 to 100."""
     try:
-        possible = math.isfinite(pue) and pue >= 1
-    except TypeError:
-        possible = False
-    if not possible:
+        value = math.nan if isinstance(pue, str | bytes) else float(pue)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if isinstance(pue, bool) or not 1.0 <= value <= _HIGHEST_PUE:  # NaN is neither
         raise UsageError(
-            f"a PUE of {pue:g} is not possible"
-            if isinstance(pue, int | float)
-            else f"a PUE of {pue!r} is not possible",
-            why="a data centre draws at least what its machines draw",
+            f"a PUE of {shown(pue)} is not possible",
+            why="a data centre draws at least what its machines draw, and not a hundred times that",
             fix="give 1.0 (the machines alone) or more, for example --pue 1.2",
         )
-    return pue
+    return value
 
 
-def parse_overhead(text: str) -> float:
-    """A share of one core: "0.5%" or "0.005" -> 0.005. Raises UsageError unless in (0, 1]."""
-    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+def shown(given: object) -> str:
+    """What was given, for an error: `str` of a huge whole number would raise."""
+    return "a huge number" if isinstance(given, int) and abs(given) > 1e300 else repr(given)[:40]
+
+
+def is_utf8(text: str) -> bool:
+    """Whether the text can be written as UTF-8 and given to the system: no lone half, no NUL."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def parse_overhead(overhead: str | float) -> float:
+    """A share of one core: "0.5%" or 0.005 -> 0.005. Raises UsageError unless in (0, 1]."""
+    percent = isinstance(overhead, str) and overhead.strip().endswith("%")
+    number = overhead.strip().removesuffix("%") if isinstance(overhead, str) else overhead
     try:
         share = float(number) / (100 if percent else 1)
-    except ValueError:
+    except (TypeError, ValueError, OverflowError):
         share = -1.0
     if not 0 < share <= 1:
         raise UsageError(
-            f"an overhead of '{text}' is not possible",
+            f"an overhead of '{overhead}' is not possible",
             why="it is the share of one core that reading the sensors may take",
             fix="give more than 0% and at most 100%, for example --overhead 0.5%, in code "
             "overhead=0.005",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ BAD = [
     ({"pue": 0.9}, "a PUE of 0.9 is not possible"),
     ({"pue": float("inf")}, "a PUE of inf is not possible"),
     ({"pue": "1.2"}, "a PUE of '1.2' is not possible"),
+    ({"pue": True}, "a PUE of True is not possible"),
+    ({"pue": 1e300}, "a PUE of 1e+300 is not possible"),
+    ({"pue": 10**400}, "is not possible"),
     ({"period_s": 0}, "a period of 0 is not possible"),
     ({"period_s": -1}, "a period of -1 is not possible"),
     ({"period_s": float("nan")}, "a period of nan is not possible"),
@@ -36,13 +41,23 @@ BAD = [
     ({"scope": "all"}, "a scope of 'all' is not possible"),
     ({"sensors": "nvml"}, "sensors='nvml' cannot be used"),
     ({"sensors": [b"nvml"]}, "cannot be used"),
+    ({"sensors": None}, "sensors=None cannot be used"),
+    ({"sensors": b""}, "cannot be used"),
+    ({"sensors": ["replay:/x\udcff"]}, "cannot be used"),
+    ({"scope": ["job"]}, "is not possible"),
     ({"region": "Atlantis"}, "no carbon intensity is known"),
     ({"region": "DK", "carbon_intensity": 5.0}, "both a region and a carbon intensity"),
     ({"carbon_intensity": -1.0}, "is not possible"),
     ({"carbon_intensity": "low"}, "is not possible"),
+    ({"carbon_intensity": 1e300}, "is not possible"),
+    ({"carbon_intensity": 10**400}, "is not possible"),
+    ({"carbon_intensity": float("nan")}, "is not possible"),
     ({"pids": 5}, "cannot be used"),
+    ({"pids": b"abc"}, "cannot be used"),
     ({"pids": ["4121"]}, "cannot be used"),
     ({"store": 5}, "cannot be used"),
+    ({"store": "a\0b"}, "cannot be used"),
+    ({"store": "\ud800"}, "cannot be used"),
 ]
 
 
@@ -94,3 +109,6 @@ def test_numbers_of_any_kind_are_taken() -> None:
     )
     assert (options.period_ns, options.overhead, options.pue) == (500_000_000, 0.01, 1.5)
     assert Options.checked(name="x", period="10ms").period_ns == 10_000_000
+    exact = Options.checked(name="x", overhead=Fraction(1, 200), pue=Decimal("1.5"))
+    assert (exact.overhead, exact.pue) == (0.005, 1.5)
+    assert type(Options.checked(name="x", pue=numpy.int64(2)).pue) is float

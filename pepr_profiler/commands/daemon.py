@@ -11,7 +11,7 @@ import click
 
 from pepr_profiler.commands import complain
 from pepr_profiler.errors import PeprError, UsageError
-from pepr_profiler.units import format_duration, format_quantity, parse_duration, parse_overhead
+from pepr_profiler.units import format_duration, format_quantity, parse_overhead
 
 if TYPE_CHECKING:
     from pepr_profiler.daemon.server import Quotas, Waits
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 @click.option(
     "--coarse-quantum",
     default=0.1,
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=1e-9, max=1e9),
     metavar="J",
     help="Their energy is rounded down to multiples of this many joules [0.1].",
 )
@@ -93,14 +93,15 @@ def _serve(
     from pepr_profiler.daemon.lanes import SamplingOptions, ServedLanes
     from pepr_profiler.daemon.ledger import Ledger
     from pepr_profiler.daemon.server import Policy, Quotas, Server, Waits, raise_descriptor_limit
+    from pepr_profiler.recording.options import period_ns
     from pepr_profiler.sensors.detect import detect_lasting
 
     quotas, waits = quotas or Quotas(), waits or Waits()
     root = os.geteuid() == 0
     sampling = SamplingOptions(
-        period_ns=parse_duration(period) if period else None,
+        period_ns=None if period is None else period_ns(period),
         overhead=parse_overhead(overhead),
-        coarse_period_ns=parse_duration(coarse_period),
+        coarse_period_ns=period_ns(coarse_period),
         coarse_quantum_j=coarse_quantum,
     )
     if user is not None and not root:

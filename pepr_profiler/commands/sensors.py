@@ -21,7 +21,7 @@ from pepr_profiler.sensors.machine import Surroundings, read_cpu_identity, read_
 from pepr_profiler.sensors.remedy import remedy
 from pepr_profiler.sensors.spec import KINDS, SensorSpec, lanes_by_name
 from pepr_profiler.trace.lane import LaneInfo, describe
-from pepr_profiler.units import format_quantity
+from pepr_profiler.units import format_quantity, known
 
 _Opened = tuple[LaneInfo, _core.Sampler | RemoteLane]
 
@@ -127,18 +127,18 @@ def _read(
     result = []
     for index, (channel, source) in enumerate(zip(lane.channels, sources, strict=True)):
         values = np.concatenate([np.frombuffer(b[3][index]) for b in batches])
-        known = np.isfinite(values)
+        sound = np.isfinite(values)
         if source is not None and source.zero_is_unknown:
-            known &= values > 0
-        values, at_s = values[known] * channel.scale, t_s[known]
+            sound &= values > 0
+        values, at_s = values[sound] * channel.scale, t_s[sound]
         steps = np.diff(values)
         moved_s = at_s[1:][steps != 0]
         refresh_s = power_w = None
         if len(moved_s) >= _core.FEWEST_REFRESH_CHANGES:
             refresh_s = float(np.median(np.diff(moved_s)))
-        if channel.quantity == "power" and len(values):
+        if channel.quantity == "power" and channel.unit == "W" and len(values):
             power_w = float(values[-1])
-        elif channel.quantity == "energy" and len(moved_s) > 1:
+        elif channel.quantity == "energy" and channel.unit == "J" and len(moved_s) > 1:
             # From change to change: a counter says nothing about the time since. One that fell has
             # wrapped or was reset; what it did between the others is enough for so short a look.
             step_j, span_s = steps[steps != 0][1:], np.diff(moved_s)
@@ -152,7 +152,7 @@ def _read(
                 "quantity": channel.quantity,
                 "value": float(values[-1]) if len(values) else None,
                 "unit": channel.unit,
-                "power_w": power_w,
+                "power_w": known(power_w),
                 "refresh_s": refresh_s,
                 "looked_every_s": lane.period_ns * 1e-9,
                 "lane_read_us": float(np.median(read_s)) * 1e6,

@@ -24,7 +24,7 @@ import psutil
 from pepr_profiler import __version__
 from pepr_profiler.daemon import system
 from pepr_profiler.daemon.exporter import Exporter, families
-from pepr_profiler.daemon.lanes import LOST_S, ServedLanes
+from pepr_profiler.daemon.lanes import LOST_S, ServedLane, ServedLanes
 from pepr_profiler.daemon.ledger import SETTLED_S, Ledger
 from pepr_profiler.daemon.meters import Meters
 from pepr_profiler.daemon_client import protocol
@@ -145,7 +145,7 @@ class Server:
     def serve(self) -> int:
         """Serves until a signal, a client or a lane ends it; returns the exit status."""
         self._listener.setblocking(False)
-        stop = StopSignals((signal.SIGTERM, signal.SIGINT))
+        stop = StopSignals((signal.SIGTERM, signal.SIGINT), ignored_too=True)
         self._selector.register(stop.fd, selectors.EVENT_READ, self._end)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         if self._exporter is not None:
@@ -467,11 +467,16 @@ class Server:
                     "coarse": lane.restricted and not client.trusted,
                     "channels": [c.name for c in lane.channels],
                     "age_s": lane.age_s(),
-                    **lane.sampler.stats(),
+                    **_stats_of(lane),
                 }
                 for lane in self._lanes
             ],
         }
+
+
+def _stats_of(lane: ServedLane) -> dict[str, Any]:
+    stats = lane.sampler.stats()
+    return {"gap_s": stats.pop("min_spacing_s"), **stats}
 
 
 def _failure(error: PeprError) -> dict[str, Any]:

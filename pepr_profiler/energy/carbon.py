@@ -6,7 +6,6 @@ The table is Ember's, through Our World in Data (CC BY 4.0); data/README.md says
 from __future__ import annotations
 
 import functools
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from pepr_profiler.errors import UsageError
-from pepr_profiler.units import J_PER_KWH, check_pue
+from pepr_profiler.units import J_PER_KWH, check_pue, shown
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
@@ -33,6 +32,10 @@ class Carbon(TypedDict):
     year: int | None
 
 
+_HIGHEST_G_PER_KWH = 100_000.0
+"""Peat, the dirtiest fuel, is near 1,200 (IPCC 2006 factors at a third of efficiency)."""
+
+
 @dataclass(frozen=True)
 class GridIntensity:
     """gCO2e per kWh of a grid, who says so and for which year (None for a value given by hand)."""
@@ -44,10 +47,10 @@ class GridIntensity:
     iso3: str | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.g_per_kwh) and self.g_per_kwh >= 0):
+        if not 0 <= self.g_per_kwh <= _HIGHEST_G_PER_KWH:  # NaN is neither
             raise UsageError(
                 f"a carbon intensity of {self.g_per_kwh:g} g/kWh is not possible",
-                why="it must be a finite number, 0 or more",
+                why=f"it must be a number from 0 to {_HIGHEST_G_PER_KWH:g}",
                 fix="give grams of CO2e per kWh, for example --carbon-intensity 56",
             )
 
@@ -149,9 +152,9 @@ def intensity_of(region: str | None, carbon_intensity: float | None) -> dict[str
         return dict(vars(lookup(str(region))))
     try:
         return dict(vars(GridIntensity.given(float(carbon_intensity))))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(
-            f"a carbon intensity of {carbon_intensity!r} is not possible",
+            f"a carbon intensity of {shown(carbon_intensity)} is not possible",
             why="a number is expected",
             fix="give grams of CO2e per kWh, for example carbon_intensity=56",
         ) from None

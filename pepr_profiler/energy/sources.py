@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -166,12 +165,12 @@ def _labelled_source(lane: LaneInfo, index: int) -> Source:
 
 
 def stated_gain(channel: Channel) -> float | None:
-    """The `gain` of a channel's labels; 0 without one, None if it is no number of 0 or more."""
+    """The `gain` of a channel's labels; 0 without one, None if it is no number from 0 to 100."""
     try:
         gain = float(channel.labels.get("gain", 0.0))
     except ValueError:
         return None
-    return gain if 0 <= gain < math.inf else None
+    return gain if 0 <= gain <= 100 else None
 
 
 # --- RAPL, whether powercap or perf reads it ------------------------------------------------------

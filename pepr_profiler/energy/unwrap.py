@@ -22,4 +22,4 @@ def undo_fall(step_j: float, now_j: float, *, range_j: float, span_s: float) -> 
     wrapped_j = step_j + range_j
     if range_j > 0 and 0 <= wrapped_j <= MAX_PLAUSIBLE_W * max(span_s, _LONGEST_REFRESH_S):
         return wrapped_j, True
-    return (now_j if now_j <= MAX_PLAUSIBLE_W * span_s else 0.0), False
+    return (now_j if 0 <= now_j <= MAX_PLAUSIBLE_W * span_s else 0.0), False

@@ -35,10 +35,10 @@ class StopSignals:
     """Turns signals into something to wait for, until `close()`: `fd` is readable when one came.
 
     None of them interrupts anything then: a second Ctrl-C must not cost the summary. One that was
-    ignored before stays ignored (nohup). Use it in the main thread.
+    ignored before stays ignored (nohup) unless `ignored_too`. Use it in the main thread.
     """
 
-    def __init__(self, signals: Sequence[int] = _STOPS) -> None:
+    def __init__(self, signals: Sequence[int] = _STOPS, *, ignored_too: bool = False) -> None:
         self._received: list[int] = []
         self.fd, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -46,7 +46,7 @@ class StopSignals:
         self._before = {
             signo: signal.signal(signo, lambda number, _: self._received.append(number))
             for signo in signals
-            if signal.getsignal(signo) is not signal.SIG_IGN
+            if ignored_too or signal.getsignal(signo) is not signal.SIG_IGN
         }
 
     @property

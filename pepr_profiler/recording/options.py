@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from pepr_profiler.errors import UsageError
 from pepr_profiler.record import Any, Record
-from pepr_profiler.units import check_pue, parse_cpu_power, parse_duration, parse_overhead
+from pepr_profiler.units import check_pue, is_utf8, parse_cpu_power, parse_duration, parse_overhead
 
 OVERHEAD = 0.005
 """CPU time that all lanes together may take by default, as a share of one core."""
@@ -58,8 +58,6 @@ class Options(Record):
         fraction. `texts` are `experiment`, `job` and `performance`. Raises UsageError for what
         cannot be used.
         """
-        if name == "":
-            raise UsageError("a run needs a name", why="name is empty", fix='profile("resnet18")')
         for what, text in {"name": name, "cpu_power": cpu_power, **texts}.items():
             if not isinstance(text, str) and (text is not None or what == "name"):
                 raise UsageError(
@@ -67,9 +65,11 @@ class Options(Record):
                     why=f"its type is {type(text).__name__}, and text is expected",
                     fix=f'write it in quotes: {what}="{text}"',
                 )
+        if not name:
+            raise UsageError("a run needs a name", why="name is empty", fix='profile("resnet18")')
         if cpu_power is not None:
             parse_cpu_power(cpu_power)
-        if scope not in SCOPES:
+        if not isinstance(scope, str) or scope not in SCOPES:
             raise UsageError(
                 f"a scope of {scope!r} is not possible",
                 why="it says what the total is",
@@ -78,8 +78,8 @@ class Options(Record):
         return cls(
             name=name,
             sensors=_checked_sensors(sensors),
-            period_ns=None if period is None else _period_ns(period),
-            overhead=parse_overhead(str(overhead)),
+            period_ns=None if period is None else period_ns(period),
+            overhead=parse_overhead(overhead),
             pue=check_pue(pue),
             cpu_power=cpu_power,
             scope=scope,
@@ -89,17 +89,18 @@ class Options(Record):
 
 
 def _checked_sensors(sensors: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(sensors, str) or not all(isinstance(spec, str) and spec for spec in sensors):
+    texts = isinstance(sensors, list | tuple) and all(isinstance(spec, str) for spec in sensors)
+    if not (texts and all(spec and is_utf8(spec) for spec in sensors)):
         raise UsageError(
             f"sensors={sensors!r} cannot be used",
-            why="a list of sensors is expected, each as text: KIND or KIND:WHERE",
+            why="a list of sensors is expected, each as text in UTF-8: KIND or KIND:WHERE",
             fix='for example sensors=["nvml", "powercap"]; see: pepr-profile sensors',
         )
     return tuple(sensors)
 
 
-def _period_ns(period: str | float) -> int:
-    """The period in ns. Raises UsageError unless it is above 0 and at most a year."""
+def period_ns(period: str | float) -> int:
+    """A sampling period in ns. Raises UsageError unless it is above 0 and at most a year."""
     if isinstance(period, str):
         period_s = parse_duration(period) * 1e-9
     else:

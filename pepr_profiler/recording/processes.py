@@ -55,7 +55,7 @@ class ProcessOwners:
         self._note = note
         self._dedicated = dedicated and root != "self"
         self._profiler = os.getpid()
-        self._marker = None if marker is None else "=".join(marker).encode()
+        self._marker = None if marker is None else os.fsencode("=".join(marker))
         self._includes_self = root == "self"
         self._roots = _roots_of(root, self._profiler)
         self._job: set[tuple[int, int]] = set()  # PID and start of each process of the job

@@ -8,13 +8,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pepr_profiler.errors import UsageError
 from pepr_profiler.record import Floats
-
-if TYPE_CHECKING:
-    pass
 
 # The names of columns of durations. A resource divided by one is a rate (of energy a mean power),
 # which is similar in all rows of a cohort.
