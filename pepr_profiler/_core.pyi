@@ -8,7 +8,7 @@ MAX_PLAUSIBLE_W: float
 REFRESH_CHANGES: int
 FEWEST_REFRESH_CHANGES: int
 
-class Channel(metaclass=_NativeType):
+class SensorChannel(metaclass=_NativeType):
     def __init__(self, *args: object, **kwargs: object) -> None: ...  # only the core makes one
     @property
     def name(self) -> str: ...
@@ -71,7 +71,7 @@ class Sampler(metaclass=_NativeType):
     @property
     def state(self) -> str: ...
     @property
-    def channels(self) -> list[Channel]: ...
+    def channels(self) -> list[SensorChannel]: ...
     @property
     def notes(self) -> list[Note]: ...
 

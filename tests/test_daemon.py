@@ -209,6 +209,15 @@ def test_sensors_reads_through_the_daemon_what_is_denied_in_part(
     assert facts["missing"] == []
 
 
+def test_a_signal_that_was_ignored_at_its_start_ends_it(tree: Tree, tmp_path: Path) -> None:
+    def ignore() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for its background jobs
+
+    with daemon(tmp_path, "--sensor", tree.spec, preexec_fn=ignore) as started:
+        started.process.send_signal(signal.SIGINT)
+        assert started.process.wait(SLOW_S) == 0
+
+
 def test_status_and_stop(running: Daemon, tree: Tree) -> None:
     result = running.cli("daemon", "status")
     assert result.status == 0, result.stderr
@@ -217,6 +226,7 @@ def test_status_and_stop(running: Daemon, tree: Tree) -> None:
     facts = json.loads(running.cli("daemon", "status", "--json").stdout)
     assert facts["pid"] == running.pid and facts["socket"] == str(running.socket)
     assert facts["lanes"][0]["age_s"] < 5
+    assert {"gap_s", "refresh_s", "samples", "late", "lost"} <= facts["lanes"][0].keys()
     # then it ends when asked to
     assert running.cli("daemon", "stop").status == 0
     assert running.process.wait(SLOW_S) == 0

@@ -102,6 +102,15 @@ def test_a_drop_that_no_wrap_explains_is_a_reset_and_loses_only_what_it_must() -
         assert 799.0 - 1e-6 <= between(curve) <= 800.0 + 1e-6
 
 
+def test_a_reset_to_a_negative_reading_gives_no_energy_back() -> None:
+    # given 100 W; after 5 s the counter begins anew at -400 J
+    t = np.arange(0, 10.005, 0.01)
+    raw = np.where(t < 5, 5e6 + 100 * t, 100 * (t - 5) - 400)
+    curve = curve_of(counter(), batches(t, raw), [1.0, 9.0])
+    # then what it has counted since is known, and nothing is taken off
+    assert between(curve) == pytest.approx(800.0, abs=1.01)
+
+
 def test_unknown_readings_cost_resolution_but_no_joules() -> None:
     # given a hole of 3 s in a counter at 80 W
     t = np.arange(0, 10.005, 0.01)

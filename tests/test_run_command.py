@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -348,6 +349,23 @@ os.read(read, 1)  # until the orphan has ended
     least_j = 100 * 0.88 / os.sysconf("SC_NPROCESSORS_ONLN")
     assert 0.95 * least_j <= package["job_j"] <= package["device_j"]
     assert summary["memory"]["peak_rss_bytes"] > 2**20
+
+
+def test_a_quiet_run_keeps_its_warnings_and_a_screen_names_the_store_it_was_given(
+    cli: Cli, quiet_sensor: str, tmp_path: Path
+) -> None:
+    script = "sleep 600 >/dev/null 2>&1 & echo $!"
+    result = cli("-q", "--sensor", quiet_sensor, "--", "sh", "-c", script)
+    os.kill(int(result.stdout), signal.SIGKILL)
+    assert "still run" in result.stderr and "fix: let the command wait" in result.stderr
+    assert "pepr >" not in result.stderr
+    elsewhere = tmp_path / "my runs"
+    result = cli("--store", str(elsewhere), "--sensor", quiet_sensor, "--", "true")
+    assert "--store '" in result.stderr
+    result = cli("--store", "my runs", "--sensor", quiet_sensor, "--", "true", cwd=tmp_path)
+    following = result.stderr.partition("next: pepr-profile ")[2]
+    shown = cli(*shlex.split(following), cwd=tmp_path)
+    assert shown.stdout.startswith(b"pepr > true")
 
 
 def test_descendant_that_stays_is_reported_and_not_waited_for(cli: Cli, quiet_sensor: str) -> None:

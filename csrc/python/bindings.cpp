@@ -105,7 +105,7 @@ py::dict stats_of(const Sampler& sampler) {
     result["settled"] = s.settled;
     result["wasted"] = s.wasted;
     result["refresh_s"] = 1e-9 * static_cast<double>(s.refresh_ns);
-    result["min_spacing_s"] = 1e-9 * static_cast<double>(s.min_spacing_ns);
+    result["gap_s"] = 1e-9 * static_cast<double>(s.min_spacing_ns);
     return result;
 }
 
@@ -155,7 +155,7 @@ PYBIND11_MODULE(_core, m) {
         }
     });
 
-    py::class_<Channel>(m, "Channel", "What one recorded number is.")
+    py::class_<Channel>(m, "SensorChannel", "What one recorded number is.")
         .def_readonly("name", &Channel::name)
         .def_readonly("quantity", &Channel::quantity)
         .def_readonly("unit", &Channel::unit)

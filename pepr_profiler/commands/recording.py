@@ -82,9 +82,13 @@ class RecordingRequest(Record):
                     write_summary(summary, self.json_file)
             except PeprError as error:  # what was measured has happened: the status stands
                 complain(str(error))
-        if not self.quiet:
-            with whoever_listens(sys.stderr):
-                show(summary, file=sys.stderr)
+        if self.quiet:
+            for warning in summary["warnings"]:
+                if warning["code"] not in _URGENT:
+                    complain(f"{warning['text']}\n  fix: {warning['hint']}")
+            return
+        with whoever_listens(sys.stderr):
+            show(summary, file=sys.stderr, store=self.store)
 
 
 _OPTIONS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,7 +103,7 @@ def report(
     elif not forms:
         if metric is not None:
             _require_logged(summary, metric)
-        show(summary, file=sys.stdout, curve=wanted)
+        show(summary, file=sys.stdout, curve=wanted, store=store)
 
 
 def _rendered(
@@ -135,15 +136,23 @@ def _require_logged(summary: Mapping[str, Any], metric: str) -> None:
         )
 
 
-def show(summary: dict[str, Any], *, file: IO[str], curve: Mapping[str, Any] | None = None) -> None:
+def show(
+    summary: dict[str, Any],
+    *,
+    file: IO[str],
+    curve: Mapping[str, Any] | None = None,
+    store: Path | None = None,
+) -> None:
     """Prints a summary: in colour and as wide as the terminal, else plain and 80 columns wide.
 
-    `curve` chooses what to show against the energy, as in `render_run`.
+    `curve` chooses what to show against the energy, as in `render_run`. `store` is the one that
+    was asked for.
     """
     from pepr_profiler.report.run_text import render_run
 
     width, color = screen(file)
-    text = render_run(summary, width=width, color=color, curve=curve)
+    named = "" if store is None or os.environ.get("PEPR_STORE") == str(store) else str(store)
+    text = render_run(summary, width=width, color=color, curve=curve, store=named)
     click.echo(f"{text}\n", file=file, color=color)
 
 

@@ -24,7 +24,7 @@ import psutil
 from pepr_profiler import __version__
 from pepr_profiler.daemon import system
 from pepr_profiler.daemon.exporter import Exporter, families
-from pepr_profiler.daemon.lanes import LOST_S, ServedLane, ServedLanes
+from pepr_profiler.daemon.lanes import LOST_S, ServedLanes
 from pepr_profiler.daemon.ledger import SETTLED_S, Ledger
 from pepr_profiler.daemon.meters import Meters
 from pepr_profiler.daemon_client import protocol
@@ -467,16 +467,11 @@ class Server:
                     "coarse": lane.restricted and not client.trusted,
                     "channels": [c.name for c in lane.channels],
                     "age_s": lane.age_s(),
-                    **_stats_of(lane),
+                    **lane.sampler.stats(),
                 }
                 for lane in self._lanes
             ],
         }
-
-
-def _stats_of(lane: ServedLane) -> dict[str, Any]:
-    stats = lane.sampler.stats()
-    return {"gap_s": stats.pop("min_spacing_s"), **stats}
 
 
 def _failure(error: PeprError) -> dict[str, Any]:

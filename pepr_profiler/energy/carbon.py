@@ -50,7 +50,7 @@ class GridIntensity:
         if not 0 <= self.g_per_kwh <= _HIGHEST_G_PER_KWH:  # NaN is neither
             raise UsageError(
                 f"a carbon intensity of {self.g_per_kwh:g} g/kWh is not possible",
-                why=f"it must be a number from 0 to {_HIGHEST_G_PER_KWH:g}",
+                why=f"it must be a finite number from 0 to {_HIGHEST_G_PER_KWH:g}",
                 fix="give grams of CO2e per kWh, for example --carbon-intensity 56",
             )
 

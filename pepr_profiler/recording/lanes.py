@@ -329,7 +329,7 @@ class Lanes:
             "overhead": {
                 "budget": self._options.overhead,
                 "used": lanes_s / elapsed_s if elapsed_s > 0 else None,
-                "gap_s": {n: s["min_spacing_s"] for n, s in stats.items() if s["min_spacing_s"]},
+                "gap_s": {n: s["gap_s"] for n, s in stats.items() if s["gap_s"]},
             },
         }
 

@@ -59,10 +59,12 @@ def render_run(
     width: int = 80,
     color: bool = False,
     curve: Mapping[str, Any] | None = None,
+    store: str = "",
 ) -> str:
     """The screen of a run from its summary (docs/summary.md), without a final line end.
 
     `curve` are the options of `progress.curve_of`: which metric to show against the energy.
+    `store` is what the commands that are proposed must name, if it is not the usual store.
     No line is wider than `width` cells or ends in a space; there are no escape codes unless
     `color`. Names and commands are shown as they are, their control characters made visible.
     """
@@ -73,7 +75,7 @@ def render_run(
         _component_lines(energy, width),
         _phase_lines(summary.get("phases") or [], energy, width),
         _fact_lines(summary, width, curve or {}),
-        _saved_lines(summary, width),
+        _saved_lines(summary, width, store),
     ]
     lines: list[Line] = []
     for index, section in enumerate(filter(None, sections)):
@@ -471,7 +473,7 @@ def _sampling(summary: Mapping[str, Any]) -> str:
     return text
 
 
-def _saved_lines(summary: Mapping[str, Any], width: int) -> list[Line]:
+def _saved_lines(summary: Mapping[str, Any], width: int, store: str) -> list[Line]:
     run_id = printable(str(summary.get("run_id") or ""))
     if not run_id:
         return []
@@ -480,10 +482,15 @@ def _saved_lines(summary: Mapping[str, Any], width: int) -> list[Line]:
     if experiment:
         following = f"next: pepr-profile compare --experiment {printable(shlex.quote(experiment))}"
     saved = f"  saved {run_id}"
-    gap = width - cells(saved) - cells(following)
+    named = f"--store {printable(shlex.quote(store))}" if store else ""
+    whole = f"{following} {named}".rstrip()
+    gap = width - cells(saved) - cells(whole)
     if gap >= len(_GAP):
-        return [[(saved, "bold"), (" " * gap, ""), (following, "dim")]]
-    return [[(saved, "bold")], [(f"  {following}", "dim")]]
+        return [[(saved, "bold"), (" " * gap, ""), (whole, "dim")]]
+    if cells(whole) + 2 <= width:
+        return [[(saved, "bold")], [(f"  {whole}", "dim")]]
+    # A command that is cut cannot be copied: the shell reads on behind a backslash.
+    return [[(saved, "bold")], [(f"  {following} \\", "dim")], [(f"    {named}", "dim")]]
 
 
 class _Column(Record):

@@ -116,7 +116,9 @@ class Store:
             )
         raise UsageError(
             f"there is no run '{ref}'",
-            why=f"no run id in {self.path} begins with it, and there is no such run directory",
+            why=f"no run id in {self.path} begins with it, and there is no such run directory"
+            if self._names()
+            else f"the store {self.path} has no runs",
             fix="see: pepr-profile runs list, or give --store DIR",
         )
 

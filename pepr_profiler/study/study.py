@@ -157,6 +157,14 @@ class Study:
             )
         found = recorded.find(Filter(experiment=experiment))
         bad = [(damaged.run_id, damaged.why) for damaged in found.damaged]
+        if not (len(found) or bad):
+            of = f" of experiment '{experiment}'" if experiment else ""
+            raise UsageError(
+                f"there is no run{of} to compare",
+                why=f"the store {recorded.path} has none",
+                fix=f"see: pepr-profile runs list --store {recorded.path}; record one: "
+                "pepr-profile --experiment NAME -- CMD",
+            )
         return cls.from_runs(found, left_out=bad, whole=recorded.load, **options)
 
     @classmethod
@@ -319,12 +327,15 @@ def read_bounds(path: Path) -> tuple[Bounds, ...]:
 def _json_of(path: Path, what: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise ValueError("it is no JSON object")
     except (OSError, ValueError, RecursionError) as error:
+        unread = error.strerror if isinstance(error, OSError) else f"it is no JSON file: {error}"
+        data, why = None, unread or str(error)
+    else:
+        why = "it is no JSON object"
+    if not isinstance(data, dict):
         raise UsageError(
             f"{path} has no {what}",
-            why=(error.strerror if isinstance(error, OSError) else None) or str(error),
+            why=why,
             fix="name a JSON file that pepr-profile wrote",
-        ) from error
+        )
     return data
