@@ -733,7 +733,8 @@ def test_nvml_knows_every_gpu_by_its_uuid(nvml: BuildNvml) -> None:
         for index, uuid in enumerate(uuids):
             name = uuid or default_uuid(index)
             labels = opened.channels[f"{name}/energy"].labels
-            assert labels == {"uuid": name, "model": "NVIDIA H100 80GB HBM3", "index": str(index)}
+            board = {"uuid": name, "model": "NVIDIA H100 80GB HBM3", "index": str(index)}
+            assert labels == {**board, "limit_w": "700"}
             assert rows.columns[f"{name}/power_instant"][-1] == 100_000 * (index + 1)
             assert rows.columns[f"{name}/memory_used"][-1] >= 2**30 * (index + 1)
             assert rows.columns[f"{name}/utilisation"][-1] == 50

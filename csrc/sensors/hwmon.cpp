@@ -2,6 +2,7 @@
 // supplies, board monitors.
 
 #include <cerrno>
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 
@@ -125,6 +126,14 @@ private:
                           {"input", input},
                           {"label", label},
                           {"model", read_text(chip / "device/product_name")}};
+        // Of a chip's energy counter, the limit is that of its power.
+        const fs::path limited = path.parent_path() / (energy ? "power1" : input);
+        for (const char* limit : {"_cap_max", "_crit", "_rated_max"}) {
+            const std::string text = read_text(limited.string() + limit);
+            if (text.empty() || channel.labels.count("limit_w") > 0) continue;
+            channel.labels["limit_w"] =
+                std::to_string(std::llround(1e-6 * to_double(text.c_str())));
+        }
         if (processor) channel.labels["part_of"] = "processor";
         channels_.push_back(std::move(channel));
         readings_.push_back(std::move(reading));

@@ -64,7 +64,8 @@ enum : std::size_t {
     kEnergyField,
     kInstant,
     kAverage,
-    kModule
+    kModule,
+    kModuleAverage
 };
 
 // A call takes a driver from 2.5 us to milliseconds, under a lock that the program may wait for
@@ -166,6 +167,10 @@ private:
         // PowerUsage repeats one of the fields where they exist. Which one depends on the chip.
         const bool fields = has(kInstant) || has(kAverage);
         const bool counted = has(kEnergyCall) || has(kEnergyField);
+        // With the power of a module there is a counter that covers it (zeus 172), to which the
+        // GPU's own limit does not apply.
+        const bool module = has(kModule) || has(kModuleAverage);
+        const std::string limit_w = most_power_w(gpu.device);
         for (std::size_t i = 0; i < kReadings.size(); ++i) {
             const Reading& reading = kReadings[i];
             if (gpu.answers[i] == NVML_ERROR_NO_PERMISSION)
@@ -180,14 +185,30 @@ private:
                 gpu.calls.push_back(&reading);
                 if (watched) gpu.watched_calls = gpu.calls.size();
             }
+            auto labels = gpu.labels;
+            const bool of_gpu =
+                i == kPowerCall || i == kInstant || i == kAverage || (reading.counter && !module);
+            if (of_gpu && !limit_w.empty()) labels["limit_w"] = limit_w;
             channels_.push_back({gpu.labels["uuid"] + "/" + reading.name, reading.quantity,
                                  reading.unit, reading.scale, 0.0, reading.counter, reading.source,
-                                 gpu.labels});
+                                 std::move(labels)});
         }
         if (!fields && !counted && !has(kPowerCall))
             notes_.push_back({"energy of GPU " + gpu.labels["index"] + ", " + gpu.labels["model"],
                               "it reports neither an energy counter nor power",
                               "none: its board has no sensor that the driver reads"});
+    }
+
+    // The highest limit that the board's power may be set to, W; empty if it states none.
+    std::string most_power_w(nvmlDevice_t device) const {
+        unsigned least_mw = 0, most_mw = 0, enforced_mw = 0;
+        if (library_.limits && library_.limits(device, &least_mw, &most_mw) != NVML_SUCCESS)
+            most_mw = 0;
+        if (library_.enforced_limit &&
+            library_.enforced_limit(device, &enforced_mw) != NVML_SUCCESS)
+            enforced_mw = 0;
+        most_mw = std::max(most_mw, enforced_mw);
+        return most_mw > 0 ? std::to_string(most_mw / 1000) : "";
     }
 
     template <typename Raw, typename ToDouble>

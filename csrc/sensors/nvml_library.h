@@ -99,6 +99,10 @@ struct Library {
     decltype(&nvmlDeviceGetFieldValues) fields = find("nvmlDeviceGetFieldValues");
     decltype(&nvmlDeviceGetUtilizationRates) utilisation = find("nvmlDeviceGetUtilizationRates");
     decltype(&nvmlDeviceGetMemoryInfo) memory = find("nvmlDeviceGetMemoryInfo");
+    decltype(&nvmlDeviceGetPowerManagementLimitConstraints) limits =
+        find("nvmlDeviceGetPowerManagementLimitConstraints");
+    decltype(&nvmlDeviceGetEnforcedPowerLimit) enforced_limit =
+        find("nvmlDeviceGetEnforcedPowerLimit");
     decltype(&nvmlDeviceGetMigMode) mig = find("nvmlDeviceGetMigMode");
     decltype(&nvmlDeviceGetComputeRunningProcesses_v3) processes =
         find("nvmlDeviceGetComputeRunningProcesses_v3");

@@ -1,5 +1,6 @@
 // Energy counters of /sys/class/powercap: RAPL, and whatever else registers there.
 
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstring>
@@ -105,6 +106,8 @@ private:
             channel.labels["parent"] = parent;
             channel.labels["parent_name"] = read_text(directory.parent_path() / "name");
         }
+        if (const double limit_w = most_power_w(directory); limit_w > 0)
+            channel.labels["limit_w"] = std::to_string(std::llround(limit_w));
         // One unit (61 µJ) less than the true modulus, which sysfs does not show. Once per wrap,
         // that is negligible.
         const std::string range = read_text(directory / "max_energy_range_uj");
@@ -119,6 +122,18 @@ private:
         }
         channels_.push_back(std::move(channel));
         files_.push_back(std::move(file));
+    }
+
+    // The largest of a zone's constraint_N_max_power_uw, W; 0 if it states none.
+    static double most_power_w(const fs::path& zone) {
+        double most_w = 0.0;
+        for (int n = 0;; ++n) {
+            const std::string constraint = "constraint_" + std::to_string(n);
+            const std::string text = read_text(zone / (constraint + "_max_power_uw"));
+            if (!text.empty()) most_w = std::max(most_w, 1e-6 * to_double(text.c_str()));
+            std::error_code error;
+            if (text.empty() && !fs::exists(zone / (constraint + "_name"), error)) return most_w;
+        }
     }
 
     std::vector<File> files_;

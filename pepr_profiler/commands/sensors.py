@@ -122,7 +122,8 @@ def _read(
     import numpy as np
 
     batches = list(iter(sampler.read, None))
-    t_s = np.concatenate([np.frombuffer(b[1], dtype=np.int64) for b in batches]) * 1e-9
+    t_ns = np.concatenate([np.frombuffer(b[1], dtype=np.int64) for b in batches])
+    t_s = t_ns * 1e-9
     read_s = np.concatenate([np.frombuffer(b[2], dtype=np.uint32) for b in batches]) * 1e-9
     result = []
     for index, (channel, source) in enumerate(zip(lane.channels, sources, strict=True)):
@@ -130,6 +131,8 @@ def _read(
         sound = np.isfinite(values)
         if source is not None and source.zero_is_unknown:
             sound &= values > 0
+        if source is not None:
+            sound[sound] = source.readings().screen(t_ns[sound], values[sound]).sound
         values, at_s = values[sound] * channel.scale, t_s[sound]
         steps = np.diff(values)
         moved_s = at_s[1:][steps != 0]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import isnan, nan
+from math import isfinite, nan
 
 from pepr_profiler import _core
 from pepr_profiler.daemon.lanes import ServedLanes
 from pepr_profiler.daemon_client.protocol import map_ring
+from pepr_profiler.energy.readings import CounterReadings, GaugeReadings
 from pepr_profiler.energy.sources import Source, find_sources
-from pepr_profiler.energy.unwrap import undo_fall
 from pepr_profiler.trace.lane import LaneInfo
 
 STALE_S = 5.0
@@ -30,22 +30,30 @@ class Meter:
     t_ns: int = 0  # of that reading
     at_seconds_j: dict[int, float] = field(default_factory=dict)
     """`energy_j` at the latest whole seconds of CLOCK_MONOTONIC."""
+    _readings: CounterReadings | GaugeReadings | None = None
+    _counted_j: float = 0.0  # what the readings had counted when it was last added
 
     def take(self, t_ns: array[int], values: array[float]) -> None:
         """Takes in rows of its lane: their times and its values, unscaled."""
         source = self.source
+        if self._readings is None or not self.t_ns:
+            self._readings, self._counted_j = source.readings(), 0.0
         for at_ns, raw in zip(t_ns, values, strict=True):
-            if isnan(raw) or (raw <= 0 and source.zero_is_unknown):
+            if not isfinite(raw) or (raw <= 0 and source.zero_is_unknown):
                 continue
-            value = raw * source.scale
-            if source.counter and self.t_ns:
-                step_j, span_s = value - self.value, (at_ns - self.t_ns) * 1e-9
-                if step_j < 0:
-                    step_j, _ = undo_fall(step_j, value, range_j=source.range_j, span_s=span_s)
+            if isinstance(self._readings, GaugeReadings):
+                if not self._readings.take(raw):
+                    continue
+            elif not self._readings.take(at_ns, raw):
+                continue
+            elif self.t_ns:
+                # It is less only after a spike that was not seen to be one. A metric does not fall.
+                step_j = max(0.0, self._readings.counted * source.scale - self._counted_j)
                 if self.t_ns // _SECOND_NS != at_ns // _SECOND_NS:
                     self._pass_seconds(at_ns, step_j)
                 self.energy_j += step_j
-            self.value, self.t_ns = value, at_ns
+                self._counted_j += step_j
+            self.value, self.t_ns = raw * source.scale, at_ns
 
     def in_second_j(self, second: int) -> float | None:
         """What was counted in a whole second; None if that is unknown, or too long ago."""

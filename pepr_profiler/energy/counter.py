@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pepr_profiler.energy.curve import NARROW, UNIFORM, Accumulator, Changes, EnergyCurve
-from pepr_profiler.energy.unwrap import undo_fall
+from pepr_profiler.energy.readings import CounterReadings
 from pepr_profiler.record import Floats, Ints, Mask
 from pepr_profiler.trace.lane import LINE_STEPS
 from pepr_profiler.units import NS_PER_S
@@ -150,14 +150,13 @@ class Counter(Accumulator):
     an edge is then off by a random part of a refresh, and not always the same way.
     """
 
-    wraps: int = 0
-    resets: int = 0
     longest_stall_s: float = 0.0
     _last: float = math.nan  # the counter at its last change
     # Intervals that wait for those after them; before them `_emitted` ones, which are done.
     _knots: Floats = field(default_factory=lambda: np.zeros(0))
     _joules: Floats = field(default_factory=lambda: np.zeros(0))
     _thinned: Mask = field(default_factory=lambda: np.zeros(0, bool))
+    _bridges_j2: Floats = field(default_factory=lambda: np.zeros(0))
     _emitted: int = 0
     _refreshes_unseen: bool = False  # it changes at each read: how old a change is, is unknown
     _uneven_w2: float = 0.0  # squared changes of power from interval to interval
@@ -184,26 +183,14 @@ class Counter(Accumulator):
         step_j = np.diff(changes.values, prepend=self._last)
         self._last = float(changes.values[-1])
         span_s = np.maximum(np.diff(refreshed_ns, prepend=last_ns) / NS_PER_S, 1e-9)
-        self._unwrap(step_j, span_s, changes.values)
         self.longest_stall_s = max(self.longest_stall_s, float(np.max(span_s)))
         few = zip(step_j[-_LAST_CHANGES:].tolist(), span_s[-_LAST_CHANGES:].tolist(), strict=True)
         self._recent = [*self._recent, *few][-_LAST_CHANGES:]
         # Rows were left out of these because a line was close enough (csrc/recording/thin.h).
         thinned = (changes.left_out > 0) & (span_s > _ALIKE_SPANS * self.refresh_s)
         self._thinned = np.append(self._thinned, thinned)
+        self._bridges_j2 = np.append(self._bridges_j2, changes.bridge_j2)
         self._emit_settled(refreshed_ns, step_j)
-
-    def _unwrap(self, step_j: Floats, span_s: Floats, values: Floats) -> None:
-        """Puts what flowed, J, in the place of each step that fell."""
-        for i in np.flatnonzero(step_j < 0):
-            step_j[i], wrapped = undo_fall(
-                float(step_j[i]),
-                float(values[i]),
-                range_j=self.source.range_j,
-                span_s=float(span_s[i]),
-            )
-            self.wraps += wrapped
-            self.resets += not wrapped
 
     def _emit_settled(self, t: Floats, step_j: Floats, *, last: bool = False) -> None:
         """Emits all intervals; unless `last`, without the two that lack neighbours so far."""
@@ -215,7 +202,28 @@ class Counter(Accumulator):
         passed = max(0, self._emitted - _NEIGHBOURS)
         self._knots, self._joules = knots[passed:], joules[passed:]
         self._thinned = self._thinned[passed:]
+        self._bridges_j2 = self._bridges_j2[passed:]
         self._emitted -= passed
+
+    @property
+    def counted(self) -> CounterReadings:
+        """The counter's readings, with what each added."""
+        assert isinstance(self.readings, CounterReadings)
+        return self.readings
+
+    def _settle_readings(self) -> None:
+        """Takes in the readings after a reset that nothing has confirmed before the end."""
+        changed_ns = self.counted.settle()
+        if changed_ns is None:
+            return
+        columns = (changed_ns, changed_ns - self.last_ns, self.counted.counted * self.source.scale,
+                   0.0, self.counted.bridge_j2)  # fmt: skip
+        changes = Changes(*(np.array([column], dtype=np.float64) for column in columns))
+        self.last_ns = changed_ns
+        if self._started:
+            self.add(self._refresh_times(changes), changes)
+        else:
+            self._first_changes.append(changes)
 
     def _emit_intervals(self, knots: Floats, joules: Floats, begin: int, end: int) -> None:
         span_s = np.maximum(np.diff(knots) / NS_PER_S, 1e-9)
@@ -228,6 +236,7 @@ class Counter(Accumulator):
         self.last_change_w = math.sqrt(self._uneven_w2 / self._intervals)
         sums = np.zeros((3, end - begin))
         sums[0] = self._sums[0] + np.cumsum(joules[now])
+        sums[2] = self._sums[2] + np.cumsum(self._bridges_j2[now])
         local = np.array((power_w[now], (power_w[now] * self.jitter_s) ** 2))
         at = self.emit(knots[1:][now], sums, local)
         # Only the few intervals that hold an instant that is asked for are reconstructed.
@@ -251,6 +260,7 @@ class Counter(Accumulator):
         self._local[1, at] = (inside_w * self.jitter_s) ** 2 + variance_j2
 
     def finish(self) -> EnergyCurve:
+        self._settle_readings()
         if not self._started and self._first_changes:
             self._start()
         if len(self._joules):
@@ -266,8 +276,8 @@ class Counter(Accumulator):
         if math.isnan(self.last_w):  # it never moved: how much flowed is unknown, not 0
             self._cumulative[:] = math.nan
         return self.curve(
-            wraps=self.wraps,
-            resets=self.resets,
+            wraps=self.counted.wraps,
+            resets=self.counted.resets,
             longest_stall_s=self.longest_stall_s,
             lag_u_s=self.jitter_s,  # reads trail their refreshes by as much as they vary in it
         )

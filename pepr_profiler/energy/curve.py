@@ -56,9 +56,10 @@ class EnergyCurve(Record):
 
     At the same instants, `power_w` is the power, `edge_j2` the variance of the energy up to there,
     and `duty_j2` and `gap_j2` are cumulative variances; None where there is none. `unknown` counts
-    readings that failed. `gaps_ns` are the spans without a reading that are longer than
-    `gap_limit_s`. `quantum` is the resolution, J or W, `lag_u_s` the standard uncertainty of how
-    far the readings trail, `aliased` whether the load seems to be in step with the refreshes.
+    readings that failed, `impossible` those that were left out. `gaps_ns` are the spans without a
+    reading that are longer than `gap_limit_s`. `quantum` is the resolution, J or W, `lag_u_s` the
+    standard uncertainty of how far the readings trail, `aliased` whether the load seems to be in
+    step with the refreshes.
     """
 
     source: Source
@@ -69,6 +70,7 @@ class EnergyCurve(Record):
     wraps: int = 0
     resets: int = 0
     unknown: int = 0
+    impossible: int = 0
     longest_gap_s: float = 0.0
     longest_stall_s: float = 0.0
     power_w: Floats | None = None
@@ -90,13 +92,15 @@ class Changes(Record):
     """The readings that differ from the one before, (n,) each.
 
     They were read at `t_ns`, `since_read_ns` after the reading before. `left_out` is how many rows
-    since the last change were read and not stored.
+    since the last change were read and not stored. `bridge_j2` is the variance of what a reset just
+    before each of them made unknown, J².
     """
 
     t_ns: Floats
     since_read_ns: Floats
     values: Floats
     left_out: Floats
+    bridge_j2: Floats
 
     def after_first(self) -> Changes:
         """All but the first."""
@@ -142,6 +146,7 @@ class Accumulator:
         self._cumulative = np.zeros((3, len(self.at_ns)))  # energy; duty cycle and gaps, J²
         self._local = np.zeros((2, len(self.at_ns)))  # power; variance of the energy up to here
         self._sums = np.zeros(3)
+        self.readings = self.source.readings()
 
     # --- what counters and power readings do differently ---
 
@@ -178,9 +183,11 @@ class Accumulator:
         self.unknown += int(np.count_nonzero(~known) + skipped[~known].sum())
         left_out = self._left_out + np.cumsum(skipped, dtype=np.float64)
         self._left_out += float(skipped.sum())
+        screened = self.readings.screen(t_ns[known], values[known])
+        known[known] = screened.sound
         if not known.any():
             return
-        t, level = t_ns[known].astype(np.float64), values[known] * self.source.scale
+        t, level = t_ns[known].astype(np.float64), screened.level
         since_read_ns = self._since_read_ns(t, known, batch)
         changed = np.diff(level, prepend=self._value) != 0  # the first, which follows NaN, too
         changed |= since_read_ns > self.news_after_s() * NS_PER_S
@@ -193,6 +200,9 @@ class Accumulator:
             since_read_ns[changed],
             level[changed],
             np.diff(before_change, prepend=self._left_out_before),
+            np.zeros(len(before_change))
+            if screened.bridge_j2 is None
+            else screened.bridge_j2[changed],
         )
         if len(before_change):
             self._left_out_before = float(before_change[-1])
@@ -380,6 +390,7 @@ class Accumulator:
             self.last_ns,
             refresh_s=self.refresh_s,
             unknown=self.unknown,
+            impossible=self.readings.impossible,
             longest_gap_s=self.longest_gap_s,
             power_w=self._local[0],
             edge_j2=self._local[1],

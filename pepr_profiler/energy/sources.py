@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from pepr_profiler._core import MAX_PLAUSIBLE_W
+from pepr_profiler.energy.readings import CounterReadings, GaugeReadings
 from pepr_profiler.record import Record
 from pepr_profiler.trace.lane import Channel, LaneInfo
 
@@ -16,7 +18,7 @@ class Source(Record):
     `id` names the component, `lane` and `channel` the readings. `excluded` says why it is not in
     the total. `gain` (relative) and `offset_w` are standard uncertainties, fixed for a device
     (docs/measurement: SC24 for GPU boards, judgement for RAPL). `lag_s` is how far its readings
-    trail the truth.
+    trail the truth. `limit_w` is more power than the device can draw.
     """
 
     id: str
@@ -35,10 +37,17 @@ class Source(Record):
     gain: float = 0.0
     offset_w: float = 0.0
     lag_s: float = 0.0
+    limit_w: float = MAX_PLAUSIBLE_W
 
     def not_counted(self, reason: str) -> Source:
         """The same source, out of the total."""
         return self._replace(in_total=False, excluded=reason)
+
+    def readings(self) -> CounterReadings | GaugeReadings:
+        """What its readings have to go through first."""
+        if self.counter:
+            return CounterReadings(limit_w=self.limit_w, scale=self.scale, modulus=self.modulus)
+        return GaugeReadings(limit_w=self.limit_w, scale=self.scale)
 
     @property
     def range_j(self) -> float:
@@ -144,8 +153,30 @@ def _make(lane: LaneInfo, index: int, *, excluded: str = "", **facts: object) ->
         period_s=lane.period_ns * 1e-9,
         in_total=not excluded,
         excluded=excluded,
-        **facts,  # type: ignore[arg-type]
+        **{"limit_w": _limit_w(channel, str(facts["kind"])), **facts},  # type: ignore[arg-type]
     )
+
+
+_MOST_W = {"gpu": 5000.0, "cpu": 3000.0, "dram": 1000.0}
+"""More than any such device draws (2026: 1.4 kW a GPU, 2.7 kW a module of several, 0.5 kW a CPU
+package); for others it is MAX_PLAUSIBLE_W."""
+
+_OVER_LIMIT, _LEAST_LIMIT_W = 4.0, 400.0
+"""What is above this many times a device's stated limit is impossible. Limits are held on average,
+RAPL's is the thermal design power, which boosts exceed, and some drivers state one too low. To lose
+a true reading is worse than to keep a wrong one of this size: those seen are far larger."""
+
+
+def _limit_w(channel: Channel, kind: str) -> float:
+    """More power than a device can draw: by the limit in its channel's labels, else by its kind."""
+    most_w = _MOST_W.get(kind, MAX_PLAUSIBLE_W)
+    try:
+        stated_w = float(channel.labels.get("limit_w", 0.0))
+    except ValueError:
+        return most_w
+    if not 0 < stated_w <= MAX_PLAUSIBLE_W:
+        return most_w
+    return max(_LEAST_LIMIT_W, _OVER_LIMIT * stated_w)
 
 
 def _labelled_source(lane: LaneInfo, index: int) -> Source:

@@ -140,6 +140,7 @@ class ComponentResult(Record):
         }
         if source.excluded:
             result["excluded"] = source.excluded
+        result["impossible_readings"] = self.curve.impossible
         figures = self._figures(grid, duration_s) if self.is_known else dict.fromkeys(_FIGURES)
         return {**result, **figures}
 

@@ -111,6 +111,14 @@ def doubtful_readings(
             )
         if not source.in_total or source.provenance == "modelled":
             continue
+        if curve.impossible:
+            yield warning(
+                "impossible",
+                f"{curve.impossible} reading(s) of {name} were left out: each implies more than "
+                f"{source.limit_w:.0f} W, or a counter that runs backward"
+                + ("; the readings around them bridge them" if component.is_known else ""),
+                "see dmesg for its driver; if the device can draw more, please report it",
+            )
         if not component.is_known:
             yield warning(
                 "unknown",
@@ -167,7 +175,8 @@ def _doubtful_counter(curve: EnergyCurve, duration_s: float) -> Iterator[dict[st
     if curve.resets:
         yield warning(
             "reset",
-            f"{name} was reset {curve.resets}x; what it had counted since the last reading is lost",
+            f"{name} was reset {curve.resets}x; what flowed meanwhile is taken from the power "
+            "before and after, and u covers it",
             "nothing; the driver or the machine reset it",
         )
     energy_j = float(curve.energy_j[-1] - curve.energy_j[0])

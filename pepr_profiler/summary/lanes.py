@@ -79,7 +79,7 @@ def read_all(
             cross = [source for source in cross_sources if source.lane == name]
             integrated = integrate(batches, [*own, *cross], at_ns)
             measured, powers = integrated[: len(own)], integrated[len(own) :]
-            curves += measured
+            curves += _with_impossible(measured, powers)
             checks |= _cross_checks(measured, powers, at_ns)
     idle_w: dict[str, float] = {}
     if activity is not None and len(activity.t_ns) > 1:
@@ -100,6 +100,15 @@ def read_all(
         tally.failed_reads,
         int(sum(tally.peaks_bytes.values())) if tally.peaks_bytes else None,
     )
+
+
+def _with_impossible(
+    counters: Iterable[EnergyCurve], powers: Iterable[EnergyCurve]
+) -> Iterator[EnergyCurve]:
+    """The same counters; the impossible power readings of their devices count too."""
+    others = {power.source.id: power.impossible for power in powers}
+    for curve in counters:
+        yield curve._replace(impossible=curve.impossible + others.get(curve.source.id, 0))
 
 
 def _cross_checks(

@@ -105,6 +105,7 @@ class Gpu:
     processes_file: Path | None = None
     module: Wave | None = None
     mig: bool | None = False
+    power_limit_w: float | None = 700.0
 
     def text(self, index: int) -> str:
         sensor = self.sensor
@@ -119,6 +120,7 @@ class Gpu:
             f"memory_utilization {self.memory_utilization.words()}",
             f"memory_used {self.memory_used_bytes.words()}",
             f"memory {self.memory_total_bytes} {self.memory_reserved_bytes}",
+            f"power_limit {self.power_limit_w or 0}",
             f"mig {'none' if self.mig is None else 'on' if self.mig else 'off'}",
         ]
         if self.module is not None:

@@ -382,6 +382,16 @@ nvmlReturn_t nvmlDeviceGetPciInfo_v3(nvmlDevice_t device, nvmlPciInfo_t* pci) {
     return NVML_SUCCESS;
 }
 
+nvmlReturn_t nvmlDeviceGetPowerManagementLimitConstraints(nvmlDevice_t device, unsigned int* least,
+                                                          unsigned int* most) {
+    const Call call(__func__, device, least != nullptr && most != nullptr);
+    if (!call.ok()) return call.code;
+    if (call.gpu->power_limit_w <= 0) return NVML_ERROR_NOT_SUPPORTED;
+    *most = static_cast<unsigned>(1e3 * call.gpu->power_limit_w);
+    *least = *most / 4;
+    return NVML_SUCCESS;
+}
+
 nvmlReturn_t nvmlDeviceGetMigMode(nvmlDevice_t device, unsigned int* now, unsigned int* pending) {
     const Call call(__func__, device, now != nullptr && pending != nullptr);
     if (!call.ok()) return call.code;
@@ -417,8 +427,10 @@ nvmlReturn_t nvmlDeviceGetTemperature(nvmlDevice_t device, nvmlTemperatureSensor
 
 nvmlReturn_t nvmlDeviceGetEnforcedPowerLimit(nvmlDevice_t device, unsigned int* limit_mw) {
     const Call call(__func__, device, limit_mw != nullptr);
-    if (call.ok()) *limit_mw = 700'000;
-    return call.code;
+    if (!call.ok()) return call.code;
+    if (call.gpu->power_limit_w <= 0) return NVML_ERROR_NOT_SUPPORTED;
+    *limit_mw = static_cast<unsigned>(1e3 * call.gpu->power_limit_w);
+    return NVML_SUCCESS;
 }
 
 nvmlReturn_t nvmlDeviceGetComputeMode(nvmlDevice_t device, nvmlComputeMode_t* mode) {

@@ -205,6 +205,8 @@ void Scenario::of_gpu(const std::string& key, Line& line, Gpu& gpu) {
         gpu.processes.push_back(process);
     } else if (key == "processes_file") {
         gpu.processes_file = line.rest();
+    } else if (key == "power_limit") {
+        gpu.power_limit_w = line.number();
     } else if (key == "mig") {
         const auto mode = line.word();
         gpu.mig = mode == "on" ? NVML_DEVICE_MIG_ENABLE : mode == "off" ? 0 : -1;

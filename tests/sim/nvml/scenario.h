@@ -52,6 +52,7 @@ struct Gpu {
     unsigned long long memory_total_bytes = 0, memory_reserved_bytes = 0;
     std::vector<Process> processes;
     std::string processes_file;  // more of them, looked up at each call
+    double power_limit_w = 0;    // 0: the board states none
     int mig = 0;                 // NVML_DEVICE_MIG_*, or -1: this board has no MIG
 
     unsigned instant_mw(const Wave& wave, double t_s) const;
