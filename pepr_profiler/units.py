@@ -7,6 +7,7 @@ kWh and percent exist only in what a person reads, and are made here.
 from __future__ import annotations
 
 import math
+import os
 import re
 
 from pepr_profiler.errors import UsageError
@@ -233,6 +234,19 @@ def is_utf8(text: str) -> bool:
         return b"\0" not in text.encode()
     except UnicodeEncodeError:
         return False
+
+
+def utf8_text(text: str) -> str:
+    """`text` from the command line or a file name, as UTF-8 whatever the locale's encoding is.
+
+    In an ASCII locale Python hands out the bytes of "ö" as two lone surrogates.
+    """
+    if text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text):
+        return text
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        return text
 
 
 def parse_overhead(overhead: str | float) -> float:

@@ -18,6 +18,7 @@
 
 #include <sys/prctl.h>
 
+#include "python/text.h"
 #include "sampling/ring.h"
 #include "sampling/sampler.h"
 #include "system/clock.h"
@@ -33,6 +34,7 @@ using pepr::Channel;
 using pepr::CpuBudget;
 using pepr::Note;
 using pepr::Notifier;
+using pepr::readable;
 using pepr::RingView;
 using pepr::Sampler;
 
@@ -136,6 +138,11 @@ py::object wait_signal(const std::vector<int>& signals, std::int64_t deadline_ns
     }
 }
 
+template <typename Owner>
+auto text_of(std::string Owner::* member) {
+    return [member](const Owner& owner) { return readable(owner.*member); };
+}
+
 bool set_child_subreaper() { return ::prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0; }
 
 }  // namespace
@@ -148,27 +155,31 @@ PYBIND11_MODULE(_core, m) {
             if (pointer) std::rethrow_exception(pointer);
         } catch (const pepr::SensorError& error) {
             const auto type = py::module_::import("pepr_profiler.errors").attr("SensorError");
-            const py::object value =
-                type(error.note.what, py::arg("why") = error.note.why,
-                     py::arg("fix") = error.note.fix, py::arg("denied") = error.note.denied);
+            const py::object value = type(
+                readable(error.note.what), py::arg("why") = readable(error.note.why),
+                py::arg("fix") = readable(error.note.fix), py::arg("denied") = error.note.denied);
             PyErr_SetObject(type.ptr(), value.ptr());
         }
     });
 
     py::class_<Channel>(m, "SensorChannel", "What one recorded number is.")
-        .def_readonly("name", &Channel::name)
-        .def_readonly("quantity", &Channel::quantity)
-        .def_readonly("unit", &Channel::unit)
+        .def_property_readonly("name", text_of(&Channel::name))
+        .def_property_readonly("quantity", text_of(&Channel::quantity))
+        .def_property_readonly("unit", text_of(&Channel::unit))
         .def_readonly("scale", &Channel::scale)
         .def_readonly("modulus", &Channel::modulus)
         .def_readonly("counter", &Channel::counter)
-        .def_readonly("source", &Channel::source)
-        .def_readonly("labels", &Channel::labels);
+        .def_property_readonly("source", text_of(&Channel::source))
+        .def_property_readonly("labels", [](const Channel& channel) {
+            py::dict labels;
+            for (const auto& [key, value] : channel.labels) labels[readable(key)] = readable(value);
+            return labels;
+        });
 
     py::class_<Note>(m, "Note", "A part of a sensor that could not be opened.")
-        .def_readonly("what", &Note::what)
-        .def_readonly("why", &Note::why)
-        .def_readonly("fix", &Note::fix)
+        .def_property_readonly("what", text_of(&Note::what))
+        .def_property_readonly("why", text_of(&Note::why))
+        .def_property_readonly("fix", text_of(&Note::fix))
         .def_readonly("denied", &Note::denied);
 
     py::class_<CpuBudget, std::shared_ptr<CpuBudget>>(
@@ -196,7 +207,7 @@ PYBIND11_MODULE(_core, m) {
         .def(py::init<>());
 
     py::class_<Sampler>(m, "Sampler", "One lane: one sensor, read into its own ring.")
-        .def(py::init([](std::string spec, std::int64_t period_ns, bool learn,
+        .def(py::init([](const py::str& spec, std::int64_t period_ns, bool learn,
                          std::shared_ptr<CpuBudget> budget,
                          std::optional<std::pair<std::int64_t, double>> coarse,
                          bool drop_capabilities, std::shared_ptr<pepr::Readers> readers,
@@ -207,8 +218,9 @@ PYBIND11_MODULE(_core, m) {
                  if (coarse && !(how->period_ns > 0 && how->quantum_j > 0))
                      throw py::value_error("coarse is (period_ns, quantum_j), both positive");
                  return std::make_unique<Sampler>(
-                     pepr::Lane::Options{std::move(spec), period_ns, learn, std::move(budget), how,
-                                         drop_capabilities, std::move(notifier)},
+                     pepr::Lane::Options{pepr::system_bytes(spec), period_ns, learn,
+                                         std::move(budget), how, drop_capabilities,
+                                         std::move(notifier)},
                      std::move(readers));
              }),
              py::arg("spec"), py::arg("period_ns"), py::arg("learn") = false,

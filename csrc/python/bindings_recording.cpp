@@ -15,6 +15,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "python/text.h"
 #include "recording/journal.h"
 #include "recording/lane_file.h"
 #include "recording/thin.h"
@@ -38,9 +39,9 @@ pepr::ThinRule rule_of(const std::pair<std::string, double>& rule) {
     throw py::value_error("a rule is line, hold or level");
 }
 
-std::shared_ptr<LaneFile> open_file(std::string stem, std::string_view schema,
+std::shared_ptr<LaneFile> open_file(const py::str& stem, std::string_view schema,
                                     const std::vector<std::pair<std::string, double>>& rules) {
-    LaneFile::Options options{std::move(stem), std::string(schema), {}};
+    LaneFile::Options options{pepr::system_bytes(stem), std::string(schema), {}};
     for (const auto& rule : rules) options.rules.push_back(rule_of(rule));
     try {
         return std::make_shared<LaneFile>(std::move(options));

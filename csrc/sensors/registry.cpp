@@ -4,6 +4,8 @@
 
 #include <cmath>
 
+#include "system/file.h"
+
 namespace pepr {
 
 std::unique_ptr<Sensor> open_hwmon(const std::string& where);
@@ -47,6 +49,7 @@ void check_channels(const std::string& spec, const std::vector<Channel>& channel
 }  // namespace
 
 std::unique_ptr<Sensor> open_sensor(const std::string& spec) {
+    const PlainLocale plain;  // for the messages of all drivers
     const auto colon = spec.find(':');
     const std::string kind = spec.substr(0, colon);
     const std::string where = colon == std::string::npos ? "" : spec.substr(colon + 1);

@@ -15,6 +15,8 @@ import click
 
 from pepr_profiler import __version__
 from pepr_profiler.errors import PeprError
+from pepr_profiler.report.text import encode_readably
+from pepr_profiler.units import utf8_text
 
 COMMANDS = {
     "run": "Run a command and measure it; short: `pepr-profile -- CMD…`.",
@@ -28,6 +30,16 @@ COMMANDS = {
     "daemon": "Read root's counters for all users of this machine.",
 }
 
+
+class _Text(click.types.StringParamType):
+    """Text that is no path: UTF-8, also where the locale's encoding is another."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return utf8_text(super().convert(value, param, ctx))
+
+
+TEXT = _Text()
+"""The type of options that name runs' facts, metrics, columns and phases."""
 
 store_option = click.option(
     "--store",
@@ -140,6 +152,7 @@ def main(arguments: list[str] | None = None, *, began_ns: int | None = None) -> 
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # our caller closed it: what we print goes nowhere
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+        encode_readably(getattr(sys, name))
     if arguments and arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
         arguments = ["run", *arguments]
     try:
@@ -164,16 +177,25 @@ def main(arguments: list[str] | None = None, *, began_ns: int | None = None) -> 
     return result if isinstance(result, int) else 0
 
 
+def moves_cursor(file: IO[str]) -> bool:
+    """Whether `file` is a terminal that understands escape codes."""
+    return file.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
 def screen(file: IO[str]) -> tuple[int, bool]:
     """The width of a report on `file` in cells, and whether it has colours.
 
-    That of the terminal, at most 120; 80 without colours where it is none.
+    The width is the terminal's, at most 120, and 80 where there is none. Colours follow NO_COLOR
+    (no-color.org), TERM and FORCE_COLOR (force-color.org), in this order.
     """
-    if not file.isatty():
-        return 80, False
-    import shutil
+    width = 80
+    if file.isatty():
+        import shutil
 
-    return min(shutil.get_terminal_size((80, 24)).columns, 120), not os.environ.get("NO_COLOR")
+        width = min(shutil.get_terminal_size((80, 24)).columns, 120)
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") in ("dumb", "unknown"):
+        return width, False
+    return width, bool(os.environ.get("FORCE_COLOR")) or file.isatty()
 
 
 def write_text(path: Path, text: str | bytes) -> None:

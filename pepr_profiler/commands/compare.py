@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pepr_profiler.commands import store_option
+from pepr_profiler.commands import TEXT, store_option
 from pepr_profiler.commands.report import forms_of, output_option, performance_options
 from pepr_profiler.commands.score import limits_of, publish, range_options
 from pepr_profiler.errors import UsageError
@@ -16,12 +16,13 @@ from pepr_profiler.errors import UsageError
 
 @click.command()
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
-@click.option("--experiment", metavar="NAME", help="Only the runs of this experiment.")
+@click.option("--experiment", type=TEXT, metavar="NAME", help="Only the runs of this experiment.")
 @store_option
 @click.option(
     "--resource",
     "resources",
     multiple=True,
+    type=TEXT,
     default=("energy",),
     show_default=True,
     metavar="NAME[,NAME]...",
@@ -35,7 +36,9 @@ from pepr_profiler.errors import UsageError
     type=click.Choice(["experiment", "host", "none"]),
     help="Rank each experiment or host by itself [experiment, unless runs are named].",
 )
-@click.option("--metric", metavar="NAME", help="Metric that is the performance [each run's own].")
+@click.option(
+    "--metric", type=TEXT, metavar="NAME", help="Metric that is the performance [each run's own]."
+)
 @range_options("in J, g, s or bytes: 151k:1.94M")
 @performance_options
 @click.option(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from pepr_profiler.commands import store_option
+from pepr_profiler.commands import TEXT, store_option
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.store.runs import Store, is_recording
 from pepr_profiler.trace.events import EventWriter, read_events
@@ -16,7 +16,7 @@ from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE, boot_id, read_run
 
 
 @click.command()
-@click.argument("words", nargs=-1, metavar="[begin|end] NAME")
+@click.argument("words", nargs=-1, type=TEXT, metavar="[begin|end] NAME")
 @click.option(
     "--run",
     "ref",
@@ -26,6 +26,7 @@ from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE, boot_id, read_run
 )
 @click.option(
     "--series",
+    type=TEXT,
     metavar="KEY",
     help="Phases of one series follow each other [one series per calling process].",
 )

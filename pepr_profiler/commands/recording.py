@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pepr_profiler.block import complete_recording, grid_intensity
-from pepr_profiler.commands import complain, decorate, store_option, whoever_listens, written_output
+from pepr_profiler.commands import (
+    TEXT,
+    complain,
+    decorate,
+    moves_cursor,
+    store_option,
+    whoever_listens,
+    written_output,
+)
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.record import Record
 from pepr_profiler.recording.options import SCOPES, Options
@@ -114,6 +122,7 @@ _OPTIONS = (
     ),
     click.option(
         "--region",
+        type=TEXT,
         envvar="PEPR_REGION",
         metavar="COUNTRY",
         help="Country whose grid's mean carbon intensity is used: DK, DNK, Denmark.",
@@ -257,7 +266,7 @@ class LiveLine:
     """
 
     def __init__(self, *, on: bool, feed: Callable[[int, bytes, int], None] | None = None) -> None:
-        self._on = on and sys.stderr.isatty()
+        self._on = on and moves_cursor(sys.stderr)
         self._feed = feed
         self._lock = threading.Lock()  # the child speaks in threads of the relay
         self._shown = False

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands import complain, screen, store_option, write_text
+from pepr_profiler.commands import TEXT, complain, screen, store_option, write_text
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import FORMS
 
@@ -55,7 +55,10 @@ def performance_options(command: Any) -> Any:
 @click.option("--json", "json_file", metavar="FILE", help="Write the summary as JSON; - is stdout.")
 @output_option
 @click.option(
-    "--metric", metavar="NAME", help="Metric to show against the energy [the performance]."
+    "--metric",
+    type=TEXT,
+    metavar="NAME",
+    help="Metric to show against the energy [the performance].",
 )
 @performance_options
 def report(

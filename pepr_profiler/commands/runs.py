@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pepr_profiler import units
-from pepr_profiler.commands import complain, decorate, store_option, write_text
+from pepr_profiler.commands import TEXT, complain, decorate, store_option, write_text
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import EXPORTS
 from pepr_profiler.report.text import printable
@@ -58,9 +58,9 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _FILTERS = (
-    click.option("--experiment", metavar="NAME", help="Only runs of this experiment."),
-    click.option("--name", metavar="GLOB", help="Only runs of such a name: 'resnet*'."),
-    click.option("--host", metavar="GLOB", help="Only runs on such a host: 'node*'."),
+    click.option("--experiment", type=TEXT, metavar="NAME", help="Only runs of this experiment."),
+    click.option("--name", type=TEXT, metavar="GLOB", help="Only runs of such a name: 'resnet*'."),
+    click.option("--host", type=TEXT, metavar="GLOB", help="Only runs on such a host: 'node*'."),
     click.option(
         "--since", metavar="WHEN", help="Only runs begun at or after: 2026-11-20, 7d (ago)."
     ),
@@ -195,7 +195,7 @@ def _facts(run: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
 
 @runs.command("set")
 @click.argument("run")
-@click.argument("values", nargs=-1, required=True, metavar="NAME=VALUE...")
+@click.argument("values", nargs=-1, required=True, type=TEXT, metavar="NAME=VALUE...")
 @store_option
 def set_values(run: str, values: tuple[str, ...], *, store: Path | None) -> None:
     """Add metrics to a run: `set RUN acc=0.91`.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands import complain, decorate, screen, write_text
+from pepr_profiler.commands import TEXT, complain, decorate, screen, write_text
 from pepr_profiler.commands.report import performance_options
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import FORMS
@@ -65,24 +65,35 @@ def limits_of(
 
 @click.command()
 @click.argument("table", type=click.Path(path_type=Path))
-@click.option("--performance", required=True, metavar="COL", help="Column of the performance.")
+@click.option(
+    "--performance", required=True, type=TEXT, metavar="COL", help="Column of the performance."
+)
 @click.option(
     "--resource",
     "resources",
     required=True,
     multiple=True,
+    type=TEXT,
     metavar="COL",
     help="Column of a resource (repeatable: several are shown side by side).",
 )
-@click.option("--name", metavar="COL", help="Column of the names [the first column of text].")
 @click.option(
-    "--group", metavar="COL", help="Rank the rows of each value of this column by themselves."
+    "--name", type=TEXT, metavar="COL", help="Column of the names [the first column of text]."
+)
+@click.option(
+    "--group",
+    type=TEXT,
+    metavar="COL",
+    help="Rank the rows of each value of this column by themselves.",
 )
 @click.option(
     "--repeats", is_flag=True, help="Rows of one name are repeats of a model: rank their means."
 )
 @click.option(
-    "--time", metavar="COL", help="Column of the time that a row took, to find outliers with."
+    "--time",
+    type=TEXT,
+    metavar="COL",
+    help="Column of the time that a row took, to find outliers with.",
 )
 @range_options("in the unit of its column: 150:900")
 @performance_options

@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from pepr_profiler.errors import UsageError
 from pepr_profiler.record import Any, Record
-from pepr_profiler.units import check_pue, is_utf8, parse_cpu_power, parse_duration, parse_overhead
+from pepr_profiler.units import (
+    check_pue,
+    is_utf8,
+    parse_cpu_power,
+    parse_duration,
+    parse_overhead,
+    utf8_text,
+)
 
 OVERHEAD = 0.005
 """CPU time that all lanes together may take by default, as a share of one core."""
@@ -65,6 +72,7 @@ class Options(Record):
                     why=f"its type is {type(text).__name__}, and text is expected",
                     fix=f'write it in quotes: {what}="{text}"',
                 )
+        texts = {what: None if text is None else utf8_text(text) for what, text in texts.items()}
         if not name:
             raise UsageError("a run needs a name", why="name is empty", fix='profile("resnet18")')
         if cpu_power is not None:
@@ -76,7 +84,7 @@ class Options(Record):
                 fix='scope="job" for the job\'s share, scope="device" for the whole devices',
             )
         return cls(
-            name=name,
+            name=utf8_text(name),
             sensors=_checked_sensors(sensors),
             period_ns=None if period is None else period_ns(period),
             overhead=parse_overhead(overhead),
@@ -90,13 +98,13 @@ class Options(Record):
 
 def _checked_sensors(sensors: Sequence[str]) -> tuple[str, ...]:
     texts = isinstance(sensors, list | tuple) and all(isinstance(spec, str) for spec in sensors)
-    if not (texts and all(spec and is_utf8(spec) for spec in sensors)):
+    if not (texts and all(spec and is_utf8(utf8_text(spec)) for spec in sensors)):
         raise UsageError(
             f"sensors={sensors!r} cannot be used",
             why="a list of sensors is expected, each as text in UTF-8: KIND or KIND:WHERE",
             fix='for example sensors=["nvml", "powercap"]; see: pepr-profile sensors',
         )
-    return tuple(sensors)
+    return tuple(map(utf8_text, sensors))
 
 
 def period_ns(period: str | float) -> int:

@@ -15,6 +15,7 @@ from pepr_profiler.record import Any
 from pepr_profiler.recording import procfs
 from pepr_profiler.recording.procfs import Stat, environ_of, find_stat
 from pepr_profiler.sensors.spec import ProcessRoot
+from pepr_profiler.units import utf8_text
 
 _SCAN_S, _LONGEST_SCAN_S = 10.0, 60.0
 _SCAN_PART, _SCAN_SHARE = 60, 400
@@ -291,4 +292,5 @@ def _describe(pid: int, stat: Stat) -> dict[str, str]:
         command = " ".join(procfs.command_of(pid))[:_COMMAND_LENGTH]
     except OSError:
         command = ""
-    return {"command": command or f"[{os.fsdecode(stat.name)}]", "user": procfs.owner_of(pid) or ""}
+    command = command or f"[{utf8_text(os.fsdecode(stat.name))}]"
+    return {"command": command, "user": procfs.owner_of(pid) or ""}

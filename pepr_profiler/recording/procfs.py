@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 
 from pepr_profiler.record import Record
+from pepr_profiler.units import utf8_text
 
 _STAT_BYTES = 4096  # 52 numbers and a name of 15 (kernel threads: 63) bytes take less
 _TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
@@ -82,10 +83,10 @@ def command_of(pid: int) -> tuple[str, ...]:
     """
     try:
         # A program that writes a title of its own there leaves NULs behind it.
-        words = os.fsdecode(_read(f"/proc/{pid}/cmdline").rstrip(b"\0")).split("\0")
+        words = utf8_text(os.fsdecode(_read(f"/proc/{pid}/cmdline").rstrip(b"\0"))).split("\0")
         if words != [""]:
             return tuple(words)
-        return (f"[{os.fsdecode(_read(f'/proc/{pid}/comm')).strip()}]",)
+        return (f"[{utf8_text(os.fsdecode(_read(f'/proc/{pid}/comm'))).strip()}]",)
     except (FileNotFoundError, ProcessLookupError):  # the latter: it went while it was read
         return ()
 

@@ -23,6 +23,7 @@ from pepr_profiler.trace.run_json import (
     read_live_run,
     write_json,
 )
+from pepr_profiler.units import utf8_text
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
@@ -255,11 +256,11 @@ class Recorder:
         client = self._lanes.client
         self._facts = {
             "schema": 1,
-            "run_id": self.directory.name,
+            "run_id": utf8_text(self.directory.name),
             "job": options.job,
             "name": options.name,
             "experiment": options.experiment,
-            "command": self.command,
+            "command": [utf8_text(word) for word in self.command],
             "host": os.uname().nodename,
             "boot_id": boot_id(),
             "clock": self._clock,

@@ -7,8 +7,15 @@ program that is measured runs.
 
 from __future__ import annotations
 
+import codecs
 import io
 from collections.abc import Iterable
+
+from pepr_profiler.units import utf8_text
+
+TYPE_CHECKING = False  # typing takes 0.5 MB
+if TYPE_CHECKING:
+    from typing import TextIO
 
 Line = list[tuple[str, str]]
 """A line as pieces of text from left to right, each with the rich style that colours it."""
@@ -19,7 +26,8 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
+        for c in utf8_text(text)
     )
 
 
@@ -97,3 +105,73 @@ def drawn(lines: Iterable[Line], *, width: int, color: bool) -> str:
             text.truncate(width, overflow="ellipsis")
             console.print(text, soft_wrap=True)
     return capture.get().removesuffix("\n")
+
+
+_IN_ASCII = {
+    **{"±": "+/-", "−": "-", "–": "-", "—": "-", "×": "x", "·": "-", "…": "..."},
+    **{"≤": "<=", "≥": ">=", "≈": "~", "²": "2", "₂": "2", "µ": "u", "μ": "u", "€": "EUR"},
+    **dict(zip("▁▂▃▄▅▆▇█", "_.-=+*%#", strict=True)),
+    **dict(zip("▏▎▍▌▋▊▉", ".......", strict=True)),
+}
+"""What the profiler prints beyond ASCII, for terminals and files that cannot show it."""
+
+
+def encode_readably(stream: TextIO) -> None:
+    """Makes a stream write what its encoding lacks in other letters, or as escapes.
+
+    Without this, "±" is an error on an ASCII or ISO-8859-1 stream.
+    """
+    if not isinstance(stream, io.TextIOWrapper):
+        return  # it encodes nothing
+    encoding = stream.encoding
+    if codecs.lookup(encoding).name == "ascii":
+        # Click writes UTF-8 to a stream that is called "ascii".
+        codecs.register(_plain_ascii)
+        encoding = _PLAIN_ASCII
+    handler = f"readable-{encoding}"
+    codecs.register_error(handler, lambda error: _rest_of_line(error, encoding))
+    stream.reconfigure(encoding=encoding, errors=handler)
+
+
+_PLAIN_ASCII = "pepr_ascii"
+
+
+def _plain_ascii(name: str) -> codecs.CodecInfo | None:
+    """ASCII under a name of its own."""
+    if name != _PLAIN_ASCII:
+        return None
+    ascii_codec = codecs.lookup("ascii")
+    return codecs.CodecInfo(
+        ascii_codec.encode,
+        ascii_codec.decode,
+        incrementalencoder=ascii_codec.incrementalencoder,
+        incrementaldecoder=ascii_codec.incrementaldecoder,
+        name=name,
+    )
+
+
+def _rest_of_line(error: UnicodeError, encoding: str) -> tuple[str | bytes, int]:
+    """The line from the first letter that cannot be encoded, and where it ends.
+
+    "+/-" takes two cells more than "±". They are taken from the spaces that follow, so that columns
+    stay where they are.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    end = error.object.find("\n", error.start)
+    end = len(error.object) if end < 0 else end
+    written = ""
+    wider = 0
+    for character in utf8_text(error.object[error.start : end]):
+        if character == " " and wider > 0 and written.endswith(" "):
+            wider -= 1
+            continue
+        try:
+            character.encode(encoding)
+            written += character
+        except UnicodeEncodeError:
+            escape = character.encode("unicode_escape").decode("ascii")
+            replacement = _IN_ASCII.get(character, escape)
+            wider += len(replacement) - cells(character)
+            written += replacement
+    return written.encode(encoding), end

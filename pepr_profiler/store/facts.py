@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pepr_profiler.record import Record
+from pepr_profiler.units import utf8_text
 
 STATES = ("done", "failed", "incomplete")
 """How a run may have ended: with status 0 or none (if it was attached to), otherwise, or not."""
@@ -133,7 +134,7 @@ def is_unicode(text: str) -> bool:
 
 
 def _text(value: Any) -> str:
-    text = str(value)
+    text = utf8_text(str(value))
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -57,7 +58,9 @@ class Store:
 
     def create(self, name: str) -> Path:
         """A new run directory, named after the run. OSError if none can be made."""
-        slug = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:40] or "run"
+        encoding = sys.getfilesystemencoding()  # of an old locale it lacks most letters
+        plain = name.encode(encoding, "replace").decode(encoding)
+        slug = re.sub(r"[^\w.-]+", "-", plain).strip("-.")[:40] or "run"
         self.runs_path.mkdir(parents=True, exist_ok=True)
         while True:
             directory = self.runs_path / f"{slug}-{os.urandom(3).hex()}"
