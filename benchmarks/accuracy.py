@@ -218,6 +218,103 @@ def aliasing(runs: int) -> None:
     judge("training-like loads", warned(iter(slow).__next__), "of runs", most=0.01)
 
 
+PHASES_S = (0.02, 0.05, 0.1, 0.2, 1.0, 2.5)
+BOARDS = {
+    "counter 20 ms": virtual.Board(0.02),
+    "counter 100 ms": virtual.Board(0.1),
+    "counter 500 ms": virtual.Board(0.5),
+    "counter 1 s": virtual.Board(1.0),
+    "power, 1 s average": virtual.Board(None, "nvml-power", model="NVIDIA RTX A6000"),
+    "power, lag 120 ms": virtual.Board(None, "nvml-power", time_constant_s=0.12, model="Tesla K80"),
+    "power, instant": virtual.Board(None, "nvml-power-instant"),
+}
+
+
+@dataclass(frozen=True)
+class WindowTask:
+    """Runs of some boards under one load; `boards` take it in step."""
+
+    boards: tuple[str, ...]
+    load: str
+    runs: int
+    seed: int = 7
+
+
+Distances = dict[str, list[tuple[float, float]]]
+"""By window: the error over the interval's half width (k = 2), and that half width over truth."""
+
+
+def windows_of(task: WindowTask) -> Distances:
+    """Phases of each length, a sum of 30, and a short run, of every run; beside gain and offset."""
+    random = np.random.default_rng([task.seed, *task.load.encode(), *task.boards[0].encode()])
+    kinds = [BOARDS[name] for name in task.boards]
+    found: Distances = {}
+    slowest_s = max(kind.counter_s or 0.1 for kind in kinds)
+    end_s = 8.0 if slowest_s < 0.4 else 16.0
+    for _ in range(task.runs):
+        wave = dict(virtual.window_loads(random, end_s))[task.load]
+        begins_s = random.uniform(1.0, end_s - 2.7, len(PHASES_S))
+        repeats_s = np.arange(30) * random.uniform(0.13, 0.22) + random.uniform(1.0, 1.2)
+        edges_s = [*begins_s, *(begins_s + PHASES_S), *repeats_s, *(repeats_s + 0.05)]
+        cases = {f"{1e3 * s:.0f} ms": ([b], [b + s])
+                 for b, s in zip(begins_s.tolist(), PHASES_S, strict=True)}  # fmt: skip
+        cases["30 of 50 ms"] = (repeats_s.tolist(), (repeats_s + 0.05).tolist())
+        cases["run"] = ([0.0], [end_s])
+        grid_s = np.unique([0.0, *edges_s, end_s])
+        _compare(found, cases, grid_s, [
+            virtual.record_board(k, wave, random, end_s=end_s, gain_u=0.0) for k in kinds
+        ])  # fmt: skip
+        for name, seconds in (("run 20-60 ms", random.uniform(0.02, 0.06)), ("run 1.2 s", 1.2)):
+            short = [
+                virtual.record_board(k, wave, random, begin_s=2.0, end_s=2.0 + seconds, gain_u=0.0,
+                                     lead_s=random.uniform(0.05, 0.15)) for k in kinds
+            ]  # fmt: skip
+            edges_s = [2.0, 2.0 + seconds]
+            _compare(found, {name: (edges_s[:1], edges_s[1:])}, np.array(edges_s), short)
+    return found
+
+
+def _compare(
+    found: Distances,
+    cases: dict[str, tuple[list[float], list[float]]],
+    grid_s: NDArray[np.float64],
+    runs: Sequence[virtual.Run],
+) -> None:
+    """Adds how far each case is from the truth, the boards taken together."""
+    curves = [measured(run, grid_s.tolist()) for run in runs]
+    for name, (begins_s, ends_s) in cases.items():
+        begins, ends = np.searchsorted(grid_s, begins_s), np.searchsorted(grid_s, ends_s)
+        truth_j = error_j = 0.0
+        terms = []
+        for run, (curve, at_ns) in zip(runs, curves, strict=True):
+            true_j = sum(run.truth_j(b, e) for b, e in zip(begins_s, ends_s, strict=True))
+            truth_j += true_j
+            error_j += float(np.sum(curve.energy_j[ends] - curve.energy_j[begins])) - true_j
+            terms.append(budget(curve, at_ns, begins, ends)._replace(gain_j=0.0, offset_j=0.0))
+        u_j = 2 * float(np.hypot.reduce([term.u_j for term in terms]))
+        distance = abs(error_j) / u_j if u_j > 0 and np.isfinite(error_j) else np.inf
+        found.setdefault(name, []).append((distance, u_j / truth_j))
+
+
+def windows(pool: ProcessPoolExecutor, runs: int) -> None:
+    """Windows that hold few refreshes: coverage, and width over the least that covers."""
+    print(f"\n  windows that hold few refreshes, beside gain and offset, {runs} runs each")
+    print("  covered by k = 2; width: over that of the same intervals, all scaled to hold 95 %")
+    print(f"  {'sensor':<19}{'load':<17}{'window':<14}{'covered':>8}{'width':>7}{'+-':>8}")
+    loads = [name for name, _ in virtual.window_loads(np.random.default_rng(0), 8.0)]
+    tasks = [WindowTask((board,), load, runs) for board in BOARDS for load in loads]
+    four = ("counter 20 ms", "counter 100 ms", "counter 500 ms", "counter 1 s")
+    tasks += [WindowTask(four, load, runs) for load in loads]
+    for task, found in zip(tasks, pool.map(windows_of, tasks), strict=True):
+        sensor = task.boards[0] if len(task.boards) == 1 else "4 GPUs in step"
+        for name, rows in found.items():
+            distance, relative = np.array(rows).T
+            covered, width = float(np.mean(distance <= 1)), 1 / float(np.quantile(distance, 0.95))
+            reached = "reached" if 0.93 <= covered <= 0.99 and width <= 2 else "MISSED"
+            figures = f"{covered:>8.1%}{width:>7.2f}{np.median(relative):>8.1%}"
+            print(f"  {sensor:<19}{task.load:<17}{name:<14}{figures}   {reached}", flush=True)
+
+
 def fixed() -> None:
     """Wraps and sums."""
     print("\n  exact sums")
@@ -242,12 +339,19 @@ def fixed() -> None:
 def measure() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--runs", type=int, default=2000, help="runs a class and load")
-    runs = parser.parse_args().runs
+    parser.add_argument("--windows", action="store_true", help="only windows of few refreshes")
+    options = parser.parse_args()
+    runs = options.runs
     header("accuracy: energy and its uncertainty against exact truth")
+    if options.windows:
+        with ProcessPoolExecutor() as pool:
+            windows(pool, runs)
+        return
     with ProcessPoolExecutor() as pool:
         intervals(pool, runs)
         counters(pool, min(runs, 500))
         quarter_duty(pool, min(runs, 500))
+        windows(pool, runs)
     aliasing(min(runs, 1000))
     fixed()
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from pepr_profiler.energy.curve import NARROW, UNIFORM, Accumulator, Changes, EnergyCurve
+from pepr_profiler.energy.curve import NARROW, UNIFORM, Accumulator, Changes, EnergyCurve, Inside
 from pepr_profiler.energy.readings import CounterReadings
 from pepr_profiler.record import Floats, Ints, Mask
-from pepr_profiler.trace.lane import LINE_STEPS
+from pepr_profiler.trace.lane import LINE_STEPS, Batch
 from pepr_profiler.units import NS_PER_S
 
 _LAST_CHANGES, _NOISE = 3, 3.0
@@ -36,11 +36,27 @@ _LONG_REFRESHES, _LONG_READS = 3.5, 6.0
 is read at up to four times its usual spacing, and three eighths more (csrc/sampling, steady.h and
 lane.cpp)."""
 
+_LONGEST_REFRESH_S = 1.0
+"""No counter of a board is refreshed less often (docs/measurement, B)."""
+
 _UNSEEN_S = 1e-3
-"""The refresh period of a counter that has changed at every read: RAPL's (docs/measurement, C)."""
+_SLOWEST_UNSEEN_S = 0.1
+"""The longest refresh period of a counter that has changed at every read: RAPL's, and a GPU's
+(docs/measurement, C and B)."""
 
 _ALIKE_SPANS = 1.5
 """A parabola is put through intervals whose lengths differ by no more than this factor."""
+
+_UNTRIED, _SWING = 0.1, 0.6
+"""In a record that is too short to try the reconstruction: its variance over x·(1 - x), over the
+interval's energy squared, and the standard deviation of power over power (judgement: bursts)."""
+
+_CALM = 0.05
+"""Where energy changes by less than this part of its usual squared change, it is calm there; else
+that may be chance, and the usual change counts as much."""
+
+_FROM_MEAN_SQUARE = 6.0
+"""x·(1 - x) is 1/6 in the mean over an interval."""
 
 _U_STEP, _U_PARABOLA = 0.1, 0.05
 """Standard uncertainties of a reconstruction, in W per W of what may be wrong with it (fitted to
@@ -135,6 +151,183 @@ def _limited(
     return np.where(extremum, mean, new_low), np.where(extremum, mean, new_high)
 
 
+@dataclass(eq=False, repr=False)
+class SelfCheck:
+    """How well the reconstruction does in this record: tried where the truth is known.
+
+    Two intervals are taken as one, whose middle is then reconstructed and compared with the refresh
+    that is really there. The scatter beyond what is stated is added to what is stated for single
+    intervals (as the Birge ratio does: Birge, Phys. Rev. 40 (1932) 207). From two intervals to
+    one it falls as it does from four to two: by half for white noise, by an eighth for rare steps.
+    """
+
+    longest_s: float
+    refreshes_unseen: bool
+    count: int = 0
+    _excess_j2: float = 0.0
+    _by_length_j2: Floats = field(default_factory=lambda: np.zeros(2))  # of two and four intervals
+    _uneven_j2: float = 0.0
+    _joules: Floats = field(default_factory=lambda: np.zeros(0))
+    _span_s: Floats = field(default_factory=lambda: np.zeros(0))
+    _refresh_u_s: Floats = field(default_factory=lambda: np.zeros(0))  # at the ends
+    _next: int = 0  # the first interval that was not yet tried as the first of two
+
+    def add(
+        self, joules: Floats, span_s: Floats, refresh_u_s: Floats, *, last: bool = False
+    ) -> None:
+        """Takes in intervals in turn, NaN where the energy inside is a line by construction.
+
+        The refreshes at their ends are known to `refresh_u_s`.
+        """
+        self._joules = np.append(self._joules, joules)
+        self._span_s = np.append(self._span_s, span_s)
+        self._refresh_u_s = np.append(self._refresh_u_s, refresh_u_s)
+        end = len(self._joules) - (3 if last else 5)
+        begin = max(self._next, 2)
+        if end > begin:
+            self._try(np.arange(begin, end))
+            self._next = end
+        passed = max(0, self._next - 4)
+        self._joules, self._span_s = self._joules[passed:], self._span_s[passed:]
+        self._refresh_u_s = self._refresh_u_s[passed:]
+        self._next -= passed
+
+    def _try(self, first: Ints) -> None:
+        two_j = self._joules[:-1] + self._joules[1:]
+        two_s = self._span_s[:-1] + self._span_s[1:]
+        around = first + 2 * np.arange(-_NEIGHBOURS, _NEIGHBOURS + 1)[:, np.newaxis]
+        power_w = _values_at(two_j / two_s, around)
+        lengths_s = _values_at(two_s, around)
+        x = self._span_s[first] / lengths_s[_NEIGHBOURS]
+        beside_j, _, stated_j2 = reconstruct_interval(
+            power_w, lengths_s, x, longest_s=2 * self.longest_s,
+            refreshes_unseen=self.refreshes_unseen,
+        )  # fmt: skip
+        at = first + np.arange(-2, 4)[:, np.newaxis]
+        spans_s, joules = self._span_s[at], self._joules[at]
+        alike = spans_s.max(axis=0) <= _ALIKE_SPANS * spans_s.min(axis=0)
+        alike &= np.isfinite(joules).all(axis=0)
+        if not alike.any():
+            return
+        middle_w = power_w[_NEIGHBOURS]
+        off_j = joules[2] - x * two_j[first] - beside_j
+        before_u_s, u_s, after_u_s = self._refresh_u_s[first + np.arange(-1, 2)[:, np.newaxis]]
+        noise_j2 = middle_w**2 * (u_s**2 + (before_u_s**2 + after_u_s**2) / 4)
+        self._excess_j2 += float((off_j**2 - stated_j2 - noise_j2)[alike].sum())
+        halves_j2 = (joules[3] - joules[2]) ** 2 / 4 - noise_j2
+        quarters_j2 = (joules[3:5].sum(axis=0) - joules[1:3].sum(axis=0)) ** 2 / 4 - noise_j2
+        self._by_length_j2 += (halves_j2[alike].sum(), quarters_j2[alike].sum())
+        self._uneven_j2 += float(uneven_j2(joules[:5])[alike].sum())
+        self.count += int(np.count_nonzero(alike))
+
+    def bridge_j2(self, around_j2: Floats) -> Floats:
+        """What is to be added to the variance over f·(1 - f) of intervals that are so uneven."""
+        if not self.count or self._excess_j2 <= 0:
+            return np.zeros(len(around_j2))
+        short_j2, long_j2 = self._by_length_j2.tolist()
+        scale = min(1.0, max(0.5, short_j2 / long_j2 if long_j2 > 0 else 1.0))
+        mean_j2 = 4 * scale * self._excess_j2 / self.count
+        usual_j2 = self._uneven_j2 / self.count
+        if usual_j2 <= 0:
+            return np.full(len(around_j2), mean_j2)
+        near = np.nan_to_num(around_j2 / usual_j2, nan=1.0)
+        near = np.where(near < _CALM, near, (near + 1) / 2)
+        return mean_j2 * near
+
+
+_REPEATS_S, _REPEATS = 0.04, (1 / 16, 0.4)
+"""Of a load that repeats in each interval, the variance of energy over x·(1 - x), over that of
+power and the interval squared: 1/4 if it repeats once, 1/16 if it does twice. The latter is taken for
+long intervals; for short ones more than the former, as readings average over fast loads."""
+
+_EVEN = 1.5
+"""Power inside an interval varies more than readings show, which average over up to 0.1 s."""
+
+_INSTANTS = 4096
+"""So many instant power readings are kept; if there are more, evenly fewer."""
+
+_SEEN_BACK_NS, _SEEN_AHEAD_NS = 0.25e9, 0.05e9
+"""An instant reading shows the power of this time before it and, if clocks differ, after it."""
+
+
+@dataclass(eq=False, repr=False)
+class Instants:
+    """A board's instant power beside its counter: how uneven power is inside an interval.
+
+    A load that repeats with each refresh leaves no trace in the counter. Its instant readings then
+    lie beyond the mean powers of all intervals around them.
+    """
+
+    _waiting: list[Floats] = field(default_factory=list)
+    _kept: list[Floats] = field(default_factory=list)  # (4, n): reading, mean, lowest, highest; W
+    _kept_count: int = 0
+    _stride: int = 1
+    _last_w: float = math.nan
+
+    def feed(self, t_ns: Floats, watts: Floats) -> None:
+        """Takes in readings; those that repeat the one before are none."""
+        known = np.isfinite(watts) & (watts > 0)
+        t_ns, watts = t_ns[known], watts[known]
+        new = np.diff(watts, prepend=self._last_w) != 0
+        if len(watts):
+            self._last_w = float(watts[-1])
+        self._waiting.append(np.array((t_ns[new], watts[new])))
+
+    def compare(self, knots: Floats, power_w: Floats) -> None:
+        """Compares the readings up to the last of `knots` with the mean powers between these."""
+        t_ns, watts = np.concatenate(self._waiting, axis=1)
+        now = t_ns <= knots[-1] - _SEEN_AHEAD_NS
+        self._waiting = [np.array((t_ns[~now], watts[~now]))]
+        now &= t_ns > knots[0]
+        t_ns, watts = t_ns[now], watts[now]
+        if not len(t_ns):
+            return
+        last = len(power_w) - 1
+        first, own, after = (
+            np.clip(np.searchsorted(knots, t_ns + off, side="right") - 1, 0, last)
+            for off in (-_SEEN_BACK_NS, 0.0, _SEEN_AHEAD_NS)
+        )
+        first, after = (
+            np.minimum(first, np.maximum(own - 1, 0)),
+            np.minimum(np.maximum(after, own + 1), last),
+        )
+        low_w, high_w = power_w[own], power_w[own]
+        for step in range(int((after - first).max()) + 1):
+            beside_w = power_w[np.minimum(first + step, after)]
+            low_w, high_w = np.minimum(low_w, beside_w), np.maximum(high_w, beside_w)
+        self._kept.append(np.array((watts, power_w[own], low_w, high_w))[:, :: self._stride])
+        self._kept_count += self._kept[-1].shape[1]
+        if self._kept_count > 2 * _INSTANTS:
+            self._kept = [np.concatenate(self._kept, axis=1)[:, ::2]]
+            self._kept_count, self._stride = self._kept[0].shape[1], 2 * self._stride
+
+    def beyond_w2(self) -> tuple[float, float]:
+        """Mean square of how far readings lie beyond what the counter shows around them, W².
+
+        And of how far they are from the mean power of the interval that they are in.
+        """
+        if self._kept_count < 3:
+            return 0.0, 0.0
+        watts, mean_w, low_w, high_w = np.concatenate(self._kept, axis=1)
+        watts = watts * (mean_w.sum() / watts.sum())  # the two differ in gain
+        beyond_w = watts - np.clip(watts, low_w, high_w)
+        return float(np.mean(beyond_w**2)), float(np.mean((watts - mean_w) ** 2))
+
+    @property
+    def usual_w(self) -> float:
+        """The mean of the readings that are not compared yet; 0 if there are none."""
+        watts = np.concatenate(self._waiting, axis=1)[1]
+        return float(watts.mean()) if len(watts) else 0.0
+
+
+def uneven_j2(joules: Floats) -> Floats:
+    """Mean squared change of energy from interval to interval, of five (5, n) or fewer."""
+    change_j2 = np.diff(joules, axis=0) ** 2
+    known = np.isfinite(change_j2)
+    return np.divide(np.where(known, change_j2, 0.0).sum(axis=0), known.sum(axis=0),
+                     out=np.full(joules.shape[1], np.nan), where=known.any(axis=0))  # fmt: skip
+
+
 def _values_at(values: Floats, index: Ints) -> Floats:
     """The values at `index`, NaN beyond both ends."""
     inside = (index >= 0) & (index < len(values))
@@ -161,20 +354,41 @@ class Counter(Accumulator):
     _refreshes_unseen: bool = False  # it changes at each read: how old a change is, is unknown
     _uneven_w2: float = 0.0  # squared changes of power from interval to interval
     _intervals: int = 0
+    _passed: int = 0  # intervals that are no longer held
+    _unseen_s: float = 0.0  # so old a change may be when it is read, if refreshes are not seen
+    _check: SelfCheck | None = None
+    _instants: Instants | None = None
     _recent: list[tuple[float, float]] = field(default_factory=list)  # (J, s)
+
+    def feed(self, t_ns: Ints, values: Floats, batch: Batch) -> None:
+        if self.source.instant >= 0:
+            self._instants = self._instants or Instants()
+            watts = batch.values[self.source.instant] * self.source.scale
+            self._instants.feed(t_ns.astype(np.float64), watts)
+        super().feed(t_ns, values, batch)
 
     def begin(self, refreshed_ns: Floats, changes: Changes) -> None:
         begin = float(changes.t_ns[0])
-        if len(refreshed_ns) > 1:
-            begin = min(begin, float(refreshed_ns[0]) - self.refresh_s * NS_PER_S)
-        self.knot_ns, self._last = begin, float(changes.values[0])
-        self._knots = np.array([begin])
-        self._filled = int(np.searchsorted(self.at_ns, begin, side="right"))
         self._refreshes_unseen = not self.dense and bool(
             (changes.since_read_ns[1:] > NARROW * self.refresh_s * NS_PER_S).all()
         )
         if self._refreshes_unseen:
-            self.jitter_s = max(self.jitter_s, _UNSEEN_S / UNIFORM)
+            slowest_s = _SLOWEST_UNSEEN_S if self.source.source == "nvml-energy" else _UNSEEN_S
+            self._unseen_s = min(self.refresh_s, slowest_s)
+            self.jitter_s = max(self.jitter_s, self._unseen_s / UNIFORM)
+        if len(refreshed_ns) == 1:
+            self._guess_refresh(float(np.diff(changes.values)[0]))
+        if len(refreshed_ns):
+            begin = min(begin, float(refreshed_ns[0]) - self.refresh_s * NS_PER_S)
+        self.knot_ns, self._last = begin, float(changes.values[0])
+        self._knots = np.array([begin])
+        self._filled = int(np.searchsorted(self.at_ns, begin, side="right"))
+        # Of each instant: the interval, the part of it, stated variance, unevenness around it, and
+        # how well the refreshes at both ends of the interval are known; its energy.
+        self._inside = np.full((7, len(self.at_ns)), -1.0)
+        longest = _LONG_READS if self._refreshes_unseen else _LONG_REFRESHES
+        self._check = SelfCheck(longest * self.refresh_s, self._refreshes_unseen)
+        self._knot_u_s = np.array([self.jitter_s])
         if len(refreshed_ns):
             self.add(refreshed_ns, changes.after_first())
 
@@ -190,7 +404,22 @@ class Counter(Accumulator):
         thinned = (changes.left_out > 0) & (span_s > _ALIKE_SPANS * self.refresh_s)
         self._thinned = np.append(self._thinned, thinned)
         self._bridges_j2 = np.append(self._bridges_j2, changes.bridge_j2)
+        u_s = self.refresh_u_ns / NS_PER_S
+        if self._refreshes_unseen:
+            u_s = np.full(len(u_s), self.jitter_s)
+        self._knot_u_s = np.append(self._knot_u_s, u_s)
         self._emit_settled(refreshed_ns, step_j)
+
+    def _guess_refresh(self, step_j: float) -> None:
+        """Guesses the refresh period from a single change: power readings say how long it took.
+
+        Between two refreshes is more time than between the first reading and the change.
+        """
+        usual_w = self._instants.usual_w if self._instants is not None else 0.0
+        longest_s = max(self.refresh_s, _LONGEST_REFRESH_S)
+        guess_s = step_j / usual_w if usual_w > 0 else math.sqrt(self.refresh_s * longest_s)
+        self.refresh_s = min(max(guess_s, self.refresh_s), longest_s)
+        self.jitter_s = 0.0
 
     def _emit_settled(self, t: Floats, step_j: Floats, *, last: bool = False) -> None:
         """Emits all intervals; unless `last`, without the two that lack neighbours so far."""
@@ -200,8 +429,9 @@ class Counter(Accumulator):
             self._emit_intervals(knots, joules, self._emitted, end)
             self._emitted = end
         passed = max(0, self._emitted - _NEIGHBOURS)
+        self._passed += passed
         self._knots, self._joules = knots[passed:], joules[passed:]
-        self._thinned = self._thinned[passed:]
+        self._thinned, self._knot_u_s = self._thinned[passed:], self._knot_u_s[passed:]
         self._bridges_j2 = self._bridges_j2[passed:]
         self._emitted -= passed
 
@@ -234,10 +464,15 @@ class Counter(Accumulator):
         self._intervals += end - begin
         self.last_w = float(power_w[end - 1])
         self.last_change_w = math.sqrt(self._uneven_w2 / self._intervals)
+        assert self._check is not None
+        if self._instants is not None:
+            self._instants.compare(knots[begin : end + 1], power_w[now])
+        u_s = self._knot_u_s[begin + 1 : end + 1]
+        self._check.add(np.where(self._thinned[now], np.nan, joules[now]), span_s[now], u_s)
         sums = np.zeros((3, end - begin))
         sums[0] = self._sums[0] + np.cumsum(joules[now])
         sums[2] = self._sums[2] + np.cumsum(self._bridges_j2[now])
-        local = np.array((power_w[now], (power_w[now] * self.jitter_s) ** 2))
+        local = np.array((power_w[now], np.zeros(end - begin)))
         at = self.emit(knots[1:][now], sums, local)
         # Only the few intervals that hold an instant that is asked for are reconstructed.
         at_ns = self.at_ns[at].astype(np.float64)
@@ -256,8 +491,15 @@ class Counter(Accumulator):
         line_j2 = (LINE_STEPS * power_w[interval] * self.refresh_s) ** 2 / 3
         variance_j2 = np.where(thinned, line_j2, variance_j2)
         self._cumulative[0, at] += beside_j
+        if self._refreshes_unseen:  # power may be that of either side
+            beside_w = _values_at(power_w, interval + np.arange(-1, 2)[:, np.newaxis])
+            inside_w = np.asarray(np.nanmax(beside_w, axis=0))
         self._local[0, at] = inside_w
-        self._local[1, at] = (inside_w * self.jitter_s) ** 2 + variance_j2
+        uneven = uneven_j2(_values_at(joules, around))
+        self._inside[:, at] = (
+            self._passed + interval, np.clip(x, 0.0, 1.0), _FROM_MEAN_SQUARE * variance_j2, uneven,
+            self._knot_u_s[interval], self._knot_u_s[interval + 1], joules[interval],
+        )  # fmt: skip
 
     def finish(self) -> EnergyCurve:
         self._settle_readings()
@@ -276,8 +518,31 @@ class Counter(Accumulator):
         if math.isnan(self.last_w):  # it never moved: how much flowed is unknown, not 0
             self._cumulative[:] = math.nan
         return self.curve(
+            inside=self._where(),
             wraps=self.counted.wraps,
             resets=self.counted.resets,
             longest_stall_s=self.longest_stall_s,
-            lag_u_s=self.jitter_s,  # reads trail their refreshes by as much as they vary in it
+            # Reads trail their refreshes by as much as they vary in it.
+            lag_u_s=max(self.jitter_s, self._unseen_s / math.sqrt(3)),
         )
+
+    def _where(self) -> Inside | None:
+        """Where the instants are between the refreshes, with what the record itself shows."""
+        if self._check is None:
+            return None
+        self._check.add(np.zeros(0), np.zeros(0), np.zeros(0), last=True)
+        interval, part, stated_j2, uneven, *refresh_u_s, joules = self._inside
+        even_j2 = np.full(len(part), math.inf)
+        if self._check.count:
+            bridge_j2 = stated_j2 + self._check.bridge_j2(uneven)
+        else:
+            bridge_j2 = np.maximum(stated_j2, _UNTRIED * joules**2)
+            even_j2 = (_SWING * joules) ** 2
+        if self._instants is not None:
+            beyond_w2, own_w2 = self._instants.beyond_w2()
+            repeats = min(max(_REPEATS_S / self.refresh_s, _REPEATS[0]), _REPEATS[1])
+            repeats_j2 = repeats * beyond_w2 * self.refresh_s**2
+            bridge_j2 = stated_j2 + np.maximum(bridge_j2 - stated_j2, repeats_j2)
+            if own_w2 > 0 and self._check.count:
+                even_j2[:] = _EVEN * own_w2 * self.refresh_s**2
+        return Inside(interval.astype(np.int64), part, bridge_j2, even_j2, np.array(refresh_u_s))

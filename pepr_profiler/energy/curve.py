@@ -42,6 +42,12 @@ hundredth."""
 _PERIOD_GAIN = 0.02
 """How fast the period is corrected where refreshes contradict it (settles in some 30 of them)."""
 
+_SURPRISES = 15
+"""How well refreshes are foreseen is learnt from the last so many that two reads show."""
+
+_NORMAL_MEDIAN = 0.6745
+"""Median of how far a normal variable is from its mean, over its standard deviation."""
+
 _STEPS = (1e9, 1e8, 1e7, 1e6, 1e5, 1e4, 1e3, 100, 10, 1)
 """Resolutions that are looked for, in units of the raw number."""
 
@@ -60,6 +66,9 @@ class EnergyCurve(Record):
     reading that are longer than `gap_limit_s`. `quantum` is the resolution, J or W, `lag_u_s` the
     standard uncertainty of how far the readings trail, `aliased` whether the load seems to be in
     step with the refreshes.
+
+    Of a counter, `inside` says where in its intervals the instants lie, and `edge_j2` is only for
+    those beyond the last refresh.
     """
 
     source: Source
@@ -81,6 +90,24 @@ class EnergyCurve(Record):
     lag_u_s: float = 0.0
     aliased: bool = False
     gaps_ns: tuple[tuple[int, int], ...] = ()
+    inside: Inside | None = None
+
+
+class Inside(Record):
+    """Where instants (n,) lie between the refreshes of a counter, and what is unknown there.
+
+    `interval` numbers the intervals between refreshes, -1 where an instant is in none; `part` is
+    how far into it the instant is, 0 to 1. The energy of a part f of an interval has the variance
+    `bridge_j2`·f·(1 - f), if power changes often inside it, and at most `even_j2`·f².
+    The times of the refreshes at its begin and its end have the standard uncertainties
+    `refresh_u_s` (2, n).
+    """
+
+    interval: Ints
+    part: Floats
+    bridge_j2: Floats
+    even_j2: Floats
+    refresh_u_s: Floats
 
 
 def gap_limit_s(period_s: float) -> float:
@@ -139,10 +166,12 @@ class Accumulator:
     _started: bool = False
     _refreshed_ns: float = math.nan  # the refresh that the last change shows
     _sure_refresh_ns: float = math.nan  # the last one that two reads close together show
+    _surprises_ns: Floats = field(default_factory=lambda: np.zeros(0))  # of sure refreshes
     _filled: int = 0  # instants whose energy is there
     _gaps: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.refresh_u_ns = np.zeros(0)  # of the refreshes that were found last
         self._cumulative = np.zeros((3, len(self.at_ns)))  # energy; duty cycle and gaps, J²
         self._local = np.zeros((2, len(self.at_ns)))  # power; variance of the energy up to here
         self._sums = np.zeros(3)
@@ -298,6 +327,7 @@ class Accumulator:
         """
         t, since_read = changes.t_ns, changes.since_read_ns
         period = self.refresh_s * NS_PER_S
+        self.refresh_u_ns = np.full(len(t), self.jitter_s * NS_PER_S)
         if not len(t):
             return t
         alone = np.where(since_read < _DENSE * period, t - since_read / 2, t)
@@ -335,8 +365,29 @@ class Accumulator:
                 period += _PERIOD_GAIN * min(max(last - expected, -0.1 * period), 0.1 * period)
             refreshed.append(last)
         self.refresh_s = period / NS_PER_S
+        found = np.array(refreshed)
+        self._learn_surprises(found, since_read, narrow)
         self._refreshed_ns, self._sure_refresh_ns = last, sure
-        return np.array(refreshed)
+        return found
+
+    def _learn_surprises(self, refreshed_ns: Floats, since_read_ns: Floats, sure: Mask) -> None:
+        """Learns how well refreshes are foreseen: from how far those are off that two reads show.
+
+        The others' standard uncertainty is that of a normal distribution of the same median.
+        """
+        step_ns, period_ns = np.diff(refreshed_ns, prepend=self._refreshed_ns), self.refresh_s * 1e9
+        off_ns = np.abs(step_ns - np.maximum(np.rint(step_ns / period_ns), 1) * period_ns)[sure]
+        seen_ns = np.concatenate((self._surprises_ns, off_ns[np.isfinite(off_ns)]))
+        self._surprises_ns = seen_ns[-_SURPRISES:]
+        last = np.cumsum(sure) + len(seen_ns) - np.count_nonzero(sure) - 1
+        few = np.arange(len(seen_ns))[:, np.newaxis] - np.arange(_SURPRISES)
+        ranked = np.sort(np.where(few >= 0, seen_ns[few], math.inf), axis=1)
+        middle = np.minimum(few[:, 0], _SURPRISES - 1) // 2
+        usual_ns = np.append(ranked[np.arange(len(seen_ns)), middle] / _NORMAL_MEDIAN, math.inf)
+        usual_ns = np.where(sure | (last < 0), math.inf, usual_ns[last])
+        self.refresh_u_ns = np.minimum(
+            np.minimum(since_read_ns / UNIFORM, usual_ns), self.refresh_u_ns
+        )
 
     # --- from knots to the instants asked for ---
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pepr_profiler._core import MAX_PLAUSIBLE_W
@@ -18,7 +18,8 @@ class Source(Record):
     `id` names the component, `lane` and `channel` the readings. `excluded` says why it is not in
     the total. `gain` (relative) and `offset_w` are standard uncertainties, fixed for a device
     (docs/measurement: SC24 for GPU boards, judgement for RAPL). `lag_s` is how far its readings
-    trail the truth. `limit_w` is more power than the device can draw.
+    trail the truth. `limit_w` is more power than the device can draw. `instant` is the channel of
+    a counter's lane that has the same board's instant power, in the same unit per second; -1: none.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Source(Record):
     offset_w: float = 0.0
     lag_s: float = 0.0
     limit_w: float = MAX_PLAUSIBLE_W
+    instant: int = -1
 
     def not_counted(self, reason: str) -> Source:
         """The same source, out of the total."""
@@ -302,13 +304,14 @@ def _is_board(channel: Channel) -> bool:
     return channel.source in _GPU_SOURCES and channel.labels.keys() >= {"uuid", "index", "model"}
 
 
-def _board_source(lane: LaneInfo, indices: Iterable[int]) -> Source:
+def _board_source(lane: LaneInfo, indices: Sequence[int]) -> Source:
     """The best of a board's channels."""
     best = min(indices, key=lambda i: _GPU_SOURCES.index(lane.channels[i].source))
     channel = lane.channels[best]
     labels = channel.labels
     model = labels["model"].removeprefix("NVIDIA ").removeprefix("GeForce ")
     divided = ", MIG: whole board" if labels.get("mig") == "on" else ""
+    instants = [i for i in indices if lane.channels[i].source == "nvml-power-instant"]
     return _make(
         lane,
         best,
@@ -318,6 +321,7 @@ def _board_source(lane: LaneInfo, indices: Iterable[int]) -> Source:
         gain=_GPU_GAIN,
         offset_w=_GPU_OFFSET_W if channel.quantity == "power" else 0.0,
         lag_s=_POWER_LAG_S.get(channel.source, 0.0),
+        instant=instants[0] if instants and channel.quantity == "energy" else -1,
     )
 
 

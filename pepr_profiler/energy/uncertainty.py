@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from pepr_profiler.energy.curve import EnergyCurve
+from pepr_profiler.energy.curve import EnergyCurve, Inside
 from pepr_profiler.record import Floats, Ints, Record
 from pepr_profiler.units import NS_PER_S
 
@@ -77,13 +77,49 @@ def budget(
         gain_j=0.0 if modelled else scale_j,
         model_j=scale_j if modelled else 0.0,
         offset_j=source.offset_w * seconds * part,
-        edges_j=summed(curve.edge_j2, times**2),
+        edges_j=math.hypot(
+            summed(curve.edge_j2, times**2),
+            abs(part) * math.sqrt(_inside_j2(curve.inside, curve.power_w, times)),
+        ),
         duty_j=summed(curve.duty_j2, times),
         gaps_j=summed(curve.gap_j2, times),
         lag_j=abs(part) * lag_j,
         quantisation_j=abs(part) * curve.quantum * math.sqrt(readings / 12),
         aliasing_j=_ALIAS_U * abs(device_j * part) if curve.aliased else 0.0,
     )
+
+
+def _inside_j2(inside: Inside | None, power_w: Floats | None, times: Ints) -> float:
+    """The variance of some windows' energy by what is unknown between refreshes of a counter.
+
+    `times` is how often the energy up to each instant is in the sum. Of an interval, all that
+    matters is which part of it the windows hold.
+    """
+    if inside is None or power_w is None:
+        return 0.0
+    covers = -np.cumsum(times)  # how many windows hold what follows an instant
+    used = np.flatnonzero((times != 0) & (inside.interval >= 0))
+    if not len(used):
+        return 0.0
+    weight, part, interval = times[used], inside.part[used], inside.interval[used]
+    begins = np.flatnonzero(np.diff(interval, prepend=-1))
+    before = covers[used[begins]] + times[used[begins]]
+    held = before - np.add.reduceat(weight * (1 - part), begins)
+    held -= np.floor(held)
+    bridge_j2, even_j2 = inside.bridge_j2[used[begins]], inside.even_j2[used[begins]]
+    least = np.minimum(held, 1 - held)
+    capped_j2 = np.minimum(bridge_j2 / 4, even_j2 * least**2)
+    varies_j2 = np.where(np.isfinite(even_j2), capped_j2, bridge_j2 * held * (1 - held))
+    variance_j2 = float(varies_j2.sum())
+    # The refreshes on either side, each of which may be the same as the next interval's.
+    begin_u_s, end_u_s = inside.refresh_u_s[:, used[begins]]
+    watts = weight * power_w[used]
+    begin_j = np.add.reduceat(watts * (1 - part), begins) * begin_u_s
+    end_j = np.add.reduceat(watts * part, begins) * end_u_s
+    follows = np.diff(interval[begins], prepend=-9) == 1
+    begin_j += np.where(follows, np.append(0.0, end_j[:-1]), 0.0)
+    end_j = np.where(np.append(follows[1:], False), 0.0, end_j)
+    return variance_j2 + float(begin_j @ begin_j + end_j @ end_j)
 
 
 class CrossCheck(Record):

@@ -383,3 +383,92 @@ def loads(random: np.random.Generator, end_s: float) -> Iterator[tuple[str, Wave
     yield "sine", Sine(low_w + half_w, half_w, period_s, shift_s)
     yield "bursty", bursts(random, -2.0, end_s + 1)
     yield "recorded", recorded(low_w, high_w, begin_s=random.uniform(1.0, 9.0))
+
+
+@dataclass(frozen=True)
+class Board:
+    """A board whose windows hold few refreshes: its counter beside its power, or only its power.
+
+    `counter_s` is the refresh period of its energy counter, None: it has none. `power` is the
+    source of its power readings. `time_constant_s` makes these lag exponentially.
+    """
+
+    counter_s: float | None = 0.1
+    power: str = "nvml-power-instant"
+    window_s: float = 0.025
+    time_constant_s: float | None = None
+    model: str = "NVIDIA H100 80GB HBM3"
+
+
+GAUGES_S = 0.2
+"""How often the power of a board with a counter is read (csrc/sensors/nvml.cpp)."""
+
+
+def record_board(
+    board: Board,
+    wave: Wave,
+    random: np.random.Generator,
+    *,
+    begin_s: float = 0.0,
+    end_s: float,
+    lead_s: float = LEAD_S,
+    tail_s: float | None = None,
+    gain_u: float = GAIN,
+) -> Run:
+    """One run on a board drawn at random, read as the product reads it.
+
+    Each 20 ms, or each 16th of a refresh period, until seven refreshes were seen; then just after
+    each. `tail_s` is how long it is read behind the end: two refreshes, but 0.25 s at most, or
+    one, if that takes 1 s at most.
+    """
+    stretch = random.uniform(0.99, 1.04)
+    counter_s = None if board.counter_s is None else board.counter_s * stretch
+    power_s = 0.1 * random.uniform(0.99, 1.04)
+    shown_s = counter_s or power_s
+    phase_s = random.uniform(0, shown_s)
+    first_s = begin_s - lead_s
+    if tail_s is None:
+        tail_s = max(min(2.1 * shown_s, 0.25), min(1.1 * shown_s, 1.1))
+    last_s = end_s + tail_s
+    learnt_s = min(phase_s + shown_s * (np.ceil((first_s - phase_s) / shown_s) + 6), last_s)
+    t_s = read_times_s(random, first_s, learnt_s, period_s=max(0.02, shown_s / 16))
+    if shown_s <= 0.025:  # all reads bring news: it is read each 20 ms
+        t_s = read_times_s(random, first_s, last_s, period_s=0.02)
+    elif learnt_s < last_s:
+        later_s = cadenced_times_s(random, learnt_s, last_s, refresh_s=shown_s, phase_s=phase_s)
+        t_s = np.append(t_s[:-1], later_s)
+    gain = 1 + gain_u * random.standard_normal()
+    offset_w = OFFSET_W * random.standard_normal() if gain_u and counter_s is None else 0.0
+    gpu = Gpu(
+        wave,
+        sensor=Sensor(power_s, board.window_s, counter_refresh_s=counter_s, phase_s=phase_s),
+        gain=gain,
+        offset_w=offset_w,
+        counter_gain=gain,
+    )
+    asked_s = t_s
+    if counter_s is not None:  # power keeps its value for 0.2 s
+        asked = np.floor((t_s - first_s) / GAUGES_S)
+        asked_s = t_s[np.searchsorted(asked, asked)]
+        asked_s[-1] = t_s[-1]
+    if board.time_constant_s is not None:
+        watts = filtered_mw(gpu, asked_s, time_constant_s=board.time_constant_s)
+    elif board.power == "nvml-power-instant":
+        watts = instant_mw(gpu, asked_s)
+    else:
+        watts = average_mw(gpu, asked_s)
+    columns, sources = [watts], [board.power]
+    if counter_s is not None:
+        columns, sources = [counter_mj(gpu, t_s), *columns], ["nvml-energy", *sources]
+    lane = nvml_lane(*sources, model=board.model, period_s=0.02)
+    return Run(lane, (batch(t_s, *columns),), wave, begin_s, end_s, gain, offset_w)
+
+
+def window_loads(random: np.random.Generator, end_s: float) -> Iterator[tuple[str, Wave]]:
+    """Loads whose power changes within a refresh, and one that does not."""
+    yield "bursts", bursts(random, -2.0, end_s + 2, seconds=(0.005, 0.3))
+    yield "37 ms", Square(0.037, 80.0, 400.0, shift_s=random.uniform(0, 0.037))
+    yield "50 ms", Square(0.05, 80.0, 400.0, random.uniform(0.2, 0.8), random.uniform(0, 0.05))
+    period_s = random.uniform(0.35, 2.0)
+    yield "steps", Square(period_s, 80.0, 400.0, random.uniform(0.2, 0.8), random.uniform(0, 1))
+    yield "bursts 0.05-0.8", bursts(random, -2.0, end_s + 2)
