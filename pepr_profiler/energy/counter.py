@@ -236,9 +236,9 @@ class SelfCheck:
 
 
 _REPEATS_S, _REPEATS = 0.04, (1 / 16, 0.4)
-"""Of a load that repeats in each interval, the variance of energy over x·(1 - x), over that of
-power and the interval squared: 1/4 if it repeats once, 1/16 if it does twice. The latter is taken for
-long intervals; for short ones more than the former, as readings average over fast loads."""
+"""Variance of energy over x·(1 - x), of a load that repeats in each interval, in parts of that of
+power times the interval squared: 1/4 if it repeats once, 1/16 if it does twice. The latter is taken
+for long intervals; for short ones more than the former, as readings average over fast loads."""
 
 _EVEN = 1.5
 """Power inside an interval varies more than readings show, which average over up to 0.1 s."""
@@ -324,8 +324,9 @@ def uneven_j2(joules: Floats) -> Floats:
     """Mean squared change of energy from interval to interval, of five (5, n) or fewer."""
     change_j2 = np.diff(joules, axis=0) ** 2
     known = np.isfinite(change_j2)
-    return np.divide(np.where(known, change_j2, 0.0).sum(axis=0), known.sum(axis=0),
-                     out=np.full(joules.shape[1], np.nan), where=known.any(axis=0))  # fmt: skip
+    count = known.sum(axis=0)
+    mean_j2 = np.where(known, change_j2, 0.0).sum(axis=0) / np.maximum(count, 1)
+    return np.where(count > 0, mean_j2, np.nan)
 
 
 def _values_at(values: Floats, index: Ints) -> Floats:

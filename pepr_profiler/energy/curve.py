@@ -381,7 +381,7 @@ class Accumulator:
         self._surprises_ns = seen_ns[-_SURPRISES:]
         last = np.cumsum(sure) + len(seen_ns) - np.count_nonzero(sure) - 1
         few = np.arange(len(seen_ns))[:, np.newaxis] - np.arange(_SURPRISES)
-        ranked = np.sort(np.where(few >= 0, seen_ns[few], math.inf), axis=1)
+        ranked = np.sort(np.where(few >= 0, seen_ns[np.maximum(few, 0)], math.inf), axis=1)
         middle = np.minimum(few[:, 0], _SURPRISES - 1) // 2
         usual_ns = np.append(ranked[np.arange(len(seen_ns)), middle] / _NORMAL_MEDIAN, math.inf)
         usual_ns = np.where(sure | (last < 0), math.inf, usual_ns[last])

@@ -108,8 +108,9 @@ def _inside_j2(inside: Inside | None, power_w: Floats | None, times: Ints) -> fl
     held -= np.floor(held)
     bridge_j2, even_j2 = inside.bridge_j2[used[begins]], inside.even_j2[used[begins]]
     least = np.minimum(held, 1 - held)
-    capped_j2 = np.minimum(bridge_j2 / 4, even_j2 * least**2)
-    varies_j2 = np.where(np.isfinite(even_j2), capped_j2, bridge_j2 * held * (1 - held))
+    varies_j2 = bridge_j2 * held * (1 - held)
+    known = np.isfinite(even_j2)
+    varies_j2[known] = np.minimum(bridge_j2[known] / 4, even_j2[known] * least[known] ** 2)
     variance_j2 = float(varies_j2.sum())
     # The refreshes on either side, each of which may be the same as the next interval's.
     begin_u_s, end_u_s = inside.refresh_u_s[:, used[begins]]
