@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pepr_profiler.energy.gpu_users import GpuUsers, read_gpu_users
-from pepr_profiler.energy.gpus import visible_gpus
+from pepr_profiler.energy.visible import visible_to_cuda
 from pepr_profiler.trace.lane import Batch, Channel, LaneInfo
 from pepr_profiler.units import NS_PER_S as S
 
@@ -180,23 +180,23 @@ def test_every_spelling_of_visible_devices_is_understood(
     listed: str | None, shown: set[int]
 ) -> None:
     environment = {} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}
-    assert visible_gpus([environment], BOARDS) == {UUIDS[i] for i in shown}
+    assert visible_to_cuda([environment], BOARDS) == {UUIDS[i] for i in shown}
 
 
 def test_an_index_needs_an_order_that_is_known() -> None:
     listed = {"CUDA_VISIBLE_DEVICES": "0"}
-    assert visible_gpus([listed], MIXED) is None
+    assert visible_to_cuda([listed], MIXED) is None
     by_bus = {**listed, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    assert visible_gpus([by_bus], MIXED) == {UUIDS[0]}
-    assert visible_gpus([{"CUDA_VISIBLE_DEVICES": "GPU-1111"}], MIXED) == {UUIDS[2]}
-    assert visible_gpus([listed], DIVIDED) is None
+    assert visible_to_cuda([by_bus], MIXED) == {UUIDS[0]}
+    assert visible_to_cuda([{"CUDA_VISIBLE_DEVICES": "GPU-1111"}], MIXED) == {UUIDS[2]}
+    assert visible_to_cuda([listed], DIVIDED) is None
 
 
 def test_a_mig_device_is_on_one_of_the_divided_boards() -> None:
-    assert visible_gpus([{"CUDA_VISIBLE_DEVICES": "MIG-5f1c"}], DIVIDED) == {UUIDS[0]}
+    assert visible_to_cuda([{"CUDA_VISIBLE_DEVICES": "MIG-5f1c"}], DIVIDED) == {UUIDS[0]}
 
 
 def test_several_roots_may_use_what_any_of_them_may() -> None:
     of_two = [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "2"}]
-    assert visible_gpus(of_two, BOARDS) == {UUIDS[0], UUIDS[2]}
-    assert visible_gpus([], BOARDS) is None  # none could be read
+    assert visible_to_cuda(of_two, BOARDS) == {UUIDS[0], UUIDS[2]}
+    assert visible_to_cuda([], BOARDS) is None  # none could be read

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from cli import ended, until
 
-from pepr_profiler.recording.processes import ProcessOwners, cuda_environments, run_around
+from pepr_profiler.recording.processes import ProcessOwners, gpu_environments, run_around
 
 NO_SUCH_PID = 4_194_303
 
@@ -221,8 +221,8 @@ def test_the_roots_say_which_gpus_they_may_use(start: Any, monkeypatch: pytest.M
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     one, _ = start(CUDA_VISIBLE_DEVICES="0,1", CUDA_DEVICE_ORDER="PCI_BUS_ID")
     two, _ = start(CUDA_VISIBLE_DEVICES="")
-    assert cuda_environments("children") == [{"CUDA_VISIBLE_DEVICES": "5"}]
-    assert cuda_environments(f"pids={one.pid},{two.pid},{NO_SUCH_PID}") == [
+    assert gpu_environments("children") == [{"CUDA_VISIBLE_DEVICES": "5"}]
+    assert gpu_environments(f"pids={one.pid},{two.pid},{NO_SUCH_PID}") == [
         {"CUDA_VISIBLE_DEVICES": "0,1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
         {"CUDA_VISIBLE_DEVICES": ""},
     ]

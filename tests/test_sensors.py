@@ -36,7 +36,7 @@ from sim.powercap import RANGE_UJ, BuildTree, Zone, ZoneFault, two_socket_server
 from sim.sysfs import JOULE, Event, grace, hwmon_chip, perf_tree, tsc, why_no_tsc
 from sim.waves import Constant, Points, Sine, Square
 
-from pepr_profiler._core import Channel, Sampler
+from pepr_profiler._core import Sampler, SensorChannel
 from pepr_profiler.errors import SensorError
 
 PERIOD_NS = 5_000_000
@@ -76,7 +76,7 @@ class Lane:
         self.sampler = Sampler(spec, period_ns)
         if not self.sampler.wait_ready(SLOW_S):
             raise TimeoutError(spec)
-        self.channels: dict[str, Channel] = {c.name: c for c in self.sampler.channels}
+        self.channels: dict[str, SensorChannel] = {c.name: c for c in self.sampler.channels}
         self._t_ns, self._read_ns = array("q"), array("I")
         self._columns = [array("d") for _ in self.sampler.channels]
 

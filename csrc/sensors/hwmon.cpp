@@ -1,10 +1,15 @@
-// Energy and power of every chip in the kernel's hwmon class: AMD GPUs and CPUs, Grace, power
-// supplies, board monitors.
+// Energy and power of every chip in the kernel's hwmon class: AMD's and Intel's GPUs, AMD's CPUs,
+// Grace, power supplies, board monitors.
 
 #include <cerrno>
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
+#include <map>
+#include <set>
 
 #include "sensors/sensor.h"
 #include "system/file.h"
@@ -14,6 +19,59 @@ namespace pepr {
 namespace {
 
 namespace fs = std::filesystem;
+
+// The directory in which the kernel lists classes of devices, "/sys/class", of a chip in it.
+fs::path class_of(const fs::path& chip) { return chip.parent_path().parent_path(); }
+
+// The PCI addresses of AMD's GPUs in the order in which ROCm counts them: that of KFD's nodes. A
+// GPU that is divided (MI300) has several nodes. Nodes of processors have no SIMD.
+std::vector<std::string> rocm_order(const fs::path& classes) {
+    std::error_code error;
+    std::map<int, std::string> by_node;
+    for (const fs::path& node : list_directory(classes / "kfd/kfd/topology/nodes", error)) {
+        std::map<std::string, std::uint64_t> facts;
+        std::ifstream file(node / "properties");
+        for (std::string name, value; file >> name >> value;)
+            facts[name] = std::strtoull(value.c_str(), nullptr, 10);
+        if (facts["simd_count"] == 0) continue;
+        const auto location = static_cast<unsigned>(facts["location_id"]);
+        char address[32];
+        std::snprintf(address, sizeof address, "%04x:%02x:%02x.%x",
+                      static_cast<unsigned>(facts["domain"]) & 0xffffU, location >> 8 & 0xffU,
+                      location >> 3 & 0x1fU, location & 7U);
+        by_node[std::atoi(node.filename().c_str())] = address;
+    }
+    std::vector<std::string> order;
+    for (const auto& [node, address] : by_node) order.push_back(address);
+    return order;
+}
+
+// The PCI addresses of Intel's GPUs, integrated ones too, in the order of the bus.
+std::vector<std::string> intel_order(const fs::path& classes) {
+    std::error_code error;
+    std::set<std::string> order;
+    for (const fs::path& card : list_directory(classes / "drm", error)) {
+        const std::string name = card.filename();
+        if (name.rfind("card", 0) != 0 || name.find('-') != std::string::npos) continue;
+        if (read_text(card / "device/vendor") != "0x8086") continue;
+        const fs::path device = fs::canonical(card / "device", error);
+        if (!error) order.insert(device.filename());
+    }
+    return {order.begin(), order.end()};
+}
+
+// How many tiles an Intel GPU has, each of which may be a device of its own.
+std::size_t tiles_of(const fs::path& device) {
+    std::error_code error;
+    std::size_t tiles = 0;
+    for (const fs::path& entry : list_directory(device, error))
+        tiles += entry.filename().string().rfind("tile", 0) == 0;
+    if (tiles > 0) return tiles;  // xe; i915 lists them below its card
+    for (const fs::path& card : list_directory(device / "drm", error))
+        for (const fs::path& entry : list_directory(card / "gt", error))
+            tiles += entry.filename().string().rfind("gt", 0) == 0;
+    return tiles;
+}
 
 class Hwmon final : public Sensor {
 public:
@@ -135,8 +193,28 @@ private:
                 std::to_string(std::llround(1e-6 * to_double(text.c_str())));
         }
         if (processor) channel.labels["part_of"] = "processor";
+        if (name == "amdgpu") {
+            describe_order(channel, rocm_order(class_of(chip)));
+            const std::string unique = read_text(chip / "device/unique_id");
+            if (!unique.empty()) channel.labels["unique_id"] = unique;
+        } else if (name == "xe" || name.rfind("i915", 0) == 0) {
+            describe_order(channel, intel_order(class_of(chip)));
+            const std::size_t tiles = tiles_of(device);
+            if (tiles > 1) channel.labels["tiles"] = std::to_string(tiles);
+        }
         channels_.push_back(std::move(channel));
         readings_.push_back(std::move(reading));
+    }
+
+    // Where a GPU stands when programs count them, which variables such as HIP_VISIBLE_DEVICES do.
+    static void describe_order(Channel& channel, const std::vector<std::string>& order) {
+        std::string indices;
+        for (std::size_t i = 0; i < order.size(); ++i)
+            if (order[i] == channel.labels["device"])
+                indices += (indices.empty() ? "" : ",") + std::to_string(i);
+        if (order.empty()) return;
+        channel.labels["indices"] = indices;
+        channel.labels["gpus"] = std::to_string(order.size());
     }
 
     std::vector<Reading> readings_;

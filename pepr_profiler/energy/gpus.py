@@ -7,16 +7,34 @@ from typing import Any
 
 from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.gpu_users import GpuUsers
+from pepr_profiler.energy.visible import (
+    INTEL,
+    ROCM,
+    visible_to_cuda,
+    visible_to_intel,
+    visible_to_rocm,
+)
 from pepr_profiler.record import Record
 from pepr_profiler.trace.lane import Channel
 
 
-class Gpus(Record):
-    """What is known of the NVIDIA GPUs' users, and which boards are the job's at all. By UUID.
+class UnknownOrder(Record):
+    """Variables that name GPUs by number where it is unknown how the runtime counts them."""
 
-    `boards` are NVML's labels of each. `visible` are those that the job's CUDA may use, None if
-    that is unknown, as said by `cuda_visible_devices`. `busy` were busy at some time.
-    `lists_processes` says that the recording has their processes, if the driver gave any.
+    variables: str
+    gpus: frozenset[str]
+    why: str
+    fix: str
+
+
+class Gpus(Record):
+    """What is known of GPUs' users, and which boards are the job's at all.
+
+    `boards` are NVML's labels of each, by UUID. `visible` are those that the job's CUDA may use,
+    None if that is unknown, as said by `cuda_visible_devices`. `busy` were busy at some time.
+    `lists_processes` says that the recording has their processes, if the driver gave any. Of AMD's
+    and Intel's GPUs, `hidden` has the ids of those that variables hide from the job, and these
+    variables; `unknown_orders` are of those where that is unknown.
     """
 
     boards: Mapping[str, Mapping[str, str]]
@@ -25,6 +43,8 @@ class Gpus(Record):
     cuda_visible_devices: str
     busy: frozenset[str]
     lists_processes: bool
+    hidden: Mapping[str, str]
+    unknown_orders: tuple[UnknownOrder, ...]
 
     @classmethod
     def of(
@@ -36,6 +56,7 @@ class Gpus(Record):
         busy: Iterable[str],
     ) -> Gpus:
         """From run.json's `recording`, the channels of all lanes, and who was seen."""
+        channels = list(channels)
         boards = {
             channel.labels["uuid"]: channel.labels
             for channel in channels
@@ -44,12 +65,24 @@ class Gpus(Record):
         }
         # Recordings from before processes were listed say nothing of CUDA: all is the job's.
         cuda = facts.get("cuda")
-        visible = visible_gpus(cuda, list(boards.values())) if cuda else frozenset(boards)
+        visible = visible_to_cuda(cuda, list(boards.values())) if cuda else frozenset(boards)
         listed = dict.fromkeys(str(env.get("CUDA_VISIBLE_DEVICES")) for env in cuda or ())
-        return cls(boards, users, visible, "; ".join(listed), frozenset(busy), "root" in facts)
+        hidden, unknown_orders = _hidden_gpus(cuda or (), channels)
+        return cls(
+            boards=boards,
+            users=users,
+            visible=visible,
+            cuda_visible_devices="; ".join(listed),
+            busy=frozenset(busy),
+            lists_processes="root" in facts,
+            hidden=hidden,
+            unknown_orders=unknown_orders,
+        )
 
     def users_of(self, curve: EnergyCurve) -> GpuUsers | None:
         """Who used it, as far as that decides whose its energy is."""
+        if curve.source.id in self.hidden:
+            return GpuUsers.others_alone(curve.first_ns, curve.last_ns)
         uuid = board_of(curve)
         users = self.users.get(uuid)
         undivided = bool(self.undivided_reason(uuid))
@@ -62,6 +95,8 @@ class Gpus(Record):
         """The curve, out of the total if its GPU is one that the job did not or could not use."""
         uuid = board_of(curve)
         excluded = self._excluded(uuid) if uuid in self.boards else ""
+        if variables := self.hidden.get(curve.source.id):
+            excluded = f"is not visible to the job ({variables})"
         if not excluded or not curve.source.in_total:
             return curve
         return curve._replace(source=curve.source.not_counted(excluded))
@@ -103,46 +138,47 @@ def board_of(curve: EnergyCurve) -> str:
     return curve.source.id.removeprefix("gpu:")
 
 
-def visible_gpus(
-    environments: Iterable[Mapping[str, str]], boards: Sequence[Mapping[str, str]]
-) -> frozenset[str] | None:
-    """UUIDs of the boards that CUDA shows to any of some environments; None if that is unknown.
-
-    `boards` are NVML's labels: "uuid", "index" (in the order of the PCI bus), "model", "mig". An
-    index means CUDA's own order, fastest first unless CUDA_DEVICE_ORDER says otherwise: it is
-    NVML's where all boards are of one model. As CUDA does, a list ends at a name of no device.
-    """
-    visible: frozenset[str] | None = None
-    for environment in environments:
-        listed = environment.get("CUDA_VISIBLE_DEVICES")
-        if listed is None:
-            return frozenset(board["uuid"] for board in boards)
-        visible = visible or frozenset()
-        for name in listed.split(","):
-            order = environment.get("CUDA_DEVICE_ORDER", "")
-            named = _boards_named(name.strip(), boards, order)
-            if named is None:
-                return None
-            if not named:
-                break
-            visible |= named
-    return visible
+_VENDORS = (
+    (
+        ("amdgpu",),
+        ROCM,
+        visible_to_rocm,
+        "ROCm counts GPUs in the order of /sys/class/kfd, which is not in the recording",
+        "name the GPUs by UUID in ROCR_VISIBLE_DEVICES (rocminfo), or make /sys/class/kfd readable",
+    ),
+    (
+        ("xe", "i915"),
+        INTEL,
+        visible_to_intel,
+        "the order in which Level Zero counts GPUs depends on its driver",
+        "set ZE_ENABLE_PCI_ID_DEVICE_ORDER=1, and ZE_FLAT_DEVICE_HIERARCHY where a GPU has tiles",
+    ),
+)
+"""Chips of hwmon, their variables, who reads these, and what may be unknown and how to mend it."""
 
 
-def _boards_named(name: str, boards: Sequence[Mapping[str, str]], order: str) -> set[str] | None:
-    """The boards that one word of CUDA_VISIBLE_DEVICES may mean; None if that is unknown."""
-    if name.startswith("MIG-"):
-        # MIG-GPU-<uuid>/gi/ci, before driver 470, names its board; MIG-<uuid> does not.
-        of_board = {board["uuid"] for board in boards if board["uuid"] in name}
-        return of_board or {board["uuid"] for board in boards if board.get("mig") == "on"}
-    if name.startswith("GPU-"):
-        matching = {board["uuid"] for board in boards if board["uuid"].startswith(name)}
-        return matching if len(matching) == 1 else set()
-    if not name.isdigit() or int(name) >= len(boards):
-        return set()
-    models = {board["model"] for board in boards}
-    divided = any(board.get("mig") == "on" for board in boards)
-    if divided or (order != "PCI_BUS_ID" and len(models) > 1):
-        return None
-    by_index = sorted(boards, key=lambda board: int(board["index"]))
-    return {by_index[int(name)]["uuid"]}
+def _hidden_gpus(
+    environments: Sequence[Mapping[str, str]], channels: Iterable[Channel]
+) -> tuple[dict[str, str], tuple[UnknownOrder, ...]]:
+    """AMD's and Intel's GPUs that are hidden from the job, and those of which it is unknown."""
+    labels = [channel.labels for channel in channels if channel.source.startswith("hwmon-")]
+    hidden: dict[str, str] = {}
+    unknown = []
+    for chips, variables, visible_to, why, fix in _VENDORS:
+        gpus = {
+            f"gpu:{of['device']}": of
+            for of in labels
+            if of.get("chip") in chips and "device" in of and of.get("part_of") != "processor"
+        }
+        given = [{name: e[name] for name in variables if name in e} for e in environments]
+        if not gpus or not any(given):
+            continue
+        said = "; ".join(
+            dict.fromkeys(f"{name}={value}" for one in given for name, value in one.items())
+        )
+        visible = visible_to(given, gpus)
+        if visible is None:
+            unknown.append(UnknownOrder(said, frozenset(gpus), why, fix))
+        else:
+            hidden |= dict.fromkeys(gpus.keys() - visible, said)
+    return hidden, tuple(unknown)

@@ -289,11 +289,40 @@ def _hwmon_source(lane: LaneInfo, index: int) -> Source:
     elif chip == "amdgpu":
         facts = {"id": f"gpu:{device}", "kind": "gpu", "label": f"gpu  AMD {device}"}
         facts |= {"gain": _GPU_GAIN, "offset_w": _GPU_OFFSET_W}
+    elif chip in ("xe", "i915"):
+        facts = _intel_gpu(lane, index)
+    elif chip.startswith("i915_gt"):
+        facts["excluded"] = "a tile inside its GPU"
     elif chip == "amd_energy":
         facts["excluded"] = "inside its socket"
     else:
         facts["excluded"] = "a supply or a rail: it may feed other components"
     return _make(lane, index, **facts)
+
+
+def _intel_gpu(lane: LaneInfo, index: int) -> dict[str, Any]:
+    """An Intel GPU: xe may have a counter of the card and one of the chip on it ("pkg")."""
+    channel = lane.channels[index]
+    labels = channel.labels
+    device = labels["device"]
+    facts: dict[str, Any] = {
+        "id": f"gpu:{device}",
+        "kind": "gpu",
+        "label": f"gpu  Intel {device}",
+        "gain": _GPU_GAIN,
+        "offset_w": _GPU_OFFSET_W if channel.quantity == "power" else 0.0,
+    }
+    if labels["label"] != "pkg":
+        return facts
+    siblings = [other.labels for other in lane.channels if other.quantity == channel.quantity]
+    if any(s.get("device") == device and s.get("label") == "card" for s in siblings):
+        return facts | {
+            "id": f"other:{labels['chip']}@{device} pkg",
+            "kind": "other",
+            "label": f"pkg of gpu {device}",
+            "excluded": "inside its card",
+        }
+    return facts | {"label": f"gpu  Intel {device}, without its board"}
 
 
 # --- boards of NVIDIA -----------------------------------------------------------------------------

@@ -27,7 +27,13 @@ _NAMED, _NAMED_SHARE = 8, 0.01
 """At most so many others are written down, each of which took so much of a core."""
 
 _COMMAND_LENGTH = 120
-_CUDA_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
+_GPU_VARIABLES = (
+    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"),
+    *("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"),
+    *("ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR"),
+    *("ZE_FLAT_DEVICE_HIERARCHY", "ZE_ENABLE_PCI_ID_DEVICE_ORDER"),
+)
+"""What energy/visible.py reads."""
 
 Note = Callable[[dict[str, Any]], None]
 
@@ -223,14 +229,14 @@ class _OnGpu:
         self.missed = 0
 
 
-def cuda_environments(root: str) -> list[dict[str, str]]:
-    """The variables that choose CUDA's GPUs, in each root of the job that we may read them from."""
+def gpu_environments(root: str) -> list[dict[str, str]]:
+    """The variables that choose GPUs, in each root of the job that we may read them from."""
     if root in ("self", "children"):
         given: list[Mapping[str, str]] = [os.environ]
     else:
         blocks = filter(None, map(environ_of, ProcessRoot(root).pids))
         given = [dict(os.fsdecode(e).partition("=")[::2] for e in block) for block in blocks]
-    found = [{name: env[name] for name in _CUDA_VARIABLES if name in env} for env in given]
+    found = [{name: env[name] for name in _GPU_VARIABLES if name in env} for env in given]
     return [env for i, env in enumerate(found) if env not in found[:i]]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from pepr_profiler import _core
 from pepr_profiler.recording.lanes import AddWarning, Lanes
 from pepr_profiler.recording.options import Options
-from pepr_profiler.recording.processes import cuda_environments, run_around
+from pepr_profiler.recording.processes import gpu_environments, run_around
 from pepr_profiler.recording.watches import Watches
 from pepr_profiler.trace.events import EventWriter
 from pepr_profiler.trace.run_json import (
@@ -115,7 +115,7 @@ class Recorder:
         self._watches.begin(self.directory)
         self._around = {
             "root": self._root,
-            "cuda": cuda_environments(self._root),
+            "cuda": gpu_environments(self._root),
             "outer": _outer_facts(self._root),
         }
         self._write_run()
@@ -185,7 +185,7 @@ class Recorder:
                 self.add_warning(*warning)
         self._watches.end()
         if self._root == "self":  # a program may choose its GPUs inside the block
-            self._around["cuda"] = cuda_environments(self._root)
+            self._around["cuda"] = gpu_environments(self._root)
         if self._events is not None:
             self._events.close()
         lost_rows = self._lanes.close()

@@ -237,6 +237,15 @@ def shared_gpus(
     gpus: Gpus, counted: Iterable[EnergyCurve], begin_ns: int, end_ns: int
 ) -> Iterator[dict[str, str]]:
     """For GPUs that others used too, or that are counted whole because nobody knows who did."""
+    counted = list(counted)
+    for unknown in gpus.unknown_orders:
+        if unknown.gpus & {curve.source.id for curve in counted}:
+            yield warning(
+                "gpu-order",
+                f"{unknown.variables} does not say which GPUs the job may use: {unknown.why}; all "
+                "of them are counted",
+                unknown.fix,
+            )
     if not gpus.lists_processes:
         return
     if gpus.visible is None:

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +85,7 @@ def perf_tree(
     return sysfs
 
 
-@dataclass
+@dataclass(eq=False)
 class Chip:
     """One hwmonN; a value is set by the name of its file."""
 
@@ -145,3 +146,26 @@ def grace(sysfs: Path, socket: int, *, module: bool = False) -> list[Chip]:
         )
         for index, (of, power_w) in enumerate(meters.items())
     ]
+
+
+def kfd_node(sysfs: Path, node: int, address: str | None = None) -> None:
+    """A node of KFD's topology: the GPU at a PCI address, or a processor."""
+    folder = sysfs / f"class/kfd/kfd/topology/nodes/{node}"
+    folder.mkdir(parents=True)
+    facts = {"cpu_cores_count": 64, "simd_count": 0, "location_id": 0, "domain": 0}
+    if address is not None:
+        domain, bus, slot, function = (int(part, 16) for part in re.split("[:.]", address))
+        location = bus << 8 | slot << 3 | function
+        facts |= {"cpu_cores_count": 0, "simd_count": 440, "location_id": location}
+        facts |= {"domain": domain}
+    (folder / "properties").write_text("".join(f"{k} {v}\n" for k, v in facts.items()))
+
+
+def drm_card(sysfs: Path, number: int, device: str, *, vendor: str = "0x8086") -> None:
+    """A graphics card of the class drm, with a connector; `device` is its PCI address."""
+    folder, real = sysfs / f"class/drm/card{number}", sysfs / "devices" / device
+    folder.mkdir(parents=True)
+    (sysfs / f"class/drm/card{number}-DP-1").mkdir()
+    real.mkdir(parents=True, exist_ok=True)
+    (real / "vendor").write_text(vendor + "\n")
+    (folder / "device").symlink_to(real)
