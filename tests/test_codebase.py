@@ -18,8 +18,8 @@ CSRC = ROOT / "csrc"
 # The house (docs/design.md): a package imports only what stands before it. `_core` is below all.
 HOUSE = (
     *("_core", "errors", "record", "units"),
-    *("sensors", "trace", "daemon_client", "recording", "energy", "summary", "store", "study"),
-    *("report", "daemon", "block", "pepr", "commands", "__init__", "__main__"),
+    *("sensors", "trace", "daemon_client", "recording", "energy", "summary", "check"),
+    *("store", "study", "report", "daemon", "block", "pepr", "commands", "__init__", "__main__"),
 )
 NEVER = {"report": {"recording", "store"}}  # besides: these stand before it
 

@@ -82,7 +82,8 @@ nvmlFieldValue_t request(const Reading& reading) noexcept {
 
 class Nvml final : public Sensor {
 public:
-    explicit Nvml(const std::string& where) : library_(where) {
+    Nvml(const std::string& where, std::int64_t gauges_ns)
+        : library_(where), gauges_ns_(gauges_ns) {
         const unsigned count = library_.start();
         for (unsigned index = 0; index < count; ++index) find_gpu(index);
         probe();
@@ -94,7 +95,7 @@ public:
     void poll(double* out) noexcept override {
         const std::int64_t t_ns = now_ns();
         const bool all = t_ns >= gauges_due_ns_;
-        if (all) gauges_due_ns_ = t_ns + kGaugesNs;
+        if (all) gauges_due_ns_ = t_ns + gauges_ns_;
         double* values = values_.data();
         for (Gpu& gpu : gpus_) {
             const std::size_t calls = all ? gpu.calls.size() : gpu.watched_calls;
@@ -244,13 +245,18 @@ private:
     nvml::Library library_;
     std::vector<Gpu> gpus_;
     std::vector<double> values_;  // the driver's last answers, by channel
-    std::int64_t gauges_due_ns_ = 0;
+    std::int64_t gauges_ns_, gauges_due_ns_ = 0;
 };
 
 }  // namespace
 
 std::unique_ptr<Sensor> open_nvml(const std::string& where) {
-    return std::make_unique<Nvml>(where);
+    return std::make_unique<Nvml>(where, kGaugesNs);
+}
+
+// Asks for everything at each poll, so that the refreshes of each gauge can be seen.
+std::unique_ptr<Sensor> open_nvml_dense(const std::string& where) {
+    return std::make_unique<Nvml>(where, 0);
 }
 
 }  // namespace pepr

@@ -10,6 +10,7 @@ namespace pepr {
 
 std::unique_ptr<Sensor> open_hwmon(const std::string& where);
 std::unique_ptr<Sensor> open_nvml(const std::string& where);
+std::unique_ptr<Sensor> open_nvml_dense(const std::string& where);
 std::unique_ptr<Sensor> open_nvml_processes(const std::string& where);
 std::unique_ptr<Sensor> open_perf(const std::string& where);
 std::unique_ptr<Sensor> open_perf_core(const std::string& where);
@@ -27,6 +28,7 @@ struct Driver {
 constexpr Driver kDrivers[] = {
     {"hwmon", open_hwmon},
     {"nvml", open_nvml},
+    {"nvml-dense", open_nvml_dense},
     {"nvml-processes", open_nvml_processes},
     {"perf", open_perf},
     {"perf-core", open_perf_core},

@@ -5,17 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from pepr_profiler import _core
+from pepr_profiler.commands import complain, write_text
 from pepr_profiler.daemon_client.client import DaemonClient, RemoteLane
-from pepr_profiler.energy.sources import Source, find_sources
-from pepr_profiler.errors import SensorError
+from pepr_profiler.energy.sources import UNITS, Source, find_sources
+from pepr_profiler.errors import SensorError, UsageError
 from pepr_profiler.sensors.detect import detect
 from pepr_profiler.sensors.machine import Surroundings, read_cpu_identity, read_surroundings
 from pepr_profiler.sensors.remedy import remedy
@@ -36,12 +39,35 @@ _WIDTH = 80
 _LABEL = 30
 
 
+def _look_period_ns(spec: SensorSpec) -> int:
+    return _PERIOD_NS.get(spec.kind, _OTHER_PERIOD_NS)
+
+
 @click.command()
 @click.option("--sensor", "specs", multiple=True, metavar="KIND[:WHERE]", help="Look at this one.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def sensors(*, specs: tuple[str, ...], as_json: bool) -> None:
-    """Open each sensor, read it for a moment, and print what it gives."""
+@click.option("--check", is_flag=True, help="Try the sensors under a load: up to a minute.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.json",
+    help="With --check, write what was found.",
+)
+def sensors(*, specs: tuple[str, ...], as_json: bool, check: bool, output: Path | None) -> None:
+    """Open each sensor, read it for a moment, and print what it gives.
+
+    With --check, load all CPUs in bursts, then each GPU that torch or cupy sees, and find out how
+    each sensor answers: how often it is refreshed, over what time it averages, how far it lags,
+    what it covers, and whether sensors of one device agree. It takes up to a minute, needs no
+    root, and is best done on a machine that is otherwise idle.
+    """
     here = read_surroundings()
+    if output is not None:
+        _refuse_unwritable(output, check=check)
+    if check:
+        _check(specs, here, as_json=as_json, output=output)
+        return
     recorded = specs or detect()
     # Sensors that detection left out are tried too, to show that they are there or why not.
     kinds = {SensorSpec(spec).kind for spec in recorded}
@@ -60,17 +86,80 @@ def sensors(*, specs: tuple[str, ...], as_json: bool) -> None:
     click.echo("\n".join([*_measured(channels), *_missing(missing)]).rstrip())
 
 
+def _refuse_unwritable(output: Path, *, check: bool) -> None:
+    """A usage error, before anything starts, if the file of `-o` could not be written."""
+    if not check:
+        raise UsageError(
+            "-o is for what a check has found",
+            why="without --check nothing is tried",
+            fix=f"add --check, or use: pepr-profile sensors --json > {shlex.quote(str(output))}",
+        )
+    folder = output.resolve().parent
+    why = ""
+    if output.suffix != ".json":
+        why = "its name does not end in .json"
+    elif output.is_dir():
+        why = "it is a folder"
+    elif not folder.is_dir():
+        why = f"{folder} is no folder"
+    elif not os.access(output if output.exists() else folder, os.W_OK):
+        why = "Permission denied"
+    if why:
+        raise UsageError(
+            f"cannot write {output}",
+            why=why,
+            fix="name a .json file in a folder that exists and is writable",
+        )
+
+
+def _check(
+    specs: tuple[str, ...], here: Surroundings, *, as_json: bool, output: Path | None
+) -> None:
+    """Tries the sensors under loads, prints what was found, and writes it."""
+    from pepr_profiler.check.findings import examine
+    from pepr_profiler.check.load import ProcessLoad
+    from pepr_profiler.check.probe import check_period_ns, check_specs, probe
+    from pepr_profiler.report.check_text import check_text
+
+    wanted = check_specs(specs or tuple(dict.fromkeys((*detect(), *KINDS))))
+    client = DaemonClient()
+    opened, _ = _open(wanted, here, client, named=bool(specs), period_ns=check_period_ns)
+    channels = [channel for lane, _ in opened for channel in lane.channels]
+    loads = {}
+    if any(channel.quantity in UNITS for channel in channels):
+        loads["cpu"] = ProcessLoad("cpu")
+        if any("model" in c.labels or c.labels.get("chip") == "amdgpu" for c in channels):
+            loads["gpu"] = ProcessLoad("gpu")
+        complain(f"loading {', then '.join(f'the {name.upper()}s' for name in loads)} in bursts")
+    found = probe(opened, loads)
+    for _, lane in opened:
+        lane.stop(1.0)
+    client.close()
+    findings = examine(found)
+    text = json.dumps(findings, indent=1, ensure_ascii=False)
+    if output is not None:
+        write_text(output, text + "\n")
+    click.echo(text if as_json else check_text(findings))
+    if output is not None and not as_json:
+        click.echo(f"\nwritten to {output}. {findings['privacy']}")
+
+
 def _open(
-    specs: tuple[str, ...], here: Surroundings, client: DaemonClient, *, named: bool
+    specs: tuple[str, ...],
+    here: Surroundings,
+    client: DaemonClient,
+    *,
+    named: bool,
+    period_ns: Callable[[SensorSpec], int] = _look_period_ns,
 ) -> tuple[list[_Opened], list[dict[str, str]]]:
     """The sensors that can be read, by ourselves or through the daemon, and what is missing."""
     lanes = lanes_by_name(specs)
-    periods_ns = [_PERIOD_NS.get(spec.kind, _OTHER_PERIOD_NS) for spec in lanes.values()]
+    periods_ns = [period_ns(spec) for spec in lanes.values()]
     samplers = [_core.Sampler(s, p) for s, p in zip(lanes.values(), periods_ns, strict=True)]
     deadline = time.monotonic() + _OPEN_S
     opened: list[_Opened] = []
     missing = []
-    for (name, spec), period_ns, own in zip(lanes.items(), periods_ns, samplers, strict=True):
+    for (name, spec), every_ns, own in zip(lanes.items(), periods_ns, samplers, strict=True):
         failure: SensorError | None = None
         try:
             if not own.wait_ready(max(0.0, deadline - time.monotonic())):
@@ -85,7 +174,7 @@ def _open(
             info = LaneInfo(f"daemon {lane.name}", lane.spec, lane.period_ns, lane.channels)
             opened.append((info, lane))
         elif failure is None:
-            opened.append((LaneInfo(name, spec, period_ns, describe(own.channels)), own))
+            opened.append((LaneInfo(name, spec, every_ns, describe(own.channels)), own))
             missing += [remedy(spec, note, here) for note in own.notes]
         elif not client.covers(spec):
             missing.append(remedy(spec, failure, here))

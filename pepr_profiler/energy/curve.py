@@ -273,11 +273,11 @@ class Accumulator:
         """Learns the refresh period and its jitter."""
         t, since_read = changes.t_ns[1:], changes.since_read_ns[1:]  # the first is no change
         if len(t) == 0:
-            self.refresh_s = self.source.period_s
+            self.refresh_s = self.source.refresh_s or self.source.period_s
             return
         if len(t) == 1:
             longest_ns = max(float(t[0] - changes.t_ns[0]), float(since_read[0]))
-            self.refresh_s = longest_ns / NS_PER_S
+            self.refresh_s = self.source.refresh_s or longest_ns / NS_PER_S
             return
         period = self.usual_period_ns(np.diff(t), since_read)
         self.dense = bool(median(since_read) < _DENSE * period)

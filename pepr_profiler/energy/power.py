@@ -50,6 +50,11 @@ class Power(Accumulator):
     _structure: Floats = field(default_factory=lambda: np.zeros(3))
     _tail: Floats = field(default_factory=lambda: np.zeros(0))
 
+    @property
+    def _averages_s(self) -> float:
+        """The averaging window: a hardware file's, else twice the lag, as far as that is known."""
+        return self.source.window_s or 2 * self.source.lag_s
+
     def news_after_s(self) -> float:
         return _GAP_REFRESHES * max(_SLOWEST_REFRESH_S, self.source.period_s)
 
@@ -65,7 +70,7 @@ class Power(Accumulator):
         self.refresh_s = self.refresh_s or _SLOWEST_REFRESH_S
         slow_s = max(_SLOWEST_REFRESH_S, 1.05 * self.source.period_s)
         if len(refreshed_ns) < 2:
-            self.refresh_s = min(self.refresh_s, slow_s)
+            self.refresh_s = self.source.refresh_s or min(self.refresh_s, slow_s)
         self.lag_s = self.source.lag_s or (_USUAL_LAG * self.refresh_s if self.dense else 0.0)
         self.hold_before_s = 2 * max(self.source.period_s, 0.1)
         first_ns = float(changes.t_ns[0])
@@ -101,7 +106,7 @@ class Power(Accumulator):
         span_s = np.maximum(np.diff(t, prepend=self.knot_ns) / NS_PER_S, 0.0)
         mean_w, change_w = 0.5 * (watts + before), watts - before
         gap = ~held & (span_s > _GAP_REFRESHES * max(self.refresh_s, self.source.period_s))
-        window_s = 2 * self.source.lag_s
+        window_s = self._averages_s
         if window_s > self.refresh_s:
             # An average sees all of the run, but makes a ramp, as long as its window, of an edge.
             slope = change_w / np.maximum(span_s, self.refresh_s / 2)
@@ -137,7 +142,10 @@ class Power(Accumulator):
             self._through(np.array([last]), np.array([self.last_w]), np.ones(1, bool))
         # The last reading is held for as long as the next one could be expected to take.
         self.extend(self.lag_s + self.hold_before_s)
-        self._cumulative[1] *= duty_coefficient(*self._structure[:2]) if self._count else 0.0
+        duty = self._averages_s / self.refresh_s if self.source.window_s else _DUTY
+        duty = min(max(duty, _LEAST_DUTY), 1.0)
+        one_w2, two_w2, _ = self._structure.tolist()
+        self._cumulative[1] *= duty_coefficient(one_w2, two_w2, duty=duty) if self._count else 0.0
         self._cumulative[2] *= max(0.0, self.highest_w - self.lowest_w) ** 2 / 12
         # The ramps that an average makes of fast changes are too flat to show where these were.
         seconds = max((self.knot_ns - self.begin_ns) / NS_PER_S, 1e-9)
@@ -152,7 +160,7 @@ class Power(Accumulator):
         """
         one, *others = self._structure.tolist()
         mean_w = 0.5 * (self.lowest_w + self.highest_w)
-        if 2 * self.source.lag_s > self.refresh_s or self._count < _ALIAS_REFRESHES:
+        if self._averages_s > self.refresh_s or self._count < _ALIAS_REFRESHES:
             return False
         swing = one / (2 * self._count) > (_ALIAS_SWING * mean_w) ** 2
         # If the phase drifts through all of the period several times, all of it is seen.
@@ -163,6 +171,8 @@ class Power(Accumulator):
 _DUTY = 0.25
 """The part of a refresh period that a power reading looks at, where it is unknown: GA100's and
 H100's 25 of 100 ms, the least of all classes (SC24)."""
+
+_LEAST_DUTY = 0.01
 
 
 def duty_coefficient(one_w2: float, two_w2: float, *, duty: float = _DUTY) -> float:

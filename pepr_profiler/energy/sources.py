@@ -20,6 +20,8 @@ class Source(Record):
     (docs/measurement: SC24 for GPU boards, judgement for RAPL). `lag_s` is how far its readings
     trail the truth. `limit_w` is more power than the device can draw. `instant` is the channel of
     a counter's lane that has the same board's instant power, in the same unit per second; -1: none.
+    `refresh_s` and `window_s` are its refresh period and averaging window by the hardware file
+    `stated_by`; 0 without one.
     """
 
     id: str
@@ -40,6 +42,9 @@ class Source(Record):
     lag_s: float = 0.0
     limit_w: float = MAX_PLAUSIBLE_W
     instant: int = -1
+    refresh_s: float = 0.0
+    window_s: float = 0.0
+    stated_by: str = ""
 
     def not_counted(self, reason: str) -> Source:
         """The same source, out of the total."""

@@ -141,6 +141,8 @@ class ComponentResult(Record):
         if source.excluded:
             result["excluded"] = source.excluded
         result["impossible_readings"] = self.curve.impossible
+        if source.stated_by:
+            result["stated_by"] = source.stated_by
         figures = self._figures(grid, duration_s) if self.is_known else dict.fromkeys(_FIGURES)
         return {**result, **figures}
 

@@ -83,6 +83,16 @@ def unknown_gains(channels: Iterable[Channel]) -> Iterator[dict[str, str]]:
             )
 
 
+def bad_hardware_files(bad_files: Iterable[tuple[str, str]]) -> Iterator[dict[str, str]]:
+    """For hardware files that cannot be used."""
+    for path, why in bad_files:
+        yield warning(
+            "hardware-file",
+            f"{path} is not used: {why}",
+            "write it anew with pepr-profile sensors --check -o, or remove it",
+        )
+
+
 def torn_events(torn_lines: int) -> Iterator[dict[str, str]]:
     """For lines of marks and metrics that could not be read."""
     if torn_lines:

@@ -10,6 +10,7 @@ import numpy as np
 from pepr_profiler.energy.activity import Activity, read_activity
 from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.gpu_users import GpuUsers, read_gpu_users
+from pepr_profiler.energy.hardware import read_hardware, with_known
 from pepr_profiler.energy.integrate import integrate
 from pepr_profiler.energy.modelled import RamModel, cpu_model, modelled_curves
 from pepr_profiler.energy.sources import find_cross_sources, find_sources
@@ -31,6 +32,8 @@ class Readings(Record):
     idle draw where that is known; both by component. `gpu_users` and `busy_gpus`, those on which
     anyone computed, are by UUID.
 
+    `bad_files` are hardware files that cannot be used, each with why.
+
     `rows` are by lane and count all that were read, stored or not; `failed_reads` counts unknown
     numbers. `gpu_peak_bytes` sums the most memory that was in use on each GPU; None if none says.
     """
@@ -44,6 +47,7 @@ class Readings(Record):
     rows: Mapping[str, int]
     failed_reads: int
     gpu_peak_bytes: int | None
+    bad_files: tuple[tuple[str, str], ...] = ()
 
 
 def read_all(
@@ -58,8 +62,9 @@ def read_all(
     """
     cpu = CpuIdentity(**facts["cpu"])
     lanes = [reader.lane for reader in readers.values()]
-    sources = find_sources(lanes, cpu_vendor=cpu.vendor or "")
-    cross_sources = find_cross_sources(lanes, sources)
+    known = read_hardware()
+    sources = with_known(find_sources(lanes, cpu_vendor=cpu.vendor or ""), lanes, known)
+    cross_sources = with_known(find_cross_sources(lanes, sources), lanes, known)
     curves: list[EnergyCurve] = []
     checks: dict[str, CrossCheck] = {}
     activity = None
@@ -99,6 +104,7 @@ def read_all(
         tally.rows,
         tally.failed_reads,
         int(sum(tally.peaks_bytes.values())) if tally.peaks_bytes else None,
+        known.problems,
     )
 
 

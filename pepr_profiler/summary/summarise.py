@@ -132,6 +132,7 @@ def _examine(
             *doubts.unwritten_lanes(facts, (n for n in lane_names(directory) if n not in readers)),
             *doubts.unknown_units(channels),
             *doubts.unknown_gains(channels),
+            *doubts.bad_hardware_files(readings.bad_files),
             *doubts.doubtful_readings(
                 components, begin_ns, end_ns, lost_rows=doubts.has_lost_rows(facts)
             ),

@@ -1,10 +1,16 @@
 #pragma once
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <cstddef>
 #include <ctime>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -71,6 +77,53 @@ private:
     std::size_t at_ = 0;
 };
 
+// Steps that another program appends to a file while they happen: pairs of doubles, seconds since
+// the epoch and the power from then on. The first one's power was there before it.
+class Followed {
+public:
+    explicit Followed(const std::string& path) : fd_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+        if (fd_ < 0) throw std::runtime_error("cannot be followed: " + path);
+    }
+    Followed(const Followed&) = delete;
+    Followed& operator=(const Followed&) = delete;
+    ~Followed() { close(fd_); }
+
+    double value(double t_s) { return at(t_s).power_w; }
+
+    double integral_j(double t_s) {
+        const auto step = at(t_s), origin = at(0.0);
+        return step.before_j + step.power_w * (t_s - step.t_s) -
+               (origin.before_j + origin.power_w * (0.0 - origin.t_s));
+    }
+
+private:
+    struct Step {
+        double t_s = 0, power_w = 0, before_j = 0;  // since the first step
+    };
+
+    Step at(double t_s) {
+        const std::lock_guard lock(mutex_);
+        double pair[2];
+        while (pread(fd_, pair, sizeof pair, static_cast<off_t>(steps_.size() * sizeof pair)) ==
+               static_cast<ssize_t>(sizeof pair)) {
+            Step step{pair[0], pair[1], 0.0};
+            if (!steps_.empty()) {
+                const auto& last = steps_.back();
+                step.before_j = last.before_j + last.power_w * (step.t_s - last.t_s);
+            }
+            steps_.push_back(step);
+        }
+        if (steps_.empty()) return {};
+        const auto after = std::upper_bound(steps_.begin(), steps_.end(), t_s,
+                                            [](double t, const Step& s) { return t < s.t_s; });
+        return after == steps_.begin() ? *after : *(after - 1);
+    }
+
+    int fd_;
+    std::mutex mutex_;
+    std::vector<Step> steps_;
+};
+
 // Power over time, with its exact integral. The kinds and their numbers are those of waves.py,
 // which finds the integral in another way.
 class Wave {
@@ -78,6 +131,10 @@ public:
     Wave() = default;
 
     explicit Wave(Line& line) : kind_(line.word()), p_() {
+        if (kind_ == "follow") {
+            followed_ = std::make_shared<Followed>(line.rest());
+            return;
+        }
         while (!line.done()) p_.push_back(line.number());
         const bool fits = kind_ == "constant" ? p_.size() == 1
                           : kind_ == "step"   ? p_.size() == 3
@@ -88,12 +145,27 @@ public:
         if (!fits) throw std::runtime_error("no such wave: " + kind_);
     }
 
+    // Behind a low pass of time constant tau_s.
+    double smoothed_w(double t_s, double tau_s) const {
+        constexpr int kSlices = 200;
+        constexpr double kTaus = 10;  // further back nothing is left
+        double sum_w = 0, weights = 0;
+        for (int i = 0; i < kSlices; ++i) {
+            const double from = kTaus * i / kSlices, to = kTaus * (i + 1) / kSlices;
+            const double weight = std::exp(-from) - std::exp(-to);
+            sum_w += weight * mean_w(t_s - to * tau_s, t_s - from * tau_s);
+            weights += weight;
+        }
+        return sum_w / weights;
+    }
+
     // Over a window that is not empty.
     double mean_w(double from_s, double to_s) const {
         return (integral_j(to_s) - integral_j(from_s)) / (to_s - from_s);
     }
 
     double value(double t_s) const {
+        if (followed_) return followed_->value(t_s);
         if (kind_ == "constant") return p_[0];
         if (kind_ == "step") return t_s < p_[0] ? p_[1] : p_[2];
         if (kind_ == "square") {
@@ -110,6 +182,7 @@ public:
 
     // The energy from the epoch to t_s; negative before the epoch.
     double integral_j(double t_s) const {
+        if (followed_) return followed_->integral_j(t_s);
         if (kind_ == "constant") return p_[0] * t_s;
         if (kind_ == "step") {
             const auto after = [&](double t) {
@@ -149,6 +222,7 @@ private:
 
     std::string kind_ = "constant";
     std::vector<double> p_{0.0};
+    std::shared_ptr<Followed> followed_;
 };
 
 }  // namespace pepr::sim

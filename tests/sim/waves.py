@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -137,6 +139,43 @@ class Points:
         # Between two neighbouring knots the trapezoid is exact.
         knots = sorted({t0_s, t1_s, *(t for t, _ in self.points if t0_s < t < t1_s)})
         return sum((b - a) * (self.power_w(a) + self.power_w(b)) / 2 for a, b in pairwise(knots))
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Steps in a file to which anybody may append, also while it is read: `follow` does.
+
+    The power of the first step was there before it.
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        self.path.touch()
+
+    def follow(self, steps: Iterable[tuple[float, float]]) -> None:
+        """Appends steps: from `t_s` on, so many watts; times rise."""
+        with self.path.open("ab") as file:
+            file.write(b"".join(struct.pack("dd", *step) for step in steps))
+
+    def words(self) -> str:
+        return f"follow {self.path}"
+
+    def _steps(self) -> list[tuple[float, float]]:
+        data = self.path.read_bytes()
+        steps: list[tuple[float, float]] = list(struct.iter_unpack("dd", data))
+        return steps
+
+    def power_w(self, t_s: float) -> float:
+        steps = self._steps()
+        before = bisect_right(steps, (t_s, math.inf))
+        return steps[max(0, before - 1)][1]
+
+    def energy_j(self, t0_s: float, t1_s: float) -> float:
+        steps = self._steps()
+        knots = sorted({t0_s, t1_s, *(t for t, _ in steps if t0_s < t < t1_s)})
+        powers = [steps[max(0, bisect_right(steps, (a, math.inf)) - 1)][1] for a in knots[:-1]]
+        return sum(p * (b - a) for p, (a, b) in zip(powers, pairwise(knots), strict=True))
 
 
 TRAINING_LOAD = Path(__file__).parent / "data" / "training_load.csv"

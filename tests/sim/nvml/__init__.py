@@ -44,6 +44,9 @@ class Sensor:
     phase_s: float = 0.0
     average_s: float = 1.0
     samples_refresh_s: float = 0.02
+    delay_s: float = 0.0
+    smoothing_s: float = 0.0
+    counter_delay_s: float = 0.0
 
     def __post_init__(self) -> None:
         spans = (self.refresh_s, self.window_s, self.average_s, self.samples_refresh_s)
@@ -104,6 +107,7 @@ class Gpu:
     processes: tuple[Process, ...] = (Process(STARTED, 2**30, sm=0.5, mem=0.25),)
     processes_file: Path | None = None
     module: Wave | None = None
+    counted: Wave | None = None
     mig: bool | None = False
     power_limit_w: float | None = 700.0
 
@@ -123,6 +127,11 @@ class Gpu:
             f"power_limit {self.power_limit_w or 0}",
             f"mig {'none' if self.mig is None else 'on' if self.mig else 'off'}",
         ]
+        lag = sensor.delay_s, sensor.smoothing_s, sensor.counter_delay_s
+        if any(lag):
+            lines.append(" ".join(map(str, ("lag", *lag))))
+        if self.counted is not None:
+            lines.append(f"counted {self.counted.words()}")
         if self.module is not None:
             lines.append(f"module {self.module.words()}")
         for p in self.processes:

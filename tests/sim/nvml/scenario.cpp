@@ -24,7 +24,10 @@ void sleep_until_s(double t_s, const Scenario& scenario) {
 }  // namespace
 
 unsigned Gpu::window_mw(const Wave& wave, double end_s, double window_s) const {
-    return rounded(1e3 * (sensor.gain * wave.mean_w(end_s - window_s, end_s) + sensor.offset_w));
+    const double at_s = end_s - sensor.delay_s;
+    const double mean_w = sensor.smoothing_s > 0 ? wave.smoothed_w(at_s, sensor.smoothing_s)
+                                                 : wave.mean_w(at_s - window_s, at_s);
+    return rounded(1e3 * (sensor.gain * mean_w + sensor.offset_w));
 }
 
 unsigned Gpu::instant_mw(const Wave& wave, double t_s) const {
@@ -40,8 +43,10 @@ unsigned Gpu::sample_mw(double at_s) const { return window_mw(power, at_s, senso
 unsigned long long Gpu::counter_mj(double t_s) const {
     const double at_s = sensor.last_refresh_s(t_s, sensor.counter_refresh_s);
     const auto seen_mj = [&](double until_s) {
-        return 1e3 * (sensor.counter_gain * power.integral_j(until_s) +
-                      sensor.counter_offset_w * until_s);
+        const double behind_s = until_s - sensor.counter_delay_s;
+        const Wave& wave = counted ? *counted : power;
+        return 1e3 * (sensor.counter_gain * wave.integral_j(behind_s) +
+                      sensor.counter_offset_w * behind_s);
     };
     double origin_mj = -counter_start_mj;
     for (const double reset_s : resets_s) {
@@ -170,7 +175,13 @@ void Scenario::of_gpu(const std::string& key, Line& line, Gpu& gpu) {
         gpu.power = Wave(line);
     else if (key == "module")
         gpu.module = std::make_unique<Wave>(line);
-    else if (key == "utilization")
+    else if (key == "counted")
+        gpu.counted = std::make_unique<Wave>(line);
+    else if (key == "lag") {
+        auto& sensor = gpu.sensor;
+        for (double* value : {&sensor.delay_s, &sensor.smoothing_s, &sensor.counter_delay_s})
+            *value = line.number();
+    } else if (key == "utilization")
         gpu.utilization = Wave(line);
     else if (key == "memory_utilization")
         gpu.memory_utilization = Wave(line);

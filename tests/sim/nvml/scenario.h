@@ -33,6 +33,8 @@ struct Sensor {
     double refresh_s = 0.1, window_s = 0.025, phase_s = 0, average_s = 1;
     bool averages = true;  // nvmlDeviceGetPowerUsage: the average, or the instant
     double counter_refresh_s = 0.1, samples_refresh_s = 0.02;
+    // Power is shown so late, and behind a low pass if smoothing_s is not 0; the counter so late.
+    double delay_s = 0, smoothing_s = 0, counter_delay_s = 0;
     double gain = 1, offset_w = 0, counter_gain = 1, counter_offset_w = 0;
 
     double last_refresh_s(double t_s, double period_s) const {
@@ -45,6 +47,7 @@ struct Gpu {
     std::string uuid, name;
     Wave power;
     std::unique_ptr<Wave> module;  // scope 1; none on most boards
+    std::unique_ptr<Wave> counted;  // what the counter adds up, if not `power`
     Sensor sensor;
     double counter_start_mj = 0;
     std::vector<double> resets_s;

@@ -1,0 +1,1 @@
+"""The sensors of this machine, tried under a load whose timing is known."""

@@ -1,0 +1,132 @@
+"""What is known of a board's sensors before it is read: files that `sensors --check -o` wrote.
+
+They lie in the package (data/hardware) and in the user's own folder,
+`$XDG_CONFIG_HOME/pepr-profiler/hardware` (~/.config without the variable), which comes first. A
+recording's own readings outweigh them where they can tell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from pepr_profiler.energy.sources import Source
+from pepr_profiler.record import Any, Record
+from pepr_profiler.trace.lane import Channel, LaneInfo
+from pepr_profiler.trace.shape import MALFORMED, shape_error
+
+KIND, SCHEMA = "pepr-hardware", 1
+
+_FIGURE = ({"value": (float, None), None: ("value",)}, None)
+_SHAPE = {
+    "kind": str,
+    "schema": int,
+    "sensors": [
+        {
+            "device": str,
+            "source": str,
+            "refresh_s": _FIGURE,
+            "window_s": _FIGURE,
+            "lag_s": _FIGURE,
+            None: ("device", "source"),
+        }
+    ],
+    None: ("kind", "schema", "sensors"),
+}
+_LONGEST_S = 10.0
+"""A longer refresh, window or lag is no sensor's."""
+
+_NO_LAG_S = 1e-6
+"""0 would mean that the lag is unknown."""
+
+
+class KnownSensor(Record):
+    """The figures of a file for one sensor of one model; None where the file does not say."""
+
+    file: str
+    refresh_s: float | None
+    window_s: float | None
+    lag_s: float | None
+
+
+class KnownSensors(Record):
+    """The sensors of all files, by model and channel source; and unusable files with why."""
+
+    by_name: dict[tuple[str, str], KnownSensor]
+    problems: tuple[tuple[str, str], ...]
+
+
+def folders() -> tuple[Path, Path]:
+    """Where files may lie: the user's folder, then the package's."""
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
+    return config / "pepr-profiler/hardware", Path(__file__).parents[1] / "data/hardware"
+
+
+def device_of(channel: Channel) -> str:
+    """The model that a channel's sensor is of, as files name it; empty if none is known."""
+    labels = channel.labels
+    if "model" in labels:
+        return labels["model"]
+    return " ".join(filter(None, (labels.get("chip", ""), labels.get("label", ""))))
+
+
+def read_hardware(places: Iterable[Path] | None = None) -> KnownSensors:
+    """All that the files say; of two for one sensor, the first folder's, then the last name's."""
+    found: dict[tuple[str, str], KnownSensor] = {}
+    problems = []
+    for folder in folders() if places is None else places:
+        try:
+            paths = sorted(folder.glob("*.json"), reverse=True)
+        except OSError:
+            continue
+        for path in paths:
+            try:
+                facts = json.loads(path.read_text(encoding="utf-8"))
+                if wrong := shape_error(facts, _SHAPE):
+                    raise ValueError(wrong)
+                if (facts["kind"], facts["schema"]) != (KIND, SCHEMA):
+                    raise ValueError(f"it is {facts['kind']} of schema {facts['schema']}")
+                for sensor in facts["sensors"]:
+                    known = _known(path.name, sensor)
+                    if known is not None and sensor["device"]:
+                        found.setdefault((sensor["device"], sensor["source"]), known)
+            except (OSError, *MALFORMED) as error:
+                problems.append((str(path), str(error)))
+    return KnownSensors(found, tuple(problems))
+
+
+def _known(file: str, sensor: dict[str, Any]) -> KnownSensor | None:
+    """What a file says of a sensor, if it says anything that can be."""
+
+    def number(key: str, least: float) -> float | None:
+        value = (sensor.get(key) or {}).get("value")
+        return value if value is not None and least <= value <= _LONGEST_S else None
+
+    figures = number("refresh_s", 1e-5), number("window_s", 1e-5), number("lag_s", 0.0)
+    return None if figures == (None, None, None) else KnownSensor(file, *figures)
+
+
+def with_known(
+    sources: Iterable[Source], lanes: Iterable[LaneInfo], known: KnownSensors
+) -> list[Source]:
+    """The sources, with what files say of their sensors' refresh, window and lag."""
+    if not known.by_name:
+        return list(sources)
+    by_name = {lane.name: lane for lane in lanes}
+    result = []
+    for source in sources:
+        channel = by_name[source.lane].channels[source.channel]
+        sensor = known.by_name.get((device_of(channel), channel.source))
+        if sensor is not None:
+            source = source._replace(  # noqa: PLW2901
+                refresh_s=sensor.refresh_s or 0.0,
+                window_s=0.0 if source.counter else sensor.window_s or 0.0,
+                lag_s=source.lag_s
+                if source.counter or sensor.lag_s is None
+                else max(sensor.lag_s, _NO_LAG_S),
+                stated_by=sensor.file,
+            )
+        result.append(source)
+    return result
