@@ -9,9 +9,17 @@ set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 cd "$here/.."
 PATH=${VIRTUAL_ENV:-$PWD/.venv}/bin:$PATH
-if ! python -c 'import pepr_profiler._core, sklearn, torch' 2>/dev/null; then
+# Whether all is installed, and the core that would be used is not older than its sources.
+ready='
+import pathlib, pepr_profiler._core as core, sklearn, torch
+built_s = pathlib.Path(core.__file__).stat().st_mtime
+assert all(path.stat().st_mtime <= built_s for path in pathlib.Path("csrc").rglob("*.*"))'
+if ! python -c "$ready" 2>/dev/null; then
     echo "study.sh: installing pepr-profiler, torch and scikit-learn (once)" >&2
-    venv=$(tools/setup.sh examples)
+    in_place=
+    [ -z "$(find pepr_profiler -name '_core*.so')" ] || in_place=-e
+    # shellcheck disable=SC2086
+    venv=$(tools/setup.sh $in_place examples)
     PATH=$venv/bin:$PATH
 fi
 data=${1:-digits}
