@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli import Cli, component, python
+from cli import Cli, component, ended, python, until
 from sim.nvml import A100, H100, VOLTA, BuildNvml, Gpu, Process, Scenario, Sensor, default_uuid
 from sim.powercap import BuildTree, Zone
 from sim.waves import Constant, Followed, Step
 
 from pepr_profiler import _core
 from pepr_profiler.check.findings import examine
-from pepr_profiler.check.load import Ran, Schedule, no_bursts, schedule
+from pepr_profiler.check.load import Ran, Schedule, cpus_for_us, no_bursts, schedule
 from pepr_profiler.check.probe import check_period_ns, check_specs, probe
 from pepr_profiler.check.response import Bursts, Series, compare, respond
 from pepr_profiler.energy.hardware import read_hardware
@@ -475,6 +478,42 @@ def test_where_nothing_can_be_read_nothing_is_loaded(cli: Cli) -> None:
     assert b"no sensor of energy can be read here" in result.stdout
     assert b"GPU sensors: none was found" in result.stdout
     assert b"RAPL: neither perf nor powercap" in result.stdout
+
+
+def test_an_interrupted_check_leaves_no_load_behind(cli: Cli, meter: str) -> None:
+    with ended(cli.start("sensors", "--check", "--sensor", meter)) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        pids = until(lambda: children.read_text().split())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_an_error_of_a_library_is_shown_without_its_paths(tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "torch.py").write_text("raise ImportError('/home'+'/someone/x.so: wrong ELF class')")
+    program = (
+        "from pepr_profiler.check.load import ProcessLoad\n"
+        "load = ProcessLoad('gpu'); load.prepare(); print(load.problem(60)); load.stop()"
+    )
+    paths = os.pathsep.join((str(folder), Cli(tmp_path).environment()["PYTHONPATH"]))
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "torch: …: wrong ELF class\n"
+
+
+def test_a_quota_of_the_container_limits_the_load(tmp_path: Path) -> None:
+    file = tmp_path / "cpu.max"
+    file.write_text("100000 100000\n")
+    assert cpus_for_us(file) == 1
+    file.write_text("max 100000\n")
+    assert cpus_for_us(file) == len(os.sched_getaffinity(0))
 
 
 # --- hardware files -------------------------------------------------------------------------------

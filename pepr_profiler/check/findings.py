@@ -89,6 +89,10 @@ class _Sensor(Record):
         return self.channel_source in ("perf", "powercap")
 
     @property
+    def via_daemon(self) -> bool:
+        return self.rows.lane.name.startswith("daemon ")
+
+    @property
     def highest_w(self) -> float | None:
         return self.response.highest_w
 
@@ -148,7 +152,7 @@ def _sensors(found: Probe) -> Iterable[_Sensor]:
             series = rows.series(index, zero_is_unknown=source.zero_is_unknown)
             series = series._replace(limit_w=source.limit_w)
             label = _label(source, channel.source)
-            device = device_of(channel)
+            device = device_of(channel) or read_cpu_identity().name or ""
             yield _Sensor(rows, index, source, label, device, series, respond(series, bursts))
 
 
@@ -177,6 +181,9 @@ def _refresh_row(sensor: _Sensor) -> Row:
     figure = sensor.response.refresh_s
     limit_s = _NVML_REFRESH_S if sensor.is_nvml else _RAPL_REFRESH_S if sensor.is_rapl else 1.0
     expected = f"up to {_ms(limit_s)}"
+    if sensor.via_daemon:
+        why = "it is read through the daemon, which may show it coarsely"
+        return Row(sensor.label, "refresh period", _shown_s(figure), expected, UNKNOWN, why)
     if figure.value is not None:
         good = figure.value - (figure.u or 0.0) <= limit_s
         return _judged(sensor, "refresh period", _shown_s(figure), expected, good)
@@ -308,7 +315,8 @@ def _comparisons(sensors: Sequence[_Sensor]) -> Iterable[Row]:
             if two is one or two.source.kind != one.source.kind:
                 continue
             power = not two.source.counter and "module" not in two.channel_source
-            twice = (one.channel_source, two.channel_source) == ("perf", "powercap")
+            mmio = "mmio" in two.source.id
+            twice = not mmio and (one.channel_source, two.channel_source) == ("perf", "powercap")
             if _device_id(one) == _device_id(two) and (power or twice):
                 yield _agreement(one, two)
 
@@ -452,6 +460,7 @@ def _facts(sensor: _Sensor) -> dict[str, Any]:
         "kind": source.kind,
         "source": sensor.channel_source,
         "counter": source.counter,
+        "via": "daemon" if sensor.via_daemon else None,
         "in_total": source.in_total,
         "moved_by": sorted(moved),
         "covers": _covers(source.kind, moved),

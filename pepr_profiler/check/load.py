@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import select
 import subprocess
 import sys
@@ -35,6 +36,16 @@ _ANSWER_S = 5.0
 
 Schedule = Sequence[tuple[int, int]]
 """Begins and ends of bursts, CLOCK_MONOTONIC in ns."""
+
+
+def cpus_for_us(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """How many CPUs this process may use: by its affinity, and by its container's quota."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        quota, period = quota_file.read_text().split()
+        return max(1, min(count, round(int(quota) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):
+        return count
 
 
 def schedule(begin_ns: int, seconds: float, seed: int = 17) -> list[tuple[int, int]]:
@@ -97,7 +108,7 @@ class ProcessLoad:
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
-        count = min(len(os.sched_getaffinity(0)), _MOST_CPUS) if kind == "cpu" else 1
+        count = min(cpus_for_us(), _MOST_CPUS) if kind == "cpu" else 1
         self._numbers = range(count)
         self._processes: list[subprocess.Popen[str]] = []
         self._library = ""
@@ -129,7 +140,7 @@ class ProcessLoad:
             line = _line_of(process, deadline)
             if line != "ready\n":
                 who = self._library or "a process"
-                return line.strip() or f"{who} was not ready within {within_s:.0f} s"
+                return _without_paths(line) or f"{who} was not ready within {within_s:.0f} s"
         return ""
 
     def begin(self, bursts: Schedule) -> None:
@@ -156,7 +167,7 @@ class ProcessLoad:
         if len(done) < len(self._processes):
             return Ran(no_bursts(), pids, problem="its processes ended early", by=by)
         if problem := next((d["problem"] for d in done if d["problem"]), ""):
-            return Ran(no_bursts(), pids, problem=problem, by=by)
+            return Ran(no_bursts(), pids, problem=_without_paths(problem), by=by)
         times = np.array([d["bursts"] for d in done]) / NS_PER_S  # (processes, bursts, 2)
         begin_s, end_s = times.mean(axis=0).T
         cpu_s = np.array([d["cpu_s"] for d in done]).sum(axis=0)
@@ -177,6 +188,11 @@ class ProcessLoad:
                     with suppress(OSError):
                         pipe.close()
         self._processes.clear()
+
+
+def _without_paths(text: str) -> str:
+    """An error's text as it may be sent: paths often contain a user's name."""
+    return re.sub(r"(/[^\s:'\"]+)+", "…", text.strip())
 
 
 def _line_of(process: subprocess.Popen[str], deadline: float) -> str:
@@ -203,8 +219,11 @@ def _main(kind: str) -> None:
     if not text:
         return
     made, cpu_s, problem = [], [], ""
+    parent = os.getppid()
     try:
         for begin_ns, end_ns in json.loads(text):
+            if os.getppid() != parent:  # who started us is gone
+                return
             time.sleep(max(0, begin_ns - time.monotonic_ns()) * 1e-9)
             first_ns, before_s = time.monotonic_ns(), time.process_time()
             while time.monotonic_ns() < end_ns:

@@ -19,7 +19,7 @@ from pepr_profiler.trace.lane import LaneInfo
 _READY_S = 15.0
 """torch takes some seconds to load, and the first use of a GPU some more."""
 
-_LONGEST_S = 50.0
+_LONGEST_S = 46.0
 """With the evaluation, which takes some seconds, the whole check lasts at most a minute."""
 
 _LOAD_S, _SHORTEST_LOAD_S = 20.0, 8.0
