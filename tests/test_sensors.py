@@ -820,6 +820,60 @@ def test_nvml_takes_what_an_older_board_or_driver_offers(nvml: BuildNvml) -> Non
             assert all(column[-1] == 90_000 for column in powers)
 
 
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "",
+        "usr/local/nvidia/lib64",
+        "usr/lib/wsl/lib",
+        "run/opengl-driver/lib",
+        "usr/lib64",
+        "usr/lib/x86_64-linux-gnu/nvidia/current",
+    ],
+)
+def test_nvml_is_found_where_drivers_put_it(nvml: BuildNvml, tmp_path: Path, folder: str) -> None:
+    # given a file system whose driver is not on the loader's path, and one folder of a wrong one
+    sim = nvml(Scenario((Gpu(Constant(120)),)))
+    root = tmp_path / "host"
+    wrong = root / "usr/local/nvidia/lib"
+    for where in (root / folder, wrong):
+        where.mkdir(parents=True, exist_ok=True)
+    (wrong / "libnvidia-ml.so.1").write_text("of another machine")
+    for suffix in ("", ".scenario"):
+        shutil.copyfile(f"{sim.library}{suffix}", root / folder / f"{sim.library.name}{suffix}")
+
+    # then its root is enough to find it, also for the lists of processes
+    with lane(f"nvml:{root}") as opened:
+        assert gpu_channels(opened, 0)
+    with lane(f"nvml-processes:{root}"):
+        pass
+
+
+def test_nvml_that_is_nowhere_names_the_way_to_it(tmp_path: Path) -> None:
+    for where in (tmp_path / "none.so", tmp_path):
+        error = why_not(f"nvml:{where}")
+        assert error.what == "no NVIDIA driver library"
+        assert "--sensor nvml:PATH" in error.fix
+    # what is there and cannot be loaded says more than the loader's own way
+    (tmp_path / "usr/lib64").mkdir(parents=True)
+    (tmp_path / "usr/lib64/libnvidia-ml.so.1").write_text("of another machine")
+    assert "usr/lib64/libnvidia-ml.so.1" in why_not(f"nvml:{tmp_path}").why
+
+
+def test_nvml_of_the_loader_comes_first(nvml: BuildNvml) -> None:
+    # given a program whose LD_LIBRARY_PATH has the driver
+    sim = nvml(Scenario((Gpu(Constant(120)),)))
+    code = """if True:
+        from pepr_profiler import _core
+        sampler = _core.Sampler("nvml", 10**9)
+        sampler.wait_ready(10)
+        print(len(sampler.channels) > 0)
+        sampler.stop(10)"""
+    env = {**os.environ, **sim.env}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True)
+    assert done.stdout == b"True\n"
+
+
 def test_nvml_without_the_calls_of_every_driver_is_no_sensor(nvml: BuildNvml) -> None:
     error = why_not(nvml(Scenario((Gpu(Constant(1)),), absent=("nvmlInit_v2",))).spec)
 

@@ -1,9 +1,9 @@
 // Loads NVIDIA's driver library at run time: the same build runs with and without a driver.
 #pragma once
 
-#include <array>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <dlfcn.h>
@@ -13,40 +13,30 @@
 
 namespace pepr::nvml {
 
-constexpr const char* kUsualLibrary = "libnvidia-ml.so.1";
+// How to mend what makes NVML answer so.
+std::string remedy(nvmlReturn_t code);
 
-inline std::string remedy(nvmlReturn_t code) {
-    switch (code) {
-        case NVML_ERROR_DRIVER_NOT_LOADED: return "load it: sudo modprobe nvidia";
-        case NVML_ERROR_NO_PERMISSION:
-            return "give this user access to /dev/nvidia* (group video or render)";
-        case NVML_ERROR_LIB_RM_VERSION_MISMATCH:
-            return "the library is newer than the loaded kernel module: reboot, or reload the "
-                   "nvidia modules";
-        case NVML_ERROR_GPU_IS_LOST:
-        case NVML_ERROR_RESET_REQUIRED: return "reset the GPU (nvidia-smi --gpu-reset) or reboot";
-        default: return "see that nvidia-smi works";
-    }
-}
+struct LoadedLibrary {
+    void* handle;
+    std::string path;
+};
+
+// Loads the library at path `where`. If that is empty, the usual one is loaded as the loader finds
+// it, else from the folders where drivers put it. If it is a directory, it is taken for such a
+// folder, else for a root that has them, as "/host" in a container. Throws SensorError.
+LoadedLibrary load_library(const std::string& where);
 
 // The library and its functions. Macros of nvml.h rename a function to its newest version, so each
 // is looked up by its real name. One that the driver is too old for is null.
 struct Library {
-    // Loads the library at path `where`, or the usual one if it is empty. Throws SensorError.
-    explicit Library(const std::string& where)
-        : path(where.empty() ? kUsualLibrary : where),
-          handle(::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
-        if (handle == nullptr) {
-            const char* const reason = ::dlerror();
-            throw SensorError("no NVIDIA driver library", reason != nullptr ? reason : path,
-                              "install the NVIDIA driver; in a container, start it with GPU access "
-                              "(docker run --gpus all)");
-        }
+    // As load_library. Throws SensorError.
+    explicit Library(const std::string& where) : Library(load_library(where)) {
         if (!init || !shutdown || !count || !by_index || !uuid)
             throw SensorError(path + " is not a usable NVML",
                               "it lacks calls that every driver since 2013 has",
                               "check the path after nvml:, or update the driver");
     }
+    explicit Library(LoadedLibrary loaded) : path(std::move(loaded.path)), handle(loaded.handle) {}
     ~Library() {
         if (started) shutdown();
         if (handle != nullptr) ::dlclose(handle);
@@ -117,11 +107,7 @@ inline bool is_permanent(nvmlReturn_t code) noexcept {
 }
 
 // The error for a sensor that found nothing to read.
-inline SensorError nothing_found(const std::vector<Note>& notes) {
-    if (!notes.empty()) return SensorError(notes[0]);
-    return {"no NVIDIA GPU", "the driver runs but sees no device",
-            "check nvidia-smi -L, and NVIDIA_VISIBLE_DEVICES in a container"};
-}
+SensorError nothing_found(const std::vector<Note>& notes);
 
 // A GPU's handle and names, read once when a sensor opens.
 struct Board {
@@ -131,19 +117,6 @@ struct Board {
 };
 
 // Fills in the board at `index`. Returns NVML_SUCCESS, or why it cannot be opened.
-inline nvmlReturn_t open_board(const Library& library, unsigned index, Board& board) {
-    nvmlReturn_t code = library.by_index(index, &board.device);
-    std::array<char, NVML_DEVICE_UUID_V2_BUFFER_SIZE> uuid{}, name{};
-    if (code == NVML_SUCCESS) code = library.uuid(board.device, uuid.data(), uuid.size());
-    if (code != NVML_SUCCESS) return code;
-    if (library.name) library.name(board.device, name.data(), name.size());
-    board.labels = {
-        {"uuid", uuid.data()}, {"model", name.data()}, {"index", std::to_string(index)}};
-    unsigned mode = NVML_DEVICE_MIG_DISABLE, pending = 0;
-    board.mig = library.mig && library.mig(board.device, &mode, &pending) == NVML_SUCCESS &&
-                mode == NVML_DEVICE_MIG_ENABLE;
-    if (board.mig) board.labels["mig"] = "on";
-    return NVML_SUCCESS;
-}
+nvmlReturn_t open_board(const Library& library, unsigned index, Board& board);
 
 }  // namespace pepr::nvml

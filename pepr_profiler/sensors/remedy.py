@@ -50,7 +50,10 @@ def _why_and_fix_of_absent(kind: str, why: str, fix: str, here: Surroundings) ->
         why = "this is a virtual machine, and RAPL stays with the machine that hosts it"
         return why, "measure on that machine, or see: pepr-profile run --help, --cpu-power"
     if kind == "nvml":
-        in_container = "start the container with its GPUs: docker run --gpus all …"
+        in_container = (
+            "start the container with its GPUs: docker run --gpus all …; if the driver's library is"
+            " in it already: --sensor nvml:PATH"
+        )
         return why, in_container if here.container else fix
     if not here.container:
         module = {"perf": "rapl", "powercap": "intel_rapl_msr"}.get(kind)
