@@ -67,8 +67,9 @@ class EnergyCurve(Record):
     standard uncertainty of how far the readings trail, `aliased` whether the load seems to be in
     step with the refreshes.
 
-    Of a counter, `inside` says where in its intervals the instants lie, and `edge_j2` is only for
-    those beyond the last refresh.
+    The edges of a window of t s add no more than a·t + b·t² J² to its variance, `short_j2` being
+    (a, b). Of a counter, `inside` says where in its intervals the instants lie, and `edge_j2` is
+    only for those beyond the last refresh.
     """
 
     source: Source
@@ -91,6 +92,7 @@ class EnergyCurve(Record):
     aliased: bool = False
     gaps_ns: tuple[tuple[int, int], ...] = ()
     inside: Inside | None = None
+    short_j2: tuple[float, float] = (math.inf, math.inf)
 
 
 class Inside(Record):

@@ -18,6 +18,10 @@ _USUAL_LAG = 0.3
 """Of a sensor whose averaging window is unknown, a reading's middle lies this part of a refresh
 period back: windows are 1/4 to 1 of a period, half of which is 1/8 to 1/2."""
 
+_LAG_REFRESHES, _LONGEST_LAG_S = 6, 0.22
+"""After so many refreshes, readings show how far they trail: up to 220 ms (Kepler: 10 to 90 % take
+480 ms, 2.2 time constants)."""
+
 _GAP_REFRESHES = 3
 """Power readings further apart than this are a gap, not a slow refresh."""
 
@@ -147,10 +151,39 @@ class Power(Accumulator):
         one_w2, two_w2, _ = self._structure.tolist()
         self._cumulative[1] *= duty_coefficient(one_w2, two_w2, duty=duty) if self._count else 0.0
         self._cumulative[2] *= max(0.0, self.highest_w - self.lowest_w) ** 2 / 12
-        # The ramps that an average makes of fast changes are too flat to show where these were.
-        seconds = max((self.knot_ns - self.begin_ns) / NS_PER_S, 1e-9)
-        self._local[1] += self.common_edge_j2 / seconds
-        return self.curve(lag_u_s=self.refresh_s / UNIFORM, aliased=self._aliased())
+        change_w2 = float(self._structure[0]) / max(self._count, 1)
+        window_s = 2 * self.source.lag_s
+        if window_s > self.refresh_s:
+            # The ramps that an average makes of fast changes are too flat to show where these were.
+            seconds = max((self.knot_ns - self.begin_ns) / NS_PER_S, 1e-9)
+            self._local[1] += self.common_edge_j2 / seconds
+            # Of white noise, the change is that of the energy of two refreshes a window apart.
+            short_j2 = change_w2 * window_s**2 / (2 * self.refresh_s), 0.0
+        else:
+            part = max(1 / 12, duty_coefficient(*self._structure[:2]))
+            alike = self._alike()
+            change_w2 *= (1 + alike) / (1 - alike)  # of what the sensor has smoothed
+            self._local[1] = np.maximum(self._local[1], part * change_w2 * self.refresh_s**2)
+            short_j2 = 0.0, change_w2
+        return self.curve(lag_u_s=self._lag_u_s(), aliased=self._aliased(), short_j2=short_j2)
+
+    def _alike(self) -> float:
+        """How much of each change of the readings the next one repeats, as a part of it.
+
+        A sensor that approaches the power exponentially repeats e^(-T/lag) of it. So does power
+        that changes slowly, which cannot be told from it, up to the slowest sensor.
+        """
+        one_w2, two_w2 = self._structure[:2].tolist()
+        if self._count < _LAG_REFRESHES or one_w2 <= 0:
+            return 0.0
+        repeated = float(two_w2 / one_w2 / 2 - 1)
+        return min(max(repeated, 0.0), math.exp(-self.refresh_s / _LONGEST_LAG_S))
+
+    def _lag_u_s(self) -> float:
+        """How well it is known how far readings trail."""
+        alike = 0.0 if 2 * self.source.lag_s > self.refresh_s else self._alike()
+        lag_s = -self.refresh_s / math.log(alike) if alike > 0 else 0.0
+        return math.hypot(self.refresh_s / UNIFORM, max(0.0, lag_s - self.lag_s))
 
     def _aliased(self) -> bool:
         """Whether readings repeat after two or three refreshes: then so does the load.

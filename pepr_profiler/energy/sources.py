@@ -73,7 +73,15 @@ class Source(Record):
 
 _RAPL_GAIN = {"intel": 0.03, "other": 0.075, "dram": 0.15}
 _GPU_GAIN, _GPU_OFFSET_W = 0.037, 5.9
-_POWER_LAG_S = {"nvml-power-average": 0.5}  # half of its window of 1 s
+_AVERAGE_LAG_S, _KEPLER_LAG_S = 0.5, 0.14
+_AVERAGED = re.compile(
+    r"\b(RTX ([3-9]0[5-9]0|A\d{3,4}|PRO)|A(2|10[GM]?|16|40)|L(2|4|20|40)S?|G?H(20|100|200|800)"
+    r"|G?B\d{3}|Ada|Orin|Thor)\b"
+)
+"""Boards of Ampere (not GA100), Ada and newer: their PowerUsage is an average over 1 s (nvml.h)."""
+
+_KEPLER = re.compile(r"\b(Tesla K\d|Quadro K\d|GRID K\d|GTX [67]\d\d|GTX TITAN)")
+"""Their readings approach the power exponentially, with time constants of 40 to 220 ms (SC24)."""
 
 UNITS = {"energy": "J", "power": "W"}
 """The quantities that are energy, and the unit that a channel of one has to be in."""
@@ -354,9 +362,16 @@ def _board_source(lane: LaneInfo, indices: Sequence[int]) -> Source:
         label=f"gpu:{labels['index']}  {model}{divided}",
         gain=_GPU_GAIN,
         offset_w=_GPU_OFFSET_W if channel.quantity == "power" else 0.0,
-        lag_s=_POWER_LAG_S.get(channel.source, 0.0),
+        lag_s=_lag_s(channel.source, model),
         instant=instants[0] if instants and channel.quantity == "energy" else -1,
     )
+
+
+def _lag_s(source: str, model: str) -> float:
+    """How far a board's readings trail, if that is known from what it is; 0: it is learnt."""
+    if source == "nvml-power-average" or (source == "nvml-power" and _AVERAGED.search(model)):
+        return _AVERAGE_LAG_S
+    return _KEPLER_LAG_S if source == "nvml-power" and _KEPLER.search(model) else 0.0
 
 
 def _module_source(lane: LaneInfo, index: int) -> Source:

@@ -68,9 +68,13 @@ def budget(
     lag_j = 0.0
     if curve.power_w is not None:
         lag_j = abs(float(np.sum(curve.power_w[ends] - curve.power_w[begins]))) * curve.lag_u_s
-    readings = int(times @ times)
-    if not source.counter:  # each refresh is a reading, of as many seconds
-        readings = seconds * max(curve.refresh_s, 1e-9)  # type: ignore[assignment]
+    quantisation_j = curve.quantum * math.sqrt(float(times @ times) / 12)
+    edges_j = summed(curve.edge_j2, times**2)
+    if not source.counter:  # steady readings are all rounded alike
+        quantisation_j = curve.quantum * seconds / math.sqrt(12)
+        spans_s = (at_ns[ends] - at_ns[begins]) / NS_PER_S
+        short_j2 = curve.short_j2[0] * seconds + curve.short_j2[1] * float(spans_s @ spans_s)
+        edges_j = min(edges_j, abs(part) * math.sqrt(short_j2))
     scale_j = source.gain * device_j * part
     modelled = source.provenance == "modelled"
     return UncertaintyBudget(
@@ -78,13 +82,13 @@ def budget(
         model_j=scale_j if modelled else 0.0,
         offset_j=source.offset_w * seconds * part,
         edges_j=math.hypot(
-            summed(curve.edge_j2, times**2),
+            edges_j,
             abs(part) * math.sqrt(_inside_j2(curve.inside, curve.power_w, times)),
         ),
         duty_j=summed(curve.duty_j2, times),
         gaps_j=summed(curve.gap_j2, times),
         lag_j=abs(part) * lag_j,
-        quantisation_j=abs(part) * curve.quantum * math.sqrt(readings / 12),
+        quantisation_j=abs(part) * quantisation_j,
         aliasing_j=_ALIAS_U * abs(device_j * part) if curve.aliased else 0.0,
     )
 
