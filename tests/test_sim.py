@@ -39,7 +39,7 @@ from sim.nvml import (
 from sim.permissions import obey_permissions, obeying_permissions
 from sim.powercap import RANGE_UJ, BuildTree, Zone, ZoneFault, two_socket_server
 from sim.virtual import SteadySpacing
-from sim.waves import TRAINING_LOAD, Constant, Points, Sine, Square, Step, Wave, recorded
+from sim.waves import TRAINING_LOAD, Constant, Followed, Points, Sine, Square, Step, Wave, recorded
 
 T = TypeVar("T")
 
@@ -184,6 +184,27 @@ def test_waves_that_cannot_be_are_refused() -> None:
 
 
 # NVML
+
+
+@pytest.mark.parametrize("smoothing_s", [0.0, 0.12])
+def test_a_late_sensor_follows_what_is_written_while_it_is_read(
+    smoothing_s: float, nvml_sim: BuildNvml, tmp_path: Path
+) -> None:
+    # given a board that follows steps in a file, one of which is in the future
+    wave = Followed(tmp_path / "steps")
+    wave.follow([(-1e6, 60.0), (4.0, 300.0)])
+    sensor = Sensor(delay_s=0.13, smoothing_s=smoothing_s, counter_delay_s=0.07)
+    gpu = Gpu(wave, sensor=sensor, counted=wave)
+    sim = nvml_sim(Scenario(gpus=(gpu,), epoch_ns=started_ago(3.5)))
+    nvml, truth = Nvml(sim), sim.scenario
+    for _ in range(2):
+        # then it reads what the truth says, also of what was written meanwhile
+        t0, (_, fields), t1 = bracket(lambda: nvml.fields(ENERGY, INSTANT))
+        energy, instant = (field.value for field in fields)
+        assert near(energy, truth.counter_mj(t0), truth.counter_mj(t1), within=1)
+        assert near(instant / 1e3, truth.instant_w(t0), truth.instant_w(t1), within=0.2)
+        wave.follow([(4.4, 100.0)])
+        time.sleep(1.3)
 
 
 @pytest.mark.parametrize("kind", WAVES)

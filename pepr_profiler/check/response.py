@@ -213,7 +213,10 @@ def _period(spacing_s: Floats, gap_s: float) -> Figure:
             mean_s = float(spacing_s[kept].sum()) / total
             scatter_s = float(np.std((spacing_s - times * mean_s)[kept]))
             # Errors of the edges of neighbouring spacings cancel; a wandering clock's do not.
-            u_s = math.hypot(gap_s / math.sqrt(6) / math.sqrt(total), scatter_s / math.sqrt(total))
+            u_s = math.hypot(
+                gap_s / math.sqrt(6) / math.sqrt(total),
+                scatter_s * (1 + 3 / total) / math.sqrt(total),
+            )
             return Figure(mean_s, 2 * max(u_s, 1e-3 * mean_s))
     return Figure(why="its changes follow no clock that the reads could show")
 

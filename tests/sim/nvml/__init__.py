@@ -211,9 +211,14 @@ class Scenario:
             raise ValueError("this board has no energy counter")
         t_s = self.since_epoch_s(t_ns)
         at_s = board.sensor.last_refresh_s(t_s, board.sensor.counter_refresh_s)
+        behind_s = board.sensor.counter_delay_s
         resets_s = [reset_s for reset_s in board.counter_resets_s if reset_s <= at_s]
-        start_s, start_mj = (max(resets_s), 0) if resets_s else (0.0, board.counter_start_mj)
-        true_j = board.wave.energy_j(min(start_s, at_s), max(start_s, at_s))
+        start_s, start_mj = (
+            (max(resets_s) - behind_s, 0) if resets_s else (0.0, board.counter_start_mj)
+        )
+        at_s -= behind_s
+        wave = board.counted or board.wave
+        true_j = wave.energy_j(min(start_s, at_s), max(start_s, at_s))
         span_s = at_s - start_s
         signed_j = true_j if span_s >= 0 else -true_j
         seen_j = board.counter_gain * signed_j + board.counter_offset_w * span_s
@@ -229,8 +234,20 @@ class Scenario:
 
     def _reading_w(self, t_ns: int, gpu: int, window_s: float) -> float:
         board = self.gpus[gpu]
-        at_s = board.sensor.last_refresh_s(self.since_epoch_s(t_ns), board.sensor.refresh_s)
-        return board.gain * mean_w(board.wave, at_s - window_s, at_s) + board.offset_w
+        sensor = board.sensor
+        at_s = sensor.last_refresh_s(self.since_epoch_s(t_ns), sensor.refresh_s) - sensor.delay_s
+        shown_w = mean_w(board.wave, at_s - window_s, at_s)
+        if sensor.smoothing_s:  # means of slices of a hundredth of the time constant
+            slices = [(i * 0.01, (i + 1) * 0.01) for i in range(1200)]
+            parts = [
+                (math.exp(-new) - math.exp(-old))
+                * mean_w(
+                    board.wave, at_s - old * sensor.smoothing_s, at_s - new * sensor.smoothing_s
+                )
+                for new, old in slices
+            ]
+            shown_w = math.fsum(parts)
+        return board.gain * shown_w + board.offset_w
 
 
 @dataclass(frozen=True)
