@@ -152,7 +152,7 @@ class Power(Accumulator):
         self._cumulative[1] *= duty_coefficient(one_w2, two_w2, duty=duty) if self._count else 0.0
         self._cumulative[2] *= max(0.0, self.highest_w - self.lowest_w) ** 2 / 12
         change_w2 = float(self._structure[0]) / max(self._count, 1)
-        window_s = 2 * self.source.lag_s
+        window_s = self._averages_s
         if window_s > self.refresh_s:
             # The ramps that an average makes of fast changes are too flat to show where these were.
             seconds = max((self.knot_ns - self.begin_ns) / NS_PER_S, 1e-9)
@@ -160,7 +160,7 @@ class Power(Accumulator):
             # Of white noise, the change is that of the energy of two refreshes a window apart.
             short_j2 = change_w2 * window_s**2 / (2 * self.refresh_s), 0.0
         else:
-            part = max(1 / 12, duty_coefficient(*self._structure[:2]))
+            part = max(1 / 12, duty_coefficient(one_w2, two_w2, duty=duty))
             alike = self._alike()
             change_w2 *= (1 + alike) / (1 - alike)  # of what the sensor has smoothed
             self._local[1] = np.maximum(self._local[1], part * change_w2 * self.refresh_s**2)
@@ -181,7 +181,8 @@ class Power(Accumulator):
 
     def _lag_u_s(self) -> float:
         """How well it is known how far readings trail."""
-        alike = 0.0 if 2 * self.source.lag_s > self.refresh_s else self._alike()
+        known = self._averages_s > self.refresh_s or (self.source.stated_by and self.source.lag_s)
+        alike = 0.0 if known else self._alike()
         lag_s = -self.refresh_s / math.log(alike) if alike > 0 else 0.0
         return math.hypot(self.refresh_s / UNIFORM, max(0.0, lag_s - self.lag_s))
 

@@ -46,7 +46,7 @@ struct Gpu {
     unsigned index = 0;
     std::string uuid, name;
     Wave power;
-    std::unique_ptr<Wave> module;  // scope 1; none on most boards
+    std::unique_ptr<Wave> module;   // scope 1; none on most boards
     std::unique_ptr<Wave> counted;  // what the counter adds up, if not `power`
     Sensor sensor;
     double counter_start_mj = 0;
