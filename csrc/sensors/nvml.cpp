@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <cmath>
+#include <limits>
 #include <thread>
 
 #include "sensors/nvml_library.h"
@@ -72,6 +74,8 @@ enum : std::size_t {
 // (docs/measurement, B). So what says nothing about energy (utilisation, memory, the power of a
 // board with a counter) is read no more often than this, and keeps its value in between.
 constexpr std::int64_t kGaugesNs = 200'000'000;
+// A counter that has not changed for longer is dead (pynvml 54, DCGM 171).
+constexpr std::int64_t kSilentNs = 1'000'000'000;
 
 nvmlFieldValue_t request(const Reading& reading) noexcept {
     nvmlFieldValue_t field{};
@@ -98,8 +102,11 @@ public:
         if (all) gauges_due_ns_ = t_ns + gauges_ns_;
         double* values = values_.data();
         for (Gpu& gpu : gpus_) {
-            const std::size_t calls = all ? gpu.calls.size() : gpu.watched_calls;
-            const std::size_t fields = all ? gpu.fields.size() : gpu.watched_fields;
+            // Where the counter is dead, energy is the integral of the power.
+            const bool all_of_gpu = all || t_ns - gpu.counted_ns > kSilentNs;
+            const std::size_t calls = all_of_gpu ? gpu.calls.size() : gpu.watched_calls;
+            const std::size_t fields = all_of_gpu ? gpu.fields.size() : gpu.watched_fields;
+            const double* const first = values;
             for (std::size_t i = 0; i < calls; ++i) ask(*gpu.calls[i], gpu.device, values[i]);
             values += gpu.calls.size();
             const nvmlReturn_t code =
@@ -109,6 +116,10 @@ public:
             for (std::size_t i = 0; i < fields; ++i)
                 values[i] = code == NVML_SUCCESS ? field_value(gpu.fields[i]) : kUnknown;
             values += gpu.fields.size();
+            if (gpu.counter < 0) continue;
+            const double counted = first[gpu.counter];
+            if (counted > gpu.counted || counted < gpu.counted) gpu.counted_ns = t_ns;
+            if (!std::isnan(counted)) gpu.counted = counted;
         }
         std::copy(values_.begin(), values_.end(), out);
     }
@@ -122,6 +133,9 @@ private:
         std::vector<const Reading*> calls;
         std::vector<nvmlFieldValue_t> fields;
         std::size_t watched_calls = 0, watched_fields = 0;
+        std::ptrdiff_t counter = -1;  // its place among them
+        double counted = 0.0;
+        std::int64_t counted_ns = std::numeric_limits<std::int64_t>::max();  // when it last changed
     };
 
     void note(const std::string& what, nvmlReturn_t code) {
@@ -178,7 +192,11 @@ private:
                 note(std::string(reading.name) + " of GPU " + gpu.labels["index"], gpu.answers[i]);
             if (!has(i) || (i == kPowerCall && fields) || (i == kEnergyField && has(kEnergyCall)))
                 continue;
-            const bool watched = reading.counter || (i != kUtilisation && i != kMemory && !counted);
+            // A module's counter does not say what its GPU took.
+            const bool of_gpu = i == kPowerCall || i == kInstant || i == kAverage;
+            const bool watched = reading.counter ||
+                                 (!counted && i != kUtilisation && i != kMemory) ||
+                                 (module && of_gpu);
             if (reading.call == Call::kField) {
                 gpu.fields.push_back(request(reading));
                 if (watched) gpu.watched_fields = gpu.fields.size();
@@ -187,12 +205,15 @@ private:
                 if (watched) gpu.watched_calls = gpu.calls.size();
             }
             auto labels = gpu.labels;
-            const bool of_gpu =
-                i == kPowerCall || i == kInstant || i == kAverage || (reading.counter && !module);
-            if (of_gpu && !limit_w.empty()) labels["limit_w"] = limit_w;
+            if ((of_gpu || (reading.counter && !module)) && !limit_w.empty())
+                labels["limit_w"] = limit_w;
             channels_.push_back({gpu.labels["uuid"] + "/" + reading.name, reading.quantity,
                                  reading.unit, reading.scale, 0.0, reading.counter, reading.source,
                                  std::move(labels)});
+        }
+        if (has(kEnergyCall) || has(kEnergyField)) {
+            gpu.counter = has(kEnergyCall) ? 0 : static_cast<std::ptrdiff_t>(gpu.calls.size());
+            gpu.counted_ns = now_ns();
         }
         if (!fields && !counted && !has(kPowerCall))
             notes_.push_back({"energy of GPU " + gpu.labels["index"] + ", " + gpu.labels["model"],

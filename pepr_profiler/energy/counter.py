@@ -58,6 +58,9 @@ that may be chance, and the usual change counts as much."""
 _FROM_MEAN_SQUARE = 6.0
 """x·(1 - x) is 1/6 in the mean over an interval."""
 
+_QUIET_S, _QUIET_REFRESHES = 1.0, 10
+"""A counter that has not changed for longer may be dead; other sensors of the device show it."""
+
 _U_STEP, _U_PARABOLA = 0.1, 0.05
 """Standard uncertainties of a reconstruction, in W per W of what may be wrong with it (fitted to
 simulated loads, docs/measurement, F; benchmarks/accuracy checks them)."""
@@ -359,12 +362,14 @@ class Counter(Accumulator):
     _unseen_s: float = 0.0  # so old a change may be when it is read, if refreshes are not seen
     _check: SelfCheck | None = None
     _instants: Instants | None = None
+    _quiet: list[tuple[int, int]] = field(default_factory=list)
     _recent: list[tuple[float, float]] = field(default_factory=list)  # (J, s)
 
     def feed(self, t_ns: Ints, values: Floats, batch: Batch) -> None:
         if self.source.instant >= 0:
             self._instants = self._instants or Instants()
             watts = batch.values[self.source.instant] * self.source.scale
+            watts = np.where(watts <= self.source.limit_w, watts, math.nan)
             self._instants.feed(t_ns.astype(np.float64), watts)
         super().feed(t_ns, values, batch)
 
@@ -399,6 +404,9 @@ class Counter(Accumulator):
         self._last = float(changes.values[-1])
         span_s = np.maximum(np.diff(refreshed_ns, prepend=last_ns) / NS_PER_S, 1e-9)
         self.longest_stall_s = max(self.longest_stall_s, float(np.max(span_s)))
+        for i in np.flatnonzero(span_s > self._quiet_s):
+            until_ns = float(refreshed_ns[i])
+            self._quiet.append((int(until_ns - span_s[i] * NS_PER_S), int(until_ns)))
         few = zip(step_j[-_LAST_CHANGES:].tolist(), span_s[-_LAST_CHANGES:].tolist(), strict=True)
         self._recent = [*self._recent, *few][-_LAST_CHANGES:]
         # Rows were left out of these because a line was close enough (csrc/recording/thin.h).
@@ -435,6 +443,10 @@ class Counter(Accumulator):
         self._thinned, self._knot_u_s = self._thinned[passed:], self._knot_u_s[passed:]
         self._bridges_j2 = self._bridges_j2[passed:]
         self._emitted -= passed
+
+    @property
+    def _quiet_s(self) -> float:
+        return max(_QUIET_S, _QUIET_REFRESHES * self.refresh_s)
 
     @property
     def counted(self) -> CounterReadings:
@@ -513,6 +525,7 @@ class Counter(Accumulator):
             mean_w, last_w = sum(joules) / sum(seconds), joules[-1] / seconds[-1]
             noise_w = _NOISE * mean_w * self.jitter_s / seconds[-1]
             self.last_w = mean_w if abs(last_w - mean_w) <= noise_w else last_w
+        changed_ns = int(self.knot_ns)
         still_s = max(0.0, (self.last_ns - self.knot_ns) / NS_PER_S)
         self.longest_stall_s = max(self.longest_stall_s, still_s)
         self.extend(min(self.refresh_s, still_s))
@@ -523,6 +536,9 @@ class Counter(Accumulator):
             wraps=self.counted.wraps,
             resets=self.counted.resets,
             longest_stall_s=self.longest_stall_s,
+            quiet_ns=tuple(self._quiet),
+            quiet_s=self._quiet_s,
+            changed_ns=changed_ns,
             # Reads trail their refreshes by as much as they vary in it.
             lag_u_s=max(self.jitter_s, self._unseen_s / math.sqrt(3)),
         )

@@ -69,7 +69,10 @@ class EnergyCurve(Record):
 
     The edges of a window of t s add no more than a·t + b·t² J² to its variance, `short_j2` being
     (a, b). Of a counter, `inside` says where in its intervals the instants lie, and `edge_j2` is
-    only for those beyond the last refresh.
+    only for those beyond the last refresh. `quiet_ns` are the spans between two of its changes that
+    are longer than `quiet_s`, and `changed_ns` is its last change. `instead_of` names the source
+    that did not answer for `instead_s`, in which this is another sensor's energy. `only_zero` says
+    that 0 was all it read.
     """
 
     source: Source
@@ -93,6 +96,12 @@ class EnergyCurve(Record):
     gaps_ns: tuple[tuple[int, int], ...] = ()
     inside: Inside | None = None
     short_j2: tuple[float, float] = (math.inf, math.inf)
+    quiet_ns: tuple[tuple[int, int], ...] = ()
+    quiet_s: float = math.inf
+    changed_ns: int = -1
+    instead_of: str = ""
+    instead_s: float = 0.0
+    only_zero: bool = False
 
 
 class Inside(Record):
@@ -149,6 +158,7 @@ class Accumulator:
     first_ns: int = -1
     last_ns: int = -1
     unknown: int = 0
+    zeros: int = 0
     longest_gap_s: float = 0.0
     refresh_s: float = 0.0
     jitter_s: float = 0.0  # standard uncertainty of the time of a knot
@@ -208,6 +218,7 @@ class Accumulator:
         """Takes in a batch's readings of this source, and when they were read."""
         known = np.isfinite(values)
         if self.source.zero_is_unknown:
+            self.zeros += int(np.count_nonzero(values == 0))
             known &= values > 0
         skipped = np.zeros(len(t_ns)) if batch.skipped is None else batch.skipped
         # Rows that were left out were known or not as the row behind them.
@@ -444,6 +455,7 @@ class Accumulator:
             refresh_s=self.refresh_s,
             unknown=self.unknown,
             impossible=self.readings.impossible,
+            only_zero=self.first_ns < 0 and self.zeros > 0,
             longest_gap_s=self.longest_gap_s,
             power_w=self._local[0],
             edge_j2=self._local[1],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Set
 from typing import Any
 
 from pepr_profiler._core import MAX_PLAUSIBLE_W
@@ -15,13 +15,14 @@ from pepr_profiler.trace.lane import Channel, LaneInfo
 class Source(Record):
     """Where the energy of one component was read, and how far to trust it; not the numbers.
 
-    `id` names the component, `lane` and `channel` the readings. `excluded` says why it is not in
-    the total. `gain` (relative) and `offset_w` are standard uncertainties, fixed for a device
-    (docs/measurement: SC24 for GPU boards, judgement for RAPL). `lag_s` is how far its readings
-    trail the truth. `limit_w` is more power than the device can draw. `instant` is the channel of
-    a counter's lane that has the same board's instant power, in the same unit per second; -1: none.
-    `refresh_s` and `window_s` are its refresh period and averaging window by the hardware file
-    `stated_by`; 0 without one.
+    `id` names the component, `lane` and `channel` the readings. `scope` is what it covers, one of
+    SCOPES, and `covers` the kinds of components in it. `excluded` says why it is not in the total,
+    `repeats` which component it measures again. `gain` (relative) and `offset_w` are standard
+    uncertainties, fixed for a device (docs/measurement: SC24 for GPU boards, judgement for RAPL).
+    `lag_s` is how far its readings trail the truth. `limit_w` is more power than the device can
+    draw. `instant` is the channel of a counter's lane that has the instant power of what it covers,
+    in the same unit per second; -1: none. `refresh_s` and `window_s` are its refresh period and
+    averaging window by the hardware file `stated_by`; 0 without one.
     """
 
     id: str
@@ -45,6 +46,9 @@ class Source(Record):
     refresh_s: float = 0.0
     window_s: float = 0.0
     stated_by: str = ""
+    scope: str = "device"
+    covers: tuple[str, ...] = ()
+    repeats: str = ""
 
     def not_counted(self, reason: str) -> Source:
         """The same source, out of the total."""
@@ -89,13 +93,32 @@ UNITS = {"energy": "J", "power": "W"}
 KINDS = ("gpu", "cpu", "dram", "other")
 """What a component may be; a sensor that calls it anything else measures an `other` one."""
 
-_GPU_POWER = ("nvml-power-average", "nvml-power", "nvml-power-instant")
-_GPU_SOURCES = ("nvml-energy", *_GPU_POWER)
+GPU_POWER = ("nvml-power-average", "nvml-power", "nvml-power-instant")
+MODULE_POWER = ("nvml-module-average", "nvml-module-instant")
+_GPU_SOURCES = ("nvml-energy", *GPU_POWER)
 """What NVML says of a board's energy, best first: the counter; then the average, which sees the
 whole run; then the instant."""
 
 
-def find_sources(lanes: Iterable[LaneInfo], *, cpu_vendor: str = "") -> list[Source]:
+SCOPES = ("device", "inside", "rail", "processor", "module", "platform", "node")
+"""What a source covers: one device; a part of one; something unknown on a board; a GPU with its CPU
+and memory; a processor and what is around it (psys); the whole machine. Of scopes that overlap,
+the narrower ones are in the total if together they measure all that the wider one does."""
+
+_SOCKET = ("cpu", "dram")
+_COVERS = {"module": ("gpu", *_SOCKET), "platform": _SOCKET, "node": KINDS}
+
+Place = tuple[str, int]
+"""A lane and a channel of it."""
+
+
+def find_sources(
+    lanes: Iterable[LaneInfo],
+    *,
+    cpu_vendor: str = "",
+    silent: Set[Place] = frozenset(),
+    plain: Set[str] = frozenset(),
+) -> list[Source]:
     """The energy sources of a recording; of each device the best one, and what adds up marked.
 
     RAPL's core and uncore lie inside package, psys contains it, and an mmio zone repeats the MSR's:
@@ -103,7 +126,11 @@ def find_sources(lanes: Iterable[LaneInfo], *, cpu_vendor: str = "") -> list[Sou
     contains its GPU. What two lanes both measure (perf, powercap and amd_energy read the same
     registers) counts once. A channel of a driver that is not known here says what it is in its
     labels.
+
+    `silent` channels gave nothing, so that they are preferred to no other one. `plain` are the
+    UUIDs of GPUs whose counter is known to be the GPU's own, although they are on a module.
     """
+    lanes = list(lanes)
     sources: list[Source] = []
     for lane in lanes:
         boards: dict[str, list[int]] = {}
@@ -114,8 +141,10 @@ def find_sources(lanes: Iterable[LaneInfo], *, cpu_vendor: str = "") -> list[Sou
                 boards.setdefault(channel.labels["uuid"], []).append(index)
             else:
                 sources.append(_source_of(lane, index, cpu_vendor))
-        sources.extend(_board_source(lane, indices) for indices in boards.values())
-    return _without_repeats(sources)
+        for uuid, indices in boards.items():
+            sources += _board_sources(lane, indices, silent, module=uuid not in plain)
+    found = _without_repeats(_numbered_processors(sources), silent)
+    return _without_overlaps(found, silent)
 
 
 def find_cross_sources(lanes: Iterable[LaneInfo], sources: Iterable[Source]) -> list[Source]:
@@ -127,15 +156,17 @@ def find_cross_sources(lanes: Iterable[LaneInfo], sources: Iterable[Source]) -> 
         counter = lane.channels[source.channel]
         if not (source.counter and source.in_total and _is_board(counter)):
             continue
+        of_scope = MODULE_POWER if source.scope == "module" else GPU_POWER
         powers = [
             index
             for index, channel in enumerate(lane.channels)
-            if channel.source in _GPU_POWER
-            and _is_board(channel)
-            and channel.labels["uuid"] == counter.labels["uuid"]
+            if channel.source in of_scope
+            and UNITS.get(channel.quantity) == channel.unit
+            and channel.labels.get("uuid") == counter.labels["uuid"]
         ]
         if powers:
-            power = _board_source(lane, powers)
+            best = min(powers, key=lambda i: of_scope.index(lane.channels[i].source))
+            power = _board_source(lane, best, ident=source.id)
             found.append(power.not_counted(f"checks {source.source}"))
     return found
 
@@ -156,7 +187,16 @@ def _source_of(lane: LaneInfo, index: int, cpu_vendor: str) -> Source:
     return _labelled_source(lane, index)
 
 
-def _make(lane: LaneInfo, index: int, *, excluded: str = "", **facts: object) -> Source:
+def _make(
+    lane: LaneInfo,
+    index: int,
+    *,
+    kind: str,
+    scope: str = "device",
+    covers: tuple[str, ...] | None = None,
+    excluded: str = "",
+    **facts: object,
+) -> Source:
     channel = lane.channels[index]
     return Source(
         lane=lane.name,
@@ -168,7 +208,11 @@ def _make(lane: LaneInfo, index: int, *, excluded: str = "", **facts: object) ->
         period_s=lane.period_ns * 1e-9,
         in_total=not excluded,
         excluded=excluded,
-        **{"limit_w": _limit_w(channel, str(facts["kind"])), **facts},  # type: ignore[arg-type]
+        limit_w=_limit_w(channel, kind),
+        kind=kind,
+        covers=_COVERS.get(scope, (kind,)) if covers is None else covers,
+        scope=scope,
+        **facts,  # type: ignore[arg-type]
     )
 
 
@@ -207,6 +251,7 @@ def _labelled_source(lane: LaneInfo, index: int) -> Source:
         label=channel.labels.get("label", channel.name),
         excluded=channel.labels.get("excluded", ""),
         gain=stated_gain(channel) or 0.0,
+        scope=scope if (scope := channel.labels.get("scope", "")) in SCOPES else "device",
     )
 
 
@@ -238,15 +283,16 @@ def _rapl_source(lane: LaneInfo, index: int, domain: tuple[str, str], cpu_vendor
     path = f"{parent}/{name}" if parent else name
     zone = lane.channels[index].labels.get("zone", "")
     vendor = "intel" if cpu_vendor == "GenuineIntel" else "other"
-    kind, gain, excluded = "cpu", _RAPL_GAIN[vendor], ""
+    kind, gain, excluded, scope = "cpu", _RAPL_GAIN[vendor], "", "device"
     if name == "dram":
         kind, gain = "dram", _RAPL_GAIN["dram"]
     ident = path
     if zone.startswith("intel-rapl-mmio"):
         ident, excluded = f"{path}@{zone}", f"repeats {path}"
     elif name == "psys":
-        kind, excluded = "other", "contains the packages"
+        kind, scope = "other", "platform"
     elif name != "dram" and not _PACKAGE.match(name):
+        scope = "inside"
         excluded = f"inside {parent}" if parent else "not a package or dram domain"
     return _make(
         lane,
@@ -256,6 +302,7 @@ def _rapl_source(lane: LaneInfo, index: int, domain: tuple[str, str], cpu_vendor
         label=path,
         excluded=excluded,
         gain=gain,
+        scope=scope,
     )
 
 
@@ -278,7 +325,10 @@ def _perf_domain(lane: LaneInfo, channel: Channel) -> tuple[str, str]:
 # --- chips of hwmon -------------------------------------------------------------------------------
 
 _AMD_SOCKET = re.compile(r"Esocket(\d+)$")
-_GRACE_SOCKET = re.compile(r"Grace Power Socket (\d+)$")
+_GRACE_METER = re.compile(r"(Grace|CPU|SysIO|Module) Power Socket (\d+)$")
+"""Meters of NVIDIA's Grace (its performance tuning guide, Power and Thermals): a socket with its
+memory and regulators; the rails of its CPU and of the rest of the chip, which lie in it; a Grace
+Hopper module with all of that and its GPU."""
 _JETSON_RAIL = re.compile(r"(?:VDD_)?((?:CPU|GPU|SOC|CV)(?:_(?:CPU|GPU|SOC|CV))*)$")
 """Rails that lie beside each other; VDD_IN and VIN_SYS feed them."""
 
@@ -288,13 +338,15 @@ def _hwmon_source(lane: LaneInfo, index: int) -> Source:
     labels = lane.channels[index].labels
     chip, label, device = labels["chip"], labels["label"], labels["device"]
     name = f"{chip}@{device} {label or labels['input']}"
-    socket = _AMD_SOCKET.match(label) if chip == "amd_energy" else _GRACE_SOCKET.match(label)
+    socket = _AMD_SOCKET.match(label) if chip == "amd_energy" else None
     facts: dict[str, Any] = {"id": f"other:{name}", "kind": "other", "label": name}
-    if socket:
+    if grace := _GRACE_METER.match(label):
+        facts |= _grace_facts(*grace.groups())
+    elif socket:
         facts = {"id": f"cpu:package-{socket[1]}", "kind": "cpu", "label": f"package-{socket[1]}"}
         facts["gain"] = _RAPL_GAIN["other"]
     elif labels.get("part_of") == "processor":  # one with an integrated GPU has one socket
-        facts = {"id": "cpu:package-0", "kind": "cpu", "label": "package-0"}
+        facts = {"id": f"cpu:{device}", "kind": "cpu", "label": "package-0", "scope": "processor"}
         facts["gain"] = _RAPL_GAIN["other"]
     elif chip == "ina3221" and (rail := _JETSON_RAIL.match(label)):
         kind = next((k for k in ("cpu", "gpu") if k.upper() in rail[1]), "other")
@@ -307,8 +359,9 @@ def _hwmon_source(lane: LaneInfo, index: int) -> Source:
     elif chip.startswith("i915_gt"):
         facts["excluded"] = "a tile inside its GPU"
     elif chip == "amd_energy":
-        facts["excluded"] = "inside its socket"
+        facts |= {"excluded": "inside its socket", "scope": "inside"}
     else:
+        facts["scope"] = "rail"
         facts["excluded"] = "a supply or a rail: it may feed other components"
     return _make(lane, index, **facts)
 
@@ -338,6 +391,34 @@ def _intel_gpu(lane: LaneInfo, index: int) -> dict[str, Any]:
     return facts | {"label": f"gpu  Intel {device}, without its board"}
 
 
+def _grace_facts(of: str, socket: str) -> dict[str, Any]:
+    if of == "Module":
+        return {"scope": "module"}
+    part = "" if of == "Grace" else f"/{of.lower()}"
+    covers: dict[str, tuple[str, ...]] = {"Grace": _SOCKET, "CPU": ("cpu",), "SysIO": ()}
+    label = f"package-{socket}{part}"
+    gain = _RAPL_GAIN["other"]
+    return {"id": f"cpu:{label}", "kind": "cpu", "label": label, "covers": covers[of], "gain": gain}
+
+
+def _numbered_processors(sources: Iterable[Source]) -> list[Source]:
+    """Gives processors with a GPU inside their sockets' numbers, in the order of the PCI bus.
+
+    A desktop has one; a board of AMD's MI300A has four. RAPL's packages repeat them.
+    """
+    sources = list(sources)
+    devices = sorted({source.id for source in sources if source.scope == "processor"})
+    numbers = {ident: f"package-{n}" for n, ident in enumerate(devices)}
+    return [
+        source
+        if source.scope != "processor"
+        else source._replace(
+            id=f"cpu:{numbers[source.id]}", label=numbers[source.id], scope="device"
+        )
+        for source in sources
+    ]
+
+
 # --- boards of NVIDIA -----------------------------------------------------------------------------
 
 
@@ -346,36 +427,73 @@ def _is_board(channel: Channel) -> bool:
     return channel.source in _GPU_SOURCES and channel.labels.keys() >= {"uuid", "index", "model"}
 
 
-def _board_source(lane: LaneInfo, indices: Sequence[int]) -> Source:
-    """The best of a board's channels."""
-    best = min(indices, key=lambda i: _GPU_SOURCES.index(lane.channels[i].source))
-    channel = lane.channels[best]
+def _board_sources(
+    lane: LaneInfo, indices: Iterable[int], silent: Set[Place], *, module: bool
+) -> list[Source]:
+    """The best of a board's channels; of a GPU on a module also the counter, which is the module's.
+
+    On a Grace Hopper, NVML's energy counter covers the CPU and its memory too (zeus 172). Whether a
+    board is a module shows in that its module's power can be read: a DGX Spark, which is none, has
+    the scope of the GPU only (zeus 242).
+    """
+    order = sorted(indices, key=lambda i: _GPU_SOURCES.index(lane.channels[i].source))
+    answering = [i for i in order if (lane.name, i) not in silent] or order
+    uuid = lane.channels[order[0]].labels["uuid"]
+    on_module = module and any(
+        channel.source in MODULE_POWER and channel.labels.get("uuid") == uuid
+        for channel in lane.channels
+    )
+    if not on_module or not lane.channels[order[0]].counter:
+        return [_board_source(lane, answering[0])]
+    counter = _board_source(lane, order[0], scope="module")
+    powers = [i for i in answering if not lane.channels[i].counter]
+    if not powers:
+        return [counter]
+    counter = counter._replace(id=f"other:{uuid}/module", kind="other")
+    return [_board_source(lane, powers[0]), counter._replace(label=f"module of {counter.label}")]
+
+
+def _board_source(lane: LaneInfo, index: int, *, ident: str = "", **facts: Any) -> Source:
+    """One of a board's channels."""
+    channel = lane.channels[index]
     labels = channel.labels
     model = labels["model"].removeprefix("NVIDIA ").removeprefix("GeForce ")
     divided = ", MIG: whole board" if labels.get("mig") == "on" else ""
-    instants = [i for i in indices if lane.channels[i].source == "nvml-power-instant"]
     return _make(
         lane,
-        best,
-        id=f"gpu:{labels['uuid']}",
+        index,
+        id=ident or f"gpu:{labels['uuid']}",
         kind="gpu",
         label=f"gpu:{labels['index']}  {model}{divided}",
         gain=_GPU_GAIN,
         offset_w=_GPU_OFFSET_W if channel.quantity == "power" else 0.0,
         lag_s=_lag_s(channel.source, model),
-        instant=instants[0] if instants and channel.quantity == "energy" else -1,
+        instant=_instant_power(lane, labels["uuid"], facts.get("scope", ""))
+        if channel.quantity == "energy"
+        else -1,
+        **facts,
     )
 
 
 def _lag_s(source: str, model: str) -> float:
     """How far a board's readings trail, if that is known from what it is; 0: it is learnt."""
-    if source == "nvml-power-average" or (source == "nvml-power" and _AVERAGED.search(model)):
+    averages = source in ("nvml-power-average", "nvml-module-average")
+    if averages or (source == "nvml-power" and _AVERAGED.search(model)):
         return _AVERAGE_LAG_S
     return _KEPLER_LAG_S if source == "nvml-power" and _KEPLER.search(model) else 0.0
 
 
+def _instant_power(lane: LaneInfo, uuid: str, scope: str) -> int:
+    """The channel of the instant power of a board, or of the module that it is on; -1: none."""
+    wanted = "nvml-module-instant" if scope == "module" else "nvml-power-instant"
+    for index, channel in enumerate(lane.channels):
+        if channel.source == wanted and channel.labels.get("uuid") == uuid:
+            return index
+    return -1
+
+
 def _module_source(lane: LaneInfo, index: int) -> Source:
-    """A Grace Hopper module: its GPU has a sensor of its own, its CPU one in hwmon."""
+    """The power of a Grace Hopper module."""
     channel = lane.channels[index]
     window = channel.source.removeprefix("nvml-module-")
     return _make(
@@ -385,6 +503,10 @@ def _module_source(lane: LaneInfo, index: int) -> Source:
         kind="other",
         label=f"module of gpu:{channel.labels['index']} ({window})",
         excluded="contains the GPU",
+        scope="module",
+        gain=_GPU_GAIN,
+        offset_w=_GPU_OFFSET_W,
+        lag_s=_lag_s(channel.source, ""),
     )
 
 
@@ -398,15 +520,15 @@ def package_of(ident: str) -> str:
     return _DIE.sub("", ident)
 
 
-def _without_repeats(sources: list[Source]) -> list[Source]:
+def _without_repeats(sources: list[Source], silent: Set[Place]) -> list[Source]:
     """Makes ids unique: of a component that two lanes measure, the first source is counted.
 
-    A package and its dies are the same component too (kernels differ in what AMD's counters are
-    of); the dies of a package add up.
+    One that gave something comes before one that is silent. A package and its dies are the same
+    component too (kernels differ in what AMD's counters are of); the dies of a package add up.
     """
     seen: dict[str, Source] = {}
     packages: dict[str, Source] = {}
-    for source in sources:
+    for source in sorted(sources, key=lambda source: _place(source) in silent):
         first = seen.get(source.id)
         if first is None and source.in_total:
             whole = package_of(source.id)
@@ -418,5 +540,98 @@ def _without_repeats(sources: list[Source]) -> list[Source]:
             continue
         excluded = source.excluded or f"repeats {first.label} of {first.lane}"
         ident = f"{source.id}@{source.lane}.{source.channel}"
-        seen[ident] = source._replace(id=ident).not_counted(excluded)
-    return list(seen.values())
+        repeats = first.id if source.id == first.id and not source.excluded else ""
+        seen[ident] = source._replace(id=ident, repeats=repeats).not_counted(excluded)
+    places = {_place(source): n for n, source in enumerate(sources)}
+    return sorted(seen.values(), key=lambda source: places[_place(source)])
+
+
+def _place(source: Source) -> Place:
+    return source.lane, source.channel
+
+
+def _without_overlaps(sources: list[Source], silent: Set[Place]) -> list[Source]:
+    """Of sources that overlap, counts the narrower ones if they add up to the wider one, else that.
+
+    A module is its GPU and its CPU with the memory; what psys covers beside the packages depends on
+    the machine, and a node is all that is in it.
+    """
+    overlap = _Overlap(sources, silent)
+    overlap.settle_rails()
+    overlap.settle_nvml_modules()
+    overlap.settle_wider()
+    return list(overlap.found.values())
+
+
+class _Overlap:
+    """Sources by place, while those that overlap others are taken out of the total."""
+
+    def __init__(self, sources: Iterable[Source], silent: Set[Place]) -> None:
+        self.found = {_place(source): source for source in sources}
+        self._silent = silent
+
+    def settle_rails(self) -> None:
+        """The rails of a socket whose own meter is counted."""
+        cpus = self._counted("cpu")
+        sockets = {source.label for source in cpus if source.covers == _SOCKET}
+        self._leave_out(
+            (s for s in cpus if "/" in s.label and s.label.partition("/")[0] in sockets),
+            "inside its socket",
+        )
+
+    def settle_nvml_modules(self) -> None:
+        """Modules that NVML measures, with the power of their GPU beside it or without."""
+        cpu_is_known = any(source.scope == "device" for source in self._counted("cpu"))
+        modules = [s for s in self._of_scope("module") if s.source.startswith("nvml")]
+        for module in modules:
+            gpu_id = "gpu:" + module.id.removeprefix("other:").partition("/")[0]
+            gpu = next((source for source in self.found.values() if source.id == gpu_id), None)
+            if gpu is None:
+                continue  # nothing measures the GPU alone
+            if cpu_is_known or not self._answers(module):
+                self._leave_out([module], "contains the GPU and its CPU")
+                continue
+            self._leave_out([gpu._replace(id=f"{gpu_id}/gpu")], "inside its module")
+            label = f"{gpu.label}, whole module"
+            self.found[_place(module)] = module._replace(id=gpu_id, kind="gpu", label=label)
+        still = [module for module in self._of_scope("module") if self._answers(module)]
+        if any(module.source.startswith("nvml") for module in still):
+            self._leave_out(self._counted("cpu", "dram"), "inside the module")
+
+    def settle_wider(self) -> None:
+        """Modules, platforms and nodes that others measure."""
+        for scope, contains, excluded in (
+            ("module", ("gpu",), "contains the GPU and its CPU"),
+            ("platform", ("cpu", "gpu"), "contains the packages"),
+            ("node", (), "contains what else is measured"),
+        ):
+            wider = [s for s in self._of_scope(scope) if not s.source.startswith("nvml")]
+            parts = [s for s in self._counted() if s not in wider]
+            known = [s for s in parts if not contains or s.kind in contains or s.scope != "device"]
+            for source in wider:
+                if known or not self._answers(source):
+                    self._leave_out([source], excluded)
+                else:
+                    self._leave_out(parts, f"inside the {scope}")
+                    kind = "cpu" if scope == "platform" else source.kind
+                    self.found[_place(source)] = source._replace(kind=kind)
+
+    # --- parts ---
+
+    def _answers(self, source: Source) -> bool:
+        return _place(source) not in self._silent
+
+    def _of_scope(self, scope: str) -> list[Source]:
+        return [s for s in self.found.values() if s.scope == scope and s.in_total]
+
+    def _counted(self, *kinds: str) -> list[Source]:
+        """What is in the total and has been measured; of these kinds, if any are given."""
+        return [
+            source
+            for source in self.found.values()
+            if source.in_total and self._answers(source) and (not kinds or source.kind in kinds)
+        ]
+
+    def _leave_out(self, sources: Iterable[Source], reason: str) -> None:
+        for source in list(sources):
+            self.found[_place(source)] = source.not_counted(reason)

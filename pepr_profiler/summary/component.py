@@ -143,6 +143,11 @@ class ComponentResult(Record):
         result["impossible_readings"] = self.curve.impossible
         if source.stated_by:
             result["stated_by"] = source.stated_by
+        if self.curve.instead_of:
+            result["fallback"] = {
+                "instead_of": self.curve.instead_of,
+                "seconds": self.curve.instead_s,
+            }
         figures = self._figures(grid, duration_s) if self.is_known else dict.fromkeys(_FIGURES)
         return {**result, **figures}
 

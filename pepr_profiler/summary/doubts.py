@@ -129,6 +129,8 @@ def doubtful_readings(
                 + ("; the readings around them bridge them" if component.is_known else ""),
                 "see dmesg for its driver; if the device can draw more, please report it",
             )
+        if not component.is_known and curve.only_zero:
+            continue  # the device is off: its power reads 0 too
         if not component.is_known:
             yield warning(
                 "unknown",
@@ -137,10 +139,25 @@ def doubtful_readings(
             )
             continue
         duration_s = (end_ns - begin_ns) * 1e-9
+        if curve.instead_of:
+            yield _fallback(curve, duration_s)
         yield from _doubtful_power(component, duration_s)
         if source.counter:
             yield from _doubtful_counter(curve, duration_s)
         yield from _missing_time(curve, begin_ns, end_ns, lost_rows=lost_rows)
+
+
+def _fallback(curve: EnergyCurve, duration_s: float) -> dict[str, str]:
+    """That another source was used than the one that is preferred."""
+    part = curve.instead_s / duration_s if duration_s > 0 else 1.0
+    when = "" if part > 0.99 else f" for {curve.instead_s:.1f} s"
+    used = curve.source.source.rpartition("+")[2]
+    return warning(
+        "fallback",
+        f"{curve.source.id}: {curve.instead_of} did not answer or stood still{when}; "
+        f"{used} is used for that time",
+        "see dmesg for its driver, or restart it (NVIDIA: sudo nvidia-smi --gpu-reset)",
+    )
 
 
 def _doubtful_power(component: ComponentResult, duration_s: float) -> Iterator[dict[str, str]]:
@@ -199,7 +216,9 @@ def _doubtful_counter(curve: EnergyCurve, duration_s: float) -> Iterator[dict[st
             "unseen; its energy may be a multiple of its range too low",
             "keep the profiler from being stopped, or sample more often (--period)",
         )
-    if curve.longest_stall_s > max(_STALL_S, _STALL_REFRESHES * curve.refresh_s):
+    if not curve.instead_of and curve.longest_stall_s > max(
+        _STALL_S, _STALL_REFRESHES * curve.refresh_s
+    ):
         yield warning(
             "stalled",
             f"{name} stood still for {curve.longest_stall_s:.1f} s while it was read",

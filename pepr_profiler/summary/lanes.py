@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
 from pepr_profiler.energy.activity import Activity, read_activity
 from pepr_profiler.energy.curve import EnergyCurve
+from pepr_profiler.energy.fallback import (
+    answers,
+    counters_of_gpus,
+    replacements,
+    silent_places,
+    with_fallback,
+)
 from pepr_profiler.energy.gpu_users import GpuUsers, read_gpu_users
 from pepr_profiler.energy.hardware import read_hardware, with_known
 from pepr_profiler.energy.integrate import integrate
 from pepr_profiler.energy.modelled import RamModel, cpu_model, modelled_curves
-from pepr_profiler.energy.sources import find_cross_sources, find_sources
+from pepr_profiler.energy.sources import Place, Source, find_cross_sources, find_sources
 from pepr_profiler.energy.uncertainty import CrossCheck, cross_check
 from pepr_profiler.record import Ints, Record
 from pepr_profiler.sensors.machine import CpuIdentity
@@ -22,6 +29,10 @@ from pepr_profiler.trace.lane import Batch, LaneInfo, LaneReader, joined
 
 _BUSY = 0.05
 """At a higher utilisation of a GPU, someone computes on it."""
+
+
+_TRIES = 4
+"""A device has a counter, and power as an average and as an instant."""
 
 
 class Readings(Record):
@@ -61,12 +72,7 @@ def read_all(
     `facts` is run.json's `recording`, `notes` say whose processes were seen.
     """
     cpu = CpuIdentity(**facts["cpu"])
-    lanes = [reader.lane for reader in readers.values()]
-    known = read_hardware()
-    sources = with_known(find_sources(lanes, cpu_vendor=cpu.vendor or ""), lanes, known)
-    cross_sources = with_known(find_cross_sources(lanes, sources), lanes, known)
-    curves: list[EnergyCurve] = []
-    checks: dict[str, CrossCheck] = {}
+    energy = _EnergyReader(readers, cpu.vendor or "", at_ns)
     activity = None
     gpu_users: dict[str, GpuUsers] = {}
     tally = _Tally()
@@ -80,18 +86,14 @@ def read_all(
         elif name == "processes":
             activity = read_activity(reader.lane, batches)
         else:
-            own = [source for source in sources if source.lane == name]
-            cross = [source for source in cross_sources if source.lane == name]
-            integrated = integrate(batches, [*own, *cross], at_ns)
-            measured, powers = integrated[: len(own)], integrated[len(own) :]
-            curves += _with_impossible(measured, powers)
-            checks |= _cross_checks(measured, powers, at_ns)
+            energy.read(name, batches)
+    curves, checks = energy.settle()
     idle_w: dict[str, float] = {}
     if activity is not None and len(activity.t_ns) > 1:
         model = cpu_model(cpu, vcpus=activity.cpus, override=facts["options"]["cpu_power"])
         idle_w["cpu:modelled"] = model.idle_w
         # RAPL packages may lack a DRAM domain: memory is then modelled beside a measured CPU.
-        kinds = {c.source.kind for c in curves if c.source.in_total and c.first_ns >= 0}
+        kinds = {k for c in curves if c.source.in_total and answers(c) for k in c.source.covers}
         modelled = modelled_curves(activity, at_ns, cpu=model, ram=RamModel())
         curves += [curve for curve in modelled if curve.source.kind not in kinds]
     return Readings(
@@ -104,27 +106,87 @@ def read_all(
         tally.rows,
         tally.failed_reads,
         int(sum(tally.peaks_bytes.values())) if tally.peaks_bytes else None,
-        known.problems,
+        energy.known.problems,
     )
 
 
-def _with_impossible(
-    counters: Iterable[EnergyCurve], powers: Iterable[EnergyCurve]
-) -> Iterator[EnergyCurve]:
-    """The same counters; the impossible power readings of their devices count too."""
-    others = {power.source.id: power.impossible for power in powers}
-    for curve in counters:
-        yield curve._replace(impossible=curve.impossible + others.get(curve.source.id, 0))
+class _EnergyReader:
+    """Integrates the energy of all lanes, and decides then which source of a component counts."""
 
+    def __init__(self, readers: Mapping[str, LaneReader], cpu_vendor: str, at_ns: Ints) -> None:
+        self._readers, self._at_ns = readers, at_ns
+        self._lanes = [reader.lane for reader in readers.values()]
+        self._cpu_vendor, self.known = cpu_vendor, read_hardware()
+        self._find()
+        self._curves: dict[Place, EnergyCurve] = {}
 
-def _cross_checks(
-    counters: Iterable[EnergyCurve], powers: Iterable[EnergyCurve], at_ns: Ints
-) -> dict[str, CrossCheck]:
-    by_id = {counter.source.id: counter for counter in counters}
-    checks = {
-        power.source.id: cross_check(by_id[power.source.id], power, at_ns) for power in powers
-    }
-    return {component: check for component, check in checks.items() if check is not None}
+    def read(self, name: str, batches: Iterable[Batch]) -> None:
+        """Integrates a lane's sources, those that are not in the total too."""
+        wanted = [*self._sources, *self._cross_sources]
+        self._integrate(batches, [s for s in wanted if s.lane == name])
+
+    def settle(self) -> tuple[list[EnergyCurve], dict[str, CrossCheck]]:
+        """The curve of each component by the source that answers, and the checks of counters."""
+        first = self._of(self._sources)
+        silent: set[Place] = set()
+        for _ in range(_TRIES):  # another source may be silent too
+            silent = silent_places(self._curves)
+            plain = counters_of_gpus(self._lanes, self._curves)
+            self._find(silent, plain)
+            unread = [s for s in (*self._sources, *self._cross_sources)
+                      if (s.lane, s.channel) not in self._curves]  # fmt: skip
+            if not unread:
+                break
+            for name in {source.lane for source in unread}:
+                of_lane = [source for source in unread if source.lane == name]
+                self._integrate(joined(self._readers[name]), of_lane)
+        curves = self._of(self._sources)
+        stands_for = replacements(first, curves, silent)
+        spare = {c.source.repeats: c for c in curves if c.source.repeats and answers(c)}
+        spare |= {c.source.id: c for c in self._of(self._cross_sources)}
+        checks: dict[str, CrossCheck] = {}
+        result = []
+        for curve in curves:
+            source = curve.source
+            instead_of = stands_for.get((source.lane, source.channel), "")
+            settled = curve._replace(instead_of=instead_of, instead_s=self._span_s(instead_of))
+            other = spare.get(source.id)
+            is_off = not answers(curve) and other is not None and other.only_zero
+            settled = settled._replace(only_zero=is_off)
+            if source.in_total and other is not None:
+                settled = settled._replace(impossible=curve.impossible + other.impossible)
+                if source.counter and answers(curve) and answers(other):
+                    settled = with_fallback(settled, other, self._at_ns)
+                is_check = settled.source == source and other.source.excluded.startswith("checks")
+                check = cross_check(curve, other, self._at_ns) if is_check else None
+                checks |= {source.id: check} if check is not None else {}
+            result.append(settled)
+        return result, checks
+
+    # --- parts ---
+
+    def _find(self, silent: Set[Place] = frozenset(), plain: Set[str] = frozenset()) -> None:
+        lanes = self._lanes
+        found = find_sources(lanes, cpu_vendor=self._cpu_vendor, silent=silent, plain=plain)
+        self._sources = with_known(found, lanes, self.known)
+        cross = find_cross_sources(lanes, self._sources)
+        self._cross_sources = with_known(cross, lanes, self.known)
+
+    def _integrate(self, batches: Iterable[Batch], sources: Sequence[Source]) -> None:
+        for curve in integrate(batches, sources, self._at_ns):
+            self._curves[curve.source.lane, curve.source.channel] = curve
+
+    def _of(self, sources: Iterable[Source]) -> list[EnergyCurve]:
+        """The curves of sources, named as these are."""
+        curves = []
+        for source in sources:
+            curve = self._curves[source.lane, source.channel]
+            mirrors = curve.source.excluded if curve.source.excluded.startswith("mirrors") else ""
+            curves.append(curve._replace(source=source.not_counted(mirrors) if mirrors else source))
+        return curves
+
+    def _span_s(self, instead_of: str) -> float:
+        return float(self._at_ns[-1] - self._at_ns[0]) * 1e-9 if instead_of else 0.0
 
 
 class _Tally:

@@ -133,7 +133,8 @@ class LaneWriter:
 
 def _thin_rules(channels: Sequence[Channel]) -> list[tuple[str, float]]:
     """How sparsely each channel may be stored (docs/design.md, Store what a line does not say)."""
-    counted = {c.device for c in channels if c.quantity == "energy"}
+    modules = {c.device for c in channels if c.source.startswith("nvml-module")}
+    counted = {c.device for c in channels if c.quantity == "energy"} - modules
     return [
         ("line", LINE_STEPS if c.quantity == "energy" else _FINE_LINE_STEPS)
         if c.counter

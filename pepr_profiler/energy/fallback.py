@@ -1,0 +1,150 @@
+"""What another sensor of a device says where the preferred one does not answer.
+
+A counter can be there and be dead: UNKNOWN, always 0, or standing still while the device draws 300
+W (pynvml 54, DCGM 171). It can also die during a run. Then the device's power readings count, or
+another driver that reads the same device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+
+import numpy as np
+
+from pepr_profiler.energy.curve import EnergyCurve
+from pepr_profiler.energy.sources import GPU_POWER, MODULE_POWER, Place
+from pepr_profiler.record import Floats, Ints, Mask
+from pepr_profiler.trace.lane import LaneInfo
+
+_MISSED = 0.25
+"""A counter that stood still has missed energy if it lacks more than this part of what the other
+sensor saw meanwhile; else it caught up. Their gains differ by less (docs/measurement, B)."""
+
+_TELLING = 0.1
+"""The power of a GPU and of its module, of which the counter's cannot be told otherwise, differ by
+more than this part."""
+
+
+def answers(curve: EnergyCurve) -> bool:
+    """Whether a source gave any energy at all."""
+    return len(curve.energy_j) > 0 and bool(np.isfinite(curve.energy_j).all())
+
+
+def silent_places(curves: Mapping[Place, EnergyCurve]) -> set[Place]:
+    """Where nothing was measured."""
+    return {place for place, curve in curves.items() if not answers(curve)}
+
+
+def counters_of_gpus(lanes: Iterable[LaneInfo], curves: Mapping[Place, EnergyCurve]) -> set[str]:
+    """UUIDs of GPUs on a module whose counter has counted the GPU's energy, not the module's.
+
+    That the counter is the module's was seen on a GH200 (zeus 172). Where a recording has the power
+    of both, it shows which of them the counter integrates.
+    """
+    by_uuid: dict[str, dict[str, float]] = {}
+    for lane in lanes:
+        for index, channel in enumerate(lane.channels):
+            curve = curves.get((lane.name, index))
+            if curve is None or not answers(curve):
+                continue
+            what = (
+                "gpu"
+                if channel.source in GPU_POWER
+                else "module"
+                if channel.source in MODULE_POWER
+                else channel.source
+            )
+            of_gpu = by_uuid.setdefault(channel.labels.get("uuid", ""), {})
+            of_gpu.setdefault(what, float(curve.energy_j[-1] - curve.energy_j[0]))
+    return {
+        uuid
+        for uuid, j in by_uuid.items()
+        if j.keys() >= {"gpu", "module", "nvml-energy"}
+        and j["module"] - j["gpu"] > _TELLING * j["module"]
+        and abs(j["nvml-energy"] - j["gpu"]) < abs(j["nvml-energy"] - j["module"])
+    }
+
+
+def with_fallback(curve: EnergyCurve, other: EnergyCurve, at_ns: Ints) -> EnergyCurve:
+    """The curve, with what `other` measured in the times in which this counter missed energy.
+
+    Between instants of the grid: an interval in which the counter was dead for a part is the
+    other's. Its offset then holds for all of the run.
+    """
+    replaced = np.zeros(max(0, len(at_ns) - 1), bool)
+    missed_s = 0.0
+    for begin_ns, end_ns in _quiet_spans(curve, other, at_ns):
+        first = max(0, int(np.searchsorted(at_ns, begin_ns, side="right")) - 1)
+        last = min(len(at_ns) - 1, int(np.searchsorted(at_ns, end_ns, side="left")))
+        if last <= first:
+            continue
+        counted_j, other_j = (float(c.energy_j[last] - c.energy_j[first]) for c in (curve, other))
+        if other_j > 0 and other_j - counted_j > _MISSED * other_j:
+            replaced[first:last] = True
+            missed_s += (min(end_ns, int(at_ns[-1])) - max(begin_ns, int(at_ns[0]))) * 1e-9
+    if not replaced.any():
+        return curve
+    beside = np.append(replaced, False) | np.append(False, replaced)
+    name = f"{curve.source.source}+{other.source.source}"
+    offset_w = max(curve.source.offset_w, other.source.offset_w)
+    return curve._replace(
+        source=curve.source._replace(source=name, offset_w=offset_w),
+        energy_j=_joined(curve.energy_j, other.energy_j, replaced),
+        power_w=_picked(curve.power_w, other.power_w, beside),
+        edge_j2=_picked(curve.edge_j2, other.edge_j2, beside),
+        inside=curve.inside._replace(interval=np.where(beside, -1, curve.inside.interval))
+        if curve.inside is not None
+        else None,
+        duty_j2=_joined_known(curve.duty_j2, other.duty_j2, replaced),
+        gap_j2=_joined_known(curve.gap_j2, other.gap_j2, replaced),
+        first_ns=min(curve.first_ns, other.first_ns),
+        last_ns=max(curve.last_ns, other.last_ns),
+        longest_gap_s=other.longest_gap_s,
+        gaps_ns=other.gaps_ns,
+        lag_u_s=max(curve.lag_u_s, other.lag_u_s),
+        instead_of=curve.source.source,
+        instead_s=missed_s,
+    )
+
+
+def replacements(
+    before: Iterable[EnergyCurve], now: Iterable[EnergyCurve], silent: Set[Place]
+) -> dict[Place, str]:
+    """Of the curves that are counted now, which silent source each one stands in for."""
+    dead = {
+        curve.source.id: curve.source.source
+        for curve in before
+        if curve.source.in_total and (curve.source.lane, curve.source.channel) in silent
+    }
+    return {
+        (curve.source.lane, curve.source.channel): dead[curve.source.id]
+        for curve in now
+        if curve.source.in_total
+        and answers(curve)
+        and dead.get(curve.source.id, curve.source.source) != curve.source.source
+    }
+
+
+def _quiet_spans(curve: EnergyCurve, other: EnergyCurve, at_ns: Ints) -> Iterable[tuple[int, int]]:
+    """When the counter did not change for long although the other sensor was read."""
+    spans = list(curve.quiet_ns)
+    begin_ns, end_ns = int(at_ns[0]), int(at_ns[-1])
+    if curve.first_ns - max(other.first_ns, begin_ns) > curve.quiet_s * 1e9:
+        spans.append((begin_ns, curve.first_ns))
+    if min(other.last_ns, end_ns) - curve.changed_ns > curve.quiet_s * 1e9:
+        spans.append((curve.changed_ns, end_ns))
+    return spans
+
+
+def _joined(mine: Floats, theirs: Floats, replaced: Mask) -> Floats:
+    """A cumulative sum of one's steps, and of the other's where these are replaced."""
+    steps = np.where(replaced, np.diff(theirs), np.diff(mine))
+    return np.concatenate((mine[:1], mine[0] + np.cumsum(steps)))
+
+
+def _joined_known(mine: Floats | None, theirs: Floats | None, replaced: Mask) -> Floats | None:
+    return mine if mine is None or theirs is None else _joined(mine, theirs, replaced)
+
+
+def _picked(mine: Floats | None, theirs: Floats | None, replaced: Mask) -> Floats | None:
+    return mine if mine is None or theirs is None else np.where(replaced, theirs, mine)
