@@ -21,7 +21,7 @@ from sim.waves import Constant, Square
 from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.integrate import integrate
 from pepr_profiler.energy.sources import find_sources
-from pepr_profiler.energy.uncertainty import UncertaintyBudget, budget
+from pepr_profiler.energy.uncertainty import UncertaintyBudget, budget, combined_u_j, likeness
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -281,7 +281,11 @@ def _compare(
     runs: Sequence[virtual.Run],
 ) -> None:
     """Adds how far each case is from the truth, the boards taken together."""
-    curves = [measured(run, grid_s.tolist()) for run in runs]
+    seconds = np.linspace(grid_s[0], grid_s[-1], max(1, int(grid_s[-1] - grid_s[0])) + 1)
+    every_s = np.union1d(grid_s, seconds)
+    curves = [measured(run, every_s.tolist()) for run in runs]
+    grid_s, at = every_s, np.searchsorted(every_s, seconds)
+    alike = likeness([curve for curve, _ in curves], [curve.energy_j[at] for curve, _ in curves])
     for name, (begins_s, ends_s) in cases.items():
         begins, ends = np.searchsorted(grid_s, begins_s), np.searchsorted(grid_s, ends_s)
         truth_j = error_j = 0.0
@@ -291,7 +295,7 @@ def _compare(
             truth_j += true_j
             error_j += float(np.sum(curve.energy_j[ends] - curve.energy_j[begins])) - true_j
             terms.append(budget(curve, at_ns, begins, ends)._replace(gain_j=0.0, offset_j=0.0))
-        u_j = 2 * float(np.hypot.reduce([term.u_j for term in terms]))
+        u_j = 2 * combined_u_j(terms, alike)
         distance = abs(error_j) / u_j if u_j > 0 and np.isfinite(error_j) else np.inf
         found.setdefault(name, []).append((distance, u_j / truth_j))
 

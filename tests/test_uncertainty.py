@@ -17,7 +17,13 @@ from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.integrate import integrate
 from pepr_profiler.energy.power import duty_coefficient
 from pepr_profiler.energy.sources import Source, find_cross_sources, find_sources
-from pepr_profiler.energy.uncertainty import UncertaintyBudget, budget, cross_check
+from pepr_profiler.energy.uncertainty import (
+    UncertaintyBudget,
+    budget,
+    combined_u_j,
+    cross_check,
+    likeness,
+)
 from pepr_profiler.trace.lane import LINE_STEPS, Batch, LaneReader, LaneWriter
 
 
@@ -466,3 +472,50 @@ def test_phases_behind_readings_that_trail_hold_the_truth(
 def test_what_power_usage_means_is_known_by_the_board(model: str, lag_s: float) -> None:
     (source,) = find_sources([virtual.nvml_lane("nvml-power", model=model)])
     assert source.lag_s == lag_s
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.2, 1.0, 2.5])
+def test_gpus_in_step_have_errors_that_add_up(seconds: float) -> None:
+    # given four GPUs under one load, with refreshes of 20 ms to 1 s
+    random = np.random.default_rng(34)
+    inside, ratios = [], []
+    for _ in range(80):
+        wave = dict(virtual.window_loads(random, 12.0))["bursts"]
+        begin_s = random.uniform(2.0, 12.0 - seconds)
+        edges_s = np.union1d(np.arange(13.0), [begin_s, begin_s + seconds])
+        ends = np.searchsorted(edges_s, [begin_s, begin_s + seconds])
+        seconds_at = np.searchsorted(edges_s, np.arange(13.0))
+        curves, terms, error_j = [], [], 0.0
+        for counter_s in (0.02, 0.1, 0.5, 1.0):
+            board = virtual.Board(counter_s)
+            run = virtual.record_board(board, wave, random, end_s=12.0, gain_u=0.0)
+            curve, at_ns = measured(run, *edges_s)
+            error_j += float(np.diff(curve.energy_j[ends])[0])
+            error_j -= run.truth_j(begin_s, begin_s + seconds)
+            curves.append(curve)
+            terms.append(budget(curve, at_ns, ends[:1], ends[1:])._replace(gain_j=0.0))
+        # when their energies are added
+        alike = likeness(curves, [curve.energy_j[seconds_at] for curve in curves])
+        u_j = combined_u_j(terms, alike)
+        inside.append(abs(error_j) <= 2 * u_j)
+        ratios.append(u_j / math.hypot(*(term.u_j for term in terms)))
+    # then so are their errors (0.56 to 0.64 held as independent ones)
+    assert np.mean(inside) >= 0.93
+    assert np.median(ratios) > 1.15
+
+
+def test_gpus_of_different_loads_and_other_devices_are_independent() -> None:
+    random = np.random.default_rng(35)
+    edges_s = np.arange(0.0, 61.0)
+    curves = []
+    for _ in range(2):
+        run = virtual.record_board(
+            virtual.Board(0.1), virtual.bursts(random, -2.0, 62.0), random, end_s=60.0, gain_u=0.0
+        )
+        curves.append(measured(run, *edges_s)[0])
+    alike = likeness(curves, [curve.energy_j for curve in curves])
+    assert np.diag(alike).tolist() == [1.0, 1.0]
+    assert alike[0, 1] <= 0.6
+    # and a CPU's sensor is of another kind
+    cpu = curves[1]._replace(source=curves[1].source._replace(kind="cpu"))
+    assert likeness([curves[0], cpu], [c.energy_j for c in curves]).tolist() == np.eye(2).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -40,6 +41,48 @@ class UncertaintyBudget(Record):
     def u_j(self) -> float:
         """The combined standard uncertainty (k = 1), J."""
         return math.hypot(*self)
+
+    @property
+    def sampled_j(self) -> float:
+        """The part of it by what the sensor did not see of the load."""
+        return math.hypot(self.edges_j, self.duty_j, self.gaps_j)
+
+
+_STEPS_ENOUGH = 16
+"""From fewer steps it is not told whether GPUs work in step: then they are taken to."""
+
+
+def likeness(curves: Sequence[EnergyCurve], energies_j: Sequence[Floats]) -> Floats:
+    """How alike the power of devices goes, (n, n): 1 for a device itself and for GPUs in step.
+
+    `energies_j` are their cumulative energies (m,) at equally spaced instants. GPUs that train one
+    model wait for each other, so that an edge cuts their bursts alike. Their correlation, plus two
+    standard deviations of that by chance, 2/sqrt(m), is at most 1. Others are independent.
+    """
+    steps_w = [np.diff(energy_j) - np.mean(np.diff(energy_j)) for energy_j in energies_j]
+    result = np.eye(len(curves))
+    for i, one in enumerate(curves):
+        for j, two in enumerate(curves[:i]):
+            if one.source.kind != "gpu" or two.source.kind != "gpu":
+                continue
+            scale = math.sqrt(float(steps_w[i] @ steps_w[i]) * float(steps_w[j] @ steps_w[j]))
+            alike, count = 1.0, len(steps_w[i])
+            if count >= _STEPS_ENOUGH and scale > 0:
+                alike = float(steps_w[i] @ steps_w[j]) / scale + 2 / math.sqrt(count)
+            result[i, j] = result[j, i] = min(max(alike, 0.0), 1.0)
+    return result
+
+
+def combined_u_j(budgets: Sequence[UncertaintyBudget], alike: Floats) -> float:
+    """The standard uncertainty of a sum over devices, J; `alike` is their `likeness`.
+
+    What a sensor did not see between its readings adds up where power goes alike (GUM, 5.2.2).
+    """
+    sampled_j = np.array([budget.sampled_j for budget in budgets])
+    own_j2 = sum(budget.u_j**2 for budget in budgets)
+    return math.sqrt(
+        max(0.0, own_j2 + float(sampled_j @ alike @ sampled_j - sampled_j @ sampled_j))
+    )
 
 
 def budget(

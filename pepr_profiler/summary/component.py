@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.sharing import Shares
-from pepr_profiler.energy.uncertainty import CrossCheck, UncertaintyBudget, budget
+from pepr_profiler.energy.uncertainty import (
+    CrossCheck,
+    UncertaintyBudget,
+    budget,
+    combined_u_j,
+    likeness,
+)
 from pepr_profiler.record import Floats, Ints, Record
 from pepr_profiler.trace.events import PhaseSpan
 from pepr_profiler.units import NS_PER_S
@@ -178,6 +184,26 @@ class ComponentResult(Record):
             watts if end_ns >= self.curve.first_ns and begin_ns <= self.curve.last_ns else None
             for watts, (begin_ns, end_ns) in zip(power_w, ends_ns, strict=True)
         ]
+
+
+class Counted(Record):
+    """The components of a run that are in its total, with how alike their power goes."""
+
+    components: Sequence[ComponentResult]
+    alike: Floats
+
+    @classmethod
+    def of(cls, components: Iterable[ComponentResult], grid: Grid) -> Counted:
+        """Those of all components that are counted."""
+        counted = [component for component in components if component.is_counted]
+        curves = [component.curve for component in counted]
+        energies_j = [grid.pick(curve.energy_j, grid.seconds_ns) for curve in curves]
+        return cls(counted, likeness(curves, energies_j))
+
+    def u_j(self, grid: Grid, begins_ns: Ints, ends_ns: Ints) -> float | None:
+        """u (k = 2) of what they have in some windows together; None if there are none."""
+        budgets = [c.budget(grid, begins_ns, ends_ns) for c in self.components]
+        return 2 * combined_u_j(budgets, self.alike) if budgets else None
 
 
 _FIGURES = (

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pepr_profiler.record import Ints, Record
-from pepr_profiler.summary.component import ComponentResult, Grid
+from pepr_profiler.summary.component import Counted, Grid
 
 COUNTERS = ("epoch", "step")
 """They say when a metric was logged, and are no metrics themselves."""
@@ -36,22 +36,17 @@ def performance_of(
     return {"metric": names[0], "value": metrics[names[0]]}
 
 
-def progress_of(
-    log: MetricLog, counted: Sequence[ComponentResult], grid: Grid
-) -> dict[str, Any] | None:
+def progress_of(log: MetricLog, counted: Counted, grid: Grid) -> dict[str, Any] | None:
     """Time and energy from the begin to each instant of the log, and its metrics; None of none."""
     if not log.rows:
         return None
     at_ns, begin_ns = log.at_ns, grid.at_ns[:1]
-    energies_j = [grid.pick(component.counted_so_far_j, at_ns) for component in counted]
+    energies_j = [grid.pick(component.counted_so_far_j, at_ns) for component in counted.components]
     return {
         "t_s": [float(t_s) for t_s in (at_ns - begin_ns) * 1e-9],
         "energy_j": [math.fsum(at) for at in zip(*energies_j, strict=True)] or None,
-        "u_j": [
-            2 * math.hypot(*(c.budget(grid, begin_ns, at_ns[i : i + 1]).u_j for c in counted))
-            for i in range(len(at_ns))
-        ]
-        if counted
+        "u_j": [counted.u_j(grid, begin_ns, at_ns[i : i + 1]) for i in range(len(at_ns))]
+        if counted.components
         else None,
         "metrics": log.columns(),
         "left_out": log.left_out,

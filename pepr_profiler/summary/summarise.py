@@ -20,7 +20,7 @@ from pepr_profiler.energy.sharing import share
 from pepr_profiler.errors import TraceError
 from pepr_profiler.record import Record
 from pepr_profiler.summary import doubts
-from pepr_profiler.summary.component import ComponentResult, Grid
+from pepr_profiler.summary.component import ComponentResult, Counted, Grid
 from pepr_profiler.summary.lanes import Readings, read_all
 from pepr_profiler.summary.logged import MetricLog, last_values, performance_of, progress_of
 from pepr_profiler.summary.timeline import Timeline, timeline_of
@@ -112,19 +112,20 @@ def _examine(
     gpus = Gpus.of(facts, channels, readings.gpu_users, busy=readings.busy_gpus)
     scope = options.get("scope", "job")
     components = _components(readings, gpus, grid, scope)
-    counted = [component for component in components if component.is_counted]
-    energy = _energy(components, grid, duration_s, scope)
+    together = Counted.of(components, grid)
+    counted = together.components
+    energy = _energy(components, together, grid, duration_s, scope)
     metrics = last_values(events.metrics)
 
     run.update(
         duration_s=duration_s,
         time_s=duration_s,
         energy=energy,
-        phases=_phases(phases, counted, grid),
+        phases=_phases(phases, together, grid),
         memory=_memory(facts, readings, gpus),
         carbon=_carbon(energy["total_j"], options),
         metrics=metrics,
-        progress=progress_of(log, counted, grid),
+        progress=progress_of(log, together, grid),
         performance=performance_of(metrics, options.get("performance")),
         sampler=_sampler(facts, readings, duration_s),
         warnings=[
@@ -215,16 +216,19 @@ def _components(readings: Readings, gpus: Gpus, grid: Grid, scope: str) -> list[
 
 
 def _energy(
-    components: Sequence[ComponentResult], grid: Grid, duration_s: float, scope: str
+    components: Sequence[ComponentResult],
+    together: Counted,
+    grid: Grid,
+    duration_s: float,
+    scope: str,
 ) -> dict[str, Any]:
-    counted = [component for component in components if component.is_counted]
+    counted = together.components
     total_j = _sum(component.counted_j for component in counted)
-    u_j = math.hypot(*(component.whole_budget(grid).u_j for component in counted))
     provenances = {component.curve.source.provenance for component in counted}
     mixed = "mixed" if provenances else None
     return {
         "total_j": total_j,
-        "u_j": 2 * u_j if counted else None,
+        "u_j": together.u_j(grid, grid.at_ns[:1], grid.at_ns[-1:]),
         "mean_w": total_j / duration_s if total_j is not None and duration_s > 0 else None,
         "provenance": provenances.pop() if len(provenances) == 1 else mixed,
         "scope": scope,
@@ -248,9 +252,7 @@ def _others_part(counted: Iterable[ComponentResult], kind: str) -> float:
     return others_j / device_j if device_j > 0 else 0.0
 
 
-def _phases(
-    phases: Sequence[PhaseSpan], counted: Sequence[ComponentResult], grid: Grid
-) -> list[dict[str, Any]]:
+def _phases(phases: Sequence[PhaseSpan], together: Counted, grid: Grid) -> list[dict[str, Any]]:
     """Phases by name, in order of first appearance: energy between their edges, summed."""
     by_name: dict[str, list[PhaseSpan]] = {}
     for phase in phases:
@@ -259,15 +261,14 @@ def _phases(
     for name, same in by_name.items():
         begins_ns = np.array([phase.begin_ns for phase in same], dtype=np.int64)
         ends_ns = np.array([phase.end_ns for phase in same], dtype=np.int64)
-        energies_j = [c.counted_within_j(grid, begins_ns, ends_ns) for c in counted]
-        us_j = [c.budget(grid, begins_ns, ends_ns).u_j for c in counted]
+        energies_j = [c.counted_within_j(grid, begins_ns, ends_ns) for c in together.components]
         result.append(
             {
                 "name": name,
                 "count": len(same),
                 "duration_s": float(np.sum(ends_ns - begins_ns)) * 1e-9,
-                "energy_j": math.fsum(energies_j) if counted else None,
-                "u_j": 2 * math.hypot(*us_j) if counted else None,
+                "energy_j": _sum(energies_j),
+                "u_j": together.u_j(grid, begins_ns, ends_ns),
             }
         )
     return result

@@ -8,7 +8,7 @@ import numpy as np
 
 from pepr_profiler.energy.curve import gap_limit_s
 from pepr_profiler.record import Floats, Ints, Record
-from pepr_profiler.summary.component import ComponentResult, Grid
+from pepr_profiler.summary.component import ComponentResult, Counted, Grid
 from pepr_profiler.trace.events import PhaseSpan
 
 _BANDED_S = 2.0
@@ -64,20 +64,17 @@ def timeline_of(
 
     apart = max(1, (len(grid.steps_ns) - 1) // _BAND_POINTS)
     at_ns = np.append(grid.steps_ns[:-1:apart], grid.steps_ns[-1])
-    energy_j, variance_j2 = np.zeros(len(at_ns)), np.zeros(len(at_ns))
-    for component in components:
-        if component.is_counted:
-            energy_j += grid.pick(component.counted_so_far_j, at_ns)
-            budgets = [
-                component.budget(grid, at_ns[:1], at_ns[i : i + 1]) for i in range(len(at_ns))
-            ]
-            variance_j2 += np.square([budget.u_j for budget in budgets])
+    counted = Counted.of(components, grid)
+    energy_j = np.zeros(len(at_ns))
+    for component in counted.components:
+        energy_j += grid.pick(component.counted_so_far_j, at_ns)
+    u_j = [counted.u_j(grid, at_ns[:1], at_ns[i : i + 1]) or 0.0 for i in range(len(at_ns))]
     return Timeline(
         edges_s=since_begin_s(grid.steps_ns),
         components=tuple(_over_time(one, grid) for one in components if one.is_known),
         at_s=since_begin_s(at_ns),
         energy_j=energy_j,
-        u_j=2 * np.sqrt(variance_j2),
+        u_j=np.array(u_j),
         phases=tuple(
             (phase.name, (phase.begin_ns - begin_ns) * 1e-9, (phase.end_ns - begin_ns) * 1e-9)
             for phase in phases
