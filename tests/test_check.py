@@ -337,6 +337,54 @@ def test_each_class_of_simulated_board_is_found_to_be_what_it_is(
     assert "it covers more than the GPU" in " ".join(text.split())
 
 
+def test_old_drivers_and_lists_of_processes_are_known(nvml_sim: BuildNvml, tmp_path: Path) -> None:
+    # given a driver without fields, where PowerUsage is a 1 s average on one board, exponentially
+    # smoothed on one of Kepler, and neither on a V100; their lists of processes have another
+    # one's, none, and ours
+    epoch_ns = time.monotonic_ns()
+    gpu = wave_of(tmp_path, "gpu", 60.0)
+    bare = {"counter_refresh_s": None}
+    boards = (
+        Gpu(
+            gpu, name="NVIDIA GeForce RTX 4090", sensor=Sensor(**bare), processes=(Process(77, 1),)
+        ),
+        Gpu(
+            gpu,
+            name="Tesla K40m",
+            sensor=Sensor(0.05, smoothing_s=0.1, power_usage="instant", **bare),
+            processes=(),
+        ),
+        Gpu(
+            gpu,
+            name="Tesla V100-SXM2-16GB",
+            sensor=Sensor(0.02, 0.01, "instant", **bare),
+            processes=(Process(4121, 1),),
+        ),
+    )
+    absent = ("nvmlDeviceGetFieldValues",)
+    sim = nvml_sim(Scenario(boards, absent=absent, epoch_ns=epoch_ns))
+    lanes = opened_for_check(sim.spec)
+    load = AnnouncedLoad(epoch_ns, [(gpu, 60.0, 240.0)])
+    findings = examine(probe(lanes, {"gpu": load}, load_s=16.0))
+    for _, sampler in lanes:
+        sampler.stop(1.0)
+    # then these are as expected of them
+    average, kepler, volta = (rows_of(findings, f"gpu:{i}") for i in range(3))
+    assert average["averaging window"]["verdict"] == "as expected"
+    assert average["averaging window"]["seen"].startswith(("1.0", "0.99", "99"))
+    assert kepler["smoothing"]["verdict"] == kepler["lag"]["verdict"] == "as expected"
+    assert volta["averaging window"]["verdict"] == volta["lag"]["verdict"] == "as expected"
+    lists = [rows["process list"] for rows in (average, kepler, volta)]
+    assert [row["verdict"] for row in lists] == ["not as expected"] * 2 + ["as expected"]
+    assert "another namespace" in lists[0]["why"] and "--attribution device" in lists[1]["why"]
+    # and the budget has the offset of power readings: 5.9 W of each
+    assert len(findings["budget"]) == 3
+    parts = findings["budget"][2]["u_of_window_s"]
+    mean_w = findings["budget"][2]["mean_w"]
+    expected = 2 * np.hypot(0.037, 5.9 / mean_w)
+    assert parts["100"] == pytest.approx(expected, rel=0.02) and parts["0.1"] > parts["100"]
+
+
 def test_without_a_gpu_load_what_needs_one_cannot_be_told(
     nvml_sim: BuildNvml, tmp_path: Path
 ) -> None:

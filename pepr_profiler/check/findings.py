@@ -42,6 +42,9 @@ _NVML_REFRESH_S = 0.12
 
 _RAPL_REFRESH_S = 0.005
 _AVERAGE_S = 1.0
+_SMOOTHING_S = 0.04, 0.22
+"""Kepler's time constants (docs/measurement.md, B: 10 to 90 % take 90 to 480 ms)."""
+
 _AGREEMENT = 0.02
 """A counter and the power of one board should agree to this part."""
 
@@ -166,15 +169,25 @@ def _label(source: Source, channel_source: str) -> str:
 def _rows_of(sensor: _Sensor, loads: Mapping[str, Ran]) -> list[Row]:
     response = sensor.response
     rows = [_refresh_row(sensor)]
-    rows += [] if sensor.source.counter else [_window_row(sensor)]
+    if response.smoothing_s.is_told:
+        rows.append(_smoothing_row(sensor))
+    elif not sensor.source.counter:
+        rows.append(_window_row(sensor))
     rows += [_lag_row(sensor), _coverage_row(sensor, loads)]
     if sensor.source.counter:
         rows.append(_wrap_row(sensor))
-    if response.smoothing_s.is_told:
-        seen = _shown_s(response.smoothing_s)
-        why = "it follows a change exponentially; its energy lags by this time"
-        rows.append(Row(sensor.label, "smoothing", seen, "none", NOT_AS_EXPECTED, why))
     return rows
+
+
+def _smoothing_row(sensor: _Sensor) -> Row:
+    """That a sensor approaches its power exponentially: only Kepler's do, as far as is known."""
+    figure, expected_s = sensor.response.smoothing_s, sensor.source.lag_s
+    if sensor.channel_source == "nvml-power" and 0 < expected_s < _AVERAGE_S / 2:
+        good = _SMOOTHING_S[0] <= (figure.value or 0.0) <= _SMOOTHING_S[1]
+        expected = f"{_ms(_SMOOTHING_S[0])} to {_ms(_SMOOTHING_S[1])}"
+        return _judged(sensor, "smoothing", _shown_s(figure), expected, good)
+    why = "it follows a change exponentially; its energy lags by this time"
+    return Row(sensor.label, "smoothing", _shown_s(figure), "none", NOT_AS_EXPECTED, why)
 
 
 def _refresh_row(sensor: _Sensor) -> Row:
@@ -201,7 +214,7 @@ def _window_row(sensor: _Sensor) -> Row:
     if source.endswith("average"):
         expected = f"{_ms(_AVERAGE_S)} ± 10%"
         low_s, high_s = 0.9 * _AVERAGE_S, 1.1 * _AVERAGE_S
-    elif source == "nvml-power" and sensor.source.lag_s > 0.1:
+    elif source == "nvml-power" and sensor.source.lag_s >= _AVERAGE_S / 2:
         expected = f"{_ms(2 * sensor.source.lag_s)} ± 10%"
         low_s, high_s = 1.8 * sensor.source.lag_s, 2.2 * sensor.source.lag_s
     elif sensor.is_nvml:
@@ -221,8 +234,10 @@ def _lag_row(sensor: _Sensor) -> Row:
     refresh_s = sensor.response.refresh_s.value or 0.1
     if source.counter:
         expected_s, within_s = 0.0, 0.02
-    elif source.lag_s:
+    elif source.lag_s >= _AVERAGE_S / 2:
         expected_s, within_s = source.lag_s, 0.1 * source.lag_s + 0.02
+    elif source.lag_s:
+        expected_s, within_s = source.lag_s, max(0.5 * source.lag_s, 0.02)
     else:  # windows of a quarter of a refresh to all of one
         expected_s, within_s = 0.3 * refresh_s, 0.25 * refresh_s
     expected = f"{_ms(expected_s)} ± {_ms(within_s)}"
