@@ -139,10 +139,12 @@ class Power(Accumulator):
         self._tail = series[-3:]
 
     def finish(self) -> EnergyCurve:
+        if self.first_ns < 0:
+            return self.curve()
         if not self._started and self._first_changes:
             self._start()
         last = self.last_ns - self.lag_s * NS_PER_S
-        if self.first_ns >= 0 and last > self.knot_ns:
+        if last > self.knot_ns:
             self._through(np.array([last]), np.array([self.last_w]), np.ones(1, bool))
         # The last reading is held for as long as the next one could be expected to take.
         self.extend(self.lag_s + self.hold_before_s)
