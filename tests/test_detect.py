@@ -76,6 +76,15 @@ def test_powercap_is_opened_for_what_perf_lacks(
 
 
 @pytest.mark.usefixtures("may_count")
+def test_powercap_is_opened_too_where_perf_stands_still(powercap_sim: BuildTree) -> None:
+    # given an event that the kernel offers and that never happens: its software PMU's dummy
+    tree = powercap_sim(*two_socket_server()[:1])
+    sysfs = perf_tree(sysfs_of(tree), (Event("energy-pkg", encoding="event=0x09"),))
+    (sysfs / "bus/event_source/devices/power/type").write_text("1\n")
+    assert kinds(detect(sysfs)) == ["nvml", "perf", "powercap"]
+
+
+@pytest.mark.usefixtures("may_count")
 def test_perf_that_is_not_permitted_gives_way_to_powercap(powercap_sim: BuildTree) -> None:
     if int(Path("/proc/sys/kernel/perf_event_paranoid").read_text()) <= 0:
         pytest.skip("everybody may count here")

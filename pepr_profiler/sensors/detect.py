@@ -6,6 +6,7 @@ A run waits for this, so it looks at the names of a few files and opens perf onc
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from pepr_profiler import _core
@@ -14,6 +15,7 @@ from pepr_profiler.sensors.spec import SensorSpec
 
 _PROBE_PERIOD_NS = 3600 * 10**9  # a probe reads once
 _PROBE_TIMEOUT_S = 1.0
+_LOOKS_S = (0.0, 0.005, 0.02)  # the first look costs nothing, and is enough now and then
 
 # powercap's name of a domain, and perf's.
 _DOMAINS = {"package": "energy-pkg", "dram": "energy-ram", "psys": "energy-psys"}
@@ -35,18 +37,20 @@ def detect(sysfs: Path = Path("/sys")) -> tuple[SensorSpec, ...]:
     """The sensors that a recording should open here; none only repeats another.
 
     NVML is always tried, because only its library knows whether there is a GPU. perf is preferred
-    to powercap, whose counters wrap and only root may read; powercap is added for what perf lacks.
+    to powercap, whose counters wrap and only root may read; powercap is added for what perf lacks,
+    and where perf's counter stands still.
     hwmon chips are opened one by one, for devices that neither covers. If nothing gives the CPU's
     energy, the list has what could: opening it shows why it does not.
     """
     zones = _zones(sysfs)
     events = _perf_events(sysfs)
+    readable = {domain for domain, may_read in zones if may_read}
+    is_still = "energy-pkg" in events and "package" in readable and not _perf_moves(sysfs)
     specs = [SensorSpec("nvml")]
     if events:
         specs.append(_spec("perf", sysfs))
     denied = not events and _perf_offers(sysfs)
-    readable = {domain for domain, may_read in zones if may_read}
-    if {_DOMAINS[domain] for domain in readable} - events:
+    if is_still or {_DOMAINS[domain] for domain in readable} - events:
         specs.append(_spec("powercap", sysfs))
     elif not events:
         specs += [_spec("perf", sysfs)] if denied else []
@@ -81,6 +85,27 @@ def _perf_events(sysfs: Path) -> set[str]:
         return set()  # whoever opens it for good will report why
     finally:
         probe.stop(_PROBE_TIMEOUT_S)
+
+
+def _perf_moves(sysfs: Path) -> bool:
+    """Whether perf's counter of a package rises. It does within 1 ms, if the machine runs."""
+    for wait_s in _LOOKS_S:
+        probe = _core.Sampler(_spec("perf", sysfs), _PROBE_PERIOD_NS)
+        try:
+            if not probe.wait_ready(_PROBE_TIMEOUT_S):
+                return True  # whoever opens it for good will see
+            names = [channel.labels["event"] for channel in probe.channels]
+        except SensorError:
+            return True
+        finally:
+            if wait_s:
+                time.sleep(wait_s)
+            probe.stop(_PROBE_TIMEOUT_S)  # reads once more
+        for _, _, _, columns, *_ in iter(probe.read, None):
+            values = memoryview(columns[names.index("energy-pkg")]).cast("d")
+            if values[0] != values[-1]:
+                return True
+    return False
 
 
 def _zones(sysfs: Path) -> list[tuple[str, bool]]:
