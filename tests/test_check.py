@@ -248,6 +248,7 @@ BOARDS: dict[str, Callable[[Followed, Followed], Gpu]] = {
     "smooth": lambda gpu, _: Gpu(gpu, sensor=Sensor(smoothing_s=0.12, power_usage="instant")),
     "off": lambda gpu, _: Gpu(gpu, sensor=A100, counter_gain=1.05),
     "module": lambda gpu, module: Gpu(gpu, sensor=A100, counted=module),
+    "grace": lambda gpu, module: Gpu(gpu, sensor=H100, counted=module, module=module),
 }
 MODEL = "NVIDIA {} 80GB"
 
@@ -317,7 +318,9 @@ def test_each_class_of_simulated_board_is_found_to_be_what_it_is(
     assert ("slow", "refresh period") in unusual and ("second", "refresh period") in unusual
     assert ("late", "lag") in unusual and ("smooth", "smoothing") in unusual
     assert ("module", "moved by") in unusual
-    assert not {what for board, what in unusual if board in ("h100", "volta")}
+    assert not {what for board, what in unusual if board in ("h100", "volta", "grace")}
+    grace = rows_of(findings, "module of gpu:8  grace")
+    assert {"moved by", "against nvml-module-average"} <= grace.keys()
     module_facts = by_name[MODEL.format("module"), "nvml-energy"]
     assert module_facts["covers"] == "module" and module_facts["moved_by"] == ["cpu", "gpu"]
     assert (
@@ -613,6 +616,37 @@ def test_a_file_in_the_users_folder_is_what_is_known_of_a_board(
     result = cli("report", "last", "--json", "-", env=env)
     warnings = {w["code"]: w["text"] for w in json.loads(result.stdout)["warnings"]}
     assert "bad.json is not used: it has no kind" in warnings["hardware-file"]
+
+
+def test_a_file_says_that_a_counter_is_the_modules(
+    cli: Cli, nvml_sim: BuildNvml, tmp_path: Path
+) -> None:
+    # given a GPU of 100 W whose counter counts 300 W of its module, which nothing else shows
+    name = "NVIDIA Odd 80GB"
+    sim = nvml_sim(Scenario((Gpu(Constant(100), name=name, counted=Constant(300)),)))
+    env = {"XDG_CONFIG_HOME": str(tmp_path / "config")}
+
+    def components() -> dict[str, dict[str, Any]]:
+        arguments = ("--sensor", sim.spec, "--", *python("import time; time.sleep(1.5)"))
+        _, summary = cli.measure(*arguments, env=env)
+        return {c["label"]: c for c in summary["energy"]["components"]}
+
+    # then without a file it is taken for the GPU's, and a model of the CPU is added
+    found = components()
+    assert found["gpu:0  Odd 80GB"]["mean_w"] == pytest.approx(300, rel=0.05)
+    assert found["modelled"]["in_total"]
+    # and with one it is the module's: nothing is added to it, and the GPU is shown apart
+    facts = {"device": name, "source": "nvml-energy", "covers": "module"}
+    folder = tmp_path / "config/pepr-profiler/hardware"
+    folder.mkdir(parents=True)
+    text = json.dumps({"schema": 1, "kind": "pepr-hardware", "sensors": [facts]})
+    (folder / "odd.json").write_text(text)
+    found = components()
+    module = found["gpu:0  Odd 80GB, whole module"]
+    assert module["mean_w"] == pytest.approx(300, rel=0.05)
+    assert module["stated_by"] == "odd.json" and "modelled" not in found
+    assert found["gpu:0  Odd 80GB"]["mean_w"] == pytest.approx(100, rel=0.05)
+    assert not found["gpu:0  Odd 80GB"]["in_total"]
 
 
 def test_the_users_file_comes_before_the_packages(tmp_path: Path) -> None:

@@ -257,10 +257,10 @@ def _coverage_row(sensor: _Sensor, loads: Mapping[str, Ran]) -> Row:
         if watts[name].is_told and not loads[name].problem
     ]
     seen = ", ".join(parts) or "?"
-    kind, source = sensor.source.kind, sensor.channel_source
+    kind = sensor.source.kind
     ran = {name for name, load in loads.items() if not load.problem}
     what = "moved by"
-    if source.startswith("nvml-module"):
+    if sensor.source.scope == "module":
         expected, needed, forbidden = "CPU and GPU load", {"cpu", "gpu"}, set()
     elif kind == "gpu":
         expected, needed, forbidden = "GPU load only", {"gpu"}, {"cpu"}
@@ -329,7 +329,7 @@ def _comparisons(sensors: Sequence[_Sensor]) -> Iterable[Row]:
         for two in sensors:
             if two is one or two.source.kind != one.source.kind:
                 continue
-            power = not two.source.counter and "module" not in two.channel_source
+            power = not two.source.counter and one.source.scope == two.source.scope
             mmio = "mmio" in two.source.id
             twice = not mmio and (one.channel_source, two.channel_source) == ("perf", "powercap")
             if _device_id(one) == _device_id(two) and (power or twice):
@@ -337,7 +337,9 @@ def _comparisons(sensors: Sequence[_Sensor]) -> Iterable[Row]:
 
 
 def _device_id(sensor: _Sensor) -> str:
-    return sensor.source.id.partition("@")[0]
+    """What of it is the same for all sensors of a device: the UUID of a GPU, else the id."""
+    labels = sensor.rows.lane.channels[sensor.channel].labels
+    return labels.get("uuid") or sensor.source.id.partition("@")[0]
 
 
 def _agreement(one: _Sensor, two: _Sensor) -> Row:
@@ -478,7 +480,7 @@ def _facts(sensor: _Sensor) -> dict[str, Any]:
         "via": "daemon" if sensor.via_daemon else None,
         "in_total": source.in_total,
         "moved_by": sorted(moved),
-        "covers": _covers(source.kind, moved),
+        "covers": _covers("gpu" if sensor.is_nvml else source.kind, moved),
         "changes": response.changes,
         "refresh_s": _plain(response.refresh_s),
         "window_s": _plain(response.window_s),

@@ -30,6 +30,7 @@ _SHAPE = {
             "refresh_s": _FIGURE,
             "window_s": _FIGURE,
             "lag_s": _FIGURE,
+            "covers": (str, None),
             None: ("device", "source"),
         }
     ],
@@ -49,6 +50,7 @@ class KnownSensor(Record):
     refresh_s: float | None
     window_s: float | None
     lag_s: float | None
+    covers: str | None = None
 
 
 class KnownSensors(Record):
@@ -56,6 +58,19 @@ class KnownSensors(Record):
 
     by_name: dict[tuple[str, str], KnownSensor]
     problems: tuple[tuple[str, str], ...]
+
+    def counters_of(self, scope: str, lanes: Iterable[LaneInfo]) -> frozenset[str]:
+        """UUIDs of the GPUs whose counter is known to cover "gpu" or "module"."""
+        if not self.by_name:
+            return frozenset()
+        return frozenset(
+            channel.labels["uuid"]
+            for lane in lanes
+            for channel in lane.channels
+            if channel.source == "nvml-energy" and "uuid" in channel.labels
+            and (sensor := self.by_name.get((device_of(channel), channel.source)))
+            and sensor.covers == scope
+        )  # fmt: skip
 
 
 def folders() -> tuple[Path, Path]:
@@ -105,7 +120,9 @@ def _known(file: str, sensor: dict[str, Any]) -> KnownSensor | None:
         return value if value is not None and least <= value <= _LONGEST_S else None
 
     figures = number("refresh_s", 1e-5), number("window_s", 1e-5), number("lag_s", 0.0)
-    return None if figures == (None, None, None) else KnownSensor(file, *figures)
+    covers = sensor.get("covers")
+    known = covers is not None or figures != (None, None, None)
+    return KnownSensor(file, *figures, covers) if known else None
 
 
 def with_known(

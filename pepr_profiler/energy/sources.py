@@ -118,6 +118,7 @@ def find_sources(
     cpu_vendor: str = "",
     silent: Set[Place] = frozenset(),
     plain: Set[str] = frozenset(),
+    modules: Set[str] = frozenset(),
 ) -> list[Source]:
     """The energy sources of a recording; of each device the best one, and what adds up marked.
 
@@ -128,7 +129,8 @@ def find_sources(
     labels.
 
     `silent` channels gave nothing, so that they are preferred to no other one. `plain` are the
-    UUIDs of GPUs whose counter is known to be the GPU's own, although they are on a module.
+    UUIDs of GPUs whose counter is known to be the GPU's own, although they are on a module;
+    `modules` of those whose counter is known to be a module's, although nothing else shows one.
     """
     lanes = list(lanes)
     sources: list[Source] = []
@@ -142,7 +144,8 @@ def find_sources(
             else:
                 sources.append(_source_of(lane, index, cpu_vendor))
         for uuid, indices in boards.items():
-            sources += _board_sources(lane, indices, silent, module=uuid not in plain)
+            module = False if uuid in plain else True if uuid in modules else None
+            sources += _board_sources(lane, indices, silent, module=module)
     found = _without_repeats(_numbered_processors(sources), silent)
     return _without_overlaps(found, silent)
 
@@ -428,22 +431,23 @@ def _is_board(channel: Channel) -> bool:
 
 
 def _board_sources(
-    lane: LaneInfo, indices: Iterable[int], silent: Set[Place], *, module: bool
+    lane: LaneInfo, indices: Iterable[int], silent: Set[Place], *, module: bool | None
 ) -> list[Source]:
     """The best of a board's channels; of a GPU on a module also the counter, which is the module's.
 
     On a Grace Hopper, NVML's energy counter covers the CPU and its memory too (zeus 172). Whether a
     board is a module shows in that its module's power can be read: a DGX Spark, which is none, has
-    the scope of the GPU only (zeus 242).
+    the scope of the GPU only (zeus 242). `module` says it where that is known otherwise.
     """
     order = sorted(indices, key=lambda i: _GPU_SOURCES.index(lane.channels[i].source))
     answering = [i for i in order if (lane.name, i) not in silent] or order
     uuid = lane.channels[order[0]].labels["uuid"]
-    on_module = module and any(
-        channel.source in MODULE_POWER and channel.labels.get("uuid") == uuid
-        for channel in lane.channels
-    )
-    if not on_module or not lane.channels[order[0]].counter:
+    if module is None:
+        module = any(
+            channel.source in MODULE_POWER and channel.labels.get("uuid") == uuid
+            for channel in lane.channels
+        )
+    if not module or not lane.channels[order[0]].counter:
         return [_board_source(lane, answering[0])]
     counter = _board_source(lane, order[0], scope="module")
     powers = [i for i in answering if not lane.channels[i].counter]

@@ -167,7 +167,13 @@ class _EnergyReader:
 
     def _find(self, silent: Set[Place] = frozenset(), plain: Set[str] = frozenset()) -> None:
         lanes = self._lanes
-        found = find_sources(lanes, cpu_vendor=self._cpu_vendor, silent=silent, plain=plain)
+        found = find_sources(
+            lanes,
+            cpu_vendor=self._cpu_vendor,
+            silent=silent,
+            plain=plain | self.known.counters_of("gpu", lanes),
+            modules=self.known.counters_of("module", lanes),
+        )
         self._sources = with_known(found, lanes, self.known)
         cross = find_cross_sources(lanes, self._sources)
         self._cross_sources = with_known(cross, lanes, self.known)
