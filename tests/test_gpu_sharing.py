@@ -77,7 +77,7 @@ def test_each_gpu_is_shared_by_what_its_driver_tells(
     alone, shared, others, unused, foreign, divided, crowded, *silent = parts
 
     # then who is alone has all of it, idle draw included, and equal users have halves
-    assert alone["job_j"] == pytest.approx(alone["device_j"])
+    assert alone["job_j"] == pytest.approx(alone["device_j"], abs=alone["u_j"])
     assert shared["job_j"] == pytest.approx(shared["device_j"] / 2, rel=1e-3)
     assert shared["others_j"] == pytest.approx(shared["device_j"] / 2, rel=1e-3)
     assert all(adds_up(part) for part in parts)
@@ -89,7 +89,7 @@ def test_each_gpu_is_shared_by_what_its_driver_tells(
     assert others["excluded"] == unused["excluded"] == "was not used by the job"
     # and where nobody can tell, the whole board is counted, and said to be
     for part in (foreign, divided, crowded, *silent):
-        assert part["job_j"] == pytest.approx(part["device_j"])
+        assert part["job_j"] == pytest.approx(part["device_j"], abs=part["u_j"])
     assert codes(summary, "gpu:0") == set()
     assert codes(summary, "gpu:1") == {"shared-device"}
     assert codes(summary, "gpu:4") == {"whole-device"}
@@ -210,7 +210,7 @@ def test_a_process_list_that_hangs_costs_no_joule(cli: Cli, nvml_sim: BuildNvml)
     assert part["device_j"] == pytest.approx(truth_j, abs=300 * 0.1)
     assert not codes(summary) & {"gap", "ended-early", "unknown"}
     # and who used it goes on as before, which is said, as is the lane that ended
-    assert part["job_j"] == pytest.approx(part["device_j"])
+    assert part["job_j"] == pytest.approx(part["device_j"], abs=part["u_j"])
     assert codes(summary, "nvml-processes") == {"hung-sensor"}
 
 
@@ -231,6 +231,80 @@ def test_a_driver_without_process_lists_leaves_the_board_whole(
     assert part["job_j"] == pytest.approx(part["device_j"])
     assert codes(summary, "gpu:0") == {"whole-device"}
     assert [item["what"] for item in summary["missing"] if item["what"] == missing] == [missing]
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of another program than the job's, which is called as the test asks."""
+    script = f"exec -a '{request.param}' sleep 600"
+    with ended(subprocess.Popen(["bash", "-c", script])) as process:
+        yield process
+
+
+@pytest.mark.parametrize(
+    "server", ["nvidia-cuda-mps-server", "ray::train()", "tritonserver"], indirect=True
+)
+def test_a_gpu_whose_work_a_server_did_is_a_loud_warning_with_a_remedy_that_works(
+    cli: Cli, nvml_sim: BuildNvml, server: subprocess.Popen[bytes]
+) -> None:
+    # given a job that computes on GPU 0, and a server that computes on GPU 1 at 300 W and waits
+    # on GPU 2
+    worker = (Process(server.pid, 2**30, sm=0.9),)
+    idle = Gpu(Constant(70), processes=(Process(server.pid, 2**30),), utilization=Constant(0))
+    sim = nvml_sim(Scenario(gpus=(Gpu(Constant(200)), Gpu(Constant(300), processes=worker), idle)))
+    _, summary = cli.measure("--sensor", sim.spec, "--", "sleep", "2")
+    assert not gpu(summary, 1)["in_total"]
+    found = [w for w in summary["warnings"] if w["code"] == "served-device"]
+    assert ["gpu:1 drew 300 W" in w["text"] for w in found] == [True]
+    assert f"PID {server.pid}" in found[0]["text"] and "--attribution device" in found[0]["hint"]
+    # when what the hint says is done, then that GPU is counted
+    _, whole = cli.measure("--sensor", sim.spec, "--attribution", "device", "--", "sleep", "2")
+    assert gpu(whole, 1)["in_total"] and not gpu(whole, 2)["in_total"]
+    begin_ns, end_ns = whole["recording"]["window_ns"]
+    truth_j = (200 + 300) * (end_ns - begin_ns) * 1e-9
+    of_gpus = [c for c in whole["energy"]["components"] if c["kind"] == "gpu" and c["in_total"]]
+    assert sum(c["device_j"] for c in of_gpus) == pytest.approx(truth_j, rel=0.05)
+    assert codes(whole, "gpu:1") == {"shared-device", "served-device"}
+
+
+@pytest.mark.parametrize("server", ["nvidia-cuda-mps-server"], indirect=True)
+def test_a_client_of_mps_is_matched_to_the_job(
+    cli: Cli, nvml_sim: BuildNvml, server: subprocess.Popen[bytes]
+) -> None:
+    # given two clients of an MPS server, the job and another, and a GPU of the job's alone
+    mps = Process(server.pid, 2**20)
+    clients = (
+        Process(STARTED, 2**30, sm=0.6, mps=True),
+        Process(os.getpid(), 2**30, sm=0.2, mps=True),
+    )
+    boards = (
+        Gpu(Constant(300), processes=(mps, clients[0])),
+        Gpu(Constant(300), processes=(mps, *clients)),
+    )
+    sim = nvml_sim(Scenario(gpus=boards))
+    _, summary = cli.measure("--sensor", sim.spec, "--", "sleep", "2.2")
+    alone, shared = (gpu(summary, index) for index in range(2))
+    # then the server is nobody: the job has all of one, and its part of the other
+    assert alone["job_j"] == pytest.approx(alone["device_j"], abs=alone["u_j"])
+    assert (alone["others_j"], codes(summary, "gpu:0")) == (0.0, set())
+    assert shared["job_j"] == pytest.approx(0.75 * shared["device_j"], rel=0.05)
+    assert codes(summary, "gpu:1") == {"shared-device"}
+
+
+def test_a_gpu_that_works_though_nobody_is_listed_is_counted(cli: Cli, nvml_sim: BuildNvml) -> None:
+    # given a driver that lists no process and knows no utilisation, as WSL2's
+    silent = {"processes": (), "utilization": Constant(0)}
+    sim = nvml_sim(Scenario(gpus=(Gpu(Constant(300), **silent), Gpu(Constant(60), **silent))))
+    _, summary = cli.measure("--sensor", sim.spec, "--", "sleep", "2")
+    working, idle = (gpu(summary, index) for index in range(2))
+    assert working["in_total"] and working["job_j"] == pytest.approx(working["device_j"])
+    assert codes(summary, "gpu:0 is unknown: it drew 300 W") == {"whole-device"}
+    assert not idle["in_total"] and codes(summary, "gpu:1") == set()
+    # and one that the job cannot use is not, whatever it draws
+    _, summary = cli.measure(
+        "--sensor", sim.spec, "--", "sleep", "2", env={"CUDA_VISIBLE_DEVICES": "1"}
+    )
+    assert not gpu(summary, 0)["in_total"] and codes(summary, "gpu:0") == set()
 
 
 def test_a_driver_that_is_not_there_is_missed_once(cli: Cli, tmp_path: Path) -> None:
@@ -369,7 +443,7 @@ def test_an_index_among_unlike_gpus_is_said_to_tell_nothing(cli: Cli, nvml_sim: 
     # given a slow and a fast board, and a job that may use "0", whichever that is, and uses the
     # slow one
     slow = Gpu(Constant(50), name="NVIDIA T4")
-    fast = Gpu(Constant(300), processes=(), utilization=Constant(0))
+    fast = Gpu(Constant(60), processes=(), utilization=Constant(0))
     sim = nvml_sim(Scenario(gpus=(slow, fast)))
     listed = {"CUDA_VISIBLE_DEVICES": "0"}
     _, summary = cli.measure("--sensor", sim.spec, "--", "sleep", "1.2", env=listed)

@@ -73,12 +73,12 @@ def parts(of: GpuUsers) -> list[tuple[float, float]]:
 JOB, OTHER = note(1, "job"), note(2, "other")
 
 
-def test_who_is_alone_has_all_of_it_from_the_read_before_to_the_read_after() -> None:
+def test_who_is_alone_has_all_of_it_from_the_middle_between_two_reads() -> None:
     # given the job at reads 2 and 3 of 0 … 5, then nobody, and another at the last
     seen = users([{}, {}, {1: 0.2}, {1: 0.0}, {}, {2: 0.9}], JOB, OTHER)
-    assert parts(seen) == [(0, 0), (1, 0), (1, 0), (1, 0), (0, 1)]
-    assert (seen.job_s, seen.others_s, seen.unknown_s) == (3.0, 1.0, 0.0)
-    assert seen.changes == 2
+    assert parts(seen) == [(0, 0), (0.5, 0), (1, 0), (0.5, 0), (0, 0.5)]
+    assert (seen.job_s, seen.others_s, seen.unknown_s) == (2.0, 0.5, 0.0)
+    assert seen.changes == 2 and seen.edges_s == pytest.approx(2**0.5)
     assert seen.job_peak_bytes == 100
 
 
@@ -141,7 +141,8 @@ def test_a_pid_that_was_given_out_again_is_another_process() -> None:
     # given PID 1 as the job's until 5 s, and another's from 8 s on
     rows: list[Row | None] = [{1: 0.5}] * 5 + [{}] * 3 + [{1: 0.5}] * 3
     seen = users(rows, note(1, "job", t_s=0.2), note(1, "other", t_s=8.3))
-    assert parts(seen) == [(1, 0)] * 5 + [(0, 0)] * 2 + [(0, 1)] * 3
+    ends = [(0.5, 0), (0, 0), (0, 0), (0, 0.5)]
+    assert parts(seen) == [(1, 0)] * 4 + ends + [(0, 1)] * 2
 
 
 def test_a_gpu_that_was_read_once_tells_nothing() -> None:

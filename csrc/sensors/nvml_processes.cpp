@@ -95,6 +95,7 @@ private:
         unsigned count = kMostProcesses;
         samples_used_ = 0;
         if (library_.processes(gpu.device, &count, infos_.data()) != NVML_SUCCESS) return false;
+        count += read_mps_clients(gpu, std::min<unsigned>(count, kMostProcesses));
         if (gpu.has_utilisation) read_utilisation(gpu);
         const unsigned listed = std::min<unsigned>(count, kMostProcesses);
         gpu.count = count;
@@ -121,6 +122,22 @@ private:
             if (Slot* const slot = slot_of(gpu, samples_[i].pid))
                 slot->sm_percent += samples_[i].smUtil;
         return true;
+    }
+
+    // Adds clients of MPS behind the `listed` processes that are not among these. Returns how many.
+    unsigned read_mps_clients(Gpu& gpu, unsigned listed) noexcept {
+        unsigned count = kMostProcesses - listed, added = 0;
+        if (count == 0 || library_.mps_processes == nullptr) return 0;
+        nvmlProcessInfo_t* const clients = infos_.data() + listed;
+        if (library_.mps_processes(gpu.device, &count, clients) != NVML_SUCCESS) return 0;
+        for (unsigned i = 0; i < std::min<unsigned>(count, kMostProcesses - listed); ++i) {
+            const auto is_it = [&](const nvmlProcessInfo_t& info) {
+                return info.pid == clients[i].pid;
+            };
+            if (std::any_of(infos_.data(), clients + added, is_it)) continue;
+            clients[added++] = clients[i];
+        }
+        return added;
     }
 
     // Visits the listed processes, and those that have ended but left samples.

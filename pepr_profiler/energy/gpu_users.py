@@ -7,6 +7,7 @@ is not divided, and the reason is kept.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,13 +21,19 @@ from pepr_profiler.trace.lane import Batch, LaneInfo
 
 
 class OtherProcess(Record):
-    """Another's process on a GPU: how long it was there, and its part of all SM use, if known."""
+    """Another's process on a GPU: how long it was there, and its part of all SM use, if known.
+
+    `is_server` says that its program computes for whoever asks it, `same_user` that it runs as the
+    user of the job.
+    """
 
     pid: int
     command: str
     user: str
     present_s: float
     use_part: float | None
+    is_server: bool = False
+    same_user: bool = False
 
 
 class GpuUsers(Record):
@@ -34,7 +41,9 @@ class GpuUsers(Record):
 
     `job_s` and `others_s` are how long any process of the job's, or of others, was there;
     `unknown_s` is how long that is unknown, for `unknown_reason`. `reads` is how often the list was
-    read within the window, `changes` how often the job came or left.
+    read within the window, `changes` how often the job came or left. A process came or left at any
+    instant between the two reads around that: the middle is taken. `edges_s` is the root of the sum
+    of the squares of these times, for the job.
     """
 
     use: DeviceUse
@@ -49,6 +58,7 @@ class GpuUsers(Record):
     period_s: float
     changes: int
     reads: int
+    edges_s: float = 0.0
 
     @classmethod
     def others_alone(cls, begin_ns: int, end_ns: int) -> GpuUsers:
@@ -57,11 +67,19 @@ class GpuUsers(Record):
         return cls(use, begin_ns, end_ns, 0.0, 0.0, 0.0, "", (), None, 0.0, 0, 0)
 
 
-_FREE, _JOB, _OTHER, _UNKNOWN = range(4)
-"""Whose process is in a slot of the list."""
+_FREE, _JOB, _OTHER, _UNKNOWN, _MPS = range(5)
+"""Whose process is in a slot of the list; that of an MPS server is its clients'."""
 
 _OWNERS = {"job": _JOB, "other": _OTHER, "profiler": _OTHER}
 """What the notes call them; anything else is unknown."""
+
+_MPS_SERVER = "nvidia-cuda-mps-server"
+
+_SERVERS = re.compile(
+    rf"{_MPS_SERVER}|tritonserver|\bray(let|::)|torchserve|\bvllm\b|VLLM::|sglang|"
+    r"text-generation-(server|launcher)|\bollama\b|dask[- ]worker|ipykernel"
+)
+"""Commands of programs that compute for whoever asks them."""
 
 _IDENTIFIED_NS = 1_000_000_000
 """A process is identified within this time from when a GPU first lists it."""
@@ -174,6 +192,8 @@ class _ProcessTable:
         for pid in sorted(set(self.pids[self.pids > 0].tolist())):
             at = self.pids == pid
             owners[at] = self._owner_of(pid)[np.nonzero(at)[1]]
+        if not np.isin(owners, (_JOB, _OTHER, _UNKNOWN)).any():
+            owners[owners == _MPS] = _OTHER  # the driver does not list its clients
         return owners
 
     @cached_property
@@ -187,7 +207,7 @@ class _ProcessTable:
         if not notes:
             return np.full(len(self.t_ns), _UNKNOWN)
         times = np.array([note["t_ns"] for note in notes], dtype=np.float64)
-        codes = np.array([_OWNERS.get(note["owner"], _UNKNOWN) for note in notes])
+        codes = np.array([_code_of(note) for note in notes])
         latest = np.searchsorted(times, self.t_ns + _IDENTIFIED_NS, side="right") - 1
         return np.asarray(codes[np.maximum(latest, 0)])
 
@@ -196,8 +216,6 @@ class _ProcessTable:
         job, others, unknown = (
             np.count_nonzero(self.owners == owner, axis=0) for owner in (_JOB, _OTHER, _UNKNOWN)
         )
-        # A process came after the read before it was first seen and left before the one after it
-        # was last seen: it is taken to have been there all that time.
         job_n, others_n = _more_of_both_ends(job), _more_of_both_ends(others)
         both = (job_n > 0) & (others_n > 0)
         undivided = _more_of_both_ends(unknown + self.overfull) > 0
@@ -208,11 +226,11 @@ class _ProcessTable:
         peak = float(np.max(job_bytes[np.isfinite(job_bytes)], initial=0.0))
         inside = (self.t_ns > begin_ns) & (self.t_ns < end_ns)
         return GpuUsers(
-            use=self._use(job_n, others_n, undivided),
+            use=self._use(job, others, undivided),
             first_ns=int(self.t_ns[0]),
             last_ns=int(self.t_ns[-1]),
-            job_s=float(spans_s[job_n > 0].sum()),
-            others_s=float(spans_s[others_n > 0].sum()),
+            job_s=float((spans_s * _part_of_interval(job)).sum()),
+            others_s=float((spans_s * _part_of_interval(others)).sum()),
             unknown_s=float(spans_s[undivided].sum()),
             unknown_reason=self._unknown_reason(both),
             other_processes=self._other_processes(spans_s),
@@ -220,23 +238,35 @@ class _ProcessTable:
             period_s=period_s,
             changes=int(np.count_nonzero(np.diff(job[inside] > 0))),
             reads=int(np.count_nonzero(inside)),
+            edges_s=float(np.sqrt(np.sum(spans_s[_part_of_interval(job) == 0.5] ** 2))),
         )
 
-    def _use(self, job_n: Ints, others_n: Ints, undivided: Mask) -> DeviceUse:
-        """Use by how many processes of each there were; what is undivided counts as the job's."""
+    def _use(self, job: Ints, others: Ints, undivided: Mask) -> DeviceUse:
+        """Use by how many processes of each there were; what is undivided counts as the job's.
+
+        Who is alone and came or left between two reads used the device for half of that time: all
+        that is above the idle draw is theirs, and half of the idle draw.
+        """
+        job_n, others_n = _more_of_both_ends(job), _more_of_both_ends(others)
         job_alone = undivided | ((job_n > 0) & (others_n == 0))
         others_alone = ~undivided & (job_n == 0) & (others_n > 0)
         shared = ~undivided & (job_n > 0) & (others_n > 0)
         processes = np.maximum(job_n + others_n, 1)
 
+        job_part = np.where(undivided, 1.0, _part_of_interval(job))
+        others_part = _part_of_interval(others)
+        job_sm, others_sm = self._sm_use(_JOB), self._sm_use(_OTHER)
+        # What an MPS server is said to have used, its clients did: in equal parts.
+        of_mps = self._sm_use(_MPS) / processes
         alone_or_shared = (
-            (job_alone, self._sm_use(_JOB)),
-            (others_alone, self._sm_use(_OTHER)),
-            (job_alone, job_n / processes),
-            (others_alone, others_n / processes),
+            (job_alone, job_part, job_sm + of_mps * job_n),
+            (others_alone, others_part, others_sm + of_mps * others_n),
+            (job_alone, job_part == 1.0, job_n / processes),
+            (others_alone, others_part == 1.0, others_n / processes),
         )
         parts = (
-            np.where(alone, 1.0, np.where(shared, part, 0.0)) for alone, part in alone_or_shared
+            np.where(alone, if_alone, np.where(shared, part, 0.0))
+            for alone, if_alone, part in alone_or_shared
         )
         return DeviceUse(self.t_ns, *parts)
 
@@ -271,7 +301,12 @@ class _ProcessTable:
             note = self.notes[pid][-1]
             part = used_s[pid] / total_s if total_s > 0 else None
             present_s = float(spans_s[present].sum())
-            found.append(OtherProcess(pid, note["command"], note["user"], present_s, part))
+            serves = bool(_SERVERS.search(note["command"]))
+            same = bool(note.get("same_user"))
+            process = OtherProcess(
+                pid, note["command"], note["user"], present_s, part, serves, same
+            )
+            found.append(process)
         return tuple(sorted(found, key=lambda n: (-(n.use_part or 0.0), -n.present_s)))
 
     def _unknown_reason(self, both: Mask) -> str:
@@ -285,6 +320,18 @@ class _ProcessTable:
         if self.overfull.any():
             return f"more than {self.slots} processes use it"
         return "its driver does not say how much of it each process uses" if both.any() else ""
+
+
+def _code_of(note: Mapping[str, Any]) -> int:
+    if note["owner"] == "other" and _MPS_SERVER in note.get("command", ""):
+        return _MPS
+    return _OWNERS.get(note["owner"], _UNKNOWN)
+
+
+def _part_of_interval(counts: Ints) -> Floats:
+    """For which part of each interval between reads anybody was there: 0, 1/2 or 1."""
+    there = counts > 0
+    return np.asarray((there[:-1].astype(np.float64) + there[1:]) / 2)
 
 
 def _more_of_both_ends(counts: Ints) -> Ints:

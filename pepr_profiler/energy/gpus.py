@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pepr_profiler.energy.curve import EnergyCurve
-from pepr_profiler.energy.gpu_users import GpuUsers
+from pepr_profiler.energy.gpu_users import GpuUsers, OtherProcess
 from pepr_profiler.energy.visible import (
     INTEL,
     ROCM,
@@ -32,9 +32,11 @@ class Gpus(Record):
 
     `boards` are NVML's labels of each, by UUID. `visible` are those that the job's CUDA may use,
     None if that is unknown, as said by `cuda_visible_devices`. `busy` were busy at some time.
-    `lists_processes` says that the recording has their processes, if the driver gave any. Of AMD's
-    and Intel's GPUs, `hidden` has the ids of those that variables hide from the job, and these
-    variables; `unknown_orders` are of those where that is unknown.
+    `worked_w` are the mean powers, W, of those that drew so much that someone must have computed on
+    them. `lists_processes` says that the recording has their processes, if the driver gave any. Of
+    AMD's and Intel's GPUs, `hidden` has the ids of those that variables hide from the job, and
+    these variables; `unknown_orders` are of those where that is unknown. `scope` is the run's:
+    "device" also counts GPUs whose processes may have served the job.
     """
 
     boards: Mapping[str, Mapping[str, str]]
@@ -45,6 +47,8 @@ class Gpus(Record):
     lists_processes: bool
     hidden: Mapping[str, str]
     unknown_orders: tuple[UnknownOrder, ...]
+    worked_w: Mapping[str, float] = {}
+    scope: str = "job"
 
     @classmethod
     def of(
@@ -54,14 +58,22 @@ class Gpus(Record):
         users: Mapping[str, GpuUsers],
         *,
         busy: Iterable[str],
+        mean_w: Mapping[str, float] | None = None,
     ) -> Gpus:
-        """From run.json's `recording`, the channels of all lanes, and who was seen."""
+        """From run.json's `recording`, the channels of all lanes, and who was seen.
+
+        `mean_w` are the mean powers of GPUs, W, by UUID.
+        """
         channels = list(channels)
-        boards = {
-            channel.labels["uuid"]: channel.labels
-            for channel in channels
-            if channel.source.startswith("nvml")
-            and channel.labels.keys() >= {"uuid", "index", "model"}
+        boards: dict[str, dict[str, str]] = {}
+        for channel in channels:
+            labels = channel.labels
+            if channel.source.startswith("nvml") and labels.keys() >= {"uuid", "index", "model"}:
+                boards.setdefault(labels["uuid"], {}).update(labels)
+        worked_w = {
+            uuid: watts
+            for uuid, watts in (mean_w or {}).items()
+            if uuid in boards and watts > least_working_w(boards[uuid].get("limit_w"))
         }
         # Recordings from before processes were listed say nothing of CUDA: all is the job's.
         cuda = facts.get("cuda")
@@ -77,6 +89,8 @@ class Gpus(Record):
             lists_processes="root" in facts,
             hidden=hidden,
             unknown_orders=unknown_orders,
+            worked_w=worked_w,
+            scope=facts.get("options", {}).get("scope", "job"),
         )
 
     def users_of(self, curve: EnergyCurve) -> GpuUsers | None:
@@ -116,9 +130,34 @@ class Gpus(Record):
             return ""
         if uuid in self.busy:
             return "it was busy, and its driver lists no process on it"
+        if uuid in self.worked_w and not self._is_invisible(uuid):
+            watts = self.worked_w[uuid]
+            return f"it drew {watts:.0f} W, and its driver lists no process on it"
         if self.boards.get(uuid, {}).get("mig") == "on":
             return "the list of its processes, which needs root on a MIG board, is empty"
         return "" if users.reads > 0 else "the run was shorter than two reads of its processes"
+
+    def most_idle_w(self, curve: EnergyCurve) -> float:
+        """The most that a curve's GPU draws when it is idle, W."""
+        return least_working_w(self.boards.get(board_of(curve), {}).get("limit_w"))
+
+    def possible_servers(self, uuid: str) -> tuple[OtherProcess, ...]:
+        """Others that computed on a GPU which the job may use and did not, perhaps for the job.
+
+        Those that are known to work for others; and any of the job's user, if the job itself
+        computed on no GPU.
+        """
+        users = self.users.get(uuid)
+        if users is None or users.job_s > 0 or uuid not in self.worked_w:
+            return ()
+        if self._is_invisible(uuid) or self.undivided_reason(uuid):
+            return ()
+        job_computes = any(other.job_s > 0 for other in self.users.values())
+        return tuple(
+            process
+            for process in users.other_processes
+            if process.is_server or (process.same_user and not job_computes)
+        )
 
     def _excluded(self, uuid: str) -> str:
         users = self.users.get(uuid)
@@ -127,10 +166,22 @@ class Gpus(Record):
         if self._is_invisible(uuid):
             return f"is not visible to the job (CUDA_VISIBLE_DEVICES={self.cuda_visible_devices})"
         known = users is not None and users.unknown_s == 0 and not self.undivided_reason(uuid)
-        return "was not used by the job" if known else ""
+        served = self.scope == "device" and self.possible_servers(uuid)
+        return "was not used by the job" if known and not served else ""
 
     def _is_invisible(self, uuid: str) -> bool:
         return self.visible is not None and uuid in self.boards and uuid not in self.visible
+
+
+_WORKING_PART, _WORKING_W, _USUAL_LIMIT_W = 0.35, 40.0, 300.0
+"""A GPU that draws more than this part of its limit, and this power, computes. An idle one with a
+context in its memory draws up to 0.3 of it (docs/measurement, D); small boards up to 30 W."""
+
+
+def least_working_w(limit_w: str | None) -> float:
+    """The mean power above which someone computes on a GPU, W; `limit_w` is its label, if any."""
+    limit = float(limit_w) if limit_w else _USUAL_LIMIT_W
+    return max(_WORKING_PART * limit, _WORKING_W)
 
 
 def board_of(curve: EnergyCurve) -> str:

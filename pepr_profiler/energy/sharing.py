@@ -29,6 +29,9 @@ _SM_SHARING_U_REL = 0.20
 """The same for sharing a GPU by SM utilisation, which says how long an SM was busy, not how hard
 (judgement: boards draw from half to all of their power at 100 %)."""
 
+_SEEN_IDLE_S = 1.0
+"""If a GPU was without the job for less than this, its lowest power may be that of the job."""
+
 _TICK_S = 0.01
 """The kernel counts the machine's busy time in these: two uniform edges a window, 10 ms/sqrt(6)."""
 
@@ -66,12 +69,14 @@ def share(
     users: GpuUsers | None = None,
     *,
     idle_w: float | None = None,
+    most_idle_w: float = math.inf,
 ) -> Shares:
     """Shares a device's energy interval by interval; `at_ns` is the curve's own grid.
 
     `users` is who computed on a GPU; without it, all of it is counted as the job's own. `idle_w` is
     the device's idle draw where that is known, else the lowest mean over one second is taken.
-    CPU and memory are shared by `activity`, if it has samples.
+    `most_idle_w` is the most that such a GPU draws when it is idle. CPU and memory are shared by
+    `activity`, if it has samples.
     """
     step_j = np.diff(curve.energy_j, prepend=curve.energy_j[:1])
     span_s = np.diff(at_ns, prepend=at_ns[:1]) * 1e-9
@@ -81,8 +86,9 @@ def share(
         activity = None
     if idle_w is None:
         idle_w = lowest_power_w(curve, at_ns)
+    draw_w = idle_w or 0.0
     if activity is not None and curve.source.id == "dram:modelled":
-        idle_w = None
+        idle_w, draw_w = None, 0.0
         parts = _split_by_resident_size(step_j, at_ns, activity)
     else:
         use = DeviceUse.by_job_alone(at_ns[0], at_ns[-1])
@@ -90,7 +96,11 @@ def share(
             use = cpu_use(activity, at_ns[0], at_ns[-1])
         elif users is not None:
             use = users.use
-        parts = _split(step_j, (idle_w or 0.0) * span_s, use.means(at_ns))
+        means = use.means(at_ns)
+        absent_s = float(span_s[means[0] + means[2] == 0].sum())
+        if users is not None and draw_w > most_idle_w and absent_s < _SEEN_IDLE_S:
+            draw_w = most_idle_w / 2  # the job was there all the while: it was never seen idle
+        parts = _split(step_j, draw_w * span_s, means)
     job_j, others_j, idle_j, job_idle_j = (np.cumsum(part) for part in parts)
     return Shares(
         job_j,
@@ -100,9 +110,7 @@ def share(
         busy_rate=_busy_rate(activity),
         idle_w=idle_w,
         job_idle_j=float(job_idle_j[-1]) if idle_w is not None and len(job_idle_j) else None,
-        presence_u_j=0.0
-        if users is None or idle_w is None
-        else idle_w * users.period_s * math.sqrt(users.changes / 12),
+        presence_u_j=0.0 if users is None else draw_w * users.edges_s / math.sqrt(12),
         span_s=float(np.sum(span_s)),
     )
 
@@ -171,6 +179,15 @@ def certain_shares(use: DeviceUse, at_ns: Ints) -> Floats:
     means = use.means(at_ns)
     no_draw, all_draw = (_split(all_j, draw_j, means)[0] for draw_j in (0.0 * all_j, all_j))
     return np.asarray(np.minimum(no_draw, all_draw)[1:])
+
+
+def mean_power_w(curve: EnergyCurve, at_ns: Ints) -> float:
+    """The mean power over the time of its readings, W; NaN if there was none."""
+    begin_ns, end_ns = max(at_ns[0], curve.first_ns), min(at_ns[-1], curve.last_ns)
+    if curve.first_ns < 0 or end_ns <= begin_ns:
+        return math.nan
+    begin_j, end_j = np.interp([begin_ns, end_ns], at_ns, curve.energy_j)
+    return float((end_j - begin_j) / (end_ns - begin_ns) * 1e9)
 
 
 def lowest_power_w(curve: EnergyCurve, at_ns: Ints) -> float | None:

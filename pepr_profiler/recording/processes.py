@@ -46,9 +46,9 @@ class ProcessOwners:
     variable and its value. `dedicated` says that this process only records; it is then not listed
     among the others. `note` takes what is to be kept, as JSON objects:
     {"event": "process", "t_ns", "pid", "owner": "job"|"other"|"profiler"|"hidden"|"gone",
-    "command", "user"} for each process on a GPU, and {"event": "cpu", "t_ns", "since_ns",
-    "profiler_s", "processes": [{"pid", "cpu_s", "command", "user"}]} for the others that took most
-    CPU time since `since_ns`.
+    "command", "user", "same_user"} for each process on a GPU, where `same_user` says whether the
+    job runs as that user too, and {"event": "cpu", "t_ns", "since_ns", "profiler_s", "processes":
+    [{"pid", "cpu_s", "command", "user"}]} for the others that took most CPU time since `since_ns`.
     """
 
     def __init__(
@@ -132,7 +132,8 @@ class ProcessOwners:
                 found.owner, found.start_ticks = owner, stat.start_ticks
 
     def _note_owner(self, pid: int, owner: str, command: str = "", user: str = "") -> None:
-        facts = {"t_ns": time.monotonic_ns(), "pid": pid, "owner": owner}
+        same = bool(user) and user == procfs.owner_of((*self._roots, self._profiler)[0])
+        facts = {"t_ns": time.monotonic_ns(), "pid": pid, "owner": owner, "same_user": same}
         self._note({"event": "process", **facts, "command": command, "user": user})
 
     def _find_owner(self, pid: int, stat: Stat) -> str:

@@ -310,6 +310,24 @@ def shared_gpus(
             )
 
 
+def served_gpus(gpus: Gpus) -> Iterator[dict[str, str]]:
+    """For GPUs on which others computed that may have worked for the job."""
+    for uuid, watts in gpus.worked_w.items():
+        servers = gpus.possible_servers(uuid)
+        if not servers:
+            continue
+        index, called = gpus.boards[uuid]["index"], _called(servers[0]._asdict())
+        counted = "is" if gpus.scope == "device" else "is not"
+        fix = "if it works for the job only, count the whole GPU: --attribution device"
+        yield warning(
+            "served-device",
+            f"gpu:{index} drew {watts:.0f} W, and the job is not on the list of its processes: "
+            f"{called}{_more(len(servers) - 1 + _NAMED)} computed on it, perhaps for the job; its "
+            f"energy {counted} in the total",
+            "nothing, if it works for the job only" if gpus.scope == "device" else fix,
+        )
+
+
 def shared_cpu(
     notes: Iterable[Mapping[str, Any]],
     activity: Activity | None,

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from pepr_profiler.energy import carbon
-from pepr_profiler.energy.gpus import Gpus
-from pepr_profiler.energy.sharing import share
+from pepr_profiler.energy.gpus import Gpus, board_of
+from pepr_profiler.energy.sharing import mean_power_w, share
 from pepr_profiler.errors import TraceError
 from pepr_profiler.record import Record
 from pepr_profiler.summary import doubts
@@ -109,7 +109,8 @@ def _examine(
 
     # Whose energy it was.
     readings = read_all(readers, facts, notes, grid.at_ns)
-    gpus = Gpus.of(facts, channels, readings.gpu_users, busy=readings.busy_gpus)
+    mean_w = {board_of(curve): mean_power_w(curve, grid.at_ns) for curve in readings.curves}
+    gpus = Gpus.of(facts, channels, readings.gpu_users, busy=readings.busy_gpus, mean_w=mean_w)
     scope = options.get("scope", "job")
     components = _components(readings, gpus, grid, scope)
     together = Counted.of(components, grid)
@@ -139,6 +140,7 @@ def _examine(
             ),
             *doubts.torn_events(events.torn_lines),
             *doubts.shared_gpus(gpus, [c.curve for c in counted], begin_ns, end_ns),
+            *doubts.served_gpus(gpus),
             *doubts.shared_cpu(
                 notes, readings.activity, _others_part(counted, "cpu"), begin_ns, end_ns
             ),
@@ -209,6 +211,7 @@ def _components(readings: Readings, gpus: Gpus, grid: Grid, scope: str) -> list[
             readings.activity,
             gpus.users_of(curve),
             idle_w=readings.idle_w.get(ident),
+            most_idle_w=gpus.most_idle_w(curve),
         )
         check = readings.cross_checks.get(ident)
         results.append(ComponentResult(gpus.without_unused(curve), shares, check, scope))

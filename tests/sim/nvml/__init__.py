@@ -70,7 +70,8 @@ _HALF, _QUARTER, _ONE_GIB = Constant(0.5), Constant(0.25), Constant(2**30)
 class Process:
     """A compute process on a GPU, alive in [start_s, end_s); `sm` and `mem` are fractions.
 
-    `pid` STARTED stands for every process that the asking program has started.
+    `pid` STARTED stands for every process that the asking program has started. A client of `mps` is
+    only on the driver's list of those.
     """
 
     pid: int
@@ -80,6 +81,7 @@ class Process:
     start_s: float = -math.inf
     end_s: float = math.inf
     instance: int | None = None
+    mps: bool = False
 
 
 STARTED = 0
@@ -135,8 +137,8 @@ class Gpu:
         if self.module is not None:
             lines.append(f"module {self.module.words()}")
         for p in self.processes:
-            instance = "" if p.instance is None else f" {p.instance}"
-            span = f"{p.start_s} {p.end_s}{instance}"
+            more = " mps" if p.mps else "" if p.instance is None else f" {p.instance}"
+            span = f"{p.start_s} {p.end_s}{more}"
             lines.append(f"process {p.pid} {p.used_bytes} {p.sm} {p.mem} {span}")
         if self.processes_file is not None:
             lines.append(f"processes_file {self.processes_file}")

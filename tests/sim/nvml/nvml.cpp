@@ -148,6 +148,21 @@ void answer(const Gpu& gpu, nvmlFieldValue_t& value, double t_s) {
     }
 }
 
+nvmlReturn_t list_processes(const Call& call, unsigned int* count, nvmlProcessInfo_t* infos,
+                            bool mps) {
+    if (!call.ok()) return call.code;
+    const unsigned room = *count;
+    *count = 0;
+    for (const auto& process : call.gpu->present()) {
+        if (!process.runs(call.t_s) || process.mps != mps) continue;
+        if (*count < room && infos != nullptr) {
+            infos[*count] = {process.pid, process.used_bytes, process.instance, process.instance};
+        }
+        ++*count;
+    }
+    return *count > room ? NVML_ERROR_INSUFFICIENT_SIZE : NVML_SUCCESS;
+}
+
 }  // namespace
 
 nvmlReturn_t nvmlInit_v2() { return initialise(__func__); }
@@ -292,18 +307,12 @@ nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v2_t* me
 
 nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t device, unsigned int* count,
                                                      nvmlProcessInfo_t* infos) {
-    const Call call(__func__, device, count != nullptr);
-    if (!call.ok()) return call.code;
-    const unsigned room = *count;
-    *count = 0;
-    for (const auto& process : call.gpu->present()) {
-        if (!process.runs(call.t_s)) continue;
-        if (*count < room && infos != nullptr) {
-            infos[*count] = {process.pid, process.used_bytes, process.instance, process.instance};
-        }
-        ++*count;
-    }
-    return *count > room ? NVML_ERROR_INSUFFICIENT_SIZE : NVML_SUCCESS;
+    return list_processes(Call(__func__, device, count != nullptr), count, infos, false);
+}
+
+nvmlReturn_t nvmlDeviceGetMPSComputeRunningProcesses_v3(nvmlDevice_t device, unsigned int* count,
+                                                        nvmlProcessInfo_t* infos) {
+    return list_processes(Call(__func__, device, count != nullptr), count, infos, true);
 }
 
 nvmlReturn_t nvmlDeviceGetProcessUtilization(nvmlDevice_t device,

@@ -212,7 +212,10 @@ void Scenario::of_gpu(const std::string& key, Line& line, Gpu& gpu) {
         process.used_bytes = line.number<unsigned long long>();
         for (double* value : {&process.sm, &process.mem, &process.start_s, &process.end_s})
             *value = line.number();
-        if (!line.done()) process.instance = line.number<unsigned>();
+        if (const auto more = line.done() ? "" : line.word(); more == "mps")
+            process.mps = true;
+        else if (!more.empty())
+            process.instance = static_cast<unsigned>(std::stoul(more));
         gpu.processes.push_back(process);
     } else if (key == "processes_file") {
         gpu.processes_file = line.rest();

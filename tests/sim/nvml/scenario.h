@@ -24,6 +24,7 @@ struct Process {
     double sm = 0, mem = 0;  // fractions
     double start_s = -kForever_s, end_s = kForever_s;
     unsigned instance = 0xFFFFFFFF;  // of MIG
+    bool mps = false;                // a client of MPS: only the list of those has it
 
     bool runs(double t_s) const { return start_s <= t_s && t_s < end_s; }
 };
