@@ -242,7 +242,7 @@ def test_the_rest_of_a_job_is_put_together_too() -> None:
             warnings=[warning], sampler={"cpu_s": 2.0}, **common),
     )  # fmt: skip
     assert merged["metrics"] == {"acc": 0.9, "loss": 1.0}
-    assert merged["phases"] == [{**phase, "energy_j": 20.0, "u_j": 2.0}]
+    assert merged["phases"] == [{**phase, "energy_j": 20.0, "u_j": 2.0, "partial": []}]
     assert merged["carbon"]["g_co2e"] == pytest.approx(10.0)
     assert merged["memory"]["peak_rss_bytes"] == 14
     assert merged["exit_code"] == 3

@@ -244,7 +244,7 @@ def test_measured_energies_are_the_simulations(
         assert truth_j == pytest.approx(400 * summary["duration_s"], rel=1e-6)
         assert abs(gpu["device_j"] - truth_j) <= gpu["u_j"]
         assert abs(gpu["device_j"] - truth_j) <= 400 * 0.1  # one refresh
-        assert gpu["job_j"] == pytest.approx(gpu["device_j"])
+        assert gpu["job_j"] == pytest.approx(gpu["device_j"], abs=gpu["u_j"])
         assert gpu["source"] == "nvml-energy"
     zones = {
         "cpu:package-0": "intel-rapl:0",
@@ -571,6 +571,13 @@ def test_sensors_that_fail_in_mid_run_are_reported_and_cost_only_themselves(
     still = component(summary, "cpu:package-6")
     assert (still["device_j"], still["job_j"]) == (None, None)
     assert codes(summary, "cpu:package-6 ") == {"unknown"}
+    # and the total says which devices it lacks and for how long, and claims no u
+    missing_s = {part["id"]: part["missing_s"] for part in summary["energy"]["partial"]}
+    assert {f"gpu:{default_uuid(lost)}", "cpu:package-1", "cpu:package-3"} <= missing_s.keys()
+    assert missing_s[f"gpu:{default_uuid(lost)}"] == pytest.approx(end_s - fault_s, abs=0.5)
+    assert missing_s["cpu:package-6"] == pytest.approx(end_s - begin_s)
+    assert not missing_s.keys() & {f"gpu:{default_uuid(n)}" for n in (reset, zero, slow)}
+    assert summary["energy"]["u_j"] is None
     for part in summary["energy"]["components"]:
         assert part["device_j"] is None or part["device_j"] > 0
         assert part["job_j"] is None or part["job_j"] >= 0

@@ -96,9 +96,7 @@ struct Library {
     decltype(&nvmlDeviceGetMigMode) mig = find("nvmlDeviceGetMigMode");
     decltype(&nvmlDeviceGetComputeRunningProcesses_v3) processes =
         find("nvmlDeviceGetComputeRunningProcesses_v3");
-    // Clients of MPS, which the call above may leave out: it lists their server.
-    decltype(&nvmlDeviceGetMPSComputeRunningProcesses_v3) mps_processes =
-        find("nvmlDeviceGetMPSComputeRunningProcesses_v3");
+    decltype(processes) mps_processes = find("nvmlDeviceGetMPSComputeRunningProcesses_v3");
     decltype(&nvmlDeviceGetProcessUtilization) process_utilisation =
         find("nvmlDeviceGetProcessUtilization");
 };

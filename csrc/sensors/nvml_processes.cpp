@@ -124,7 +124,8 @@ private:
         return true;
     }
 
-    // Adds clients of MPS behind the `listed` processes that are not among these. Returns how many.
+    // Adds clients of MPS behind the `listed` processes, which may have their server only, unless
+    // they are among these. Returns how many.
     unsigned read_mps_clients(Gpu& gpu, unsigned listed) noexcept {
         unsigned count = kMostProcesses - listed, added = 0;
         if (count == 0 || library_.mps_processes == nullptr) return 0;

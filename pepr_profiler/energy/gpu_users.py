@@ -43,7 +43,7 @@ class GpuUsers(Record):
     `unknown_s` is how long that is unknown, for `unknown_reason`. `reads` is how often the list was
     read within the window, `changes` how often the job came or left. A process came or left at any
     instant between the two reads around that: the middle is taken. `edges_s` is the root of the sum
-    of the squares of these times, for the job.
+    of the squares of these times, for the job where it is alone.
     """
 
     use: DeviceUse
@@ -224,6 +224,7 @@ class _ProcessTable:
         spans_s = _spans_s(self.t_ns, begin_ns, end_ns)
         job_bytes = np.where(self.owners == _JOB, self.memory, 0.0).sum(axis=0)
         peak = float(np.max(job_bytes[np.isfinite(job_bytes)], initial=0.0))
+        alone = (others_n == 0) & ~undivided
         inside = (self.t_ns > begin_ns) & (self.t_ns < end_ns)
         return GpuUsers(
             use=self._use(job, others, undivided),
@@ -238,7 +239,7 @@ class _ProcessTable:
             period_s=period_s,
             changes=int(np.count_nonzero(np.diff(job[inside] > 0))),
             reads=int(np.count_nonzero(inside)),
-            edges_s=float(np.sqrt(np.sum(spans_s[_part_of_interval(job) == 0.5] ** 2))),
+            edges_s=float(np.sqrt(np.sum(spans_s[_part_of_interval(job) * alone == 0.5] ** 2))),
         )
 
     def _use(self, job: Ints, others: Ints, undivided: Mask) -> DeviceUse:

@@ -98,7 +98,8 @@ def share(
             use = users.use
         means = use.means(at_ns)
         absent_s = float(span_s[means[0] + means[2] == 0].sum())
-        if users is not None and draw_w > most_idle_w and absent_s < _SEEN_IDLE_S:
+        alone = users is not None and users.others_s == 0
+        if alone and draw_w > most_idle_w and absent_s < _SEEN_IDLE_S:
             draw_w = most_idle_w / 2  # the job was there all the while: it was never seen idle
         parts = _split(step_j, draw_w * span_s, means)
     job_j, others_j, idle_j, job_idle_j = (np.cumsum(part) for part in parts)

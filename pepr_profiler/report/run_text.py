@@ -146,6 +146,11 @@ def _energy_lines(summary: Mapping[str, Any], width: int) -> list[Line]:
             notes.append(("there is no sensor for the estimated rows (see missing)", "yellow"))
     if energy.get("scope") == "device":
         notes.append(("of the whole devices, whoever used them (--attribution device)", ""))
+    for lost in energy.get("partial") or ():
+        missing = format_duration(lost["missing_s"])
+        notes.append(
+            (f"partial: without {lost['id']} for {missing}; in truth it is more", "bold red")
+        )
     if not summary.get("complete"):
         note = "incomplete: the profiler was killed or still runs; these are the figures so far"
         notes.append((note, "bold red"))

@@ -28,9 +28,11 @@ class Facts(Record):
     `metric` and `performance` are the run's own. `state` is one of STATES. A run that cannot be
     read has no state, but `why` and `fix`.
 
-    Three facts are JSON, which is only parsed where it is needed: `command` (a list, only where
-    the run has its script's name), `metrics` (a number or null for each name), and `errors` (for
-    each device in the total a list: its name, then the values of CAUSES in J).
+    `kinds` are the kinds of devices whose energy is known, or known to be none of the run's, with a
+    comma behind each. Four facts are JSON, which is only parsed where it is needed: `command` (a
+    list, only where the run has its script's name), `metrics` (a number or null for each name),
+    `errors` (for each device in the total a list: its name, then the values of CAUSES in J), and
+    `lost` (for each device that its total lacks: its id, and for which part of the time).
     """
 
     run_id: str
@@ -58,6 +60,8 @@ class Facts(Record):
     command: str | None = None
     metrics: str = "{}"
     errors: str = "[]"
+    kinds: str = ""
+    lost: str = "[]"
     why: str = ""
     fix: str = ""
     run_json: str = ""
@@ -108,7 +112,23 @@ def facts_of(run: Mapping[str, Any], *, run_id: str | None = None) -> Facts:
         command=_command_of_unnamed(name, run.get("command")),
         metrics=dump({str(key): _number(value) for key, value in run["metrics"].items()}),
         errors=dump(errors),
+        **_devices_of(energy, _number(run.get("duration_s"))),
     )
+
+
+def _devices_of(energy: Mapping[str, Any], duration_s: float | None) -> dict[str, str]:
+    """The facts `kinds` and `lost`. Summaries of old do not say what is missing for a time."""
+    components = energy.get("components") or ()
+    unknown = {c["id"] for c in components if c["in_total"] and c["job_j"] is None}
+    partial = {part["id"]: _number(part["missing_s"]) for part in energy.get("partial") or ()}
+    lost = dict.fromkeys(unknown, 1.0)
+    for ident, missing_s in partial.items():
+        lost[ident] = min(1.0, (missing_s or 0.0) / duration_s) if duration_s else 1.0
+    kinds = sorted({_text(c["kind"]) for c in components if c["id"] not in lost})
+    return {
+        "kinds": "".join(f"{kind}," for kind in kinds),
+        "lost": dump([[_text(ident), part] for ident, part in sorted(lost.items())]),
+    }
 
 
 def state_of(run: Mapping[str, Any]) -> str:

@@ -36,6 +36,9 @@ LABELS = {
 GROUPS = ("experiment", "host", "none")
 """What runs may be grouped by. Each group is a cohort of its own."""
 
+_WHOLE = 0.99
+"""What is missing for more than this part of a run is missing for all of it."""
+
 _NAMELESS = "no experiment"
 
 _SHARED = {"gain_j": 1.0, "offset_j": 1.0, "model_j": 0.5}
@@ -136,6 +139,30 @@ class Cohort:
             [*(rows[i] for i in rest), *map(facts_of, merged)],
             _Runs(self.summaries, rest, merged),
         )
+
+    def incomplete_totals(self) -> dict[int, str]:
+        """The runs whose total lacks a device that it should have, and which, by their numbers.
+
+        A device that is missing for a part of the time makes a total that is too low. One that is
+        missing for all of it does where another run of the same host knows such a device; where
+        none does, the totals are of the same devices, and can be compared.
+        """
+        known: dict[str | None, set[str]] = {}
+        for row in self.rows:
+            known.setdefault(row.host, set()).update(row.kinds.split(",")[:-1])
+        found = {}
+        for i, row in enumerate(self.rows):
+            kinds = set(row.kinds.split(",")[:-1])
+            elsewhere = known[row.host] - kinds - {"other"}
+            for ident, part in loads(row.lost):
+                kind = ident.partition(":")[0]
+                if part < _WHOLE:
+                    found[i] = f"its energy lacks {ident} for {part:.0%} of the time"
+                elif kind in known[row.host]:
+                    found[i] = f"its energy lacks {ident}, which was not measured"
+            if row.kinds and elsewhere and i not in found:
+                found[i] = f"its energy lacks the {listed(sorted(elsewhere))} of other runs there"
+        return found
 
     def _numbers(self, name: str) -> Floats:
         """One of the Facts that are numbers (n,); NaN is unknown."""

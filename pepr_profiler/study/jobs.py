@@ -145,7 +145,10 @@ class _JobRecordings:
             "others_j": _sum(c["others_j"] for c in counted),
             "idle_j": _sum(c["idle_j"] for c in counted),
             "components": components,
+            "partial": _lost(run["energy"] for run in self._runs),
         }
+        if energy["partial"]:
+            energy["u_j"] = None
         codes = [run.get("exit_code") for run in self._runs]
         failed = next((run for run in self._runs if run.get("exit_code")), None)
         first = min(self._runs, key=lambda run: str(run.get("started_at")))
@@ -337,7 +340,24 @@ def _joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
         return None if None in (one[key], other[key]) else one[key] + other[key]
 
     longest = {key: max(one[key], other[key]) for key in ("count", "duration_s")}
-    return {**one, **longest, "energy_j": added("energy_j"), "u_j": added("u_j")}
+    sums = {key: added(key) for key in ("energy_j", "u_j")}
+    return {
+        **one,
+        **longest,
+        **sums,
+        "partial": [*one.get("partial", ()), *other.get("partial", ())],
+    }
+
+
+def _lost(energies: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the totals of all recordings lack that have a device; for the shortest time, s."""
+    least_s: dict[str, float] = {}
+    for energy in energies:
+        missing_s = {part["id"]: part["missing_s"] for part in energy.get("partial") or ()}
+        for component in energy["components"]:
+            s = missing_s.get(component["id"], 0.0)
+            least_s[component["id"]] = min(s, least_s.get(component["id"], s))
+    return [{"id": ident, "missing_s": s} for ident, s in least_s.items() if s > 0]
 
 
 def _budgets(budgets: Iterable[Mapping[str, float] | None]) -> dict[str, float] | None:

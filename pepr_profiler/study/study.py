@@ -69,8 +69,10 @@ class Study:
         are (min, max) of the one resource, or those of a study (`read_bounds`).
 
         Runs that failed, are incomplete, are from a newer version or were given twice are left
-        out, and so are groups whose resources are all equal. `left_out` adds to these. `whole`
-        gives the whole summary for an id where `runs` are short ones.
+        out, and so are groups whose resources are all equal. Rankings by energy, carbon or cost
+        leave out runs whose total lacks a device for a time, or one that the others have.
+        `left_out` adds to these. `whole` gives the whole summary for an id where `runs` are short
+        ones.
 
         UsageError for a run without the metric or a resource, for runs whose own performances are
         different metrics, for measured and modelled energies in one group (unless
@@ -93,10 +95,22 @@ class Study:
             bounds = [replace(x, provenance=None) if isinstance(x, Bounds) else x for x in bounds]  # type: ignore[misc]
         rankings: list[Ranking] = []
         refused: UsageError | None = None
-        for value, at in chosen.groups(group).items():
-            cohort = chosen.at(at)
-            models = cohort.models()  # what their commands differ in within the group
+        for value, of_group in chosen.groups(group).items():
+            every = chosen.at(of_group)
+            names = every.models()  # what their commands differ in within the group
+            partial = every.incomplete_totals()
+            if any(amount.energetic for amount in amounts):
+                out += [(every.label(i), why) for i, why in partial.items()]
             for of_all in amounts:
+                inside = [i for i in range(len(every)) if not (of_all.energetic and i in partial)]
+                if not inside:
+                    raise UsageError(
+                        f"no run can be ranked by {of_all.name}",
+                        why="; ".join(f"{who} {why}" for who, why in out[:_NAMED]),
+                        fix="record them again; see the warnings: pepr-profile report RUN",
+                    )
+                at = [of_group[i] for i in inside]
+                cohort, models = every.at(inside), [names[i] for i in inside]
                 amount, provenance = of_all.at(at), None
                 if amount.energetic:
                     provenance = cohort.provenance(allow_mixed=mix_provenance)

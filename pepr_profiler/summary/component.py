@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pepr_profiler.energy.curve import EnergyCurve
+from pepr_profiler.energy.curve import EnergyCurve, gap_limit_s
 from pepr_profiler.energy.sharing import Shares
 from pepr_profiler.energy.uncertainty import (
     CrossCheck,
@@ -117,6 +117,23 @@ class ComponentResult(Record):
         """What of it is counted in some windows, whose edges are on the grid, together."""
         so_far_j = self.counted_so_far_j
         return float(np.sum(grid.pick(so_far_j, ends_ns) - grid.pick(so_far_j, begins_ns)))
+
+    def missing_s(self, grid: Grid, begins_ns: Ints, ends_ns: Ints) -> float:
+        """For how long in some windows its energy is missing, s.
+
+        That is the time before its first reading and after its last, if either is more than late.
+        A gap between two readings is bridged.
+        """
+        if not self.is_known:
+            return float(np.sum(ends_ns - begins_ns)) * 1e-9
+        first_ns, last_ns = self.curve.first_ns, self.curve.last_ns
+        limit_ns = gap_limit_s(self.curve.source.period_s) * NS_PER_S
+        missing_ns = np.zeros(len(begins_ns))
+        if first_ns - grid.at_ns[0] > limit_ns:
+            missing_ns += np.clip(np.minimum(first_ns, ends_ns) - begins_ns, 0, None)
+        if grid.at_ns[-1] - last_ns > limit_ns:
+            missing_ns += np.clip(ends_ns - np.maximum(last_ns, begins_ns), 0, None)
+        return float(np.sum(missing_ns)) * 1e-9
 
     def budget(self, grid: Grid, begins_ns: Ints, ends_ns: Ints) -> UncertaintyBudget:
         """The uncertainty budget of `counted_within_j` of the same windows."""

@@ -106,16 +106,19 @@ _COMPONENT: _Shape = {
     "budget": ({None: ("gain_j", "offset_j", "model_j"), ...: _NUMBER}, None),
     "cross_check": ({"source": str, "energy_j": _NUMBER, "difference_j": _NUMBER}, None),
 }
+_PARTIAL: list[_Shape] = [{None: ("id", "missing_s"), "id": str, "missing_s": float}]
 _ENERGY: _Shape = {
     None: ("total_j", "u_j", "mean_w", "provenance", "components"),
     **dict.fromkeys(("total_j", "u_j", "mean_w", "others_j", "idle_j"), _NUMBER),
     "provenance": _TEXT,
     "scope": str,
     "components": [_COMPONENT],
+    "partial": _PARTIAL,
 }
 _PHASE: _Shape = {
     None: ("name", "count", "duration_s", "energy_j", "u_j"),
     **{"name": str, "count": int, "duration_s": float, "energy_j": _NUMBER, "u_j": _NUMBER},
+    "partial": _PARTIAL,
 }
 _PROGRESS: _Shape = {
     None: ("t_s", "energy_j", "u_j", "metrics", "left_out"),
