@@ -319,6 +319,20 @@ def windows(pool: ProcessPoolExecutor, runs: int) -> None:
             print(f"  {sensor:<19}{task.load:<17}{name:<14}{figures}   {reached}", flush=True)
 
 
+def visits(runs: int) -> None:
+    """Jobs that come to a GPU and leave it between two reads of its process list."""
+    print(f"\n  visits of 1 to 5 s to a GPU whose processes are listed each 0.5 s, {runs} each")
+    random = np.random.default_rng(8)
+    for idle_w, busy_w in ((60.0, 400.0), (60.0, 90.0), (300.0, 300.0)):
+        found = [virtual.visit(random, idle_w=idle_w, busy_w=busy_w) for _ in range(runs)]
+        job_j, u_j, truth_j = np.array(found).T
+        what = f"{idle_w:.0f} W without the job, {busy_w:.0f} W with it"
+        off = abs(float(np.sum(job_j) / np.sum(truth_j)) - 1)
+        judge(f"{what}: mean error", 100 * off, "%", most=1)
+        covered = float(np.mean(np.abs(job_j - truth_j) <= u_j))
+        judge(f"{what}: not covered by k = 2", 100 * (1 - covered), "%", most=7)
+
+
 def fixed() -> None:
     """Wraps and sums."""
     print("\n  exact sums")
@@ -357,6 +371,7 @@ def measure() -> None:
         quarter_duty(pool, min(runs, 500))
         windows(pool, runs)
     aliasing(min(runs, 1000))
+    visits(min(runs, 1000))
     fixed()
 
 

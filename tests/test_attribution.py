@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sim import virtual
 
 from pepr_profiler.energy.activity import Activity, DeviceUse, cpu_use, read_activity
 from pepr_profiler.energy.curve import EnergyCurve
-from pepr_profiler.energy.gpu_users import GpuUsers, OtherProcess, read_gpu_users
+from pepr_profiler.energy.gpu_users import GpuUsers, OtherProcess
 from pepr_profiler.energy.gpus import Gpus
 from pepr_profiler.energy.modelled import CpuModel, RamModel, modelled_curves
 from pepr_profiler.energy.sharing import Shares, certain_shares, lowest_power_w, share
@@ -302,42 +303,13 @@ def test_what_is_certain_is_less_than_any_idle_draw_gives_and_no_more_can_be_sai
     assert certain_shares(cpu_use(did, 0, 4 * S), seconds) == pytest.approx([0.5, 0.3, 0.0, 0.5])
 
 
-def visit(
-    random: np.random.Generator, *, idle_w: float, busy_w: float
-) -> tuple[float, float, float]:
-    """A job's visit of 1 to 5 s to a GPU whose list is read each 0.5 s: its energy, u and truth."""
-    begin_s, span_s = random.uniform(1.5, 4.0), random.uniform(1.0, 5.0)
-    end_s = begin_s + span_s
-    at_s = np.arange(0.0, 12.001, 0.05)
-    inside_s = np.clip(at_s, begin_s, end_s) - begin_s
-    source = Source("gpu:GPU-1", "gpu", "x", "lane", 0, "test", counter=True)
-    at_ns = np.round(at_s * S).astype(np.int64)
-    energy_j = idle_w * at_s + (busy_w - idle_w) * inside_s
-    curve = EnergyCurve(source, energy_j, 0, int(at_ns[-1]))
-    read_s = np.arange(random.uniform(0.0, 0.5), 12.0, 0.5)
-    names = ("processes", "pid0", "memory0")
-    channels = tuple(Channel(f"GPU-1/{n}", "x", "1", labels={"uuid": "GPU-1"}) for n in names)
-    there = ((read_s >= begin_s) & (read_s < end_s)).astype(float)
-    rows = Batch(
-        np.round(read_s * S).astype(np.int64),
-        np.zeros(len(read_s), np.int64),
-        np.array([there, 7 * there, there]),
-    )
-    note = {"event": "process", "t_ns": int(begin_s * S), "pid": 7, "owner": "job"}
-    lane = LaneInfo("nvml-processes", "nvml-processes", S // 2, channels)
-    users = read_gpu_users(lane, [rows], [note], begin_ns=0, end_ns=12 * S)["GPU-1"]
-    shares = share(curve, at_ns, None, users, most_idle_w=105.0)
-    job_j = float(shares.job_j[-1])
-    return job_j, 2 * shares.u_j(job_j, duration_s=12.0), busy_w * span_s
-
-
 @pytest.mark.parametrize(("idle_w", "busy_w"), [(60.0, 400.0), (60.0, 90.0), (300.0, 300.0)])
 def test_who_comes_and_goes_between_reads_has_no_more_and_no_less(
     idle_w: float, busy_w: float
 ) -> None:
     random = np.random.default_rng(5)
     job_j, u_j, truth_j = np.array(
-        [visit(random, idle_w=idle_w, busy_w=busy_w) for _ in range(300)]
+        [virtual.visit(random, idle_w=idle_w, busy_w=busy_w) for _ in range(300)]
     ).T
     # then the mean error is nothing, and u covers what is seen late
     assert np.sum(job_j) == pytest.approx(np.sum(truth_j), rel=0.01)

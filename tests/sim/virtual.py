@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pepr_profiler.energy.curve import EnergyCurve
+from pepr_profiler.energy.gpu_users import read_gpu_users
+from pepr_profiler.energy.gpus import least_working_w
+from pepr_profiler.energy.sharing import share
+from pepr_profiler.energy.sources import Source
 from pepr_profiler.trace.lane import Batch, Channel, LaneInfo
+from pepr_profiler.units import NS_PER_S
 from sim.nvml import Gpu, Sensor
 from sim.waves import Constant, Points, Sine, Square, Step, Wave, recorded
 
@@ -472,3 +478,38 @@ def window_loads(random: np.random.Generator, end_s: float) -> Iterator[tuple[st
     period_s = random.uniform(0.35, 2.0)
     yield "steps", Square(period_s, 80.0, 400.0, random.uniform(0.2, 0.8), random.uniform(0, 1))
     yield "bursts 0.05-0.8", bursts(random, -2.0, end_s + 2)
+
+
+def visit(
+    random: np.random.Generator, *, idle_w: float, busy_w: float
+) -> tuple[float, float, float]:
+    """A job's visit of 1 to 5 s to a GPU whose list is read each 0.5 s.
+
+    Returns the job's energy as it is shared, its u (k = 2) by the sharing, and the truth, J.
+    """
+    begin_s, span_s = random.uniform(1.5, 4.0), random.uniform(1.0, 5.0)
+    at_s = np.arange(0.0, 12.001, 0.05)
+    inside_s = np.clip(at_s - begin_s, 0.0, span_s)
+    at_ns = np.round(at_s * NS_PER_S).astype(np.int64)
+    source = Source("gpu:GPU-1", "gpu", "x", "lane", 0, "test", counter=True)
+    energy_j = idle_w * at_s + (busy_w - idle_w) * inside_s
+    curve = EnergyCurve(source, energy_j, 0, int(at_ns[-1]))
+    read_s = np.arange(random.uniform(0.0, 0.5), 12.0, 0.5)
+    there = ((read_s >= begin_s) & (read_s < begin_s + span_s)).astype(float)
+    names = ("processes", "pid0", "memory0")
+    lane = LaneInfo(
+        "nvml-processes",
+        "nvml-processes",
+        NS_PER_S // 2,
+        tuple(Channel(f"GPU-1/{name}", "x", "1", labels={"uuid": "GPU-1"}) for name in names),
+    )
+    rows = Batch(
+        np.round(read_s * NS_PER_S).astype(np.int64),
+        np.zeros(len(read_s), np.int64),
+        np.array([there, 7 * there, there]),
+    )
+    note = {"event": "process", "t_ns": int(begin_s * NS_PER_S), "pid": 7, "owner": "job"}
+    users = read_gpu_users(lane, [rows], [note], begin_ns=0, end_ns=12 * NS_PER_S)["GPU-1"]
+    shares = share(curve, at_ns, None, users, most_idle_w=least_working_w(None))
+    job_j = float(shares.job_j[-1])
+    return job_j, 2 * shares.u_j(job_j, duration_s=12.0), busy_w * span_s
