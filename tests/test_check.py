@@ -503,6 +503,9 @@ def test_the_command_loads_the_machine_and_writes_what_it_found(
     assert not re.search(rf"\b{re.escape(os.uname().nodename)}\b", written)
     assert re.search(r'"nvidia": "580\.65\.06"', written)
     assert findings["privacy"] in text.replace("\n", " ")
+    # and each comparison stands with its sensor
+    assert text.count("gpu:0  H100 80GB HBM3  nvml-energy\n") == 1
+    assert "against nvml-power-average" in text
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def examine(found: Probe) -> dict[str, Any]:
     rows: list[Row] = []
     for sensor in sensors:
         rows += _rows_of(sensor, found.loads)
-    rows += _comparisons(sensors)
+        rows += _comparisons(sensor, sensors)
     rows += _machine_rows(found) if sensors else ()
     rows += [row for lane in found.rows if len(lane.t_s) for row in _lane_rows(lane, found.loads)]
     here, cpu = read_surroundings(), read_cpu_identity()
@@ -321,19 +321,17 @@ def _judged(sensor: _Sensor, what: str, seen: str, expected: str, good: bool) ->
 # --- two sensors of one device --------------------------------------------------------------------
 
 
-def _comparisons(sensors: Sequence[_Sensor]) -> Iterable[Row]:
-    """Each counter against the power readings of its device, and RAPL read in two ways."""
-    for one in sensors:
-        if not one.source.counter:
+def _comparisons(one: _Sensor, sensors: Sequence[_Sensor]) -> Iterable[Row]:
+    """A counter against the power readings of its device, and RAPL read by perf and powercap."""
+    if not one.source.counter:
+        return
+    for two in sensors:
+        if two is one or two.source.kind != one.source.kind or _device_id(one) != _device_id(two):
             continue
-        for two in sensors:
-            if two is one or two.source.kind != one.source.kind:
-                continue
-            power = not two.source.counter and one.source.scope == two.source.scope
-            mmio = "mmio" in two.source.id
-            twice = not mmio and (one.channel_source, two.channel_source) == ("perf", "powercap")
-            if _device_id(one) == _device_id(two) and (power or twice):
-                yield _agreement(one, two)
+        power = not two.source.counter and one.source.scope == two.source.scope
+        twice = (one.channel_source, two.channel_source) == ("perf", "powercap")
+        if power or (twice and "mmio" not in two.source.id):
+            yield _agreement(one, two)
 
 
 def _device_id(sensor: _Sensor) -> str:
@@ -351,7 +349,8 @@ def _agreement(one: _Sensor, two: _Sensor) -> Row:
     if figure.value is None:
         return Row(one.label, what, "?", expected, UNKNOWN, figure.why)
     u = figure.u or 0.0
-    seen = f"{100 * figure.value:+.1f} ± {100 * u:.1f} %"
+    percent = round(100 * figure.value, 1) or 0.0  # not -0.0
+    seen = f"{percent:+.1f} ± {100 * u:.1f} %"
     if u > 2 * _AGREEMENT:
         return Row(one.label, what, seen, expected, UNKNOWN, "its uncertainty is too large")
     return _judged(one, what, seen, expected, abs(figure.value) <= _AGREEMENT + u)
@@ -463,6 +462,8 @@ def _not_tried(found: Probe, sensors: Sequence[_Sensor]) -> list[str]:
         missing.append(f"RAPL in two ways: {other} cannot be read here")
     if not any(s.is_nvml and s.source.counter for s in sensors) and "gpu" in tried:
         missing.append("a GPU's counter against its power: no GPU has a counter here")
+    if not tried or not rapl:
+        missing.append("pepr-profile sensors prints why a sensor is missing, and what unlocks it")
     return missing
 
 

@@ -69,11 +69,8 @@ def sensors(*, specs: tuple[str, ...], as_json: bool, check: bool, output: Path 
         _check(specs, here, as_json=as_json, output=output)
         return
     recorded = specs or detect()
-    # Sensors that detection left out are tried too, to show that they are there or why not.
-    kinds = {SensorSpec(spec).kind for spec in recorded}
-    others = () if specs else tuple(kind for kind in KINDS if kind not in kinds)
     client = DaemonClient()
-    opened, missing = _open((*recorded, *others), here, client, named=bool(specs))
+    opened, missing = _open(specs or _with_others(recorded), here, client, named=bool(specs))
     if opened:
         time.sleep(_LOOK_S)  # refreshes and power are seen from counters that change
     channels = _describe(opened, recorded)
@@ -84,6 +81,12 @@ def sensors(*, specs: tuple[str, ...], as_json: bool, check: bool, output: Path 
         return
     click.echo(f"sensors of {os.uname().nodename}, seen by {here}\n")
     click.echo("\n".join([*_measured(channels), *_missing(missing)]).rstrip())
+
+
+def _with_others(recorded: tuple[str, ...]) -> tuple[str, ...]:
+    """With the sensors that detection left out: to show that they are there, or why not."""
+    kinds = {SensorSpec(spec).kind for spec in recorded}
+    return (*recorded, *(kind for kind in KINDS if kind not in kinds))
 
 
 def _refuse_unwritable(output: Path, *, check: bool) -> None:
@@ -121,7 +124,7 @@ def _check(
     from pepr_profiler.check.probe import check_period_ns, check_specs, probe
     from pepr_profiler.report.check_text import check_text
 
-    wanted = check_specs(specs or tuple(dict.fromkeys((*detect(), *KINDS))))
+    wanted = check_specs(specs or _with_others(detect()))
     client = DaemonClient()
     opened, _ = _open(wanted, here, client, named=bool(specs), period_ns=check_period_ns)
     channels = [channel for lane, _ in opened for channel in lane.channels]
@@ -130,7 +133,8 @@ def _check(
         loads["cpu"] = ProcessLoad("cpu")
         if any("model" in c.labels or c.labels.get("chip") == "amdgpu" for c in channels):
             loads["gpu"] = ProcessLoad("gpu")
-        complain(f"loading {', then '.join(f'the {name.upper()}s' for name in loads)} in bursts")
+        devices = ", then ".join(f"the {name.upper()}s" for name in loads)
+        complain(f"loading {devices} in bursts, for up to a minute")
     found = probe(opened, loads)
     for _, lane in opened:
         lane.stop(1.0)
@@ -141,7 +145,7 @@ def _check(
         write_text(output, text + "\n")
     click.echo(text if as_json else check_text(findings))
     if output is not None and not as_json:
-        click.echo(f"\nwritten to {output}. {findings['privacy']}")
+        click.echo(f"\nwritten to {output}\n{findings['privacy']}")
 
 
 def _open(
