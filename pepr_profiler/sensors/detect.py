@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from pepr_profiler import _core
@@ -15,7 +16,7 @@ from pepr_profiler.sensors.spec import SensorSpec
 
 _PROBE_PERIOD_NS = 3600 * 10**9  # a probe reads once
 _PROBE_TIMEOUT_S = 1.0
-_LOOKS_S = (0.0, 0.005, 0.02)  # the first look costs nothing, and is enough now and then
+_LOOKS_S = (0.003, 0.02)  # waited for only after a first look, which costs no time
 
 # powercap's name of a domain, and perf's.
 _DOMAINS = {"package": "energy-pkg", "dram": "energy-ram", "psys": "energy-psys"}
@@ -42,21 +43,22 @@ def detect(sysfs: Path = Path("/sys")) -> tuple[SensorSpec, ...]:
     hwmon chips are opened one by one, for devices that neither covers. If nothing gives the CPU's
     energy, the list has what could: opening it shows why it does not.
     """
+    perf = _PerfProbe(sysfs)
     zones = _zones(sysfs)
-    events = _perf_events(sysfs)
     readable = {domain for domain, may_read in zones if may_read}
-    is_still = "energy-pkg" in events and "package" in readable and not _perf_moves(sysfs)
+    covered = "energy-pkg" in perf.events or "package" in readable
+    hwmon = _hwmon_specs(sysfs, cpu_covered=covered)
+    is_still = not perf.close() and "package" in readable and not _perf_moves(sysfs)
     specs = [SensorSpec("nvml")]
-    if events:
+    if perf.events:
         specs.append(_spec("perf", sysfs))
-    denied = not events and _perf_offers(sysfs)
-    if is_still or {_DOMAINS[domain] for domain in readable} - events:
+    denied = not perf.events and _perf_offers(sysfs)
+    if is_still or {_DOMAINS[domain] for domain in readable} - perf.events:
         specs.append(_spec("powercap", sysfs))
-    elif not events:
+    elif not perf.events:
         specs += [_spec("perf", sysfs)] if denied else []
         specs += [_spec("powercap", sysfs)] if zones or not denied else []
-    covered = "energy-pkg" in events or "package" in readable
-    return (*specs, *_hwmon_specs(sysfs, cpu_covered=covered))
+    return (*specs, *hwmon)
 
 
 # --- what lies in sysfs ---------------------------------------------------------------------------
@@ -72,39 +74,41 @@ def _perf_offers(sysfs: Path) -> bool:
     return (sysfs / "bus/event_source/devices/power/events/energy-pkg").exists()
 
 
-def _perf_events(sysfs: Path) -> set[str]:
+class _PerfProbe:
     """The events that perf lets us count, which is known by opening them."""
-    if not _perf_offers(sysfs):
-        return set()
-    probe = _core.Sampler(_spec("perf", sysfs), _PROBE_PERIOD_NS)
-    try:
-        if not probe.wait_ready(_PROBE_TIMEOUT_S):
-            return set()
-        return {channel.labels["event"] for channel in probe.channels}
-    except SensorError:
-        return set()  # whoever opens it for good will report why
-    finally:
-        probe.stop(_PROBE_TIMEOUT_S)
+
+    def __init__(self, sysfs: Path) -> None:
+        self.events: frozenset[str] = frozenset()
+        self._sampler: _core.Sampler | None = None
+        if not _perf_offers(sysfs):
+            return
+        self._sampler = _core.Sampler(_spec("perf", sysfs), _PROBE_PERIOD_NS)
+        with suppress(SensorError):  # whoever opens it for good will report why
+            if self._sampler.wait_ready(_PROBE_TIMEOUT_S):
+                self._names = [channel.labels["event"] for channel in self._sampler.channels]
+                self.events = frozenset(self._names)
+
+    def close(self) -> bool:
+        """Ends the probe; whether a package's counter has risen meanwhile, if there is one."""
+        if self._sampler is None:
+            return True
+        self._sampler.stop(_PROBE_TIMEOUT_S)  # reads once more
+        if "energy-pkg" not in self.events:
+            return True
+        for _, _, _, columns, *_ in iter(self._sampler.read, None):
+            values = memoryview(columns[self._names.index("energy-pkg")]).cast("d")
+            if values[0] != values[-1]:
+                return True
+        return False
 
 
 def _perf_moves(sysfs: Path) -> bool:
     """Whether perf's counter of a package rises. It does within 1 ms, if the machine runs."""
     for wait_s in _LOOKS_S:
-        probe = _core.Sampler(_spec("perf", sysfs), _PROBE_PERIOD_NS)
-        try:
-            if not probe.wait_ready(_PROBE_TIMEOUT_S):
-                return True  # whoever opens it for good will see
-            names = [channel.labels["event"] for channel in probe.channels]
-        except SensorError:
+        probe = _PerfProbe(sysfs)
+        time.sleep(wait_s)
+        if probe.close():
             return True
-        finally:
-            if wait_s:
-                time.sleep(wait_s)
-            probe.stop(_PROBE_TIMEOUT_S)  # reads once more
-        for _, _, _, columns, *_ in iter(probe.read, None):
-            values = memoryview(columns[names.index("energy-pkg")]).cast("d")
-            if values[0] != values[-1]:
-                return True
     return False
 
 
