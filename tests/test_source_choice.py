@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from cli import Cli, codes, component, write_replay
 from sim.nvml import BuildNvml, Fault, Gpu, Scenario, default_uuid
 from sim.powercap import BuildTree, Zone
-from sim.waves import Constant
+from sim.sysfs import grace as grace_tree
+from sim.waves import Constant, Square
 
 from pepr_profiler.energy.sources import find_sources
 from pepr_profiler.trace.lane import Channel, LaneInfo
@@ -238,6 +240,33 @@ def test_a_counter_on_a_module_that_counts_its_gpu_alone_is_found_out(cli: Cli) 
     assert part["mean_w"] == pytest.approx(500, rel=0.03)
     # and the CPU is estimated, as nothing measures it
     assert component(summary, "cpu:modelled")["in_total"]
+
+
+@pytest.mark.parametrize("sees_grace", [True, False])
+def test_a_simulated_grace_hopper_is_its_gpu_and_its_socket_or_its_module(
+    cli: Cli, nvml_sim: BuildNvml, tmp_path: Path, sees_grace: bool
+) -> None:
+    # given a GPU of 300 and 700 W in turn, beside Grace at 200 W, in one module with one counter
+    grace_tree(tmp_path, 0, module=True)
+    board = Gpu(
+        Square(0.8, 300, 700), name="NVIDIA GH200 480GB", module=Square(0.8, 500, 900),
+        counted=Square(0.8, 500, 900),
+    )  # fmt: skip
+    nvml_sim(Scenario())  # compiles first: a scenario's clock runs from when it is written down
+    sim = nvml_sim(Scenario(gpus=(board,)))
+    sensors = ["--sensor", sim.spec]
+    sensors += ["--sensor", f"hwmon:{tmp_path}/class/hwmon"] if sees_grace else []
+    _, summary = cli.measure("--scope", "device", *sensors, "--", "sleep", "4")
+    begin_ns, end_ns = summary["recording"]["window_ns"]
+    grace_j = 200 * (end_ns - begin_ns) * 1e-9
+    truth_j = sim.scenario.energy_j(begin_ns, end_ns) + grace_j
+    # then the total is what the module took, once, and nothing is estimated beside it
+    energy = summary["energy"]
+    assert energy["provenance"] == "measured"
+    assert abs(energy["total_j"] - truth_j) <= energy["u_j"] < 0.15 * truth_j
+    parts = {c["kind"]: c for c in energy["components"] if c["in_total"]}
+    assert parts.keys() == ({"gpu", "cpu"} if sees_grace else {"gpu"})
+    assert ("whole module" in parts["gpu"]["label"]) is not sees_grace
 
 
 def lane_of(name: str, *channels: tuple[str, dict[str, str]], quantity: str = "power") -> LaneInfo:
