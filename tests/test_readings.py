@@ -21,7 +21,7 @@ from pepr_profiler.daemon.meters import Meter
 from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.integrate import integrate
 from pepr_profiler.energy.sources import Source, find_sources
-from pepr_profiler.trace.lane import Batch, Channel, LaneInfo, describe
+from pepr_profiler.trace.lane import Batch, Channel, LaneInfo, LaneReader, LaneWriter, describe
 from pepr_profiler.units import NS_PER_S as S
 
 RANGE_UJ = 262_143_328_850.0
@@ -129,6 +129,18 @@ def test_a_jump_that_stays_is_a_reset_and_u_covers_what_flowed_over_it(
     assert metered_j(CPU, raw) == pytest.approx(truth_j, abs=15)
 
 
+def test_an_impossible_reading_just_after_a_reset_does_not_hide_it() -> None:
+    # given 100 W, a reset at 5 s, and a reading just after it that belongs to nothing
+    raw = rising()
+    later = T_S > 5.001
+    raw[later] = np.floor(1e6 * 250 * (T_S[later] - 5.01))
+    raw[[252, 254, 256]] = 2.0**64 - 1, 9e9, 2.0**63
+    curve = integrated(CPU, raw, [0.0, 10.0])
+    assert (curve.resets, curve.impossible) == (1, 3)
+    assert float(np.diff(curve.energy_j)[0]) == pytest.approx(1750, abs=5)
+    assert metered_j(CPU, raw) == pytest.approx(1750, abs=15)
+
+
 def test_a_reset_while_nothing_is_read_is_bridged_and_uncertain() -> None:
     # given 100 W; the driver is gone for 2 s, and its counter begins anew
     raw = rising()
@@ -171,6 +183,44 @@ def test_a_power_reading_that_cannot_be_is_missing(value: float) -> None:
     curve = integrated(source, raw, [0.0, 10.0])
     assert float(np.diff(curve.energy_j)[0]) == pytest.approx(3000, rel=0.001)
     assert curve.impossible == (5 if 5e6 < value < math.inf else 0)
+
+
+@pytest.mark.parametrize(
+    "what", ["jump", "twice in a row", "0", "64 bits", "down and back", "stays"]
+)
+def test_rows_that_are_left_out_on_disk_change_none_of_that(tmp_path: Path, what: str) -> None:
+    # given 100 W for 200 s on disk, where most rows are left out, and odd readings on the way
+    t_s = np.arange(0, 200, 0.02)
+    random = np.random.default_rng(5)
+    raw = np.floor(1e6 * (5e4 + np.cumsum(random.normal(2.0, 0.02, len(t_s)))))
+    truth_j = (raw[-1] - raw[0]) * 1e-6
+    odd = np.arange(1500, 9000, 2000)
+    if what == "stays":
+        for row in odd:
+            raw[row:] += JUMP
+    else:
+        for row in odd:
+            window = raw[row - 250 : row + 251].copy()
+            ONCE[what][0](window)
+            raw[row - 250 : row + 251] = window
+    channel = Channel("z", "energy", "J", 1e-6, 0.0, True, "powercap", {})
+    lane = LaneInfo("powercap", "powercap", 20_000_000, (channel,))
+    t_ns = np.round(t_s * S).astype(np.int64) + S
+    writer = LaneWriter(tmp_path, lane)
+    writer.write(t_ns.tobytes(), np.zeros(len(t_s), np.uint32).tobytes(), [raw.tobytes()])
+    writer.close()
+    batches = list(LaneReader(tmp_path, "powercap"))
+    assert sum(len(batch.t_ns) for batch in batches) < 0.5 * len(t_s)
+    source = CPU._replace(modulus=0.0)
+    curve = integrate(batches, [source], t_ns[[0, -1]])[0]
+    assert float(np.diff(curve.energy_j)[0]) == pytest.approx(truth_j, rel=0.001)
+    if what == "stays":
+        assert (curve.resets, curve.impossible) == (len(odd), 0)
+    else:
+        assert curve.resets == 0
+        assert (
+            2 / 3 <= curve.impossible / (len(odd) * ONCE[what][1]) <= 1
+        )  # of equal rows some are left out
 
 
 # --- what a device can draw -----------------------------------------------------------------------

@@ -26,6 +26,9 @@ _CONFIRMING_RISES = 3
 _RECENT_CHANGES = 4
 """The mean power over so many changes is that from before a reset."""
 
+_MOST_RUNS = 4
+"""So many other values that a counter may go on from are kept in mind."""
+
 _SHORT_NS = 1_000_000_000
 """First readings that nothing has confirmed were impossible, unless they stood still for longer."""
 
@@ -104,7 +107,7 @@ class CounterReadings:
         self._read_ns = self._changed_ns = 0
         self._early = 0  # readings before it was confirmed that they are the counter's own
         self._recent: list[tuple[int, float]] = []  # changes: when, and `counted` then
-        self._run: _Run | None = None
+        self._runs: list[_Run] = []
 
     def take(self, t_ns: int, raw: float) -> bool:
         """Takes in the next reading; whether it is sound, and `counted` has been moved on."""
@@ -114,15 +117,17 @@ class CounterReadings:
             return True
         rise = self._rise(raw, self._raw, t_ns - self._changed_ns)
         if rise is not None:
-            self._drop_run()
+            self._drop_runs()
             self.wraps += raw < self._raw
             self._follow(t_ns, raw, rise)
             return True
-        run = self._run
-        rise = None if run is None else self._rise(raw, run.raw, t_ns - run.changed_ns)
-        if run is None or rise is None:
-            self._drop_run()
-            self._run = _Run(t_ns, raw)
+        for run in reversed(self._runs):
+            rise = self._rise(raw, run.raw, t_ns - run.changed_ns)
+            if rise is not None:
+                break
+        else:
+            self._drop_runs(keep=_MOST_RUNS - 1)
+            self._runs.append(_Run(t_ns, raw))
             return False
         run.readings += 1
         if rise > 0 or raw < run.raw:
@@ -136,9 +141,9 @@ class CounterReadings:
 
     def settle(self) -> int | None:
         """Ends the readings. If those that still wait were a reset, when the last change was."""
-        run = self._run
+        run = max(self._runs, key=lambda run: run.rises, default=None)
         if run is None or not run.rises:
-            self._drop_run()
+            self._drop_runs()
             return None
         self.bridge_j2 = 0.0
         self._accept_run(run, run.changed_ns)
@@ -152,7 +157,7 @@ class CounterReadings:
         bridge_j2 = None
         at = 0
         while at < len(raw):
-            if self._run is None and not math.isnan(self._raw):
+            if not self._runs and not math.isnan(self._raw):
                 block = slice(at, at + _BLOCK)
                 at += self._follow_all(t_ns[block], raw[block], counted[block])
                 if at >= len(raw) or at == block.stop:
@@ -211,17 +216,18 @@ class CounterReadings:
         self._read_ns, self._changed_ns = int(t_ns[count - 1]), self._recent[-1][0]
         return count
 
-    def _drop_run(self) -> None:
-        if self._run is not None:
-            self.impossible += self._run.readings
-            self._run = None
+    def _drop_runs(self, *, keep: int = 0) -> None:
+        dropped = self._runs[: len(self._runs) - keep] if len(self._runs) > keep else []
+        self.impossible += sum(run.readings for run in dropped)
+        del self._runs[: len(dropped)]
 
     def _accept_run(self, run: _Run, t_ns: int) -> None:
         """Goes on from a run of readings that follow from each other."""
         earlier = self._before_spike(run)
         self.counted = (self._over_reset(run) if earlier is None else earlier) + run.counted
         self.wraps += run.wraps
-        self._run = None
+        self._runs.remove(run)
+        self._drop_runs()
         self._raw, self._read_ns, self._changed_ns = run.raw, t_ns, run.changed_ns
         self._recent = [(run.first_ns, self.counted - run.counted), (t_ns, self.counted)]
 
