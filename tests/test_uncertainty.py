@@ -519,3 +519,16 @@ def test_gpus_of_different_loads_and_other_devices_are_independent() -> None:
     # and a CPU's sensor is of another kind
     cpu = curves[1]._replace(source=curves[1].source._replace(kind="cpu"))
     assert likeness([curves[0], cpu], [c.energy_j for c in curves]).tolist() == np.eye(2).tolist()
+
+
+def test_no_interval_exceeds_what_power_could_have_made_of_the_window() -> None:
+    # given phases of 5 to 50 ms under bursts of 60 to 400 W, within refreshes of 1 s
+    random = np.random.default_rng(36)
+    for _ in range(40):
+        wave = dict(virtual.window_loads(random, 8.0))["bursts"]
+        run = virtual.record_board(virtual.Board(1.0), wave, random, end_s=8.0, gain_u=0.0)
+        begin_s, seconds = random.uniform(1.0, 7.0), random.uniform(0.005, 0.05)
+        curve, at_ns = measured(run, begin_s, begin_s + seconds)
+        terms = whole(curve, at_ns)
+        # then the interval is no wider than from nothing to all that such a board draws
+        assert 2 * math.hypot(terms.sampled_j, terms.lag_j) <= 1.4 * 400.0 * seconds

@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from pepr_profiler.energy.curve import NARROW, UNIFORM, Accumulator, Changes, EnergyCurve, Inside
+from pepr_profiler.energy.curve import (
+    NARROW,
+    UNIFORM,
+    Accumulator,
+    Changes,
+    EnergyCurve,
+    Inside,
+    extremes_w,
+)
 from pepr_profiler.energy.readings import CounterReadings
 from pepr_profiler.record import Floats, Ints, Mask
 from pepr_profiler.trace.lane import LINE_STEPS, Batch
@@ -249,6 +257,9 @@ _EVEN = 1.5
 _INSTANTS = 4096
 """So many instant power readings are kept; if there are more, evenly fewer."""
 
+_SHOW_EXTREMES = 6
+"""So many different readings show between what power goes."""
+
 _SEEN_BACK_NS, _SEEN_AHEAD_NS = 0.25e9, 0.05e9
 """An instant reading shows the power of this time before it and, if clocks differ, after it."""
 
@@ -266,6 +277,9 @@ class Instants:
     _kept_count: int = 0
     _stride: int = 1
     _last_w: float = math.nan
+    readings: int = 0
+    lowest_w: float = math.inf
+    highest_w: float = 0.0
 
     def feed(self, t_ns: Floats, watts: Floats) -> None:
         """Takes in readings; those that repeat the one before are none."""
@@ -274,6 +288,9 @@ class Instants:
         new = np.diff(watts, prepend=self._last_w) != 0
         if len(watts):
             self._last_w = float(watts[-1])
+            self.lowest_w = min(self.lowest_w, float(watts.min()))
+            self.highest_w = max(self.highest_w, float(watts.max()))
+        self.readings += int(np.count_nonzero(new))
         self._waiting.append(np.array((t_ns[new], watts[new])))
 
     def compare(self, knots: Floats, power_w: Floats) -> None:
@@ -360,6 +377,7 @@ class Counter(Accumulator):
     _intervals: int = 0
     _passed: int = 0  # intervals that are no longer held
     _unseen_s: float = 0.0  # so old a change may be when it is read, if refreshes are not seen
+    _extreme_means_w: tuple[float, float] = (math.inf, 0.0)
     _check: SelfCheck | None = None
     _instants: Instants | None = None
     _quiet: list[tuple[int, int]] = field(default_factory=list)
@@ -472,6 +490,10 @@ class Counter(Accumulator):
         span_s = np.maximum(np.diff(knots) / NS_PER_S, 1e-9)
         power_w = joules / span_s
         now = slice(begin, end)
+        lowest_w, highest_w = self._extreme_means_w
+        self._extreme_means_w = (
+            min(lowest_w, float(power_w[now].min())), max(highest_w, float(power_w[now].max()))
+        )  # fmt: skip
         change_w = np.diff(power_w, prepend=power_w[0])[now]
         self._uneven_w2 += float(change_w @ change_w)
         self._intervals += end - begin
@@ -533,6 +555,7 @@ class Counter(Accumulator):
             self._cumulative[:] = math.nan
         return self.curve(
             inside=self._where(),
+            extremes_w=self._extremes_w(),
             wraps=self.counted.wraps,
             resets=self.counted.resets,
             longest_stall_s=self.longest_stall_s,
@@ -542,6 +565,13 @@ class Counter(Accumulator):
             # Reads trail their refreshes by as much as they vary in it.
             lag_u_s=max(self.jitter_s, self._unseen_s / math.sqrt(3)),
         )
+
+    def _extremes_w(self) -> tuple[float, float]:
+        """Between what power was, from its instant readings; a counter alone shows no extremes."""
+        if self._instants is None or self._instants.readings < _SHOW_EXTREMES:
+            return 0.0, math.inf
+        lowest_w = min(self._instants.lowest_w, self._extreme_means_w[0])
+        return extremes_w(lowest_w, max(self._instants.highest_w, self._extreme_means_w[1]))
 
     def _where(self) -> Inside | None:
         """Where the instants are between the refreshes, with what the record itself shows."""

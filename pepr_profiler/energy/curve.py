@@ -51,6 +51,9 @@ _NORMAL_MEDIAN = 0.6745
 _STEPS = (1e9, 1e8, 1e7, 1e6, 1e5, 1e4, 1e3, 100, 10, 1)
 """Resolutions that are looked for, in units of the raw number."""
 
+_UNREAD_SWING = 0.4
+"""Power goes beyond the extremes of its readings by this part of their range (judgement)."""
+
 _GAP_S = 1.0
 """Without a reading for longer than this (and 10 periods) a lane has a gap worth a warning."""
 
@@ -68,11 +71,8 @@ class EnergyCurve(Record):
     step with the refreshes.
 
     The edges of a window of t s add no more than a·t + b·t² J² to its variance, `short_j2` being
-    (a, b). Of a counter, `inside` says where in its intervals the instants lie, and `edge_j2` is
-    only for those beyond the last refresh. `quiet_ns` are the spans between two of its changes that
-    are longer than `quiet_s`, and `changed_ns` is its last change. `instead_of` names the source
-    that did not answer for `instead_s`, in which this is another sensor's energy. `only_zero` says
-    that 0 was all it read.
+    (a, b). Power was never below or above `extremes_w`. Of a counter, `inside` says where in its
+    intervals the instants lie, and `edge_j2` is only for those beyond the last refresh.
     """
 
     source: Source
@@ -96,6 +96,7 @@ class EnergyCurve(Record):
     gaps_ns: tuple[tuple[int, int], ...] = ()
     inside: Inside | None = None
     short_j2: tuple[float, float] = (math.inf, math.inf)
+    extremes_w: tuple[float, float] = (0.0, math.inf)
     quiet_ns: tuple[tuple[int, int], ...] = ()
     quiet_s: float = math.inf
     changed_ns: int = -1
@@ -119,6 +120,12 @@ class Inside(Record):
     bridge_j2: Floats
     even_j2: Floats
     refresh_u_s: Floats
+
+
+def extremes_w(lowest_w: float, highest_w: float) -> tuple[float, float]:
+    """What power can have reached whose readings, short means, were between these."""
+    margin_w = _UNREAD_SWING * (highest_w - lowest_w)
+    return max(0.0, lowest_w - margin_w), highest_w + margin_w
 
 
 def gap_limit_s(period_s: float) -> float:

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pepr_profiler.energy.curve import UNIFORM, Accumulator, Changes, EnergyCurve, median
+from pepr_profiler.energy.curve import (
+    UNIFORM,
+    Accumulator,
+    Changes,
+    EnergyCurve,
+    extremes_w,
+    median,
+)
 from pepr_profiler.record import Floats, Mask
 from pepr_profiler.units import NS_PER_S
 
@@ -167,7 +174,10 @@ class Power(Accumulator):
             change_w2 *= (1 + alike) / (1 - alike)  # of what the sensor has smoothed
             self._local[1] = np.maximum(self._local[1], part * change_w2 * self.refresh_s**2)
             short_j2 = 0.0, change_w2
-        return self.curve(lag_u_s=self._lag_u_s(), aliased=self._aliased(), short_j2=short_j2)
+        facts = {"lag_u_s": self._lag_u_s(), "aliased": self._aliased(), "short_j2": short_j2}
+        if window_s <= self.refresh_s and self._count >= _LAG_REFRESHES:
+            facts["extremes_w"] = extremes_w(self.lowest_w, self.highest_w)
+        return self.curve(**facts)
 
     def _alike(self) -> float:
         """How much of each change of the readings the next one repeats, as a part of it.

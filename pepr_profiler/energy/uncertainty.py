@@ -120,13 +120,12 @@ def budget(
         edges_j = min(edges_j, abs(part) * math.sqrt(short_j2))
     scale_j = source.gain * device_j * part
     modelled = source.provenance == "modelled"
-    return UncertaintyBudget(
+    result = UncertaintyBudget(
         gain_j=0.0 if modelled else scale_j,
         model_j=scale_j if modelled else 0.0,
         offset_j=source.offset_w * seconds * part,
         edges_j=math.hypot(
-            edges_j,
-            abs(part) * math.sqrt(_inside_j2(curve.inside, curve.power_w, times)),
+            edges_j, abs(part) * math.sqrt(_inside_j2(curve.inside, curve.power_w, times))
         ),
         duty_j=summed(curve.duty_j2, times),
         gaps_j=summed(curve.gap_j2, times),
@@ -134,6 +133,15 @@ def budget(
         quantisation_j=abs(part) * quantisation_j,
         aliasing_j=_ALIAS_U * abs(device_j * part) if curve.aliased else 0.0,
     )
+    # No more than what the lowest or the highest power would have made of the windows.
+    low_w, high_w = curve.extremes_w
+    most_j = abs(part) * max(device_j - low_w * seconds, high_w * seconds - device_j, 0.0) / 2
+    sampled_j = math.hypot(result.sampled_j, result.lag_j)
+    if sampled_j > most_j:
+        scale = most_j / sampled_j
+        names = ("edges_j", "duty_j", "gaps_j", "lag_j")
+        result = result._replace(**{name: scale * getattr(result, name) for name in names})
+    return result
 
 
 def _inside_j2(inside: Inside | None, power_w: Floats | None, times: Ints) -> float:

@@ -272,6 +272,30 @@ class Lanes:
         """The longest time between two refreshes of a sensor, as far as it was learnt; else 0."""
         return max((stats["refresh_s"] for stats in self._stats().values()), default=0.0)
 
+    def unlearnt_counters(self) -> dict[str, list[float]]:
+        """The newest values of the counters in lanes whose refreshes are not known yet."""
+        found: dict[str, list[float]] = {}
+        if self._options.period_ns is not None:
+            return found
+        for lane in self._lanes.values():
+            own, newest = lane.own, self.newest(lane.name)
+            if own is None or newest is None or own.stats()["settled"]:
+                continue
+            channels = zip(own.channels, newest, strict=True)
+            values = [v for channel, v in channels if channel.counter and channel.unit == "J"]
+            if any(value > 0 for value in values):
+                found[lane.name] = values
+        return found
+
+    def unmoved(self, counters: dict[str, list[float]]) -> dict[str, list[float]]:
+        """Those of `unlearnt_counters` in which one still is as it was then."""
+        now = self.unlearnt_counters()
+        return {
+            name: then
+            for name, then in counters.items()
+            if name in now and any(a == b for a, b in zip(now[name], then, strict=True))
+        }
+
     def stop(self) -> None:
         """Takes a last sample of each lane and ends it; then the journal writes the rest."""
         for lane in self._lanes.values():

@@ -23,7 +23,7 @@ from pepr_profiler.trace.run_json import (
     read_live_run,
     write_json,
 )
-from pepr_profiler.units import utf8_text
+from pepr_profiler.units import NS_PER_S, utf8_text
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
     from pepr_profiler.recording.watches import Claims
 
-_REFRESHES_AFTER, _LONGEST_AFTER_S = 2.1, 0.25  # lanes go on for so long behind the end
+_REFRESHES_AFTER, _TWO_AFTER_S = 2.1, 0.25  # lanes go on for so long behind the end
+_ONE_AFTER_S, _LOOK_S = (
+    1.1,
+    0.01,
+)  # or until one refresh, which a slow counter may need to know of the end at all
 
 TICK_S = 0.5
 """How often `Recorder.tick` is to be called while there is something to watch."""
@@ -245,8 +249,18 @@ class Recorder:
         """Lets the lanes see the two refreshes after the end.
 
         The first has the energy up to the end, the second shows where power jumped before it.
+        A slow counter is waited for once, and one whose refreshes are not known yet until it moves.
         """
-        after_s = min(_REFRESHES_AFTER * self._lanes.longest_refresh_s(), _LONGEST_AFTER_S)
+        refresh_s = self._lanes.longest_refresh_s()
+        after_s = max(
+            min(_REFRESHES_AFTER * refresh_s, _TWO_AFTER_S), min(1.1 * refresh_s, _ONE_AFTER_S)
+        )
+        unlearnt = self._lanes.unlearnt_counters()
+        if unlearnt:
+            after_s = max(after_s, _TWO_AFTER_S)
+        while unlearnt and time.monotonic_ns() - end_ns < _ONE_AFTER_S * NS_PER_S:
+            time.sleep(_LOOK_S)
+            unlearnt = self._lanes.unmoved(unlearnt)
         time.sleep(max(0.0, after_s - (time.monotonic_ns() - end_ns) * 1e-9))
 
     def _write_run(self) -> None:
