@@ -65,6 +65,14 @@ class Grid(Record):
         return np.asarray(values[self.places(at_ns)])
 
 
+_STALL_S, _STALL_REFRESHES = 5.0, 50
+
+
+def stall_limit_s(curve: EnergyCurve) -> float:
+    """How long a counter of a device that works does not stand still, s."""
+    return max(_STALL_S, _STALL_REFRESHES * curve.refresh_s)
+
+
 class ComponentResult(Record):
     """One component with its shares, and what another sensor of the same device says.
 
@@ -121,13 +129,18 @@ class ComponentResult(Record):
     def missing_s(self, grid: Grid, begins_ns: Ints, ends_ns: Ints) -> float:
         """For how long in some windows its energy is missing, s.
 
-        That is the time before its first reading and after its last, if either is more than late.
-        A gap between two readings is bridged.
+        That is the time before its first reading and after its last, if either is more than late,
+        and after the last change of a counter that stood still until the end. A gap between two
+        readings is bridged, and so is a counter that stood still and went on.
         """
         if not self.is_known:
             return float(np.sum(ends_ns - begins_ns)) * 1e-9
         first_ns, last_ns = self.curve.first_ns, self.curve.last_ns
         limit_ns = gap_limit_s(self.curve.source.period_s) * NS_PER_S
+        still_s = (last_ns - self.curve.changed_ns) * 1e-9
+        counts = self.curve.source.counter and not self.curve.instead_of
+        if counts and self.curve.changed_ns > 0 and still_s > stall_limit_s(self.curve):
+            last_ns = self.curve.changed_ns
         missing_ns = np.zeros(len(begins_ns))
         if first_ns - grid.at_ns[0] > limit_ns:
             missing_ns += np.clip(np.minimum(first_ns, ends_ns) - begins_ns, 0, None)

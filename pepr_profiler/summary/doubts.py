@@ -12,7 +12,7 @@ from pepr_profiler.energy.gpu_users import OtherProcess
 from pepr_profiler.energy.gpus import Gpus, board_of
 from pepr_profiler.energy.sources import UNITS, stated_gain
 from pepr_profiler.errors import warning
-from pepr_profiler.summary.component import ComponentResult
+from pepr_profiler.summary.component import ComponentResult, stall_limit_s
 from pepr_profiler.trace.lane import Channel
 
 _CHECKED_S = 2.0
@@ -21,9 +21,6 @@ _CHECKED_S = 2.0
 _PART_TIME, _STEADY = ("nvml-power", "nvml-power-instant"), 1e-3
 """Readings that may look at only a part of each refresh period. Where they spread by less than this
 part of the energy, their spread says nothing of what they did not see."""
-
-_STALL_S, _STALL_REFRESHES = 5.0, 50
-"""The counter of a device that computes changes far more often than this."""
 
 _SHARED = 0.05
 """Others who used a device for more than this part of a run are worth a warning."""
@@ -216,9 +213,7 @@ def _doubtful_counter(curve: EnergyCurve, duration_s: float) -> Iterator[dict[st
             "unseen; its energy may be a multiple of its range too low",
             "keep the profiler from being stopped, or sample more often (--period)",
         )
-    if not curve.instead_of and curve.longest_stall_s > max(
-        _STALL_S, _STALL_REFRESHES * curve.refresh_s
-    ):
+    if not curve.instead_of and curve.longest_stall_s > stall_limit_s(curve):
         yield warning(
             "stalled",
             f"{name} stood still for {curve.longest_stall_s:.1f} s while it was read",
