@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cli import Cli, codes, component, write_replay
 from sim.nvml import BuildNvml, Fault, Gpu, Scenario, default_uuid
@@ -14,8 +15,12 @@ from sim.powercap import BuildTree, Zone
 from sim.sysfs import grace as grace_tree
 from sim.waves import Constant, Square
 
+from pepr_profiler.energy.fallback import stood_in
+from pepr_profiler.energy.integrate import integrate
 from pepr_profiler.energy.sources import find_sources
-from pepr_profiler.trace.lane import Channel, LaneInfo
+from pepr_profiler.energy.uncertainty import budget
+from pepr_profiler.trace.lane import Batch, Channel, LaneInfo, LaneReader, LaneWriter
+from pepr_profiler.units import NS_PER_S
 
 ENERGY = "nvmlDeviceGetTotalEnergyConsumption"
 STEP_S = 0.02
@@ -154,6 +159,43 @@ def test_perf_that_stands_still_gives_way_to_powercap(cli: Cli, dies_at_s: float
     assert part["mean_w"] == pytest.approx(100, rel=0.03)
     assert part["source"] == ("powercap" if dies_at_s < 0 else "perf+powercap")
     assert part["fallback"]["instead_of"] == "perf"
+
+
+def test_phases_by_power_that_was_stored_beside_a_counter_are_as_sure_as_they_say(
+    tmp_path: Path,
+) -> None:
+    # given power that changes every few seconds, read beside a counter that is dead, on disk
+    random = np.random.default_rng(9)
+    t_s = np.arange(0, 300, 0.1)
+    level_w = np.repeat(random.uniform(100, 600, 100), 30)
+    watts = np.floor(1e3 * level_w * (1 + 0.03 * random.standard_normal(len(t_s))))
+    board = {"uuid": "GPU-1", "model": "H100", "index": "0"}
+    channels = (
+        Channel("GPU-1/energy", "energy", "J", 1e-3, 0.0, True, "nvml-energy", board),
+        Channel("GPU-1/power", "power", "W", 1e-3, 0.0, False, "nvml-power", board),
+    )
+    lane = LaneInfo("nvml", "nvml", 100_000_000, channels)
+    t_ns = np.round(t_s * NS_PER_S).astype(np.int64) + NS_PER_S
+    writer = LaneWriter(tmp_path, lane)
+    columns = [np.full(len(t_s), 7.0).tobytes(), watts.tobytes()]
+    writer.write(t_ns.tobytes(), np.zeros(len(t_s), np.uint32).tobytes(), columns)
+    writer.close()
+    stored = list(LaneReader(tmp_path, "nvml"))
+    assert sum(len(batch.t_ns) for batch in stored) < 0.5 * len(t_s)
+    # when phases of 1 to 4 s are asked for, of what is on disk and of all that was read
+    (source,) = find_sources([lane], silent={("nvml", 0)})
+    at_ns = np.sort(random.integers(t_ns[300], t_ns[-20], 400))
+    whole = [Batch(t_ns, np.zeros(len(t_ns), np.int64), np.array([watts * 0, watts]))]
+    on_disk, truth = (integrate(rows, [source], at_ns)[0] for rows in (stored, whole))
+    # then they differ by no more than u says
+    curve = stood_in(on_disk)
+    begins = np.arange(0, 396)
+    off = [
+        abs(np.diff(on_disk.energy_j)[i] - np.diff(truth.energy_j)[i])
+        <= 2 * budget(curve, at_ns, np.array([i]), np.array([i + 1]))._replace(gain_j=0.0).u_j
+        for i in begins
+    ]
+    assert np.mean(off) >= 0.95
 
 
 # --- sources that cover others --------------------------------------------------------------------

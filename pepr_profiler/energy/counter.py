@@ -570,6 +570,8 @@ class Counter(Accumulator):
         """Between what power was, from its instant readings; a counter alone shows no extremes."""
         if self._instants is None or self._instants.readings < _SHOW_EXTREMES:
             return 0.0, math.inf
+        if self.counted.resets:  # a device that its driver loses may be off meanwhile
+            return 0.0, math.inf
         lowest_w = min(self._instants.lowest_w, self._extreme_means_w[0])
         return extremes_w(lowest_w, max(self._instants.highest_w, self._extreme_means_w[1]))
 

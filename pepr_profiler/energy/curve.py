@@ -72,7 +72,11 @@ class EnergyCurve(Record):
 
     The edges of a window of t s add no more than a·t + b·t² J² to its variance, `short_j2` being
     (a, b). Power was never below or above `extremes_w`. Of a counter, `inside` says where in its
-    intervals the instants lie, and `edge_j2` is only for those beyond the last refresh.
+    intervals the instants lie, and `edge_j2` is only for those beyond the last refresh. `quiet_ns`
+    are the spans between two of its changes that are longer than `quiet_s`, and `changed_ns` is its
+    last change. `instead_of` names the source that did not answer for `instead_s`, in which this is
+    another sensor's energy. `only_zero` says that 0 was all it read. `level_j2` is the variance at
+    any instant by the rows of a gauge that were not stored, if the device has a counter.
     """
 
     source: Source
@@ -103,6 +107,7 @@ class EnergyCurve(Record):
     instead_of: str = ""
     instead_s: float = 0.0
     only_zero: bool = False
+    level_j2: float = 0.0
 
 
 class Inside(Record):

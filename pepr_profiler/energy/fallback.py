@@ -7,6 +7,7 @@ another driver that reads the same device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Set
 
 import numpy as np
@@ -84,6 +85,7 @@ def with_fallback(curve: EnergyCurve, other: EnergyCurve, at_ns: Ints) -> Energy
             missed_s += (min(end_ns, int(at_ns[-1])) - max(begin_ns, int(at_ns[0]))) * 1e-9
     if not replaced.any():
         return curve
+    other = stood_in(other)
     beside = np.append(replaced, False) | np.append(False, replaced)
     name = f"{curve.source.source}+{other.source.source}"
     offset_w = max(curve.source.offset_w, other.source.offset_w)
@@ -97,6 +99,10 @@ def with_fallback(curve: EnergyCurve, other: EnergyCurve, at_ns: Ints) -> Energy
         else None,
         duty_j2=_joined_known(curve.duty_j2, other.duty_j2, replaced),
         gap_j2=_joined_known(curve.gap_j2, other.gap_j2, replaced),
+        extremes_w=(
+            min(curve.extremes_w[0], other.extremes_w[0]),
+            max(curve.extremes_w[1], other.extremes_w[1]),
+        ),
         first_ns=min(curve.first_ns, other.first_ns),
         last_ns=max(curve.last_ns, other.last_ns),
         longest_gap_s=other.longest_gap_s,
@@ -105,6 +111,14 @@ def with_fallback(curve: EnergyCurve, other: EnergyCurve, at_ns: Ints) -> Energy
         instead_of=curve.source.source,
         instead_s=missed_s,
     )
+
+
+def stood_in(curve: EnergyCurve) -> EnergyCurve:
+    """Power readings in the place of a counter, beside which they were not stored closely."""
+    if curve.edge_j2 is None or not curve.level_j2:
+        return curve
+    unbounded = (math.inf, math.inf)
+    return curve._replace(edge_j2=curve.edge_j2 + curve.level_j2, short_j2=unbounded, level_j2=0.0)
 
 
 def replacements(

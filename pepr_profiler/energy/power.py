@@ -16,10 +16,14 @@ from pepr_profiler.energy.curve import (
     median,
 )
 from pepr_profiler.record import Floats, Mask
+from pepr_profiler.trace.lane import LEVEL_S
 from pepr_profiler.units import NS_PER_S
 
 _SLOWEST_REFRESH_S = 0.12
 """GPUs refresh their power every 15 to 104 ms (docs/measurement, B)."""
+
+_LONGEST_UNSTORED_S = 4.0
+"""One row is stored in this time (csrc/recording/thin.h)."""
 
 _USUAL_LAG = 0.3
 """Of a sensor whose averaging window is unknown, a reading's middle lies this part of a refresh
@@ -177,7 +181,15 @@ class Power(Accumulator):
         facts = {"lag_u_s": self._lag_u_s(), "aliased": self._aliased(), "short_j2": short_j2}
         if window_s <= self.refresh_s and self._count >= _LAG_REFRESHES:
             facts["extremes_w"] = extremes_w(self.lowest_w, self.highest_w)
-        return self.curve(**facts)
+        return self.curve(level_j2=self._level_j2(), **facts)
+
+    def _level_j2(self) -> float:
+        """What rows that are not stored may be off by, if only the mean was kept."""
+        if not self._left_out:
+            return 0.0
+        range_w = self.highest_w - self.lowest_w
+        off_j = min(LEVEL_S * self.highest_w, _LONGEST_UNSTORED_S * range_w)
+        return off_j**2 / 3
 
     def _alike(self) -> float:
         """How much of each change of the readings the next one repeats, as a part of it.

@@ -14,6 +14,7 @@ from pepr_profiler.energy.fallback import (
     counters_of_gpus,
     replacements,
     silent_places,
+    stood_in,
     with_fallback,
 )
 from pepr_profiler.energy.gpu_users import GpuUsers, read_gpu_users
@@ -150,6 +151,7 @@ class _EnergyReader:
             source = curve.source
             instead_of = stands_for.get((source.lane, source.channel), "")
             settled = curve._replace(instead_of=instead_of, instead_s=self._span_s(instead_of))
+            settled = stood_in(settled) if instead_of else settled
             other = spare.get(source.id)
             is_off = not answers(curve) and other is not None and other.only_zero
             settled = settled._replace(only_zero=is_off)

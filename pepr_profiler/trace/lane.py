@@ -142,7 +142,7 @@ def _thin_rules(channels: Sequence[Channel]) -> list[tuple[str, float]]:
         if c.quantity == "identity"  # a PID is no quantity: the next number is another process
         else ("hold", _HOLD)
         if c.quantity == "power" and c.device not in counted
-        else ("level", _LEVEL_S)
+        else ("level", LEVEL_S)
         for c in channels
     ]
 
@@ -156,7 +156,7 @@ _FINE_LINE_STEPS = 0.06
 _HOLD = 0.01
 """What power that is integrated may be off by, relative."""
 
-_LEVEL_S = 0.25
+LEVEL_S = 0.25
 """What the integral of any other gauge may be off by: its level for a quarter of a second."""
 
 
