@@ -7,7 +7,6 @@ kWh and percent exist only in what a person reads, and are made here.
 from __future__ import annotations
 
 import math
-import os
 import re
 
 from pepr_profiler.errors import UsageError
@@ -241,12 +240,14 @@ def utf8_text(text: str) -> str:
 
     In an ASCII locale Python hands out the bytes of "ö" as two lone surrogates.
     """
-    if text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text):
-        return text
+    return text if text.isascii() else re.sub("[\udc80-\udcff]+", _as_utf8, text)
+
+
+def _as_utf8(lone_halves: re.Match[str]) -> str:
     try:
-        return os.fsencode(text).decode()
+        return lone_halves[0].encode("utf-8", "surrogateescape").decode()
     except UnicodeError:
-        return text
+        return lone_halves[0]
 
 
 def parse_overhead(overhead: str | float) -> float:

@@ -94,10 +94,28 @@ def test_modelled_power_follows_the_load() -> None:
     assert np.diff(ram.energy_j) == pytest.approx([6.0, 6.0])
     assert cpu.source.gain == pytest.approx(0.25)
     assert {cpu.source.provenance, ram.source.provenance} == {"modelled"}
-    # and the job, resident in a quarter of the memory, has a quarter of its energy
+    # and the job, which was alone and kept a CPU or more busy, has all of it
     shares = share(ram, at_ns, did)
-    assert shares.job_j[-1] == pytest.approx(3.0)
-    assert shares.idle_j[-1] == pytest.approx(9.0)
+    assert shares.job_j[-1] == pytest.approx(12.0)
+
+
+@pytest.mark.parametrize("rss_bytes", [0.0, 4.0 * GB])
+def test_estimated_memory_is_shared_by_cpu_time_as_measured_memory_is(rss_bytes: float) -> None:
+    # given 6 W for 2 s, a job of 0.1 CPU s a second and others of 0.3, on 4 CPUs
+    did = activity(2, job=[0.1, 0.1], busy=[0.4, 0.4], rss_bytes=rss_bytes)
+    model = CpuModel(idle_w=10, max_w=50, u_rel=0.5, source="test", description="test")
+    at_ns = np.array([0, S, 2 * S])
+    _, ram = modelled_curves(did, at_ns, cpu=model, ram=RamModel(w_per_gb=0.375))
+    shares = share(ram, at_ns, did)
+    # then a constant draw is all idle draw: used 0.4 of the time, 1 : 3, and else nobody's
+    assert shares.job_j[-1] == pytest.approx(12.0 * 0.4 / 4)
+    assert shares.others_j[-1] == pytest.approx(12.0 * 0.4 * 3 / 4)
+    assert shares.idle_j[-1] == pytest.approx(12.0 * 0.6)
+    # and so is the energy of a sensor that shows the same
+    sensor = ram._replace(source=ram.source._replace(id="dram:package-0", provenance="measured"))
+    measured = share(sensor, at_ns, did)
+    for ours, theirs in zip(shares[:3], measured[:3], strict=True):
+        assert ours == pytest.approx(theirs)
 
 
 def test_a_run_shorter_than_a_sample_period_still_has_a_model() -> None:

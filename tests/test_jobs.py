@@ -294,3 +294,16 @@ def test_a_study_counts_ranks_once_and_leaves_a_sweep_beside_its_runs() -> None:
     # then the ranks are one run, and the trainings of the sweep are still two
     joules = dict(zip(ranking.names, ranking.resource, strict=True))
     assert joules == pytest.approx({"rank0": 1000, "sweep": 3000, "step0": 1000, "step1": 750})
+
+
+def test_estimates_of_several_nodes_claim_no_less_together() -> None:
+    # given two nodes whose CPUs are estimated, ±50 % each
+    def estimate(begin_s: float, end_s: float) -> Part:
+        whole = part("cpu:modelled", Constant(100), begin_s, end_s, job=1.0)
+        u_j = 0.5 * whole["job_j"]
+        budget = {"gain_j": 0.0, "offset_j": 0.0, "model_j": u_j / 2}
+        return {**whole, "provenance": "modelled", "u_j": u_j, "budget": budget}
+
+    merged = one(*(run(node, 0, 10, estimate(0, 10), boot=node) for node in ("one", "two")))
+    assert merged["energy"]["total_j"] == pytest.approx(2000.0)
+    assert merged["energy"]["u_j"] == pytest.approx(1000.0)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cli import Cli, python
 
-from pepr_profiler.energy.modelled import RamModel, cpu_model, power_w
+from pepr_profiler.energy.activity import Activity
+from pepr_profiler.energy.modelled import (
+    CpuModel,
+    RamModel,
+    cpu_model,
+    modelled_curves,
+    power_w,
+    summed_u_j,
+)
+from pepr_profiler.energy.uncertainty import UncertaintyBudget, combined_u_j
 from pepr_profiler.errors import UsageError
 from pepr_profiler.sensors.machine import CpuIdentity, read_cpu_identity
+from pepr_profiler.units import NS_PER_S as S
 
 X86 = """\
 processor\t: 0
@@ -197,3 +209,125 @@ def test_this_machine_has_a_model_that_rises_with_load() -> None:
     # then
     assert cpu.vendor is not None
     assert 0 < model.idle_w < model.max_w
+
+
+# --- memory beside a figure that has some in it ---------------------------------------------------
+
+GB = 2**30
+AT_NS = np.array([0, S])
+
+
+def steady(installed_gb: float, *, cpus: int = 8) -> Activity:
+    """One second of a machine that does nothing."""
+    t_ns, none = np.array([0.0, float(S)]), np.zeros(2)
+    return Activity(t_ns, none, none, none, cpus, installed_gb * GB)
+
+
+def energies_j(did: Activity, cpu: CpuModel | None, ram: RamModel | None) -> dict[str, float]:
+    curves = modelled_curves(did, AT_NS, cpu=cpu, ram=ram)
+    return {curve.source.id: float(np.diff(curve.energy_j)[0]) for curve in curves}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "gb_per_vcpu"),
+    [  # mean memory of the SPECpower servers, over the threads of one
+        (intel(63), 1.15),
+        (intel(79), 1.06),
+        (intel(85, stepping=4), 1.62),
+        (intel(85, stepping=7), 1.93),
+        (amd(23, 1), 1.50),
+        (amd(23, 49), 1.01),
+        (amd(25, 1), 1.00),
+        (CpuIdentity(), (1.15 + 1.06 + 1.62 + 1.93 + 1.50 + 1.01 + 1.00) / 7),
+    ],
+)
+def test_memory_that_a_servers_figure_has_is_not_added_to_it(
+    cpu: CpuIdentity, gb_per_vcpu: float
+) -> None:
+    # given 8 vCPUs, whose figure has 8 times that much memory
+    model = cpu_model(cpu, vcpus=8)
+    # then as much memory adds nothing, and 40 GB more 15 W
+    least = energies_j(steady(8 * gb_per_vcpu), model, RamModel())
+    assert least == pytest.approx({"cpu:modelled": model.idle_w})
+    more = energies_j(steady(8 * gb_per_vcpu + 40), model, RamModel())
+    assert more["dram:modelled"] == pytest.approx(15.0)
+    assert more["cpu:modelled"] == least["cpu:modelled"]
+
+
+def test_given_power_has_all_memory_in_it() -> None:
+    given = cpu_model(MILAN, vcpus=8, override="120:500")
+    assert energies_j(steady(2048), given, RamModel()) == pytest.approx({"cpu:modelled": 120.0})
+
+
+def test_memory_beside_a_cpu_with_a_sensor_is_all_of_it() -> None:
+    assert energies_j(steady(64), None, RamModel()) == pytest.approx({"dram:modelled": 24.0})
+
+
+@pytest.mark.parametrize(
+    ("cpu", "idle_w", "max_w"),
+    [
+        (cpu_model(MILAN, vcpus=8), 3.6 - 3.0, 16.16 - 3.0),  # 8 GB of it
+        (cpu_model(MILAN, vcpus=8, override="120:500"), 120 - 24.0, 500 - 24.0),  # all 64 GB
+        (cpu_model(MILAN, vcpus=8, override="12:500"), 0.0, 500 - 24.0),  # never below 0 W
+    ],
+)
+def test_memory_with_a_sensor_is_taken_off_a_servers_figure(
+    cpu: CpuModel, idle_w: float, max_w: float
+) -> None:
+    less = cpu.without_memory(RamModel(), 64 * GB)
+    assert (less.idle_w, less.max_w) == pytest.approx((idle_w, max_w))
+
+
+# --- no estimate claims less than ±50 % -----------------------------------------------------------
+
+
+def test_estimates_of_several_devices_claim_no_less_than_each() -> None:
+    # given a CPU and memory of ±50 % each, k = 2
+    budgets = [UncertaintyBudget(model_j=25.0), UncertaintyBudget(model_j=25.0)]
+    assert 2 * combined_u_j(budgets, np.eye(2)) == pytest.approx(0.5 * 200)
+    # and a measured device beside them is independent
+    gpu = UncertaintyBudget(gain_j=20.0, edges_j=5.0)
+    assert combined_u_j([*budgets, gpu], np.eye(3)) == pytest.approx(np.hypot(50.0, gpu.u_j))
+    # and so in summaries
+    parts = [{"provenance": "modelled", "u_j": 50.0}] * 2
+    assert summed_u_j(parts) == 100.0
+    assert summed_u_j([*parts, {"provenance": "measured", "u_j": 75.0}]) == 125.0
+    assert summed_u_j([*parts, {"provenance": "measured", "u_j": None}]) is None
+
+
+PROGRAM = """if True:
+    import time, pepr_profiler
+    with pepr_profiler.profile("same") as run:
+        for epoch in range(3):
+            with run.phase("train"):
+                time.sleep(0.1)
+            run.log(acc=0.5 + epoch / 10, epoch=epoch)
+"""
+
+
+def test_no_output_of_a_run_without_sensors_claims_less(cli: Cli, quiet_sensor: str) -> None:
+    # given three repeats of a program on a machine whose CPU and memory are estimated
+    for _ in range(3):
+        options = ("--sensor", quiet_sensor, "--experiment", "e", "--metric", "acc=never (x)")
+        result, summary = cli.measure(*options, "--", *python(PROGRAM))
+        assert result.status == 0, result.stderr
+
+        # then all figures of each claim at least ±50 %
+        energy = summary["energy"]
+        assert energy["provenance"] == "modelled"
+        figures = [(energy["total_j"], energy["u_j"])]
+        figures += [(c["job_j"], c["u_j"]) for c in energy["components"]]
+        figures += [(p["energy_j"], p["u_j"]) for p in summary["phases"]]
+        progress = summary["progress"]
+        figures += zip(progress["energy_j"], progress["u_j"], strict=True)
+        assert len(figures) > 5
+        assert [u_j >= 0.4999 * e_j for e_j, u_j in figures] == [True] * len(figures)
+    # and so in tables and in the mean of the repeats
+    rows = json.loads(cli("runs", "export", "-", "--format", "json").stdout)
+    assert all(row["energy_u_j"] >= 0.4999 * row["energy_j"] for row in rows)
+    compared = json.loads(
+        cli("compare", "--experiment", "e", "--range", "0:1k", "--json", "-").stdout
+    )
+    [row] = compared["rankings"][0]["rows"]
+    assert row["n"] == 3
+    assert row["u_resource"] >= 0.4999 * row["resource"]

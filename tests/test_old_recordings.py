@@ -1,6 +1,7 @@
 """Recordings made by earlier versions open, and every number is the one that was printed then.
 
-Only how sure a number is may be known better by now.
+Only how sure a number is may be known better by now, and memory without a sensor is estimated by
+another rule: what a figure of a whole server has in it was counted twice.
 """
 
 from __future__ import annotations
@@ -57,6 +58,22 @@ def differences(now: Any, then: Any, where: str = "") -> Iterator[str]:
         yield f"{where} is {now!r}, not {then!r}"
 
 
+def measured(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary without estimates, if its memory is estimated: only what sensors gave is left."""
+    energy = summary["energy"]
+    estimates = [c for c in energy["components"] if c["provenance"] == "modelled"]
+    if all(c["kind"] != "dram" for c in estimates):
+        return summary
+    left = {**energy, "components": [c for c in energy["components"] if c not in estimates]}
+    counted = "device_j" if energy["scope"] == "device" else "job_j"
+    for total, part in (("total_j", counted), ("others_j", "others_j"), ("idle_j", "idle_j")):
+        left[total] = energy[total] - math.fsum(c[part] for c in estimates)
+    del left["mean_w"], left["u_j"]
+    phases = [{**p, "energy_j": None, "u_j": None} for p in summary["phases"]]
+    progress = summary["progress"] and {**summary["progress"], "energy_j": None, "u_j": None}
+    return {**summary, "energy": left, "phases": phases, "progress": progress, "carbon": None}
+
+
 def keys(value: Any, where: str = "") -> Iterator[str]:
     """The path of every key: `energy.components[].job_j`."""
     if isinstance(value, dict) and where.rpartition(".")[2] not in FREE:
@@ -80,7 +97,7 @@ def test_the_report_of_a_recording_has_the_numbers_of_its_time(run: Path, cli: C
     # A finished run keeps its summary, which was what `report` printed.
     then = json.loads((printed if printed.exists() else run / "run.json").read_text())
     copy = shutil.copytree(run, cli.store / "runs" / run.name)
-    assert list(differences(cli.report(copy), then)) == []
+    assert list(differences(measured(cli.report(copy)), measured(then))) == []
 
 
 @pytest.mark.parametrize("made", MADE, ids=lambda made: made.name)

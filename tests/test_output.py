@@ -56,7 +56,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Cli:
 def printed(cli: Cli, *arguments: str, environment: str) -> str:
     """Both outputs, as a reader of that encoding sees them."""
     result = cli(*arguments, env=ENVIRONMENTS[environment], stderr=subprocess.STDOUT)
-    text = result.stdout.decode(ENCODINGS.get(environment, environment))
+    data = "-" in arguments  # which is UTF-8
+    text = result.stdout.decode("utf-8" if data else ENCODINGS.get(environment, environment))
     assert "Traceback" not in text, text
     return text
 
@@ -168,6 +169,8 @@ def test_files_stay_utf8_whatever_the_terminal_is(recorded: Cli, tmp_path: Path)
             assert "±b" in text or "\\u00b1b" in text, (environment, name)
         summary = recorded("report", "last", "--json", "-", env=variables)
         assert json.loads(summary.stdout)["name"] == "±b"
+        ranking = recorded("compare", "--experiment", "größe", "--json", "-", env=variables)
+        assert "modèle–50" in ranking.stdout.decode("utf-8")
         rows = recorded("runs", "export", "-", "--format", "csv", env=variables)
         assert "modèle–50" in rows.stdout.decode("utf-8")
 

@@ -362,8 +362,8 @@ def test_mixed_provenance_is_shown_row_by_row(measured: dict[str, Any]) -> None:
 
   device                         energy          share mean W peak W  power
   gpu:0  H100         measured   252.8 ± 9.0 kJ  68.0%  298.4  611.0  ▁▁▁▆██▇▄▄▄
-  cpu    2 packages   estimated  100.7 ± 2.1 kJ  27.1%  118.9 ≤164.2  ▄▄▄▄  ████
-  dram                estimated   18.0 ± 0.9 kJ   4.8%   21.3  ≤24.8  ▇▇▇▇▇▇▇▇▇▇
+  cpu    2 packages   estimated  100.7 ± 3.0 kJ  27.1%  118.9 ≤164.2  ▄▄▄▄  ████
+  dram                estimated   18.0 ± 1.3 kJ   4.8%   21.3  ≤24.8  ▇▇▇▇▇▇▇▇▇▇
 """,
     )
 

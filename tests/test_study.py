@@ -766,3 +766,28 @@ def test_importing_the_package_does_not_import_what_a_study_needs() -> None:
         "assert 'rich' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def estimated(cpu_j: float, dram_j: float) -> dict[str, Any]:
+    """The energy of a run whose CPU and memory are estimated, ±50 % each."""
+    components = [
+        {
+            **{"id": f"{kind}:modelled", "kind": kind, "source": "x", "provenance": "modelled"},
+            **{"in_total": True, "job_j": part_j, "u_j": part_j / 2},
+            "budget": {"gain_j": 0.0, "offset_j": 0.0, "model_j": part_j / 4},
+        }
+        for kind, part_j in (("cpu", cpu_j), ("dram", dram_j))
+    ]
+    total_j = cpu_j + dram_j
+    return {**energy(total_j, provenance="modelled", u_j=total_j / 2), "components": components}
+
+
+def test_no_mean_of_estimates_claims_less_than_one_of_them() -> None:
+    # given five repeats of one program and two of another, that agree exactly
+    runs = [run_summary("a", seed, energy=estimated(60.0, 40.0)) for seed in range(5)]
+    runs += [run_summary("b", seed, energy=estimated(120.0, 80.0)) for seed in range(2)]
+    ranking = Study.from_runs(runs).rank()
+
+    assert dict(zip(ranking.names, ranking.resource, strict=True)) == {"a": 100.0, "b": 200.0}
+    assert ranking.u_resource is not None
+    assert (ranking.u_resource >= 0.4999 * ranking.resource).all()

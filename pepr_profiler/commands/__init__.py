@@ -198,9 +198,23 @@ def screen(file: IO[str]) -> tuple[int, bool]:
     return width, bool(os.environ.get("FORCE_COLOR")) or file.isatty()
 
 
+def write_stdout(data: str | bytes) -> None:
+    """Writes data, which is UTF-8 whatever the encoding of stdout is."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(_as_bytes(data))
+    sys.stdout.buffer.flush()
+
+
+def _as_bytes(data: str | bytes) -> bytes:
+    """UTF-8; bytes of a file name that are no UTF-8 are escapes, as JSON has them."""
+    if isinstance(data, bytes):
+        return data
+    return utf8_text(data).encode("utf-8", "backslashreplace")
+
+
 def write_text(path: Path, text: str | bytes) -> None:
     """Writes `path` whole or not at all; what is no regular file (a pipe) is written directly."""
-    data = text.encode() if isinstance(text, str) else text
+    data = _as_bytes(text)
     try:
         # A rename onto /dev/stdout or a named pipe would replace the device, not fill it.
         if path.exists() and not path.is_file():

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands import TEXT, complain, screen, store_option, write_text
+from pepr_profiler.commands import TEXT, complain, screen, store_option, write_stdout, write_text
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import FORMS
 
@@ -165,6 +165,6 @@ def write_summary(summary: dict[str, Any], path: str) -> None:
 
     text = run_json(summary)
     if path == "-":
-        click.echo(text, nl=False)
+        write_stdout(text)
     else:
         write_text(Path(path), text)

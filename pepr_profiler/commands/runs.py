@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pepr_profiler import units
-from pepr_profiler.commands import TEXT, complain, decorate, store_option, write_text
+from pepr_profiler.commands import TEXT, complain, decorate, store_option, write_stdout, write_text
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import EXPORTS
 from pepr_profiler.report.text import printable
@@ -281,7 +281,7 @@ def export_runs(file: Path, *, wanted: Filter, form: str | None, store: Path | N
     found = Store(store).find(wanted)
     data = encode([flat_run(run) for run in found], form)
     if str(file) == "-":
-        sys.stdout.buffer.write(data)
+        write_stdout(data)
     else:
         write_text(file, data)
         complain(f"wrote {len(found)} runs to {file}")

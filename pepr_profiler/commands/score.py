@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands import TEXT, complain, decorate, screen, write_text
+from pepr_profiler.commands import TEXT, complain, decorate, screen, write_stdout, write_text
 from pepr_profiler.commands.report import performance_options
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import FORMS
@@ -239,7 +239,7 @@ def publish(
         write_text(path, _rendered(study, form, load))
         complain(f"wrote {path}")
     if json_file == "-":
-        click.echo(ranking_json(study), nl=False)
+        write_stdout(ranking_json(study))
     elif json_file:
         write_text(Path(json_file), ranking_json(study))
     elif on_screen and not forms:

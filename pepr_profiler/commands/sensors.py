@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from pepr_profiler import _core
-from pepr_profiler.commands import complain, write_text
+from pepr_profiler.commands import complain, write_stdout, write_text
 from pepr_profiler.daemon_client.client import DaemonClient, RemoteLane
 from pepr_profiler.energy.sources import UNITS, Source, find_sources
 from pepr_profiler.errors import SensorError, UsageError
@@ -143,7 +143,10 @@ def _check(
     text = json.dumps(findings, indent=1, ensure_ascii=False)
     if output is not None:
         write_text(output, text + "\n")
-    click.echo(text if as_json else check_text(findings))
+    if as_json:
+        write_stdout(text + "\n")
+    else:
+        click.echo(check_text(findings))
     if output is not None and not as_json:
         click.echo(f"\nwritten to {output}\n{findings['privacy']}")
 

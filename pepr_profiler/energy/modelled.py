@@ -7,9 +7,12 @@ by -52 % to +146 % in codecarbon's own load sweeps. So no figure here claims les
 
 from __future__ import annotations
 
-from pepr_profiler.record import Floats, Ints, Record
+import math
+from collections.abc import Iterable, Mapping
+
+from pepr_profiler.record import Any, Floats, Ints, Record
 from pepr_profiler.sensors.machine import CpuIdentity
-from pepr_profiler.units import parse_cpu_power
+from pepr_profiler.units import known, parse_cpu_power
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
@@ -27,15 +30,16 @@ _U_DISTANT = 1.0
 
 # W per vCPU of a whole server, idle and at full load: cloud-carbon-footprint's coefficients, which
 # average the SPECpower_ssj2008 submissions of each microarchitecture. Whole server: the share of
-# fans, board and power supply is inside.
-_W_PER_VCPU = {
-    "Haswell": (1.00, 4.74),
-    "Broadwell": (0.71, 3.69),
-    "Skylake": (0.65, 4.26),
-    "Cascade Lake": (0.64, 3.97),
-    "EPYC 1": (0.82, 2.55),
-    "EPYC 2": (0.47, 1.69),
-    "EPYC 3": (0.45, 2.02),
+# fans, board, power supply and memory is inside. The third column is GB of memory per vCPU: the
+# mean of the submissions that its lists of CPUs select (21, 13, 81, 69, 10, 36 and 16 servers).
+_PER_VCPU = {
+    "Haswell": (1.00, 4.74, 1.15),
+    "Broadwell": (0.71, 3.69, 1.06),
+    "Skylake": (0.65, 4.26, 1.62),
+    "Cascade Lake": (0.64, 3.97, 1.93),
+    "EPYC 1": (0.82, 2.55, 1.50),
+    "EPYC 2": (0.47, 1.69, 1.01),
+    "EPYC 3": (0.45, 2.02, 1.00),
 }
 _SOURCE = "cloud-carbon-footprint (SPECpower), W per vCPU of a whole server"
 
@@ -68,13 +72,23 @@ _BYTES_PER_GB = 2**30
 
 
 class CpuModel(Record):
-    """The whole machine's CPU power as a line in load; `u_rel` is relative, k = 2."""
+    """The whole machine's CPU power as a line in load; `u_rel` is relative, k = 2.
+
+    `memory_bytes` is how much memory the figure has the power of.
+    """
 
     idle_w: float
     max_w: float
     u_rel: float
     source: str
     description: str
+    memory_bytes: float = 0.0
+
+    def without_memory(self, ram: RamModel, installed_bytes: float) -> CpuModel:
+        """The same figure for a machine whose memory has a sensor of its own."""
+        ram_w = ram.power_w(min(self.memory_bytes, installed_bytes))
+        idle_w, max_w = (max(watts - ram_w, 0.0) for watts in (self.idle_w, self.max_w))
+        return self._replace(idle_w=idle_w, max_w=max_w, memory_bytes=0.0)
 
 
 class RamModel(Record):
@@ -102,10 +116,10 @@ def cpu_model(cpuinfo: CpuIdentity, *, vcpus: int, override: str | None = None) 
     if figure is None:
         from statistics import fmean  # 4 ms, which a known CPU need not pay
 
-        idle_w, max_w = (fmean(figures) for figures in zip(*_W_PER_VCPU.values(), strict=True))
-        basis = f"no published figure for {what}; the mean of {len(_W_PER_VCPU)} server CPUs"
+        idle_w, max_w, memory_gb = map(fmean, zip(*_PER_VCPU.values(), strict=True))
+        basis = f"no published figure for {what}; the mean of {len(_PER_VCPU)} server CPUs"
     else:
-        idle_w, max_w = _W_PER_VCPU[figure]
+        idle_w, max_w, memory_gb = _PER_VCPU[figure]
         basis = what
         if u_rel > _U_KNOWN:
             basis = f"no published figure for {what}; that of its relative {figure}"
@@ -115,6 +129,7 @@ def cpu_model(cpuinfo: CpuIdentity, *, vcpus: int, override: str | None = None) 
         u_rel=u_rel,
         source=_SOURCE,
         description=f"{basis}: {idle_w:.2f}-{max_w:.2f} W per vCPU x {vcpus}",
+        memory_bytes=memory_gb * vcpus * _BYTES_PER_GB,
     )
 
 
@@ -131,26 +146,52 @@ def power_w(model: CpuModel, load: ArrayLike) -> Floats:
 
 
 def modelled_curves(
-    activity: Activity, at_ns: Ints, *, cpu: CpuModel, ram: RamModel
+    activity: Activity, at_ns: Ints, *, cpu: CpuModel | None, ram: RamModel | None
 ) -> list[EnergyCurve]:
-    """Energy of CPU and memory from recorded utilisation, for a machine without sensors."""
+    """Energy of CPU and memory from recorded utilisation, of what has a model and no sensor.
+
+    A figure of a whole server has the power of some memory in it: only what exceeds that is added,
+    and memory has no curve if nothing does.
+    """
     import numpy as np
 
     from pepr_profiler.energy.sources import Source
 
-    cpu_w = power_w(cpu, activity.load())
-    ram_w = np.full(len(cpu_w), ram.power_w(activity.installed_bytes))
+    load = activity.load()
     # `u_rel` is stated for k = 2; a source carries k = 1. It is a scale error, fixed for a machine.
-    sources = (
-        Source("cpu:modelled", "cpu", "modelled", "processes", -1, "utilisation", counter=False,
-               provenance="modelled", gain=cpu.u_rel / 2),
-        Source("dram:modelled", "dram", "modelled", "processes", -1, "installed-memory",
-               counter=False, provenance="modelled", gain=ram.u_rel / 2),
-    )  # fmt: skip
-    return [
-        _curve_of_power(source, activity.t_ns, of_source_w, at_ns)
-        for source, of_source_w in zip(sources, (cpu_w, ram_w), strict=True)
-    ]
+    curves = []
+    if cpu is not None:
+        source = Source(
+            "cpu:modelled", "cpu", "modelled", "processes", -1, "utilisation",
+            counter=False, provenance="modelled", gain=cpu.u_rel / 2,
+        )  # fmt: skip
+        curves.append(_curve_of_power(source, activity.t_ns, power_w(cpu, load), at_ns))
+    beyond_bytes = activity.installed_bytes - (0.0 if cpu is None else cpu.memory_bytes)
+    if ram is not None and beyond_bytes > 0:
+        source = Source(
+            "dram:modelled", "dram", "modelled", "processes", -1, "installed-memory",
+            counter=False, provenance="modelled", gain=ram.u_rel / 2,
+        )  # fmt: skip
+        ram_w = np.full(len(load), ram.power_w(beyond_bytes))
+        curves.append(_curve_of_power(source, activity.t_ns, ram_w, at_ns))
+    return curves
+
+
+def summed_u_j(components: Iterable[Mapping[str, Any]]) -> float | None:
+    """The u of the sum of some components of summaries, J; None if one is unknown.
+
+    Devices are independent, but models are not (energy/uncertainty.py, `combined_u_j`).
+    """
+    modelled_j, others_j = 0.0, []
+    for component in components:
+        u_j = known(component.get("u_j"))
+        if u_j is None:
+            return None
+        if component.get("provenance") == "modelled":  # nothing else is in its u
+            modelled_j += u_j
+        else:
+            others_j.append(u_j)
+    return math.hypot(modelled_j, *others_j)
 
 
 def _curve_of_power(source: Source, t_ns: Floats, mean_w: Floats, at_ns: Ints) -> EnergyCurve:
@@ -196,4 +237,5 @@ def _given(override: str) -> CpuModel:
         u_rel=_U_KNOWN,
         source="given by --cpu-power",
         description=f"given: {idle_w:g}-{max_w:g} W for the whole machine, linear in load",
+        memory_bytes=math.inf,
     )

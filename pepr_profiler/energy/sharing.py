@@ -87,21 +87,17 @@ def share(
     if idle_w is None:
         idle_w = lowest_power_w(curve, at_ns)
     draw_w = idle_w or 0.0
-    if activity is not None and curve.source.id == "dram:modelled":
-        idle_w, draw_w = None, 0.0
-        parts = _split_by_resident_size(step_j, at_ns, activity)
-    else:
-        use = DeviceUse.by_job_alone(at_ns[0], at_ns[-1])
-        if activity is not None:
-            use = cpu_use(activity, at_ns[0], at_ns[-1])
-        elif users is not None:
-            use = users.use
-        means = use.means(at_ns)
-        absent_s = float(span_s[means[0] + means[2] == 0].sum())
-        alone = users is not None and users.others_s == 0
-        if alone and draw_w > most_idle_w and absent_s < _SEEN_IDLE_S:
-            draw_w = most_idle_w / 2  # the job was there all the while: it was never seen idle
-        parts = _split(step_j, draw_w * span_s, means)
+    use = DeviceUse.by_job_alone(at_ns[0], at_ns[-1])
+    if activity is not None:
+        use = cpu_use(activity, at_ns[0], at_ns[-1])
+    elif users is not None:
+        use = users.use
+    means = use.means(at_ns)
+    absent_s = float(span_s[means[0] + means[2] == 0].sum())
+    alone = users is not None and users.others_s == 0
+    if alone and draw_w > most_idle_w and absent_s < _SEEN_IDLE_S:
+        draw_w = most_idle_w / 2  # the job was there all the while: it was never seen idle
+    parts = _split(step_j, draw_w * span_s, means)
     job_j, others_j, idle_j, job_idle_j = (np.cumsum(part) for part in parts)
     return Shares(
         job_j,
@@ -134,17 +130,6 @@ def _busy_rate(activity: Activity | None) -> float:
         return 0.0
     busy_s, span_ns = np.ptp(activity.busy_s), np.ptp(activity.t_ns)
     return float(busy_s / span_ns * 1e9) if span_ns > 0 else 0.0
-
-
-def _split_by_resident_size(step_j: Floats, at_ns: Ints, activity: Activity) -> list[Floats]:
-    """As `_split`, for modelled memory: its power is that of what is installed, used or not.
-
-    What the job does not occupy is nobody's in particular.
-    """
-    occupied = np.interp(at_ns, activity.t_ns, activity.rss_bytes) / activity.installed_bytes
-    part = np.minimum(0.5 * (occupied + np.concatenate((occupied[:1], occupied[:-1]))), 1.0)
-    none = np.zeros(len(step_j))
-    return [step_j * part, none, step_j * (1.0 - part), none]
 
 
 def _split(step_j: Floats, draw_j: Floats, use: Floats) -> list[Floats]:

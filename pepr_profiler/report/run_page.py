@@ -224,13 +224,21 @@ def _phases(
         }
 
 
+def _in_squares(values: Iterable[float]) -> float:
+    return math.hypot(*values)
+
+
 def _budget(energy: Mapping[str, Any]) -> Iterable[dict[str, str]]:
-    """The causes of u by size; those of several devices add in squares, as in the total."""
+    """The causes of u by size; those of several devices add as in the total, models linearly."""
     budgets = [
         c["budget"] for c in energy.get("components") or [] if c["in_total"] and c.get("budget")
     ]
     causes = {
-        cause: 2 * math.hypot(*(budget.get(cause, 0.0) for budget in budgets)) for cause in _CAUSES
+        cause: 2
+        * (math.fsum if cause == "model_j" else _in_squares)(
+            budget.get(cause, 0.0) for budget in budgets
+        )
+        for cause in _CAUSES
     }
     largest = max(causes.values(), default=0.0)
     if not budgets or largest <= 0:

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from pepr_profiler import units
+from pepr_profiler.energy.modelled import summed_u_j
 from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.record import Record
 from pepr_profiler.report.components import component_name, counted, kind_of, label_of
@@ -195,7 +196,6 @@ def _merged(parts: Sequence[Mapping[str, Any]], name: str | None, key: str) -> _
 
     if name is None:
         name = component_name(parts[0], column=6)
-    uncertainties = [units.known(part.get("u_j")) for part in parts]
     traces = [part.get("trace_w") for part in parts]
     trace_w: list[float | None] | None = None
     if all(traces):
@@ -206,7 +206,7 @@ def _merged(parts: Sequence[Mapping[str, Any]], name: str | None, key: str) -> _
         name=printable(name),
         provenance=provenances.pop() if len(provenances) == 1 else "mixed",
         energy_j=total(key),
-        u_j=None if None in uncertainties else math.hypot(*filter(None, uncertainties)),
+        u_j=summed_u_j(parts),
         mean_w=total("mean_w"),
         max_w=total("max_w"),
         max_is_bound=len(parts) > 1,

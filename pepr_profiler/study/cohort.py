@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -280,15 +281,29 @@ class Cohort:
     def with_shared_errors(self, amount: Amount) -> Amount:
         """An amount of these runs that follows from their energy, with the errors that they share.
 
-        There is one such error for each device and cause.
+        There is one such error for each device and cause. Power models of a host err alike; half of
+        their error's variance is the same for all runs on it, half for those of one program.
         """
         assert amount.units_per_joule is not None
         number: dict[str, int] = {}
-        entries = [
-            (number.setdefault(device, len(number)), i, *errors_j)
-            for i, row in enumerate(self.rows)
-            for device, *errors_j in loads(row.errors)
-        ]
+        entries = []
+        of_models = self.models()
+        model = CAUSES.index("model_j")
+        for i, row in enumerate(self.rows):
+            models_j: dict[str, float] = {}  # by host
+            for device, *errors_j in loads(row.errors):
+                if errors_j[model]:
+                    host = _host_of(device)
+                    models_j[host] = models_j.get(host, 0.0) + errors_j[model]
+                    errors_j[model] = 0.0
+                entries.append((number.setdefault(device, len(number)), i, *errors_j))
+            for host, model_j in models_j.items():
+                machine = [0.0] * len(CAUSES)
+                machine[model] = model_j
+                load = [x * math.sqrt(1 / _SHARED["model_j"] - 1) for x in machine]
+                # Repeats of one program are the same load, so that no mean of them is surer.
+                for line, errors_j in ((host, machine), (f"{host}\0{of_models[i]}", load)):
+                    entries.append((number.setdefault(line, len(number)), i, *errors_j))
         table = np.array(entries, dtype=np.float64).reshape(-1, 2 + len(CAUSES))
         devices, runs = table[:, :2].T.astype(np.intp)
         moves_j = table[:, 2:] * np.sqrt([_SHARED[cause] for cause in CAUSES])
@@ -423,6 +438,12 @@ def unreadable_as_summary(run: Run) -> str:
     if run.keys() >= _READ:
         return ""
     return f"it is no summary: it lacks {', '.join(sorted(_READ - run.keys()))}"
+
+
+def _host_of(device: str) -> str:
+    """The host that the name of a device in `Facts.errors` begins with, "6:node-1gpu:…"."""
+    length, _, rest = device.partition(":")
+    return f"{length}:{rest[: int(length)]}"
 
 
 _SEED = re.compile(r"-{0,2}(\w+[._-])?seed", re.IGNORECASE)

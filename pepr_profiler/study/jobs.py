@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from pepr_profiler.energy.modelled import summed_u_j
+
 Summary = Mapping[str, Any]
 _Span = tuple[float, float]
 
@@ -134,11 +136,10 @@ class _JobRecordings:
         scopes = {run["energy"].get("scope", "job") for run in self._runs}
         scope = scopes.pop() if len(scopes) == 1 else "job"
         total_j = _sum(c["device_j" if scope == "device" else "job_j"] for c in counted)
-        uncertain = [c["u_j"] for c in counted]
         kinds = {c["provenance"] for c in counted}
         energy = {
             "total_j": total_j,
-            "u_j": None if not counted or None in uncertain else math.hypot(*uncertain),
+            "u_j": summed_u_j(counted) if counted else None,
             "mean_w": total_j / duration_s if total_j is not None and duration_s > 0 else None,
             "provenance": (kinds.pop() if len(kinds) == 1 else "mixed") if kinds else None,
             "scope": scope,

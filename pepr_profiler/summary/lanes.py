@@ -92,11 +92,18 @@ def read_all(
     idle_w: dict[str, float] = {}
     if activity is not None and len(activity.t_ns) > 1:
         model = cpu_model(cpu, vcpus=activity.cpus, override=facts["options"]["cpu_power"])
-        idle_w["cpu:modelled"] = model.idle_w
+        ram = RamModel()
         # RAPL packages may lack a DRAM domain: memory is then modelled beside a measured CPU.
         kinds = {k for c in curves if c.source.in_total and answers(c) for k in c.source.covers}
-        modelled = modelled_curves(activity, at_ns, cpu=model, ram=RamModel())
-        curves += [curve for curve in modelled if curve.source.kind not in kinds]
+        if "dram" in kinds:
+            model = model.without_memory(ram, activity.installed_bytes)
+        idle_w["cpu:modelled"] = model.idle_w
+        curves += modelled_curves(
+            activity,
+            at_ns,
+            cpu=None if "cpu" in kinds else model,
+            ram=None if "dram" in kinds else ram,
+        )
     return Readings(
         curves,
         checks,
