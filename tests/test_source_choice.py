@@ -284,6 +284,36 @@ def test_a_counter_on_a_module_that_counts_its_gpu_alone_is_found_out(cli: Cli) 
     assert component(summary, "cpu:modelled")["in_total"]
 
 
+def test_two_gpus_of_one_module_count_it_once(cli: Cli) -> None:
+    # given two GPUs, each with the power of its own, and with the one counter of their module
+    def values(t: float) -> tuple[float, ...]:
+        odd = (t * 50) % 2
+        return tuple(
+            number
+            for watts in (500.0, 480.0)
+            for number in (
+                1e3 * (1200 * t + 3 * math.sin(7 * t) + 9),
+                1e3 * watts + odd,
+                12e5 + odd,
+            )
+        )
+
+    channels = [
+        f"GPU-{n}/{name} uuid=GPU-{n} model=GB200 index={n}"
+        for n in (1, 2)
+        for name in (
+            "energy energy J 1e-3 0 counter nvml-energy",
+            "power_average power W 1e-3 0 gauge nvml-power-average",
+            "module_power_average power W 1e-3 0 gauge nvml-module-average",
+        )
+    ]
+    summary = replay(cli, {"nvml": (channels, values)}, 3.0)
+    counted = [c for c in summary["energy"]["components"] if c["in_total"]]
+    assert [c["id"] for c in counted] == ["gpu:GPU-1"]
+    assert summary["energy"]["total_j"] == pytest.approx(1200 * summary["duration_s"], rel=0.03)
+    assert "mirrored" in codes(summary, "gpu:GPU-2")
+
+
 @pytest.mark.parametrize("sees_grace", [True, False])
 def test_a_simulated_grace_hopper_is_its_gpu_and_its_socket_or_its_module(
     cli: Cli, nvml_sim: BuildNvml, tmp_path: Path, sees_grace: bool

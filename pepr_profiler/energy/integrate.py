@@ -35,7 +35,9 @@ def integrate(
 
 
 class _Mirrors:
-    """Finds dies of a package that show one and the same counter (Zen 1, 2; codecarbon issue 1274).
+    """Finds dies of a package, or GPUs of a module, that show one and the same counter.
+
+    Dies do on Zen 1 and 2 (codecarbon issue 1274), and the two GPUs of a GB200 share a module.
 
     Two counters of 15 µJ steps that rise alike from reading to reading are one. A refresh between
     the reads of the two makes one rise differ, which the next one makes up for.
@@ -45,12 +47,18 @@ class _Mirrors:
     _EQUAL_PART = 0.5  # of all rises
 
     def __init__(self, sources: Sequence[Source]) -> None:
-        dies = [s for s in sources if s.counter and s.in_total and package_of(s.id) != s.id]
+        parts = [
+            source
+            for source in sources
+            if source.counter
+            and source.in_total
+            and (source.scope == "module" or package_of(source.id) != source.id)
+        ]
         self._pairs = [
             (one, two, [0, 0])
-            for i, one in enumerate(dies)
-            for two in dies[i + 1 :]
-            if package_of(one.id) == package_of(two.id)
+            for i, one in enumerate(parts)
+            for two in parts[i + 1 :]
+            if one.scope == two.scope == "module" or package_of(one.id) == package_of(two.id)
         ]
         self._last: dict[int, float] = {}
 

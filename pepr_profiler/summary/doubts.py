@@ -114,7 +114,8 @@ def doubtful_readings(
             yield warning(
                 "mirrored",
                 f"{name} is not in the total: it {source.excluded}",
-                "nothing; some AMD processors show one socket's counter on each die",
+                "nothing; some AMD processors show one socket's counter on each die, and GPUs "
+                "of a module show the module's",
             )
         if not source.in_total or source.provenance == "modelled":
             continue
@@ -245,7 +246,11 @@ def _missing_time(
         )
     elif curve.longest_gap_s > gap_s:
         kept = (
-            "the counter kept its energy" if curve.source.counter else "its power is interpolated"
+            "its power is interpolated"
+            if not curve.source.counter
+            else "a reset in it may have lost energy, which u covers"
+            if curve.resets
+            else "the counter kept its energy"
         )
         yield warning(
             "gap",
