@@ -16,7 +16,7 @@ from cli import SLOW_S, Cli, python, write_meter
 from daemons import Daemon, daemon
 
 from pepr_profiler import _core
-from pepr_profiler.commands import COMMANDS
+from pepr_profiler.commands import COMMANDS, moves_cursor
 from pepr_profiler.errors import SensorError
 from pepr_profiler.report.text import encode_readably
 
@@ -246,6 +246,18 @@ def test_colours_in_a_file_are_asked_for(recorded: Cli, value: str | None, colou
     for command in (("report", "last"), ("compare", "--experiment", "größe")):
         env = {} if value is None else {"FORCE_COLOR": value}
         assert (b"\x1b[" in recorded(*command, env=env).stdout) is coloured
+
+
+@pytest.mark.parametrize(("term", "moves"), [("xterm", True), ("dumb", False), ("unknown", False)])
+def test_live_line_is_for_terminals_that_move_the_cursor(
+    monkeypatch: pytest.MonkeyPatch, term: str, moves: bool
+) -> None:
+    monkeypatch.setenv("TERM", term)
+    master, slave = os.openpty()
+    with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb"):
+        assert moves_cursor(terminal) is moves
+    with Path(os.devnull).open("w") as no_terminal:
+        assert not moves_cursor(no_terminal)
 
 
 def test_paths_in_errors_may_hold_any_bytes() -> None:
