@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from pepr_profiler.energy.sources import Source
@@ -75,7 +76,9 @@ class KnownSensors(Record):
 
 def folders() -> tuple[Path, Path]:
     """Where files may lie: the user's folder, then the package's."""
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config")
+    with suppress(RuntimeError):  # a user without a home folder
+        config = config.expanduser()
     return config / "pepr-profiler/hardware", Path(__file__).parents[1] / "data/hardware"
 
 
