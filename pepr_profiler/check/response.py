@@ -27,6 +27,9 @@ _MOST_POINTS = 800
 _CLUSTERS = 16
 """Residuals of one sixteenth of the time are taken to be correlated, those of two are not."""
 
+_MANY = 60
+"""So many spacings of nearly one length are a refresh each."""
+
 _MULTIPLES = 8
 """Spacings of changes up to so many refresh periods say how long one is: clocks wander."""
 
@@ -218,6 +221,13 @@ def _period(spacing_s: Floats, gap_s: float) -> Figure:
                 scatter_s * (1 + 3 / total) / math.sqrt(total),
             )
             return Figure(mean_s, 2 * max(u_s, 1e-3 * mean_s))
+    # Each refresh changes it, and the reads are not far closer together than the refreshes.
+    middle_s = float(np.median(spacing_s))
+    steady = np.abs(spacing_s - middle_s) <= 1.3 * gap_s
+    if len(spacing_s) >= _MANY and np.mean(steady) >= 0.95 and middle_s > 1.9 * gap_s:
+        mean_s = float(spacing_s[steady].mean())
+        u_s = gap_s / math.sqrt(6 * len(spacing_s))
+        return Figure(mean_s, 2 * max(u_s, 1e-3 * mean_s))
     return Figure(why="its changes follow no clock that the reads could show")
 
 
