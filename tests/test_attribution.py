@@ -332,3 +332,40 @@ def test_who_comes_and_goes_between_reads_has_no_more_and_no_less(
     # then the mean error is nothing, and u covers what is seen late
     assert np.sum(job_j) == pytest.approx(np.sum(truth_j), rel=0.01)
     assert np.mean(np.abs(job_j - truth_j) <= u_j) >= 0.93
+
+
+# --- phases shorter than a second -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.3, 0.5])
+@pytest.mark.parametrize("ticks", [False, True])
+def test_phases_share_the_cpu_as_their_cpu_time_says(seconds: float, ticks: bool) -> None:
+    # given a job that computes on 5.9 CPUs and sleeps in turn, and rows each 0.1 s in any phase
+    random = np.random.default_rng([6, round(10 * seconds), ticks])
+    parts, inside = [], []
+    for _ in range(200):
+        edges_s = np.arange(0.0, 10.0, seconds) + random.uniform(0.5, 0.6)
+        busy = np.arange(len(edges_s)) % 2 == 0
+        rows_s = np.arange(0.0, 12.0, 0.1) + random.uniform(0, 1e-3, 120)
+        job_s = np.append(0.0, np.cumsum(np.where(busy[:-1], 5.9, 0.016) * np.diff(edges_s)))
+        used_s = np.interp(rows_s, edges_s, job_s)
+        all_s = used_s + 0.05 * rows_s
+        if ticks:
+            all_s = np.floor(all_s / 0.01) * 0.01
+        did = Activity(rows_s * S, used_s, all_s, np.zeros(120), 8, 16.0 * GB)
+        # when a package of 300 W, 60 W of them idle, is shared
+        at_ns = np.round(np.union1d(edges_s, np.arange(0.7, 9.0, 0.05)) * S).astype(np.int64)
+        phase = np.searchsorted(edges_s, at_ns[1:] / S - 1e-6) - 1
+        power_w = np.where(busy[np.clip(phase, 0, None)], 300.0, 60.0)
+        joules = np.append(0.0, np.cumsum(power_w * np.diff(at_ns / S)))
+        source = Source("cpu:x", "cpu", "x", "lane", 0, "test", counter=True)
+        curve = EnergyCurve(source, joules, int(at_ns[0]), int(at_ns[-1]))
+        shares = share(curve, at_ns, did, idle_w=60.0, by_rows=True)
+        edges = np.searchsorted(at_ns, np.round(edges_s * S).astype(np.int64))
+        phases_j = np.diff(shares.job_j[edges])
+        # then each phase that computes has its part of what the job has
+        middle = slice(2, -2)
+        parts.append(phases_j[busy[:-1]][middle] / (300.0 * seconds * 5.9 / 5.95))
+        inside.append(np.abs(phases_j[~busy[:-1]][middle]) <= 0.05 * 300.0 * seconds)
+    assert np.quantile(np.abs(np.concatenate(parts) - 1), 0.95) <= 0.05
+    assert np.mean(np.concatenate(inside)) >= 0.95

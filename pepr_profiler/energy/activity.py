@@ -11,7 +11,10 @@ from pepr_profiler.record import Floats, Ints, Record
 from pepr_profiler.trace.lane import Batch, LaneInfo
 
 _SHARE_WINDOW_NS = 1_000_000_000
-"""Shares are formed over this long: the kernel counts the machine's busy time in ticks of 10 ms."""
+"""What others used is formed over this long where the kernel counts it in ticks."""
+
+TICK_S = 0.01
+"""The kernel's ticks: two uniform edges a window, 10 ms/sqrt(6)."""
 
 
 class Activity(Record):
@@ -113,20 +116,63 @@ class DeviceUse(Record):
         return result
 
 
-def cpu_use(activity: Activity, begin_ns: float, end_ns: float) -> DeviceUse:
-    """CPU seconds a second, in windows of about 1 s; nobody bears an unused CPU's idle draw.
+def cpu_use(
+    activity: Activity, begin_ns: float, end_ns: float, at_ns: Ints | None = None
+) -> DeviceUse:
+    """CPU seconds a second; nobody bears an unused CPU's idle draw.
 
-    What ran before `begin_ns` and after `end_ns` is left out: the profiler's start and summary.
+    In windows of about 1 s, or, with `at_ns`, from row to row and between these instants. What
+    others used stays a mean over about 1 s where the machine's busy time comes in ticks. What ran
+    before `begin_ns` and after `end_ns` is left out: the profiler's start and summary.
     """
     sampled_ns = activity.t_ns[[0, -1]]
     begin_ns, end_ns = np.clip(sampled_ns, begin_ns, end_ns).tolist()
     if begin_ns == end_ns:  # nothing was sampled between them
         begin_ns, end_ns = sampled_ns.tolist()
     count = max(1, math.floor((end_ns - begin_ns) / _SHARE_WINDOW_NS))
-    edges_ns = np.linspace(begin_ns, end_ns, count + 1)
-    span_s = np.diff(edges_ns) * 1e-9
-    job_s = np.diff(np.interp(edges_ns, activity.t_ns, activity.job_cpu_s))
+    windows_ns = np.linspace(begin_ns, end_ns, count + 1)
+    job_s = np.diff(np.interp(windows_ns, activity.t_ns, activity.job_cpu_s))
+    busy_s = np.diff(np.interp(windows_ns, activity.t_ns, activity.busy_s))
     # The machine's ticks may lag the job's own clock: it was at least as busy as the job.
-    busy_s = np.maximum(np.diff(np.interp(edges_ns, activity.t_ns, activity.busy_s)), job_s)
+    edges_ns, others_s = windows_ns, np.maximum(busy_s - job_s, 0.0)
+    if at_ns is not None and len(activity.t_ns) > 1:
+        inside_ns = np.concatenate((activity.t_ns, at_ns.astype(np.float64)))
+        inside_ns = inside_ns[(inside_ns > begin_ns) & (inside_ns < end_ns)]
+        edges_ns = np.sort(np.concatenate((windows_ns, inside_ns)))
+        edges_ns = edges_ns[np.diff(edges_ns, prepend=-1.0) > 0]
+        job_s = np.diff(_used_until_s(activity, edges_ns))
+        if _comes_in_ticks(activity.busy_s):
+            so_far_s = np.append(0.0, np.cumsum(others_s))
+            others_s = np.diff(np.interp(edges_ns, windows_ns, so_far_s))
+        else:
+            others_s = np.diff(np.interp(edges_ns, activity.t_ns, activity.busy_s)) - job_s
+            others_s = np.maximum(others_s, 0.0)
+    span_s = np.diff(edges_ns) * 1e-9
     nobody = np.zeros(len(span_s))
-    return DeviceUse(edges_ns, job_s / span_s, (busy_s - job_s) / span_s, nobody, nobody)
+    return DeviceUse(edges_ns, job_s / span_s, others_s / span_s, nobody, nobody)
+
+
+def _comes_in_ticks(busy_s: Floats) -> bool:
+    """Whether all of a machine's busy times are whole ticks of 10 ms."""
+    ticks = busy_s / TICK_S
+    return bool((np.abs(ticks - np.rint(ticks)) < 1e-6).all())
+
+
+def _used_until_s(activity: Activity, at_ns: Floats) -> Floats:
+    """The job's CPU time up to some instants, where it may begin or stop to work between rows.
+
+    Between two rows its use jumps from that before to that after, at the place that the row's own
+    mean requires (subcell resolution: Harten 1989), if that mean lies between these two.
+    """
+    span_ns = np.maximum(np.diff(activity.t_ns), 1.0)
+    rate = np.diff(activity.job_cpu_s) / span_ns
+    row = np.clip(np.searchsorted(activity.t_ns, at_ns, side="right") - 1, 0, len(rate) - 1)
+    x = np.clip((at_ns - activity.t_ns[row]) / span_ns[row], 0.0, 1.0)
+    padded = np.concatenate((rate[:1], rate, rate[-1:]))
+    before, mean, after = padded[row], padded[row + 1], padded[row + 2]
+    jump = after - before
+    steps = (jump != 0) & ((after - mean) * (mean - before) >= 0)
+    y = np.divide(after - mean, jump, out=np.zeros(len(x)), where=steps)
+    jumps = before * np.minimum(x, y) + after * np.maximum(x - y, 0.0)
+    used = activity.job_cpu_s[row] + span_ns[row] * np.where(steps, jumps, x * mean)
+    return np.asarray(used)

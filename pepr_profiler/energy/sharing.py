@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from pepr_profiler.energy.activity import Activity, DeviceUse, cpu_use
+from pepr_profiler.energy.activity import TICK_S, Activity, DeviceUse, cpu_use
 from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.gpu_users import GpuUsers
 from pepr_profiler.record import Floats, Ints, Record
@@ -31,9 +31,6 @@ _SM_SHARING_U_REL = 0.20
 
 _SEEN_IDLE_S = 1.0
 """If a GPU was without the job for less than this, its lowest power may be that of the job."""
-
-_TICK_S = 0.01
-"""The kernel counts the machine's busy time in these: two uniform edges a window, 10 ms/sqrt(6)."""
 
 
 class Shares(Record):
@@ -51,15 +48,17 @@ class Shares(Record):
     job_idle_j: float | None = None
     presence_u_j: float = 0.0  # by when the job came to a GPU and left it, over `span_s`
     span_s: float = 0.0
+    edge_u_j: float = 0.0  # by when the job began or stopped to work, between two samples
 
     def u_j(self, energy_j: float, *, duration_s: float, windows: int = 1) -> float:
         """Standard uncertainty of the job's `energy_j` in some windows, by the sharing alone."""
         busy_s = self.busy_rate * duration_s
-        ticks_s = _TICK_S * math.sqrt(windows / 6) if self.u_rel else 0.0
+        ticks_s = TICK_S * math.sqrt(windows / 6) if self.u_rel else 0.0
         tick_rel = min(1.0, ticks_s / busy_s) if busy_s > 0 else 0.0
         inside = min(1.0, duration_s / self.span_s) if self.span_s > 0 else 0.0
         presence_j = self.presence_u_j * math.sqrt(inside)  # a window need not hold the instant
-        return math.hypot(abs(energy_j) * math.hypot(self.u_rel, tick_rel), presence_j)
+        edges_j = min(abs(energy_j), self.edge_u_j * math.sqrt(2 * windows))
+        return math.hypot(abs(energy_j) * math.hypot(self.u_rel, tick_rel), presence_j, edges_j)
 
 
 def share(
@@ -70,13 +69,14 @@ def share(
     *,
     idle_w: float | None = None,
     most_idle_w: float = math.inf,
+    by_rows: bool = False,
 ) -> Shares:
     """Shares a device's energy interval by interval; `at_ns` is the curve's own grid.
 
     `users` is who computed on a GPU; without it, all of it is counted as the job's own. `idle_w` is
     the device's idle draw where that is known, else the lowest mean over one second is taken.
     `most_idle_w` is the most that such a GPU draws when it is idle. CPU and memory are shared by
-    `activity`, if it has samples.
+    `activity`, if it has samples: `by_rows` from sample to sample, else in windows of about 1 s.
     """
     step_j = np.diff(curve.energy_j, prepend=curve.energy_j[:1])
     span_s = np.diff(at_ns, prepend=at_ns[:1]) * 1e-9
@@ -89,7 +89,7 @@ def share(
     draw_w = idle_w or 0.0
     use = DeviceUse.by_job_alone(at_ns[0], at_ns[-1])
     if activity is not None:
-        use = cpu_use(activity, at_ns[0], at_ns[-1])
+        use = cpu_use(activity, at_ns[0], at_ns[-1], at_ns if by_rows else None)
     elif users is not None:
         use = users.use
     means = use.means(at_ns)
@@ -109,7 +109,21 @@ def share(
         job_idle_j=float(job_idle_j[-1]) if idle_w is not None and len(job_idle_j) else None,
         presence_u_j=0.0 if users is None else draw_w * users.edges_s / math.sqrt(12),
         span_s=float(np.sum(span_s)),
+        edge_u_j=_edge_u_j(activity, job_j) if by_rows and activity is not None else 0.0,
     )
+
+
+def _edge_u_j(activity: Activity, job_j: Floats) -> float:
+    """How sure the job's energy up to an instant is, by when in a row it used the CPU.
+
+    Half of what a row that is as uneven as usual leaves open if nothing was known of its inside.
+    """
+    used_s, span_s = np.diff(activity.job_cpu_s), np.diff(activity.t_ns) * 1e-9
+    if len(used_s) < 2 or not used_s.sum() > 0:
+        return 0.0
+    uneven = float(np.sqrt(np.mean(np.diff(used_s / span_s) ** 2)))
+    per_cpu_j = float(job_j[-1] - job_j[0]) / float(used_s.sum())
+    return per_cpu_j * uneven * float(np.mean(span_s)) / math.sqrt(12) / 2
 
 
 def _sharing_u_rel(

@@ -285,6 +285,7 @@ class Recorder:
             "missing": self._lanes.missing,
             "recording": {
                 "window_ns": self._window_ns,
+                "cpu_shares": "rows",  # earlier recordings keep the shares of their time
                 "profiler_pid": self._pid,
                 "cpu": read_cpu_identity()._asdict(),
                 "options": {name: getattr(options, name) for name in _STORED},

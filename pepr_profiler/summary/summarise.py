@@ -115,7 +115,7 @@ def _examine(
     mean_w = {board_of(curve): mean_power_w(curve, grid.at_ns) for curve in readings.curves}
     gpus = Gpus.of(facts, channels, readings.gpu_users, busy=readings.busy_gpus, mean_w=mean_w)
     scope = options.get("scope", "job")
-    components = _components(readings, gpus, grid, scope)
+    components = _components(readings, gpus, grid, scope, by_rows=facts.get("cpu_shares") == "rows")
     together = Counted.of(components, grid)
     counted = together.components
     energy = _energy(components, together, grid, duration_s, scope)
@@ -204,7 +204,9 @@ def _phases_within(phases: Iterable[PhaseSpan], begin_ns: int, end_ns: int) -> l
     return within
 
 
-def _components(readings: Readings, gpus: Gpus, grid: Grid, scope: str) -> list[ComponentResult]:
+def _components(
+    readings: Readings, gpus: Gpus, grid: Grid, scope: str, *, by_rows: bool
+) -> list[ComponentResult]:
     results = []
     for curve in readings.curves:
         ident = curve.source.id
@@ -215,6 +217,7 @@ def _components(readings: Readings, gpus: Gpus, grid: Grid, scope: str) -> list[
             gpus.users_of(curve),
             idle_w=readings.idle_w.get(ident),
             most_idle_w=gpus.most_idle_w(curve),
+            by_rows=by_rows,
         )
         check = readings.cross_checks.get(ident)
         results.append(ComponentResult(gpus.without_unused(curve), shares, check, scope))
