@@ -12,8 +12,14 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from sim import virtual
+from sim.waves import Square
+
 from benchmarks.report import gpu_lane, make_run, rapl_lane, rows_of
+from pepr_profiler.energy.integrate import integrate
+from pepr_profiler.energy.sources import find_sources
 from pepr_profiler.report import figures, run_figures
+from pepr_profiler.summary.component import Grid, mean_powers_w
 from pepr_profiler.summary.summarise import summarise, with_timeline
 from pepr_profiler.summary.timeline import Timeline, TimelineComponent
 
@@ -179,3 +185,22 @@ def test_svg_of_a_page_has_ids_of_its_own_and_only_the_pages_colours(run: Path) 
 def test_the_lanes_of_the_benchmark_are_what_it_says() -> None:
     assert len(rapl_lane(1).channels) == 4
     assert sum(c.quantity == "energy" for c in gpu_lane(1).channels) == 8
+
+
+@pytest.mark.parametrize("counter_s", [0.02, 0.1, 0.5])
+def test_no_step_of_a_figure_exceeds_what_the_readings_support(counter_s: float) -> None:
+    # given power that never exceeds 520 W, and a counter whose refreshes are known to some ms
+    random = np.random.default_rng(8)
+    for _ in range(10):
+        wave = Square(random.uniform(0.35, 2.0), 80.0, 520.0, random.uniform(0.3, 0.8))
+        run = virtual.record_board(virtual.Board(counter_s), wave, random, end_s=20.0, gain_u=0.0)
+        grid = Grid.over(virtual.instant_ns(0.0), virtual.instant_ns(20.0), [], np.zeros(0, int))
+        (source,) = find_sources([run.lane])
+        (curve,) = integrate(run.batches, [source], grid.at_ns)
+        # then neither a step, nor a second, nor a bucket is higher
+        for edges_ns in (grid.steps_ns, grid.seconds_ns, grid.buckets_ns):
+            steps_w = mean_powers_w(curve, grid, edges_ns, curve.energy_j)
+            assert steps_w.max() <= 1.025 * 520.0
+            # and their energies are those of the run
+            energy_j = float(steps_w @ np.diff(edges_ns)) * 1e-9
+            assert energy_j == pytest.approx(curve.energy_j[-1] - curve.energy_j[0])

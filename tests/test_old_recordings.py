@@ -1,7 +1,8 @@
 """Recordings made by earlier versions open, and every number is the one that was printed then.
 
-Only how sure a number is may be known better by now, and memory without a sensor is estimated by
-another rule: what a figure of a whole server has in it was counted twice.
+Only how sure a number is may be known better by now, how fine the steps of power may be, and memory
+without a sensor is estimated by another rule: what a figure of a whole server has in it was counted
+twice.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def differences(now: Any, then: Any, where: str = "") -> Iterator[str]:
             yield from differences(*pair, f"{where}[{number}]")
     elif isinstance(then, float) and isinstance(now, float):
         key = where.rstrip("0123456789[]")
-        if key.endswith(TERMS):
+        if key.endswith(TERMS) or key.endswith("trace_w"):
             if math.isnan(now) or now < 0:
                 yield f"{where} is {now!r}"
         elif key.endswith("u_j") and then / 1.5 <= now <= 1.5 * then:  # gains are most of it

@@ -399,7 +399,7 @@ class Counter(Accumulator):
         if self._refreshes_unseen:
             slowest_s = _SLOWEST_UNSEEN_S if self.source.source == "nvml-energy" else _UNSEEN_S
             self._unseen_s = min(self.refresh_s, slowest_s)
-            self.jitter_s = max(self.jitter_s, self._unseen_s / UNIFORM)
+            self.jitter_s = self._unseen_s / UNIFORM
         if len(refreshed_ns) == 1:
             self._guess_refresh(float(np.diff(changes.values)[0]))
         if len(refreshed_ns):

@@ -254,6 +254,8 @@ def step_text(timeline: Timeline) -> str:
     """What a step of the power figures is, for their captions."""
     step_s = float(timeline.edges_s[1] - timeline.edges_s[0])
     text = f"Each step is the mean over {format_duration(step_s)}, its energy divided by its time"
+    if any(c.joins_steps for c in timeline.components):
+        text += ", or over several such where a sensor does not tell more"
     if any(c.low_w is not None for c in timeline.components):
         text += "; the band spans the lowest and the highest second within it"
     return text + "."

@@ -27,6 +27,9 @@ _BUCKETS = 48
 _STEPS, _SHORTEST_STEP_S = 480, 0.05
 """Steps of a timeline: two pixels of a page each, unless the run is short."""
 
+_STEP_REFRESHES, _STEP_U = 4, 0.01
+"""A mean power needs so many refreshes of a counter, and is sure to this part by their times."""
+
 _MOST_SECONDS = 1 << 22
 """A run of more than 48 days is looked at in as many longer steps instead of seconds."""
 
@@ -189,7 +192,7 @@ class ComponentResult(Record):
 
     def _figures(self, grid: Grid, duration_s: float) -> dict[str, Any]:
         whole = self.whole_budget(grid)
-        second_w = _power_w(grid.pick(self.curve.energy_j, grid.seconds_ns), grid.seconds_ns)
+        second_w = mean_powers_w(self.curve, grid, grid.seconds_ns, self.curve.energy_j)
         values = (
             self.device_j,
             float(self.shares.job_j[-1]),
@@ -199,7 +202,7 @@ class ComponentResult(Record):
             self.shares.job_idle_j,
             2 * whole.u_j,
             self.device_j / duration_s if duration_s > 0 else None,
-            max((watts for watts in second_w if watts is not None), default=None),
+            max((watts for watts in _or_none(second_w) if watts is not None), default=None),
             self._trace_w(grid),
             whole._asdict(),
             None if self.check is None else self.check._asdict(),
@@ -208,11 +211,11 @@ class ComponentResult(Record):
 
     def _trace_w(self, grid: Grid) -> list[float | None]:
         """The power in each bucket, None before the first and after the last reading."""
-        power_w = _power_w(grid.pick(self.curve.energy_j, grid.buckets_ns), grid.buckets_ns)
+        power_w = mean_powers_w(self.curve, grid, grid.buckets_ns, self.curve.energy_j)
         ends_ns = zip(grid.buckets_ns[:-1], grid.buckets_ns[1:], strict=True)
         return [
             watts if end_ns >= self.curve.first_ns and begin_ns <= self.curve.last_ns else None
-            for watts, (begin_ns, end_ns) in zip(power_w, ends_ns, strict=True)
+            for watts, (begin_ns, end_ns) in zip(_or_none(power_w), ends_ns, strict=True)
         ]
 
 
@@ -243,8 +246,36 @@ _FIGURES = (
 """The keys of a component whose values are unknown if its energy is."""
 
 
-def _power_w(energy_j: Floats, at_ns: Ints) -> list[float | None]:
-    span_s = np.diff(at_ns) * 1e-9
+def mean_powers_w(curve: EnergyCurve, grid: Grid, edges_ns: Ints, so_far_j: Floats) -> Floats:
+    """The mean power between edges on the grid (n + 1,), as finely as the readings support, (n,).
+
+    The uncertain times of two refreshes make an interval between them look longer or shorter. So
+    steps that are too short for a counter have the mean of as many of them as are long enough.
+    """
+    kept = np.array(supported_edges(curve, grid, edges_ns))
     with np.errstate(divide="ignore", invalid="ignore"):
-        power_w = np.diff(energy_j) / span_s
+        power_w = np.diff(grid.pick(so_far_j, edges_ns[kept])) / (np.diff(edges_ns[kept]) * 1e-9)
+    return np.asarray(np.repeat(power_w, np.diff(kept)))
+
+
+def supported_edges(curve: EnergyCurve, grid: Grid, edges_ns: Ints) -> list[int]:
+    """Which edges are _STEP_REFRESHES apart, and so far that power is sure to _STEP_U (k = 2)."""
+    last = len(edges_ns) - 1
+    if curve.inside is None:
+        return list(range(last + 1))
+    u_ns = (
+        np.maximum(curve.inside.refresh_u_s[:, grid.places(edges_ns)].max(axis=0), 0.0) * NS_PER_S
+    )
+    least_ns = _STEP_REFRESHES * curve.refresh_s * NS_PER_S
+    kept = [0]
+    for edge in range(1, last + 1):
+        unsure_ns = 2 / _STEP_U * math.hypot(u_ns[kept[-1]], u_ns[edge])
+        if edges_ns[edge] - edges_ns[kept[-1]] >= max(least_ns, unsure_ns):
+            kept.append(edge)
+    if kept[-1] != last:  # the rest is too short to stand alone
+        kept = [*kept[:-1], last] if len(kept) > 1 else [0, last]
+    return kept
+
+
+def _or_none(power_w: Floats) -> list[float | None]:
     return [float(watts) if math.isfinite(watts) else None for watts in power_w]

@@ -8,7 +8,13 @@ import numpy as np
 
 from pepr_profiler.energy.curve import gap_limit_s
 from pepr_profiler.record import Floats, Ints, Record
-from pepr_profiler.summary.component import ComponentResult, Counted, Grid
+from pepr_profiler.summary.component import (
+    ComponentResult,
+    Counted,
+    Grid,
+    mean_powers_w,
+    supported_edges,
+)
 from pepr_profiler.trace.events import PhaseSpan
 
 _BANDED_S = 2.0
@@ -21,6 +27,7 @@ _BAND_POINTS = 120
 class TimelineComponent(Record):
     """One component's power in each step (n,), W; NaN where it was not read.
 
+    Steps that are too short for its sensor have the mean of several: then it `joins_steps`.
     `job_w` is what is counted of `device_w`: the job's share, or all of it where the run's scope is
     "device". `low_w` and `high_w` are the lowest and the highest mean over one second in the step,
     of the device; None where the steps are shorter. `gaps_s` are (begin, end).
@@ -36,6 +43,7 @@ class TimelineComponent(Record):
     low_w: Floats | None
     high_w: Floats | None
     gaps_s: tuple[tuple[float, float], ...]
+    joins_steps: bool = False
 
 
 class Timeline(Record):
@@ -89,12 +97,12 @@ def _over_time(component: ComponentResult, grid: Grid) -> TimelineComponent:
     unread = (steps_ns[1:] < curve.first_ns) | (steps_ns[:-1] > curve.last_ns)
 
     def mean_w(energy_j: Floats) -> Floats:
-        return np.where(unread, np.nan, np.diff(grid.pick(energy_j, steps_ns)) / span_s)
+        return np.where(unread, np.nan, mean_powers_w(curve, grid, steps_ns, energy_j))
 
     low_w = high_w = None
     if span_s[0] >= _BANDED_S:
         seconds_ns = grid.seconds_ns
-        second_w = np.diff(grid.pick(curve.energy_j, seconds_ns)) / (np.diff(seconds_ns) * 1e-9)
+        second_w = mean_powers_w(curve, grid, seconds_ns, curve.energy_j)
         first = np.searchsorted(seconds_ns[:-1], steps_ns[:-1])
         low_w = np.where(unread, np.nan, np.minimum.reduceat(second_w, first))
         high_w = np.where(unread, np.nan, np.maximum.reduceat(second_w, first))
@@ -109,6 +117,7 @@ def _over_time(component: ComponentResult, grid: Grid) -> TimelineComponent:
         low_w=low_w,
         high_w=high_w,
         gaps_s=_gaps_s(component, int(steps_ns[0]), int(steps_ns[-1])),
+        joins_steps=len(supported_edges(curve, grid, steps_ns)) < len(steps_ns),
     )
 
 
