@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli import Cli, codes, write_replay
+from sim import virtual
+from sim.waves import Step
 
 from pepr_profiler.energy.counter import reconstruct_interval
 from pepr_profiler.energy.curve import EnergyCurve
@@ -657,3 +659,26 @@ def test_reads_that_begin_to_follow_the_refreshes_do_not_change_their_period(den
         # then the period is the refreshes' own, and the ends are off by a read (4 J), not a tenth
         assert curve.refresh_s == pytest.approx(0.1, rel=0.02)
         assert between(curve) == pytest.approx(400 * end_s, abs=4)
+
+
+def test_gpus_that_are_read_one_after_the_other_have_their_own_times() -> None:
+    # given eight GPUs whose calls take 20 ms each, and power that jumps at 5 s
+    rows_s = np.arange(0.0, 10.0, 0.2)
+    wave = Step(5.0, 100.0, 400.0)
+    lane = virtual.nvml_lane("nvml-energy")
+    channels, columns = [], []
+    for number in range(8):
+        (channel,) = lane.channels
+        labels = {**channel.labels, "uuid": f"GPU-{number}", "index": str(number)}
+        channels.append(channel._replace(name=f"GPU-{number}/energy", labels=labels))
+        shown_s = np.floor((rows_s + 0.02 * (number + 0.5)) / 0.01) * 0.01
+        columns.append(1e6 + np.floor(1e3 * virtual.cumulative_j(wave, shown_s)))
+    begun_ns = np.round(rows_s * 1e9).astype(np.int64) + virtual.EPOCH_NS
+    rows = Batch(begun_ns, np.full(len(rows_s), 160_000_000), np.array(columns))
+    at_ns = np.array([virtual.instant_ns(t_s) for t_s in (2.0, 5.0, 8.0)])
+    # when they are integrated
+    sources = find_sources([lane._replace(channels=tuple(channels))])
+    curves = integrate([rows], sources, at_ns)
+    # then each has its energy before and after, the first and the last one too
+    for curve in curves:
+        assert np.diff(curve.energy_j) == pytest.approx([300.0, 1200.0], abs=6.0)

@@ -18,6 +18,9 @@ from pepr_profiler.energy.sources import Source, package_of
 from pepr_profiler.record import Ints
 from pepr_profiler.trace.lane import Batch
 
+_LONG_READ_NS = 5_000_000
+"""A row that takes longer than this has the devices' values one after the other."""
+
 
 def integrate(
     batches: Iterable[Batch], sources: Sequence[Source], at_ns: Ints
@@ -26,10 +29,13 @@ def integrate(
     accumulators = [(Counter if source.counter else Power)(source, at_ns) for source in sources]
     mirrors = _Mirrors(sources)
     for batch in batches:
-        # A value belongs to the middle of its read.
-        t_ns = batch.t_ns + batch.read_ns // 2
         for accumulator in accumulators:
-            accumulator.feed(t_ns, batch.values[accumulator.source.channel], batch)
+            source = accumulator.source
+            # A value belongs to the middle of its read; of a long row, to its device's part of it.
+            long = batch.read_ns > _LONG_READ_NS
+            part_ns = (batch.read_ns * source.read_part).astype(np.int64)
+            t_ns = batch.t_ns + np.where(long, part_ns, batch.read_ns // 2)
+            accumulator.feed(t_ns, batch.values[source.channel], batch)
         mirrors.feed(batch)
     return mirrors.mark([accumulator.finish() for accumulator in accumulators])
 

@@ -22,7 +22,8 @@ class Source(Record):
     `lag_s` is how far its readings trail the truth. `limit_w` is more power than the device can
     draw. `instant` is the channel of a counter's lane that has the instant power of what it covers,
     in the same unit per second; -1: none. `refresh_s` and `window_s` are its refresh period and
-    averaging window by the hardware file `stated_by`; 0 without one.
+    averaging window by the hardware file `stated_by`; 0 without one. `read_part` is how far into
+    the read of a row this device is asked.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Source(Record):
     scope: str = "device"
     covers: tuple[str, ...] = ()
     repeats: str = ""
+    read_part: float = 0.5
 
     def not_counted(self, reason: str) -> Source:
         """The same source, out of the total."""
@@ -472,11 +474,18 @@ def _board_source(lane: LaneInfo, index: int, *, ident: str = "", **facts: Any) 
         gain=_GPU_GAIN,
         offset_w=_GPU_OFFSET_W if channel.quantity == "power" else 0.0,
         lag_s=_lag_s(channel.source, model),
+        read_part=_read_part(lane, labels["uuid"]),
         instant=_instant_power(lane, labels["uuid"], facts.get("scope", ""))
         if channel.quantity == "energy"
         else -1,
         **facts,
     )
+
+
+def _read_part(lane: LaneInfo, uuid: str) -> float:
+    """The middle of the part of a row in which a board is asked: one after the other, all alike."""
+    boards = list(dict.fromkeys(c.labels["uuid"] for c in lane.channels if "uuid" in c.labels))
+    return (boards.index(uuid) + 0.5) / len(boards)
 
 
 def _lag_s(source: str, model: str) -> float:
