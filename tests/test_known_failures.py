@@ -45,7 +45,10 @@ def test_four_gpus_are_a_sum_and_no_mean(cli: Cli, nvml_sim: BuildNvml) -> None:
     parts = summary["energy"]["components"]
     others_j = math.fsum(c["job_j"] for c in parts if c["in_total"] and c["kind"] != "gpu")
     measured_j = summary["energy"]["total_j"] - others_j
-    assert measured_j == pytest.approx(1000 * seconds, rel=0.03)
+    # The job may have come to the boards at any time before their processes were first listed.
+    u_j = math.fsum(component(summary, f"gpu:{default_uuid(index)}")["u_j"] for index in range(4))
+    assert u_j < 200
+    assert measured_j == pytest.approx(1000 * seconds, abs=u_j)
     assert "part-time" not in codes(summary)  # they have counters
 
 

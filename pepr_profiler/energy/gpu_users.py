@@ -225,12 +225,17 @@ class _ProcessTable:
         job_bytes = np.where(self.owners == _JOB, self.memory, 0.0).sum(axis=0)
         peak = float(np.max(job_bytes[np.isfinite(job_bytes)], initial=0.0))
         alone = (others_n == 0) & ~undivided
+        job_part = _part_of_interval(job)
+        # A run ends with its job: who was there at the last read before the end was until the end.
+        last = int(np.searchsorted(self.t_ns, end_ns, side="right")) - 1
+        if 0 <= last < len(job_part) and job[last] > 0:
+            job_part[last] = 1.0
         inside = (self.t_ns > begin_ns) & (self.t_ns < end_ns)
         return GpuUsers(
-            use=self._use(job, others, undivided),
+            use=self._use(job_part, job, others, undivided),
             first_ns=int(self.t_ns[0]),
             last_ns=int(self.t_ns[-1]),
-            job_s=float((spans_s * _part_of_interval(job)).sum()),
+            job_s=float((spans_s * job_part).sum()),
             others_s=float((spans_s * _part_of_interval(others)).sum()),
             unknown_s=float(spans_s[undivided].sum()),
             unknown_reason=self._unknown_reason(both),
@@ -239,11 +244,13 @@ class _ProcessTable:
             period_s=period_s,
             changes=int(np.count_nonzero(np.diff(job[inside] > 0))),
             reads=int(np.count_nonzero(inside)),
-            edges_s=float(np.sqrt(np.sum(spans_s[_part_of_interval(job) * alone == 0.5] ** 2))),
+            edges_s=float(np.sqrt(np.sum(spans_s[job_part * alone == 0.5] ** 2))),
         )
 
-    def _use(self, job: Ints, others: Ints, undivided: Mask) -> DeviceUse:
+    def _use(self, job_part: Floats, job: Ints, others: Ints, undivided: Mask) -> DeviceUse:
         """Use by how many processes of each there were; what is undivided counts as the job's.
+
+        `job_part` is for which part of each interval the job was there.
 
         Who is alone and came or left between two reads used the device for half of that time: all
         that is above the idle draw is theirs, and half of the idle draw.
@@ -254,7 +261,7 @@ class _ProcessTable:
         shared = ~undivided & (job_n > 0) & (others_n > 0)
         processes = np.maximum(job_n + others_n, 1)
 
-        job_part = np.where(undivided, 1.0, _part_of_interval(job))
+        job_part = np.where(undivided, 1.0, job_part)
         others_part = _part_of_interval(others)
         job_sm, others_sm = self._sm_use(_JOB), self._sm_use(_OTHER)
         # What an MPS server is said to have used, its clients did: in equal parts.

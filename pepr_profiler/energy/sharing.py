@@ -95,8 +95,8 @@ def share(
     means = use.means(at_ns)
     absent_s = float(span_s[means[0] + means[2] == 0].sum())
     alone = users is not None and users.others_s == 0
-    if alone and draw_w > most_idle_w and absent_s < _SEEN_IDLE_S:
-        draw_w = most_idle_w / 2  # the job was there all the while: it was never seen idle
+    if alone and absent_s < _SEEN_IDLE_S:  # it was never seen idle
+        draw_w = min(draw_w, most_idle_w / 2)
     parts = _split(step_j, draw_w * span_s, means)
     job_j, others_j, idle_j, job_idle_j = (np.cumsum(part) for part in parts)
     return Shares(

@@ -77,11 +77,13 @@ def combined_u_j(budgets: Sequence[UncertaintyBudget], alike: Floats) -> float:
     """The standard uncertainty of a sum over devices, J; `alike` is their `likeness`.
 
     What a sensor did not see between its readings adds up where power goes alike (GUM, 5.2.2).
-    Models of one machine err alike: else two of +-50 % would claim +-35 % together.
+    Models of one machine err alike: else two of +-50 % would claim +-35 % together. So does the
+    sharing: a job that came late to one GPU came late to all.
     """
     sampled_j = np.array([budget.sampled_j for budget in budgets])
-    own_j2 = sum(budget._replace(model_j=0.0).u_j ** 2 for budget in budgets)
-    own_j2 += math.fsum(abs(budget.model_j) for budget in budgets) ** 2
+    own_j2 = sum(budget._replace(model_j=0.0, attribution_j=0.0).u_j ** 2 for budget in budgets)
+    for alike_j in ("model_j", "attribution_j"):
+        own_j2 += math.fsum(abs(getattr(budget, alike_j)) for budget in budgets) ** 2
     return math.sqrt(
         max(0.0, own_j2 + float(sampled_j @ alike @ sampled_j - sampled_j @ sampled_j))
     )
