@@ -260,6 +260,7 @@ def windows_of(task: WindowTask) -> Distances:
                  for b, s in zip(begins_s.tolist(), PHASES_S, strict=True)}  # fmt: skip
         cases["30 of 50 ms"] = (repeats_s.tolist(), (repeats_s + 0.05).tolist())
         cases["run"] = ([0.0], [end_s])
+        _compare(found, *_locked(kinds, random, end_s))
         grid_s = np.unique([0.0, *edges_s, end_s])
         _compare(found, cases, grid_s, [
             virtual.record_board(k, wave, random, end_s=end_s, gain_u=0.0) for k in kinds
@@ -272,6 +273,19 @@ def windows_of(task: WindowTask) -> Distances:
             edges_s = [2.0, 2.0 + seconds]
             _compare(found, {name: (edges_s[:1], edges_s[1:])}, np.array(edges_s), short)
     return found
+
+
+def _locked(
+    kinds: Sequence[virtual.Board], random: np.random.Generator, end_s: float
+) -> tuple[Any, NDArray[np.float64], Sequence[virtual.Run]]:
+    """30 phases that each hold the part of a step of training in which power is high."""
+    period_s, duty = random.uniform(0.13, 0.23), random.uniform(0.2, 0.6)
+    wave = Square(period_s, 80.0, 400.0, duty, random.uniform(0, period_s))
+    begins_s = wave.shift_s + period_s * (np.arange(30) + np.ceil(1 / period_s))
+    ends_s = begins_s + duty * period_s
+    grid_s = np.unique([0.0, *begins_s, *ends_s, end_s])
+    runs = [virtual.record_board(k, wave, random, end_s=end_s, gain_u=0.0) for k in kinds]
+    return {"30 in step": (begins_s.tolist(), ends_s.tolist())}, grid_s, runs
 
 
 def _compare(

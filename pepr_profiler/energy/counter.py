@@ -393,8 +393,9 @@ class Counter(Accumulator):
 
     def begin(self, refreshed_ns: Floats, changes: Changes) -> None:
         begin = float(changes.t_ns[0])
-        self._refreshes_unseen = not self.dense and bool(
-            (changes.since_read_ns[1:] > NARROW * self.refresh_s * NS_PER_S).all()
+        self._refreshes_unseen = self._unfollowed or (
+            not self.dense
+            and bool((changes.since_read_ns[1:] > NARROW * self.refresh_s * NS_PER_S).all())
         )
         if self._refreshes_unseen:
             slowest_s = _SLOWEST_UNSEEN_S if self.source.source == "nvml-energy" else _UNSEEN_S
@@ -594,4 +595,6 @@ class Counter(Accumulator):
             bridge_j2 = stated_j2 + np.maximum(bridge_j2 - stated_j2, repeats_j2)
             if own_w2 > 0 and self._check.count:
                 even_j2[:] = _EVEN * own_w2 * self.refresh_s**2
-        return Inside(interval.astype(np.int64), part, bridge_j2, even_j2, np.array(refresh_u_s))
+        return Inside(
+            interval.astype(np.int64), part, bridge_j2, even_j2, np.array(refresh_u_s), joules
+        )

@@ -117,7 +117,7 @@ class Inside(Record):
     how far into it the instant is, 0 to 1. The energy of a part f of an interval has the variance
     `bridge_j2`·f·(1 - f), if power changes often inside it, and at most `even_j2`·f².
     The times of the refreshes at its begin and its end have the standard uncertainties
-    `refresh_u_s` (2, n).
+    `refresh_u_s` (2, n). `interval_j` is its energy.
     """
 
     interval: Ints
@@ -125,6 +125,7 @@ class Inside(Record):
     bridge_j2: Floats
     even_j2: Floats
     refresh_u_s: Floats
+    interval_j: Floats
 
 
 def extremes_w(lowest_w: float, highest_w: float) -> tuple[float, float]:
@@ -190,6 +191,7 @@ class Accumulator:
     _started: bool = False
     _refreshed_ns: float = math.nan  # the refresh that the last change shows
     _sure_refresh_ns: float = math.nan  # the last one that two reads close together show
+    _unfollowed: bool = False  # each read of a GPU's counter brings news: refreshes are not seen
     _surprises_ns: Floats = field(default_factory=lambda: np.zeros(0))  # of sure refreshes
     _filled: int = 0  # instants whose energy is there
     _gaps: list[tuple[int, int]] = field(default_factory=list)
@@ -331,6 +333,8 @@ class Accumulator:
                 spread = float(np.std((residual - since_read / 2)[narrow]))
                 self.jitter_s = max(width, spread) / NS_PER_S
         self.refresh_s = period / NS_PER_S
+        all_news = not self.dense and bool((since_read >= _DENSE * period).all())
+        self._unfollowed = all_news and self.source.source == "nvml-energy"
 
     def _learn_resolution(self, values: Floats) -> None:
         """Learns in which steps readings come: psys of some servers counts 1 J in units of 1 µJ.
@@ -360,7 +364,8 @@ class Accumulator:
         if narrow.all():
             self._refreshed_ns = float(alone[-1])
             return alone
-        if not self.dense and not narrow.any() and math.isnan(self._refreshed_ns):
+        unfollowed = not narrow.any() or self._unfollowed
+        if not self.dense and unfollowed and math.isnan(self._refreshed_ns):
             return alone
         refreshed, last, sure = [], self._refreshed_ns, self._sure_refresh_ns
         if not self.dense and math.isnan(last) and narrow.any():  # from the first sure one back

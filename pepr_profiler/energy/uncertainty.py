@@ -48,6 +48,9 @@ class UncertaintyBudget(Record):
         return math.hypot(self.edges_j, self.duty_j, self.gaps_j)
 
 
+_LOCKED_INTERVALS = 8
+"""From so many intervals on it shows whether a load repeats with windows."""
+
 _STEPS_ENOUGH = 16
 """From fewer steps it is not told whether GPUs work in step: then they are taken to."""
 
@@ -122,6 +125,7 @@ def budget(
         spans_s = (at_ns[ends] - at_ns[begins]) / NS_PER_S
         short_j2 = curve.short_j2[0] * seconds + curve.short_j2[1] * float(spans_s @ spans_s)
         edges_j = min(edges_j, abs(part) * math.sqrt(short_j2))
+    late = curve.lag_u_s / curve.refresh_s if curve.refresh_s > 0 else 0.0
     scale_j = source.gain * device_j * part
     modelled = source.provenance == "modelled"
     result = UncertaintyBudget(
@@ -129,7 +133,8 @@ def budget(
         model_j=scale_j if modelled else 0.0,
         offset_j=source.offset_w * seconds * part,
         edges_j=math.hypot(
-            edges_j, abs(part) * math.sqrt(_inside_j2(curve.inside, curve.power_w, times))
+            edges_j,
+            abs(part) * math.sqrt(_inside_j2(curve.inside, curve.power_w, times, late=late)),
         ),
         duty_j=summed(curve.duty_j2, times),
         gaps_j=summed(curve.gap_j2, times),
@@ -148,11 +153,33 @@ def budget(
     return result
 
 
-def _inside_j2(inside: Inside | None, power_w: Floats | None, times: Ints) -> float:
+def _locked_j2(held: Floats, interval_j: Floats, *, late: float) -> float:
+    """What repeated windows miss if power inside of them is another one than beside them.
+
+    Such errors do not cancel over the repeats. The energy of an interval that the windows hold in
+    part then depends on that part f by a slope b, and each is off by b·f·(1 - f). What all readings
+    are `late` by, as a part of an interval, moves b times that out of each window.
+    """
+    count = len(held)
+    off = held - held.mean()
+    spread = float(off @ off)
+    if count < _LOCKED_INTERVALS or not spread > 0:
+        return 0.0
+    off_j = interval_j - interval_j.mean()
+    slope_j = float(off @ off_j) / spread
+    left_j = off_j - slope_j * off
+    slope_u_j = math.sqrt(float(left_j @ left_j) / (count - 2) / spread)
+    if abs(slope_j) <= 2 * slope_u_j:
+        return 0.0
+    missed = math.hypot(float((held * (1 - held)).sum()), late * count / 2)
+    return (slope_j * missed) ** 2
+
+
+def _inside_j2(inside: Inside | None, power_w: Floats | None, times: Ints, *, late: float) -> float:
     """The variance of some windows' energy by what is unknown between refreshes of a counter.
 
     `times` is how often the energy up to each instant is in the sum. Of an interval, all that
-    matters is which part of it the windows hold.
+    matters is which part of it the windows hold. `late` is how far readings trail, in intervals.
     """
     if inside is None or power_w is None:
         return 0.0
@@ -163,7 +190,7 @@ def _inside_j2(inside: Inside | None, power_w: Floats | None, times: Ints) -> fl
     weight, part, interval = times[used], inside.part[used], inside.interval[used]
     begins = np.flatnonzero(np.diff(interval, prepend=-1))
     before = covers[used[begins]] + times[used[begins]]
-    held = before - np.add.reduceat(weight * (1 - part), begins)
+    held = before.astype(np.float64) - np.add.reduceat(weight * (1 - part), begins)
     held -= np.floor(held)
     bridge_j2, even_j2 = inside.bridge_j2[used[begins]], inside.even_j2[used[begins]]
     least = np.minimum(held, 1 - held)
@@ -171,6 +198,7 @@ def _inside_j2(inside: Inside | None, power_w: Floats | None, times: Ints) -> fl
     known = np.isfinite(even_j2)
     varies_j2[known] = np.minimum(bridge_j2[known] / 4, even_j2[known] * least[known] ** 2)
     variance_j2 = float(varies_j2.sum())
+    variance_j2 += _locked_j2(held, inside.interval_j[used[begins]], late=late)
     # The refreshes on either side, each of which may be the same as the next interval's.
     begin_u_s, end_u_s = inside.refresh_u_s[:, used[begins]]
     watts = weight * power_w[used]
