@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from cli import SLEEP_UNTIL, SLOW_S, Cli, codes, component, ended, python, until, write_replay
-from sim.nvml import BuildNvml, Fault, Gpu, Scenario, default_uuid
+from sim.nvml import BuildNvml, Fault, Gpu, Scenario, Sensor, default_uuid
 from sim.powercap import BuildTree, Zone, ZoneFault, two_socket_server
 from sim.waves import Constant, Square
 
@@ -667,3 +667,22 @@ def test_a_die_that_mirrors_another_is_reported_and_not_added(
     assert (first["in_total"], second["in_total"]) == (True, False)
     assert first["device_j"] == pytest.approx(90 * summary["duration_s"], abs=5)
     assert "mirrored" in codes(summary)
+
+
+@pytest.mark.parametrize("counter_s", [0.1, 1.0])
+def test_runs_shorter_than_a_refresh_wait_for_it_and_say_how_unsure_they_are(
+    cli: Cli, nvml_sim: BuildNvml, counter_s: float
+) -> None:
+    # given a GPU whose counter is refreshed less often than the run is long
+    sensor = Sensor(counter_refresh_s=counter_s)
+    for number in range(3):
+        sim = nvml_sim(Scenario(gpus=(Gpu(Square(0.31, 100, 400), sensor=sensor),)))
+        out = cli.folder / f"{number}.json"
+        # when a program of some 10 ms runs
+        cli("--json", str(out), "--sensor", sim.spec, "--scope", "device", "--", "true")
+        summary = json.loads(out.read_text())
+        gpu = next(c for c in summary["energy"]["components"] if c["kind"] == "gpu")
+        # then the energy is known to within its ±, and no better than that tells
+        truth_j = sim.scenario.energy_j(*summary["recording"]["window_ns"])
+        assert abs(gpu["device_j"] - truth_j) <= 2 * gpu["u_j"]
+        assert gpu["u_j"] <= max(3 * gpu["device_j"], 0.5 * truth_j)
