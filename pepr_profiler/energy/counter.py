@@ -246,7 +246,7 @@ class SelfCheck:
         return mean_j2 * near
 
 
-_REPEATS_S, _REPEATS = 0.04, (1 / 16, 0.4)
+_REPEATS_S, _REPEATS = 0.06, (1 / 16, 0.6)
 """Variance of energy over x·(1 - x), of a load that repeats in each interval, in parts of that of
 power times the interval squared: 1/4 if it repeats once, 1/16 if it does twice. The latter is taken
 for long intervals; for short ones more than the former, as readings average over fast loads."""
