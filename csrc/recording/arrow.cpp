@@ -76,7 +76,9 @@ void append_batch(std::string& stream, const std::vector<ArrowColumn>& columns, 
 ArrowFile::ArrowFile(std::string path, std::string schema)
     : path_(std::move(path)),
       schema_(std::move(schema)),
-      file_(::open(path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)) {
+      // Neither a planted link nor a FIFO is written to.
+      file_(::open(path_.c_str(),
+                   O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0644)) {
     if (!file_) throw std::system_error(errno, std::generic_category(), path_);
 }
 

@@ -16,6 +16,7 @@ import click
 from pepr_profiler import __version__
 from pepr_profiler.errors import PeprError
 from pepr_profiler.report.text import encode_readably
+from pepr_profiler.trace.files import replace_file
 from pepr_profiler.units import utf8_text
 
 COMMANDS = {
@@ -221,12 +222,7 @@ def write_text(path: Path, text: str | bytes) -> None:
             path.write_bytes(data)
             return
         path = path.resolve()  # through a link, so that the link stays one
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            draft.write_bytes(data)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        replace_file(path, data)
     except OSError as error:
         raise PeprError(
             f"cannot write {path}",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pepr_profiler.energy.sources import Source
 from pepr_profiler.record import Any, Record
+from pepr_profiler.trace.files import read_file
 from pepr_profiler.trace.lane import Channel, LaneInfo
 from pepr_profiler.trace.shape import MALFORMED, shape_error
 
@@ -39,6 +40,9 @@ _SHAPE = {
 }
 _LONGEST_S = 10.0
 """A longer refresh, window or lag is no sensor's."""
+
+_MOST_BYTES = 4 << 20
+"""The size of a file; one of a node with 16 GPUs has 20 kB."""
 
 _NO_LAG_S = 1e-6
 """0 would mean that the lag is unknown."""
@@ -101,7 +105,7 @@ def read_hardware(places: Iterable[Path] | None = None) -> KnownSensors:
             continue
         for path in paths:
             try:
-                facts = json.loads(path.read_text(encoding="utf-8"))
+                facts = json.loads(read_file(path, most_bytes=_MOST_BYTES, linked=True))
                 if wrong := shape_error(facts, _SHAPE):
                     raise ValueError(wrong)
                 if (facts["kind"], facts["schema"]) != (KIND, SCHEMA):

@@ -16,9 +16,7 @@ This is imported only when a metric is asked for: `re` delays the child's start 
 from __future__ import annotations
 
 import math
-import os
 import re
-import stat
 import threading
 import time
 from collections import deque
@@ -29,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pepr_profiler.errors import UsageError
+from pepr_profiler.trace.files import open_file
 
 _NAME = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
 # ECMA-48: control sequences (colour, cursor), operating-system commands (title, links), the rest.
@@ -37,6 +36,7 @@ _ESCAPES = re.compile(
 )
 # A child that never ends its line must not grow our memory; the end of the line is kept.
 _LINE_BYTES = 64 * 1024
+_MOST_FILE_BYTES = 64 << 20  # of a metric file, which is read whole
 _WATCH_SHARE = 200  # watching files may take a two-hundredth of the time
 
 _PATTERN_FIX = "--metric accuracy='test acc: ([0-9.]+)'"
@@ -303,11 +303,9 @@ class _MetricFile:
         """The value; raises _UnusableError with the reason."""
         hint = f"set it afterwards: pepr-profile runs set RUN {self.name}=VALUE"
         try:
-            # O_NONBLOCK: opening a FIFO would wait for a writer that may never come.
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            # It may be a link: programs keep `latest.json` so, and the user has named it.
+            descriptor = open_file(self.path, most_bytes=_MOST_FILE_BYTES, linked=True)
             with open(descriptor, encoding="utf-8-sig", newline="") as file:  # noqa: PTH123
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise OSError(0, "it is not a regular file")
                 if self._before is not None and self._fingerprint() == self._before:
                     raise _UnusableError(
                         "metric-file-stale",

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import stat
 import time
 import weakref
 import zlib
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
 from pepr_profiler.errors import PeprError, TraceError
 from pepr_profiler.record import Record
 from pepr_profiler.store.facts import CAUSES, Facts, dump, facts_of, is_unicode
+from pepr_profiler.trace.files import CREATE, open_file
 from pepr_profiler.trace.run_json import files_of, has_ended, read_run
 from pepr_profiler.trace.shape import MALFORMED
 
@@ -176,13 +176,11 @@ class Index:
 
     def _write(self, rows: Sequence[Facts], summary_of: Callable[[str], str]) -> None:
         """Replaces the index, where that is possible. Names that are no Unicode are left out."""
-        draft = self.path.with_name(
-            f".index-{os.uname().nodename}-{os.getpid()}-{os.urandom(3).hex()}.tmp"
-        )
+        draft = self.path.with_name(f".index-{os.urandom(8).hex()}.tmp")
         kept = ((row, summary_of(row.run_id)) for row in rows if is_unicode(row.run_id))
         with suppress(OSError):  # a store that may only be read
             for left in self.path.parent.glob(".index-*.tmp"):
-                if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                if time.time() - left.lstat().st_mtime > _ABANDONED_S:
                     left.unlink(missing_ok=True)
             try:
                 write_index(draft, kept)
@@ -270,6 +268,12 @@ An index with another one is replaced."""
 
 _FACTS = ", ".join(Facts._fields)
 
+_TABLE = f"CREATE TABLE run ({_FACTS}, summary, PRIMARY KEY (run_id))"
+_DEFINITIONS = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL LIMIT 2"
+
+_MOST_BYTES = 4 << 30
+"""The size of an index; one of 100,000 runs has 160 MB."""
+
 _CHECKSUM = 4
 """The file ends with the CRC-32 of all before, in so many bytes. SQLite does not look at them,
 because the header of a database says how long that is."""
@@ -287,6 +291,9 @@ class IndexFile:
         (form,) = database.execute("PRAGMA user_version").fetchone()
         if form != _FORMAT:
             raise ValueError(f"its format is {form}")
+        # A view of this name could compute for ever.
+        if database.execute(_DEFINITIONS).fetchall() != [(_TABLE,)]:
+            raise ValueError("it holds more than a table of runs")
         self.rows = list(map(Facts._make, database.execute(f"SELECT {_FACTS} FROM run")))
 
     @classmethod
@@ -329,6 +336,7 @@ def write_index(path: Path, runs: Iterable[tuple[Facts, str]]) -> None:
     except ImportError as error:
         raise OSError("this Python has no sqlite3") from error
     places = ", ".join("?" * (len(Facts._fields) + 1))
+    os.close(os.open(path, CREATE, 0o666))  # SQLite would follow a link
     try:
         # `nolock`: nobody else knows this file, and it may lie on a network file system.
         uri = f"{path.absolute().as_uri()}?nolock=1"
@@ -338,28 +346,24 @@ def write_index(path: Path, runs: Iterable[tuple[Facts, str]]) -> None:
             database.execute("PRAGMA synchronous = OFF")  # a torn file is detected
             database.execute(f"PRAGMA user_version = {_FORMAT}")
             database.execute("BEGIN")
-            database.execute(f"CREATE TABLE run ({_FACTS}, summary, PRIMARY KEY (run_id))")
+            database.execute(_TABLE)
             rows = ((*row, summary) for row, summary in runs)
             database.executemany(f"INSERT INTO run VALUES ({places})", rows)
             database.execute("COMMIT")
     except sqlite3.Error as error:
         raise OSError(str(error)) from error
-    with path.open("r+b", buffering=0) as file:
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(descriptor, "r+b", buffering=0) as file:  # noqa: PTH123
         file.write(_checksum(file, path.stat().st_size))
 
 
 def _is_whole(path: Path) -> bool:
     """Whether a file ends with the checksum of all before that."""
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NONBLOCK)  # else a FIFO waits for a writer
-
     try:
-        with open(path, "rb", buffering=0, opener=opener) as file:
-            found = os.fstat(file.fileno())
-            length = found.st_size - _CHECKSUM
-            whole = stat.S_ISREG(found.st_mode) and length > 0
-            return whole and _checksum(file, length) == file.read()
+        descriptor = open_file(path, most_bytes=_MOST_BYTES)
+        with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123
+            length = os.fstat(file.fileno()).st_size - _CHECKSUM
+            return length > 0 and _checksum(file, length) == file.read(_CHECKSUM)
     except OSError:
         return False
 
@@ -441,7 +445,8 @@ def _short(run: Mapping[str, Any], directory: str) -> dict[str, Any]:
 def _will_be_read(path: str) -> None:
     """Asks the kernel for a file, which is then fetched while others are parsed."""
     with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+        descriptor = os.open(path, flags)
         try:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
         finally:

@@ -27,6 +27,7 @@ from pepr_profiler.store.runs import Store
 from pepr_profiler.study import pepr
 from pepr_profiler.study.cohort import Cohort, Run, unreadable_as_summary
 from pepr_profiler.study.ranking import Amount, Bounds, Ranking, flat_rows, make_ranking
+from pepr_profiler.trace.files import read_given_file
 
 _NAMED = 5  # runs that an error spells out before it only counts
 
@@ -338,9 +339,13 @@ def read_bounds(path: Path) -> tuple[Bounds, ...]:
         ) from error
 
 
+_MOST_BYTES = 4 << 20
+"""The size of a file of normalisation ranges; one of 100 resources and groups has 40 kB."""
+
+
 def _json_of(path: Path, what: str) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_given_file(path, most_bytes=_MOST_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         unread = error.strerror if isinstance(error, OSError) else f"it is no JSON file: {error}"
         data, why = None, unread or str(error)

@@ -12,10 +12,15 @@ from typing import Any
 
 from pepr_profiler.errors import UsageError
 from pepr_profiler.record import Floats
+from pepr_profiler.trace.files import read_given_file
 
 # The names of columns of durations. A resource divided by one is a rate (of energy a mean power),
 # which is similar in all rows of a cohort.
 _DURATION = re.compile(r"time|duration|seconds|(^|_)s$", re.IGNORECASE)
+
+
+_MOST_BYTES = 64 << 20
+"""The size of a table: 500,000 rows of 16 columns."""
 
 
 class TextTable:
@@ -37,12 +42,14 @@ class TextTable:
         lines: list[int] = []
         try:
             # utf-8-sig: spreadsheets put a byte order mark in front of the first name.
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.reader(file, delimiter=_delimiter(path), strict=True)
-                for row in reader:
-                    if row:  # an empty line
-                        rows.append(row)
-                        lines.append(reader.line_num)
+            text = read_given_file(path, most_bytes=_MOST_BYTES).decode("utf-8-sig")
+            reader = csv.reader(
+                io.StringIO(text, newline=""), delimiter=_delimiter(path), strict=True
+            )
+            for row in reader:
+                if row:  # an empty line
+                    rows.append(row)
+                    lines.append(reader.line_num)
         except OSError as error:
             raise UsageError(
                 f"cannot read {path}",

@@ -100,6 +100,16 @@ def torn_events(torn_lines: int) -> Iterator[dict[str, str]]:
         )
 
 
+def unread_files(files: Iterable[tuple[str, str]]) -> Iterator[dict[str, str]]:
+    """For files of marks, metrics or notes about processes that could not be read."""
+    for name, why in files:
+        yield warning(
+            "unread-file",
+            f"{name} was left out, with the marks and metrics in it: {why}",
+            "restore it as a regular file",
+        )
+
+
 # --- the readings of a component ------------------------------------------------------------------
 
 

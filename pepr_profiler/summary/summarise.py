@@ -103,7 +103,8 @@ def _examine(
     readers = read_lanes(directory)
     channels = [channel for reader in readers.values() for channel in reader.lane.channels]
     events = read_events(directory) if marks else Events((), (), 0)
-    notes = read_process_notes(directory)
+    unread = list(events.unread)
+    notes = read_process_notes(directory, unread)
     begin_ns, end_ns = _window(facts, readers, since_ns, until_ns)
     duration_s = (end_ns - begin_ns) * 1e-9
     phases = _phases_within(events.phases, begin_ns, end_ns)
@@ -142,6 +143,7 @@ def _examine(
                 components, begin_ns, end_ns, lost_rows=doubts.has_lost_rows(facts)
             ),
             *doubts.torn_events(events.torn_lines),
+            *doubts.unread_files(unread),
             *doubts.shared_gpus(gpus, [c.curve for c in counted], begin_ns, end_ns),
             *doubts.served_gpus(gpus),
             *doubts.shared_cpu(

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pepr_profiler.record import Record
+from pepr_profiler.trace.files import open_file
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ _VERSION = 4
 
 _SCHEMA, _RECORD_BATCH = 1, 3  # MessageHeader
 _INT, _FLOATING_POINT = 2, 3  # Type
+
+MOST_BYTES = 16 << 30
+"""The size of a stream: two years of a sensor that is read at 1 kHz, as it is stored."""
+
+_MOST_MESSAGE_BYTES = 256 << 20
+"""The size of one message; a lane of 3,000 channels has batches of 25 MB."""
 
 _PRECISIONS = {"<f2": 0, "<f4": 1, "<f8": 2}
 
@@ -149,7 +156,7 @@ def _refer(data: bytearray, at: int, to: int) -> None:
 def read_schema(source: Path | bytes) -> Schema | None:
     """The schema of a stream; None if it was not written whole.
 
-    Raises DamagedError if something else is there.
+    Raises DamagedError if something else is there, OSError if it cannot be read.
     """
     first = next(_messages(source), None)
     if first is None:
@@ -269,10 +276,14 @@ class _Table:
         return {pair.text(0): pair.text(1) for pair in self.tables(field)}
 
 
+def _open(path: Path) -> Any:
+    return open(open_file(path, most_bytes=MOST_BYTES), "rb")  # noqa: PTH123
+
+
 def _messages(source: Path | bytes) -> Iterator[tuple[int, _Table, bytes]]:
     """Kind, header and body of each message, up to the first that is not whole."""
     try:
-        file: Any = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
+        file: Any = _open(source) if isinstance(source, Path) else io.BytesIO(source)
     except FileNotFoundError:
         return
     with file:
@@ -281,13 +292,13 @@ def _messages(source: Path | bytes) -> Iterator[tuple[int, _Table, bytes]]:
             begin = file.read(8)
             length = int.from_bytes(begin[4:], "little", signed=True)
             left -= 8
-            if begin[:4] != _MARK or not 0 < length <= left:
+            if begin[:4] != _MARK or not 0 < length <= min(left, _MOST_MESSAGE_BYTES):
                 return  # torn, or the end
             try:
                 message = _Table.root(file.read(length))
                 body_bytes = message.number(3, "<q")
                 left -= length + body_bytes
-                if body_bytes < 0 or left < 0:
+                if not 0 <= body_bytes <= _MOST_MESSAGE_BYTES or left < 0:
                     return
                 kind, header = message.number(1, "<B"), message.table(2)
             except (ValueError, struct.error):
@@ -299,7 +310,7 @@ def _is_begun(source: Path | bytes) -> bool:
     """Whether a stream without a whole first message may still be being written."""
     if isinstance(source, Path):
         try:
-            with source.open("rb") as file:
+            with _open(source) as file:
                 head, size = file.read(8), os.fstat(file.fileno()).st_size
         except FileNotFoundError:
             return True

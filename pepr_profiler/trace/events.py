@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pepr_profiler.record import Any, Record
+from pepr_profiler.trace.files import open_file, open_to_append
 from pepr_profiler.trace.shape import MALFORMED, shape_error
 
 MARKS = ("next", "begin", "end")
@@ -90,8 +91,7 @@ class EventWriter:
         name = f"{self._kind}-{os.uname().nodename}-{self._pid}.jsonl"
         path = self._directory / name
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-            self._fd = os.open(path, flags, 0o644)
+            self._fd = open_to_append(path)
         except OSError:
             self._fd = -1
 
@@ -115,12 +115,14 @@ class PhaseSpan(Record):
 class Events(Record):
     """What the programs of a run marked and logged, in time order.
 
-    `metrics` are (t_ns, values by name). `torn_lines` counts lines that could not be read.
+    `metrics` are (t_ns, values by name). `torn_lines` counts lines that could not be read, `unread`
+    are files that could not be read, each with why.
     """
 
     phases: tuple[PhaseSpan, ...]
     metrics: tuple[tuple[int, dict[str, Any]], ...]
     torn_lines: int
+    unread: tuple[tuple[str, str], ...] = ()
 
 
 _EVENT_SHAPE = {"t_ns": int, "id": int, "metrics": {}}
@@ -133,9 +135,10 @@ def read_events(directory: Path) -> Events:
     metrics: list[tuple[int, dict[str, Any]]] = []
     marks: list[_Mark] = []
     torn = 0
+    unread: list[tuple[str, str]] = []
     for path in sorted(directory.glob("events-*.jsonl")):
         open_phases: dict[int, dict[str, Any]] = {}
-        for line in _lines_of(path):
+        for line in _lines_of(path, unread):
             try:
                 event = json.loads(line)
                 kind = event["event"]
@@ -162,14 +165,21 @@ def read_events(directory: Path) -> Events:
     phases.extend(_phases_of_marks(marks))
     phases.sort(key=lambda phase: phase.begin_ns)
     metrics.sort(key=lambda item: item[0])
-    return Events(tuple(phases), tuple(metrics), torn)
+    return Events(tuple(phases), tuple(metrics), torn, tuple(unread))
 
 
-def _lines_of(path: Path) -> list[bytes]:
+_MOST_BYTES, _LONGEST_LINE = 512 << 20, 1 << 20
+"""The size of a file of events or notes, and of a line in it; 5 million marks fit in."""
+
+
+def _lines_of(path: Path, unread: list[tuple[str, str]]) -> Iterator[bytes]:
+    """The lines of a file, a longer one in pieces; if it cannot be read, `unread` gets why."""
     try:
-        return path.read_bytes().splitlines()
-    except OSError:
-        return []
+        with open(open_file(path, most_bytes=_MOST_BYTES), "rb") as file:  # noqa: PTH123
+            while line := file.readline(_LONGEST_LINE):
+                yield line
+    except OSError as error:
+        unread.append((path.name, error.strerror or str(error)))
 
 
 def _phase_of_block(begin: dict[str, Any], end_ns: int | None) -> PhaseSpan:
@@ -229,14 +239,17 @@ def _phase_of_mark(begin: _Mark, end_ns: int | None, begun: Sequence[_Mark]) -> 
 # --- notes about processes ----------------------------------------------------------------------
 
 
-def read_process_notes(directory: Path) -> list[dict[str, Any]]:
+def read_process_notes(
+    directory: Path, unread: list[tuple[str, str]] | None = None
+) -> list[dict[str, Any]]:
     """What recording/processes.py noted of processes while they lived, in time order.
 
-    A torn line is left out.
+    A torn line is left out. `unread` gets the files that could not be read, each with why.
     """
+    unread = [] if unread is None else unread
     notes: list[dict[str, Any]] = []
     for path in sorted(directory.glob("processes-*.jsonl")):
-        for line in _lines_of(path):
+        for line in _lines_of(path, unread):
             with suppress(*MALFORMED):
                 note = json.loads(line)
                 if not shape_error(note, _NOTE_SHAPE) and note.keys() >= _NOTE_KEYS[note["event"]]:

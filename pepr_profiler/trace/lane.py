@@ -25,6 +25,7 @@ from pepr_profiler import _core
 from pepr_profiler.errors import TraceError
 from pepr_profiler.record import Any, Floats, Ints, Record
 from pepr_profiler.trace import arrow
+from pepr_profiler.trace.files import read_file
 from pepr_profiler.trace.shape import MALFORMED, shape_error
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
@@ -205,7 +206,7 @@ class LaneReader:
         self._main = directory / f"{name}.arrows"
         # The tail first: rows that move to the main stream while we look are then seen twice and
         # dropped once, instead of being missed.
-        self._tail = _read_bytes(directory / f"{name}.tail.arrows")
+        self._tail = _read_tail(directory / f"{name}.tail.arrows")
         schema = self._schema_in(self._main) or self._schema_in(self._tail)
         if schema is None:
             raise _EmptyLaneError(
@@ -249,6 +250,8 @@ class LaneReader:
                 why=str(error),
                 fix="point at a run directory that pepr-profile wrote",
             ) from None
+        except OSError as error:
+            raise _unreadable(self._main, error) from None
 
 
 def lane_names(directory: Path) -> list[str]:
@@ -300,11 +303,25 @@ def _join(batches: Sequence[Batch]) -> Batch:
     return Batch(column("t_ns"), column("read_ns"), values, *times)
 
 
-def _read_bytes(path: Path) -> bytes:
+_MOST_TAIL_BYTES = 1 << 30
+"""The size of a tail, which is read whole; it has 16 MB unless the disk was full."""
+
+
+def _read_tail(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path, most_bytes=_MOST_TAIL_BYTES)
     except FileNotFoundError:
         return b""
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> TraceError:
+    return TraceError(
+        f"{path} cannot be read",
+        why=error.strerror or str(error),
+        fix="check what it is and its permissions",
+    )
 
 
 def _lane_of(schema: arrow.Schema) -> LaneInfo:

@@ -1,0 +1,135 @@
+"""Files that may come from somebody else, opened, read and replaced without harm.
+
+A run directory, a store or a table can be received as an archive, or lie where others may write.
+What is read is a regular file of bounded size: a FIFO would wait for ever, a device may act when
+it is opened, and a sparse file of 50 GB would fill the memory. Nothing is written through a link
+that somebody has planted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+
+TYPE_CHECKING = False  # typing takes 0.5 MB
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class UnusableFileError(OSError):
+    """A path leads to something that is not read; `strerror` says what it is."""
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_file(path: str | Path, *, most_bytes: int, linked: bool = False) -> int:
+    """A descriptor to read a regular file of at most `most_bytes`; OSError if it is none.
+
+    `linked` allows a symbolic link, for a file that the user names. What is no regular file is not
+    even opened: that alone may let the writer of a FIFO go on, or start a device.
+    """
+    _require_regular(os.stat(path, follow_symlinks=linked), path, most_bytes)  # noqa: PTH116
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if linked else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)
+    try:
+        _require_regular(os.fstat(descriptor), path, most_bytes)  # it may have been replaced
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_file(path: str | Path, *, most_bytes: int, linked: bool = False) -> bytes:
+    """All of a regular file of at most `most_bytes`; OSError if it is none."""
+    descriptor = open_file(path, most_bytes=most_bytes, linked=linked)
+    with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123
+        return file.readall()
+
+
+def read_given_file(path: str | Path, *, most_bytes: int) -> bytes:
+    """All of a file that the user names: a regular file, a link to one, or a pipe (`<(sort x)`)."""
+    kind = os.stat(path).st_mode  # noqa: PTH116
+    if not stat.S_ISFIFO(kind):
+        return read_file(path, most_bytes=most_bytes, linked=True)
+    # Opening a FIFO without a writer would wait for one; it reads as empty.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:  # noqa: PTH123
+        os.set_blocking(descriptor, True)
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise _too_large(path, f"more than {most_bytes:,}", most_bytes)
+    return data
+
+
+def _require_regular(about: os.stat_result, path: str | Path, most_bytes: int) -> None:
+    kind = stat.S_IFMT(about.st_mode)
+    if kind != stat.S_IFREG:
+        what = _KINDS.get(kind, "something else")
+        raise UnusableFileError(errno.EINVAL, f"it is {what}, not a regular file", str(path))
+    if about.st_size > most_bytes:
+        raise _too_large(path, f"{about.st_size:,}", most_bytes)
+
+
+def _too_large(path: str | Path, has: str, most_bytes: int) -> UnusableFileError:
+    text = f"it has {has} bytes; of such a file at most {most_bytes:,} are read"
+    return UnusableFileError(errno.EFBIG, text, str(path))
+
+
+def replace_file(path: str | Path, data: bytes) -> None:
+    """Replaces a file atomically: a reader sees the old one or the new one, never a part.
+
+    A link at `path` is replaced, not followed. The draft has a name that nobody can foresee, and
+    is made anew in the directory as it is now, so that no planted link leads elsewhere.
+    """
+    folder, name = os.path.split(path)
+    directory = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        draft = f".{os.urandom(8).hex()}.tmp"
+        file = os.open(draft, CREATE, 0o666, dir_fd=directory)
+        try:
+            try:
+                _write_all(file, data)
+            finally:
+                os.close(file)
+            os.replace(draft, name, src_dir_fd=directory, dst_dir_fd=directory)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(draft, dir_fd=directory)
+            raise
+    finally:
+        os.close(directory)
+
+
+CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+"""Opens a file that was not there before; a link in its place is an error."""
+
+
+def open_to_append(path: str | Path) -> int:
+    """A descriptor that appends to a regular file of one name, made if it is not there.
+
+    OSError for anything else: bytes written through a link, or into a file that is also elsewhere,
+    would change a file that somebody else chose.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o644)
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+        os.close(descriptor)
+        raise UnusableFileError(errno.EINVAL, "it is not a regular file of one name", str(path))
+    return descriptor
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]

@@ -1,0 +1,353 @@
+"""Files that somebody else made: nothing hangs, fills the memory, or writes where a link leads."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from cli import Cli, Result, write_meter
+
+from pepr_profiler.commands import write_text
+from pepr_profiler.energy.hardware import read_hardware
+from pepr_profiler.errors import PeprError, UsageError
+from pepr_profiler.recording.metrics import Metrics
+from pepr_profiler.store.facts import Facts
+from pepr_profiler.store.index import IndexFile, _checksum, write_index
+from pepr_profiler.store.runs import Store
+from pepr_profiler.study.study import read_bounds
+from pepr_profiler.study.table import TextTable
+from pepr_profiler.trace.events import EventWriter, read_events
+from pepr_profiler.trace.files import open_file, read_given_file
+from pepr_profiler.trace.lane import LaneReader
+from pepr_profiler.trace.run_json import read_run, write_json
+
+Plant = Callable[[Path], None]
+
+
+def plant_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def plant_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"/proc/self/fd/{(folder := os.open(path.parent, os.O_PATH))}/{path.name}")
+        os.close(folder)
+
+
+def plant_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def plant_sparse_file(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 50 * 10**9)
+
+
+def plant_link(path: Path) -> None:
+    """A link to a device that never ends; an ordinary user can make no device."""
+    path.symlink_to("/dev/zero")
+
+
+KINDS: dict[str, Plant] = {
+    "fifo": plant_fifo,
+    "socket": plant_socket,
+    "directory": plant_directory,
+    "sparse": plant_sparse_file,
+    "link": plant_link,
+}
+of_each_kind = pytest.mark.parametrize("plant", KINDS.values(), ids=KINDS.keys())
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was really recorded."""
+    cli = Cli(tmp_path_factory.mktemp("recorded"))
+    spec = write_meter(cli.folder / "m", 50)
+    metric = ("--metric", "acc=acc ([0-9.]+)")
+    cli.measure("--sensor", spec, "--name", "net", *metric, "--", "sh", "-c", "echo acc 0.5")
+    return cli.runs()[0]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, origin: Path) -> Cli:
+    """A store with two copies of a run, `good-1` and `evil-1`."""
+    cli = Cli(tmp_path)
+    for name in ("good-1", "evil-1"):
+        shutil.copytree(origin, cli.store / "runs" / name)
+        run = json.loads((cli.store / "runs" / name / "run.json").read_text())
+        write_json(cli.store / "runs" / name / "run.json", {**run, "run_id": name})
+    return cli
+
+
+@pytest.fixture
+def evil(cli: Cli) -> Path:
+    return cli.store / "runs" / "evil-1"
+
+
+def within_bounds() -> None:
+    """Little time, and no more memory than a machine has to spare."""
+    signal.alarm(60)
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+
+
+def ask(cli: Cli, *arguments: str) -> Result:
+    return cli(*arguments, preexec_fn=within_bounds)
+
+
+# --- read -----------------------------------------------------------------------------------------
+
+
+@of_each_kind
+def test_a_run_json_that_is_no_file_of_a_run_is_named_and_can_be_removed(
+    cli: Cli, evil: Path, plant: Plant
+) -> None:
+    (evil / "run.json").unlink()
+    plant(evil / "run.json")
+    listed = ask(cli, "runs", "list")
+    assert listed.status == 0, listed.stderr
+    assert listed.stdout.startswith(b"good-1")
+    assert b"evil-1" in listed.stdout and b"damaged" in listed.stdout
+    for command in (("report",), ("runs", "show"), ("runs", "set")):
+        refused = ask(cli, *command, "evil-1", *(("a=1",) if "set" in command else ()))
+        assert refused.status in (2, 125), (command, refused.stderr)
+        assert "run.json" in refused.stderr and "Traceback" not in refused.stderr
+    assert ask(cli, "runs", "rm", "--yes", "--force", "evil-1").status == 0
+    assert not evil.exists()
+
+
+@of_each_kind
+@pytest.mark.parametrize("name", ["replay.arrows", "replay.tail.arrows"])
+def test_a_lane_that_is_no_file_is_an_error_that_names_it(
+    cli: Cli, evil: Path, plant: Plant, name: str
+) -> None:
+    (evil / name).unlink(missing_ok=True)
+    plant(evil / name)
+    run = json.loads((evil / "run.json").read_text())
+    write_json(evil / "run.json", {**run, "complete": False})
+    refused = ask(cli, "report", "evil-1")
+    assert refused.status == 125, refused.stderr
+    assert name in refused.stderr and "Traceback" not in refused.stderr
+    assert ask(cli, "runs", "list").status == 0
+
+
+@of_each_kind
+@pytest.mark.parametrize("stem", ["events", "processes"])
+def test_events_and_notes_that_are_no_file_are_left_out_and_reported(
+    cli: Cli, evil: Path, plant: Plant, stem: str
+) -> None:
+    plant(evil / f"{stem}-x-1.jsonl")
+    result = ask(cli, "report", "--json", "-", "evil-1")
+    assert result.status == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["metrics"] == {"acc": 0.5}  # the other files are read
+    (warning,) = [w for w in summary["warnings"] if w["code"] == "unread-file"]
+    assert f"{stem}-x-1.jsonl" in warning["text"]
+
+
+def test_the_most_that_is_read_of_a_file_is_in_the_error(tmp_path: Path) -> None:
+    plant_sparse_file(tmp_path / "run.json")
+    with pytest.raises(PeprError, match=r"50,000,000,000 bytes; .* at most 33,554,432 are read"):
+        read_run(tmp_path)
+
+
+def test_a_message_that_claims_more_than_any_lane_has_is_not_read(
+    origin: Path, tmp_path: Path
+) -> None:
+    """Its length fits the file, which is sparse."""
+    shutil.copytree(origin, tmp_path / "run")
+    lane = tmp_path / "run" / "replay.arrows"
+    before = sum(batch.reads for batch in LaneReader(tmp_path / "run", "replay"))
+    data = lane.read_bytes()
+    second = data.index(b"\xff\xff\xff\xff", 8)
+    head = data[: second + 8]
+    lane.write_bytes(head[:-4] + (2**31 - 1).to_bytes(4, "little") + data[second + 8 :])
+    os.truncate(lane, 5 << 30)
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30));"
+        "from pathlib import Path; from pepr_profiler.trace.lane import LaneReader;"
+        "print(sum(b.reads for b in LaneReader(Path(sys.argv[1]), 'replay')))"
+    )
+    result = Cli(tmp_path)(code, str(lane.parent), program=("-c",))
+    assert result.status == 0, result.stderr
+    assert int(result.stdout) < before
+
+
+def test_a_line_of_events_without_end_takes_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "events-x-1.jsonl"
+    path.write_bytes(b'{"event":"metrics","t_ns":1,"metrics":{"a":1}}\n')
+    os.truncate(path, 300 << 20)
+    code = (
+        "import resource, sys; from pathlib import Path;"
+        "from pepr_profiler.trace.events import read_events;"
+        "e = read_events(Path(sys.argv[1]));"
+        "print(len(e.metrics), e.torn_lines > 0,"
+        " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 200_000)"
+    )
+    result = Cli(tmp_path)(code, str(tmp_path), program=("-c",))
+    assert result.stdout.split() == [b"1", b"True", b"True"], result.stderr
+
+
+@of_each_kind
+def test_tables_ranges_and_hardware_files_are_refused_if_they_are_no_files(
+    tmp_path: Path, plant: Plant
+) -> None:
+    for name in ("t.csv", "range.json", "hardware.json"):
+        plant(tmp_path / name)
+    with pytest.raises(UsageError):
+        TextTable.read(tmp_path / "t.csv")
+    with pytest.raises(UsageError):
+        read_bounds(tmp_path / "range.json")
+    assert read_hardware([tmp_path]).problems
+
+
+@of_each_kind
+def test_an_index_that_is_no_file_is_none(cli: Cli, plant: Plant) -> None:
+    plant(cli.store / "index")
+    listed = ask(cli, "runs", "list")
+    assert listed.status == 0 and len(listed.stdout.splitlines()) == 2, listed.stderr
+
+
+def test_an_index_whose_table_computes_for_ever_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    write_index(path, [])
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("ALTER TABLE run RENAME TO other")
+        columns = ", ".join(f"n AS {name}" for name in (*Facts._fields, "summary"))
+        endless = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c)"
+        database.execute(f"CREATE VIEW run AS {endless} SELECT {columns} FROM c")
+        database.commit()
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 16384 * 16384)
+        file.write(_checksum(file, path.stat().st_size))  # type: ignore[arg-type]
+    assert IndexFile.open(path) is None
+
+
+def test_a_metric_file_may_be_a_link_and_a_table_a_pipe(tmp_path: Path) -> None:
+    """Programs link their latest results; shells make pipes of `<(sort table)`. Users name both."""
+    metrics = Metrics([], [f"{tmp_path}/latest.json:acc"])
+    (tmp_path / "1.json").write_text('{"acc": 0.5}')
+    (tmp_path / "latest.json").symlink_to("1.json")
+    assert metrics.finish() == []
+    assert [point.value for point in metrics.take()] == [0.5]
+    reader, writer = os.pipe()
+    os.write(writer, b"name,acc\nx,1\n")
+    os.close(writer)
+    table = TextTable.read(Path(f"/proc/self/fd/{reader}"))
+    assert table.rows == [["x", "1"]]
+    os.close(reader)
+
+
+def test_a_fifo_that_nobody_writes_is_an_empty_table(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "t.csv")
+    with pytest.raises(UsageError, match="empty"):
+        TextTable.read(tmp_path / "t.csv")
+
+
+def test_a_pipe_is_read_in_bounds(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"x" * 100)
+    os.close(writer)
+    with pytest.raises(OSError, match="at most 99 are read"):
+        read_given_file(f"/proc/self/fd/{reader}", most_bytes=99)
+    os.close(reader)
+    (tmp_path / "f").write_bytes(b"x" * 100)
+    with pytest.raises(OSError, match="at most 99 are read"):
+        open_file(tmp_path / "f", most_bytes=99)
+
+
+# --- written --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    path = tmp_path / "bashrc"
+    path.write_text("alias ll='ls -l'\n")
+    return path
+
+
+def planted_everywhere(directory: Path, victim: Path, *, pids: range) -> None:
+    """Links at each name that a writer of old would have used."""
+    host = os.uname().nodename
+    for pid in pids:
+        for name in (f".run.json.{pid}.tmp", f"events-{host}-{pid}.jsonl", f".out.{pid}.tmp"):
+            (directory / name).symlink_to(victim)
+
+
+def test_a_received_run_makes_nothing_be_written_elsewhere(
+    cli: Cli, evil: Path, victim: Path
+) -> None:
+    """`runs set` of a run whose directory has links in the way of its drafts and events."""
+    before = victim.read_bytes()
+    last = int(Path("/proc/sys/kernel/ns_last_pid").read_text())
+    planted_everywhere(evil, victim, pids=range(last, last + 300))
+    result = ask(cli, "runs", "set", "evil-1", "acc=0.91")
+    assert victim.read_bytes() == before
+    assert result.status == 125 and "could not be written" in result.stderr
+    renamed = ask(cli, "runs", "set", "evil-1", "name=other")
+    assert renamed.status == 0, renamed.stderr
+    assert victim.read_bytes() == before
+    assert read_run(evil)["name"] == "other"
+
+
+def test_a_draft_is_made_anew_and_a_link_is_replaced(tmp_path: Path, victim: Path) -> None:
+    before = victim.read_bytes()
+    planted_everywhere(tmp_path, victim, pids=range(os.getpid(), os.getpid() + 1))
+    (tmp_path / "run.json").symlink_to(victim)
+    write_json(tmp_path / "run.json", {"schema": 1})
+    write_text(tmp_path / "out", "text")
+    assert victim.read_bytes() == before
+    assert not (tmp_path / "run.json").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.is_symlink()) == [
+        *("bashrc", "out", "run.json")
+    ]
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "fifo"])
+def test_events_go_into_no_file_that_somebody_else_chose(
+    tmp_path: Path, victim: Path, kind: str
+) -> None:
+    path = tmp_path / f"events-{os.uname().nodename}-{os.getpid()}.jsonl"
+    if kind == "link":
+        path.symlink_to(victim)
+    elif kind == "hard link":
+        path.hardlink_to(victim)
+    else:
+        os.mkfifo(path)
+    before = victim.read_bytes()
+    writer = EventWriter(tmp_path)
+    writer.metrics({"a": 1.0})
+    writer.close()
+    assert writer.lost == 1
+    assert victim.read_bytes() == before
+    assert read_events(tmp_path).metrics == ()
+
+
+def test_a_lane_is_not_written_through_a_link(tmp_path: Path, victim: Path, origin: Path) -> None:
+    from pepr_profiler.trace.lane import LaneWriter
+
+    lane = LaneReader(origin, "replay").lane
+    (tmp_path / "replay.arrows").symlink_to(victim)
+    before = victim.read_bytes()
+    with pytest.raises(OSError):
+        LaneWriter(tmp_path, lane)
+    assert victim.read_bytes() == before
+
+
+def test_an_index_is_not_written_through_a_link(tmp_path: Path, victim: Path) -> None:
+    (tmp_path / "draft").symlink_to(victim)
+    before = victim.read_bytes()
+    with pytest.raises(OSError):
+        write_index(tmp_path / "draft", [])
+    (tmp_path / "store" / "runs").mkdir(parents=True)
+    (tmp_path / "store" / "index").symlink_to(victim)
+    assert len(Store(tmp_path / "store").find()) == 0
+    assert victim.read_bytes() == before
