@@ -94,12 +94,42 @@ def open_attached(
 
 
 def load_summary() -> None:
-    """Imports what a summary needs; to be done while the lanes go on at the end of a recording."""
+    """Imports what a summary needs; to be done while the lanes go on at the end of a recording.
+
+    Raises MemoryError if a limit leaves no room for it: NumPy's BLAS would end the process.
+    """
+    if "numpy" not in sys.modules:
+        # BLAS would start a thread a core that nothing uses: 0.1 s of CPU on two cores.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        _require_room_for_numpy()
     from pepr_profiler.summary import summarise  # noqa: F401  takes as long as a refresh
+
+
+_SPARE_BYTES = 1 << 26
+
+
+def _require_room_for_numpy() -> None:
+    import resource
+
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        return
+    pid = os.fork()
+    if pid == 0:  # a copy of us tries it
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            from pepr_profiler.summary import summarise  # noqa: F401
+
+            bytearray(_SPARE_BYTES)  # for the summary itself
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(pid, 0)[1] != 0:
+        raise MemoryError("NumPy cannot be loaded within the memory limit (ulimit -v)")
 
 
 def complete_recording(recorder: Recorder) -> dict[str, Any]:
     """The summary of a closed recording, also written to its run.json."""
+    load_summary()
     from pepr_profiler.summary.summarise import summarise
 
     return recorder.complete(summarise(recorder.directory, run=recorder.facts()))

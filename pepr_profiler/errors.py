@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+TYPE_CHECKING = False  # typing takes 0.5 MB
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 class PeprError(Exception):
     """What failed, why, and the exact fix (a command to run, a flag to pass).
@@ -23,6 +27,15 @@ class PeprError(Exception):
         if self.fix:
             text += f"\n  fix: {self.fix}"
         return text
+
+
+class UnmeasuredError(Exception):
+    """`command` cannot be measured, for its cause; `started` says whether it runs already."""
+
+    def __init__(self, command: Sequence[str], *, started: bool = False) -> None:
+        super().__init__(f"{command[0]} cannot be measured")
+        self.command = list(command)
+        self.started = started
 
 
 class UsageError(PeprError):

@@ -29,6 +29,7 @@ from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.record import Record
 from pepr_profiler.recording.options import SCOPES, Options
 from pepr_profiler.recording.recorder import Recorder
+from pepr_profiler.store.runs import default_path
 
 if TYPE_CHECKING:
     from pepr_profiler.recording.metrics import Metrics
@@ -79,8 +80,6 @@ class RecordingRequest(Record):
 
     def finish(self, recorder: Recorder) -> None:
         """Computes the summary of a closed recording, and writes it where it was asked for."""
-        # NumPy's BLAS would start a thread a core that nothing uses: 0.1 s of CPU on two cores.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         summary = complete_recording(recorder)
         from pepr_profiler.commands.report import show, write_summary
 
@@ -96,7 +95,10 @@ class RecordingRequest(Record):
                     complain(f"{warning['text']}\n  fix: {warning['hint']}")
             return
         with whoever_listens(sys.stderr):
-            show(summary, file=sys.stderr, store=self.store)
+            made = recorder.directory.parents[1]  # elsewhere, if the store cannot be written
+            same = self.store is not None and self.store.absolute() == made
+            usual = self.store is None and default_path().absolute() == made
+            show(summary, file=sys.stderr, store=self.store if same or usual else made)
 
 
 _OPTIONS = (

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
 
+from pepr_profiler import _core
 from pepr_profiler.block import load_summary, open_recording
-from pepr_profiler.commands import recording
+from pepr_profiler.commands import complain, recording
 from pepr_profiler.commands.recording import LiveLine, RecordingRequest, recording_options
-from pepr_profiler.errors import UsageError
+from pepr_profiler.errors import PeprError, UnmeasuredError, UsageError
 from pepr_profiler.recording.command import Child, Exit, HeldSignals, resolve
 from pepr_profiler.recording.options import Options
 from pepr_profiler.recording.recorder import TICK_S, Recorder
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pepr_profiler.recording.metrics import Metrics
+
+
+_LONGEST = 200
+"""Letters of an error that are shown; NumPy's has a page."""
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -47,7 +53,12 @@ def run(command: tuple[str, ...], *, patterns: tuple[str, ...], request: Recordi
     options = request.options(command, metrics)
     with HeldSignals() as held:
         recorder, ended = _measure(command, options, metrics, held, request)
-        request.finish(recorder)
+        if recorder is not None:
+            try:
+                request.finish(recorder)
+            except Exception as error:  # what was measured has happened: the status stands
+                kept = f"the recording is kept: pepr-profile report {recorder.directory}"
+                complain(f"there is no summary: {_reason(error)}\n  fix: {kept}")
     if ended.signal == signal.SIGINT:
         # A shell breaks off its loop only if we die of the Ctrl-C too; it sees 130 either way.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -61,27 +72,42 @@ def _measure(
     metrics: Metrics | None,
     held: HeldSignals,
     request: RecordingRequest,
-) -> tuple[Recorder, Exit]:
-    """Samples before, during and after the command; returns the closed recording."""
-    from pepr_profiler import _core
+) -> tuple[Recorder | None, Exit]:
+    """Samples before, during and after the command; returns the closed recording.
 
-    # Orphaned grandchildren become ours, so that their time is counted when they end.
-    _core.set_child_subreaper()
+    Once the command runs, no fault of ours ends its supervision: there may be no recording then.
+    Raises UnmeasuredError if it cannot be recorded and does not run yet.
+    """
     relay, line = None, LiveLine(on=False)
     if metrics is not None and metrics.has_patterns:
         from pepr_profiler.recording.relay import Relay
 
         line = LiveLine(on=not request.quiet, feed=metrics.feed)
         relay = Relay(line.sink, before=line.clear)
-    recorder = Recorder(options, root="children", command=command, dedicated=True, warn=line.warn)
-    open_recording(recorder, request.store)
+    try:
+        recorder = Recorder(
+            options, root="children", command=command, dedicated=True, warn=line.warn
+        )
+        open_recording(recorder, request.store)
+        _core.set_child_subreaper()
+    except PeprError:
+        raise
+    except Exception as error:
+        raise UnmeasuredError(command) from error
     try:
         environment = {RUN_DIR_VARIABLE: str(recorder.directory.absolute())}
         child = Child.spawn(command, held=held, env=environment, relay=relay)
     except BaseException:
         recorder.discard()
         raise
-    recorder.begin(child.started_ns)
+    try:
+        recorder.begin(child.started_ns)
+    except Exception as error:
+        complain(f"{command[0]} runs unmeasured: {_reason(error)}")
+        ended = _supervise(child, None, recorder)
+        with suppress(Exception):
+            recorder.discard()
+        return None, ended
 
     def tick() -> float:
         after_s = recorder.tick()
@@ -90,6 +116,20 @@ def _measure(
         return after_s if metrics is None else min(after_s, TICK_S)
 
     ended = _supervise(child, tick, recorder)
+    try:
+        _close(recorder, child, ended, metrics, line)
+    except Exception as error:
+        complain(f"the end of the recording is incomplete: {_reason(error)}")
+    return recorder, ended
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+
+
+def _close(
+    recorder: Recorder, child: Child, ended: Exit, metrics: Metrics | None, line: LiveLine
+) -> None:
     line.clear()
     for warning in [*child.warnings, *(metrics.finish() if metrics else [])]:
         recorder.add_warning(**warning)
@@ -111,16 +151,13 @@ def _measure(
         },
         meanwhile=load_summary,
     )
-    return recorder, ended
 
 
-def _supervise(child: Child, tick: Callable[[], float], recorder: Recorder) -> Exit:
+def _supervise(child: Child, tick: Callable[[], float] | None, recorder: Recorder) -> Exit:
     """Waits for the child. A fault of ours becomes a warning and does not cost its status."""
     try:
         with recording.collecting_garbage():
             return child.supervise(tick=tick, notifier=recorder.notifier)
     except Exception as error:
-        if child.exit is None:
-            raise
         recording.warn_of_fault(recorder, error)
-        return child.exit
+        return child.supervise() if child.exit is None else child.exit

@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pepr_profiler import _core
@@ -179,7 +180,8 @@ class Recorder:
         on for two refreshes behind `end_ns`. `meanwhile` is called during that time.
         """
         self._window_ns[1], self._exit = end_ns, exit_facts
-        meanwhile()
+        with suppress(Exception):  # whoever needs it meets the fault again; the lanes must end
+            meanwhile()
         self._wait_for_refreshes(end_ns)
         self._lanes.stop()
         self.flush()
@@ -317,7 +319,9 @@ def _outer_facts(root: str) -> dict[str, Any] | None:
     run = None if around is None else read_live_run(Path(around))
     if run is None:
         return None
-    return {"run_id": run["run_id"], "pid": run["recording"]["profiler_pid"]}
+    facts = run.get("recording")
+    pid = facts.get("profiler_pid") if isinstance(facts, dict) else None
+    return {"run_id": str(run.get("run_id") or Path(around or "").name), "pid": pid}
 
 
 def _clock_pair() -> dict[str, int]:

@@ -33,13 +33,24 @@ _QUIET_S = 60.0
 or in another container: a recording is flushed at least once a second."""
 
 
+_NO_HOME = Path("/proc/no-home-folder")
+"""Stands for the folder of a user who has none. Nothing can be made there."""
+
+_ROOM_BYTES = 1 << 16
+"""What a place for a recording must have room for: a run.json and the first blocks of its lanes."""
+
+
 def default_path() -> Path:
     """`PEPR_STORE`, else a folder in the user's data directory, the same for all shells."""
     given = os.environ.get("PEPR_STORE")
     if given:
         return Path(given)
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(data) / "pepr-profiler"
+    data = os.environ.get("XDG_DATA_HOME")
+    try:
+        folder = Path(data) if data else Path.home() / ".local" / "share"
+    except RuntimeError:  # no HOME, and the user has no entry in passwd
+        folder = _NO_HOME
+    return folder / "pepr-profiler"
 
 
 class Store:
@@ -73,21 +84,36 @@ class Store:
     def create_somewhere(self, name: str) -> tuple[Path, dict[str, str] | None]:
         """A new run directory, absolute, and a warning if it had to be made outside the store.
 
-        A program must run and be measured even if the store cannot be written.
+        A program must run and be measured even if the store cannot be written, be it that nothing
+        can be made there or that its disk is full. Raises OSError if no other place can either.
         """
         try:
             # Absolute: the program that records itself may change its working directory.
-            return self.create(name).absolute(), None
+            return self._create_with_room(name).absolute(), None
         except OSError as error:
-            import tempfile
-
-            fallback = Path(tempfile.mkdtemp(prefix="pepr-"))
-            return Store(fallback).create(name), warning(
+            fallback, directory = _create_elsewhere(name, error)
+            return directory, warning(
                 "store-unwritable",
                 f"the store {self.path} cannot be written: {error.strerror or error}; "
                 f"this run is kept in {fallback} instead",
                 f"give --store DIR (or PEPR_STORE) that you may write; {fallback} is a store too",
             )
+
+    def _create_with_room(self, name: str) -> Path:
+        """A new run directory in which some bytes can be written. OSError without; none is left."""
+        directory = self.create(name)
+        probe = directory / ".room"
+        try:
+            file = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(file, 0, _ROOM_BYTES)
+            finally:
+                os.close(file)
+                probe.unlink()
+        except OSError:
+            directory.rmdir()
+            raise
+        return directory
 
     def find(self, wanted: Filter | None = None) -> QueryResult:
         """The runs that are wanted; incomplete ones with what they took so far."""
@@ -227,6 +253,22 @@ class Store:
         if directory.absolute().parent == self.runs_path.absolute():
             run["run_id"] = directory.name
         return run
+
+
+def _create_elsewhere(name: str, error: OSError) -> tuple[Path, Path]:
+    """A store in a temporary folder with a new run directory; raises `error` if there is none."""
+    import tempfile
+
+    for folder in (None, "/var/tmp", "/dev/shm"):
+        with suppress(OSError):
+            fallback = Path(tempfile.mkdtemp(prefix="pepr-", dir=folder))
+            try:
+                return fallback, Store(fallback)._create_with_room(name)
+            except OSError:
+                with suppress(OSError):
+                    Store(fallback).runs_path.rmdir()
+                    fallback.rmdir()
+    raise error
 
 
 def is_recording(directory: Path, run: Mapping[str, Any]) -> bool:
