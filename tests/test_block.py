@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -137,17 +137,21 @@ def test_decorated_function_is_a_phase_each_time_it_runs(meter: str) -> None:
 
 
 def test_a_block_that_cannot_begin_leaves_no_lane_behind(
-    meter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    meter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def threads() -> set[str]:
         return {task.name for task in Path("/proc/self/task").iterdir()}
 
     # given no place at all for a run
-    (tmp_path / "store").write_text("in the way")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = threads()
-    with pytest.raises((OSError, PeprError)) as kept, profile("nowhere", sensors=[meter]):
-        pass
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises((OSError, PeprError)) as kept, profile("nowhere", sensors=[meter]):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     # then nothing samples, though the traceback is kept, as interpreters do; the kernel shows a
     # thread that has been joined for a moment more
     until(lambda: threads() <= before)

@@ -172,7 +172,9 @@ def main(arguments: list[str] | None = None, *, began_ns: int | None = None) -> 
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except click.Abort:
+    except click.Abort as error:
+        if isinstance(error.__context__, EOFError):  # not Ctrl-C: a file of Python's own is damaged
+            raise error.__context__ from None
         complain("interrupted")
         return 130
     return result if isinstance(result, int) else 0

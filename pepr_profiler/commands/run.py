@@ -52,13 +52,7 @@ def run(command: tuple[str, ...], *, patterns: tuple[str, ...], request: Recordi
     metrics = request.metrics(patterns)
     options = request.options(command, metrics)
     with HeldSignals() as held:
-        recorder, ended = _measure(command, options, metrics, held, request)
-        if recorder is not None:
-            try:
-                request.finish(recorder)
-            except Exception as error:  # what was measured has happened: the status stands
-                kept = f"the recording is kept: pepr-profile report {recorder.directory}"
-                complain(f"there is no summary: {_reason(error)}\n  fix: {kept}")
+        ended = _measure(command, options, metrics, held, request)
     if ended.signal == signal.SIGINT:
         # A shell breaks off its loop only if we die of the Ctrl-C too; it sees 130 either way.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -72,10 +66,10 @@ def _measure(
     metrics: Metrics | None,
     held: HeldSignals,
     request: RecordingRequest,
-) -> tuple[Recorder | None, Exit]:
-    """Samples before, during and after the command; returns the closed recording.
+) -> Exit:
+    """Samples before, during and after the command, and summarises that; how the command ended.
 
-    Once the command runs, no fault of ours ends its supervision: there may be no recording then.
+    Once the command runs, no fault of ours ends its supervision: there may be no summary then.
     Raises UnmeasuredError if it cannot be recorded and does not run yet.
     """
     relay, line = None, LiveLine(on=False)
@@ -105,9 +99,9 @@ def _measure(
     except Exception as error:
         complain(f"{command[0]} runs unmeasured: {_reason(error)}")
         ended = _supervise(child, None, recorder)
-        with suppress(Exception):
+        with suppress(OSError):
             recorder.discard()
-        return None, ended
+        return ended
 
     def tick() -> float:
         after_s = recorder.tick()
@@ -118,9 +112,11 @@ def _measure(
     ended = _supervise(child, tick, recorder)
     try:
         _close(recorder, child, ended, metrics, line)
-    except Exception as error:
-        complain(f"the end of the recording is incomplete: {_reason(error)}")
-    return recorder, ended
+        request.finish(recorder)
+    except Exception as error:  # what was measured has happened: the status stands
+        kept = f"the recording is kept: pepr-profile report {recorder.directory}"
+        complain(f"there is no summary: {_reason(error)}\n  fix: {kept}")
+    return ended
 
 
 def _reason(error: Exception) -> str:

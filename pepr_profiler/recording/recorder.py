@@ -83,6 +83,7 @@ class Recorder:
         self._pid = os.getpid()
         self._window_ns: list[int | None] = [None, None]
         self._clock = [_clock_pair()]
+        self._directory_fd = -1
         self._events: EventWriter | None = None
         self._disk_is_full = False
         self._sampler: dict[str, Any] | None = None
@@ -107,6 +108,7 @@ class Recorder:
         Raises SensorError for a sensor that was asked for and is not there.
         """
         self.directory = directory
+        self._directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._lanes.wait_ready()
         client = self._lanes.client
         if client is not None:
@@ -177,13 +179,18 @@ class Recorder:
         """Takes the last samples, ends the lanes and completes the files.
 
         `exit_facts` say how the run ended, with its exit status (or None) as `code`. The lanes go
-        on for two refreshes behind `end_ns`. `meanwhile` is called during that time.
+        on for two refreshes behind `end_ns`. `meanwhile` is called during that time; what it raises
+        is raised when the files are complete.
         """
         self._window_ns[1], self._exit = end_ns, exit_facts
-        with suppress(Exception):  # whoever needs it meets the fault again; the lanes must end
+        fault = None
+        try:
             meanwhile()
+        except Exception as error:
+            fault = error  # raised when the recording is whole
         self._wait_for_refreshes(end_ns)
         self._lanes.stop()
+        self._follow_directory()
         self.flush()
         self._claim(last=True)
         if self._lanes.client is not None:
@@ -205,6 +212,8 @@ class Recorder:
         self._clock.append(_clock_pair())
         self._sampler = self._lanes.facts(lost_rows=lost_rows, dedicated=self._dedicated)
         self._write_run()
+        if fault is not None:
+            raise fault
 
     def complete(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the closed run's summary to its run.json; the summary with what went wrong."""
@@ -219,6 +228,8 @@ class Recorder:
         import shutil
 
         self._lanes.discard()
+        if self._directory_fd >= 0:
+            os.close(self._directory_fd)
         if self.directory != Path():
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -241,6 +252,33 @@ class Recorder:
                 "free some space: what is pending is kept in memory for a while",
             )
         self._disk_is_full = error is not None
+
+    def _follow_directory(self) -> None:
+        """Finds the run's directory again, if it was moved or removed meanwhile."""
+        opened, self._directory_fd = self._directory_fd, -1
+        try:
+            there = os.fstat(opened)
+            with suppress(OSError):
+                if os.path.samestat(self.directory.stat(), there):
+                    return
+            before, moved = self.directory, Path(f"/proc/self/fd/{opened}").readlink()
+            with suppress(OSError):
+                if os.path.samestat(moved.stat(), there):
+                    self.directory = moved
+                    text = f"the run's directory {before} was moved while it was recorded"
+                    self.add_warning("moved", text, f"it is {moved} now")
+                    return
+            self.add_warning(
+                "removed",
+                f"the run's directory {before} was removed while it was recorded; what was "
+                "recorded is lost",
+                "record again, and leave the store alone meanwhile",
+            )
+        except OSError:
+            return  # somebody closed our descriptor: the directory is taken to be where it was
+        finally:
+            with suppress(OSError):
+                os.close(opened)
 
     def _claim(self, *, last: bool = False) -> None:
         claims, client = self._watches.claims, self._lanes.client
