@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import socket
 import sqlite3
+import zlib
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -29,6 +31,7 @@ from pepr_profiler.trace.events import EventWriter, read_events
 from pepr_profiler.trace.files import open_file, read_given_file
 from pepr_profiler.trace.lane import LaneReader
 from pepr_profiler.trace.run_json import read_run, write_json
+from pepr_profiler.units import format_quantity
 
 Plant = Callable[[Path], None]
 
@@ -351,3 +354,101 @@ def test_an_index_is_not_written_through_a_link(tmp_path: Path, victim: Path) ->
     (tmp_path / "store" / "index").symlink_to(victim)
     assert len(Store(tmp_path / "store").find()) == 0
     assert victim.read_bytes() == before
+
+
+# --- whole ----------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_lists_its_files(origin: Path) -> None:
+    listed = json.loads((origin / "run.json").read_text())["files"]
+    kept = {path.name: path.read_bytes() for path in origin.iterdir() if path.name != "run.json"}
+    assert listed == {
+        name: {"bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
+        for name, data in kept.items()
+    }
+    assert {"replay.arrows", "processes.arrows"} < listed.keys()
+
+
+def lose(directory: Path) -> None:
+    (directory / "replay.arrows").unlink()
+
+
+def cut_short(directory: Path) -> None:
+    os.truncate(directory / "replay.arrows", (directory / "replay.arrows").stat().st_size // 2)
+
+
+def flip_a_bit(directory: Path) -> None:
+    data = bytearray((directory / "replay.arrows").read_bytes())
+    data[len(data) // 2] ^= 1
+    (directory / "replay.arrows").write_bytes(data)
+
+
+def mix_up(directory: Path) -> None:
+    shutil.copy(directory / "processes.arrows", directory / "replay.arrows")
+
+
+def add_one(directory: Path) -> None:
+    shutil.copy(directory / "replay.arrows", directory / "second.arrows")
+
+
+def lose_events(directory: Path) -> None:
+    (path,) = directory.glob("events-*")
+    path.unlink()
+
+
+@pytest.mark.parametrize("spoil", [lose, cut_short, flip_a_bit, mix_up, add_one, lose_events])
+def test_a_run_that_is_not_whole_is_an_error_with_both_figures(
+    cli: Cli, evil: Path, spoil: Callable[[Path], None]
+) -> None:
+    before = json.loads((evil / "run.json").read_text())
+    spoil(evil)
+    for command in (("report",), ("report", "--json", "-"), ("report", "-o", "run.csv")):
+        refused = cli(*command, "evil-1", cwd=cli.folder)
+        assert refused.status == 125 and not refused.stdout, command
+        message = " ".join(refused.stderr.split())
+        stored = format_quantity(before["energy"]["total_j"], "J")
+        assert f"run.json says {stored}, these files give" in message
+        assert re.search(r"(replay|second|events-.*)\S* (is missing|has|was added)", message)
+    # What is stored stays, and is what lists and comparisons show.
+    assert cli("runs", "set", "evil-1", "name=x").status == 125
+    assert json.loads((evil / "run.json").read_text()) == before
+    assert cli("runs", "show", "evil-1").status == 0
+
+
+def test_setting_a_metric_keeps_the_list_true(cli: Cli, evil: Path) -> None:
+    for value in ("acc=0.6", "acc=0.7", "name=other"):
+        assert cli("runs", "set", "evil-1", value).status == 0
+        assert cli.report("evil-1")["name"] in ("net", "other")
+    assert cli.report("evil-1")["metrics"] == {"acc": 0.7}
+    listed = json.loads((evil / "run.json").read_text())["files"]
+    assert sum(name.startswith("events-") for name in listed) == 3
+
+
+def test_a_program_that_outlives_its_run_may_add_events(cli: Cli, evil: Path) -> None:
+    (path,) = evil.glob("events-*")
+    with path.open("a") as file:
+        file.write('{"event":"metrics","t_ns":1,"metrics":{"late":1}}\n')
+    (evil / "events-later-1.jsonl").write_text("")
+    assert cli.report("evil-1")["metrics"]["acc"] == 0.5
+
+
+def test_a_run_of_old_without_the_list_is_read_as_before(cli: Cli, evil: Path) -> None:
+    run = json.loads((evil / "run.json").read_text())
+    del run["files"]
+    write_json(evil / "run.json", run)
+    lose(evil)
+    assert cli.report("evil-1")["energy"]["total_j"] != run["energy"]["total_j"]
+    assert cli("runs", "set", "evil-1", "acc=1").status == 0
+    assert "files" not in json.loads((evil / "run.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["replay.arrows", "replay.tail.arrows"])
+def test_another_lane_in_a_file_is_an_error_in_an_unfinished_run(
+    cli: Cli, evil: Path, name: str
+) -> None:
+    run = json.loads((evil / "run.json").read_text())
+    del run["files"]
+    write_json(evil / "run.json", {**run, "complete": False})
+    shutil.copy(evil / "processes.arrows", evil / name)
+    refused = cli("report", "evil-1")
+    assert refused.status == 125 and "holds another lane" in refused.stderr

@@ -320,7 +320,9 @@ def test_metric_set_afterwards_is_the_runs_and_changes_nothing_else(study: Cli) 
     assert after["metrics"] == {"accuracy": 0.91, "epoch": 3.0}
     assert after["performance"] == {"metric": "accuracy", "value": 0.91}
     changed = {key for key in after if after[key] != before[key]}
-    assert changed == {"metrics", "performance", "progress"}
+    assert changed == {"metrics", "performance", "progress", "files"}
+    (added,) = after["files"].keys() - before["files"].keys()
+    assert added.startswith("events-") and after["files"].items() > before["files"].items()
     # what is set afterwards holds at the end of the run
     assert after["progress"]["t_s"] == [after["duration_s"]]
     study("runs", "set", before["run_id"], "accuracy=0.5")

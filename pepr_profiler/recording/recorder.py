@@ -18,6 +18,7 @@ from pepr_profiler.recording.options import Options
 from pepr_profiler.recording.processes import gpu_environments, run_around
 from pepr_profiler.recording.watches import Watches
 from pepr_profiler.trace.events import EventWriter
+from pepr_profiler.trace.files import list_files
 from pepr_profiler.trace.run_json import (
     RUN_DIR_VARIABLE,
     boot_id,
@@ -217,7 +218,8 @@ class Recorder:
 
     def complete(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the closed run's summary to its run.json; the summary with what went wrong."""
-        whole = {**summary, "complete": True}
+        files = list_files(self.directory)
+        whole = {**summary, "complete": True, **({} if files is None else {"files": files})}
         known = len(self.warnings)
         self._write_json(whole)
         whole["warnings"] = [*whole["warnings"], *self.warnings[known:]]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pepr_profiler.errors import PeprError, TraceError, UsageError, warning
 from pepr_profiler.trace.events import EventWriter
+from pepr_profiler.trace.files import list_files
 from pepr_profiler.trace.run_json import files_of, has_ended, read_run, recorder_lives, write_json
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
@@ -178,6 +179,7 @@ class Store:
         run = _summary_of(directory)  # raises for what is no recording, before anything is written
         if facts and is_recording(directory, run):
             raise _still_recording(directory, "changed", fix="wait for its end")
+        _require_whole(directory, run)
         if metrics:
             writer = EventWriter(directory)
             writer.metrics(dict(metrics), t_ns=run["clock"][-1]["t_ns"])
@@ -185,6 +187,8 @@ class Store:
             if writer.lost:
                 raise _unwritable(directory, f"the metrics of {ref} could not be written")
         summary = _summarise(directory, {**read_run(directory), **(facts or {})})
+        if summary.get("complete") and summary.get("files") is not None:
+            summary["files"] = list_files(directory) or summary["files"]
         try:
             write_json(directory / "run.json", summary)
         except OSError as error:
@@ -291,6 +295,12 @@ def _summarise(directory: Path, run: dict[str, Any]) -> dict[str, Any]:
     from pepr_profiler.summary.summarise import summarise
 
     return summarise(directory, run=run)
+
+
+def _require_whole(directory: Path, run: Mapping[str, Any]) -> None:
+    from pepr_profiler.summary.summarise import require_whole
+
+    require_whole(directory, run)
 
 
 def _still_recording(directory: Path, verb: str, *, fix: str) -> UsageError:

@@ -7,6 +7,7 @@ printed, or better once the methods are.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +26,11 @@ from pepr_profiler.summary.lanes import Readings, read_all
 from pepr_profiler.summary.logged import MetricLog, last_values, performance_of, progress_of
 from pepr_profiler.summary.timeline import Timeline, timeline_of
 from pepr_profiler.trace.events import Events, PhaseSpan, read_events, read_process_notes
+from pepr_profiler.trace.files import file_errors
 from pepr_profiler.trace.lane import LaneReader, lane_names, read_lanes
 from pepr_profiler.trace.run_json import read_run
 from pepr_profiler.trace.shape import MALFORMED
+from pepr_profiler.units import format_quantity
 
 _LEAST_MISSING = 0.01
 """A component that is missing for less than this part of the time is whole."""
@@ -51,16 +54,47 @@ def summarise(
     Without `marks` there are neither phases nor metrics, and a look costs no 17 µs a mark.
     Raises TraceError if the directory is not a recording.
     """
+    require_whole(directory, run)
     with _damage_reported(directory):
         return _examine(directory, since_ns, until_ns, marks, run).summary
 
 
 def with_timeline(directory: Path) -> tuple[dict[str, Any], Timeline]:
     """The summary of a run directory, and the run over time, from one pass over its trace."""
+    require_whole(directory)
     with _damage_reported(directory):
         examined = _examine(directory)
         timeline = timeline_of(examined.components, examined.grid, examined.phases)
         return examined.summary, timeline
+
+
+def require_whole(directory: Path, run: Mapping[str, Any] | None = None) -> None:
+    """TraceError if a finished run lacks a file that it had at its end, or has another one.
+
+    Without a lane, its total would be less and look complete. Runs that were recorded before their
+    files were listed pass.
+    """
+    run = read_run(directory) if run is None else run
+    listed = run.get("files")
+    if listed is None or not run.get("complete"):
+        return
+    wrong = list(file_errors(directory, listed))
+    if not wrong:
+        return
+    stored = format_quantity((run.get("energy") or {}).get("total_j"), "J")
+    try:
+        with _damage_reported(directory):
+            left = _examine(directory, run=dict(run)).summary["energy"]["total_j"]
+        given = f"these files give {format_quantity(left, 'J')}"
+    except TraceError:
+        given = "these files give no total"
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    raise TraceError(
+        f"{directory} is not as it was recorded",
+        why=f"{'; '.join(wrong[:3])}{more}; run.json says {stored}, {given}",
+        fix="copy the whole directory again; what run.json says: "
+        f"pepr-profile runs show {shlex.quote(str(directory))}",
+    )
 
 
 @contextmanager

@@ -15,7 +15,9 @@ from contextlib import suppress
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
+    from typing import Any
 
 
 class UnusableFileError(OSError):
@@ -133,3 +135,64 @@ def _write_all(descriptor: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
+
+
+# --- whether a run has all of its files -----------------------------------------------------------
+
+_MOST_BYTES = 16 << 30
+_PART_BYTES = 1 << 20
+_GROWING = ".jsonl"
+"""A program that outlives its run may still add events and notes."""
+
+
+def list_files(directory: Path) -> dict[str, dict[str, Any]] | None:
+    """Size and CRC-32 of each file that a summary is made of; None if one cannot be read.
+
+    This takes 0.7 ms per MB. It finds what was lost or mixed up, not what somebody forged.
+    """
+    try:
+        return {name: _about(directory / name) for name in sorted(_names(directory))}
+    except OSError:
+        return None
+
+
+def file_errors(directory: Path, listed: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """How the files of a run differ from those that were listed at its end."""
+    for name, then in listed.items():
+        if "/" in name:
+            yield f"{name} is outside of it"
+            continue
+        try:
+            now = _about(directory / name, then["bytes"] if name.endswith(_GROWING) else None)
+        except FileNotFoundError:
+            yield f"{name} is missing"
+        except OSError as error:
+            yield f"{name} cannot be read: {error.strerror or error}"
+        else:
+            if now["bytes"] != then["bytes"]:
+                yield f"{name} has {now['bytes']:,} bytes instead of {then['bytes']:,}"
+            elif now["crc32"] != then["crc32"]:
+                yield f"{name} has other content (CRC-32 {now['crc32']} instead of {then['crc32']})"
+    for name in sorted(_names(directory) - listed.keys()):
+        if not name.endswith(_GROWING):
+            yield f"{name} was added"
+
+
+def _names(directory: Path) -> set[str]:
+    forms = (".arrows", _GROWING)
+    names = os.listdir(directory)  # noqa: PTH208
+    return {name for name in names if name.endswith(forms) and name[0] != "."}
+
+
+def _about(path: Path, first_bytes: int | None = None) -> dict[str, Any]:
+    """Size and CRC-32 of a file, or of its first bytes."""
+    from zlib import crc32
+
+    size = check = 0
+    with open(open_file(path, most_bytes=_MOST_BYTES), "rb", buffering=0) as file:
+        while first_bytes is None or size < first_bytes:
+            wanted = _PART_BYTES if first_bytes is None else min(_PART_BYTES, first_bytes - size)
+            if not (part := file.read(wanted)):
+                break
+            size, check = size + len(part), crc32(part, check)
+    return {"bytes": size, "crc32": f"{check:08x}"}

@@ -225,14 +225,19 @@ class LaneReader:
                 why=damage if pepr == "1" else f"its schema says pepr={pepr!r}",
                 fix="update pepr-profiler, or point at a run directory that it wrote",
             ) from error
+        if self.lane.name != name:
+            raise _of_another_lane(self._main, f"its schema says lane {self.lane.name!r}")
 
     def __iter__(self) -> Iterator[Batch]:
         import numpy as np
 
         seen_ns = -1
         for source in (self._main, self._tail):
-            if self._schema_in(source) != self._schema:
+            schema = self._schema_in(source)
+            if schema is None:
                 continue  # not yet written
+            if schema != self._schema:
+                raise _of_another_lane(self._main, "its tail is of another lane")
             for batch in _batches(source, self._schema):
                 fresh = int(np.searchsorted(batch.t_ns, seen_ns, side="right"))
                 if fresh:
@@ -314,6 +319,12 @@ def _read_tail(path: Path) -> bytes:
         return b""
     except OSError as error:
         raise _unreadable(path, error) from None
+
+
+def _of_another_lane(path: Path, why: str) -> TraceError:
+    return TraceError(
+        f"{path} holds another lane than its name says", why=why, fix="copy the run again"
+    )
 
 
 def _unreadable(path: Path, error: OSError) -> TraceError:

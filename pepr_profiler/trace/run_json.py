@@ -173,6 +173,7 @@ _RUN_SHAPE: _Shape = {
     "performance": ({None: ("metric", "value"), "metric": str, "value": float}, None),
     "sampler": _COST,
     "missing": [{None: ("what", "why", "fix"), ...: str}],
+    "files": {...: {None: ("bytes", "crc32"), "bytes": int, "crc32": str}},
     "warnings": [_WARNING],
     "recording": _RECORDING,
 }
