@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -14,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli import Cli, Result, write_meter
@@ -22,6 +25,7 @@ from pepr_profiler.commands import write_text
 from pepr_profiler.energy.hardware import read_hardware
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.recording.metrics import Metrics
+from pepr_profiler.report.export import encode
 from pepr_profiler.store.facts import Facts
 from pepr_profiler.store.index import IndexFile, _checksum, write_index
 from pepr_profiler.store.runs import Store
@@ -452,3 +456,153 @@ def test_another_lane_in_a_file_is_an_error_in_an_unfinished_run(
     shutil.copy(evil / "processes.arrows", evil / name)
     refused = cli("report", "evil-1")
     assert refused.status == 125 and "holds another lane" in refused.stderr
+
+
+# --- shown ----------------------------------------------------------------------------------------
+
+ESCAPES = "\x1b[2J\x1b]0;owned\x07\x9b31m\r\u202eevil\x1b[0m\nline"
+
+
+def hostile(value: Any, key: str = "") -> Any:
+    """A JSON value of the same shape, each text of which ends in escape sequences."""
+    if isinstance(value, dict):
+        own = key in ("metrics", "rate_hz", "refresh_s", "wasted")  # whose keys are the run's
+        return {k + ESCAPES * own: hostile(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [hostile(item, key) for item in value]
+    fixed = ("started_at", "kind", "crc32", "boot_id", "root", "performance", "scope")
+    return value + ESCAPES if isinstance(value, str) and key not in fixed else value
+
+
+@pytest.fixture
+def cursed(cli: Cli) -> Cli:
+    """Two runs all of whose texts have escape sequences, and a directory with them in its name."""
+    for run_id, total_j in (("evil-1", 10.0), ("good-1", 20.0)):
+        directory = cli.store / "runs" / run_id
+        run = json.loads((directory / "run.json").read_text())
+        run["experiment"], run["name"] = "sizes", run_id
+        run["energy"]["total_j"] = total_j
+        run["warnings"] += [{"code": "x", "text": "a warning", "hint": "a hint"}]
+        run["missing"] += [{"what": "no psu", "why": "no sensor", "fix": "none"}]
+        figures = {"count": 1, "duration_s": 1.0, "energy_j": 1.0, "u_j": 0.1}
+        run["phases"] += [{"name": "train", **figures}]
+        run = hostile(run)
+        run["performance"] = {"metric": "acc" + ESCAPES, "value": 0.5}
+        write_json(directory / "run.json", run)
+    (cli.store / "runs" / f"bad{ESCAPES}").mkdir()
+    (cli.store / "runs" / f"bad{ESCAPES}" / "run.json").write_text("{")
+    (cli.folder / "t.csv").write_text(
+        f"name{ESCAPES[:-5]},acc,kwh\na{ESCAPES[:-5]},0.5,1\nb,0.6,2\n"
+    )
+    return cli
+
+
+def assert_harmless(data: bytes | str) -> None:
+    text = data if isinstance(data, str) else data.decode()
+    bad = sorted({c for c in text if not c.isprintable() and c != "\n"})
+    assert not bad, (bad, text)
+
+
+COMMANDS = (
+    ("runs", "list"),
+    ("runs", "list", "--json"),
+    ("runs", "show", "evil-1"),
+    ("runs", "show", "evil-1", "--json"),
+    ("runs", "show", "bad"),
+    ("runs", "export", "-", "--format", "csv"),
+    ("runs", "export", "-", "--format", "json"),
+    ("runs", "set", "evil-1", f"name={ESCAPES}"),
+    ("runs", "set", "evil-1", f"a{ESCAPES}=x"),
+    ("runs", "rm", "bad"),
+    ("report", "evil-1"),
+    ("report", "evil-1", "--json", "-"),
+    ("report", "evil-1", "--metric", f"none{ESCAPES}"),
+    ("report", "bad"),
+    ("report", f"none{ESCAPES}"),
+    ("report", f"--none{ESCAPES}"),
+    ("compare",),
+    ("compare", "--resource", "energy,time"),
+    ("compare", "--json", "-"),
+    ("compare", "evil-1", f"none{ESCAPES}"),
+    ("score", "t.csv", "--performance", "acc", "--resource", "kwh"),
+    ("score", "t.csv", "--performance", f"x{ESCAPES}", "--resource", "kwh"),
+    ("score", f"none{ESCAPES}", "--performance", "acc", "--resource", "kwh"),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: repr(" ".join(command))[:40])
+def test_no_text_of_a_foreign_run_reaches_the_terminal_as_it_is(
+    cursed: Cli, command: tuple[str, ...]
+) -> None:
+    result = cursed(*command, cwd=cursed.folder)
+    assert result.stdout or result.stderr
+    assert "Traceback" not in result.stderr
+    assert_harmless(result.stdout)
+    assert_harmless(result.stderr)
+
+
+@pytest.mark.parametrize("command", [("report", "evil-1"), ("compare",)], ids=" ".join)
+def test_in_colour_only_our_own_styles_are_escapes(cursed: Cli, command: tuple[str, ...]) -> None:
+    result = cursed(*command, env={"FORCE_COLOR": "1"})
+    assert result.status == 0, result.stderr
+    assert b"\x1b[1m" in result.stdout
+    assert_harmless(re.sub(r"\x1b\[[0-9;]*m", "", result.stdout.decode()))
+    assert b"\x1b[0mline" not in result.stdout
+
+
+def test_a_line_end_in_a_name_makes_no_message_of_its_own(cli: Cli) -> None:
+    forged = "x\npepr-profile: all is well"
+    result = cli("report", forged)
+    assert [line for line in result.stderr.splitlines() if line.startswith("pepr")] == [
+        "pepr-profile: there is no run 'x"
+    ]
+
+
+FORMULAS = ("=cmd|' /C calc'!A0", "+1+cmd", "-1+cmd", "@SUM(1)", "\t=1", "\r=1", " =1", "＝1+1")
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_no_cell_of_a_csv_file_is_a_formula(cli: Cli, evil: Path, formula: str) -> None:
+    run = json.loads((evil / "run.json").read_text())
+    name, phase = formula + "\x1b[2J", {"name": formula, "count": 1, "duration_s": 1.0}
+    phases = [{**phase, "energy_j": -1.5, "u_j": 0.1}]
+    energy = {**run["energy"], "total_j": 99.0}  # of a cohort of equals there is no ranking
+    facts = {"name": name, "experiment": formula, "phases": phases, "energy": energy}
+    write_json(evil / "run.json", {**run, **facts})
+    commands = {
+        "runs.csv": ("runs", "export", "runs.csv"),
+        "study.csv": ("compare", "-o", "study.csv", "--group", "none"),
+    }
+    for file, command in commands.items():
+        for raw in ((), ("--raw-csv",)):
+            result = cli(*command, *raw, cwd=cli.folder)
+            assert result.status == 0, result.stderr
+            text = (cli.folder / file).read_bytes().decode()
+            cells = [cell for row in csv.reader(io.StringIO(text, newline="")) for cell in row]
+            found = [cell for cell in cells if formula.strip() in cell.replace("\\r", "")]
+            assert found, text
+            if raw:
+                assert any(cell.startswith(formula.strip("\r")) for cell in found)
+            else:
+                assert "\x1b" not in text
+                assert not [cell for cell in found if cell.strip()[:1] in "=+-@＝"]
+
+
+def test_numbers_of_a_csv_file_stay_numbers() -> None:
+    rows = [{"name": "-5", "energy_j": -5.5, "n": 3, "unknown": None, "dash": "-", "ok": True}]
+    assert encode(rows, "csv") == b"name,energy_j,n,unknown,dash,ok\n-5,-5.5,3,,-,True\n"
+    assert encode([{"=x": "=1"}], "csv") == b"'=x\n'=1\n"
+    assert encode([{"=x": "=1"}], "csv", raw_csv=True) == b"=x\n=1\n"
+
+
+def test_a_table_with_its_scores_has_no_formula_of_somebody_else(cli: Cli) -> None:
+    table = "name,acc,kwh\n=1+1,0.5,1\n-2,0.6,2\n\x1b[2J,0.7,3\n"
+    (cli.folder / "t.csv").write_text(table)
+    score = ("score", "t.csv", "--performance", "acc", "--resource", "kwh", "-o", "s.csv")
+    for raw, expected in (
+        ((), ["'=1+1", "-2", r"\x1b[2J"]),
+        (("--raw-csv",), ["=1+1", "-2", "\x1b[2J"]),
+    ):
+        assert cli(*score, *raw, cwd=cli.folder).status == 0
+        lines = (cli.folder / "s.csv").read_text().splitlines()
+        assert [line.split(",")[0] for line in lines[1:]] == expected

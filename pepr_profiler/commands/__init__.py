@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import click
 
 from pepr_profiler import __version__
 from pepr_profiler.errors import PeprError
-from pepr_profiler.report.text import encode_readably
+from pepr_profiler.report.text import encode_readably, printable_lines
 from pepr_profiler.trace.files import replace_file
 from pepr_profiler.units import utf8_text
 
@@ -98,10 +99,24 @@ def cli() -> None:
     """
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """Prints lines of plain text, which may hold names from damaged or foreign runs.
+
+    What would move the cursor, hide text or change colours is printed as an escape. Whatever is for
+    people goes through here, or through report.text.drawn, which has colours of its own.
+    """
+    click.echo(printable_lines(text), err=err)
+
+
 def complain(text: str) -> None:
-    """Prints a message of the profiler on stderr."""
+    """Prints a message of the profiler on stderr.
+
+    Lines after the first are indented, so that no name with a line end in it looks like a message.
+    """
+    first, *others = f"pepr-profile: {text}".split("\n")
+    others = [line if line.startswith("  ") else f"  {line}" for line in others]
     with whoever_listens(sys.stderr):
-        click.echo(f"pepr-profile: {text}", err=True)
+        say("\n".join([first, *others]), err=True)
 
 
 @contextmanager
@@ -170,7 +185,9 @@ def main(arguments: list[str] | None = None, *, began_ns: int | None = None) -> 
     except BrokenPipeError:
         return 1  # as Click itself does
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        say(shown.getvalue().rstrip("\n"), err=True)
         return error.exit_code
     except click.Abort as error:
         if isinstance(error.__context__, EOFError):  # not Ctrl-C: a file of Python's own is damaged

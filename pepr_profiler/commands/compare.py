@@ -9,7 +9,12 @@ from typing import Any
 import click
 
 from pepr_profiler.commands import TEXT, store_option
-from pepr_profiler.commands.report import forms_of, output_option, performance_options
+from pepr_profiler.commands.report import (
+    forms_of,
+    output_option,
+    performance_options,
+    raw_csv_option,
+)
 from pepr_profiler.commands.score import limits_of, publish, range_options
 from pepr_profiler.errors import UsageError
 
@@ -46,6 +51,7 @@ from pepr_profiler.errors import UsageError
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write the ranking as JSON; - is stdout.")
 @output_option
+@raw_csv_option
 def compare(
     runs: tuple[str, ...],
     *,
@@ -57,6 +63,7 @@ def compare(
     save_bounds: Path | None,
     json_file: str | None,
     outputs: tuple[Path, ...],
+    raw_csv: bool,
     **options: Any,  # of Study.from_store
 ) -> None:
     """Rank runs by PePR: RUNs by id or prefix, those of an experiment, or all in the store.
@@ -88,7 +95,14 @@ def compare(
         price=parse_price(price) if price else None,
         **options,
     )
-    publish(study, json_file=json_file, save_bounds=save_bounds, forms=forms, load=recorded.load)
+    publish(
+        study,
+        json_file=json_file,
+        save_bounds=save_bounds,
+        forms=forms,
+        load=recorded.load,
+        raw_csv=raw_csv,
+    )
 
 
 def parse_price(text: str) -> tuple[float, str]:

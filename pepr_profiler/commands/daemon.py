@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.commands import complain
+from pepr_profiler.commands import complain, say
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.units import format_duration, format_quantity, parse_overhead
 
@@ -163,22 +163,22 @@ def status(path: Path | None, /, *, as_json: bool) -> None:
         click.echo(json.dumps({"socket": str(where), **facts}, indent=1))
         return
     up_s, cpu_s = facts["up_s"], facts["cpu_s"]
-    click.echo(f"daemon {facts['version']} at {where}, process {facts['pid']}")
-    click.echo(
+    say(f"daemon {facts['version']} at {where}, process {facts['pid']}")
+    say(
         f"  up {format_duration(up_s)}, {cpu_s / max(up_s, 1e-9):.2%} of a core, "
         f"{format_quantity(facts['rss_bytes'], 'B')}"
     )
     whose = "" if facts["fine"] else " of yours"
     if facts["metrics"]:
-        click.echo(f"  metrics at {facts['metrics']}")
-    click.echo(f"  {facts['clients']} client(s){whose}, {len(facts['runs'])} run(s){whose}")
+        say(f"  metrics at {facts['metrics']}")
+    say(f"  {facts['clients']} client(s){whose}, {len(facts['runs'])} run(s){whose}")
     for lane in facts["lanes"]:
         coarse = ", coarse for you" if lane["coarse"] else ""
         state = f"{len(lane['channels'])} channels{coarse}" if not lane["why"] else lane["why"]
-        click.echo(f"  {lane['name']:<10} {state}")
+        say(f"  {lane['name']:<10} {state}")
     for run in facts["runs"]:
         label = "" if run["number"] is None else f', in the metrics run="{run["number"]}"'
-        click.echo(f"  run {run['run']}, process {run['pid']} of user {run['uid']}{label}")
+        say(f"  run {run['run']}, process {run['pid']} of user {run['uid']}{label}")
 
 
 @daemon.command()

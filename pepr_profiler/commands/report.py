@@ -30,6 +30,14 @@ output_option = click.option(
 )
 """`-o FILE` of report and compare; the parameter is `outputs`, see `forms_of`."""
 
+raw_csv_option = click.option(
+    "--raw-csv",
+    is_flag=True,
+    help="Write texts to CSV as they are. Without it, one that a spreadsheet would take for a "
+    "formula has a ' before it, and control characters are escapes.",
+)
+"""`--raw-csv` of what writes CSV; the parameter is `raw_csv`."""
+
 
 def forms_of(outputs: Sequence[Path]) -> list[tuple[Path, str]]:
     """Each file of -o with its form. UsageError, before anything is computed, if one cannot be."""
@@ -54,6 +62,7 @@ def performance_options(command: Any) -> Any:
 @store_option
 @click.option("--json", "json_file", metavar="FILE", help="Write the summary as JSON; - is stdout.")
 @output_option
+@raw_csv_option
 @click.option(
     "--metric",
     type=TEXT,
@@ -67,6 +76,7 @@ def report(
     store: Path | None,
     json_file: str | None,
     outputs: tuple[Path, ...],
+    raw_csv: bool,
     **wanted: Any,  # of progress.curve_of
 ) -> None:
     """Show RUN again (an id, a unique prefix of one, a run directory, or last), finished or not.
@@ -95,7 +105,7 @@ def report(
             curve = curve_of(summary, **wanted)
             curve = curve and curve._replace(metric=name_of(metric, wanted["transform"]))
         for path, form in forms:
-            write_text(path, _rendered(summary, timeline, form, curve))
+            write_text(path, _rendered(summary, timeline, form, curve, raw_csv))
             complain(f"wrote {path}")
     else:
         from pepr_profiler.summary.summarise import summarise
@@ -110,7 +120,11 @@ def report(
 
 
 def _rendered(
-    summary: dict[str, Any], timeline: Timeline, form: str, curve: ProgressCurve | None
+    summary: dict[str, Any],
+    timeline: Timeline,
+    form: str,
+    curve: ProgressCurve | None,
+    raw_csv: bool,
 ) -> str | bytes:
     from pepr_profiler.report.export import run_json, run_table
 
@@ -125,7 +139,7 @@ def _rendered(
         from pepr_profiler.report.run_figures import run_figure
 
         return run_figure(timeline, form)
-    return run_table(summary, form)
+    return run_table(summary, form, raw_csv=raw_csv)
 
 
 def _require_logged(summary: Mapping[str, Any], metric: str) -> None:

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pepr_profiler import units
-from pepr_profiler.commands import TEXT, complain, decorate, store_option, write_stdout, write_text
+from pepr_profiler.commands import (
+    TEXT,
+    complain,
+    decorate,
+    say,
+    store_option,
+    write_stdout,
+    write_text,
+)
+from pepr_profiler.commands.report import raw_csv_option
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import EXPORTS
 from pepr_profiler.report.text import printable
@@ -156,7 +165,7 @@ def show_run(run: str, *, as_json: bool, store: Path | None) -> None:
         click.echo(json.dumps(facts, indent=1))
         return
     for key, value in _facts(facts, directory):
-        click.echo(f"{key:<12} {printable(value)}")
+        say(f"{key:<12} {printable(value)}")
 
 
 def _facts(run: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
@@ -223,7 +232,7 @@ def set_values(run: str, values: tuple[str, ...], *, store: Path | None) -> None
     summary = Store(store).set(run, metrics=metrics, facts=facts)
     said = [f"{k}={v or ''}" for k, v in facts.items()]
     said += [f"{k}={v:g}" for k, v in metrics.items()]
-    click.echo(printable(f"{summary['run_id']}: {', '.join(said)}"), err=True)
+    say(printable(f"{summary['run_id']}: {', '.join(said)}"), err=True)
 
 
 @runs.command("rm")
@@ -249,7 +258,7 @@ def remove_runs(refs: tuple[str, ...], *, yes: bool, force: bool, store: Path | 
         click.confirm(f"Delete {names}?", abort=True, err=True)
     for directory in doomed:
         recorded.remove(directory)
-    click.echo(f"removed {names}", err=True)
+    say(f"removed {names}", err=True)
 
 
 @runs.command("export")
@@ -261,8 +270,11 @@ def remove_runs(refs: tuple[str, ...], *, yes: bool, force: bool, store: Path | 
     type=click.Choice(EXPORTS),
     help="The form of FILE [its extension].",
 )
+@raw_csv_option
 @store_option
-def export_runs(file: Path, *, wanted: Filter, form: str | None, store: Path | None) -> None:
+def export_runs(
+    file: Path, *, wanted: Filter, form: str | None, raw_csv: bool, store: Path | None
+) -> None:
     """Write runs to FILE as a table.
 
     It has one row per run, oldest first; - is stdout. The names of the columns contain the units.
@@ -279,7 +291,7 @@ def export_runs(file: Path, *, wanted: Filter, form: str | None, store: Path | N
         )
     require_packages(form)
     found = Store(store).find(wanted)
-    data = encode([flat_run(run) for run in found], form)
+    data = encode([flat_run(run) for run in found], form, raw_csv=raw_csv)
     if str(file) == "-":
         write_stdout(data)
     else:

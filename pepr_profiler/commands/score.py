@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pepr_profiler.commands import TEXT, complain, decorate, screen, write_stdout, write_text
-from pepr_profiler.commands.report import performance_options
+from pepr_profiler.commands.report import performance_options, raw_csv_option
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import FORMS
 from pepr_profiler.report.text import brief
@@ -100,6 +100,7 @@ def limits_of(
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Write the table with its scores."
 )
+@raw_csv_option
 @click.option("--json", "json_file", metavar="FILE", help="Write the ranking as JSON; - is stdout.")
 def score(
     table: Path,
@@ -116,6 +117,7 @@ def score(
     percent: bool,
     transform: str | None,
     output: Path | None,
+    raw_csv: bool,
     json_file: str | None,
 ) -> None:
     """Score the rows of TABLE (CSV, or TSV by its extension; the first row names the columns).
@@ -166,7 +168,10 @@ def score(
     )
     if output:
         added = _scores_by_row(study, rows.groups(group), resources, clamped=limits is not None)
-        write_text(output, rows.text_with(added, output))
+        from pepr_profiler.report.export import spreadsheet_cell
+
+        cell = None if raw_csv else spreadsheet_cell
+        write_text(output, rows.text_with(added, output, cell=cell))
         complain(f"wrote {output}")
     publish(study, json_file=json_file, on_screen=output is None, save_bounds=save_bounds)
 
@@ -202,6 +207,7 @@ def publish(
     save_bounds: Path | None = None,
     forms: Sequence[tuple[Path, str]] = (),
     load: Callable[[str], Mapping[str, Any]] | None = None,
+    raw_csv: bool = False,
 ) -> None:
     """The rankings as JSON to a file or stdout, else (where `on_screen`) as tables on stdout.
 
@@ -236,7 +242,7 @@ def publish(
         write_text(save_bounds, json.dumps(study.bounds_data(), indent=2) + "\n")
         complain(f"wrote {save_bounds}")
     for path, form in forms:
-        write_text(path, _rendered(study, form, load))
+        write_text(path, _rendered(study, form, load, raw_csv))
         complain(f"wrote {path}")
     if json_file == "-":
         write_stdout(ranking_json(study))
@@ -249,7 +255,7 @@ def publish(
 
 
 def _rendered(
-    study: Study, form: str, load: Callable[[str], Mapping[str, Any]] | None
+    study: Study, form: str, load: Callable[[str], Mapping[str, Any]] | None, raw_csv: bool
 ) -> str | bytes:
     from pepr_profiler.report.export import ranking_json, ranking_table
 
@@ -264,7 +270,7 @@ def _rendered(
         from pepr_profiler.report.study_figures import study_figure
 
         return study_figure(study, form)
-    return ranking_table(study.rows(), form)
+    return ranking_table(study.rows(), form, raw_csv=raw_csv)
 
 
 def _screens(study: Study, *, width: int, color: bool) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from pepr_profiler import _core
-from pepr_profiler.commands import complain, write_stdout, write_text
+from pepr_profiler.commands import complain, say, write_stdout, write_text
 from pepr_profiler.daemon_client.client import DaemonClient, RemoteLane
 from pepr_profiler.energy.sources import UNITS, Source, find_sources
 from pepr_profiler.errors import SensorError, UsageError
@@ -79,8 +79,8 @@ def sensors(*, specs: tuple[str, ...], as_json: bool, check: bool, output: Path 
         found = {"place": here._asdict(), "recorded": recorded}
         click.echo(json.dumps({**found, "channels": channels, "missing": missing}, indent=1))
         return
-    click.echo(f"sensors of {os.uname().nodename}, seen by {here}\n")
-    click.echo("\n".join([*_measured(channels), *_missing(missing)]).rstrip())
+    say(f"sensors of {os.uname().nodename}, seen by {here}\n")
+    say("\n".join([*_measured(channels), *_missing(missing)]).rstrip())
 
 
 def _with_others(recorded: tuple[str, ...]) -> tuple[str, ...]:
@@ -146,9 +146,9 @@ def _check(
     if as_json:
         write_stdout(text + "\n")
     else:
-        click.echo(check_text(findings))
+        say(check_text(findings))
     if output is not None and not as_json:
-        click.echo(f"\nwritten to {output}\n{findings['privacy']}")
+        say(f"\nwritten to {output}\n{findings['privacy']}")
 
 
 def _open(

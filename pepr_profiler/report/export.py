@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,7 +76,7 @@ def ranking_json(study: Study) -> str:
         "rankings": [ranking_data(ranking) for ranking in study.rankings],
         "left_out": [{"run": run, "why": why} for run, why in study.left_out],
     }
-    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return _visible(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def ranking_data(ranking: Ranking) -> dict[str, Any]:
@@ -151,10 +152,45 @@ _SAME_IN_SUMMARY = (
 )
 
 
-def encode(rows: Sequence[Mapping[str, Any]], form: str) -> bytes:
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_FORMULA = tuple("=+-@\t\n＝＋－＠")
+
+
+def spreadsheet_cell(value: Any) -> Any:
+    """A cell of a CSV file that no spreadsheet runs as a formula and no terminal obeys.
+
+    A text that begins like a formula gets a ' in front, which spreadsheets do not show. Numbers
+    stay numbers, also in a text. Control characters become escapes; tabs and line ends stay.
+    """
+    if not isinstance(value, str):
+        return value
+    text = _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), value)
+    if len(text) > 1 and (text.startswith(_FORMULA) or text.lstrip().startswith(_FORMULA)):
+        try:
+            float(text)
+        except ValueError:
+            return f"'{text}"
+    return text
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def _visible(text: str) -> str:
+    """JSON with what is no printable character as its escape, which means the same."""
+    if text.isascii():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def encode(rows: Sequence[Mapping[str, Any]], form: str, *, raw_csv: bool = False) -> bytes:
     """Rows as a file of one of EXPORTS, with the columns of all of them in order of appearance.
 
-    In CSV what is unknown is empty; numbers have all their digits.
+    In CSV what is unknown is empty, numbers have all their digits, and texts are
+    `spreadsheet_cell`s unless `raw_csv`.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     if form == "parquet":
@@ -166,9 +202,10 @@ def encode(rows: Sequence[Mapping[str, Any]], form: str) -> bytes:
         return file.getvalue()
     if form == "csv":
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        own: Callable[[Any], Any] = _unchanged if raw_csv else spreadsheet_cell
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(map(own, columns))
+        writer.writerows([own(row.get(name)) for name in columns] for row in rows)
         return text.getvalue().encode("utf-8", "backslashreplace")
     full = [{name: row.get(name) for name in columns} for row in rows]
     if form == "json":
@@ -218,11 +255,11 @@ _RUN_COLUMNS = (
 _ASIDE = "not in the total"
 
 
-def run_table(summary: Mapping[str, Any], form: str) -> bytes:
+def run_table(summary: Mapping[str, Any], form: str, *, raw_csv: bool = False) -> bytes:
     """`run_rows` as csv, parquet or tex."""
     rows = run_rows(summary)
     if form != "tex":
-        return encode(rows, form)
+        return encode(rows, form, raw_csv=raw_csv)
     cells = [
         [
             str(r["name"]) if r["part"] != "total" else "total",
@@ -236,10 +273,10 @@ def run_table(summary: Mapping[str, Any], form: str) -> bytes:
     return latex(["", "part", "time", "energy", "share"], cells, align="llrrr")
 
 
-def ranking_table(rows: Sequence[Mapping[str, Any]], form: str) -> bytes:
+def ranking_table(rows: Sequence[Mapping[str, Any]], form: str, *, raw_csv: bool = False) -> bytes:
     """A study's rows (`Study.rows`) as csv, parquet or tex."""
     if form != "tex":
-        return encode(rows, form)
+        return encode(rows, form, raw_csv=raw_csv)
     several = len({row["group"] for row in rows}) > 1
     cells = []
     for r in rows:

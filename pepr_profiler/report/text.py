@@ -31,6 +31,11 @@ def printable(text: str) -> str:
     )
 
 
+def printable_lines(text: str) -> str:
+    """`text` of several lines, each of them printable."""
+    return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
+
+
 def brief(text: str, longest: int = 200) -> str:
     """`text` as part of a sentence: printable, and cut after `longest` characters."""
     return printable(text if len(text) <= longest else f"{text[: longest - 1]}…")
@@ -83,8 +88,10 @@ def wrap(text: str, room: int) -> list[str]:
 def drawn(lines: Iterable[Line], *, width: int, color: bool) -> str:
     """The lines, each cut at `width` cells and without spaces at its end; no final line end.
 
-    There are no escape codes unless `color`.
+    The pieces are made printable: names may come from damaged runs. There are no escape codes
+    unless `color`, and then only those of the styles.
     """
+    lines = [[(printable(text), style) for text, style in line] for line in lines]
     if not color:
         return "\n".join(cut("".join(text for text, _ in line).rstrip(), width) for line in lines)
     from rich.console import Console

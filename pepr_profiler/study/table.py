@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +168,23 @@ class TextTable:
         """The columns that are durations by their name, and all numbers."""
         return [name for name in self.columns if _DURATION.search(name) and self._is_numeric(name)]
 
-    def text_with(self, added: Mapping[str, Sequence[Any]], path: Path) -> str:
-        """The text of a file `path` with this table and more columns, `added`, at its right."""
+    def text_with(
+        self,
+        added: Mapping[str, Sequence[Any]],
+        path: Path,
+        *,
+        cell: Callable[[Any], Any] | None = None,
+    ) -> str:
+        """The text of a file `path` with this table and more columns, `added`, at its right.
+
+        `cell` gives what is written for each cell.
+        """
+        own = cell or (lambda value: value)
         text = io.StringIO(newline="")
         writer = csv.writer(text, delimiter=_delimiter(path), lineterminator="\n")
-        writer.writerow([*self.columns, *added])
+        writer.writerow(map(own, [*self.columns, *added]))
         writer.writerows(
-            [*row, *cells] for row, *cells in zip(self.rows, *added.values(), strict=True)
+            map(own, [*row, *cells]) for row, *cells in zip(self.rows, *added.values(), strict=True)
         )
         return text.getvalue()
 
