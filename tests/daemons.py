@@ -43,7 +43,8 @@ OTHERWISE = """if True:
     import functools, json, sys
     from importlib import import_module
     from pepr_profiler.commands import main
-    from pepr_profiler.daemon.server import Quotas, Waits
+    from pepr_profiler.daemon.clients import Quotas
+    from pepr_profiler.daemon.server import Waits
     given = json.loads(sys.argv.pop(1))
     command = import_module("pepr_profiler.commands.daemon")
     command._serve = functools.partial(

@@ -7,8 +7,10 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from array import array
 from collections.abc import Iterator
@@ -492,6 +494,39 @@ def test_a_daemon_without_descriptors_serves_who_is_there_and_later_all(
             connection.close()
         first.close()
         until(lambda: running.status()["clients"] == 1)
+
+
+def test_a_client_waits_its_turn_while_the_queue_is_full(tree: Tree, tmp_path: Path) -> None:
+    with daemon(tmp_path, "--sensor", tree.spec) as running, ExitStack() as queue:
+        os.kill(running.pid, signal.SIGSTOP)
+        try:
+            while True:  # until the kernel takes no more
+                crowd = queue.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                crowd.setblocking(False)
+                try:
+                    crowd.connect(str(running.socket))
+                except BlockingIOError:
+                    break
+            begin_s = time.monotonic()
+            with pytest.raises(PeprError, match="its queue was full for"):
+                Connection(running.socket, timeout_s=0.5)
+            assert 0.5 <= time.monotonic() - begin_s < 5
+            # a signal that comes meanwhile ends no wait and makes no connection
+            before = signal.signal(signal.SIGALRM, lambda *_: None)
+            signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+            try:
+                with pytest.raises(PeprError, match="its queue was full for"):
+                    Connection(running.socket, timeout_s=0.5)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
+            goes_on = threading.Timer(0.5, os.kill, (running.pid, signal.SIGCONT))
+            goes_on.start()
+            connection = Connection(running.socket, timeout_s=SLOW_S)
+            goes_on.join()
+            connection.close()
+        finally:
+            os.kill(running.pid, signal.SIGCONT)
 
 
 # --- many -----------------------------------------------------------------------------------------

@@ -39,8 +39,9 @@ from sim.powercap import BuildTree, two_socket_server
 
 from pepr_profiler import _core
 from pepr_profiler.daemon import system
+from pepr_profiler.daemon.clients import Quotas
 from pepr_profiler.daemon.lanes import SamplingOptions, ServedLanes
-from pepr_profiler.daemon.server import Policy, Quotas, Server
+from pepr_profiler.daemon.server import Policy, Server
 from pepr_profiler.daemon_client.client import Connection
 from pepr_profiler.daemon_client.protocol import (
     MOST_REQUEST_BYTES,
@@ -329,7 +330,8 @@ def test_a_hundred_thousand_messages_leave_the_server_as_it_was(
         lanes.stop()
         listener.close()
         close_all(junk)
-    assert faults == []
+    reported = [line for line in faults if line.startswith("refused user")]
+    assert faults == reported and 0 < len(reported) < 10  # some lines a minute, whatever is sent
     assert answered == [True] * 100_000
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -9,12 +10,13 @@ import resource
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import urllib.parse
 import urllib.request
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +379,49 @@ def test_scrapers_that_never_read_cost_others_nothing(running: Daemon) -> None:
     # places are free again when they have gone
     served = until(lambda: _scrape_or_none(running))
     assert served["pepr_daemon_refusals_total", "scrape"] > 0
+
+
+@pytest.mark.parametrize("sockets", [16, 60])
+def test_sockets_that_trickle_bytes_do_not_shut_the_port(running: Daemon, sockets: int) -> None:
+    """Each sends a byte now and then, and comes again as soon as it is cut off."""
+    ended, cut_off = threading.Event(), itertools.count()
+    url = url_of(running)
+    port = urllib.parse.urlsplit(url).port
+
+    def trickle() -> None:
+        while not ended.is_set():
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), SLOW_S) as slow:
+                slow.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
+                while not ended.wait(0.2):
+                    slow.sendall(b"x")
+            next(cut_off)
+
+    slow = [threading.Thread(target=trickle) for _ in range(sockets)]
+    for thread in slow:
+        thread.start()
+    try:
+        time.sleep(1)
+        for _ in range(10):
+            begin_s = time.monotonic()
+            assert ENERGY in fetch(url)
+            assert time.monotonic() - begin_s < 5
+    finally:
+        ended.set()
+        for thread in slow:
+            thread.join()
+    assert next(cut_off) > 0
+
+
+def test_a_request_has_a_deadline_however_often_a_byte_comes(running: Daemon) -> None:
+    with connect(running) as slow:
+        begin_s = time.monotonic()
+        with pytest.raises(OSError):
+            while True:
+                slow.sendall(b"x")
+                time.sleep(0.5)
+                assert time.monotonic() - begin_s < 20
+        assert time.monotonic() - begin_s > 8
+    assert scrape(running)["pepr_daemon_refusals_total", "scrape"] == 1
 
 
 def _scrape_or_none(running: Daemon) -> dict[tuple[str, str], float] | None:

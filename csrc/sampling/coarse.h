@@ -24,8 +24,7 @@ public:
     Coarsener(const std::vector<Channel>& channels, Coarse how)
         : period_ns_(how.period_ns), row_(channels.size()), quanta_(channels.size()) {
         for (std::size_t c = 0; c < channels.size(); ++c)
-            if (channels[c].quantity == "energy" && channels[c].scale > 0)
-                quanta_[c] = std::round(how.quantum_j / channels[c].scale);  // raw counts are whole
+            if (channels[c].quantity == "energy") quanta_[c] = quantum_of(how, channels[c].scale);
     }
 
     // The coarse row for this one; nullptr: too soon after the last coarse row.
@@ -33,13 +32,20 @@ public:
         if (t_ns < next_ns_) return nullptr;
         next_ns_ = t_ns + period_ns_;
         for (std::size_t c = 0; c < row_.size(); ++c)
-            row_[c] = quanta_[c] > 0 ? std::floor(row[c] / quanta_[c]) * quanta_[c] : row[c];
+            row_[c] = quanta_[c] == 0 ? row[c] : std::floor(row[c] / quanta_[c]) * quanta_[c];
         return row_.data();
     }
 
 private:
+    // In raw counts, which are whole: at least one. NaN for a scale that makes no sense, so that
+    // nothing of the counter is shown.
+    static double quantum_of(const Coarse& how, double scale) noexcept {
+        if (!(scale > 0)) return std::nan("");
+        return std::fmax(1, std::round(how.quantum_j / scale));
+    }
+
     std::int64_t period_ns_, next_ns_ = 0;
-    std::vector<double> row_, quanta_;
+    std::vector<double> row_, quanta_;  // a quantum of 0: no energy, and so not rounded
 };
 
 }  // namespace pepr

@@ -14,7 +14,10 @@ from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.units import format_duration, format_quantity, parse_overhead
 
 if TYPE_CHECKING:
-    from pepr_profiler.daemon.server import Quotas, Waits
+    from pepr_profiler.daemon.clients import Quotas
+    from pepr_profiler.daemon.server import Waits
+
+_OWN_DESCRIPTORS = 256  # of the daemon, besides one a client
 
 
 @click.group(invoke_without_command=True)
@@ -88,11 +91,14 @@ def _serve(
     quotas: Quotas | None = None,
     waits: Waits | None = None,
 ) -> int:
+    from dataclasses import replace
+
     from pepr_profiler import _core
     from pepr_profiler.daemon import exporter, system
+    from pepr_profiler.daemon.clients import Quotas
     from pepr_profiler.daemon.lanes import SamplingOptions, ServedLanes
     from pepr_profiler.daemon.ledger import Ledger
-    from pepr_profiler.daemon.server import Policy, Quotas, Server, Waits, raise_descriptor_limit
+    from pepr_profiler.daemon.server import Policy, Server, Waits, raise_descriptor_limit
     from pepr_profiler.recording.options import period_ns
     from pepr_profiler.sensors.detect import detect_lasting
 
@@ -123,7 +129,9 @@ def _serve(
     policy = Policy(owner=os.getuid(), single_user=not shared, admin_gid=admin_gid)
     manager = system.ServiceManager()
     lanes = ServedLanes(sensors or detect_lasting(), sampling, lost_s=waits.lost_s)
-    raise_descriptor_limit(quotas.clients + 256)
+    descriptors = raise_descriptor_limit(quotas.clients + _OWN_DESCRIPTORS)
+    spare = min(_OWN_DESCRIPTORS, descriptors // 2)
+    quotas = replace(quotas, clients=min(quotas.clients, descriptors - spare))
     had_privileges = system.confine(become)
     try:
         lanes.open_privileged()
@@ -169,6 +177,9 @@ def status(path: Path | None, /, *, as_json: bool) -> None:
         f"{format_quantity(facts['rss_bytes'], 'B')}"
     )
     whose = "" if facts["fine"] else " of yours"
+    refused = ", ".join(f"{count} ({why})" for why, count in facts.get("refused", {}).items())
+    if refused:
+        click.echo(f"  refused so far: {refused}")
     if facts["metrics"]:
         say(f"  metrics at {facts['metrics']}")
     say(f"  {facts['clients']} client(s){whose}, {len(facts['runs'])} run(s){whose}")
@@ -205,6 +216,12 @@ def _ask(path: Path | None, operation: str) -> tuple[Path, dict[str, Any]]:
     try:
         reply, descriptors = connection.ask(operation)
         close_all(descriptors)
+        while reply.get("more"):  # runs that did not fit into the answer
+            runs = reply["runs"]
+            reply, _ = connection.ask(operation, skip=len(runs))
+            if not reply["runs"]:  # they have ended meanwhile
+                reply["more"] = 0
+            reply["runs"] = runs + reply["runs"]
     finally:
         connection.close()
     return paths[0], reply

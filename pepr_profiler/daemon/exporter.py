@@ -25,8 +25,10 @@ from pepr_profiler.errors import PeprError, UsageError
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
-_MOST_SCRAPERS = 16  # at once; one that hangs is dropped after _TIMEOUT_S
-_TIMEOUT_S = 10.0
+_MOST_SCRAPERS = 16  # at once
+_TIMEOUT_S = 10.0  # from a scraper's connection to the end of its answer
+_GRACE_S = 0.25  # of a scraper when all places are taken; one that means it takes some 10 ms
+_BACKLOG = 128
 _PAUSE_S = 1.0  # when there are no descriptors left
 
 
@@ -191,7 +193,7 @@ def listen(where: str) -> socket.socket:
         listener = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(_MOST_SCRAPERS)
+        listener.listen(_BACKLOG)
     except OSError as error:
         if listener is not None:
             listener.close()
@@ -232,7 +234,7 @@ class Exporter:
 
     @property
     def refused(self) -> int:
-        """Scrapers that found no slot, went away, or were too slow."""
+        """Scrapers that found no place, went away, or were too slow."""
         return self._server.refused
 
     def start(self) -> None:
@@ -276,7 +278,11 @@ class Exporter:
 
 
 class _HttpServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Serves a bounded number of scrapers at once, each in a thread of its own."""
+    """Serves a bounded number of scrapers at once, each in a thread of its own.
+
+    A scraper is left after _TIMEOUT_S, however often it sends or takes a byte. If all places are
+    taken, the next one waits until the oldest has had _GRACE_S, and gets its place.
+    """
 
     daemon_threads = True
 
@@ -289,13 +295,50 @@ class _HttpServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.socket.close()
         self.socket = self.listener = listener
         self.refused = 0
-        self._slots = threading.BoundedSemaphore(_MOST_SCRAPERS)
+        self._began_s: dict[socket.socket, float] = {}  # the scrapers that are served, oldest first
+        self._cut: set[socket.socket] = set()  # those of them that were ended, and counted
+        self._changing = threading.Condition()
         self._ended = False
 
     def serve(self) -> None:
         with self.socket:
             while not self._ended:
+                self.timeout = self._end_late()
                 self.handle_request()
+
+    def _end_late(self) -> float | None:
+        """Ends the scrapers whose time is over; in how many s the next one's is."""
+        now_s = time.monotonic()
+        with self._changing:
+            for request, began_s in self._began_s.items():
+                if now_s < began_s + _TIMEOUT_S:
+                    return began_s + _TIMEOUT_S - now_s
+                self._cut_off(request)
+            return _GRACE_S if self._began_s else None  # their threads are about to end
+
+    def _has_place(self) -> bool:
+        """Whether one more can be served; waits for the oldest one's place if all are taken."""
+        with self._changing:
+            while len(self._began_s) >= _MOST_SCRAPERS:
+                oldest, began_s = next(iter(self._began_s.items()))
+                left_s = began_s + _GRACE_S - time.monotonic()
+                if left_s > 0:
+                    self._changing.wait(left_s)
+                    continue
+                self._cut_off(oldest)
+                if not self._changing.wait_for(
+                    lambda: len(self._began_s) < _MOST_SCRAPERS, _GRACE_S
+                ):
+                    return False  # its thread waits for the daemon's, as all do
+            return True
+
+    def _cut_off(self, request: socket.socket) -> None:
+        """Ends both directions of a connection, so that the thread that waits for it goes on."""
+        if request not in self._cut:
+            self._cut.add(request)
+            self.refused += 1
+        with suppress(OSError):  # it has gone already
+            request.shutdown(socket.SHUT_RDWR)
 
     def end(self) -> None:
         self._ended = True
@@ -310,21 +353,28 @@ class _HttpServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._slots.acquire(blocking=False):
+        if not self._has_place():
             self.refused += 1
             self.shutdown_request(request)
             return
+        with self._changing:
+            self._began_s[request] = time.monotonic()
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # no thread could be started
-            self._slots.release()
+            self._leave(request)
             raise
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._slots.release()
+    def shutdown_request(self, request: Any) -> None:
+        self._leave(request)  # before it is closed: nobody else may end it then
+        super().shutdown_request(request)
+
+    def _leave(self, request: Any) -> None:
+        with self._changing:
+            self._began_s.pop(request, None)
+            self._cut.discard(request)
+            self._changing.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        self.refused += 1  # it went away or was too slow
+        if request not in self._cut:
+            self.refused += 1  # it went away

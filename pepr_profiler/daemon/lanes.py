@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pepr_profiler import _core
-from pepr_profiler.daemon_client.protocol import map_ring
+from pepr_profiler.daemon_client.protocol import close_all, map_ring
 from pepr_profiler.errors import SensorError
 from pepr_profiler.sensors.spec import SensorSpec, lanes_by_name
 from pepr_profiler.trace.lane import Channel, describe
@@ -59,6 +59,7 @@ class ServedLane:
     unknown_since_s: dict[int, float] = field(default_factory=dict)  # of those channels
     replacement: _core.Sampler | None = None
     retry_at_s: float = 0.0
+    descriptors: dict[bool, int] = field(default_factory=dict)  # of its rings; True: the coarse one
 
     @property
     def restricted(self) -> bool:
@@ -68,6 +69,21 @@ class ServedLane:
     @property
     def ready(self) -> bool:
         return self.reader is not None
+
+    def shared(self, *, coarse: bool) -> int:
+        """The descriptor of a ring, to be sent to clients; the lane's own. May raise RuntimeError.
+
+        All get the same open file: one for each would be the daemon's memory while they keep it.
+        """
+        if coarse not in self.descriptors:
+            self.descriptors[coarse] = self.sampler.share(coarse)
+        return self.descriptors[coarse]
+
+    def stop(self) -> None:
+        """Ends its sampling; clients that have its rings keep them."""
+        self.sampler.stop(_STOP_S)
+        close_all(self.descriptors.values())
+        self.descriptors.clear()
 
     def age_s(self) -> float | None:
         """How long ago the newest row was read."""
@@ -151,7 +167,7 @@ class ServedLanes:
 
     def stop(self) -> None:
         for lane in self:
-            lane.sampler.stop(_STOP_S)
+            lane.stop()
             if lane.replacement is not None:
                 lane.replacement.stop(_STOP_S)
 
@@ -232,7 +248,7 @@ class ServedLanes:
         if replacement.state == "failed" or not self._is_better(lane, replacement):
             replacement.stop(_STOP_S)
             return False, ""
-        lane.sampler.stop(_STOP_S)
+        lane.stop()
         lane.sampler, lane.reader = replacement, None
         return self._finish_opening(lane, 0.0), ""
 

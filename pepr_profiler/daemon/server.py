@@ -1,13 +1,16 @@
 """The daemon's one thread: who is connected, what they may do, and what it answers.
 
-It never waits for anybody. A client is disconnected if an answer cannot be sent at once, if it does
-not ask anything at first, if its message is no request, and if it asks too often. It may connect
-again and has lost nothing.
+It never waits for anybody. A client gets no further answer until it has read the last one. It is
+disconnected if it does not read that, if it does not ask anything at first or has no run later, if
+its message is no request, and if it asks too often. It may connect again and has lost nothing.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
+import math
 import os
 import resource
 import selectors
@@ -16,13 +19,15 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from pepr_profiler import __version__
 from pepr_profiler.daemon import system
+from pepr_profiler.daemon.clients import Client, Places, Quotas, Refusals, User
 from pepr_profiler.daemon.exporter import Exporter, families
 from pepr_profiler.daemon.lanes import LOST_S, ServedLanes
 from pepr_profiler.daemon.ledger import SETTLED_S, Ledger
@@ -43,18 +48,9 @@ _OPENING_CHECK_S = 0.5
 _PAUSE_S = 1.0  # without new clients, when there are no descriptors left
 _SO_PEERGROUPS = getattr(socket, "SO_PEERGROUPS", 59)  # Linux 4.13
 _MOST_GROUPS_BYTES = 1024  # what getsockopt of Python takes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quotas:
-    """How much one user, and all together, may use."""
-
-    clients: int = 1024
-    clients_per_user: int = 300
-    runs_per_user: int = 300
-    silence_s: float = 10.0
-    requests_per_s: float = 200.0
-    requests_at_once: float = 3000.0  # 300 clients that begin together, with ten requests each
+_SWEEP_S = 1.0  # from one look at who is to be left to the next, while there is anybody
+_RUNS_BYTES = 32 << 10  # of a status; the rest is to be asked for
+_SEND_BUFFER_BYTES = protocol.MOST_REPLY_BYTES // 2 + 1024  # the kernel doubles it: one answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,27 +76,6 @@ class Policy:
     def trusts(self, uid: int, groups: Sequence[int]) -> bool:
         """Whether a user sees fine-grained energy and everybody's runs, and may stop the daemon."""
         return uid in (0, self.owner) or self.admin_gid in groups
-
-
-@dataclass
-class _User:
-    """A user with clients, or with many requests lately. `tokens`: requests that are still free."""
-
-    tokens: float
-    counted_at_s: float
-    clients: int = 0
-    runs: int = 0
-
-
-@dataclass(eq=False)
-class _Client:
-    connection: socket.socket
-    peer: Peer
-    user: _User
-    trusted: bool
-    ask_by_s: float  # its first request
-    runs: dict[str, int] = field(default_factory=dict)
-    uses_lanes: bool = False
 
 
 class Server:
@@ -131,14 +106,15 @@ class Server:
         shown = ledger if exporter is not None else None
         self._shows_runs = shown is not None
         self._ledger = shown or Ledger(most=0)
-        self._refused = {"user": 0, "requests": 0, "clients": 0, "message": 0}
+        self._places = Places(self._quotas)
+        self._refusals = Refusals(log)
         self._selector = selectors.DefaultSelector()
-        self._clients: set[_Client] = set()
-        self._silent: set[_Client] = set()  # without a request so far
-        self._users: dict[int, _User] = {}
+        self._clients: dict[Client, None] = {}
+        self._ended: set[Client] = set()  # served no more, but with an unread answer
         self._status: int | None = None
         self._paused_until_s: float | None = None
         self._check_at_s = self._watchdog_at_s = 0.0
+        self._sweep_at_s = math.inf
         self._started_s = time.monotonic()
         self._boot_id = boot_id()
 
@@ -148,6 +124,7 @@ class Server:
         stop = StopSignals((signal.SIGTERM, signal.SIGINT), ignored_too=True)
         self._selector.register(stop.fd, selectors.EVENT_READ, self._end)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._places, selectors.EVENT_READ, self._resume)
         if self._exporter is not None:
             self._selector.register(self._exporter.wake, selectors.EVENT_READ, self._export)
             self._exporter.start()
@@ -164,7 +141,10 @@ class Server:
                 self._exporter.stop()
             for client in list(self._clients):
                 self._drop(client)
+            for client in list(self._ended):
+                self._let_go(client)
             self._selector.close()
+            self._places.close()
             stop.close()
 
     # --- time ---
@@ -172,16 +152,15 @@ class Server:
     def _timeout_s(self) -> float:
         """How long nothing is to be done unless somebody asks."""
         now_s = time.monotonic()
-        until_s = [self._check_at_s]
-        until_s += [client.ask_by_s for client in self._silent]
+        until_s = [self._check_at_s, self._sweep_at_s]
         until_s += [self._paused_until_s] if self._paused_until_s is not None else []
         until_s += [self._watchdog_at_s] if self._manager.watchdog_s is not None else []
         return max(0.0, min(until_s) - now_s)
 
     def _tick(self) -> None:
         now_s = time.monotonic()
-        for client in [c for c in self._silent if c.ask_by_s <= now_s]:
-            self._drop(client)
+        if now_s >= self._sweep_at_s:
+            self._sweep(now_s)
         if self._paused_until_s is not None and now_s >= self._paused_until_s:
             self._paused_until_s = None
             self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -192,7 +171,37 @@ class Server:
             self._check_lanes()
             self._update_meters()
             self._check_at_s = now_s + (_OPENING_CHECK_S if self._lanes.opening else self._check_s)
-            self._forget_users(now_s)
+            self._places.forget_users()
+            self._refusals.report()
+
+    def _sweep(self, now_s: float) -> None:
+        """Leaves clients whose time is over, and looks again when there will be others."""
+        bounded = bool(self._ended)
+        for client in list(self._clients):
+            why, limit_s = self._limit(client)
+            if now_s - client.since_s >= limit_s:
+                self._refusals.note(why, client.peer.uid)
+                self._drop(client)
+            bounded |= limit_s < math.inf
+        for client in list(self._ended):
+            self._let_go_if_read(client)
+        for user in self._places.users():
+            self._resume_held(user)
+        self._sweep_at_s = now_s + self._sweep_s() if bounded else math.inf
+
+    def _limit(self, client: Client) -> tuple[str, float]:
+        """How long a client may stay as it is, and what it is then said to have failed to do."""
+        if not client.greeted:
+            return "silent", self._quotas.silence_s
+        if not self._places.has_read(client):
+            return "unread", self._quotas.silence_s
+        return "idle", math.inf if client.runs else self._quotas.idle_s
+
+    def _sweep_s(self) -> float:
+        return min(_SWEEP_S, self._quotas.silence_s / 4)
+
+    def _sweep_soon(self) -> None:
+        self._sweep_at_s = min(self._sweep_at_s, time.monotonic() + self._sweep_s())
 
     def _update_meters(self) -> None:
         if self._meters is not None:
@@ -233,7 +242,7 @@ class Server:
             self._lanes,
             clients=len(self._clients),
             registered=sum(len(client.runs) for client in self._clients),
-            refused={**self._refused, "scrape": self._exporter.refused},
+            refused={**self._refusals.counts, "scrape": self._exporter.refused},
             version=__version__,
             runs=self._ledger if self._shows_runs else None,
         )
@@ -251,72 +260,105 @@ class Server:
             return  # else the client has gone already
         try:
             connection.setblocking(False)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
             self._admit(connection, protocol.peer_of(connection))
         except OSError:
             connection.close()
 
     def _admit(self, connection: socket.socket, peer: Peer) -> None:
-        quotas, user = self._quotas, self._user(peer.uid)
+        user = self._places.user(peer.uid)
+        trusted = self._policy.trusts(peer.uid, _groups_of(connection, peer))
+        client = Client(connection, peer, user, trusted, since_s=time.monotonic())
         if not self._policy.admits(peer.uid):
-            self._refused["user"] += 1
-            return _refuse(connection, "this daemon serves another user", "start one of your own")
-        if not self._may_ask(user):
-            self._refused["requests"] += 1
-            return _refuse(connection, "too many requests", "come back in a second")
-        full = len(self._clients) >= quotas.clients and peer.uid != 0  # root may always stop us
-        if full or user.clients >= quotas.clients_per_user:
-            self._refused["clients"] += 1
-            return _refuse(connection, "too many clients", "end some recordings")
-        client = _Client(
-            connection,
-            peer,
-            user,
-            trusted=self._policy.trusts(peer.uid, _groups_of(connection, peer)),
-            ask_by_s=time.monotonic() + quotas.silence_s,
-        )
-        self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(client))
-        user.clients += 1
-        self._clients.add(client)
-        self._silent.add(client)
-        return None
+            what, fix = "this daemon serves another user", "start one of your own"
+            self._turn_away(client, "user", PeprError(what, fix=fix))
+        elif not self._places.may_ask(user):
+            error = PeprError("too many requests", fix="come back in a second")
+            self._turn_away(client, "requests", error)
+        elif not self._places.has_room(peer.uid, user, trusted=trusted):
+            error = PeprError("too many clients", fix="end some recordings")
+            self._turn_away(client, "clients", error)
+        else:
+            receive = functools.partial(self._receive, client)
+            self._selector.register(connection, selectors.EVENT_READ, receive)
+            self._places.enter(client)
+            self._clients[client] = None
+            self._sweep_soon()
 
-    def _drop(self, client: _Client) -> None:
-        if client not in self._clients:
+    def _turn_away(self, client: Client, why: str, error: PeprError) -> None:
+        """Tells a new client why it has no place, if it reads that; else just closes."""
+        self._refusals.note(why, client.peer.uid)
+        if not self._places.enter_refused(client):
+            client.connection.close()
             return
-        self._clients.remove(client)
-        self._silent.discard(client)
-        client.user.clients -= 1
+        data = json.dumps(_failure(error)).encode()
+        try:
+            client.connection.send(data)
+        except OSError:  # it has gone already
+            self._places.leave(client)
+            return
+        self._places.sent(client, len(data))
+        self._keep_until_read(client)
+
+    def _drop(self, client: Client) -> None:
+        """Serves a client no more. Its place is free when it has read its last answer."""
+        if client.ended:
+            return
+        client.ended = True
+        del self._clients[client]
         client.user.runs -= len(client.runs)
         for run in client.runs:
             self._ledger.leave(client.peer.uid, run, time.monotonic())
+        client.runs.clear()
+        if client in client.user.held:
+            del client.user.held[client]
+        else:
+            self._selector.unregister(client.connection)
+        with suppress(OSError):  # its end is closed already
+            client.connection.shutdown(socket.SHUT_RDWR)
+        self._keep_until_read(client)
+
+    def _keep_until_read(self, client: Client) -> None:
+        self._ended.add(client)
+        self._places.watch(client)
+        self._sweep_soon()
+        self._let_go_if_read(client)
+
+    def _let_go_if_read(self, client: Client) -> None:
+        if client in self._ended and self._places.has_read(client):
+            self._let_go(client)
+
+    def _let_go(self, client: Client) -> None:
+        self._ended.remove(client)
+        self._places.leave(client)
+
+    def _hold(self, client: Client) -> None:
+        """Lets its requests wait in its socket, which costs the daemon nothing."""
         self._selector.unregister(client.connection)
-        client.connection.close()
+        self._places.hold(client)
+        self._sweep_soon()
+        self._resume_held(client.user)  # it may have read the answer just before it was watched
 
-    def _user(self, uid: int) -> _User:
-        now_s = time.monotonic()
-        user = self._users.setdefault(uid, _User(self._quotas.requests_at_once, now_s))
-        gained = (now_s - user.counted_at_s) * self._quotas.requests_per_s
-        user.tokens = min(self._quotas.requests_at_once, user.tokens + gained)
-        user.counted_at_s = now_s
-        return user
+    def _resume(self) -> None:
+        """Goes on with clients that have read their answers."""
+        for client in self._places.changed():
+            if client.ended:
+                self._let_go_if_read(client)
+            self._resume_held(client.user)
 
-    def _may_ask(self, user: _User) -> bool:
-        if user.tokens < 1:
-            return False
-        user.tokens -= 1
-        return True
-
-    def _forget_users(self, now_s: float) -> None:
-        patience_s = self._quotas.requests_at_once / self._quotas.requests_per_s
-        for uid, user in list(self._users.items()):
-            if not user.clients and now_s - user.counted_at_s > patience_s:
-                del self._users[uid]
+    def _resume_held(self, user: User) -> None:
+        for client in self._places.release(user):
+            receive = functools.partial(self._receive, client)
+            self._selector.register(client.connection, selectors.EVENT_READ, receive)
 
     # --- requests ---
 
-    def _receive(self, client: _Client) -> None:
-        if client not in self._clients:
-            return  # dropped since it was selected
+    def _receive(self, client: Client) -> None:
+        if client.ended or client in client.user.held:
+            return  # since it was selected
+        if not self._places.may_answer(client):
+            self._hold(client)
+            return
         try:
             # A plain recv: the kernel closes descriptors that a client sends along.
             data = client.connection.recv(protocol.MOST_REQUEST_BYTES + 1)
@@ -327,14 +369,16 @@ class Server:
         if not data:
             self._drop(client)
             return
-        descriptors: list[int] = []
+        client.greeted = True
+        uid, why = client.peer.uid, "message"
         try:
-            if not self._may_ask(self._user(client.peer.uid)):
+            if not self._places.may_ask(self._places.user(uid)):
+                why = "requests"
                 raise ProtocolError("too many requests", fix="come back in a second")
             reply, descriptors = self._answer(client, protocol.parse(data))
             self._send(client, {"v": protocol.VERSION, "ok": True, **reply}, descriptors)
         except ProtocolError as error:
-            self._refused["message"] += 1
+            self._refusals.note(why, uid)
             self._send(client, _failure(error))
             self._drop(client)
         except PeprError as error:
@@ -343,29 +387,35 @@ class Server:
             why = error.strerror or str(error)
             self._send(client, _failure(PeprError("that did not work", why=why, fix="try again")))
         except Exception as error:  # a bug in this must not end the service for all
-            self._log(f"a request of user {client.peer.uid} failed: {error!r}")
+            self._log(f"a request of user {uid} failed: {error!r}")
             self._drop(client)
-        finally:
-            protocol.close_all(descriptors)
 
-    def _send(
-        self, client: _Client, reply: dict[str, Any], descriptors: Sequence[int] = ()
-    ) -> None:
+    def _send(self, client: Client, reply: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
         data = json.dumps(reply).encode()
         if len(data) > protocol.MOST_REPLY_BYTES:
             data = json.dumps(_failure(PeprError("the answer is too long"))).encode()
         try:
             socket.send_fds(client.connection, [data], list(descriptors))
-        except OSError:  # it is gone, or does not read its answers
-            self._drop(client)
+        except OSError as error:
+            if error.errno == errno.ETOOMANYREFS and descriptors:
+                # Of all processes of our user. Our own clients' alone are fewer than the limit.
+                self._refusals.note("descriptors", client.peer.uid)
+                why = "other processes of the daemon's user have too many in flight"
+                fix = "try again; give the daemon an account of its own"
+                failure = _failure(PeprError("no ring can be sent", why=why, fix=fix))
+                self._send(client, failure)
+                return
+            self._drop(client)  # it is gone
+            return
+        self._places.sent(client, len(data))
+        self._sweep_soon()
 
-    def _answer(self, client: _Client, request: Request) -> tuple[dict[str, Any], list[int]]:
-        self._silent.discard(client)
+    def _answer(self, client: Client, request: Request) -> tuple[dict[str, Any], list[int]]:
         if request.operation == "open":
             return self._open(client, request.lane)
         answer = {
             "hello": self._hello,
-            "status": self._describe,
+            "status": lambda who: self._describe(who, skip=request.skip),
             "register": lambda who: self._register(who, request),
             "unregister": lambda who: self._unregister(who, request),
             "claim": lambda who: self._claim(who, request),
@@ -373,7 +423,7 @@ class Server:
         }[request.operation]
         return answer(client), []
 
-    def _hello(self, client: _Client) -> dict[str, Any]:
+    def _hello(self, client: Client) -> dict[str, Any]:
         return {
             "version": __version__,
             "boot_id": self._boot_id,
@@ -386,22 +436,20 @@ class Server:
             ],
         }
 
-    def _open(self, client: _Client, name: str) -> tuple[dict[str, Any], list[int]]:
+    def _open(self, client: Client, name: str) -> tuple[dict[str, Any], list[int]]:
         lane = self._lanes.get(name)
         if lane is None:
             raise PeprError(f"there is no lane '{name}'", fix="say hello to see which there are")
         coarse = lane.restricted and not client.trusted
         try:
-            descriptor = lane.sampler.share(coarse)
+            descriptor = lane.shared(coarse=coarse)
         except RuntimeError as error:
             raise PeprError("the ring cannot be shared", why=str(error), fix="try again") from None
         client.uses_lanes = True
         return {"lane": self._lanes.describe(lane, coarse=coarse)}, [descriptor]
 
-    def _register(self, client: _Client, request: Request) -> dict[str, Any]:
-        pid = request.pid or client.peer.pid
-        if system.owner_of(pid) != client.peer.uid and client.peer.uid != 0:
-            raise PeprError(f"process {pid} is not yours", fix="register one of your own")
+    def _register(self, client: Client, request: Request) -> dict[str, Any]:
+        pid = _process_of(client, request.pid)
         if request.run not in client.runs:
             if client.user.runs >= self._quotas.runs_per_user:
                 raise PeprError("too many runs are registered", fix="end some of them")
@@ -410,24 +458,24 @@ class Server:
         client.runs[request.run] = pid
         return {} if self._number(client, request.run) is None else {"claims": True}
 
-    def _unregister(self, client: _Client, request: Request) -> dict[str, Any]:
+    def _unregister(self, client: Client, request: Request) -> dict[str, Any]:
         if client.runs.pop(request.run, None) is None:
             raise PeprError(f"run '{request.run}' is not registered here")
         client.user.runs -= 1
         self._ledger.leave(client.peer.uid, request.run, time.monotonic())
         return {}
 
-    def _claim(self, client: _Client, request: Request) -> dict[str, Any]:
+    def _claim(self, client: Client, request: Request) -> dict[str, Any]:
         if request.run not in client.runs:
             raise PeprError(f"run '{request.run}' is not registered here")
         claim = client.peer.uid, request.run, request.first_s, request.shares
         self._ledger.claim(*claim, time.monotonic())
         return {}
 
-    def _number(self, client: _Client, run: str) -> int | None:
+    def _number(self, client: Client, run: str) -> int | None:
         return self._ledger.number(client.peer.uid, run)
 
-    def _stop(self, client: _Client) -> dict[str, Any]:
+    def _stop(self, client: Client) -> dict[str, Any]:
         if not client.trusted:
             raise PeprError(
                 "you may not stop this daemon",
@@ -437,9 +485,21 @@ class Server:
         self._end()
         return {}
 
-    def _describe(self, client: _Client) -> dict[str, Any]:
-        """The daemon's health. Clients and runs are the user's own, or everybody's if trusted."""
+    def _describe(self, client: Client, *, skip: int) -> dict[str, Any]:
+        """The daemon's health. Clients and runs are the user's own, or everybody's if trusted.
+
+        There are as many runs as fit, without the first `skip`; `more` follow them.
+        """
         seen = [c for c in self._clients if client.trusted or c.peer.uid == client.peer.uid]
+        runs = [(c, run, pid) for c in seen for run, pid in c.runs.items()][skip:]
+        shown: list[dict[str, Any]] = []
+        size = 0
+        for c, run, pid in runs:
+            facts = {"run": run, "pid": pid, "uid": c.peer.uid, "number": self._number(c, run)}
+            size += len(json.dumps(facts))
+            if shown and size > _RUNS_BYTES:
+                break
+            shown.append(facts)
         process = psutil.Process()
         return {
             "version": __version__,
@@ -453,11 +513,9 @@ class Server:
             "fine": client.trusted,
             "metrics": self._exporter and self._exporter.url,
             "clients": len(seen),
-            "runs": [
-                {"run": run, "pid": pid, "uid": c.peer.uid, "number": self._number(c, run)}
-                for c in seen
-                for run, pid in c.runs.items()
-            ],
+            "refused": {why: count for why, count in self._refusals.counts.items() if count},
+            "runs": shown,
+            "more": len(runs) - len(shown),
             "lanes": [
                 {
                     "name": lane.name,
@@ -479,12 +537,19 @@ def _failure(error: PeprError) -> dict[str, Any]:
     return {"v": protocol.VERSION, "ok": False, "error": facts}
 
 
-def _refuse(connection: socket.socket, what: str, fix: str) -> None:
-    with connection:
-        try:
-            connection.send(json.dumps(_failure(PeprError(what, fix=fix))).encode())
-        except OSError:
-            return  # it has gone already
+def _process_of(client: Client, asked: int | None) -> int:
+    """The process that a client registers, as we number it. Raises PeprError for one of others.
+
+    A client in a PID namespace of its own, a container's, names processes as they are numbered
+    there. We know which one it is itself, and none of the others.
+    """
+    uid, own = client.peer.uid, client.peer.pid
+    numbers = system.peer_numbers(client.connection, own)
+    if asked is None or asked in (own, numbers[-1]):
+        return own
+    if uid != 0 and (len(numbers) > 1 or system.owner_of(asked) != uid):
+        raise PeprError(f"process {asked} is not yours", fix="register one of your own")
+    return asked
 
 
 def _groups_of(connection: socket.socket, peer: Peer) -> list[int]:
@@ -496,9 +561,10 @@ def _groups_of(connection: socket.socket, peer: Peer) -> list[int]:
     return [peer.gid, *struct.unpack(f"{len(data) // 4}I", data)]
 
 
-def raise_descriptor_limit(wanted: int) -> None:
-    """Allows as many descriptors as the system lets us have, up to `wanted`: one a client."""
+def raise_descriptor_limit(wanted: int) -> int:
+    """Allows as many descriptors as the system lets us have, up to `wanted`; returns how many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most

@@ -25,6 +25,8 @@ ACCOUNT = "pepr-profiler"
 _LISTEN_FD = 3  # sd_listen_fds(3)
 _BACKLOG = 512  # 200 clients may come at once, each waits for milliseconds
 
+_SO_PEERPIDFD = getattr(socket, "SO_PEERPIDFD", 77)  # Linux 6.5
+
 NO_DESCRIPTORS_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """The errors of accept(2) that pass when a connection ends."""
 
@@ -213,6 +215,27 @@ def owner_of(pid: int) -> int | None:
         return int(psutil.Process(pid).uids().real)
     except psutil.Error:
         return None
+
+
+def peer_numbers(connection: socket.socket, pid: int) -> list[int]:
+    """The numbers of the process at the other end: as we see it, …, as it sees itself.
+
+    Several if it is in a PID namespace below ours. `pid`: what SO_PEERCRED says.
+    """
+    try:
+        # A pidfd's numbers are its process's, also where /proc shows no process of others.
+        descriptor = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+        try:
+            lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii")
+        finally:
+            os.close(descriptor)
+    except OSError:  # before Linux 6.5, or it has gone
+        try:
+            lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return [pid]
+    found = next((line for line in lines.splitlines() if line.startswith("NSpid:")), "")
+    return [int(number) for number in found.split()[1:]] or [pid]
 
 
 # --- systemd --------------------------------------------------------------------------------------

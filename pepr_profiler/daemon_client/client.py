@@ -47,8 +47,8 @@ class Connection:
         self.path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
+            self._connect(timeout_s)
             self._socket.settimeout(timeout_s)
-            self._connect()
             listener = protocol.peer_of(self._socket)
             if listener.uid not in (0, os.geteuid()):
                 raise PeprError(
@@ -60,21 +60,50 @@ class Connection:
             self._socket.close()
             raise
 
-    def _connect(self) -> None:
+    def _connect(self, timeout_s: float) -> None:
+        import errno
+
         directory = -1
         try:
             # Through the directory's descriptor: a socket's address holds 107 bytes.
             directory = os.open(self.path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            self._socket.connect(f"/proc/self/fd/{directory}/{self.path.name}")
+            self._wait_in_queue(f"/proc/self/fd/{directory}/{self.path.name}", timeout_s)
         except OSError as error:
+            full = error.errno == errno.EAGAIN
             raise PeprError(
                 f"no daemon answers at {self.path}",
-                why=error.strerror or str(error),
-                fix="start it: sudo pepr-profile daemon",
+                why=f"its queue was full for {timeout_s:g} s"
+                if full
+                else error.strerror or str(error),
+                fix="see: pepr-profile daemon status"
+                if full
+                else "start it: sudo pepr-profile daemon",
             ) from None
         finally:
             if directory >= 0:
                 os.close(directory)
+
+    def _wait_in_queue(self, address: str, timeout_s: float) -> None:
+        """Connects; if the daemon's queue is full, the kernel lets us wait our turn.
+
+        A socket that does not block, as one with Python's timeout, fails at once (EAGAIN).
+        """
+        import errno
+        import socket
+        import struct
+
+        deadline_s = time.monotonic() + timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            whole_s = int(left_s)
+            limit = struct.pack("ll", whole_s, max(1, int((left_s - whole_s) * 1e6)))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            self._socket.connect(address)
+            try:
+                self._socket.getpeername()
+            except OSError:
+                continue  # a signal ended the wait, and Python takes that for a connection
+            return
+        raise OSError(errno.EAGAIN, "")
 
     def ask(self, operation: str, **fields: Any) -> tuple[dict[str, Any], list[int]]:
         """The daemon's answer and the descriptors that came with it, which are the caller's."""

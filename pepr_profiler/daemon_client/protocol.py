@@ -38,6 +38,7 @@ class ProtocolError(PeprError):
 class Request(Record):
     """One message of a client. `lane` and `run` are printable and short; `pid` is positive.
 
+    `skip`: how many runs of a status the client has already.
     `shares` has numbers in [0, 1] for each device, one a second from `first_s` on.
     """
 
@@ -45,6 +46,7 @@ class Request(Record):
     lane: str = ""
     run: str = ""
     pid: int | None = None
+    skip: int = 0
     first_s: int = 0
     shares: Mapping[str, Sequence[float]] = {}
 
@@ -68,6 +70,9 @@ def parse(data: bytes) -> Request:
     if pid is not None:
         pid = _whole(pid, range(1, 2**31), "pid is no process")
     request = Request(operation, _name(message, "lane"), _name(message, "run"), pid)
+    if operation == "status":
+        skip = _whole(message.get("skip", 0), range(2**31), "skip is no number of runs")
+        return request._replace(skip=skip)
     if operation == "open" and not request.lane:
         raise _invalid("open needs a lane")
     if operation in ("register", "unregister", "claim") and not request.run:

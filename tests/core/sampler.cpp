@@ -284,6 +284,25 @@ TEST(coarse_rows_are_rare_and_their_errors_do_not_add_up) {
     CHECK(unknown != nullptr && std::isnan(unknown[0]));
 }
 
+TEST(energy_is_never_shown_finer_than_a_count_whatever_its_scale) {
+    for (const double scale : {0.15, 0.2, 0.21, 1.0, 1e3, 1e300}) {
+        std::vector<pepr::Channel> channels(1);
+        channels[0].quantity = "energy";
+        channels[0].scale = scale;
+        pepr::Coarsener coarsener(channels, {kMs, 0.1});
+        const double* row = coarsener.coarsen(0, {7.75});
+        CHECK(row != nullptr && row[0] == 7);
+    }
+    for (const double scale : {0.0, -1.0, std::nan("")}) {
+        std::vector<pepr::Channel> channels(1);
+        channels[0].quantity = "energy";
+        channels[0].scale = scale;
+        pepr::Coarsener coarsener(channels, {kMs, 0.1});
+        const double* row = coarsener.coarsen(0, {7.75});
+        CHECK(row != nullptr && std::isnan(row[0]));
+    }
+}
+
 // Energy, and a number that identifies a process.
 class IdentitySensor final : public pepr::Sensor {
 public:
