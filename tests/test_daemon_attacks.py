@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import socket
 import subprocess
@@ -72,6 +73,11 @@ def served(running: Daemon, tree: Tree, count: int) -> int:
     return int(done.stdout)
 
 
+def few_descriptors() -> None:
+    """As a service has them; the kernel allows as many in flight (ETOOMANYREFS)."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1100, 1100))
+
+
 def resident_bytes(running: Daemon) -> int:
     pages = Path(f"/proc/{running.pid}/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
@@ -79,7 +85,8 @@ def resident_bytes(running: Daemon) -> int:
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_others_are_served_whatever_two_users_do(tree: Tree, tmp_path: Path, name: str) -> None:
-    with daemon(tmp_path, "--sensor", tree.spec) as running, ExitStack() as attackers:
+    options: dict[str, Any] = {"preexec_fn": few_descriptors}
+    with daemon(tmp_path, "--sensor", tree.spec, **options) as running, ExitStack() as attackers:
         lock(tree)
         assert served(running, tree, 1) == 1
         before = resident_bytes(running)
@@ -97,7 +104,8 @@ def test_others_are_served_whatever_two_users_do(tree: Tree, tmp_path: Path, nam
 def test_a_run_loses_no_joule_while_descriptors_are_asked_for_and_not_taken(
     tree: Tree, tmp_path: Path
 ) -> None:
-    with daemon(tmp_path, "--sensor", tree.spec) as running, ExitStack() as attackers:
+    options: dict[str, Any] = {"preexec_fn": few_descriptors}
+    with daemon(tmp_path, "--sensor", tree.spec, **options) as running, ExitStack() as attackers:
         lock(tree)
         for uid in ATTACKERS:
             attackers.enter_context(attack("opens-unread", str(running.socket), uid))
