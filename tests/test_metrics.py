@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import random
 import re
 import subprocess
 import sys
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import calls_of
+from cli import Cli, calls_of, ended, python, write_meter
 
 from pepr_profiler.errors import UsageError
 from pepr_profiler.recording.metrics import MetricPoint, Metrics
@@ -160,8 +163,6 @@ def test_undecodable_bytes_hide_nothing_and_break_nothing() -> None:
 
 def test_endless_line_costs_bounded_memory_and_yields_no_truncated_number() -> None:
     # given 64 MiB without a newline in which a number straddles every border there could be
-    import tracemalloc
-
     metrics = Metrics(["value=^[0-9]{9}", ACCURACY])
     chunk = b"7" * 65536
 
@@ -409,3 +410,117 @@ def test_relative_path_means_the_folder_at_the_start(
 
     assert metrics.finish() == []
     assert [point.value for point in metrics.take()] == [0.5]
+
+
+# --- in bounds ------------------------------------------------------------------------------------
+
+
+def test_a_pattern_that_goes_back_and_tries_again_is_searched_all_the_same() -> None:
+    """On 40 characters it held all threads for 10 minutes; three long lines took 67 s."""
+    metrics = Metrics([r"acc=(?:a+)+b ([0-9]+)"])
+    metrics.feed(1, b"a" * 40 + b"c b\n" + b"a" * 20 + b"b 17\n", 1)
+    assert [point.value for point in metrics.take()] == [17.0]
+    begun_s = time.thread_time()
+    metrics.feed(1, 300 * (b"b " + b"a" * 60_000 + b"\n"), 1)
+    assert time.thread_time() - begun_s < 20
+    (warning,) = metrics.finish()
+    assert warning["code"] == "metric-too-slow"
+    assert "60,002 characters" in warning["text"]
+
+
+def test_a_pattern_that_cannot_be_bounded_is_refused_before_anything_starts() -> None:
+    with pytest.raises(UsageError, match="could take for ever"):
+        Metrics([r"acc=(?:(a+)\1)+b"])
+
+
+def test_signals_are_heard_while_a_slow_pattern_is_searched(tmp_path: Path) -> None:
+    cli = Cli(tmp_path)
+    line = (
+        "import sys, time; print('b ' + 'a' * 60_000, flush=True); print('on', flush=True); " * 20
+    )
+    pattern = ("--metric", r"acc=(?:a+)+b ([0-9]+)")
+    command = python(line + "time.sleep(100)")
+    with ended(
+        cli.start(*pattern, "--sensor", write_meter(tmp_path / "m", 5), "--", *command)
+    ) as run:
+        assert run.stdout is not None
+        while run.stdout.readline() != b"on\n":
+            pass
+        begun_s = time.monotonic()
+        run.terminate()
+        run.communicate(timeout=60)
+        assert run.returncode == 143
+        assert time.monotonic() - begun_s < 30
+
+
+def test_a_metric_in_every_line_takes_bounded_memory_and_disk() -> None:
+    """200,000 values; the first and last, the best and worst, and an even sample are kept."""
+    metrics = Metrics(["x=([0-9.]+)", "loss=loss ([0-9.]+)"])
+    points = []
+    tracemalloc.start()
+    for chunk in range(200):
+        lines = (f"loss {(i * 7919) % 1_000_003}" for i in range(chunk * 1000, chunk * 1000 + 1000))
+        metrics.feed(1, "\n".join(lines).encode() + b"\n", chunk * 1_000_000)
+        if chunk % 20 == 19:
+            points += metrics.take()
+    warnings = metrics.finish()
+    points += metrics.take()
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 20_000_000
+    values = [point.value for point in points if point.name == "loss"]
+    assert len(values) < 25_000
+    truth = [(i * 7919) % 1_000_003 for i in range(200_000)]
+    assert values[0] == truth[0] and values[-1] == truth[-1]
+    assert min(values) == min(truth) and max(values) == max(truth)
+    assert values[:1000] == truth[:1000]
+    times = [point.t_ns for point in points if point.name == "loss"]
+    assert times == sorted(times)
+    late = [t for t in times if t >= 100_000_000]
+    assert max(b - a for a, b in itertools.pairwise(late)) <= 2_000_000  # even: no hole
+    assert [warning["code"] for warning in warnings] == ["metric-thinned", "metric-thinned"]
+
+
+def test_a_rare_value_is_kept_at_once_and_a_held_one_after_a_while() -> None:
+    metrics = Metrics(["x=x ([0-9]+)"])
+    for second in range(3000):
+        metrics.feed(1, f"x {second}\n".encode(), second * 1_000_000_000)
+    kept = {point.value for point in metrics.take()}
+    assert set(range(1000)) <= kept
+    assert max(kept) >= 2989  # nothing is held back for more than 10 s
+
+
+@pytest.mark.parametrize("pattern", ["acc=test acc: ([0-9.]+)", "acc=(?i)test acc: ([0-9.]+)"])
+def test_lines_without_a_match_cost_next_to_nothing(pattern: str) -> None:
+    """In calls a line; a chunk of 64 KB is looked at as a whole."""
+    metrics = Metrics([pattern])
+    chunk = b"step 1 loss 0.1\n" * 4096
+
+    def feed() -> None:
+        for _ in range(100):
+            metrics.feed(1, chunk, 0)
+
+    assert calls_of(feed) < 100 * 60
+
+
+def test_lines_among_others_are_found_as_if_alone() -> None:
+    """Whatever lies beside them, in the order of the lines, each once for each match."""
+    draw = random.Random(3)
+    words = [
+        b"test acc: 0.5",
+        b"loss 3",
+        b"\x1b[32mtest ac\x1b[0mc: 0.25",
+        b"\xff\xfe",
+        b"",
+        b"x\r",
+    ]
+    for _ in range(300):
+        lines = [draw.choice(words) for _ in range(draw.randint(1, 30))]
+        data = b"\n".join(lines) + b"\n"
+        together, alone = Metrics([ACCURACY, "loss=loss ([0-9])"]), []
+        together.feed(1, data, 1)
+        for line in re.split(rb"[\r\n]", data):
+            one = Metrics([ACCURACY, "loss=loss ([0-9])"])
+            one.feed(1, line + b"\n", 1)
+            alone += one.take()
+        assert together.take() == alone

@@ -20,22 +20,26 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pepr_profiler.errors import UsageError
+from pepr_profiler.recording.linear_search import LinearPattern, TooSlowError
 from pepr_profiler.trace.files import open_file
 
 _NAME = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
 # ECMA-48: control sequences (colour, cursor), operating-system commands (title, links), the rest.
 _ESCAPES = re.compile(
-    rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\^-~])"
+    rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\r\n]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\^-~])"
 )
 # A child that never ends its line must not grow our memory; the end of the line is kept.
 _LINE_BYTES = 64 * 1024
+_SLOW_S, _SLOW_SHARE, _QUICK_S = 2.0, 0.05, 0.01
+# Lines that take longer than 0.01 s may take 2 s, and a twentieth of the run, in all: while we
+# search, the child's output waits.
 _MOST_FILE_BYTES = 64 << 20  # of a metric file, which is read whole
 _WATCH_SHARE = 200  # watching files may take a two-hundredth of the time
 
@@ -91,7 +95,7 @@ class Metrics:
         """Search the lines that `data`, read at `t_ns`, completes on `channel`."""
         with self._lock:
             if channel not in self._lines:
-                self._lines[channel] = _Lines()
+                self._lines[channel] = _Lines(self._patterns)
             for line in self._lines[channel].split(data, t_ns):
                 self._search(line)
 
@@ -125,6 +129,8 @@ class Metrics:
             for lines in self._lines.values():
                 for line in lines.rest():
                     self._search(line)
+            for pattern in self._patterns:
+                self._points.extend(pattern.series.rest())
         warnings = [warning for pattern in self._patterns for warning in pattern.warnings()]
         for file in self._files:
             if file.is_read():
@@ -138,7 +144,61 @@ class Metrics:
     def _search(self, line: _Line) -> None:
         for pattern in self._patterns:
             for value in pattern.values(line):
-                self._points.append(MetricPoint(line.t_ns, pattern.name, value))
+                point = MetricPoint(line.t_ns, pattern.name, value)
+                self._points.extend(pattern.series.add(point))
+
+
+_WHOLE = 1000  # values of one metric that are all kept
+_HELD_NS = 10_000_000_000  # the longest that a value is held back
+
+
+class _Series:
+    """The values of one metric: the first 1,000, then fewer and fewer, so that they stay few.
+
+    Of those between two that are kept in any case, the lowest, the highest and the last are kept
+    too, so that the best value of all and the last are always there. A billion values leave
+    60,000, and 3 more every 10 s.
+    """
+
+    def __init__(self) -> None:
+        self.found = self.kept = 0
+        self._stride, self._in_stride = 1, 0
+        self._held: list[tuple[int, MetricPoint]] = []  # lowest, highest, last
+        self._held_since_ns = 0
+
+    def add(self, point: MetricPoint) -> Sequence[MetricPoint]:
+        """What is to be kept now that `point` was found."""
+        self.found += 1
+        numbered = (self.found, point)
+        if self._stride == 1:
+            self.kept += 1
+            if self.kept == _WHOLE:
+                self._stride, self._in_stride = 2, 0
+            return (point,)
+        if not self._held:
+            self._held, self._held_since_ns = [numbered] * 3, point.t_ns
+        else:
+            low, high, _ = self._held
+            value = point.value
+            self._held = [
+                numbered if value < low[1].value else low,
+                numbered if value > high[1].value else high,
+                numbered,
+            ]
+        if self.found % self._stride == 0:
+            self._in_stride += 1
+            if self._in_stride == _WHOLE:
+                self._stride, self._in_stride = 2 * self._stride, 0
+        elif point.t_ns - self._held_since_ns < _HELD_NS:
+            return ()
+        return self.rest()
+
+    def rest(self) -> list[MetricPoint]:
+        """What is still held back, in order."""
+        points = [point for _, point in sorted(dict(self._held).items())]
+        self.kept += len(points)
+        self._held = []
+        return points
 
 
 class _Line(NamedTuple):
@@ -148,30 +208,58 @@ class _Line(NamedTuple):
 
 
 class _Lines:
-    """Bytes in, lines out: ended by \\n or \\r, without escape sequences, of bounded length."""
+    """Bytes in, lines out: ended by \\n or \\r, without escape sequences, of bounded length.
 
-    def __init__(self) -> None:
+    Only lines that one of the patterns may match. They are looked for in all that has come at once,
+    which takes a hundredth of the time of looking at each line.
+    """
+
+    def __init__(self, patterns: Sequence[_Pattern]) -> None:
+        self._literals = [pattern.literal for pattern in patterns if pattern.literal]
+        self._others = [pattern for pattern in patterns if not pattern.literal]
         self._open = bytearray()
         self._t_ns = 0
         self._cut = False
 
     def split(self, data: bytes, t_ns: int) -> Iterator[_Line]:
         """The lines that end in `data`; what follows the last end stays open."""
-        first, *others = data.replace(b"\r", b"\n").split(b"\n")
-        self._extend(first, t_ns)
-        if not others:
+        if b"\r" in data:
+            data = data.replace(b"\r", b"\n")
+        first = data.find(b"\n")
+        if first < 0:
+            self._extend(data, t_ns)
             return
+        last = data.rfind(b"\n")
+        self._extend(data[:first], t_ns)
         yield from self.rest()
-        last = others.pop()
-        for whole in others:
-            if whole:
-                yield _Line(_plain_text(whole), t_ns)
-        self._extend(last, t_ns)
+        if last > first:
+            for whole in self._wanted(data[first + 1 : last]):
+                yield _Line(whole.decode("utf-8", "replace"), t_ns)
+        self._extend(data[last + 1 :], t_ns)
+
+    def _wanted(self, block: bytes) -> Iterable[bytes]:
+        """Those of whole lines that may match, without their escape sequences."""
+        if b"\x1b" in block:
+            block = _ESCAPES.sub(b"", block)
+        if self._others and any(pattern.may_be_in(block) for pattern in self._others):
+            return filter(None, block.split(b"\n"))
+        wanted: dict[int, bytes] = {}
+        for literal in self._literals:
+            at = block.find(literal)
+            while at >= 0:
+                begin = block.rfind(b"\n", 0, at) + 1
+                end = block.find(b"\n", at)
+                end = len(block) if end < 0 else end
+                wanted[begin] = block[begin:end]
+                at = block.find(literal, end)
+        return [line for _, line in sorted(wanted.items())]
 
     def rest(self) -> Iterator[_Line]:
         """The open line, if there is one, as if it had ended."""
         if self._open:
-            yield _Line(_plain_text(bytes(self._open)), self._t_ns, self._cut)
+            line = _plain(bytes(self._open))
+            if self._others or any(literal in line for literal in self._literals):
+                yield _Line(line.decode("utf-8", "replace"), self._t_ns, self._cut)
         self._open.clear()
         self._cut = False
 
@@ -185,10 +273,8 @@ class _Lines:
             self._cut = True
 
 
-def _plain_text(line: bytes) -> str:
-    if b"\x1b" in line:
-        line = _ESCAPES.sub(b"", line)
-    return line.decode("utf-8", "replace")
+def _plain(line: bytes) -> bytes:
+    return _ESCAPES.sub(b"", line) if b"\x1b" in line else line
 
 
 class _Pattern:
@@ -204,7 +290,7 @@ class _Pattern:
             )
         self.name = _checked_name(name, f"--metric {text!r}", fix=_PATTERN_FIX)
         try:
-            self._regex = re.compile(regex)
+            self._search = LinearPattern(regex)
         except (re.error, RecursionError, OverflowError) as error:
             at = getattr(error, "pos", None)
             raise UsageError(
@@ -214,22 +300,52 @@ class _Pattern:
                 fix="correct it, in single quotes so that the shell leaves it alone: "
                 + _PATTERN_FIX,
             ) from error
-        if self._regex.groups > 1:
+        if self._search.regex.groups > 1:
             raise UsageError(
-                f"the pattern of metric {name!r} has {self._regex.groups} groups",
+                f"the pattern of metric {name!r} has {self._search.regex.groups} groups",
                 why="it is unclear which of them holds the value",
                 fix="put (?:…) for (…) around everything but the value",
             )
+        if not self._search.is_bounded:
+            raise UsageError(
+                f"the pattern of metric {name!r} could take for ever",
+                why="it repeats a part that repeats itself, and looks around or back",
+                fix="leave out (?=…), (?<=…) and \\1, or the repetition in the repetition, as in "
+                "(?:a+)+",
+            )
+        self.literal = self._search.literal.encode()
+        self.series = _Series()
         self._matches = 0
+        self._given_up = self._longest_given_up = 0
+        self._slow_s = 0.0
+        self._begun_s = time.monotonic()
         self._rejected = 0
         self._rejected_text = ""
 
+    def may_be_in(self, lines: bytes) -> bool:
+        """Whether one of several lines may match."""
+        if self._search.lower_literal.encode() not in lines.lower():
+            return False
+        return self._search.may_be_in(lines.decode("utf-8", "replace"))
+
     def values(self, line: _Line) -> Iterator[float]:
-        for match in self._regex.finditer(line.text):
-            if line.cut and match.start() == 0:
+        """The values in a line, unless that has taken too much time in all."""
+        begun_s = time.monotonic()
+        try:
+            if self._slow_s > _SLOW_S + (begun_s - self._begun_s) * _SLOW_SHARE:
+                raise TooSlowError("the others took too long")
+            yield from self._values(line)
+        except TooSlowError:
+            self._given_up += 1
+            self._longest_given_up = max(self._longest_given_up, len(line.text))
+        took_s = time.monotonic() - begun_s
+        self._slow_s += took_s if took_s > _QUICK_S else 0.0
+
+    def _values(self, line: _Line) -> Iterator[float]:
+        for start, text in self._search.find(line.text):
+            if line.cut and start == 0:
                 continue  # the first digits may be those that were not kept
             self._matches += 1
-            text = match[self._regex.groups]
             value = _number(text)
             if value is None:
                 self._rejected += 1
@@ -242,8 +358,25 @@ class _Pattern:
             yield {
                 "code": "metric-never-matched",
                 "text": f"metric {self.name!r} was never found in the command's output: "
-                f"no line matches {self._regex.pattern!r}",
+                f"no line matches {self._search.regex.pattern!r}",
                 "hint": f"set it afterwards: pepr-profile runs set RUN {self.name}=VALUE",
+            }
+        if self._given_up:
+            yield {
+                "code": "metric-too-slow",
+                "text": f"metric {self.name!r}: {self._given_up:,} lines of up to "
+                f"{self._longest_given_up:,} characters were not searched to their end, because "
+                f"{self._search.regex.pattern!r} takes too long there",
+                "hint": "begin it with the text before the value; avoid a repetition in a "
+                "repetition, as in (?:a+)+, and several .*",
+            }
+        if self.series.kept < self.series.found:
+            yield {
+                "code": "metric-thinned",
+                "text": f"metric {self.name!r} was found {self.series.found:,} times; "
+                f"{self.series.kept:,} of the values are stored: the first and the last, the "
+                "lowest and the highest, and an even sample",
+                "hint": "none is needed; a pattern that matches fewer lines stores all",
             }
         if self._rejected:
             yield {
