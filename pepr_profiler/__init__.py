@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pepr_profiler.block import Run, profile
     from pepr_profiler.errors import (
         PeprError,
+        PeprWarning,
         SensorError,
         TargetError,
         TraceError,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PeprError",
+    "PeprWarning",
     "Run",
     "SensorError",
     "Study",
@@ -46,6 +48,7 @@ __all__ = [
 # name of study.pepr.
 _HOMES = {
     "PeprError": "errors",
+    "PeprWarning": "errors",
     "SensorError": "errors",
     "TargetError": "errors",
     "TraceError": "errors",

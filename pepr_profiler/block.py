@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import contextvars
 import functools
 import itertools
 import json
 import operator
 import os
+import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pepr_profiler.errors import SensorError, TraceError, UsageError
+from pepr_profiler.errors import PeprWarning, SensorError, TraceError, UsageError
 from pepr_profiler.recording.options import OVERHEAD, Options
 from pepr_profiler.recording.recorder import TICK_S, Recorder
 from pepr_profiler.sensors.spec import ProcessRoot
@@ -159,8 +162,63 @@ _numbers = itertools.count(1)  # of phases: all blocks of a process write to one
 _current_phase: contextvars.ContextVar[int | None] = contextvars.ContextVar("phase", default=None)
 
 
+_COROUTINE, _GENERATOR, _ASYNC_GENERATOR = 0x80, 0x20, 0x200
+"""Flags of a function's code (CPython's code.h); inspect, which knows them too, takes 5 ms."""
+
+
+def _decorated(function: _F, enter: Callable[[], Any]) -> _F:
+    """The function, each call of which is within what `enter` makes anew, until it has ended."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    flags = getattr(code, "co_flags", 0)
+    wrapper: Callable[..., Any]
+    if flags & _COROUTINE:
+
+        async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with enter():
+                return await function(*args, **kwargs)
+    elif flags & _ASYNC_GENERATOR:
+
+        async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with enter():
+                async for value in function(*args, **kwargs):
+                    yield value
+    elif flags & _GENERATOR:
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with enter():
+                return (yield from function(*args, **kwargs))
+    else:
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with enter():  # a fresh one: calls may nest or run in threads
+                return function(*args, **kwargs)
+
+    return functools.wraps(function)(wrapper)  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C within the block acts behind it: half a recording must not be left."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    received: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda *of_signal: received.append(of_signal))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if received:
+            before(*received[0])
+
+
 class Run:
-    """A profiled block: marks phases, logs metrics, knows its energy. Made by `profile()`."""
+    """A profiled block: marks phases, logs metrics, knows its energy. Made by `profile()`.
+
+    As a decorator it measures each call of a function as a run of its own. Once the block has begun
+    nothing of it raises into the program: what fails is a PeprWarning.
+    """
 
     def __init__(
         self,
@@ -169,7 +227,9 @@ class Run:
         store: Path | None,
         pids: Sequence[int] | None,
         synchronise: bool,
+        again: Callable[[], Run],
     ) -> None:
+        self._again = again
         self._options = options
         self._store = store
         self._pids = None if pids is None else tuple(pids)
@@ -183,7 +243,11 @@ class Run:
         self._ending = False
         self._lock = threading.Lock()
         self._pid = 0
+        self._facts: Mapping[str, Any] | None = None  # of a recording of our own that has ended
         self.directory = Path()
+
+    def __call__(self, function: _F) -> _F:
+        return _decorated(function, self._again)
 
     @property
     def run_id(self) -> str:
@@ -193,7 +257,7 @@ class Run:
     @property
     def joined(self) -> bool:
         """Whether the block is part of a run that somebody else records."""
-        return self._recorder is None
+        return self._recorder is None and self._facts is None
 
     def __enter__(self) -> Run:
         if self._events is not None:
@@ -205,28 +269,41 @@ class Run:
         self._pid = os.getpid()
         # A run around us covers us, but not the processes that we follow.
         outer = _outer_run() if self._pids is None else None
-        if outer is None:
-            self._window_ns = (self._record(), None)
-            self._events = EventWriter(self.directory)
-        else:
-            self.directory = outer
-            self._events = EventWriter(self.directory)
-            self._block = self.phase(self._options.name).__enter__()
-            self._window_ns = (self._block.t_ns, None)
+        try:
+            with _interrupts_held():
+                if outer is None:
+                    self._window_ns = (self._record(), None)
+                    self._events = EventWriter(self.directory)
+                else:
+                    self.directory = outer
+                    self._events = EventWriter(self.directory)
+                    self._block = self.phase(self._options.name).__enter__()
+                    self._window_ns = (self._block.t_ns, None)
+                # A generator that nobody closes, or a program that forgets us, leaves us never.
+                atexit.register(self.__exit__, None, None, None)
+        except BaseException as error:  # Ctrl-C: whoever enters us does not leave us then
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if self._pid != os.getpid() or self._events is None:
-            return  # a forked child leaves the block that its parent is still in
-        if self._block is not None:
-            self._block.__exit__()
-            end_ns = self._block.t_ns
-        else:
-            end_ns = time.monotonic_ns()
-        self._window_ns = (self._window_ns[0], end_ns)
-        self._events.close()
-        if self._recorder is not None:
-            self._finish(error)
+        if self._pid != os.getpid() or self._events is None or self._window_ns[1] is not None:
+            return  # a forked child leaves the block that its parent is still in; or it has ended
+        with _interrupts_held():
+            atexit.unregister(self.__exit__)
+            if self._block is not None:
+                self._block.__exit__()
+                end_ns = self._block.t_ns
+            else:
+                end_ns = time.monotonic_ns()
+            self._window_ns = (self._window_ns[0], end_ns)
+            self._events.close()
+            if self._recorder is not None:
+                found = self._finish(self._recorder, end_ns, error)
+            else:
+                found = _of_lost(self._events)
+        for text, hint in found:  # last: a warning may be an error (python -W error)
+            warnings.warn(f"pepr: {text} ({hint})", PeprWarning, stacklevel=2)
 
     def phase(self, name: str) -> Phase:
         """A named part of the run: `with run.phase("train"):`, or a decorator. Phases nest."""
@@ -286,8 +363,14 @@ class Run:
 
         self._flush()
         since_ns = self._window_ns[0]
-        run = self._recorder.facts() if self._recorder is not None else None
-        return summarise(self.directory, since_ns=since_ns, until_ns=until_ns, marks=marks, run=run)
+        run = self._facts if self._recorder is None else self._recorder.facts()
+        return summarise(
+            self.directory,
+            since_ns=since_ns,
+            until_ns=until_ns,
+            marks=marks,
+            run=None if run is None else dict(run),
+        )
 
     def _record(self) -> int:
         """Begins a recording of our own. Returns when it began, ns."""
@@ -301,12 +384,18 @@ class Run:
             recorder = Recorder(self._options, root="self", command=command)
             open_recording(recorder, self._store)
         begin_ns = time.monotonic_ns()
-        recorder.begin(begin_ns)
-        self._recorder, self.directory = recorder, recorder.directory
+        look = threading.Thread(target=self._keep_looking, name="pepr-look", daemon=True)
+        try:
+            recorder.begin(begin_ns)
+            self._recorder, self.directory = recorder, recorder.directory
+            look.start()
+        except BaseException:
+            self._recorder = None
+            recorder.discard()
+            raise
+        self._thread = look
         if self._pids is None:
             os.environ[RUN_DIR_VARIABLE] = str(recorder.directory)
-        self._thread = threading.Thread(target=self._keep_looking, name="pepr-look", daemon=True)
-        self._thread.start()
         return begin_ns
 
     def _keep_looking(self) -> None:
@@ -316,37 +405,55 @@ class Run:
             recorder.notifier.wait(after_s)
             if not self._ending:
                 with self._lock:
-                    after_s = recorder.tick()
+                    try:
+                        after_s = recorder.tick()
+                    except OSError:  # no descriptor is free, or the program has closed ours
+                        after_s = TICK_S
 
     def _flush(self) -> None:
         if self._recorder is not None and self._pid == os.getpid() and not self._ending:
             with self._lock:
                 self._recorder.flush()
 
-    def _finish(self, error: BaseException | None) -> None:
-        recorder, end_ns = self._recorder, self._window_ns[1]
-        assert recorder is not None and end_ns is not None and self._thread is not None
+    def _finish(
+        self, recorder: Recorder, end_ns: int, error: BaseException | None
+    ) -> list[tuple[str, str]]:
+        """Ends our own recording and lets go of it; what there is to warn of, and what to do."""
         self._ending = True
         recorder.notifier.notify()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         if os.environ.get(RUN_DIR_VARIABLE) == str(recorder.directory):
             del os.environ[RUN_DIR_VARIABLE]
+        assert self._events is not None
+        for text, hint in _of_lost(self._events):
+            recorder.add_warning("events-lost", text, hint)
         exit_code = _exit_code(error) if self._pids is None else None
-        recorder.close(end_ns, exit_facts={"code": exit_code}, meanwhile=load_summary)
-        self._summary = complete_recording(recorder)
-        for warning in recorder.warnings:  # last: a warning may be an error (python -W error)
-            warnings.warn(f"pepr: {warning['text']} ({warning['hint']})", stacklevel=3)
+        failed = []
+        try:
+            recorder.close(end_ns, exit_facts={"code": exit_code}, meanwhile=load_summary)
+            self._summary = complete_recording(recorder)
+        except Exception as fault:
+            why = " ".join(str(fault).split())[:200] or type(fault).__name__
+            kept = f"the recording is kept: pepr-profile report {recorder.directory}"
+            failed = [(f"there is no summary: {why}", kept)]
+        self.directory = recorder.directory
+        self._facts, self._recorder, self._thread = recorder.facts(), None, None
+        recorder.release()
+        return [*((w["text"], w["hint"]) for w in recorder.warnings), *failed]
 
 
 class Phase:
     """A named part of a run, as a context manager or as a decorator; see `Run.phase`."""
 
-    __slots__ = ("_name", "_number", "_run", "_token", "t_ns")
+    __slots__ = ("_name", "_number", "_outer", "_run", "_token", "t_ns")
 
     def __init__(self, run: Run, name: str) -> None:
         self._run = run
         self._name = name
         self._number = 0
+        self._token: contextvars.Token[int | None] | None = None
+        self._outer: int | None = None
         self.t_ns = 0
         """When it was entered, or left."""
 
@@ -355,8 +462,8 @@ class Phase:
         events = run._writer(f"phase '{self._name}'")
         if run._synchronise:
             _synchronise_cuda()
-        self._number = next(_numbers)
-        self.t_ns = events.begin(json.dumps(self._name), self._number, _current_phase.get())
+        self._number, self._outer = next(_numbers), _current_phase.get()
+        self.t_ns = events.begin(json.dumps(self._name), self._number, self._outer)
         self._token = _current_phase.set(self._number)
         return self
 
@@ -364,17 +471,20 @@ class Phase:
         run = self._run
         if run._synchronise:
             _synchronise_cuda()
-        assert run._events is not None
+        token, self._token = self._token, None
+        if token is None or run._events is None or run._window_ns[1] is not None:
+            what = f"pepr: phase '{self._name}' was left, but "
+            why = "not entered" if token is None else "its run had ended: it ends with the run"
+            warnings.warn(what + why, PeprWarning, stacklevel=2)
+            return
         self.t_ns = run._events.end(self._number)
-        _current_phase.reset(self._token)
+        try:
+            _current_phase.reset(token)
+        except ValueError:  # entered in another task or thread
+            _current_phase.set(self._outer)
 
     def __call__(self, function: _F) -> _F:
-        @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            with Phase(self._run, self._name):  # a fresh one: calls may nest or run in threads
-                return function(*args, **kwargs)
-
-        return wrapper  # type: ignore[return-value]
+        return _decorated(function, lambda: Phase(self._run, self._name))
 
 
 def profile(
@@ -395,6 +505,8 @@ def profile(
     synchronise: bool = True,
 ) -> Run:
     """Measures a `with` block: `with profile("resnet18") as run:`.
+
+    As a decorator, `@profile("resnet18")`, it measures each call, also of a coroutine or generator.
 
     Inside a program that `pepr-profile` wraps, or inside another block, it joins that run: its
     phases and metrics go there, nothing is sampled twice, and the arguments besides `name` have no
@@ -437,7 +549,19 @@ def profile(
             why=str(error),
             fix='a store is a path, pids is a list of numbers: store="runs", pids=[4121]',
         ) from error
-    return Run(options, store=where, pids=followed, synchronise=synchronise)
+
+    def make() -> Run:
+        return Run(options, store=where, pids=followed, synchronise=synchronise, again=make)
+
+    return make()
+
+
+def _of_lost(events: EventWriter) -> list[tuple[str, str]]:
+    """What to warn of where marks and metrics could not be written."""
+    if not events.lost:
+        return []
+    text = f"{events.lost} mark(s) and metric(s) could not be written, and are lost"
+    return [(text, "free descriptors (ulimit -n) and space for the store")]
 
 
 def _outer_run() -> Path | None:

@@ -29,6 +29,10 @@ class PeprError(Exception):
         return text
 
 
+class PeprWarning(UserWarning):
+    """What went wrong in a block that runs: it never raises into the program."""
+
+
 class UnmeasuredError(Exception):
     """`command` cannot be measured, for its cause; `started` says whether it runs already."""
 

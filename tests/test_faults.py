@@ -8,11 +8,13 @@ import resource
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cli import Cli, codes, component, write_meter
+from cli import Cli, Result, codes, component, python, write_meter
 from daemons import become, python_of
 
 FAILING = ("sh", "-c", "echo ran; exit 7")
@@ -173,3 +175,291 @@ def test_a_store_that_goes_away_in_mid_run_is_reported(cli: Cli, tmp_path: Path,
         assert component(summary, "gpu:x")["device_j"] == pytest.approx(80, rel=0.15)
     else:
         assert "was removed while it was recorded" in " ".join(result.stderr.split())
+
+
+# --- the program that we are in -------------------------------------------------------------------
+
+
+def run_program(cli: Cli, code: str, *arguments: str, **options: Any) -> Result:
+    """Runs a program that measures itself, with a store of its own."""
+    variables = {"PEPR_STORE": str(cli.store), "PEPR_DAEMON": "off", **options.pop("env", {})}
+    done = subprocess.run(
+        python(code, *arguments),
+        env={**os.environ, **variables, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True, check=False, timeout=120, **options,
+    )  # fmt: skip
+    return Result(done.returncode, done.stdout, done.stderr.decode())
+
+
+def test_blocks_that_have_ended_hold_no_descriptor(cli: Cli, tmp_path: Path) -> None:
+    code = """
+import os, sys
+from pepr_profiler import profile
+ended, counts = [], []
+for number in range(6):
+    with profile("x", sensors=[sys.argv[1]]) as run: pass
+    ended.append(run)
+    counts.append(len(os.listdir("/proc/self/fd")))
+assert len(set(counts[1:])) == 1, counts
+assert all(run.energy_j == run.summary["energy"]["total_j"] for run in ended)
+assert not any(run.joined for run in ended)
+"""
+    result = run_program(cli, code, write_meter(tmp_path / "meter", 100))
+    assert result.status == 0, result.stderr
+
+
+def test_marks_come_back_when_descriptors_do_and_the_lost_are_counted(
+    cli: Cli, tmp_path: Path
+) -> None:
+    code = """
+import os, resource, sys
+from pepr_profiler import profile
+with profile("x", sensors=[sys.argv[1]]) as run:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard[1]))
+    run.log(lost=1)
+    with run.phase("lost"): pass
+    resource.setrlimit(resource.RLIMIT_NOFILE, hard)
+    run.log(kept=2)
+    with run.phase("kept"): pass
+summary = run.summary
+assert summary["metrics"] == {"kept": 2}, summary["metrics"]
+assert [phase["name"] for phase in summary["phases"]] == ["kept"]
+[warning] = [w for w in summary["warnings"] if w["code"] == "events-lost"]
+assert warning["text"].startswith("3 mark(s)"), warning
+"""
+    result = run_program(cli, code, write_meter(tmp_path / "meter", 100))
+    assert result.status == 0, result.stderr
+    assert "PeprWarning: pepr: 3 mark(s)" in result.stderr
+
+
+@pytest.mark.parametrize("close", ["os.closerange(3, 4096)", "close_one_by_one()"])
+def test_a_descriptor_that_the_program_took_over_is_not_written_to(
+    cli: Cli, tmp_path: Path, close: str
+) -> None:
+    code = f"""
+import os, sys, time
+from pepr_profiler import profile
+def close_one_by_one():
+    for number in sorted(map(int, os.listdir("/proc/self/fd"))):
+        if number > 2:
+            try: os.close(number)
+            except OSError: pass
+with profile("x", sensors=[sys.argv[1]]) as run:
+    run.log(before=1)
+    time.sleep(1.2)
+    {close}
+    files = [open(os.path.join(sys.argv[2], str(number)), "w") for number in range(700)]
+    run.log(after=2)
+    with run.phase("after"): time.sleep(1.2)
+sizes = [os.fstat(file.fileno()).st_size for file in files]
+assert not any(sizes), sizes
+for file in files: file.write("mine"); file.close()
+assert run.summary["metrics"] == {{"before": 1, "after": 2}}, run.summary["metrics"]
+assert [phase["name"] for phase in run.summary["phases"]] == ["after"]
+"""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    result = run_program(cli, code, write_meter(tmp_path / "meter", 100), str(folder))
+    assert result.status == 0, result.stderr
+    assert {path.read_text() for path in folder.iterdir()} == {"mine"}
+
+
+LIFE = {
+    "decorated coroutines and generators": """
+@run.phase("coroutine")
+async def wait(): await asyncio.sleep(0.3)
+@run.phase("generator")
+def count():
+    yield 1
+    time.sleep(0.3)
+    yield 2
+@run.phase("async generator")
+async def stream():
+    await asyncio.sleep(0.3)
+    yield 1
+asyncio.run(wait())
+assert list(count()) == [1, 2]
+async def read(): return [x async for x in stream()]
+assert asyncio.run(read()) == [1]
+expected = {"coroutine": 0.3, "generator": 0.3, "async generator": 0.3}
+""",
+    "left in another thread": """
+phase = run.phase("moved")
+thread = threading.Thread(target=phase.__enter__)
+thread.start(); thread.join()
+time.sleep(0.2)
+phase.__exit__(None, None, None)
+expected = {"moved": 0.2}
+""",
+    "left in another task": """
+async def main():
+    phase = run.phase("moved")
+    async def enter(): phase.__enter__()
+    await asyncio.create_task(enter())
+    await asyncio.sleep(0.2)
+    phase.__exit__(None, None, None)
+asyncio.run(main())
+expected = {"moved": 0.2}
+""",
+    "left twice, or never entered": """
+phase = run.phase("twice")
+with phase: time.sleep(0.2)
+phase.__exit__(None, None, None)
+run.phase("never").__exit__(None, None, None)
+expected = {"twice": 0.2}
+""",
+}
+
+
+@pytest.mark.parametrize("what", LIFE)
+def test_the_life_of_a_phase_never_raises_into_the_program(
+    cli: Cli, tmp_path: Path, what: str
+) -> None:
+    code = f"""
+import asyncio, sys, threading, time, warnings
+warnings.simplefilter("ignore")
+from pepr_profiler import profile
+with profile("x", sensors=[sys.argv[1]]) as run:
+{textwrap.indent(LIFE[what], "    ")}
+found = {{phase["name"]: phase["duration_s"] for phase in run.summary["phases"]}}
+assert found.keys() == expected.keys(), found
+for name, seconds in expected.items(): assert seconds <= found[name] < seconds + 2, found
+run.__exit__(None, None, None)  # again
+"""
+    result = run_program(cli, code, write_meter(tmp_path / "meter", 100))
+    assert result.status == 0, result.stderr
+    assert len(cli.runs()) == 1
+
+
+def test_a_block_decorates_functions_of_every_kind(cli: Cli, tmp_path: Path) -> None:
+    code = """
+import asyncio, sys, time
+from pepr_profiler import profile
+@profile("plain", sensors=[sys.argv[1]])
+def plain(x): time.sleep(0.2); return x
+@profile("coroutine", sensors=[sys.argv[1]])
+async def coroutine(x): await asyncio.sleep(0.2); return x
+@profile("generator", sensors=[sys.argv[1]])
+def generator(x):
+    time.sleep(0.2)
+    yield x
+assert [plain(1), plain(2), asyncio.run(coroutine(3)), list(generator(4))] == [1, 2, 3, [4]]
+assert plain.__name__ == "plain"
+"""
+    result = run_program(cli, code, write_meter(tmp_path / "meter", 100))
+    assert result.status == 0, result.stderr
+    runs = [cli.report(directory) for directory in cli.runs()]
+    assert sorted(run["name"] for run in runs) == ["coroutine", "generator", "plain", "plain"]
+    assert all(run["complete"] and run["duration_s"] >= 0.2 for run in runs)
+
+
+LEFT_OPEN = {
+    "a suspended generator": "def g():\n    with block(): yield 1\nkept = g(); next(kept)",
+    "a context manager that is never left": "kept = block(); kept.__enter__()",
+    "contextlib": (
+        "import contextlib\n@contextlib.contextmanager\ndef g():\n    with block(): yield 1\n"
+        "kept = g(); kept.__enter__()"
+    ),
+    "an exit stack": (
+        "import contextlib\nkept = contextlib.ExitStack(); kept.enter_context(block())"
+    ),
+    "a daemon thread": (
+        "def work():\n    with block(): time.sleep(60)\n"
+        "threading.Thread(target=work, daemon=True).start(); time.sleep(1.5); sys.exit(0)"
+    ),
+    "asyncio in a daemon thread": (
+        "async def main():\n    with block(): await asyncio.sleep(60)\n"
+        "threading.Thread(target=asyncio.run, args=(main(),), daemon=True).start()\n"
+        "time.sleep(1.5)"
+    ),
+    "an error": "kept = block(); kept.__enter__(); time.sleep(0.4); raise SystemExit(0)",
+}
+
+
+@pytest.mark.parametrize("what", LEFT_OPEN)
+def test_a_block_that_nobody_leaves_ends_with_the_program(
+    cli: Cli, tmp_path: Path, what: str
+) -> None:
+    code = (
+        "import asyncio, sys, threading, time\nfrom pepr_profiler import profile\n"
+        f"def block(): return profile('x', sensors=[sys.argv[1]])\n{LEFT_OPEN[what]}\n"
+        "time.sleep(0.4)"
+    )
+    result = run_program(cli, code, write_meter(tmp_path / "meter", 100))
+    assert result.status == 0, result.stderr
+    [directory] = cli.runs()
+    run = cli.report(directory)
+    assert run["complete"] and run["energy"]["total_j"] > 20
+
+
+def test_a_block_without_a_free_descriptor_at_its_end_does_not_raise(
+    cli: Cli, tmp_path: Path
+) -> None:
+    code = """
+import os, resource, sys
+from pepr_profiler import profile
+with profile("x", sensors=[sys.argv[1]]) as run:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard[1]))
+resource.setrlimit(resource.RLIMIT_NOFILE, hard)
+print("went on")
+"""
+    result = run_program(cli, code, write_meter(tmp_path / "meter", 100))
+    assert (result.status, result.stdout) == (0, b"went on\n"), result.stderr
+    assert "PeprWarning" in result.stderr and "pepr-profile report" in result.stderr
+
+
+def test_ctrl_c_at_any_time_leaves_no_recorder(cli: Cli, tmp_path: Path) -> None:
+    code = """
+import _thread, os, random, sys, threading, time
+from pepr_profiler import profile
+def threads(): return {name for name in map(read, os.listdir("/proc/self/task")) if "pepr" in name}
+def read(task):
+    try: return open(f"/proc/self/task/{task}/comm").read()
+    except OSError: return ""
+random.seed(int(sys.argv[2]))
+interrupted = 0
+for _ in range(60):
+    after_s = random.expovariate(1 / 0.03)
+    timer = threading.Timer(after_s, _thread.interrupt_main)
+    try:
+        timer.start()
+        with profile("x", sensors=[sys.argv[1]]): pass
+        timer.cancel()
+        timer.join()
+        time.sleep(0)
+    except KeyboardInterrupt:
+        interrupted += 1
+    timer.join()
+    assert "PEPR_RUN_DIR" not in os.environ
+    until_s = time.monotonic() + 5
+    while threads() and time.monotonic() < until_s: time.sleep(0.01)
+    assert not threads(), threads()
+assert interrupted > 5, interrupted
+"""
+    result = run_program(cli, code, write_meter(tmp_path / "meter", 100), "7")
+    assert result.status == 0, result.stderr
+
+
+def test_a_sub_interpreter_is_refused_with_a_reason(cli: Cli) -> None:
+    code = """
+import sys
+import textwrap
+try:
+    import _xxsubinterpreters as interpreters
+except ImportError:
+    import _interpreters as interpreters
+run = getattr(interpreters, "run_string", None) or interpreters.exec
+run(interpreters.create(), '''
+import sys
+import textwrap
+try:
+    import pepr_profiler._core
+except ImportError as error:
+    print(error)
+''')
+"""
+    result = run_program(cli, code)
+    assert result.status == 0, result.stderr
+    assert b"sub-interpreter" in result.stdout or b"subinterpreter" in result.stdout

@@ -147,7 +147,7 @@ bool set_child_subreaper() { return ::prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) 
 
 }  // namespace
 
-PYBIND11_MODULE(_core, m) {
+PYBIND11_MODULE(_core_of_main, m) {
     m.doc() = "The native recorder: sensors, the threads that read them, and their rows on disk.";
 
     py::register_exception_translator([](std::exception_ptr pointer) {
@@ -265,4 +265,14 @@ PYBIND11_MODULE(_core, m) {
         "the notifier is notified.");
     m.def("set_child_subreaper", &set_child_subreaper,
           "Makes orphaned descendants of this process its children (prctl 36).");
+}
+
+// What Python calls to import the module. pybind11 would wait for ever in another interpreter than
+// the main one, before any code of the module itself.
+extern "C" PYBIND11_EXPORT PyObject* PyInit__core() {
+    if (PyInterpreterState_Get() == PyInterpreterState_Main()) return PyInit__core_of_main();
+    PyErr_SetString(PyExc_ImportError,
+                    "pepr_profiler measures a process from its main interpreter only; in a "
+                    "sub-interpreter, wrap the program: pepr-profile -- CMD");
+    return nullptr;
 }

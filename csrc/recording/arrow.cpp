@@ -77,12 +77,21 @@ ArrowFile::ArrowFile(std::string path, std::string schema)
     : path_(std::move(path)),
       schema_(std::move(schema)),
       // Neither a planted link nor a FIFO is written to.
-      file_(::open(path_.c_str(),
-                   O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0644)) {
+      file_(moved_up(
+          File(::open(path_.c_str(),
+                      O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0644)))) {
     if (!file_) throw std::system_error(errno, std::generic_category(), path_);
 }
 
 void ArrowFile::close() noexcept { file_ = File(); }
+
+int ArrowFile::recover() noexcept {
+    if (file_.is_ours()) return 0;
+    File again = moved_up(File(::open(path_.c_str(), O_WRONLY | O_NOFOLLOW | O_CLOEXEC)));
+    if (!again || !again.is_same(file_)) return EBADF;
+    file_ = std::move(again);
+    return 0;
+}
 
 int ArrowFile::append(const std::string& messages) noexcept {
     if (size_ == 0)
@@ -92,6 +101,7 @@ int ArrowFile::append(const std::string& messages) noexcept {
 
 int ArrowFile::replace(const std::string& messages) noexcept {
     if (size_ < schema_.size() + messages.size()) return ENOSPC;
+    if (const int error = recover()) return error;
     size_ = schema_.size();
     if (const int error = write(messages)) return error;
     return ::ftruncate(file_.fd(), static_cast<off_t>(size_)) == 0 ? 0 : errno;
@@ -106,6 +116,7 @@ int ArrowFile::finish() noexcept {
 
 int ArrowFile::clear() noexcept {
     const std::size_t left = size_ == 0 ? 0 : schema_.size();
+    if (const int error = recover()) return error;
     if (::ftruncate(file_.fd(), static_cast<off_t>(left)) != 0) return errno;
     size_ = left;
     return 0;
@@ -119,6 +130,7 @@ std::size_t ArrowFile::free_bytes() const noexcept {
 }
 
 int ArrowFile::write(const std::string& data) noexcept {
+    if (const int error = recover()) return error;
     for (std::size_t done = 0; done < data.size();) {
         const ssize_t n = ::pwrite(file_.fd(), data.data() + done, data.size() - done,
                                    static_cast<off_t>(size_ + done));

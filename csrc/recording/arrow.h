@@ -43,6 +43,9 @@ public:
 
 private:
     int write(const std::string& data) noexcept;
+    // Opens the file anew if its descriptor was closed by somebody else, and is perhaps another
+    // file by now. 0, or EBADF if it is gone.
+    int recover() noexcept;
 
     const std::string path_, schema_;
     File file_;

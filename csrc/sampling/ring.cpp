@@ -138,30 +138,27 @@ Ring::Ring(std::size_t width, std::size_t min_rows) {
     width_ = width;
     while (capacity_ < min_rows) capacity_ *= 2;
     const std::size_t bytes = bytes_of(width_, capacity_);
-    fd_ = ::memfd_create("pepr-ring", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (fd_ < 0) fail("memfd_create");
+    file_ = moved_up(File(::memfd_create("pepr-ring", MFD_CLOEXEC | MFD_ALLOW_SEALING)));
+    if (!file_) fail("memfd_create");
     void* memory = MAP_FAILED;
-    if (::ftruncate(fd_, static_cast<off_t>(bytes)) == 0)
-        memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
+    if (::ftruncate(file_.fd(), static_cast<off_t>(bytes)) == 0)
+        memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file_.fd(), 0);
     if (memory == MAP_FAILED) {
         const int error = errno;
-        ::close(fd_);
         throw std::system_error(error, std::generic_category(), "mapping the sample ring");
     }
     place(new (memory) Header{kMagic, kVersion, width_, capacity_, {}, {}});
 }
 
-Ring::~Ring() { ::close(fd_); }
-
 int Ring::share() const {
     // FUTURE_WRITE keeps our writable mapping and forbids new ones; SEAL forbids changing the
     // seals. The file mode forbids to open it for writing at all.
     constexpr int kSeals = kKeptSize | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL;
-    if ((::fcntl(fd_, F_GET_SEALS) & kSeals) != kSeals &&
-        (::fchmod(fd_, 0444) != 0 || ::fcntl(fd_, F_ADD_SEALS, kSeals) != 0))
+    if ((::fcntl(file_.fd(), F_GET_SEALS) & kSeals) != kSeals &&
+        (::fchmod(file_.fd(), 0444) != 0 || ::fcntl(file_.fd(), F_ADD_SEALS, kSeals) != 0))
         fail("sealing the sample ring");
     // Opened anew for each reader: a duplicate of ours would be writable.
-    const std::string path = "/proc/self/fd/" + std::to_string(fd_);
+    const std::string path = "/proc/self/fd/" + std::to_string(file_.fd());
     const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (fd < 0) fail("opening the sample ring for a reader");
     return fd;

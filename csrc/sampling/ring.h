@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "system/file.h"
+
 namespace pepr {
 
 // How a row's durations are stored: at most 4.3 s. A longer one shows in the times of the rows too.
@@ -91,7 +93,6 @@ private:
 class Ring : public RingView {
 public:
     Ring(std::size_t width, std::size_t min_rows);
-    ~Ring();
 
     // A new descriptor for a reader in another process, which may not be trusted: opened for
     // reading, and sealed so that nobody can write to, grow or truncate the file through it. The
@@ -118,7 +119,7 @@ private:
         return word;
     }
 
-    int fd_ = -1;
+    File file_;
 };
 
 }  // namespace pepr

@@ -156,7 +156,7 @@ private:
     void open_file(const fs::path& chip, const std::string& name, const fs::path& base,
                    const fs::path& path, const fs::path& factor, bool energy, bool processor) {
         const std::string input = base.filename();
-        Reading reading{File(path), factor.empty() ? File() : File(factor)};
+        Reading reading{moved_up(File(path)), factor.empty() ? File() : moved_up(File(factor))};
         if (!reading.file || (!factor.empty() && !reading.factor)) {
             const int error = errno;
             const std::string what = "hwmon " + name + " " + input;

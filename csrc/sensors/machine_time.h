@@ -19,12 +19,13 @@ namespace pepr {
 // but it has no stolen time.
 class MachineTime {
 public:
-    explicit MachineTime(const std::string& root = "") : stat_(root + "/proc/stat") {
+    explicit MachineTime(const std::string& root = "")
+        : stat_(moved_up(File(root + "/proc/stat"))) {
         for (const char* folder : {"/sys/fs/cgroup", "/sys/fs/cgroup/unified"}) {
             const std::string path = root + folder;
             // Only the root group has no type. A container may see its own group in its place.
             if (::access((path + "/cgroup.type").c_str(), F_OK) == 0) continue;
-            root_group_ = File(path + "/cpu.stat");
+            root_group_ = moved_up(File(path + "/cpu.stat"));
             if (double busy_s; read_group(busy_s)) return;
         }
         root_group_ = File();

@@ -143,7 +143,7 @@ private:
                 note_failure(event.name, cpu, errno);
                 continue;
             }
-            group.files.push_back(std::move(file));
+            group.files.push_back(moved_up(std::move(file)));
             channels.push_back(describe(event, cpu));
         }
         if (group.files.empty()) return;

@@ -51,8 +51,9 @@ ProcessTree::ProcessTree(const std::vector<pid_t>& roots, pid_t left_out)
       pid_max_(read_pid_max()),
       tick_s_(1.0 / static_cast<double>(::sysconf(_SC_CLK_TCK))),
       page_bytes_(static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE))),
-      last_pid_("/proc/loadavg"),
-      own_memory_(self_ == left_out_ ? File() : File("/proc/" + std::to_string(self_) + "/statm")),
+      last_pid_(moved_up(File("/proc/loadavg"))),
+      own_memory_(self_ == left_out_ ? File()
+                                     : moved_up(File("/proc/" + std::to_string(self_) + "/statm"))),
       searched_until_(last_pid()),
       searched_before_(searched_until_) {
     processes_.reserve(kMostProcesses);
@@ -197,7 +198,7 @@ bool ProcessTree::refresh(Process& process) noexcept {
         return true;
     }
     ProcessStat stat{};
-    if (!process.stat) process.stat = open_stat(process.pid);
+    if (!process.stat) process.stat = moved_up(open_stat(process.pid));
     process.gone =
         !read_stat(process.stat, process.pid, stat) || stat.start_ticks != process.seen.start_ticks;
     if (processes_.size() > kMostOpen) process.stat = File();

@@ -33,7 +33,7 @@ public:
     // The same file with a high descriptor, except for the first few. No file, and errno EMFILE, if
     // no descriptor is free.
     File move_up(File file) noexcept {
-        if (++moved_ <= kFewFiles) return file;
+        if (++moved_ <= kFewFiles) return moved_up(std::move(file));
         if (moved_ == kFewFiles + 1 && before_.rlim_cur < before_.rlim_max) {
             rlimit raised = before_;
             raised.rlim_cur = raised.rlim_max;

@@ -13,6 +13,7 @@
 
 #include <fcntl.h>
 #include <locale.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 namespace pepr {
@@ -23,16 +24,31 @@ public:
     explicit File(int fd) noexcept : fd_(fd) {}
     explicit File(const char* path) noexcept : File(::open(path, O_RDONLY | O_CLOEXEC)) {}
     explicit File(const std::string& path) noexcept : File(path.c_str()) {}
-    File(File&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+    File(File&& other) noexcept { *this = std::move(other); }
     File& operator=(File&& other) noexcept {
         std::swap(fd_, other.fd_);
+        std::swap(device_, other.device_);
+        std::swap(inode_, other.inode_);
         return *this;
     }
     ~File() {
-        if (fd_ >= 0) ::close(fd_);
+        if (is_ours()) ::close(fd_);
     }
     explicit operator bool() const noexcept { return fd_ >= 0; }
     int fd() const noexcept { return fd_; }
+    // Remembers which file it is, so that a descriptor which the program has closed, and perhaps
+    // got again for a file of its own, is not taken for it.
+    void remember() noexcept { identify(fd_, device_, inode_); }
+    bool is_ours() const noexcept {
+        if (inode_ == 0) return fd_ >= 0;
+        dev_t device = 0;
+        ino_t inode = 0;
+        identify(fd_, device, inode);
+        return device == device_ && inode == inode_;
+    }
+    bool is_same(const File& other) const noexcept {
+        return other.device_ == device_ && other.inode_ == inode_;
+    }
 
     // Reads from the start, which makes sysfs and procfs compute a fresh value, and ends the text
     // with '\0'. Returns its length; 0 for any failure.
@@ -43,8 +59,27 @@ public:
     }
 
 private:
+    static void identify(int fd, dev_t& device, ino_t& inode) noexcept {
+        struct stat about{};
+        if (::fstat(fd, &about) != 0) return;
+        device = about.st_dev;
+        inode = about.st_ino;
+    }
+
     int fd_ = -1;
+    dev_t device_ = 0;
+    ino_t inode_ = 0;
 };
+
+// The same file with a high descriptor, if there is one. Programs close descriptors that they do
+// not know, and open files of their own: those get low numbers, and are not taken for ours.
+inline File moved_up(File file) noexcept {
+    constexpr int kHigh = 500;
+    File high(file ? ::fcntl(file.fd(), F_DUPFD_CLOEXEC, kHigh) : -1);
+    if (high) std::swap(file, high);
+    file.remember();
+    return file;
+}
 
 // The text of a small file, without its trailing newline; empty if it cannot be read. Anything but
 // printable ASCII becomes '?', because names go into recordings as text.

@@ -18,17 +18,17 @@ namespace pepr {
 // Any thread may notify, any number of times; one clear() takes back all of them.
 class Notifier {
 public:
-    Notifier() : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+    Notifier() : event_(moved_up(File(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)))) {
         if (!event_) throw std::system_error(errno, std::generic_category(), "eventfd");
     }
 
     void notify() const noexcept {
         const std::uint64_t one = 1;
-        (void)!::write(event_.fd(), &one, sizeof one);
+        if (event_.is_ours()) (void)!::write(event_.fd(), &one, sizeof one);
     }
     void clear() const noexcept {
         std::uint64_t count;
-        (void)!::read(event_.fd(), &count, sizeof count);
+        if (event_.is_ours()) (void)!::read(event_.fd(), &count, sizeof count);
     }
     // True once notified and not cleared since. False at the timeout, or after a signal was
     // handled.

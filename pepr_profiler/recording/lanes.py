@@ -330,6 +330,11 @@ class Lanes:
         if self.client is not None:
             self.client.close()
 
+    def release(self) -> None:
+        """Lets go of what the ended lanes keep open."""
+        self._lanes.clear()
+        del self._journal, self._watchers_of
+
     def facts(self, *, lost_rows: int, dedicated: bool) -> dict[str, Any]:
         """How sampling went, as run.json has it under `recording.sampler`.
 

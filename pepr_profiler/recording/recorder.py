@@ -18,7 +18,7 @@ from pepr_profiler.recording.options import Options
 from pepr_profiler.recording.processes import gpu_environments, run_around
 from pepr_profiler.recording.watches import Watches
 from pepr_profiler.trace.events import EventWriter
-from pepr_profiler.trace.files import list_files
+from pepr_profiler.trace.files import list_files, moved_up
 from pepr_profiler.trace.run_json import (
     RUN_DIR_VARIABLE,
     boot_id,
@@ -85,6 +85,7 @@ class Recorder:
         self._window_ns: list[int | None] = [None, None]
         self._clock = [_clock_pair()]
         self._directory_fd = -1
+        self._opened: os.stat_result | None = None
         self._events: EventWriter | None = None
         self._disk_is_full = False
         self._sampler: dict[str, Any] | None = None
@@ -109,7 +110,10 @@ class Recorder:
         Raises SensorError for a sensor that was asked for and is not there.
         """
         self.directory = directory
-        self._directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._directory_fd = moved_up(
+            os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        )
+        self._opened = os.fstat(self._directory_fd)
         self._lanes.wait_ready()
         client = self._lanes.client
         if client is not None:
@@ -225,6 +229,11 @@ class Recorder:
         whole["warnings"] = [*whole["warnings"], *self.warnings[known:]]
         return whole
 
+    def release(self) -> None:
+        """Lets go of all that a complete recording keeps open; its facts are left."""
+        self._lanes.release()
+        del self._lanes, self._watches, self.notifier
+
     def discard(self) -> None:
         """Ends the lanes of a run that never began and leaves nothing behind."""
         import shutil
@@ -260,6 +269,9 @@ class Recorder:
         opened, self._directory_fd = self._directory_fd, -1
         try:
             there = os.fstat(opened)
+            if self._opened is None or not os.path.samestat(there, self._opened):
+                opened = -1  # somebody closed it, and it is another file by now
+                return
             with suppress(OSError):
                 if os.path.samestat(self.directory.stat(), there):
                     return
@@ -277,9 +289,9 @@ class Recorder:
                 "record again, and leave the store alone meanwhile",
             )
         except OSError:
-            return  # somebody closed our descriptor: the directory is taken to be where it was
+            opened = -1  # somebody closed it: the directory is taken to be where it was
         finally:
-            with suppress(OSError):
+            if opened >= 0:
                 os.close(opened)
 
     def _claim(self, *, last: bool = False) -> None:

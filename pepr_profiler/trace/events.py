@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pepr_profiler.record import Any, Record
-from pepr_profiler.trace.files import open_file, open_to_append
+from pepr_profiler.trace.files import moved_up, open_file, open_to_append
 from pepr_profiler.trace.shape import MALFORMED, shape_error
 
 MARKS = ("next", "begin", "end")
@@ -33,7 +33,8 @@ class EventWriter:
     """Appends this process's events to its own file in a run directory.
 
     Safe across fork: a child opens a file of its own at its first event. It raises nothing: a line
-    that cannot be written is counted in `lost`.
+    that cannot be written is counted in `lost`, and the next one opens the file anew. A descriptor
+    that the program has closed, and perhaps got again for a file of its own, is not written to.
     """
 
     def __init__(self, directory: Path, kind: str = "events") -> None:
@@ -41,13 +42,16 @@ class EventWriter:
         self._kind = kind
         self._pid = 0
         self._fd = -1
+        self._identity = (-1, -1)
         self.lost = 0
 
     def write(self, line: str) -> None:
         """Appends one JSON object (without its newline), written through to the kernel."""
         self._open()
+        data = line.encode() + b"\n"
         try:
-            os.write(self._fd, line.encode() + b"\n")
+            if os.write(self._fd, data) < len(data):
+                self.lost += 1
         except OSError:
             self.lost += 1
 
@@ -78,22 +82,31 @@ class EventWriter:
         self.write(f'{{"event":"metrics","t_ns":{t_ns},"metrics":{json.dumps(values)}}}')
 
     def close(self) -> None:
-        if self._fd >= 0 and self._pid == os.getpid():
+        if self._is_ours():
             os.close(self._fd)
         self._fd, self._pid = -1, 0
 
-    def _open(self) -> None:
-        if self._pid == os.getpid():
-            return
-        if self._fd >= 0:
-            os.close(self._fd)  # inherited through fork; the parent keeps its own
-        self._pid = os.getpid()
-        name = f"{self._kind}-{os.uname().nodename}-{self._pid}.jsonl"
-        path = self._directory / name
+    def _is_ours(self) -> bool:
         try:
-            self._fd = open_to_append(path)
+            about = os.fstat(self._fd)
         except OSError:
-            self._fd = -1
+            return False
+        return (about.st_dev, about.st_ino) == self._identity
+
+    def _open(self) -> None:
+        ours = self._is_ours()
+        if ours and self._pid == os.getpid():
+            return
+        if ours:
+            os.close(self._fd)  # inherited through fork; the parent keeps its own
+        self._pid, self._fd = os.getpid(), -1
+        name = f"{self._kind}-{os.uname().nodename}-{self._pid}.jsonl"
+        try:
+            self._fd = moved_up(open_to_append(self._directory / name))
+            about = os.fstat(self._fd)
+        except OSError:
+            return
+        self._identity = about.st_dev, about.st_ino
 
 
 # --- marks and metrics, read back ---------------------------------------------------------------

@@ -131,6 +131,25 @@ def open_to_append(path: str | Path) -> int:
     return descriptor
 
 
+def moved_up(descriptor: int) -> int:
+    """The same file with a high descriptor, if there is one.
+
+    Programs close descriptors that they do not know, and open files of their own: those get low
+    numbers, and are not taken for ours.
+    """
+    import fcntl
+
+    try:
+        high = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _HIGH)
+    except OSError:
+        return descriptor
+    os.close(descriptor)
+    return high
+
+
+_HIGH = 500
+
+
 def _write_all(descriptor: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
