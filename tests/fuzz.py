@@ -23,6 +23,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -47,6 +48,7 @@ with atheris.instrument_imports(include=["pepr_profiler"]):
     from pepr_profiler import commands
     from pepr_profiler.commands import compare, report, runs, score  # noqa: F401 - instrumented
     from pepr_profiler.errors import PeprError
+    from pepr_profiler.recording.linear_search import LinearPattern, TooSlowError
     from pepr_profiler.recording.metrics import Metrics
     from pepr_profiler.report import run_page, run_text
     from pepr_profiler.store.index import IndexFile, write_index
@@ -318,6 +320,8 @@ def cli(*arguments: str) -> tuple[int, str]:
         texts.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
     assert status in (0, 2, 125), (status, texts[1])
     assert status == 0 or texts[1], "failed without a word"
+    for text in texts:  # no text of a file moves the cursor or hides what is there
+        assert text.replace("\n", "").isprintable(), ascii(text)
     return status, texts[0]
 
 
@@ -470,6 +474,67 @@ def metric(directory: Path, files: Files) -> None:
         assert np.isfinite(point.value)
 
 
+PATTERN_FILES = ("pattern", "out")
+
+
+def pattern(directory: Path, files: Files) -> None:  # noqa: ARG001
+    """Any pattern on any text: bounded time, and what `re` finds where that is quick."""
+    regex, text = (files.get(name, b"").decode("utf-8", "replace") for name in PATTERN_FILES)
+    with contextlib.suppress(re.error, RecursionError, OverflowError, TooSlowError):
+        linear = LinearPattern(regex)
+        for line in text.splitlines()[:20]:
+            found = list(linear.find(line))
+            if found:
+                assert linear.literal in line
+                assert linear.lower_literal.encode() in line.encode(errors="replace").lower()
+    metrics = None
+    with refusals():
+        metrics = Metrics([f"x={regex}"])
+    if metrics is not None:
+        metrics.feed(1, text.encode("utf-8", "replace"), 1)
+        metrics.finish()
+
+
+def plant(directory: Path, files: Files) -> None:
+    """A run in which files were replaced by what is no file, as `plan` says: pairs of bytes."""
+    damaged = directory / "store" / "runs" / "seed-1"
+    shutil.rmtree(damaged, ignore_errors=True)
+    shutil.copytree(directory / "store" / "runs" / "good-1", damaged)
+    victim = directory / "victim"
+    victim.write_bytes(b"alias ll='ls -l'")
+    plan = files.get("plan", b"")
+    for which, kind in zip(plan[:16:2], plan[1:16:2], strict=False):
+        names = sorted(path.name for path in damaged.iterdir()) or ["run.json"]
+        path = damaged / (*names, "events-x-1.jsonl", "second.arrows")[which % (len(names) + 2)]
+        if path.is_dir() and not path.is_symlink():
+            continue
+        path.unlink(missing_ok=True)
+        if kind % 6 == 0:
+            os.mkfifo(path)
+        elif kind % 6 == 1:
+            path.mkdir()
+        elif kind % 6 == 2:
+            path.touch()
+            os.truncate(path, 50 * 10**9)
+        elif kind % 6 == 3:
+            path.symlink_to("/dev/zero")
+        elif kind % 6 == 4:
+            path.symlink_to(victim)
+    name = str(directory / "store")
+    verbs = (
+        ("report", "seed-1"),
+        ("runs", "show", "seed-1"),
+        ("runs", "set", "seed-1", "acc=1"),
+        ("runs", "set", "seed-1", "name=x"),
+        ("compare", "--group", "none"),
+    )
+    assert cli("runs", "list", "--store", name)[0] == 0
+    for verb in verbs:
+        cli(*verb, "--store", name)
+    assert victim.read_bytes() == b"alias ll='ls -l'", "a link was written through"
+    assert cli("runs", "rm", "--yes", "--force", "seed-1", "--store", name)[0] == 0
+
+
 TABLE = b"""model,acc,energy,time,data
 a,0.9,10,1.5,x
 b,0.95,20,2.5,x
@@ -556,6 +621,20 @@ def seeds_of_metric(_: Path) -> Iterator[Files]:
     yield {"m.json": b'{"acc": 1}\n{"acc": "0.5"}\n{"history": []}\n'}
 
 
+def seeds_of_pattern(_: Path) -> Iterator[Files]:
+    for regex in (
+        r"(?:a+)+b ([0-9]+)",
+        r"epoch (\d+).*?acc=([^ ]*)$",
+        r"(?i)\bk|s{2,3}x*",
+        "(?<=a)b",
+    ):
+        yield {"pattern": regex.encode(), "out": b"aaaab 17\nepoch 3 acc=0.5 aab\n\xff K ssx\n"}
+
+
+def seeds_of_plant(_: Path) -> Iterator[Files]:
+    yield from ({"plan": bytes((which, kind))} for which in range(10) for kind in range(6))
+
+
 def seeds_of_table(_: Path) -> Iterator[Files]:
     yield {"t.csv": TABLE}
     yield {"t.csv": b"\xef\xbb\xbfmodel,acc,energy,time,data\r\na,50,1e300,-0,x\r\nb,60,2,3,y\r\n"}
@@ -577,6 +656,8 @@ TARGETS = {
     "table": Target(table, ("t.csv",), seeds_of_table, quickness=8),
     "bounds": Target(bounds, ("b.json",), seeds_of_bounds, quickness=8),
     "metric": Target(metric, METRIC_FILES, seeds_of_metric, quickness=8),
+    "pattern": Target(pattern, PATTERN_FILES, seeds_of_pattern, quickness=8),
+    "plant": Target(plant, ("plan",), seeds_of_plant, good_runs),
 }
 
 
