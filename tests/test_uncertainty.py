@@ -415,7 +415,7 @@ def test_single_phases_shorter_than_a_refresh_hold_the_truth(load: str, seconds:
     # given power that changes within a refresh of 100 ms, beside gain
     found = distances(virtual.Board(0.1), load, seconds, runs=150, seed=30)
     # then as many intervals hold the truth (0.61 to 0.94 did)
-    assert np.mean(found <= 1) >= (0.76 if load == "37 ms" else 0.93)
+    assert np.mean(found <= 1) >= (0.9 if load == "37 ms" else 0.93)
 
 
 @pytest.mark.parametrize("counter_s", [0.1, 0.5, 1.0])
@@ -453,7 +453,7 @@ def test_phases_behind_readings_that_trail_hold_the_truth(
     # given a GPU without a counter, whose PowerUsage is a 1 s average, or lags by 120 ms
     found = distances(board, load, seconds, runs=150, seed=33)
     # then as many intervals hold the truth (6 % and 31 to 42 % did)
-    assert np.mean(found <= 1) >= 0.83
+    assert np.mean(found <= 1) >= 0.9
 
 
 @pytest.mark.parametrize(
@@ -534,23 +534,105 @@ def test_no_interval_exceeds_what_power_could_have_made_of_the_window() -> None:
         assert 2 * math.hypot(terms.sampled_j, terms.lag_j) <= 1.4 * 400.0 * seconds
 
 
-def test_errors_of_phases_that_repeat_with_the_load_do_not_cancel() -> None:
-    # given steps of a training of 130 to 230 ms, of which 30 phases each hold the part at 400 W
-    random = np.random.default_rng(37)
-    inside = []
-    for _ in range(60):
-        period_s, duty = random.uniform(0.13, 0.23), random.uniform(0.2, 0.6)
-        wave = Square(period_s, 80.0, 400.0, duty, random.uniform(0, period_s))
-        begins_s = wave.shift_s + period_s * (np.arange(30) + np.ceil(1 / period_s))
-        ends_s = begins_s + duty * period_s
-        edges_s = np.sort(np.concatenate((begins_s, ends_s)))
-        run = virtual.record_board(virtual.Board(0.1), wave, random, end_s=9.0, gain_u=0.0)
+Repeated = tuple[list[EnergyCurve], list[UncertaintyBudget], float]
+"""Curves at whole seconds, the budget of 30 phases of each, and their error together."""
+
+
+def repeated(
+    boards: list[virtual.Board], wave: Wave, begins_s: np.ndarray, seconds: float, seed: int
+) -> Repeated:
+    """Phases behind boards that take the same load, beside gain and offset."""
+    random = np.random.default_rng(seed)
+    edges_s = np.unique([*np.arange(17.0), *begins_s, *(begins_s + seconds)])
+    begins = np.searchsorted(edges_s, begins_s)
+    ends = np.searchsorted(edges_s, begins_s + seconds)
+    truth_j = sum(
+        np.diff(virtual.cumulative_j(wave, np.array([begin_s, begin_s + seconds])))[0]
+        for begin_s in begins_s
+    )
+    curves, terms, error_j = [], [], 0.0
+    for board in boards:
+        run = virtual.record_board(board, wave, random, end_s=16.0, gain_u=0.0)
         curve, at_ns = measured(run, *edges_s)
-        begins, ends = np.searchsorted(edges_s, begins_s), np.searchsorted(edges_s, ends_s)
+        terms.append(budget(curve, at_ns, begins, ends)._replace(gain_j=0.0, offset_j=0.0))
+        error_j += float(np.sum(curve.energy_j[ends] - curve.energy_j[begins])) - truth_j
+        at_seconds = np.searchsorted(edges_s, np.arange(17.0))
+        curves.append(curve._replace(energy_j=curve.energy_j[at_seconds]))
+    return curves, terms, error_j
+
+
+def in_step(random: np.random.Generator) -> tuple[Wave, np.ndarray, float]:
+    """Steps of a training of 130 to 230 ms, and 30 phases that each hold the part at 400 W."""
+    period_s, duty = random.uniform(0.13, 0.23), random.uniform(0.2, 0.6)
+    wave = Square(period_s, 80.0, 400.0, duty, random.uniform(0, period_s))
+    begins_s = wave.shift_s + period_s * (np.arange(30) + np.ceil(1 / period_s))
+    return wave, begins_s, duty * period_s
+
+
+@pytest.mark.parametrize(
+    "board",
+    [*(virtual.Board(counter_s) for counter_s in (0.02, 0.1, 0.5, 1.0)),
+     virtual.Board(None), AVERAGED, KEPLER],
+    ids=["20 ms", "100 ms", "500 ms", "1 s", "power", "average", "lag"],
+)  # fmt: skip
+def test_errors_of_phases_that_repeat_with_the_load_do_not_cancel(board: virtual.Board) -> None:
+    # given 30 phases in step with the load, behind sensors that are faster or slower than they
+    random = np.random.default_rng(37)
+    inside, relative = [], []
+    for seed in range(50):
+        wave, begins_s, seconds = in_step(random)
         # when they are taken together
-        terms = budget(curve, at_ns, begins, ends)._replace(gain_j=0.0)
-        error_j = float(np.sum(curve.energy_j[ends] - curve.energy_j[begins]))
-        error_j -= 30 * 400.0 * duty * period_s
+        _, (terms,), error_j = repeated([board], wave, begins_s, seconds, seed)
         inside.append(abs(error_j) <= 2 * terms.u_j)
-    # then the interval holds the truth (in quadrature hardly one did)
+        relative.append(2 * terms.u_j / (30 * 400.0 * seconds))
+    # then the interval holds the truth (in quadrature hardly one did) and does not exceed it
     assert np.mean(inside) >= 0.9
+    assert np.median(relative) <= 0.9
+
+
+def test_errors_of_gpus_add_up_over_phases_that_repeat_with_their_load() -> None:
+    # given four GPUs that train one model, at the same mean power in every second
+    random = np.random.default_rng(38)
+    boards = [virtual.Board(counter_s) for counter_s in (0.02, 0.1, 0.5, 1.0)]
+    inside = []
+    for seed in range(25):
+        curves, terms, error_j = repeated(boards, *in_step(random), seed)
+        # when it does not show in seconds that they are in step
+        alike = likeness(curves, [curve.energy_j for curve in curves])
+        # then they are taken to be
+        assert alike.tolist() == np.ones((4, 4)).tolist()
+        inside.append(abs(error_j) <= 2 * combined_u_j(terms, alike))
+    assert np.mean(inside) >= 0.9  # 5 % were
+
+
+@pytest.mark.parametrize("load", ["37 ms", "steps", "bursts 0.05-0.8"])
+def test_a_record_that_shows_phases_to_be_independent_keeps_them_so(load: str) -> None:
+    # given 30 phases of 50 ms that have nothing to do with the load, behind a counter of 100 ms
+    random = np.random.default_rng(39)
+    inside, relative = [], []
+    for seed in range(40):
+        wave = dict(virtual.window_loads(random, 16.0))[load]
+        begins_s = random.uniform(1.0, 1.2) + random.uniform(0.13, 0.22) * np.arange(30)
+        (curve,), (terms,), error_j = repeated([virtual.Board(0.1)], wave, begins_s, 0.05, seed)
+        inside.append(abs(error_j) <= 2 * terms.u_j)
+        mean_w = (curve.energy_j[-1] - curve.energy_j[0]) / 16.0
+        relative.append(2 * terms.u_j / (30 * 0.05 * mean_w))
+    # then their errors cancel
+    assert np.mean(inside) >= 0.9
+    assert np.median(relative) <= 0.2
+
+
+def test_what_an_average_hides_is_unknown_and_not_0() -> None:
+    # given a load of 50 ms, 20 times in each second, behind a 1 s average
+    random = np.random.default_rng(40)
+    for _ in range(20):
+        wave = Square(0.05, 80.0, 400.0, random.uniform(0.3, 0.8), random.uniform(0, 0.05))
+        run = virtual.record_board(AVERAGED, wave, random, end_s=8.0, gain_u=0.0)
+        begin_s = random.uniform(1.0, 7.0)
+        for seconds in (0.02, 0.1, 0.5):
+            curve, at_ns = measured(run, begin_s, begin_s + seconds)
+            u_j = whole(curve, at_ns)._replace(gain_j=0.0, offset_j=0.0).u_j
+            # then a phase is as unsure as that
+            assert abs(energy_j(curve) - run.truth_j(begin_s, begin_s + seconds)) <= 2.5 * u_j
+            # but not beyond what the board can draw
+            assert 2 * u_j <= 1.2 * 400.0 * seconds

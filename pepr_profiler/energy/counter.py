@@ -246,13 +246,14 @@ class SelfCheck:
         return mean_j2 * near
 
 
-_REPEATS_S, _REPEATS = 0.06, (1 / 16, 0.6)
+_REPEATS_S, _REPEATS = 0.07, (1 / 16, 0.7)
 """Variance of energy over x·(1 - x), of a load that repeats in each interval, in parts of that of
 power times the interval squared: 1/4 if it repeats once, 1/16 if it does twice. The latter is taken
 for long intervals; for short ones more than the former, as readings average over fast loads."""
 
-_EVEN = 1.5
-"""Power inside an interval varies more than readings show, which average over up to 0.1 s."""
+_EVEN, _EVEN_FAST = 1.5, 3.0
+"""Power inside an interval varies more than readings show, which average over up to 0.1 s; all the
+more, as far as it lies beyond what the counter shows and so changes within an interval."""
 
 _INSTANTS = 4096
 """So many instant power readings are kept; if there are more, evenly fewer."""
@@ -409,8 +410,8 @@ class Counter(Accumulator):
         self._knots = np.array([begin])
         self._filled = int(np.searchsorted(self.at_ns, begin, side="right"))
         # Of each instant: the interval, the part of it, stated variance, unevenness around it, and
-        # how well the refreshes at both ends of the interval are known; its energy.
-        self._inside = np.full((7, len(self.at_ns)), -1.0)
+        # how well the refreshes at both ends of the interval are known; its energy and length.
+        self._inside = np.full((8, len(self.at_ns)), -1.0)
         longest = _LONG_READS if self._refreshes_unseen else _LONG_REFRESHES
         self._check = SelfCheck(longest * self.refresh_s, self._refreshes_unseen)
         self._knot_u_s = np.array([self.jitter_s])
@@ -535,6 +536,7 @@ class Counter(Accumulator):
         self._inside[:, at] = (
             self._passed + interval, np.clip(x, 0.0, 1.0), _FROM_MEAN_SQUARE * variance_j2, uneven,
             self._knot_u_s[interval], self._knot_u_s[interval + 1], joules[interval],
+            span_s[interval],
         )  # fmt: skip
 
     def finish(self) -> EnergyCurve:
@@ -581,8 +583,8 @@ class Counter(Accumulator):
         if self._check is None:
             return None
         self._check.add(np.zeros(0), np.zeros(0), np.zeros(0), last=True)
-        interval, part, stated_j2, uneven, *refresh_u_s, joules = self._inside
-        even_j2 = np.full(len(part), math.inf)
+        interval, part, stated_j2, uneven, *refresh_u_s, joules, span_s = self._inside
+        even_j2, fast = np.full(len(part), math.inf), 0.0
         if self._check.count:
             bridge_j2 = stated_j2 + self._check.bridge_j2(uneven)
         else:
@@ -594,7 +596,9 @@ class Counter(Accumulator):
             repeats_j2 = repeats * beyond_w2 * self.refresh_s**2
             bridge_j2 = stated_j2 + np.maximum(bridge_j2 - stated_j2, repeats_j2)
             if own_w2 > 0 and self._check.count:
-                even_j2[:] = _EVEN * own_w2 * self.refresh_s**2
+                fast = min(beyond_w2 / own_w2, 1.0) ** 2
+                even_j2[:] = (_EVEN + _EVEN_FAST * fast) * own_w2 * self.refresh_s**2
         return Inside(
-            interval.astype(np.int64), part, bridge_j2, even_j2, np.array(refresh_u_s), joules
-        )
+            interval.astype(np.int64), part, bridge_j2, even_j2, np.array(refresh_u_s), joules,
+            span_s, fast,
+        )  # fmt: skip

@@ -77,6 +77,7 @@ class EnergyCurve(Record):
     last change. `instead_of` names the source that did not answer for `instead_s`, in which this is
     another sensor's energy. `only_zero` says that 0 was all it read. `level_j2` is the variance at
     any instant by the rows of a gauge that were not stored, if the device has a counter.
+    `averages_s` is the time over which power readings are averages, if it exceeds the refresh.
     """
 
     source: Source
@@ -108,6 +109,7 @@ class EnergyCurve(Record):
     instead_s: float = 0.0
     only_zero: bool = False
     level_j2: float = 0.0
+    averages_s: float = 0.0
 
 
 class Inside(Record):
@@ -117,7 +119,8 @@ class Inside(Record):
     how far into it the instant is, 0 to 1. The energy of a part f of an interval has the variance
     `bridge_j2`·f·(1 - f), if power changes often inside it, and at most `even_j2`·f².
     The times of the refreshes at its begin and its end have the standard uncertainties
-    `refresh_u_s` (2, n). `interval_j` is its energy.
+    `refresh_u_s` (2, n). `interval_j` is its energy, `interval_s` its length.
+    `repeats`, 0 to 1, is how far the load repeats within the intervals.
     """
 
     interval: Ints
@@ -126,6 +129,8 @@ class Inside(Record):
     even_j2: Floats
     refresh_u_s: Floats
     interval_j: Floats
+    interval_s: Floats
+    repeats: float
 
 
 def extremes_w(lowest_w: float, highest_w: float) -> tuple[float, float]:

@@ -36,6 +36,10 @@ _LAG_REFRESHES, _LONGEST_LAG_S = 6, 0.22
 _GAP_REFRESHES = 3
 """Power readings further apart than this are a gap, not a slow refresh."""
 
+_OVER_RATED, _UNRATED = 1.2, 3.0
+"""Power goes up to so many times the stated limit of a board, which is held on average; or of the
+highest average, where none is stated, as of a load that works a third of the time (judgement)."""
+
 _ALIAS_REFRESHES = 40
 _ALIAS_SWING = 0.05
 _ALIAS_REPEATS = 0.3
@@ -181,6 +185,10 @@ class Power(Accumulator):
         facts = {"lag_u_s": self._lag_u_s(), "aliased": self._aliased(), "short_j2": short_j2}
         if window_s <= self.refresh_s and self._count >= _LAG_REFRESHES:
             facts["extremes_w"] = extremes_w(self.lowest_w, self.highest_w)
+        elif window_s > self.refresh_s:
+            # An average hides how far power went, but not beyond what the board may draw.
+            limit_w = _OVER_RATED * self.source.rated_w or _UNRATED * self.highest_w
+            facts |= {"averages_s": window_s, "extremes_w": (0.0, max(limit_w, self.highest_w))}
         return self.curve(level_j2=self._level_j2(), **facts)
 
     def _level_j2(self) -> float:

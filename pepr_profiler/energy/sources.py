@@ -20,10 +20,11 @@ class Source(Record):
     `repeats` which component it measures again. `gain` (relative) and `offset_w` are standard
     uncertainties, fixed for a device (docs/measurement: SC24 for GPU boards, judgement for RAPL).
     `lag_s` is how far its readings trail the truth. `limit_w` is more power than the device can
-    draw. `instant` is the channel of a counter's lane that has the instant power of what it covers,
-    in the same unit per second; -1: none. `refresh_s` and `window_s` are its refresh period and
-    averaging window by the hardware file `stated_by`; 0 without one. `read_part` is how far into
-    the read of a row this device is asked.
+    draw, `rated_w` the limit that its driver states, 0 if none. `instant` is the channel of a
+    counter's lane that has the instant power of what it covers, in the same unit per second; -1:
+    none. `refresh_s` and `window_s` are its refresh period and averaging window by the hardware
+    file `stated_by`; 0 without one. `read_part` is how far into the read of a row this device is
+    asked.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Source(Record):
     offset_w: float = 0.0
     lag_s: float = 0.0
     limit_w: float = MAX_PLAUSIBLE_W
+    rated_w: float = 0.0
     instant: int = -1
     refresh_s: float = 0.0
     window_s: float = 0.0
@@ -214,6 +216,7 @@ def _make(
         in_total=not excluded,
         excluded=excluded,
         limit_w=_limit_w(channel, kind),
+        rated_w=_rated_w(channel),
         kind=kind,
         covers=_COVERS.get(scope, (kind,)) if covers is None else covers,
         scope=scope,
@@ -233,14 +236,18 @@ a true reading is worse than to keep a wrong one of this size: those seen are fa
 
 def _limit_w(channel: Channel, kind: str) -> float:
     """More power than a device can draw: by the limit in its channel's labels, else by its kind."""
-    most_w = _MOST_W.get(kind, MAX_PLAUSIBLE_W)
+    if rated_w := _rated_w(channel):
+        return max(_LEAST_LIMIT_W, _OVER_LIMIT * rated_w)
+    return _MOST_W.get(kind, MAX_PLAUSIBLE_W)
+
+
+def _rated_w(channel: Channel) -> float:
+    """The limit that the driver states in its channel's labels; 0 if there is none."""
     try:
-        stated_w = float(channel.labels.get("limit_w", 0.0))
+        rated_w = float(channel.labels.get("limit_w", 0.0))
     except ValueError:
-        return most_w
-    if not 0 < stated_w <= MAX_PLAUSIBLE_W:
-        return most_w
-    return max(_LEAST_LIMIT_W, _OVER_LIMIT * stated_w)
+        return 0.0
+    return rated_w if 0 < rated_w <= MAX_PLAUSIBLE_W else 0.0
 
 
 def _labelled_source(lane: LaneInfo, index: int) -> Source:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from pepr_profiler.energy.curve import EnergyCurve, Inside
+from pepr_profiler.energy.curve import EnergyCurve, Inside, median
 from pepr_profiler.record import Floats, Ints, Record
 from pepr_profiler.units import NS_PER_S
 
@@ -51,6 +52,24 @@ class UncertaintyBudget(Record):
 _LOCKED_INTERVALS = 8
 """From so many intervals on it shows whether a load repeats with windows."""
 
+_RESOLVED = 3.0
+"""Windows and gaps of so many refreshes each show what power they have."""
+
+_HELD_SPREAD = 0.05
+"""Where windows hold the same part of each interval but for this, energy cannot depend on it."""
+
+_HIDDEN_SWING = 1.6
+"""The variance of power inside intervals may be so many times what is stated, as readings are means
+over up to 0.1 s, and a few may miss the extremes (simulated loads: 1.0 to 1.5)."""
+
+_HIDDEN_POWER = 0.4
+"""The standard deviation of power that averages may hide, over power (judgement: that of a load
+that draws 2.3 times as much in half of the time as in the other half)."""
+
+_CALM_STEPS = 0.1
+"""If power varies from step to step by less than this part of it, what varies faster may be alike
+all the same."""
+
 _STEPS_ENOUGH = 16
 """From fewer steps it is not told whether GPUs work in step: then they are taken to."""
 
@@ -60,18 +79,24 @@ def likeness(curves: Sequence[EnergyCurve], energies_j: Sequence[Floats]) -> Flo
 
     `energies_j` are their cumulative energies (m,) at equally spaced instants. GPUs that train one
     model wait for each other, so that an edge cuts their bursts alike. Their correlation, plus two
-    standard deviations of that by chance, 2/sqrt(m), is at most 1. Others are independent.
+    standard deviations of that by chance, 2/sqrt(m), is at most 1. Where there are few instants, or
+    power is the same from one to the next, it is not told: then it is 1. Others are independent.
     """
     steps_w = [np.diff(energy_j) - np.mean(np.diff(energy_j)) for energy_j in energies_j]
+    usual_w = [abs(float(np.mean(np.diff(energy_j)))) for energy_j in energies_j]
+    tells = [
+        len(step_w) >= _STEPS_ENOUGH and float(np.std(step_w)) > _CALM_STEPS * mean_w
+        for step_w, mean_w in zip(steps_w, usual_w, strict=True)
+    ]
     result = np.eye(len(curves))
     for i, one in enumerate(curves):
         for j, two in enumerate(curves[:i]):
             if one.source.kind != "gpu" or two.source.kind != "gpu":
                 continue
-            scale = math.sqrt(float(steps_w[i] @ steps_w[i]) * float(steps_w[j] @ steps_w[j]))
-            alike, count = 1.0, len(steps_w[i])
-            if count >= _STEPS_ENOUGH and scale > 0:
-                alike = float(steps_w[i] @ steps_w[j]) / scale + 2 / math.sqrt(count)
+            alike = 1.0
+            if tells[i] and tells[j]:
+                scale = math.sqrt(float(steps_w[i] @ steps_w[i]) * float(steps_w[j] @ steps_w[j]))
+                alike = float(steps_w[i] @ steps_w[j]) / scale + 2 / math.sqrt(len(steps_w[i]))
             result[i, j] = result[j, i] = min(max(alike, 0.0), 1.0)
     return result
 
@@ -115,9 +140,12 @@ def budget(
             return 0.0
         return abs(part) * math.sqrt(max(0.0, float(weights @ variance_j2)))
 
+    repeats = _Repeats.of(curve, at_ns, times) if len(begins) > 1 else None
     lag_j = 0.0
     if curve.power_w is not None:
         lag_j = abs(float(np.sum(curve.power_w[ends] - curve.power_w[begins]))) * curve.lag_u_s
+    if repeats is not None:  # late readings move what windows have more than gaps out of them
+        lag_j = max(lag_j, repeats.step_w() * curve.lag_u_s)
     quantisation_j = curve.quantum * math.sqrt(float(times @ times) / 12)
     edges_j = summed(curve.edge_j2, times**2)
     if not source.counter:  # steady readings are all rounded alike
@@ -125,7 +153,13 @@ def budget(
         spans_s = (at_ns[ends] - at_ns[begins]) / NS_PER_S
         short_j2 = curve.short_j2[0] * seconds + curve.short_j2[1] * float(spans_s @ spans_s)
         edges_j = min(edges_j, abs(part) * math.sqrt(short_j2))
-    late = curve.lag_u_s / curve.refresh_s if curve.refresh_s > 0 else 0.0
+        if repeats is None:
+            hidden_j = abs(device_j) * float(_hidden_part(curve.averages_s, seconds))
+        elif repeats.is_unresolved:
+            hidden_j = repeats.together_j()
+        else:
+            hidden_j = math.hypot(*repeats.hidden_j())
+        edges_j = max(edges_j, abs(part) * hidden_j)
     scale_j = source.gain * device_j * part
     modelled = source.provenance == "modelled"
     result = UncertaintyBudget(
@@ -134,7 +168,7 @@ def budget(
         offset_j=source.offset_w * seconds * part,
         edges_j=math.hypot(
             edges_j,
-            abs(part) * math.sqrt(_inside_j2(curve.inside, curve.power_w, times, late=late)),
+            abs(part) * math.sqrt(_inside_j2(curve, times, repeats)),
         ),
         duty_j=summed(curve.duty_j2, times),
         gaps_j=summed(curve.gap_j2, times),
@@ -146,43 +180,158 @@ def budget(
     low_w, high_w = curve.extremes_w
     most_j = abs(part) * max(device_j - low_w * seconds, high_w * seconds - device_j, 0.0) / 2
     sampled_j = math.hypot(result.sampled_j, result.lag_j)
-    if sampled_j > most_j:
+    if repeats is not None and repeats.is_hidden:
+        result = result._replace(edges_j=most_j, duty_j=0.0, gaps_j=0.0, lag_j=0.0)
+    elif sampled_j > most_j:
         scale = most_j / sampled_j
         names = ("edges_j", "duty_j", "gaps_j", "lag_j")
         result = result._replace(**{name: scale * getattr(result, name) for name in names})
     return result
 
 
-def _locked_j2(held: Floats, interval_j: Floats, *, late: float) -> float:
-    """What repeated windows miss if power inside of them is another one than beside them.
+def _hidden_part(averages_s: float, seconds: Any) -> Any:
+    """u of windows of some seconds by power that repeats within averages, over their energy.
+
+    It is the same in all averages of W. Power that repeats once in W, half of it high, puts the
+    energy of a window off by its standard deviation times W/√24 (rms over all phases and lengths),
+    and that of a short one times its length.
+    """
+    return _HIDDEN_POWER * np.minimum(1.0, averages_s / math.sqrt(24) / np.maximum(seconds, 1e-9))
+
+
+class _Repeats(Record):
+    """Several windows of one curve, those that follow each other without a gap taken as one.
+
+    They begin and end at `begins` and `ends` of the grid. Between two of them lie `gaps_s`.
+    """
+
+    curve: EnergyCurve
+    begins: Ints
+    ends: Ints
+    spans_s: Floats
+    gaps_s: Floats
+
+    @classmethod
+    def of(cls, curve: EnergyCurve, at_ns: Ints, times: Ints) -> _Repeats | None:
+        """Those of a sum; None if all of them are one."""
+        holds = np.cumsum(times) < 0
+        held_before = np.append(False, holds[:-1])
+        begins, ends = np.flatnonzero(holds & ~held_before), np.flatnonzero(held_before & ~holds)
+        if len(begins) < 2:
+            return None
+        spans_s = (at_ns[ends] - at_ns[begins]) / NS_PER_S
+        gaps_s = (at_ns[begins[1:]] - at_ns[ends[:-1]]) / NS_PER_S
+        return cls(curve, begins, ends, spans_s, gaps_s)
+
+    @property
+    def is_unresolved(self) -> bool:
+        """Whether the sensor is too slow to tell power in the windows from that beside them."""
+        shortest_s = min(median(self.spans_s), median(self.gaps_s))
+        return shortest_s < _RESOLVED * max(self.curve.refresh_s, self.curve.averages_s)
+
+    def hidden_j(self) -> Floats:
+        """u of what averages hide of each window, J."""
+        joules = self.curve.energy_j[self.ends] - self.curve.energy_j[self.begins]
+        return np.asarray(np.abs(joules) * _hidden_part(self.curve.averages_s, self.spans_s))
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether they repeat within the time that readings average: these are then the same."""
+        return median(self.spans_s) + median(self.gaps_s) <= self.curve.averages_s
+
+    def together_j(self) -> float:
+        """u of power readings if all windows are off the same way, J.
+
+        Windows that hold a part f of a time t, in which power has the standard deviation s, have at
+        most s·t·√(f(1 - f)) more than their share.
+        """
+        curve = self.curve
+        if curve.edge_j2 is None:
+            return 0.0
+        each_j2 = curve.edge_j2[self.begins] + curve.edge_j2[self.ends]
+        short_j2 = curve.short_j2[0] * self.spans_s + curve.short_j2[1] * self.spans_s**2
+        each_j = np.sqrt(np.minimum(each_j2, short_j2))
+        each_j = np.maximum(each_j, self.hidden_j())
+        if curve.averages_s:
+            return float(each_j.sum())
+        swing_w = math.sqrt(_HIDDEN_SWING * curve.short_j2[1] / 2)
+        most_j = swing_w * math.sqrt(float(self.spans_s.sum() * self.gaps_s.sum()))
+        return min(float(each_j.sum()), most_j / 2)
+
+    def step_w(self) -> float:
+        """By how much power is higher in the windows than in the gaps, summed over the windows."""
+        at = np.stack((self.begins, self.ends), axis=1).ravel()
+        joules = np.diff(self.curve.energy_j[at])
+        watts = joules[:-1:2] / self.spans_s[:-1] - joules[1::2] / self.gaps_s
+        return abs(float(watts.mean())) * len(self.spans_s)
+
+
+def _locked_j(held: Floats, interval_j: Floats, *, late: float) -> tuple[float, float]:
+    """What repeated windows miss if power inside of them is another one than beside them, J.
 
     Such errors do not cancel over the repeats. The energy of an interval that the windows hold in
     part then depends on that part f by a slope b, and each is off by b·f·(1 - f). What all readings
-    are `late` by, as a part of an interval, moves b times that out of each window.
+    are `late` by, as a part of an interval, moves b times that out of each window. The second value
+    is how well b is known: its standard uncertainty, infinite where the record does not show it.
     """
-    count = len(held)
-    off = held - held.mean()
+    pairs = held[1:-1], interval_j[1:-1]  # the load goes on where windows do not
+    if len(pairs[0]) < _LOCKED_INTERVALS or np.std(pairs[0]) < _HELD_SPREAD:
+        return 0.0, math.inf
+    # From interval to interval, power that changes slowly does not blur the slope.
+    slopes = _slope(*pairs), _slope(*(np.diff(column) for column in pairs))
+    slope_j, slope_u_j = min(slopes, key=lambda slope: slope[1])
+    if abs(slope_j) <= 2 * slope_u_j:
+        return 0.0, slope_u_j
+    missed = math.hypot(float((held * (1 - held)).sum()), late * len(held) / 2)
+    return abs(slope_j) * missed, slope_u_j
+
+
+def _slope(held: Floats, interval_j: Floats) -> tuple[float, float]:
+    """The slope of energies over the parts held, and its standard uncertainty."""
+    off, off_j = held - held.mean(), interval_j - interval_j.mean()
     spread = float(off @ off)
-    if count < _LOCKED_INTERVALS or not spread > 0:
-        return 0.0
-    off_j = interval_j - interval_j.mean()
+    if not spread > 0:
+        return 0.0, math.inf
     slope_j = float(off @ off_j) / spread
     left_j = off_j - slope_j * off
-    slope_u_j = math.sqrt(float(left_j @ left_j) / (count - 2) / spread)
-    if abs(slope_j) <= 2 * slope_u_j:
-        return 0.0
-    missed = math.hypot(float((held * (1 - held)).sum()), late * count / 2)
-    return (slope_j * missed) ** 2
+    return slope_j, math.sqrt(float(left_j @ left_j) / (len(held) - 2) / spread)
 
 
-def _inside_j2(inside: Inside | None, power_w: Floats | None, times: Ints, *, late: float) -> float:
+def _together_j(curve: EnergyCurve, inside: Inside, used: Ints, held: Floats) -> Floats:
+    """u of what windows hold of each interval, if all power in them may be another one, J.
+
+    Power of a standard deviation s in an interval of T puts at most s·T·√(f(1 - f)) more than its
+    share into a part f, and no part has power beyond the extremes.
+    """
+    swing_j2 = _HIDDEN_SWING * _swing_j2(inside, used)
+    most_j = np.sqrt(swing_j2 * held * (1 - held))
+    low_w, high_w = curve.extremes_w
+    if high_w < math.inf:
+        interval_j, interval_s = inside.interval_j[used], inside.interval_s[used]
+        below_j = np.maximum(interval_j - low_w * interval_s, 0.0)
+        above_j = np.maximum(high_w * interval_s - interval_j, 0.0)
+        up_j = np.minimum(above_j * held, below_j * (1 - held))
+        down_j = np.minimum(below_j * held, above_j * (1 - held))
+        most_j = np.minimum(most_j, np.maximum(up_j, down_j))
+    return most_j / 2
+
+
+def _swing_j2(inside: Inside, used: Ints) -> Floats:
+    """The variance of power inside intervals, times their length squared."""
+    even_j2 = inside.even_j2[used]
+    return np.where(np.isfinite(even_j2), even_j2, 4 * inside.bridge_j2[used])
+
+
+def _inside_j2(curve: EnergyCurve, times: Ints, repeats: _Repeats | None) -> float:
     """The variance of some windows' energy by what is unknown between refreshes of a counter.
 
     `times` is how often the energy up to each instant is in the sum. Of an interval, all that
-    matters is which part of it the windows hold. `late` is how far readings trail, in intervals.
+    matters is which part of it the windows hold.
     """
+    inside, power_w = curve.inside, curve.power_w
     if inside is None or power_w is None:
         return 0.0
+    late = curve.lag_u_s / curve.refresh_s if curve.refresh_s > 0 else 0.0
     covers = -np.cumsum(times)  # how many windows hold what follows an instant
     used = np.flatnonzero((times != 0) & (inside.interval >= 0))
     if not len(used):
@@ -198,7 +347,17 @@ def _inside_j2(inside: Inside | None, power_w: Floats | None, times: Ints, *, la
     known = np.isfinite(even_j2)
     varies_j2[known] = np.minimum(bridge_j2[known] / 4, even_j2[known] * least[known] ** 2)
     variance_j2 = float(varies_j2.sum())
-    variance_j2 += _locked_j2(held, inside.interval_j[used[begins]], late=late)
+    if len(varies_j2) == 2:  # both edges of a window cut a load that repeats alike
+        variance_j2 += 2 * inside.repeats * math.sqrt(float(varies_j2.prod()))
+    if repeats is not None:
+        inside_j = inside.interval_j[used[begins]]
+        locked_j, slope_u_j = _locked_j(held, inside_j, late=late)
+        swing_j = math.sqrt(float(np.mean(_swing_j2(inside, used[begins]))))
+        if repeats.is_unresolved and slope_u_j > swing_j:  # all may be off alike
+            together_j = float(_together_j(curve, inside, used[begins], held).sum())
+            variance_j2 = max(variance_j2, together_j**2)
+        else:
+            variance_j2 += locked_j**2
     # The refreshes on either side, each of which may be the same as the next interval's.
     begin_u_s, end_u_s = inside.refresh_u_s[:, used[begins]]
     watts = weight * power_w[used]

@@ -242,9 +242,13 @@ _NVML = {
 }
 
 
-def nvml_lane(*sources: str, model: str = "NVIDIA GPU", period_s: float = 0.05) -> LaneInfo:
-    """A lane with these readings of one board."""
+def nvml_lane(
+    *sources: str, model: str = "NVIDIA GPU", period_s: float = 0.05, limit_w: str = ""
+) -> LaneInfo:
+    """A lane with these readings of one board, whose stated limit is `limit_w`."""
     labels = {"uuid": "GPU-1", "model": model, "index": "0"}
+    if limit_w:
+        labels["limit_w"] = limit_w
     channels = tuple(
         Channel(f"GPU-1/{name}", *_NVML[name][:2], 1e-3, 0.0, _NVML[name][2], name, dict(labels))
         for name in sources
@@ -396,13 +400,15 @@ class Board:
     """A board whose windows hold few refreshes: its counter beside its power, or only its power.
 
     `counter_s` is the refresh period of its energy counter, None: it has none. `power` is the
-    source of its power readings. `time_constant_s` makes these lag exponentially.
+    source of its power readings, `limit_w` the limit that NVML states.
+    `time_constant_s` makes the readings lag exponentially.
     """
 
     counter_s: float | None = 0.1
     power: str = "nvml-power-instant"
     window_s: float = 0.025
     time_constant_s: float | None = None
+    limit_w: str = "400"
     model: str = "NVIDIA H100 80GB HBM3"
 
 
@@ -466,7 +472,7 @@ def record_board(
     columns, sources = [watts], [board.power]
     if counter_s is not None:
         columns, sources = [counter_mj(gpu, t_s), *columns], ["nvml-energy", *sources]
-    lane = nvml_lane(*sources, model=board.model, period_s=0.02)
+    lane = nvml_lane(*sources, model=board.model, period_s=0.02, limit_w=board.limit_w)
     return Run(lane, (batch(t_s, *columns),), wave, begin_s, end_s, gain, offset_w)
 
 
