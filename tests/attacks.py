@@ -167,6 +167,14 @@ def registered(path: str) -> Iterator[list[Peer]]:
         time.sleep(0.2)
 
 
+def crowd_that_asks(path: str) -> Iterator[list[Peer]]:
+    """Most of the clients that there may be, and the longest work for the daemon."""
+    crowd = next(registered(path))
+    yield crowd
+    for _ in asks_in_a_loop(path):
+        yield crowd
+
+
 def refusals_unread(path: str) -> Iterator[list[Peer]]:
     """Connections beyond all limits, whose refusals are never read."""
     kept = []
@@ -242,16 +250,25 @@ def trickle(port: str) -> Iterator[list[Peer]]:
         time.sleep(0.5)
 
 
+def scrapes(port: str) -> Iterator[list[Peer]]:
+    """All metrics, as fast as they come, and not read."""
+    while True:
+        for _ in range(50):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), 1) as scrape:
+                scrape.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        yield []
+
+
 ATTACKS: dict[str, Callable[[str], Iterator[list[Peer]]]] = {
     attack.__name__.replace("_", "-"): attack
     for attack in (
         opens_unread, opens_then_offends, status_unread, opens_kept, silent, idle, registered,
-        refusals_unread, comes_and_goes, asks_in_a_loop, rubbish, reads_slowly,
+        crowd_that_asks, refusals_unread, comes_and_goes, asks_in_a_loop, rubbish, reads_slowly,
     )
 }  # fmt: skip
 """On the daemon's socket."""
 
-METRICS_ATTACKS = {"trickle": trickle}
+METRICS_ATTACKS = {"trickle": trickle, "scrapes": scrapes}
 """On the port of its metrics."""
 
 

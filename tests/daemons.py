@@ -55,6 +55,9 @@ OTHERWISE = """if True:
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
 
+Notices = socket.socket
+
+
 @dataclass
 class Daemon:
     """A running daemon; `cli` starts clients that find it."""
@@ -62,7 +65,7 @@ class Daemon:
     cli: Cli
     socket: Path
     process: subprocess.Popen[bytes]
-    notices: socket.socket
+    notices: Notices
     program: Sequence[str]
 
     @property
