@@ -49,6 +49,12 @@ class LinearPattern:
         self.literal = _literal_of(tree)
         self.lower_literal = _literal_of(tree, lower=True)
         self._tree = tree
+        # A text of this length is quick whatever it holds: nothing has to be counted.
+        self._short = -1
+        if self._steps is not None:
+            self._short = (
+                int((MOST_STEPS / self._steps.factor) ** (1 / (self._steps.power + 1))) - 1
+            )
         self._among_lines: re.Pattern[str] | None = None
         if self._steps is not None and self._steps.power == 0 and _is_local(tree):
             self._among_lines = re.compile(regex, re.MULTILINE)
@@ -65,6 +71,10 @@ class LinearPattern:
             return False
         return True
 
+    def is_short(self, text: str) -> bool:
+        """Whether a text is so short that it is searched quickly whatever it holds."""
+        return len(text) <= self._short
+
     def may_be_in(self, lines: str) -> bool:
         """Whether one of several lines may match; False only if surely none does."""
         if self._among_lines is None:
@@ -76,12 +86,11 @@ class LinearPattern:
 
         Raises TooSlowError if the search takes too long; what was found before it stands.
         """
-        if self._is_quick(text):
-            for match in self.regex.finditer(text):
-                yield match.start(), match[self._group]
-            return
+        if len(text) <= self._short or self._is_quick(text):
+            group = self._group
+            return ((match.start(), match[group]) for match in self.regex.finditer(text))
         self._automaton = self._automaton or _Automaton(self._tree, self._group)
-        yield from self._automaton.find(text)
+        return self._automaton.find(text)
 
     def _is_quick(self, text: str) -> bool:
         if self._steps is None:

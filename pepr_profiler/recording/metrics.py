@@ -22,7 +22,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +46,7 @@ _PATTERN_FIX = "--metric accuracy='test acc: ([0-9.]+)'"
 _FILE_FIX = "--metric-file results.json:accuracy, or FILE:KEY:NAME"
 
 
-@dataclass(frozen=True)
-class MetricPoint:
+class MetricPoint(NamedTuple):
     """One value of one metric, at `t_ns` on CLOCK_MONOTONIC."""
 
     t_ns: int
@@ -143,9 +141,10 @@ class Metrics:
 
     def _search(self, line: _Line) -> None:
         for pattern in self._patterns:
+            add, t_ns, name = pattern.series.add, line.t_ns, pattern.name
             for value in pattern.values(line):
-                point = MetricPoint(line.t_ns, pattern.name, value)
-                self._points.extend(pattern.series.add(point))
+                if kept := add(MetricPoint(t_ns, name, value)):
+                    self._points.extend(kept)
 
 
 _WHOLE = 1000  # values of one metric that are all kept
@@ -163,28 +162,28 @@ class _Series:
     def __init__(self) -> None:
         self.found = self.kept = 0
         self._stride, self._in_stride = 1, 0
-        self._held: list[tuple[int, MetricPoint]] = []  # lowest, highest, last
+        self._low: MetricPoint | None = None  # what is held back; None if nothing is
+        self._high = self._last = MetricPoint(0, "", 0.0)
+        self._low_at = self._high_at = 0  # the numbers of these
         self._held_since_ns = 0
 
     def add(self, point: MetricPoint) -> Sequence[MetricPoint]:
         """What is to be kept now that `point` was found."""
         self.found += 1
-        numbered = (self.found, point)
         if self._stride == 1:
             self.kept += 1
             if self.kept == _WHOLE:
                 self._stride, self._in_stride = 2, 0
             return (point,)
-        if not self._held:
-            self._held, self._held_since_ns = [numbered] * 3, point.t_ns
-        else:
-            low, high, _ = self._held
-            value = point.value
-            self._held = [
-                numbered if value < low[1].value else low,
-                numbered if value > high[1].value else high,
-                numbered,
-            ]
+        if self._low is None:
+            self._held_since_ns = point.t_ns
+            self._low = self._high = point
+            self._low_at = self._high_at = self.found
+        elif point.value < self._low.value:
+            self._low, self._low_at = point, self.found
+        elif point.value > self._high.value:
+            self._high, self._high_at = point, self.found
+        self._last = point
         if self.found % self._stride == 0:
             self._in_stride += 1
             if self._in_stride == _WHOLE:
@@ -195,10 +194,12 @@ class _Series:
 
     def rest(self) -> list[MetricPoint]:
         """What is still held back, in order."""
-        points = [point for _, point in sorted(dict(self._held).items())]
-        self.kept += len(points)
-        self._held = []
-        return points
+        if self._low is None:
+            return []
+        held = {self._low_at: self._low, self._high_at: self._high, self.found: self._last}
+        self._low = None
+        self.kept += len(held)
+        return [point for _, point in sorted(held.items())]
 
 
 class _Line(NamedTuple):
@@ -330,6 +331,9 @@ class _Pattern:
 
     def values(self, line: _Line) -> Iterator[float]:
         """The values in a line, unless that has taken too much time in all."""
+        if self._search.is_short(line.text):  # as most are: its time needs no clock
+            yield from self._values(line)
+            return
         begun_s = time.monotonic()
         try:
             if self._slow_s > _SLOW_S + (begun_s - self._begun_s) * _SLOW_SHARE:
