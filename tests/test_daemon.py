@@ -529,6 +529,21 @@ def test_a_client_waits_its_turn_while_the_queue_is_full(tree: Tree, tmp_path: P
             os.kill(running.pid, signal.SIGCONT)
 
 
+def test_an_answer_that_comes_too_late_is_not_taken_for_the_next(running: Daemon) -> None:
+    connection = Connection(running.socket, timeout_s=0.3)
+    assert connection.ask("hello")[0]["ok"] and connection.is_up()
+    os.kill(running.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(PeprError, match="gave no answer"):
+            connection.ask("status")
+    finally:
+        os.kill(running.pid, signal.SIGCONT)
+    assert not connection.is_up()  # so its owner connects anew
+    with pytest.raises(PeprError, match="gave no answer"):
+        connection.ask("hello")
+    connection.close()
+
+
 # --- many -----------------------------------------------------------------------------------------
 
 CLIENT = """if True:

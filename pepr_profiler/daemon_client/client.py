@@ -123,6 +123,8 @@ class Connection:
                 raise ValueError("it was no object")
         except (OSError, ValueError) as error:
             protocol.close_all(descriptors)
+            with suppress(OSError):  # an answer that comes later would be taken for the next one
+                self._socket.shutdown(socket.SHUT_RDWR)
             fix = "see: pepr-profile daemon status, or its journal"
             what = f"the daemon at {self.path} gave no answer"
             raise PeprError(what, why=str(error), fix=fix) from None
