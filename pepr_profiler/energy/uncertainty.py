@@ -59,8 +59,8 @@ _HELD_SPREAD = 0.05
 """Where windows hold the same part of each interval but for this, energy cannot depend on it."""
 
 _HIDDEN_SWING = 1.6
-"""The variance of power inside intervals may be so many times what is stated, as readings are means
-over up to 0.1 s, and a few may miss the extremes (simulated loads: 1.0 to 1.5)."""
+"""The variance of power over that of its readings, which are means over up to 0.1 s (simulated
+loads: 1.0 to 1.5)."""
 
 _HIDDEN_POWER = 0.4
 """The standard deviation of power that averages may hide, over power (judgement: that of a load
@@ -303,8 +303,7 @@ def _together_j(curve: EnergyCurve, inside: Inside, used: Ints, held: Floats) ->
     Power of a standard deviation s in an interval of T puts at most s·T·√(f(1 - f)) more than its
     share into a part f, and no part has power beyond the extremes.
     """
-    swing_j2 = _HIDDEN_SWING * _swing_j2(inside, used)
-    most_j = np.sqrt(swing_j2 * held * (1 - held))
+    most_j = np.sqrt(_swing_j2(inside, used) * held * (1 - held))
     low_w, high_w = curve.extremes_w
     if high_w < math.inf:
         interval_j, interval_s = inside.interval_j[used], inside.interval_s[used]
