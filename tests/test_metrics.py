@@ -524,3 +524,8 @@ def test_lines_among_others_are_found_as_if_alone() -> None:
             one.feed(1, line + b"\n", 1)
             alone += one.take()
         assert together.take() == alone
+
+
+@pytest.mark.parametrize("regex", [r"(?<=a)\n", "a\nb", r"\r", r"\n+"])
+def test_a_pattern_with_a_line_end_matches_no_line_and_does_not_hang(regex: str) -> None:
+    assert found(Metrics([f"x={regex}"]), b"a\nb\n\na\r\nb\n") == []

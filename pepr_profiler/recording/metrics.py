@@ -252,7 +252,7 @@ class _Lines:
                 end = block.find(b"\n", at)
                 end = len(block) if end < 0 else end
                 wanted[begin] = block[begin:end]
-                at = block.find(literal, end)
+                at = block.find(literal, end + 1)
         return [line for _, line in sorted(wanted.items())]
 
     def rest(self) -> Iterator[_Line]:
