@@ -122,6 +122,25 @@ def test_a_counter_that_catches_up_is_believed(cli: Cli) -> None:
     assert part["mean_w"] == pytest.approx(300, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("read_s", "code"), [((0.7, 60.0), "late-start"), ((0.0, 1.7), "ended-early")]
+)
+def test_time_without_readings_at_an_end_is_in_u(
+    cli: Cli, read_s: tuple[float, float], code: str
+) -> None:
+    # given 300 W, and a counter that answers only from 0.7 s on, or until 1.7 s, of 2.5 s
+    def values(t: float) -> tuple[float]:
+        answers = read_s[0] <= t < read_s[1]
+        return (5e6 + 300e3 * math.floor(t * 10) / 10 if answers else math.nan,)
+
+    channel = f"GPU-1/energy energy J 1e-3 0 counter nvml-energy {GPU}"
+    summary = replay(cli, {"gpu": ([channel], values)}, 2.5)
+    # then what is missing is uncertain, or the total says that it is missing
+    part = component(summary, "gpu:GPU-1")
+    assert abs(part["device_j"] - 300 * summary["duration_s"]) <= part["u_j"]
+    assert code in codes(summary, "gpu:GPU-1")
+
+
 def test_a_gpu_that_is_off_has_no_fault(cli: Cli) -> None:
     # given a board whose counter stands at 0, as its power does, beside one that works
     channels = [

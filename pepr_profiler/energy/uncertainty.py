@@ -70,6 +70,9 @@ _CALM_STEPS = 0.1
 """If power varies from step to step by less than this part of it, what varies faster may be alike
 all the same."""
 
+_DUE_REFRESHES = 3
+"""A counter that has not moved for so many refreshes, or reads, stands still."""
+
 _STEPS_ENOUGH = 16
 """From fewer steps it is not told whether GPUs work in step: then they are taken to."""
 
@@ -162,6 +165,7 @@ def budget(
         edges_j = max(edges_j, abs(part) * hidden_j)
     scale_j = source.gain * device_j * part
     modelled = source.provenance == "modelled"
+    unread_j = _unread_j(curve, at_ns, at_ns[begins], at_ns[ends])
     result = UncertaintyBudget(
         gain_j=0.0 if modelled else scale_j,
         model_j=scale_j if modelled else 0.0,
@@ -171,7 +175,7 @@ def budget(
             abs(part) * math.sqrt(_inside_j2(curve, times, repeats)),
         ),
         duty_j=summed(curve.duty_j2, times),
-        gaps_j=summed(curve.gap_j2, times),
+        gaps_j=math.hypot(summed(curve.gap_j2, times), abs(part) * unread_j),
         lag_j=abs(part) * lag_j,
         quantisation_j=abs(part) * quantisation_j,
         aliasing_j=_ALIAS_U * abs(device_j * part) if curve.aliased else 0.0,
@@ -264,6 +268,29 @@ class _Repeats(Record):
         joules = np.diff(self.curve.energy_j[at])
         watts = joules[:-1:2] / self.spans_s[:-1] - joules[1::2] / self.gaps_s
         return abs(float(watts.mean())) * len(self.spans_s)
+
+
+def _unread_j(curve: EnergyCurve, at_ns: Ints, begins_ns: Ints, ends_ns: Ints) -> float:
+    """What a device may have used in windows before its first reading and after its last, J.
+
+    That time has no energy in the curve. The mean power is taken for it: k = 2 allows for twice
+    that. A counter that no longer moves was last read when its next refresh was due.
+    """
+    first_ns, last_ns = curve.first_ns, curve.last_ns
+    if curve.source.counter and not curve.instead_of and curve.changed_ns > first_ns:
+        due_s = _DUE_REFRESHES * max(curve.refresh_s, curve.source.period_s)
+        last_ns = min(last_ns, curve.changed_ns + round(due_s * NS_PER_S))
+    if first_ns < 0 or last_ns <= first_ns:
+        return 0.0
+    unread_ns = np.clip(np.minimum(first_ns, ends_ns) - begins_ns, 0, None)
+    unread_ns = unread_ns + np.clip(ends_ns - np.maximum(last_ns, begins_ns), 0, None)
+    if not unread_ns.any():
+        return 0.0
+    read_ns = min(last_ns, int(at_ns[-1])) - max(first_ns, int(at_ns[0]))
+    if read_ns <= 0:
+        return 0.0
+    mean_w = float(curve.energy_j[-1] - curve.energy_j[0]) / read_ns
+    return abs(mean_w) * float(np.sum(unread_ns))
 
 
 def _locked_j(held: Floats, interval_j: Floats, *, late: float) -> tuple[float, float]:

@@ -232,6 +232,10 @@ def _doubtful_counter(curve: EnergyCurve, duration_s: float) -> Iterator[dict[st
         )
 
 
+_TOLERATED_S, _TOLERATED = 0.1, 0.05
+"""Readings may begin so late, and end so early, s and part of the run: u covers it."""
+
+
 def _missing_time(
     curve: EnergyCurve, begin_ns: int, end_ns: int, *, lost_rows: bool
 ) -> Iterator[dict[str, str]]:
@@ -240,14 +244,15 @@ def _missing_time(
     gap_s = gap_limit_s(curve.source.period_s)
     late_s = (curve.first_ns - begin_ns) * 1e-9
     early_s = (end_ns - curve.last_ns) * 1e-9
-    if late_s > gap_s:
+    tolerated_s = min(gap_s, max(_TOLERATED_S, _TOLERATED * (end_ns - begin_ns) * 1e-9))
+    if late_s > tolerated_s:
         yield warning(
             "late-start",
             f"{name} gave its first reading {late_s:.1f} s after the start; its energy before that "
             "is not in the total",
             "NVIDIA: enable persistence mode (sudo nvidia-smi -pm 1)",
         )
-    if early_s > gap_s:
+    if early_s > tolerated_s:
         yield warning(
             "ended-early",
             f"{name} gave no reading in the last {early_s:.1f} s; its energy since then is not in "
