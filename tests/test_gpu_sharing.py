@@ -314,6 +314,22 @@ def test_a_gpu_whose_work_a_server_did_is_a_loud_warning_with_a_remedy_that_work
     assert codes(whole, "gpu:1") == {"shared-device", "served-device"}
 
 
+@pytest.mark.parametrize("server", ["tritonserver"], indirect=True)
+def test_a_run_whose_work_a_server_did_is_not_ranked_as_cheap(
+    cli: Cli, nvml_sim: BuildNvml, server: subprocess.Popen[bytes]
+) -> None:
+    # given a run that used a GPU itself, and one whose work may have been done by a server
+    for processes in ((), (Process(server.pid, 2**30, sm=0.9),)):
+        sim = nvml_sim(Scenario(gpus=(Gpu(Constant(300), processes=processes),)))
+        name = "served" if processes else "own"
+        _, summary = cli.measure("--name", name, "--sensor", sim.spec, "--", "sleep", "1.5")
+        assert cli("runs", "set", summary["run_id"], "accuracy=0.9").status == 0
+    own, served = sorted(run.name for run in cli.runs())
+    # then the second one is named and left out
+    result = cli("compare", "--mix-provenance", "--json", "-", own, served)
+    assert f"left out {served}: its energy lacks gpu:{default_uuid(0)}" in result.stderr
+
+
 @pytest.mark.parametrize("server", ["nvidia-cuda-mps-server"], indirect=True)
 def test_a_client_of_mps_is_matched_to_the_job(
     cli: Cli, nvml_sim: BuildNvml, server: subprocess.Popen[bytes]

@@ -16,6 +16,7 @@ from pepr_profiler.energy.visible import (
 )
 from pepr_profiler.record import Record
 from pepr_profiler.trace.lane import Channel
+from pepr_profiler.trace.run_json import PERHAPS_SERVED
 
 
 class UnknownOrder(Record):
@@ -166,8 +167,11 @@ class Gpus(Record):
         if self._is_invisible(uuid):
             return f"is not visible to the job (CUDA_VISIBLE_DEVICES={self.cuda_visible_devices})"
         known = users is not None and users.unknown_s == 0 and not self.undivided_reason(uuid)
-        served = self.scope == "device" and self.possible_servers(uuid)
-        return "was not used by the job" if known and not served else ""
+        if not known:
+            return ""
+        if not self.possible_servers(uuid):
+            return "was not used by the job"
+        return "" if self.scope == "device" else PERHAPS_SERVED
 
     def _is_invisible(self, uuid: str) -> bool:
         return self.visible is not None and uuid in self.boards and uuid not in self.visible

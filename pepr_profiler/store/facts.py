@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pepr_profiler.record import Record
+from pepr_profiler.trace.run_json import PERHAPS_SERVED
 from pepr_profiler.units import utf8_text
 
 STATES = ("done", "failed", "incomplete")
@@ -121,7 +122,8 @@ def _devices_of(energy: Mapping[str, Any], duration_s: float | None) -> dict[str
     components = energy.get("components") or ()
     unknown = {c["id"] for c in components if c["in_total"] and c["job_j"] is None}
     partial = {part["id"]: _number(part["missing_s"]) for part in energy.get("partial") or ()}
-    lost = dict.fromkeys(unknown, 1.0)
+    served = {c["id"] for c in components if c.get("excluded") == PERHAPS_SERVED}
+    lost = dict.fromkeys(unknown | served, 1.0)
     for ident, missing_s in partial.items():
         lost[ident] = min(1.0, (missing_s or 0.0) / duration_s) if duration_s else 1.0
     kinds = sorted({_text(c["kind"]) for c in components if c["id"] not in lost})

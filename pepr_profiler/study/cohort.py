@@ -160,7 +160,7 @@ class Cohort:
                 if part < _WHOLE:
                     found[i] = f"its energy lacks {ident} for {part:.0%} of the time"
                 elif kind in known[row.host]:
-                    found[i] = f"its energy lacks {ident}, which was not measured"
+                    found[i] = f"its energy lacks {ident}, not measured or used for others"
             if row.kinds and elsewhere and i not in found:
                 found[i] = f"its energy lacks the {listed(sorted(elsewhere))} of other runs there"
         return found

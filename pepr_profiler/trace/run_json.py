@@ -13,6 +13,9 @@ from pepr_profiler.record import Any
 from pepr_profiler.trace.files import read_file, replace_file
 from pepr_profiler.trace.shape import shape_error
 
+PERHAPS_SERVED = "was worked on by others, perhaps for the job"
+"""Why a GPU is not in the total (`excluded`) though the job's work may have been done there."""
+
 RUN_DIR_VARIABLE = "PEPR_RUN_DIR"
 """Names the run that a process is already part of; `profile()` joins it."""
 
