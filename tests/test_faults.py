@@ -147,6 +147,8 @@ def test_a_disk_that_is_full_before_the_start_costs_no_joule(tmp_path: Path, opt
 @needs_mounts
 def test_where_nothing_can_be_written_the_command_runs_unmeasured(cli: Cli) -> None:
     places = ("/tmp", "/var/tmp", "/dev/shm")
+    if any(Path(sys.prefix).is_relative_to(place) for place in places):
+        pytest.skip("the interpreter itself lies where nothing may be written here")
     package = shutil.copytree(
         Path(__file__).parents[1] / "pepr_profiler", cli.folder / "pepr_profiler"
     )

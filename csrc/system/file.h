@@ -75,7 +75,8 @@ private:
 // not know, and open files of their own: those get low numbers, and are not taken for ours.
 inline File moved_up(File file) noexcept {
     constexpr int kHigh = 500;
-    File high(file ? ::fcntl(file.fd(), F_DUPFD_CLOEXEC, kHigh) : -1);
+    if (!file) return file;  // errno says why
+    File high(::fcntl(file.fd(), F_DUPFD_CLOEXEC, kHigh));
     if (high) std::swap(file, high);
     file.remember();
     return file;
