@@ -251,7 +251,8 @@ def test_no_thread_and_no_descriptor_stays(meter: str) -> None:
     for _ in range(3):
         with profile("again", sensors=[meter]) as run, run.phase("p"):
             run.log(a=1)
-    assert held() == before
+    threads, rings = held()
+    assert threads == before[0] and rings <= before[1]  # those of earlier tests may go meanwhile
 
 
 def test_phases_of_threads_are_kept_apart(meter: str) -> None:

@@ -301,8 +301,8 @@ def test_a_gpu_whose_work_a_server_did_is_a_loud_warning_with_a_remedy_that_work
     _, summary = cli.measure("--sensor", sim.spec, "--", "sleep", "2")
     assert not gpu(summary, 1)["in_total"]
     found = [w for w in summary["warnings"] if w["code"] == "served-device"]
-    assert [w["text"][:11] for w in found] == ["gpu:1 drew "]
-    assert float(found[0]["text"].split()[2]) == pytest.approx(300, abs=10)
+    assert [w["text"][:17] for w in found] == ["gpu:1 drew up to "]
+    assert float(found[0]["text"].split()[4]) == pytest.approx(300, abs=10)
     assert f"PID {server.pid}" in found[0]["text"] and "--attribution device" in found[0]["hint"]
     # when what the hint says is done, then that GPU is counted
     _, whole = cli.measure("--sensor", sim.spec, "--attribution", "device", "--", "sleep", "2")
@@ -328,6 +328,42 @@ def test_a_run_whose_work_a_server_did_is_not_ranked_as_cheap(
     # then the second one is named and left out
     result = cli("compare", "--mix-provenance", "--json", "-", own, served)
     assert f"left out {served}: its energy lacks gpu:{default_uuid(0)}" in result.stderr
+
+
+@pytest.mark.parametrize("server", ["tritonserver"], indirect=True)
+def test_a_server_that_works_at_low_power_or_in_bursts_is_noticed_too(
+    cli: Cli, nvml_sim: BuildNvml, server: subprocess.Popen[bytes]
+) -> None:
+    # given boards whose mean power is that of an idle one: steady at 240 W of 700, and in bursts;
+    # and one at 240 W with nobody on its list, and no utilisation
+    worker = (Process(server.pid, 2**30, sm=0.9),)
+    epoch_ns = time.monotonic_ns()
+    burst = Gpu(Step(2.0, 600, 60), processes=worker, utilization=Constant(0))
+    silent = Gpu(Constant(240), processes=(), utilization=Constant(0))
+    steady = Gpu(Constant(240), processes=worker, utilization=Constant(0.9))
+    sim = nvml_sim(Scenario(gpus=(steady, burst, silent), epoch_ns=epoch_ns))
+    _, summary = cli.measure("--sensor", sim.spec, "--", "sleep", "4")
+    found = {w["text"][:5] for w in summary["warnings"] if w["code"] == "served-device"}
+    assert "gpu:0" in found
+    begun_s = (summary["recording"]["window_ns"][0] - epoch_ns) * 1e-9
+    assert begun_s > 1 or "gpu:1" in found
+    assert gpu(summary, 2)["in_total"]
+    assert codes(summary, "gpu:2 is unknown: it drew up to") == {"whole-device"}
+
+
+def test_a_counter_that_its_power_readings_contradict_has_a_u_that_says_so(
+    cli: Cli, nvml_sim: BuildNvml
+) -> None:
+    # given a counter that shows a tenth of what the power readings do
+    board = Gpu(Constant(300), counter_gain=0.1)
+    sim = nvml_sim(Scenario(gpus=(board,)))
+    _, summary = cli.measure("--sensor", sim.spec, "--", "sleep", "3")
+    part = gpu(summary, 0)
+    truth_j = 300 * summary["duration_s"]
+    assert codes(summary, "gpu:") & {"disagreement"}
+    share = part["job_j"] / part["device_j"]
+    assert abs(part["job_j"] - share * truth_j) <= part["u_j"]
+    assert summary["energy"]["u_j"] >= 0.9 * part["u_j"]
 
 
 @pytest.mark.parametrize("server", ["nvidia-cuda-mps-server"], indirect=True)
@@ -361,7 +397,7 @@ def test_a_gpu_that_works_though_nobody_is_listed_is_counted(cli: Cli, nvml_sim:
     _, summary = cli.measure("--sensor", sim.spec, "--", "sleep", "2")
     working, idle = (gpu(summary, index) for index in range(2))
     assert working["in_total"] and working["job_j"] == pytest.approx(working["device_j"])
-    assert codes(summary, "gpu:0 is unknown: it drew") == {"whole-device"}
+    assert codes(summary, "gpu:0 is unknown: it drew up to") == {"whole-device"}
     assert not idle["in_total"] and codes(summary, "gpu:1") == set()
     # and one that the job cannot use is not, whatever it draws
     _, summary = cli.measure(

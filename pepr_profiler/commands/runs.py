@@ -277,12 +277,13 @@ def export_runs(
 ) -> None:
     """Write runs to FILE as a table.
 
-    It has one row per run, oldest first; - is stdout. The names of the columns contain the units.
-    Metrics are columns metric_NAME; what is unknown is empty.
+    It has one row per run, oldest first. - is stdout, as CSV unless --format says otherwise. The
+    names of the columns contain the units. Metrics are columns metric_NAME; what is unknown is
+    empty.
     """
     from pepr_profiler.report.export import encode, flat_run, require_packages
 
-    form = form or file.suffix.removeprefix(".")
+    form = form or ("csv" if str(file) == "-" else file.suffix.removeprefix("."))
     if form not in EXPORTS:
         raise UsageError(
             f"the form of {file} is not known",

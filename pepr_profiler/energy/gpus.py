@@ -33,11 +33,12 @@ class Gpus(Record):
 
     `boards` are NVML's labels of each, by UUID. `visible` are those that the job's CUDA may use,
     None if that is unknown, as said by `cuda_visible_devices`. `busy` were busy at some time.
-    `worked_w` are the mean powers, W, of those that drew so much that someone must have computed on
-    them. `lists_processes` says that the recording has their processes, if the driver gave any. Of
-    AMD's and Intel's GPUs, `hidden` has the ids of those that variables hide from the job, and
-    these variables; `unknown_orders` are of those where that is unknown. `scope` is the run's:
-    "device" also counts GPUs whose processes may have served the job.
+    `worked_w` are the highest powers over a second, W, of those on which someone computed, as far
+    as their power or their utilisation shows it. `lists_processes` says that the recording has
+    their processes, if the driver gave any. Of AMD's and Intel's GPUs, `hidden` has the ids of
+    those that variables hide from the job, and these variables; `unknown_orders` are of those where
+    that is unknown. `scope` is the run's: "device" also counts GPUs whose processes may have served
+    the job.
     """
 
     boards: Mapping[str, Mapping[str, str]]
@@ -59,11 +60,11 @@ class Gpus(Record):
         users: Mapping[str, GpuUsers],
         *,
         busy: Iterable[str],
-        mean_w: Mapping[str, float] | None = None,
+        most_w: Mapping[str, float] | None = None,
     ) -> Gpus:
         """From run.json's `recording`, the channels of all lanes, and who was seen.
 
-        `mean_w` are the mean powers of GPUs, W, by UUID.
+        `most_w` are the highest powers of GPUs over a second, W, by UUID.
         """
         channels = list(channels)
         boards: dict[str, dict[str, str]] = {}
@@ -71,11 +72,15 @@ class Gpus(Record):
             labels = channel.labels
             if channel.source.startswith("nvml") and labels.keys() >= {"uuid", "index", "model"}:
                 boards.setdefault(labels["uuid"], {}).update(labels)
-        worked_w = {
-            uuid: watts
-            for uuid, watts in (mean_w or {}).items()
-            if uuid in boards and watts > least_working_w(boards[uuid].get("limit_w"))
-        }
+        busy, worked_w = frozenset(busy), {}
+        for uuid, watts in (most_w or {}).items():
+            of = users.get(uuid)
+            empty = of is not None and of.job_s + of.others_s + of.unknown_s == 0
+            if uuid in boards and (
+                uuid in busy
+                or watts > least_working_w(boards[uuid].get("limit_w"), context=not empty)
+            ):
+                worked_w[uuid] = watts
         # Recordings from before processes were listed say nothing of CUDA: all is the job's.
         cuda = facts.get("cuda")
         visible = visible_to_cuda(cuda, list(boards.values())) if cuda else frozenset(boards)
@@ -86,7 +91,7 @@ class Gpus(Record):
             users=users,
             visible=visible,
             cuda_visible_devices="; ".join(listed),
-            busy=frozenset(busy),
+            busy=busy,
             lists_processes="root" in facts,
             hidden=hidden,
             unknown_orders=unknown_orders,
@@ -133,7 +138,7 @@ class Gpus(Record):
             return "it was busy, and its driver lists no process on it"
         if uuid in self.worked_w and not self._is_invisible(uuid):
             watts = self.worked_w[uuid]
-            return f"it drew {watts:.0f} W, and its driver lists no process on it"
+            return f"it drew up to {watts:.0f} W, and its driver lists no process on it"
         if self.boards.get(uuid, {}).get("mig") == "on":
             return "the list of its processes, which needs root on a MIG board, is empty"
         return "" if users.reads > 0 else "the run was shorter than two reads of its processes"
@@ -177,15 +182,19 @@ class Gpus(Record):
         return self.visible is not None and uuid in self.boards and uuid not in self.visible
 
 
-_WORKING_PART, _WORKING_W, _USUAL_LIMIT_W = 0.35, 40.0, 300.0
-"""A GPU that draws more than this part of its limit, and this power, computes. An idle one with a
-context in its memory draws up to 0.3 of it (docs/measurement, D); small boards up to 30 W."""
+_WORKING_PART, _WORKING_W, _USUAL_LIMIT_W = (0.2, 0.35), (30.0, 40.0), 300.0
+"""A GPU that draws more than this part of its limit, and this power, computes: without and with a
+process on it. An idle one with a context in its memory draws up to 0.3 of its limit, small boards
+up to 30 W; without a context about 0.1 (docs/measurement, D)."""
 
 
-def least_working_w(limit_w: str | None) -> float:
-    """The mean power above which someone computes on a GPU, W; `limit_w` is its label, if any."""
+def least_working_w(limit_w: str | None, *, context: bool = True) -> float:
+    """The power above which someone computes on a GPU, W; `limit_w` is its label, if any.
+
+    `context` says whether any process is on it.
+    """
     limit = float(limit_w) if limit_w else _USUAL_LIMIT_W
-    return max(_WORKING_PART * limit, _WORKING_W)
+    return max(_WORKING_PART[context] * limit, _WORKING_W[context])
 
 
 def board_of(curve: EnergyCurve) -> str:

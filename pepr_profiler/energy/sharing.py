@@ -181,13 +181,9 @@ def certain_shares(use: DeviceUse, at_ns: Ints) -> Floats:
     return np.asarray(np.minimum(no_draw, all_draw)[1:])
 
 
-def mean_power_w(curve: EnergyCurve, at_ns: Ints) -> float:
-    """The mean power over the time of its readings, W; NaN if there was none."""
-    begin_ns, end_ns = max(at_ns[0], curve.first_ns), min(at_ns[-1], curve.last_ns)
-    if curve.first_ns < 0 or end_ns <= begin_ns:
-        return math.nan
-    begin_j, end_j = np.interp([begin_ns, end_ns], at_ns, curve.energy_j)
-    return float((end_j - begin_j) / (end_ns - begin_ns) * 1e9)
+def highest_power_w(curve: EnergyCurve, at_ns: Ints) -> float:
+    """The highest mean power over one second of what was recorded, W; 0 if nothing was."""
+    return float(np.max(_second_powers_w(curve, at_ns), initial=0.0))
 
 
 def lowest_power_w(curve: EnergyCurve, at_ns: Ints) -> float | None:
@@ -195,10 +191,15 @@ def lowest_power_w(curve: EnergyCurve, at_ns: Ints) -> float | None:
 
     The idle draw is at most that. In a second without any energy the counter stood still.
     """
+    power_w = _second_powers_w(curve, at_ns)
+    return float(power_w.min()) if len(power_w) else None
+
+
+def _second_powers_w(curve: EnergyCurve, at_ns: Ints) -> Floats:
+    """The mean powers of the seconds that were recorded, those above 0, W."""
     begin_ns, end_ns = max(at_ns[0], curve.first_ns), min(at_ns[-1], curve.last_ns)
     if curve.first_ns < 0 or end_ns <= begin_ns:
-        return None
+        return np.zeros(0)
     seconds = np.linspace(begin_ns, end_ns, max(1, int((end_ns - begin_ns) // 1e9)) + 1)
     power_w = np.diff(np.interp(seconds, at_ns, curve.energy_j)) / np.diff(seconds) * 1e9
-    power_w = power_w[power_w > 0]  # NaN is none either
-    return float(power_w.min()) if len(power_w) else None
+    return np.asarray(power_w[power_w > 0])  # NaN is none either

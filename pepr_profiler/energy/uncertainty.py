@@ -37,6 +37,7 @@ class UncertaintyBudget(Record):
     gaps_j: float = 0.0
     aliasing_j: float = 0.0
     attribution_j: float = 0.0
+    disagreement_j: float = 0.0
 
     @property
     def u_j(self) -> float:

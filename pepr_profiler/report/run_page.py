@@ -30,6 +30,7 @@ _CAUSES = {
     "quantisation_j": ("steps", "the sensor counts in steps"),
     "gaps_j": ("gaps", "times without a reading"),
     "aliasing_j": ("aliasing", "the load repeats nearly in step with the sensor"),
+    "disagreement_j": ("disagreement", "its counter and its power readings contradict each other"),
     "attribution_j": ("sharing", "the job's part of a device is inferred from how much it used it"),
 }
 

@@ -68,6 +68,9 @@ class Grid(Record):
         return np.asarray(values[self.places(at_ns)])
 
 
+CHECKED_S = 2.0
+"""In a shorter run, power readings do not check a counter."""
+
 _STALL_S, _STALL_REFRESHES = 5.0, 50
 
 
@@ -151,11 +154,24 @@ class ComponentResult(Record):
             missing_ns += np.clip(ends_ns - np.maximum(last_ns, begins_ns), 0, None)
         return float(np.sum(missing_ns)) * 1e-9
 
+    def contradicts(self, duration_s: float) -> bool:
+        """Whether its counter and its power readings differ by more than both explain.
+
+        In a short run power readings are mostly edges, and check nothing (docs/measurement, B).
+        """
+        check = self.check
+        return bool(check and abs(check.difference_j) > check.u_j and duration_s >= CHECKED_S)
+
     def budget(self, grid: Grid, begins_ns: Ints, ends_ns: Ints) -> UncertaintyBudget:
         """The uncertainty budget of `counted_within_j` of the same windows."""
         energy_j = self.counted_within_j(grid, begins_ns, ends_ns)
         begins, ends = grid.places(begins_ns), grid.places(ends_ns)
         of_device = budget(self.curve, grid.at_ns, begins, ends, energy_j=energy_j)
+        if self.contradicts(float(grid.at_ns[-1] - grid.at_ns[0]) * 1e-9):
+            assert self.check is not None
+            part = min(1.0, abs(energy_j / self.device_j)) if self.device_j else 1.0
+            apart_j = abs(self.check.difference_j) + self.check.u_j
+            of_device = of_device._replace(disagreement_j=0.5 * part * apart_j)
         if self.scope != "job":
             return of_device
         duration_s = float(np.sum(ends_ns - begins_ns)) * 1e-9

@@ -12,11 +12,8 @@ from pepr_profiler.energy.gpu_users import OtherProcess
 from pepr_profiler.energy.gpus import Gpus, board_of
 from pepr_profiler.energy.sources import UNITS, stated_gain
 from pepr_profiler.errors import warning
-from pepr_profiler.summary.component import ComponentResult, stall_limit_s
+from pepr_profiler.summary.component import CHECKED_S, ComponentResult, stall_limit_s
 from pepr_profiler.trace.lane import Channel
-
-_CHECKED_S = 2.0
-"""In a shorter run, power readings are mostly edges (docs/measurement, B): they check nothing."""
 
 _PART_TIME, _STEADY = ("nvml-power", "nvml-power-instant"), 1e-3
 """Readings that may look at only a part of each refresh period. Where they spread by less than this
@@ -178,7 +175,7 @@ def _doubtful_power(component: ComponentResult, duration_s: float) -> Iterator[d
             f"({curve.refresh_s * 1e3:.0f} ms), which may see only a part of it",
             "vary the length of a step, or compare with another meter; u is widened to 40 %",
         )
-    elif curve.source.source in _PART_TIME and duration_s >= _CHECKED_S and _is_steady(curve):
+    elif curve.source.source in _PART_TIME and duration_s >= CHECKED_S and _is_steady(curve):
         yield warning(
             "part-time",
             f"{name} has power readings only, which may see no more than a quarter of the time: "
@@ -186,12 +183,13 @@ def _doubtful_power(component: ComponentResult, duration_s: float) -> Iterator[d
             "nothing if the load is steady; else vary the length of a step, or compare with "
             "another meter",
         )
-    if check and abs(check.difference_j) > check.u_j and duration_s >= _CHECKED_S:
+    if check and component.contradicts(duration_s):
         yield warning(
             "disagreement",
             f"{name}: its power readings ({check.source}) give {check.energy_j:.0f} J, "
             f"{check.difference_j:+.0f} J from its counter; {check.u_j:.0f} J would be usual",
-            "compare with an external meter; the counter's energy is in the total",
+            "compare with an external meter; the counter's energy is in the total, and its u "
+            "covers the difference",
         )
 
 
@@ -334,11 +332,12 @@ def served_gpus(gpus: Gpus) -> Iterator[dict[str, str]]:
         index, called = gpus.boards[uuid]["index"], _called(servers[0]._asdict())
         counted = "is" if gpus.scope == "device" else "is not"
         fix = "if it works for the job only, count the whole GPU: --attribution device"
+        others = f"{called}{_more(len(servers) - 1 + _NAMED)}"
         yield warning(
             "served-device",
-            f"gpu:{index} drew {watts:.0f} W, and the job is not on the list of its processes: "
-            f"{called}{_more(len(servers) - 1 + _NAMED)} computed on it, perhaps for the job; its "
-            f"energy {counted} in the total",
+            f"gpu:{index} drew up to {watts:.0f} W, and the job is not on the list of its "
+            f"processes: {others} computed on it, perhaps for the job; its energy {counted} in the "
+            "total",
             "nothing, if it works for the job only" if gpus.scope == "device" else fix,
         )
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from pepr_profiler.energy import carbon
 from pepr_profiler.energy.gpus import Gpus, board_of
-from pepr_profiler.energy.sharing import mean_power_w, share
+from pepr_profiler.energy.sharing import highest_power_w, share
 from pepr_profiler.errors import TraceError
 from pepr_profiler.record import Ints, Record
 from pepr_profiler.summary import doubts
@@ -147,8 +147,8 @@ def _examine(
 
     # Whose energy it was.
     readings = read_all(readers, facts, notes, grid.at_ns)
-    mean_w = {board_of(curve): mean_power_w(curve, grid.at_ns) for curve in readings.curves}
-    gpus = Gpus.of(facts, channels, readings.gpu_users, busy=readings.busy_gpus, mean_w=mean_w)
+    most_w = {board_of(curve): highest_power_w(curve, grid.at_ns) for curve in readings.curves}
+    gpus = Gpus.of(facts, channels, readings.gpu_users, busy=readings.busy_gpus, most_w=most_w)
     scope = options.get("scope", "job")
     components = _components(readings, gpus, grid, scope, by_rows=facts.get("cpu_shares") == "rows")
     together = Counted.of(components, grid)
@@ -318,14 +318,16 @@ def _phases(
     together: Counted,
     grid: Grid,
 ) -> list[dict[str, Any]]:
-    """Phases by name, in order of first appearance: energy between their edges, summed."""
+    """Phases by name, in order of first appearance: energy between their edges, summed.
+
+    Where phases of one name overlap (nested, or in threads), that time counts once.
+    """
     by_name: dict[str, list[PhaseSpan]] = {}
     for phase in phases:
         by_name.setdefault(phase.name, []).append(phase)
     result = []
     for name, same in by_name.items():
-        begins_ns = np.array([phase.begin_ns for phase in same], dtype=np.int64)
-        ends_ns = np.array([phase.end_ns for phase in same], dtype=np.int64)
+        begins_ns, ends_ns = _union(same)
         energies_j = [c.counted_within_j(grid, begins_ns, ends_ns) for c in together.components]
         partial = _partial(components, grid, begins_ns, ends_ns)
         result.append(
@@ -339,6 +341,18 @@ def _phases(
             }
         )
     return result
+
+
+def _union(phases: Iterable[PhaseSpan]) -> tuple[Ints, Ints]:
+    """The begins and ends of the time that some phases take together, in order."""
+    spans: list[list[int]] = []
+    for phase in sorted(phases, key=lambda phase: phase.begin_ns):
+        if spans and phase.begin_ns < spans[-1][1]:
+            spans[-1][1] = max(spans[-1][1], phase.end_ns or phase.begin_ns)
+        else:
+            spans.append([phase.begin_ns, phase.end_ns or phase.begin_ns])
+    begins_ns, ends_ns = np.array(spans, dtype=np.int64).T
+    return begins_ns, ends_ns
 
 
 def _memory(facts: Mapping[str, Any], readings: Readings, gpus: Gpus) -> dict[str, Any]:
