@@ -172,7 +172,7 @@ def test_two_sensors_of_one_device_are_compared_where_both_were_read() -> None:
     power = VIRTUAL["a100"].read(load, 24.0, random)
     off = counter._replace(values=1.05 * counter.values, at_s=counter.at_s)
     figure = compare(off, power, lag_s=0.0125 + 0.05)
-    assert figure.contains(0.05) and figure.u is not None and figure.u < 0.02
+    assert figure.contains(0.05) and figure.u is not None and figure.u < 0.03
     # and one that wraps is the same as one that does not
     wrapping = again._replace(values=again.values % 500.0, range_j=500.0)
     assert compare(counter, wrapping, lag_s=0.0, other_is_counter=True).contains(0.0)
@@ -246,7 +246,7 @@ BOARDS: dict[str, Callable[[Followed, Followed], Gpu]] = {
         gpu, sensor=Sensor(delay_s=0.12, power_usage="instant", counter_delay_s=0.1)
     ),
     "smooth": lambda gpu, _: Gpu(gpu, sensor=Sensor(smoothing_s=0.12, power_usage="instant")),
-    "off": lambda gpu, _: Gpu(gpu, sensor=A100, counter_gain=1.05),
+    "off": lambda gpu, _: Gpu(gpu, sensor=A100, counter_gain=1.08),
     "module": lambda gpu, module: Gpu(gpu, sensor=A100, counted=module),
     "grace": lambda gpu, module: Gpu(gpu, sensor=H100, counted=module, module=module),
 }
@@ -304,7 +304,7 @@ def test_each_class_of_simulated_board_is_found_to_be_what_it_is(
                     continue
                 if abs(figure["value"] - truth) > figure["u"]:
                     wrong.append((name, source, key, figure, truth))
-            assert abs(watts["value"] / 240 - 1) < 0.07, (name, source, watts)
+            assert abs(watts["value"] / 240 - 1) < 0.1, (name, source, watts)
     assert wrong == []
     known = [s for s in findings["sensors"] if s["refresh_s"]["value"] and s["lag_s"]["value"]]
     assert len(known) >= 15
@@ -328,7 +328,8 @@ def test_each_class_of_simulated_board_is_found_to_be_what_it_is(
     )
     assert by_name[MODEL.format("h100"), "nvml-energy"]["covers"] == "gpu"
     off = rows_of(findings, "gpu:6  off")["against nvml-power-instant"]["seen"]
-    assert 4.0 < float(off.split()[0]) < 6.0
+    percent, u = float(off.split()[0]), float(off.split()[2])
+    assert abs(percent - 8.0) <= u < 3.5
     # and the CPU's: at each read, moved by the CPU alone, and when it wraps
     package = rows_of(findings, "package-0  powercap")
     assert package["refresh period"]["verdict"] == "as expected"
