@@ -188,9 +188,10 @@ private:
         const fs::path limited = path.parent_path() / (energy ? "power1" : input);
         for (const char* limit : {"_cap_max", "_crit", "_rated_max"}) {
             const std::string text = read_text(limited.string() + limit);
-            if (text.empty() || channel.labels.count("limit_w") > 0) continue;
-            channel.labels["limit_w"] =
-                std::to_string(std::llround(1e-6 * to_double(text.c_str())));
+            const double limit_w = text.empty() ? 0 : 1e-6 * to_double(text.c_str());
+            if (limit_w < 1) continue;
+            channel.labels["limit_w"] = std::to_string(std::llround(limit_w));
+            break;
         }
         if (processor) channel.labels["part_of"] = "processor";
         if (name == "amdgpu") {

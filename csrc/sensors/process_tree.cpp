@@ -198,10 +198,14 @@ bool ProcessTree::refresh(Process& process) noexcept {
         return true;
     }
     ProcessStat stat{};
-    if (!process.stat) process.stat = moved_up(open_stat(process.pid));
+    const bool keeps = processes_.size() <= kMostOpen;
+    if (!process.stat) {
+        File file = open_stat(process.pid);
+        process.stat = keeps ? moved_up(std::move(file)) : std::move(file);
+    }
     process.gone =
         !read_stat(process.stat, process.pid, stat) || stat.start_ticks != process.seen.start_ticks;
-    if (processes_.size() > kMostOpen) process.stat = File();
+    if (!keeps) process.stat = File();
     if (process.gone) return false;
     stat.own_s = std::max(stat.own_s, process.seen.own_s);  // it may be rounded down to ticks
     process.seen = stat;

@@ -33,9 +33,13 @@ public:
     // True once notified and not cleared since. False at the timeout, or after a signal was
     // handled.
     bool wait(std::int64_t timeout_ns) const noexcept {
-        const timespec left = to_timespec(std::max<std::int64_t>(timeout_ns, 0));
+        // Nobody can notify us if the program has closed it: we return soon then, to look.
+        const bool ours = event_.is_ours();
+        constexpr std::int64_t kSoon = 250'000'000;
+        const timespec left = to_timespec(
+            std::clamp<std::int64_t>(timeout_ns, 0, ours ? timeout_ns : kSoon));
         pollfd ready{event_.fd(), POLLIN, 0};
-        return ::ppoll(&ready, 1, &left, nullptr) > 0;
+        return ::ppoll(&ready, ours ? 1 : 0, &left, nullptr) > 0;
     }
     int fd() const noexcept { return event_.fd(); }
 

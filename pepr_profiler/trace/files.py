@@ -147,7 +147,8 @@ def moved_up(descriptor: int) -> int:
     return high
 
 
-_HIGH = 500
+_HIGH = 300
+"""As csrc/system/file.h has it, which says why."""
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
