@@ -9,6 +9,10 @@ from __future__ import annotations
 import sys
 import time
 
+_BEGAN_NS = time.monotonic_ns()  # a mark is of now, not of when our imports are done
+
+from pepr_profiler.errors import fix_of, reason_of  # noqa: E402
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -16,20 +20,25 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """The console script."""
-    began_ns = time.monotonic_ns()  # `mark` tells of now, not of when its imports are done
     import gc
 
     gc.disable()  # imports leave no garbage: 10 ms less before the child starts
     try:
         from pepr_profiler.commands import main as run
 
-        status = run(began_ns=began_ns)
+        status = run(began_ns=_BEGAN_NS)
     except Exception as error:
         command = getattr(error, "command", None) or _command_of(sys.argv[1:])
-        if command is None or getattr(error, "started", False):
+        if command is None or _has_started():
             raise
         _become(command, error.__cause__ or error)
     _exit(status)
+
+
+def _has_started() -> bool:
+    """Whether the command runs or has run: it must not run twice."""
+    spawning = sys.modules.get("pepr_profiler.recording.command")
+    return spawning is not None and spawning.Child.spawned
 
 
 def _command_of(arguments: list[str]) -> list[str] | None:
@@ -45,34 +54,37 @@ _OTHERS = ("attach", "report", "compare", "score", "runs", "sensors", "mark", "d
 
 def _become(command: list[str], error: BaseException) -> NoReturn:
     """Executes the command in our place, with the signals that Python ignores as they were."""
+    import errno
     import os
     import signal
 
-    why = " ".join(str(error).split()) or type(error).__name__
-    text = f"pepr-profile: {command[0]} runs unmeasured: {why}\n  fix: {_fix_of(error)}\n"
+    _say(f"{command[0]} runs unmeasured: {reason_of(error)}\n  fix: {fix_of(error)}")
+    for signo in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(signo, signal.SIG_DFL)
     try:
-        sys.stderr.write(text)
+        os.execvpe(command[0], command, _given_environment())
+    except OSError as failure:
+        why = f"cannot execute {command[0]}: {failure.strerror}"
+        _say(f"{why}\n  fix: check the spelling, or chmod +x it")
+        os._exit(127 if failure.errno in (errno.ENOENT, errno.ENOTDIR) else 126)
+
+
+def _given_environment() -> dict[str, str]:
+    import os
+
+    try:
+        from pepr_profiler.recording.procfs import given_environment
+    except Exception:  # what does not load here is why we are here
+        return dict(os.environ)
+    return given_environment()
+
+
+def _say(text: str) -> None:
+    try:
+        sys.stderr.write(f"pepr-profile: {text}\n")
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
         pass  # nobody listens
-    for signo in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(signo, signal.SIG_DFL)
-    os.execvp(command[0], command)
-
-
-def _fix_of(error: BaseException) -> str:
-    import errno
-
-    number = getattr(error, "errno", None)
-    if number in (errno.EMFILE, errno.ENFILE):
-        return "allow more open files: ulimit -n 256"
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
-        return "give --store DIR (or PEPR_STORE) that can be written"
-    if isinstance(error, MemoryError) or number == errno.ENOMEM:
-        return "allow more memory: ulimit -v unlimited"
-    if number == errno.EAGAIN or "thread" in str(error):
-        return "allow more processes and threads (ulimit -u) and memory (ulimit -v)"
-    return "see: pepr-profile sensors; if it works there, report this as a bug of pepr-profiler"
 
 
 def _exit(status: int) -> None:

@@ -34,12 +34,11 @@ class PeprWarning(UserWarning):
 
 
 class UnmeasuredError(Exception):
-    """`command` cannot be measured, for its cause; `started` says whether it runs already."""
+    """`command`, which does not run yet, cannot be measured, for its cause."""
 
-    def __init__(self, command: Sequence[str], *, started: bool = False) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
         super().__init__(f"{command[0]} cannot be measured")
         self.command = list(command)
-        self.started = started
 
 
 class UsageError(PeprError):
@@ -75,3 +74,24 @@ class CommandError(PeprError):
 def warning(code: str, text: str, hint: str) -> dict[str, str]:
     """A warning as a summary has it."""
     return {"code": code, "text": text, "hint": hint}
+
+
+def reason_of(error: BaseException) -> str:
+    """An unforeseen error in one line; NumPy's own has a page."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def fix_of(error: BaseException) -> str:
+    """What usually helps against an unforeseen error."""
+    import errno
+
+    number = getattr(error, "errno", None)
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "allow more open files: ulimit -n 256"
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+        return "give --store DIR (or PEPR_STORE) that can be written"
+    if isinstance(error, MemoryError) or number == errno.ENOMEM:
+        return "allow more memory: ulimit -v unlimited"
+    if number == errno.EAGAIN or "thread" in str(error):
+        return "allow more processes and threads (ulimit -u) and memory (ulimit -v)"
+    return "see: pepr-profile sensors; if it works there, report this as a bug of pepr-profiler"

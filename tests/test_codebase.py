@@ -253,3 +253,11 @@ def test_no_two_public_classes_share_a_name() -> None:
     for name in re.findall(r"^class (\w+)", (PACKAGE / "_core.pyi").read_text(), re.MULTILINE):
         names.setdefault(name, []).append("the core")
     assert {name: paths for name, paths in names.items() if len(paths) > 1} == {}
+
+
+def test_the_entry_knows_every_command_by_name() -> None:
+    """It cannot import them where our own code does not load, and then runs the command itself."""
+    from pepr_profiler.__main__ import _OTHERS
+    from pepr_profiler.commands import COMMANDS
+
+    assert {"run", *_OTHERS} == set(COMMANDS)

@@ -64,6 +64,22 @@ def test_a_foreign_numpy_costs_the_summary_and_not_the_recording(
     assert energy["total_j"] > 40
 
 
+def test_a_fault_behind_the_commands_end_does_not_run_it_again(cli: Cli) -> None:
+    # given a fault of ours that nothing foresees, after the command has run
+    code = """
+import sys
+from pepr_profiler import __main__
+from pepr_profiler.recording.command import HeldSignals
+def fault(self): raise RuntimeError("unforeseen")
+HeldSignals.release = fault
+sys.argv = ["pepr-profile", "-q", "--", "sh", "-c", "echo ran"]
+__main__.main()
+"""
+    result = run_program(cli, code)
+    assert (result.status, result.stdout) == (1, b"ran\n")
+    assert "unforeseen" in result.stderr and "unmeasured" not in result.stderr
+
+
 def test_what_cannot_be_written_as_text_is_a_path_all_the_same(cli: Cli, tmp_path: Path) -> None:
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/st\xff")
     result = cli("--store", strange, "--", *FAILING)
@@ -87,27 +103,26 @@ def test_an_outer_run_that_says_little_is_none_of_the_childs_business(
         assert (result.status, result.stdout) == (7, b"ran\n"), result.stderr
 
 
-def test_a_user_without_a_home_is_measured_elsewhere(tmp_path: Path) -> None:
+def test_a_user_without_a_home_is_measured_elsewhere(open_folder: Path) -> None:
     # given a user who has no entry in passwd, and no HOME
     if os.geteuid() != 0:
         pytest.skip("needs root to become a user without an entry")
     python, env = python_of(54321)
-    tmp_path.chmod(0o777)
-    for folder in tmp_path.parents[:3]:
-        folder.chmod(0o755)
+    open_folder.chmod(0o777)
     done = subprocess.run(
         [python, "-m", "pepr_profiler", "-q", "--", *FAILING],
-        env={**env, "TMPDIR": str(tmp_path)},
+        env={**env, "TMPDIR": str(open_folder)},
         preexec_fn=become(54321),
         cwd="/", capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (7, "ran\n"), done.stderr
-    assert f"this run is kept in {tmp_path}" in done.stderr and "Traceback" not in done.stderr
+    assert f"this run is kept in {open_folder}" in done.stderr and "Traceback" not in done.stderr
 
 
 needs_mounts = pytest.mark.skipif(
-    subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode != 0
-    or os.geteuid() != 0,
+    os.geteuid() != 0
+    or shutil.which("unshare") is None
+    or subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode != 0,
     reason="mounting needs root",
 )
 
@@ -212,15 +227,21 @@ assert not any(run.joined for run in ended)
     assert result.status == 0, result.stderr
 
 
-def test_marks_come_back_when_descriptors_do_and_the_lost_are_counted(
-    cli: Cli, tmp_path: Path
-) -> None:
-    code = """
+WITHOUT_DESCRIPTORS = """
 import os, resource, sys
 from pepr_profiler import profile
 with profile("x", sensors=[sys.argv[1]]) as run:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard[1]))
+"""
+
+
+def test_marks_come_back_when_descriptors_do_and_the_lost_are_counted(
+    cli: Cli, tmp_path: Path
+) -> None:
+    code = (
+        WITHOUT_DESCRIPTORS
+        + """
     run.log(lost=1)
     with run.phase("lost"): pass
     resource.setrlimit(resource.RLIMIT_NOFILE, hard)
@@ -232,9 +253,28 @@ assert [phase["name"] for phase in summary["phases"]] == ["kept"]
 [warning] = [w for w in summary["warnings"] if w["code"] == "events-lost"]
 assert warning["text"].startswith("3 mark(s)"), warning
 """
+    )
     result = run_program(cli, code, write_meter(tmp_path / "meter", 100))
     assert result.status == 0, result.stderr
     assert "PeprWarning: pepr: 3 mark(s)" in result.stderr
+
+
+def test_a_block_whose_descriptors_the_program_closed_takes_no_cpu_time(
+    cli: Cli, tmp_path: Path
+) -> None:
+    code = """
+import os, sys, time
+from pepr_profiler import profile
+with profile("x", sensors=[sys.argv[1]]) as run:
+    os.closerange(3, 4096)
+    begun_s = time.process_time()
+    time.sleep(2)
+    used_s = time.process_time() - begun_s
+assert used_s < 0.5, used_s
+assert "OPENBLAS_NUM_THREADS" not in os.environ
+"""
+    result = run_program(cli, code, write_meter(tmp_path / "meter", 100))
+    assert result.status == 0, result.stderr
 
 
 @pytest.mark.parametrize("close", ["os.closerange(3, 4096)", "close_one_by_one()"])
@@ -400,15 +440,13 @@ def test_a_block_that_nobody_leaves_ends_with_the_program(
 def test_a_block_without_a_free_descriptor_at_its_end_does_not_raise(
     cli: Cli, tmp_path: Path
 ) -> None:
-    code = """
-import os, resource, sys
-from pepr_profiler import profile
-with profile("x", sensors=[sys.argv[1]]) as run:
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard[1]))
+    code = (
+        WITHOUT_DESCRIPTORS
+        + """
 resource.setrlimit(resource.RLIMIT_NOFILE, hard)
 print("went on")
 """
+    )
     result = run_program(cli, code, write_meter(tmp_path / "meter", 100))
     assert (result.status, result.stdout) == (0, b"went on\n"), result.stderr
     assert "PeprWarning" in result.stderr and "pepr-profile report" in result.stderr

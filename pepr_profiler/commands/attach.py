@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pepr_profiler.block import load_summary, open_attached
+from pepr_profiler.block import open_attached
 from pepr_profiler.commands import complain, recording
 from pepr_profiler.commands.recording import LiveLine, RecordingRequest, recording_options
 from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.recording.attached import StopSignals, Targets, hold
 from pepr_profiler.recording.options import Options
-from pepr_profiler.recording.recorder import TICK_S, Recorder
+from pepr_profiler.recording.recorder import TICK_S
 from pepr_profiler.units import parse_duration
 
 if TYPE_CHECKING:
@@ -52,14 +52,9 @@ def attach(
     with StopSignals() as stop, hold([*map(_pid, words), *pids]) as targets:
         metrics = request.metrics()
         options = request.options(targets.roots[0].command, metrics)
-        measured = _measure(
+        return _measure(
             options, targets, metrics, stop=stop, duration_ns=duration_ns, request=request
         )
-        if measured is None:
-            return 130
-        recorder, status = measured
-        request.finish(recorder)
-    return status
 
 
 def _measure(
@@ -70,16 +65,20 @@ def _measure(
     stop: StopSignals,
     duration_ns: int | None,
     request: RecordingRequest,
-) -> tuple[Recorder, int] | None:
-    """The closed recording and our status; None if it was broken off before it began."""
+) -> int:
+    """Measures and summarises the processes; our exit status."""
     line = LiveLine(on=not request.quiet)
     recorder = open_attached(options, request.store, targets, dedicated=True, warn=line.warn)
     begin_ns = time.monotonic_ns()
     if stop.received is not None:
         recorder.discard()
         complain("interrupted before the first sample")
-        return None
-    recorder.begin(begin_ns)
+        return 130
+    try:
+        recorder.begin(begin_ns)
+    except BaseException:
+        recorder.discard()
+        raise
     if not request.quiet:
         who = " and ".join(str(target) for target in targets.roots)
         complain(f"measuring {who} and what they start; Ctrl-C ends that, they run on")
@@ -100,12 +99,14 @@ def _measure(
     now_ns = time.monotonic_ns()
     end_ns = {"duration": until_ns, "exit": recorder.all_exited_ns}.get(ended_by) or now_ns
     line.clear()
-    for warning in metrics.finish() if metrics else []:
-        recorder.add_warning(**warning)
-    recording.log(recorder, metrics)
-    exit_facts = {"ended_by": ended_by, "code": None}
-    recorder.close(end_ns, exit_facts=exit_facts, meanwhile=load_summary)
-    return recorder, PeprError.status if ended_by == "fault" else 0
+    with recording.summary_or_reason(recorder):
+        for warning in metrics.finish() if metrics else []:
+            recorder.add_warning(**warning)
+        recording.log(recorder, metrics)
+        exit_facts = {"ended_by": ended_by, "code": None}
+        recorder.close(end_ns, exit_facts=exit_facts, meanwhile=recording.load_summary_quietly)
+        request.finish(recorder)
+    return PeprError.status if ended_by == "fault" else 0
 
 
 def _pid(word: str) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pepr_profiler.block import complete_recording, grid_intensity
+from pepr_profiler.block import complete_recording, grid_intensity, load_summary
 from pepr_profiler.commands import (
     TEXT,
     complain,
@@ -25,7 +25,7 @@ from pepr_profiler.commands import (
     whoever_listens,
     written_output,
 )
-from pepr_profiler.errors import PeprError, UsageError
+from pepr_profiler.errors import PeprError, UsageError, reason_of
 from pepr_profiler.record import Record
 from pepr_profiler.recording.options import SCOPES, Options
 from pepr_profiler.recording.recorder import Recorder
@@ -239,6 +239,23 @@ def collecting_garbage() -> Iterator[None]:
         yield
     finally:
         gc.disable()
+
+
+def load_summary_quietly() -> None:
+    """As `load_summary`, in a process that is ours alone."""
+    # BLAS would start a thread a core that nothing uses: 0.1 s of CPU on two cores.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    load_summary()
+
+
+@contextmanager
+def summary_or_reason(recorder: Recorder) -> Iterator[None]:
+    """Within it a fault of ours costs the summary, and not the exit status."""
+    try:
+        yield
+    except Exception as error:
+        kept = f"the recording is kept: pepr-profile report {recorder.directory}"
+        complain(f"there is no summary: {reason_of(error)}\n  fix: {kept}")
 
 
 def warn_of_fault(recorder: Recorder, error: Exception) -> None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import click
 
 from pepr_profiler import _core
-from pepr_profiler.block import load_summary, open_recording
+from pepr_profiler.block import open_recording
 from pepr_profiler.commands import complain, recording
 from pepr_profiler.commands.recording import LiveLine, RecordingRequest, recording_options
-from pepr_profiler.errors import PeprError, UnmeasuredError, UsageError
+from pepr_profiler.errors import PeprError, UnmeasuredError, UsageError, fix_of, reason_of
 from pepr_profiler.recording.command import Child, Exit, HeldSignals, resolve
 from pepr_profiler.recording.options import Options
 from pepr_profiler.recording.recorder import TICK_S, Recorder
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pepr_profiler.recording.metrics import Metrics
-
-
-_LONGEST = 200
-"""Letters of an error that are shown; NumPy's has a page."""
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -97,11 +93,10 @@ def _measure(
     try:
         recorder.begin(child.started_ns)
     except Exception as error:
-        complain(f"{command[0]} runs unmeasured: {_reason(error)}")
-        ended = _supervise(child, None, recorder)
+        complain(f"{command[0]} runs unmeasured: {reason_of(error)}\n  fix: {fix_of(error)}")
         with suppress(OSError):
             recorder.discard()
-        return ended
+        return _supervise(child, None, recorder)
 
     def tick() -> float:
         after_s = recorder.tick()
@@ -110,17 +105,10 @@ def _measure(
         return after_s if metrics is None else min(after_s, TICK_S)
 
     ended = _supervise(child, tick, recorder)
-    try:
+    with recording.summary_or_reason(recorder):
         _close(recorder, child, ended, metrics, line)
         request.finish(recorder)
-    except Exception as error:  # what was measured has happened: the status stands
-        kept = f"the recording is kept: pepr-profile report {recorder.directory}"
-        complain(f"there is no summary: {_reason(error)}\n  fix: {kept}")
     return ended
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:_LONGEST] or type(error).__name__
 
 
 def _close(
@@ -145,7 +133,7 @@ def _close(
             "max_rss_bytes": ended.max_rss_bytes,
             "code": ended.status,
         },
-        meanwhile=load_summary,
+        meanwhile=recording.load_summary_quietly,
     )
 
 

@@ -244,10 +244,10 @@ class Places:
 
     def watch(self, client: Client) -> None:
         if not client.watched:
-            client.watched = True
             fd = client.connection.fileno()
+            self._edges.register(fd, select.EPOLLOUT | select.EPOLLET)  # may fail
             self._watched[fd] = client
-            self._edges.register(fd, select.EPOLLOUT | select.EPOLLET)
+            client.watched = True
 
     def unwatch(self, client: Client) -> None:
         if client.watched:

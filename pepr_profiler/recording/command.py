@@ -35,6 +35,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pepr_profiler import _core
 from pepr_profiler.errors import CommandError, warning
 from pepr_profiler.record import Record
+from pepr_profiler.recording import procfs
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
@@ -53,7 +54,6 @@ _JOB_STOPS = frozenset({signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
 _HELD = _FORWARDED | _JOB_STOPS | {signal.SIGCHLD, signal.SIGCONT, signal.SIGWINCH}
 _FATAL = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 
-_COERCED_LOCALES = frozenset({"C.UTF-8", "C.utf8", "UTF-8"})  # PEP 538's targets
 
 _NEVER_NS = 2**62
 
@@ -172,6 +172,9 @@ def _next_deadline(deadline_ns: int, after_ns: int) -> int:
 class Child:
     """A running command under supervision, spawned by `spawn`."""
 
+    spawned = False
+    """Whether this process has started a command."""
+
     def __init__(self, pid: int, *, started_ns: int, floor_bytes: int, relay: Relay | None) -> None:
         self.pid = pid
         self.started_ns = started_ns
@@ -206,12 +209,14 @@ class Child:
             return os.posix_spawn(
                 path,
                 argv,
-                _environment(env or {}),
+                {**procfs.given_environment(), **(env or {})},
                 file_actions=relay.file_actions() if relay else (),
                 setsigmask=held.original,
                 setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
             )
 
+        if relay is not None:
+            relay.start()
         started_ns = time.monotonic_ns()
         floor_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         try:
@@ -229,8 +234,9 @@ class Child:
             if isinstance(error, CommandError):
                 raise
             raise _exec_failure(path, error) from error
+        cls.spawned = True
         if relay is not None:
-            relay.start()
+            relay.leave_ends_to_child()
         return cls(pid, started_ns=started_ns, floor_bytes=floor_bytes, relay=relay)
 
     def supervise(
@@ -378,7 +384,11 @@ def _children_left() -> int | None:
     except ChildProcessError:
         return 0
     count = 0
-    for task in os.listdir("/proc/self/task"):
+    try:
+        tasks = os.listdir("/proc/self/task")
+    except OSError:  # no descriptor is free
+        return None
+    for task in tasks:
         try:
             with open(f"/proc/self/task/{task}/children") as file:
                 count += len(file.read().split())
@@ -387,23 +397,6 @@ def _children_left() -> int | None:
                 return None
             # else a thread that has just ended
     return count
-
-
-def _environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """Our environment as we were given it, with `extra` added.
-
-    In a C locale CPython puts LC_CTYPE=C.UTF-8 into its own environment (PEP 538), which would
-    change the child's locale; the kernel still shows the block that exec was given.
-    """
-    environment = dict(os.environ)
-    if environment.get("LC_CTYPE") in _COERCED_LOCALES:
-        with open("/proc/self/environ", "rb") as file:
-            given = dict(entry.partition(b"=")[::2] for entry in file.read().split(b"\0"))
-        if b"LC_CTYPE" in given:
-            environment["LC_CTYPE"] = os.fsdecode(given[b"LC_CTYPE"])
-        else:
-            del environment["LC_CTYPE"]
-    return {**environment, **extra}
 
 
 def _exec_failure(path: str, error: OSError) -> CommandError:

@@ -185,3 +185,23 @@ def _user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
+
+
+_COERCED_LOCALES = frozenset({"C.UTF-8", "C.utf8", "UTF-8"})  # PEP 538's targets
+
+
+def given_environment() -> dict[str, str]:
+    """Our environment as we were given it.
+
+    In a C locale CPython puts LC_CTYPE=C.UTF-8 into its own environment (PEP 538), which would
+    change a child's locale; the kernel still shows the block that exec was given.
+    """
+    environment = dict(os.environ)
+    if environment.get("LC_CTYPE") in _COERCED_LOCALES:
+        with open("/proc/self/environ", "rb") as file:
+            given = dict(entry.partition(b"=")[::2] for entry in file.read().split(b"\0"))
+        if b"LC_CTYPE" in given:
+            environment["LC_CTYPE"] = os.fsdecode(given[b"LC_CTYPE"])
+        else:
+            del environment["LC_CTYPE"]
+    return environment

@@ -239,8 +239,7 @@ class Recorder:
         import shutil
 
         self._lanes.discard()
-        if self._directory_fd >= 0:
-            os.close(self._directory_fd)
+        self._close_directory()
         if self.directory != Path():
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -266,12 +265,10 @@ class Recorder:
 
     def _follow_directory(self) -> None:
         """Finds the run's directory again, if it was moved or removed meanwhile."""
-        opened, self._directory_fd = self._directory_fd, -1
+        there, opened = self._opened, self._directory_fd
         try:
-            there = os.fstat(opened)
-            if self._opened is None or not os.path.samestat(there, self._opened):
-                opened = -1  # somebody closed it, and it is another file by now
-                return
+            if there is None or not os.path.samestat(os.fstat(opened), there):
+                return  # somebody closed it, and it is another file by now
             with suppress(OSError):
                 if os.path.samestat(self.directory.stat(), there):
                     return
@@ -289,9 +286,15 @@ class Recorder:
                 "record again, and leave the store alone meanwhile",
             )
         except OSError:
-            opened = -1  # somebody closed it: the directory is taken to be where it was
+            return  # somebody closed it: the directory is taken to be where it was
         finally:
-            if opened >= 0:
+            self._close_directory()
+
+    def _close_directory(self) -> None:
+        """Closes our descriptor of the run's directory, if it still is that."""
+        opened, self._directory_fd = self._directory_fd, -1
+        with suppress(OSError):
+            if self._opened is not None and os.path.samestat(os.fstat(opened), self._opened):
                 os.close(opened)
 
     def _claim(self, *, last: bool = False) -> None:

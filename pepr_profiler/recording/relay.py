@@ -65,16 +65,20 @@ class Relay:
         ]
 
     def start(self) -> None:
-        """Begin passing on; the child holds its ends now."""
+        """Begin to wait for the child's output. It is done before there is a child: it may fail."""
         import threading
 
         for channel in self._channels:
-            channel.close_child_end()
             thread = threading.Thread(
                 target=self._pump, args=(channel,), name=f"relay-{channel.fd}", daemon=True
             )
             self._threads.append(thread)
             thread.start()
+
+    def leave_ends_to_child(self) -> None:
+        """The child holds its ends now: close ours, so that we see when it closes them."""
+        for channel in self._channels:
+            channel.close_child_end()
 
     @property
     def finished(self) -> bool:
