@@ -18,7 +18,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pepr_profiler.errors import PeprWarning, SensorError, TraceError, UsageError
+from pepr_profiler.errors import (
+    PeprWarning,
+    SensorError,
+    TraceError,
+    UsageError,
+    fix_of,
+    reason_of,
+)
 from pepr_profiler.recording.options import OVERHEAD, Options
 from pepr_profiler.recording.recorder import TICK_S, Recorder
 from pepr_profiler.sensors.spec import ProcessRoot
@@ -102,8 +109,6 @@ def load_summary() -> None:
     Raises MemoryError if a limit leaves no room for it: NumPy's BLAS would end the process.
     """
     if "numpy" not in sys.modules:
-        # BLAS would start a thread a core that nothing uses: 0.1 s of CPU on two cores.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         _require_room_for_numpy()
     from pepr_profiler.summary import summarise  # noqa: F401  takes as long as a refresh
 
@@ -126,8 +131,26 @@ def _require_room_for_numpy() -> None:
         except BaseException:
             os._exit(1)
         os._exit(0)
-    if os.waitpid(pid, 0)[1] != 0:
+    if _status_of(pid) != 0:
         raise MemoryError("NumPy cannot be loaded within the memory limit (ulimit -v)")
+
+
+def _status_of(pid: int) -> int:
+    """How a child of ours ended; one that does not within some seconds is ended."""
+    until_s = time.monotonic() + _TRY_S
+    try:
+        while True:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                return status
+            if time.monotonic() > until_s:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+    except ChildProcessError:  # the program collects its children itself: it stays unknown
+        return 0
+
+
+_TRY_S = 20.0
 
 
 def complete_recording(recorder: Recorder) -> dict[str, Any]:
@@ -179,9 +202,11 @@ def _decorated(function: _F, enter: Callable[[], Any]) -> _F:
     elif flags & _ASYNC_GENERATOR:
 
         async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            # What is sent into it (asend) is not passed on.
             with enter():
-                async for value in function(*args, **kwargs):
-                    yield value
+                async with contextlib.aclosing(function(*args, **kwargs)) as values:
+                    async for value in values:
+                        yield value
     elif flags & _GENERATOR:
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -363,7 +388,8 @@ class Run:
 
         self._flush()
         since_ns = self._window_ns[0]
-        run = self._facts if self._recorder is None else self._recorder.facts()
+        recorder = self._recorder
+        run = self._facts if recorder is None else recorder.facts()
         return summarise(
             self.directory,
             since_ns=since_ns,
@@ -407,19 +433,27 @@ class Run:
                 with self._lock:
                     try:
                         after_s = recorder.tick()
-                    except OSError:  # no descriptor is free, or the program has closed ours
+                    except OSError as error:  # no descriptor is free, or the program closed ours
                         after_s = TICK_S
+                        recorder.add_warning(
+                            "looks-failed",
+                            f"who else computes was not looked at for a time: {reason_of(error)}",
+                            fix_of(error),
+                        )
 
     def _flush(self) -> None:
-        if self._recorder is not None and self._pid == os.getpid() and not self._ending:
-            with self._lock:
+        if self._pid != os.getpid():
+            return  # a forked child, whose lock may be held for ever
+        with self._lock:
+            if self._recorder is not None and not self._ending:
                 self._recorder.flush()
 
     def _finish(
         self, recorder: Recorder, end_ns: int, error: BaseException | None
     ) -> list[tuple[str, str]]:
         """Ends our own recording and lets go of it; what there is to warn of, and what to do."""
-        self._ending = True
+        with self._lock:  # nobody is in the middle of a flush then
+            self._ending = True
         recorder.notifier.notify()
         if self._thread is not None:
             self._thread.join()
@@ -434,9 +468,8 @@ class Run:
             recorder.close(end_ns, exit_facts={"code": exit_code}, meanwhile=load_summary)
             self._summary = complete_recording(recorder)
         except Exception as fault:
-            why = " ".join(str(fault).split())[:200] or type(fault).__name__
             kept = f"the recording is kept: pepr-profile report {recorder.directory}"
-            failed = [(f"there is no summary: {why}", kept)]
+            failed = [(f"there is no summary: {reason_of(fault)}", kept)]
         self.directory = recorder.directory
         self._facts, self._recorder, self._thread = recorder.facts(), None, None
         recorder.release()
@@ -473,15 +506,18 @@ class Phase:
             _synchronise_cuda()
         token, self._token = self._token, None
         if token is None or run._events is None or run._window_ns[1] is not None:
-            what = f"pepr: phase '{self._name}' was left, but "
-            why = "not entered" if token is None else "its run had ended: it ends with the run"
-            warnings.warn(what + why, PeprWarning, stacklevel=2)
+            how = "without being entered; use it as: with run.phase(NAME)"
+            if token is not None:
+                how = "after its run had ended, and counts until that; leave it inside the block"
+            text = f"pepr: phase '{self._name}' was left {how}"
+            warnings.warn(text, PeprWarning, stacklevel=2)
             return
         self.t_ns = run._events.end(self._number)
         try:
             _current_phase.reset(token)
-        except ValueError:  # entered in another task or thread
-            _current_phase.set(self._outer)
+        except ValueError:  # entered in another task or thread; here may be another phase
+            if _current_phase.get() == self._number:
+                _current_phase.set(self._outer)
 
     def __call__(self, function: _F) -> _F:
         return _decorated(function, lambda: Phase(self._run, self._name))
