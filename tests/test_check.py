@@ -175,7 +175,7 @@ def test_two_sensors_of_one_device_are_compared_where_both_were_read() -> None:
     assert figure.contains(0.05) and figure.u is not None and figure.u < 0.03
     # and one that wraps is the same as one that does not
     wrapping = again._replace(values=again.values % 500.0, range_j=500.0)
-    assert compare(counter, wrapping, lag_s=0.0, other_is_counter=True).contains(0.0)
+    assert compare(counter, wrapping).contains(0.0)
 
 
 # --- simulated hardware, read by the real samplers ------------------------------------------------

@@ -33,7 +33,7 @@ from pepr_profiler.record import Record
 from pepr_profiler.sensors.detect import read_text
 from pepr_profiler.sensors.machine import read_cpu_identity, read_surroundings
 from pepr_profiler.sensors.spec import SensorSpec
-from pepr_profiler.units import format_quantity, format_with_u
+from pepr_profiler.units import format_quantity, format_with_u, known
 
 AS_EXPECTED, NOT_AS_EXPECTED, UNKNOWN = "as expected", "not as expected", "cannot be told"
 
@@ -94,10 +94,6 @@ class _Sensor(Record):
     @property
     def via_daemon(self) -> bool:
         return self.rows.lane.name.startswith("daemon ")
-
-    @property
-    def highest_w(self) -> float | None:
-        return self.response.highest_w
 
 
 def examine(found: Probe) -> dict[str, Any]:
@@ -302,7 +298,7 @@ def moved_by(response: Response) -> set[str]:
 
 
 def _wrap_row(sensor: _Sensor) -> Row:
-    range_j, highest_w = sensor.source.range_j, sensor.highest_w
+    range_j, highest_w = sensor.source.range_j, sensor.response.highest_w
     expected = f"over {_SHORTEST_WRAP_S:.0f} s, or never"
     if not range_j:
         return Row(sensor.label, "wraps", "never", expected, AS_EXPECTED)
@@ -337,7 +333,8 @@ def _comparisons(one: _Sensor, sensors: Sequence[_Sensor]) -> Iterable[Row]:
 def _device_id(sensor: _Sensor) -> str:
     """What of it is the same for all sensors of a device: the UUID of a GPU, else the id."""
     labels = sensor.rows.lane.channels[sensor.channel].labels
-    return labels.get("uuid") or sensor.source.id.partition("@")[0]
+    plain = sensor.source.id.partition("@")[0] if sensor.is_rapl else sensor.source.id
+    return labels.get("uuid") or plain
 
 
 def _agreement(one: _Sensor, two: _Sensor) -> Row:
@@ -430,17 +427,19 @@ def _budget(sensors: Sequence[_Sensor]) -> list[dict[str, Any]]:
         if not source.in_total or not mean_w or mean_w <= 0:
             continue
         refresh_s = response.refresh_s.value or (1e-3 if sensor.is_rapl else 0.1)
-        swing_w = max([w.value or 0.0 for w in response.watts.values()] + [0.0])
+        swings_w = [w.value for w in response.watts.values() if w.value is not None]
         window_s = response.window_s.value or response.smoothing_s.value or 2 * source.lag_s
         if source.counter:
             edges_j = mean_w * refresh_s / math.sqrt(6)
-        else:
-            edges_j = swing_w * max(refresh_s, window_s) * math.sqrt(2 / 12)
-        parts = {}
+        elif swings_w:
+            edges_j = max(swings_w) * max(refresh_s, window_s) * math.sqrt(2 / 12)
+        else:  # no load ran: how much its power changes within a window is unknown
+            edges_j = math.nan
+        parts: dict[str, float | None] = {}
         for window in _WINDOWS_S:
             energy_j = mean_w * window
             terms = (source.gain * energy_j, source.offset_w * window, edges_j)
-            parts[f"{window:g}"] = min(2 * math.hypot(*terms) / energy_j, 1.0)
+            parts[f"{window:g}"] = known(2 * math.hypot(*terms) / energy_j)
         result.append({"sensor": sensor.label, "mean_w": mean_w, "u_of_window_s": parts})
     return result
 

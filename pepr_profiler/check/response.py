@@ -117,7 +117,6 @@ class Response(Record):
     watts: Mapping[str, Figure]
     mean_w: float | None = None
     highest_w: float | None = None
-    noise_w: float | None = None
 
 
 class _Refreshes(Record):
@@ -136,16 +135,12 @@ def respond(series: Series, loads: Mapping[str, Bursts]) -> Response:
     if count < FEWEST_CHANGES:
         why = f"its value changed {count} times; {FEWEST_CHANGES} are needed"
         unknown = Figure(why=why)
-        level = Figure(why=why)
         mean_w = (
             float(np.mean(series.values)) if len(series.values) and not series.counter else None
         )
-        if mean_w is not None:
-            level = Figure(mean_w, 0.0)
+        level = Figure(mean_w) if mean_w is not None and count == 0 else unknown
         none = dict.fromkeys(loads, unknown)
-        return Response(
-            count, unknown, unknown, unknown, unknown, level, none, mean_w, mean_w, None
-        )
+        return Response(count, unknown, unknown, unknown, unknown, level, none, mean_w, mean_w)
     refresh_s, refreshes = _refreshes(series, moved)
     return _fit(series.counter, refreshes, loads, refresh_s, count)
 
@@ -363,9 +358,7 @@ def _fit(
         slow = tau_s > 0.3 * (refresh_s.value or 0.0)
         shape = "smoothing" if slow and rss < 0.6 * found["window"][0] else shape
     _, delay_s, width_s = found.get(shape, (0.0, 0.0, 1.0))
-    rss, beta, _ = points.solve(shape, delay_s, width_s)
-    freedom = max(1, len(points.y_w) - len(beta) - 2)
-    noise_w = math.sqrt(rss / freedom)
+    _, beta, _ = points.solve(shape, delay_s, width_s)
     with_width = bool(found) and not (counter and shape == "window")
     u_beta, u_width, u_lag = _uncertainties(
         points, (shape, delay_s, width_s), refreshes.timing_u_s, with_width=with_width
@@ -386,7 +379,6 @@ def _fit(
         watts=watts,
         mean_w=mean_w,
         highest_w=float(np.max(points.y_w)),
-        noise_w=noise_w,
     )
     if not found or not moved:
         return response
@@ -504,16 +496,12 @@ _EDGE_U_S = 1e-3
 # --- two sensors of one device --------------------------------------------------------------------
 
 
-def compare(
-    counter: Series, power: Series, *, lag_s: float = 0.0, other_is_counter: bool = False
-) -> Figure:
+def compare(first: Series, second: Series, *, lag_s: float = 0.0) -> Figure:
     """By what part the first exceeds the second over the time in which both were read.
 
     `lag_s` is how far the second trails behind the first.
     """
-    one, two = _unwrapped(counter), _unwrapped(power)
-    first_s = _energy_at(one)
-    second_s = _energy_at(two, counter=other_is_counter)
+    first_s, second_s = _energy_at(_unwrapped(first)), _energy_at(_unwrapped(second))
     if first_s is None or second_s is None:
         return Figure(why="one of them stood still")
     begin_s = max(first_s[0][0], second_s[0][0] - lag_s)
@@ -529,7 +517,7 @@ def compare(
     left = (ours.sum() - ours) / (theirs.sum() - theirs)
     count = len(left)
     u = math.sqrt((count - 1) / count * float(((left - left.mean()) ** 2).sum()))
-    if not (power.counter or other_is_counter):
+    if not second.counter:
         u = math.hypot(u, _HELD_U)
     return Figure(ratio - 1, 2 * max(u, 2e-4))
 
@@ -539,12 +527,11 @@ _HELD_U = 0.01
 uncertainty of their sum under bursts, beside its scatter (simulated boards: up to 2 % off)."""
 
 
-def _energy_at(series: Series, *, counter: bool | None = None) -> tuple[Floats, Floats] | None:
+def _energy_at(series: Series) -> tuple[Floats, Floats] | None:
     """Cumulative energy at the changes of a counter, or at the reads of a power."""
-    counter = series.counter if counter is None else counter
     if len(series.values) < FEWEST_CHANGES:
         return None
-    if not counter:
+    if not series.counter:
         steps = np.diff(series.at_s) * series.values[:-1]  # held until the next read
         return series.at_s, np.append(0.0, np.cumsum(steps))
     moved = np.flatnonzero(np.diff(series.values) != 0)

@@ -74,9 +74,12 @@ def _budget(budget: list[dict[str, Any]]) -> list[str]:
         return []
     windows = list(budget[0]["u_of_window_s"])
     heads = "".join(f"{window + ' s':>9}" for window in windows)
-    lines = [f"{'± of a window, at most (k = 2, mean power)':<44}{heads}"]
+    lines = [f"{'± of a window (k = 2, at the mean power)':<44}{heads}"]
     for entry in budget:
-        cells = "".join(f"{part:>9.1%}" for part in entry["u_of_window_s"].values())
+        cells = "".join(
+            f"{'?' if part is None else f'{part:.1%}':>9}"
+            for part in entry["u_of_window_s"].values()
+        )
         lines.append(f"  {entry['sensor'][:41]:<42}{cells}")
     return [*lines, ""]
 
