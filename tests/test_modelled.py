@@ -16,9 +16,8 @@ from pepr_profiler.energy.modelled import (
     cpu_model,
     modelled_curves,
     power_w,
-    summed_u_j,
 )
-from pepr_profiler.energy.uncertainty import UncertaintyBudget, combined_u_j
+from pepr_profiler.energy.uncertainty import UncertaintyBudget, combined_u_j, summed_u_j
 from pepr_profiler.errors import UsageError
 from pepr_profiler.sensors.machine import CpuIdentity, read_cpu_identity
 from pepr_profiler.units import NS_PER_S as S
@@ -293,6 +292,13 @@ def test_estimates_of_several_devices_claim_no_less_than_each() -> None:
     assert summed_u_j(parts) == 100.0
     assert summed_u_j([*parts, {"provenance": "measured", "u_j": 75.0}]) == 125.0
     assert summed_u_j([*parts, {"provenance": "measured", "u_j": None}]) is None
+    # and four GPUs that were shared alike, and work in step, have the errors of one times four
+    of_one = UncertaintyBudget(gain_j=1.0, attribution_j=10.0, edges_j=3.0)
+    gpus = [
+        {"kind": "gpu", "u_j": 2 * of_one.u_j, "budget": of_one._asdict(), "provenance": "measured"}
+    ] * 4
+    in_step = combined_u_j([of_one] * 4, np.ones((4, 4)))
+    assert summed_u_j(gpus) == pytest.approx(2 * in_step)
 
 
 PROGRAM = """if True:

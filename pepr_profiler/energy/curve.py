@@ -75,8 +75,9 @@ class EnergyCurve(Record):
     intervals the instants lie, and `edge_j2` is only for those beyond the last refresh. `quiet_ns`
     are the spans between two of its changes that are longer than `quiet_s`, and `changed_ns` is its
     last change. `instead_of` names the source that did not answer for `instead_s`, in which this is
-    another sensor's energy. `only_zero` says that 0 was all it read. `level_j2` is the variance at
-    any instant by the rows of a gauge that were not stored, if the device has a counter.
+    another sensor's energy. `only_zero` says that 0 was all that it, or its power, read. `level_j2`
+    is the variance at any instant by the rows of a gauge that were not stored, if the device has a
+    counter.
     `averages_s` is the time over which power readings are averages, if it exceeds the refresh.
     """
 

@@ -108,6 +108,7 @@ def with_fallback(curve: EnergyCurve, other: EnergyCurve, at_ns: Ints) -> Energy
         longest_gap_s=other.longest_gap_s,
         gaps_ns=other.gaps_ns,
         lag_u_s=max(curve.lag_u_s, other.lag_u_s),
+        aliased=curve.aliased or other.aliased,
         instead_of=curve.source.source,
         instead_s=missed_s,
     )

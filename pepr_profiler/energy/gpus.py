@@ -7,6 +7,7 @@ from typing import Any
 
 from pepr_profiler.energy.curve import EnergyCurve
 from pepr_profiler.energy.gpu_users import GpuUsers, OtherProcess
+from pepr_profiler.energy.sources import rated_w_of
 from pepr_profiler.energy.visible import (
     INTEL,
     ROCM,
@@ -77,8 +78,7 @@ class Gpus(Record):
             of = users.get(uuid)
             empty = of is not None and of.job_s + of.others_s + of.unknown_s == 0
             if uuid in boards and (
-                uuid in busy
-                or watts > least_working_w(boards[uuid].get("limit_w"), context=not empty)
+                uuid in busy or watts > least_working_w(boards[uuid], empty=empty)
             ):
                 worked_w[uuid] = watts
         # Recordings from before processes were listed say nothing of CUDA: all is the job's.
@@ -145,7 +145,7 @@ class Gpus(Record):
 
     def most_idle_w(self, curve: EnergyCurve) -> float:
         """The most that a curve's GPU draws when it is idle, W."""
-        return least_working_w(self.boards.get(board_of(curve), {}).get("limit_w"))
+        return least_working_w(self.boards.get(board_of(curve), {}))
 
     def possible_servers(self, uuid: str) -> tuple[OtherProcess, ...]:
         """Others that computed on a GPU which the job may use and did not, perhaps for the job.
@@ -182,19 +182,23 @@ class Gpus(Record):
         return self.visible is not None and uuid in self.boards and uuid not in self.visible
 
 
-_WORKING_PART, _WORKING_W, _USUAL_LIMIT_W = (0.2, 0.35), (30.0, 40.0), 300.0
-"""A GPU that draws more than this part of its limit, and this power, computes: without and with a
-process on it. An idle one with a context in its memory draws up to 0.3 of its limit, small boards
-up to 30 W; without a context about 0.1 (docs/measurement, D)."""
+_USUAL_LIMIT_W = 300.0
+_WORKING = 0.35, 40.0
+"""A GPU with a process on it that draws more than this part of its limit, and this power, W,
+computes. An idle one with a context in its memory draws up to 0.3 of its limit, small boards up to
+30 W (docs/measurement, D)."""
+
+_WORKING_EMPTY = 0.2, 30.0
+"""The same for one with no process on its list: idle ones draw about 0.1."""
 
 
-def least_working_w(limit_w: str | None, *, context: bool = True) -> float:
-    """The power above which someone computes on a GPU, W; `limit_w` is its label, if any.
+def least_working_w(labels: Mapping[str, str], *, empty: bool = False) -> float:
+    """The power above which someone computes on a GPU, W; `labels` may state its limit.
 
-    `context` says whether any process is on it.
+    `empty` says that no process is on its list.
     """
-    limit = float(limit_w) if limit_w else _USUAL_LIMIT_W
-    return max(_WORKING_PART[context] * limit, _WORKING_W[context])
+    part, least_w = _WORKING_EMPTY if empty else _WORKING
+    return max(part * (rated_w_of(labels) or _USUAL_LIMIT_W), least_w)
 
 
 def board_of(curve: EnergyCurve) -> str:

@@ -21,7 +21,7 @@ from pepr_profiler.trace.shape import MALFORMED, shape_error
 
 KIND, SCHEMA = "pepr-hardware", 1
 
-_FIGURE = ({"value": (float, None), None: ("value",)}, None)
+_FIGURE = ({"value": (float, None), "u": (float, None), None: ("value",)}, None)
 _SHAPE = {
     "kind": str,
     "schema": int,
@@ -56,6 +56,7 @@ class KnownSensor(Record):
     window_s: float | None
     lag_s: float | None
     covers: str | None = None
+    lag_u_s: float = 0.0
 
 
 class KnownSensors(Record):
@@ -95,13 +96,14 @@ def device_of(channel: Channel) -> str:
 
 
 def read_hardware(places: Iterable[Path] | None = None) -> KnownSensors:
-    """All that the files say; of two for one sensor, the first folder's, then the last name's."""
+    """All that the files say. Of two for one sensor the user's counts, then the last by name."""
     found: dict[tuple[str, str], KnownSensor] = {}
     problems = []
     for folder in folders() if places is None else places:
         try:
             paths = sorted(folder.glob("*.json"), reverse=True)
-        except OSError:
+        except OSError as error:
+            problems.append((str(folder), error.strerror or str(error)))
             continue
         for path in paths:
             try:
@@ -129,7 +131,8 @@ def _known(file: str, sensor: dict[str, Any]) -> KnownSensor | None:
     figures = number("refresh_s", 1e-5), number("window_s", 1e-5), number("lag_s", 0.0)
     covers = sensor.get("covers")
     known = covers is not None or figures != (None, None, None)
-    return KnownSensor(file, *figures, covers) if known else None
+    u_s = (sensor.get("lag_s") or {}).get("u") or 0.0  # k = 2
+    return KnownSensor(file, *figures, covers, abs(u_s) / 2) if known else None
 
 
 def with_known(
@@ -150,6 +153,7 @@ def with_known(
                 lag_s=source.lag_s
                 if source.counter or sensor.lag_s is None
                 else max(sensor.lag_s, _NO_LAG_S),
+                lag_u_s=0.0 if source.counter or sensor.lag_s is None else sensor.lag_u_s,
                 stated_by=sensor.file,
             )
         result.append(source)

@@ -8,11 +8,10 @@ by -52 % to +146 % in codecarbon's own load sweeps. So no figure here claims les
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 
-from pepr_profiler.record import Any, Floats, Ints, Record
+from pepr_profiler.record import Floats, Ints, Record
 from pepr_profiler.sensors.machine import CpuIdentity
-from pepr_profiler.units import known, parse_cpu_power
+from pepr_profiler.units import parse_cpu_power
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
@@ -175,23 +174,6 @@ def modelled_curves(
         ram_w = np.full(len(load), ram.power_w(beyond_bytes))
         curves.append(_curve_of_power(source, activity.t_ns, ram_w, at_ns))
     return curves
-
-
-def summed_u_j(components: Iterable[Mapping[str, Any]]) -> float | None:
-    """The u of the sum of some components of summaries, J; None if one is unknown.
-
-    Devices are independent, but models are not (energy/uncertainty.py, `combined_u_j`).
-    """
-    modelled_j, others_j = 0.0, []
-    for component in components:
-        u_j = known(component.get("u_j"))
-        if u_j is None:
-            return None
-        if component.get("provenance") == "modelled":  # nothing else is in its u
-            modelled_j += u_j
-        else:
-            others_j.append(u_j)
-    return math.hypot(modelled_j, *others_j)
 
 
 def _curve_of_power(source: Source, t_ns: Floats, mean_w: Floats, at_ns: Ints) -> EnergyCurve:

@@ -216,7 +216,8 @@ class Power(Accumulator):
         known = self._averages_s > self.refresh_s or (self.source.stated_by and self.source.lag_s)
         alike = 0.0 if known else self._alike()
         lag_s = -self.refresh_s / math.log(alike) if alike > 0 else 0.0
-        return math.hypot(self.refresh_s / UNIFORM, max(0.0, lag_s - self.lag_s))
+        stated_s = self.source.lag_u_s
+        return math.hypot(self.refresh_s / UNIFORM, max(0.0, lag_s - self.lag_s), stated_s)
 
     def _aliased(self) -> bool:
         """Whether readings repeat after two or three refreshes: then so does the load.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from pepr_profiler._core import MAX_PLAUSIBLE_W
@@ -19,12 +19,12 @@ class Source(Record):
     SCOPES, and `covers` the kinds of components in it. `excluded` says why it is not in the total,
     `repeats` which component it measures again. `gain` (relative) and `offset_w` are standard
     uncertainties, fixed for a device (docs/measurement: SC24 for GPU boards, judgement for RAPL).
-    `lag_s` is how far its readings trail the truth. `limit_w` is more power than the device can
-    draw, `rated_w` the limit that its driver states, 0 if none. `instant` is the channel of a
-    counter's lane that has the instant power of what it covers, in the same unit per second; -1:
-    none. `refresh_s` and `window_s` are its refresh period and averaging window by the hardware
-    file `stated_by`; 0 without one. `read_part` is how far into the read of a row this device is
-    asked.
+    `lag_s` is how far its readings trail the truth, `lag_u_s` how sure a hardware file is of that.
+    `limit_w` is more power than the device can draw, `rated_w` the limit that its driver states, 0
+    if none. `instant` is the channel of a counter's lane that has the instant power of what it
+    covers, in the same unit per second; -1: none. `refresh_s` and `window_s` are its refresh period
+    and averaging window by the hardware file `stated_by`; 0 without one. `read_part` is how far
+    into the read of a row this device is asked.
     """
 
     id: str
@@ -43,6 +43,7 @@ class Source(Record):
     gain: float = 0.0
     offset_w: float = 0.0
     lag_s: float = 0.0
+    lag_u_s: float = 0.0
     limit_w: float = MAX_PLAUSIBLE_W
     rated_w: float = 0.0
     instant: int = -1
@@ -242,9 +243,13 @@ def _limit_w(channel: Channel, kind: str) -> float:
 
 
 def _rated_w(channel: Channel) -> float:
-    """The limit that the driver states in its channel's labels; 0 if there is none."""
+    return rated_w_of(channel.labels)
+
+
+def rated_w_of(labels: Mapping[str, str]) -> float:
+    """The limit that the driver states in a channel's labels, W; 0 if there is none."""
     try:
-        rated_w = float(channel.labels.get("limit_w", 0.0))
+        rated_w = float(labels.get("limit_w", 0.0))
     except ValueError:
         return 0.0
     return rated_w if 0 < rated_w <= MAX_PLAUSIBLE_W else 0.0

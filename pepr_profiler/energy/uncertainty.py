@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,12 @@ _ALIAS_U = 0.2
 _GAIN_CORRELATION = 0.5
 """How much of a board's gain its counter and its power readings have in common (judgement: the same
 shunts, other paths; no source measures both)."""
+
+
+LINEAR_CAUSES = ("model_j", "attribution_j")
+"""Causes whose errors are alike in all devices of a machine: they add up as they stand."""
+
+_SAMPLED_CAUSES = ("edges_j", "duty_j", "gaps_j")
 
 
 class UncertaintyBudget(Record):
@@ -47,7 +53,7 @@ class UncertaintyBudget(Record):
     @property
     def sampled_j(self) -> float:
         """The part of it by what the sensor did not see of the load."""
-        return math.hypot(self.edges_j, self.duty_j, self.gaps_j)
+        return math.hypot(*(getattr(self, cause) for cause in _SAMPLED_CAUSES))
 
 
 _LOCKED_INTERVALS = 8
@@ -86,11 +92,11 @@ def likeness(curves: Sequence[EnergyCurve], energies_j: Sequence[Floats]) -> Flo
     standard deviations of that by chance, 2/sqrt(m), is at most 1. Where there are few instants, or
     power is the same from one to the next, it is not told: then it is 1. Others are independent.
     """
-    steps_w = [np.diff(energy_j) - np.mean(np.diff(energy_j)) for energy_j in energies_j]
-    usual_w = [abs(float(np.mean(np.diff(energy_j)))) for energy_j in energies_j]
+    steps_j = [np.diff(energy_j) - np.mean(np.diff(energy_j)) for energy_j in energies_j]
+    usual_j = [abs(float(np.mean(np.diff(energy_j)))) for energy_j in energies_j]
     tells = [
-        len(step_w) >= _STEPS_ENOUGH and float(np.std(step_w)) > _CALM_STEPS * mean_w
-        for step_w, mean_w in zip(steps_w, usual_w, strict=True)
+        len(step_j) >= _STEPS_ENOUGH and float(np.std(step_j)) > _CALM_STEPS * mean_j
+        for step_j, mean_j in zip(steps_j, usual_j, strict=True)
     ]
     result = np.eye(len(curves))
     for i, one in enumerate(curves):
@@ -99,8 +105,8 @@ def likeness(curves: Sequence[EnergyCurve], energies_j: Sequence[Floats]) -> Flo
                 continue
             alike = 1.0
             if tells[i] and tells[j]:
-                scale = math.sqrt(float(steps_w[i] @ steps_w[i]) * float(steps_w[j] @ steps_w[j]))
-                alike = float(steps_w[i] @ steps_w[j]) / scale + 2 / math.sqrt(len(steps_w[i]))
+                scale = math.sqrt(float(steps_j[i] @ steps_j[i]) * float(steps_j[j] @ steps_j[j]))
+                alike = float(steps_j[i] @ steps_j[j]) / scale + 2 / math.sqrt(len(steps_j[i]))
             result[i, j] = result[j, i] = min(max(alike, 0.0), 1.0)
     return result
 
@@ -113,12 +119,37 @@ def combined_u_j(budgets: Sequence[UncertaintyBudget], alike: Floats) -> float:
     sharing: a job that came late to one GPU came late to all.
     """
     sampled_j = np.array([budget.sampled_j for budget in budgets])
-    own_j2 = sum(budget._replace(model_j=0.0, attribution_j=0.0).u_j ** 2 for budget in budgets)
-    for alike_j in ("model_j", "attribution_j"):
-        own_j2 += math.fsum(abs(getattr(budget, alike_j)) for budget in budgets) ** 2
+    none = dict.fromkeys(LINEAR_CAUSES, 0.0)
+    own_j2 = sum(budget._replace(**none).u_j ** 2 for budget in budgets)
+    for cause in LINEAR_CAUSES:
+        own_j2 += math.fsum(abs(getattr(budget, cause)) for budget in budgets) ** 2
     return math.sqrt(
         max(0.0, own_j2 + float(sampled_j @ alike @ sampled_j - sampled_j @ sampled_j))
     )
+
+
+def summed_u_j(components: Iterable[Mapping[str, Any]]) -> float | None:
+    """u (k = 2) of the sum of some components of summaries, J; None if one is unknown.
+
+    As `combined_u_j`, by the budgets that the components have. How alike the power of GPUs went is
+    not in a summary: it is taken to be the same. A component without a budget is independent of the
+    others, unless it is modelled.
+    """
+    linear_j = dict.fromkeys((*LINEAR_CAUSES, "sampled_j"), 0.0)
+    variance_j2 = 0.0
+    for component in components:
+        u_j, causes = component.get("u_j"), component.get("budget") or {}
+        if u_j is None or not math.isfinite(u_j):
+            return None
+        if not causes and component.get("provenance") == "modelled":
+            causes = {"model_j": u_j / 2}
+        moved = {cause: abs(causes.get(cause, 0.0)) for cause in LINEAR_CAUSES}
+        if component.get("kind") == "gpu":
+            moved["sampled_j"] = math.hypot(*(causes.get(c, 0.0) for c in _SAMPLED_CAUSES))
+        for cause, part_j in moved.items():
+            linear_j[cause] += part_j
+        variance_j2 += max(0.0, (u_j / 2) ** 2 - sum(part_j**2 for part_j in moved.values()))
+    return 2 * math.sqrt(variance_j2 + sum(sum_j**2 for sum_j in linear_j.values()))
 
 
 def budget(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pepr_profiler.energy.sources import KINDS
-from pepr_profiler.units import format_provenance
+from pepr_profiler.units import format_provenance, format_quantity, format_with_u
 
 
 def counted(energy: Mapping[str, Any]) -> str:
@@ -33,3 +33,16 @@ def component_name(component: Mapping[str, Any], *, column: int = 0) -> str:
     """
     kind, label = str(component.get("kind")), label_of(component)
     return label if label.startswith(kind) or kind == "other" else f"{kind:<{column}} {label}"
+
+
+def energy_text(
+    figure: Mapping[str, Any],
+    key: str = "energy_j",
+    *,
+    like: tuple[float | None, float | None] | None = None,
+) -> str:
+    """The energy of a phase or a total with its ±; "≥ 450 J" where a device is missing in it."""
+    energy_j = figure.get(key)
+    if figure.get("partial") and energy_j is not None:
+        return f"≥ {format_quantity(energy_j, 'J')}"
+    return format_with_u(energy_j, figure.get("u_j"), "J", like=like)

@@ -10,8 +10,9 @@ from typing import Any
 
 from pepr_profiler import units
 from pepr_profiler.energy.sources import KINDS
+from pepr_profiler.energy.uncertainty import LINEAR_CAUSES
 from pepr_profiler.report import figures, run_figures, study_figures
-from pepr_profiler.report.components import component_name, counted, kind_of
+from pepr_profiler.report.components import component_name, counted, energy_text, kind_of
 from pepr_profiler.report.html import clip, render
 from pepr_profiler.report.run_text import stop_note
 from pepr_profiler.study import progress
@@ -48,7 +49,7 @@ def run_page(
     whose = "The devices'" if whole else "This job's"
     status, status_class = _status(summary)
     name = clip(str(summary.get("name") or summary["run_id"]), 120)
-    shown_energy = format_with_u(*total, "J")
+    shown_energy = energy_text(energy, "total_j")
     steps = run_figures.step_text(timeline)
     duration_s = float(timeline.edges_s[-1])
     charts = {
@@ -216,7 +217,7 @@ def _phases(
         share = units.ratio(p["energy_j"], total[0])
         yield {
             "name": str(p["name"]),
-            "energy": format_with_u(p["energy_j"], p["u_j"], "J", like=total),
+            "energy": energy_text(p, like=total),
             "share": format_percent(share, unknown=""),
             "percent": f"{min(100.0, 100 * share):.2f}" if share is not None else "0",
             "time": format_duration(p["duration_s"]),
@@ -230,13 +231,17 @@ def _in_squares(values: Iterable[float]) -> float:
 
 
 def _budget(energy: Mapping[str, Any]) -> Iterable[dict[str, str]]:
-    """The causes of u by size; those of several devices add as in the total, models linearly."""
+    """The causes of u by size, of all devices.
+
+    Some add up as they stand, as in the total. What sensors did not see adds in squares here; of
+    GPUs that work in step it adds up in the total, which may then be more than its causes.
+    """
     budgets = [
         c["budget"] for c in energy.get("components") or [] if c["in_total"] and c.get("budget")
     ]
     causes = {
         cause: 2
-        * (math.fsum if cause == "model_j" else _in_squares)(
+        * (math.fsum if cause in LINEAR_CAUSES else _in_squares)(
             budget.get(cause, 0.0) for budget in budgets
         )
         for cause in _CAUSES

@@ -10,10 +10,15 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from pepr_profiler import units
-from pepr_profiler.energy.modelled import summed_u_j
 from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.record import Record
-from pepr_profiler.report.components import component_name, counted, kind_of, label_of
+from pepr_profiler.report.components import (
+    component_name,
+    counted,
+    energy_text,
+    kind_of,
+    label_of,
+)
 from pepr_profiler.report.text import Line, cells, cut, drawn, left, printable, wrap
 from pepr_profiler.units import format_duration, format_provenance, format_quantity, format_with_u
 
@@ -132,7 +137,7 @@ def _energy_lines(summary: Mapping[str, Any], width: int) -> list[Line]:
     if units.known(total_j) is None:
         line.append((units.UNKNOWN, "bold red"))
     else:
-        line.append((format_with_u(total_j, u_j, "J"), "bold"))
+        line.append((energy_text(energy, "total_j"), "bold"))
         line.append((f"{_GAP}({format_quantity(total_j / units.J_PER_WH, 'Wh')})", ""))
         line.append((f"{_GAP}mean {format_quantity(energy.get('mean_w'), 'W')}", ""))
         line.append((f"{_GAP}{format_provenance(provenance)}", _STYLES.get(str(provenance), "red")))
@@ -188,11 +193,13 @@ def _rows(components: Iterable[Mapping[str, Any]], key: str) -> list[_Row]:
 
 
 def _merged(parts: Sequence[Mapping[str, Any]], name: str | None, key: str) -> _Row:
-    """The sum of `parts`, unknown if one is. Their u are independent and add in squares."""
+    """The sum of `parts`, unknown if one is."""
 
     def total(figure: str) -> float | None:
         values = [units.known(part.get(figure)) for part in parts]
         return None if None in values else math.fsum(v for v in values if v is not None)
+
+    from pepr_profiler.energy.uncertainty import summed_u_j  # NumPy: not while the child runs
 
     if name is None:
         name = component_name(parts[0], column=6)
@@ -287,7 +294,7 @@ def _phase_lines(
 
     shown = sorted(phases, key=rank)[:_MAX_PHASES]
     columns = [
-        _Column("energy", [format_with_u(p["energy_j"], p["u_j"], "J", like=total) for p in shown]),
+        _Column("energy", [energy_text(p, like=total) for p in shown]),
         _Column("share", [_share(p["energy_j"], total[0]) for p in shown]),
         _Column("count", [f"{p['count']:,}" for p in shown]),
         _Column("time", [format_duration(p["duration_s"]) for p in shown]),

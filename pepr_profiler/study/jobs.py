@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pepr_profiler.energy.modelled import summed_u_j
+from pepr_profiler.energy.uncertainty import summed_u_j
 
 Summary = Mapping[str, Any]
 _Span = tuple[float, float]
@@ -81,6 +81,14 @@ class _DeviceRecord:
     def device_j(self) -> float:
         return float(self.component["device_j"])
 
+    @property
+    def missing_s(self) -> float:
+        """For how long its energy is missing in the recording."""
+        partial = self.run["energy"].get("partial") or ()
+        return math.fsum(
+            part["missing_s"] for part in partial if part["id"] == self.component["id"]
+        )
+
     def between_j(self, begin_s: float, end_s: float) -> float:
         """The device's energy between two instants of the span, from its power over time.
 
@@ -146,7 +154,7 @@ class _JobRecordings:
             "others_j": _sum(c["others_j"] for c in counted),
             "idle_j": _sum(c["idle_j"] for c in counted),
             "components": components,
-            "partial": _lost(run["energy"] for run in self._runs),
+            "partial": self._partial(),
         }
         if energy["partial"]:
             energy["u_j"] = None
@@ -182,6 +190,17 @@ class _JobRecordings:
             "missing": _unique(self._runs, "missing", "what"),
             "warnings": _unique(self._runs, "warnings", "text"),
         }
+
+    def _partial(self) -> list[dict[str, Any]]:
+        """Devices that the total lacks for a time, which no whole recording of them covers, s."""
+        found: dict[str, float] = {}
+        for (_, ident), records in self._devices().items():
+            wanted = [record for record in records if record.component["in_total"]]
+            whole = _union(record.span for record in wanted if not record.missing_s)
+            for record in wanted:
+                missing_s = min(record.missing_s, _length(_without(record.span, whole)))
+                found[ident] = max(missing_s, found.get(ident, 0.0))
+        return [{"id": ident, "missing_s": s} for ident, s in found.items() if s > 0]
 
     def _devices(self) -> dict[tuple[str, str], list[_DeviceRecord]]:
         """The records of each device, the longest first."""
@@ -348,17 +367,6 @@ def _joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
         **sums,
         "partial": [*one.get("partial", ()), *other.get("partial", ())],
     }
-
-
-def _lost(energies: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What the totals of all recordings lack that have a device; for the shortest time, s."""
-    least_s: dict[str, float] = {}
-    for energy in energies:
-        missing_s = {part["id"]: part["missing_s"] for part in energy.get("partial") or ()}
-        for component in energy["components"]:
-            s = missing_s.get(component["id"], 0.0)
-            least_s[component["id"]] = min(s, least_s.get(component["id"], s))
-    return [{"id": ident, "missing_s": s} for ident, s in least_s.items() if s > 0]
 
 
 def _budgets(budgets: Iterable[Mapping[str, float] | None]) -> dict[str, float] | None:

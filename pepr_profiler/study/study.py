@@ -105,11 +105,13 @@ class Study:
             for of_all in amounts:
                 inside = [i for i in range(len(every)) if not (of_all.energetic and i in partial)]
                 if not inside:
-                    raise UsageError(
+                    lacking = list(partial.items())[:_NAMED]
+                    refused = pepr.NoCohortError(
                         f"no run can be ranked by {of_all.name}",
-                        why="; ".join(f"{who} {why}" for who, why in out[:_NAMED]),
+                        why="; ".join(f"{every.label(i)}: {why}" for i, why in lacking),
                         fix="record them again; see the warnings: pepr-profile report RUN",
                     )
+                    continue
                 at = [of_group[i] for i in inside]
                 cohort, models = every.at(inside), [names[i] for i in inside]
                 amount, provenance = of_all.at(at), None

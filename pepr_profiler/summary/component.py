@@ -68,6 +68,9 @@ class Grid(Record):
         return np.asarray(values[self.places(at_ns)])
 
 
+_LEAST_MISSING = 0.01
+"""A component that is missing for less than this part of the time is whole."""
+
 CHECKED_S = 2.0
 """In a shorter run, power readings do not check a counter."""
 
@@ -209,6 +212,7 @@ class ComponentResult(Record):
     def _figures(self, grid: Grid, duration_s: float) -> dict[str, Any]:
         whole = self.whole_budget(grid)
         second_w = mean_powers_w(self.curve, grid, grid.seconds_ns, self.curve.energy_j)
+        read_s = duration_s - self.missing_s(grid, grid.at_ns[:1], grid.at_ns[-1:])
         values = (
             self.device_j,
             float(self.shares.job_j[-1]),
@@ -217,7 +221,7 @@ class ComponentResult(Record):
             self.shares.idle_w,
             self.shares.job_idle_j,
             2 * whole.u_j,
-            self.device_j / duration_s if duration_s > 0 else None,
+            self.device_j / read_s if read_s > 0 else None,
             max((watts for watts in _or_none(second_w) if watts is not None), default=None),
             self._trace_w(grid),
             whole._asdict(),
@@ -236,21 +240,38 @@ class ComponentResult(Record):
 
 
 class Counted(Record):
-    """The components of a run that are in its total, with how alike their power goes."""
+    """The components of a run that are in its total, with how alike their power goes.
+
+    `expected` are those that should be in it: of some of them nothing may be known.
+    """
 
     components: Sequence[ComponentResult]
     alike: Floats
+    expected: Sequence[ComponentResult] = ()
 
     @classmethod
     def of(cls, components: Iterable[ComponentResult], grid: Grid) -> Counted:
         """Those of all components that are counted."""
-        counted = [component for component in components if component.is_counted]
+        wanted = [component for component in components if component.curve.source.in_total]
+        expected = [one for one in wanted if one.is_known or not one.curve.only_zero]  # else off
+        counted = [component for component in expected if component.is_counted]
         curves = [component.curve for component in counted]
         energies_j = [grid.pick(curve.energy_j, grid.seconds_ns) for curve in curves]
-        return cls(counted, likeness(curves, energies_j))
+        return cls(counted, likeness(curves, energies_j), expected)
+
+    def partial(self, grid: Grid, begins_ns: Ints, ends_ns: Ints) -> list[dict[str, Any]]:
+        """Which components' energy is missing in some windows, and for how long, s.
+
+        A sum over these windows is then less than the truth, and nobody knows by how much.
+        """
+        least_s = _LEAST_MISSING * float(np.sum(ends_ns - begins_ns)) * 1e-9
+        missing = {c.curve.source.id: c.missing_s(grid, begins_ns, ends_ns) for c in self.expected}
+        return [{"id": ident, "missing_s": s} for ident, s in missing.items() if s > least_s]
 
     def u_j(self, grid: Grid, begins_ns: Ints, ends_ns: Ints) -> float | None:
-        """u (k = 2) of what they have in some windows together; None if there are none."""
+        """u (k = 2) of what they have in some windows together; None if partial or of none."""
+        if self.partial(grid, begins_ns, ends_ns):
+            return None
         budgets = [c.budget(grid, begins_ns, ends_ns) for c in self.components]
         return 2 * combined_u_j(budgets, self.alike) if budgets else None
 

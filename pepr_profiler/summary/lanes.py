@@ -160,8 +160,8 @@ class _EnergyReader:
             settled = curve._replace(instead_of=instead_of, instead_s=self._span_s(instead_of))
             settled = stood_in(settled) if instead_of else settled
             other = spare.get(source.id)
-            is_off = not answers(curve) and other is not None and other.only_zero
-            settled = settled._replace(only_zero=is_off)
+            if not answers(curve) and other is not None and other.only_zero:
+                settled = settled._replace(only_zero=True)  # a device that is off
             if source.in_total and other is not None:
                 settled = settled._replace(impossible=curve.impossible + other.impossible)
                 if source.counter and answers(curve) and answers(other):

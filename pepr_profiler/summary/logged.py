@@ -41,12 +41,13 @@ def progress_of(log: MetricLog, counted: Counted, grid: Grid) -> dict[str, Any] 
     if not log.rows:
         return None
     at_ns, begin_ns = log.at_ns, grid.at_ns[:1]
+    known = counted.components and not counted.partial(grid, begin_ns, grid.at_ns[-1:])
     energies_j = [grid.pick(component.counted_so_far_j, at_ns) for component in counted.components]
     return {
         "t_s": [float(t_s) for t_s in (at_ns - begin_ns) * 1e-9],
-        "energy_j": [math.fsum(at) for at in zip(*energies_j, strict=True)] or None,
+        "energy_j": [math.fsum(at) for at in zip(*energies_j, strict=True)] if known else None,
         "u_j": [counted.u_j(grid, begin_ns, at_ns[i : i + 1]) for i in range(len(at_ns))]
-        if counted.components
+        if known
         else None,
         "metrics": log.columns(),
         "left_out": log.left_out,

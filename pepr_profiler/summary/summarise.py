@@ -32,9 +32,6 @@ from pepr_profiler.trace.run_json import read_run
 from pepr_profiler.trace.shape import MALFORMED
 from pepr_profiler.units import format_quantity
 
-_LEAST_MISSING = 0.01
-"""A component that is missing for less than this part of the time is whole."""
-
 _LONGEST_NS = 1000 * 86_400_000_000_000
 """A longer recording is a damaged time."""
 
@@ -160,7 +157,7 @@ def _examine(
         duration_s=duration_s,
         time_s=duration_s,
         energy=energy,
-        phases=_phases(phases, components, together, grid),
+        phases=_phases(phases, together, grid),
         memory=_memory(facts, readings, gpus),
         carbon=_carbon(energy["total_j"], options),
         metrics=metrics,
@@ -268,34 +265,22 @@ def _energy(
     scope: str,
 ) -> dict[str, Any]:
     counted = together.components
-    partial = _partial(components, grid, grid.at_ns[:1], grid.at_ns[-1:])
+    whole = grid.at_ns[:1], grid.at_ns[-1:]
+    partial = together.partial(grid, *whole)
     total_j = _sum(component.counted_j for component in counted)
     provenances = {component.curve.source.provenance for component in counted}
     mixed = "mixed" if provenances else None
     return {
         "total_j": total_j,
-        "u_j": None if partial else together.u_j(grid, grid.at_ns[:1], grid.at_ns[-1:]),
+        "u_j": together.u_j(grid, *whole),
         "partial": partial,
-        "mean_w": total_j / duration_s if total_j is not None and duration_s > 0 else None,
+        "mean_w": None if partial or total_j is None or duration_s <= 0 else total_j / duration_s,
         "provenance": provenances.pop() if len(provenances) == 1 else mixed,
         "scope": scope,
         "others_j": _sum(component.others_j for component in counted),
         "idle_j": _sum(component.idle_j for component in counted),
         "components": [component.summary(grid, duration_s) for component in components],
     }
-
-
-def _partial(
-    components: Iterable[ComponentResult], grid: Grid, begins_ns: Ints, ends_ns: Ints
-) -> list[dict[str, Any]]:
-    """Which components' energy is missing in some windows, and for how long, s.
-
-    A sum over these windows is then less than the truth, and nobody knows by how much.
-    """
-    least_s = _LEAST_MISSING * float(np.sum(ends_ns - begins_ns)) * 1e-9
-    expected = (component for component in components if component.curve.source.in_total)
-    missing = {c.curve.source.id: c.missing_s(grid, begins_ns, ends_ns) for c in expected}
-    return [{"id": ident, "missing_s": s} for ident, s in missing.items() if s > least_s]
 
 
 def _sum(values: Iterable[float]) -> float | None:
@@ -312,12 +297,7 @@ def _others_part(counted: Iterable[ComponentResult], kind: str) -> float:
     return others_j / device_j if device_j > 0 else 0.0
 
 
-def _phases(
-    phases: Sequence[PhaseSpan],
-    components: Sequence[ComponentResult],
-    together: Counted,
-    grid: Grid,
-) -> list[dict[str, Any]]:
+def _phases(phases: Sequence[PhaseSpan], together: Counted, grid: Grid) -> list[dict[str, Any]]:
     """Phases by name, in order of first appearance: energy between their edges, summed.
 
     Where phases of one name overlap (nested, or in threads), that time counts once.
@@ -329,15 +309,14 @@ def _phases(
     for name, same in by_name.items():
         begins_ns, ends_ns = _union(same)
         energies_j = [c.counted_within_j(grid, begins_ns, ends_ns) for c in together.components]
-        partial = _partial(components, grid, begins_ns, ends_ns)
         result.append(
             {
                 "name": name,
                 "count": len(same),
                 "duration_s": float(np.sum(ends_ns - begins_ns)) * 1e-9,
                 "energy_j": _sum(energies_j),
-                "u_j": None if partial else together.u_j(grid, begins_ns, ends_ns),
-                "partial": partial,
+                "u_j": together.u_j(grid, begins_ns, ends_ns),
+                "partial": together.partial(grid, begins_ns, ends_ns),
             }
         )
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,8 +50,8 @@ class TimelineComponent(Record):
 class Timeline(Record):
     """A run over time, s since its begin: `edges_s` (n + 1,) of n steps that are equally long.
 
-    `energy_j` and `u_j` (m,) are what is counted up to `at_s` (m,), and its u (k = 2). `phases`
-    are (name, begin, end).
+    `energy_j` and `u_j` (m,) are what is counted up to `at_s` (m,), and its u (k = 2; NaN where it
+    is unknown). `phases` are (name, begin, end).
     """
 
     edges_s: Floats
@@ -76,13 +77,13 @@ def timeline_of(
     energy_j = np.zeros(len(at_ns))
     for component in counted.components:
         energy_j += grid.pick(component.counted_so_far_j, at_ns)
-    u_j = [counted.u_j(grid, at_ns[:1], at_ns[i : i + 1]) or 0.0 for i in range(len(at_ns))]
+    us_j = [counted.u_j(grid, at_ns[:1], at_ns[i : i + 1]) for i in range(len(at_ns))]
     return Timeline(
         edges_s=since_begin_s(grid.steps_ns),
         components=tuple(_over_time(one, grid) for one in components if one.is_known),
         at_s=since_begin_s(at_ns),
         energy_j=energy_j,
-        u_j=np.array(u_j),
+        u_j=np.array([math.nan if u_j is None else u_j for u_j in us_j]),
         phases=tuple(
             (phase.name, (phase.begin_ns - begin_ns) * 1e-9, (phase.end_ns - begin_ns) * 1e-9)
             for phase in phases

@@ -28,10 +28,6 @@ from pepr_profiler.trace import arrow
 from pepr_profiler.trace.files import read_file
 from pepr_profiler.trace.shape import MALFORMED, shape_error
 
-TYPE_CHECKING = False  # typing takes 0.5 MB
-if TYPE_CHECKING:
-    pass
-
 
 class Channel(Record):
     """What one recorded number is; see `Channel` in csrc/sensors/sensor.h."""

@@ -516,6 +516,6 @@ def visit(
     )
     note = {"event": "process", "t_ns": int(begin_s * NS_PER_S), "pid": 7, "owner": "job"}
     users = read_gpu_users(lane, [rows], [note], begin_ns=0, end_ns=12 * NS_PER_S)["GPU-1"]
-    shares = share(curve, at_ns, None, users, most_idle_w=least_working_w(None))
+    shares = share(curve, at_ns, None, users, most_idle_w=least_working_w({}))
     job_j = float(shares.job_j[-1])
     return job_j, 2 * shares.u_j(job_j, duration_s=12.0), busy_w * span_s
