@@ -170,19 +170,26 @@ def product() -> Iterator[Product]:
 
 
 @contextmanager
-def powercap_tree(folder: Path) -> Iterator[Any]:
-    """A still powercap tree with ZONES counters; `.spec` names it, `.path(key)` its folders."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from sim.powercap import Tree, Zone
+def powercap_tree(folder: Path, *, live: bool = False) -> Iterator[Any]:
+    """A powercap tree with ZONES counters; `.spec` names it, `.path(key)` its folders.
 
+    Its counters stand still, or move every millisecond at 100 W (package) and 10 W (DRAM).
+    """
+    sys.path.insert(0, str(ROOT / "tests"))
+    from sim.powercap import Tree, Zone, build_writer
+    from sim.waves import Constant
+
+    package, dram = Constant(100), Constant(10)
     zones = (
-        Zone("intel-rapl:0", "package-0", start_uj=123_456_789_012),
-        Zone("intel-rapl:0:0", "dram", start_uj=23_456_789_012),
-        Zone("intel-rapl:1", "package-1", start_uj=113_456_789_012),
-        Zone("intel-rapl:1:0", "dram", start_uj=13_456_789_012),
+        Zone("intel-rapl:0", "package-0", package, start_uj=123_456_789_012),
+        Zone("intel-rapl:0:0", "dram", dram, start_uj=23_456_789_012),
+        Zone("intel-rapl:1", "package-1", package, start_uj=113_456_789_012),
+        Zone("intel-rapl:1:0", "dram", dram, start_uj=13_456_789_012),
     )
     assert len(zones) == ZONES
-    tree = Tree(folder / "powercap", zones)
+    root = folder / ("live" if live else "still")
+    writer = build_writer(folder) if live else None
+    tree = Tree(root, zones, writer=writer)
     try:
         yield tree
     finally:
