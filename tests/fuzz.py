@@ -3,13 +3,14 @@
     python tests/fuzz.py [TARGET...] [--seconds 60 | --inputs 400] [--seed 1]    (or make fuzz)
 
 What is promised: each input loads, or raises PeprError, or is reported as torn or left out. Never
-another error, a hang, or memory without bounds; and what loads is consistent. The seconds are those
-of all targets together, in which a fuzzer is led by the branches of our own Python (atheris,
-libFuzzer's engine): where that leads to depends on clocks and addresses too. `--inputs` counts, so
-many of the slowest targets and more of the quicker ones, and is not led: with one seed any machine
-tries the same, so that CI (make fuzz INPUTS=400) passes or fails by the code and by nothing else.
-`--seed 0` tries others each time. What fails is written to build/fuzz/TARGET/, with the command
-that shows it again.
+another error, a hang, or memory without bounds; and what loads is consistent.
+
+The seconds are those of all targets together. In that time the branches of our own Python that an
+input reaches decide which inputs are tried next (atheris, libFuzzer's engine). They also depend on
+clocks and addresses. `--inputs` needs no atheris: it tries so many inputs of the slowest target and
+more of the quicker ones, which depend on the seed only. So CI (make fuzz INPUTS=400) passes or
+fails by the code and by nothing else. `--seed 0` tries others each time. What fails is written to
+build/fuzz/TARGET/, with the command that tries it again.
 
 JSON is changed as a tree half of the time: bytes alone would hardly ever get through its parser.
 """
@@ -37,12 +38,25 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+COUNTED = any(word.startswith("--input") for word in sys.argv)
+"""Whether inputs are counted. Instrumented code would be slower, by up to two times."""
+
 try:
     import atheris
 except ImportError:
-    sys.exit("there is no atheris, which leads the fuzzing: pip install '.[fuzz]' (x86-64)")
+    if not COUNTED:
+        sys.exit("atheris is missing: pip install '.[fuzz]' (x86-64), or give --inputs COUNT")
 
-with atheris.instrument_imports(include=["pepr_profiler"]):
+
+def instrumented() -> contextlib.AbstractContextManager[object]:
+    if COUNTED:
+        return contextlib.nullcontext()
+    manager: contextlib.AbstractContextManager[object]
+    manager = atheris.instrument_imports(include=["pepr_profiler"])
+    return manager
+
+
+with instrumented():
     import numpy as np
 
     from pepr_profiler import commands
@@ -64,6 +78,8 @@ KEPT = ROOT / "build" / "fuzz"
 MOST_MEMORY_MB = 2048
 LONGEST_INPUT_S = 60  # a hang, on a machine that others use too
 LONGEST_INPUT = 32768  # bytes
+MOST_FAILURES = 10  # of a target whose inputs are counted
+PAGES = 256  # one run in so many becomes a page, which takes as long as 100 summaries
 MARK = b"\n--8<-- "  # before the name of each file of an input that is several
 
 BEGIN_NS = 1000 * S
@@ -375,7 +391,7 @@ def summarise(directory: Path, files: Files) -> None:
                 scale = max(abs(part["device_j"]), abs(part["job_j"]), peak_w * run["duration_s"])
                 assert abs(shares - part["device_j"]) <= 1e-6 * scale + 1e-6, part
         run_text.render_run(run, width=80, color=False)
-        if len(files.get("run.json", b"")) % 16 == 0:
+        if chosen(range(PAGES), files) == 0:
             run_page.run_page(run, timeline)
 
 
@@ -522,14 +538,12 @@ def plant(directory: Path, files: Files) -> None:
             path.symlink_to(victim)
     name = str(directory / "store")
     verbs = (
-        ("report", "seed-1"),
-        ("runs", "show", "seed-1"),
-        ("runs", "set", "seed-1", "acc=1"),
-        ("runs", "set", "seed-1", "name=x"),
-        ("compare", "--group", "none"),
+        (("report", "seed-1"), ("runs", "set", "seed-1", "acc=1")),
+        (("runs", "show", "seed-1"), ("runs", "set", "seed-1", "name=x")),
+        (("compare", "--group", "none"), ("runs", "set", "seed-1", "acc=1")),
     )
     assert cli("runs", "list", "--store", name)[0] == 0
-    for verb in verbs:
+    for verb in chosen(verbs, files):
         cli(*verb, "--store", name)
     assert victim.read_bytes() == b"alias ll='ls -l'", "a link was written through"
     assert cli("runs", "rm", "--yes", "--force", "seed-1", "--store", name)[0] == 0
@@ -642,23 +656,24 @@ def seeds_of_table(_: Path) -> Iterator[Files]:
 
 
 TARGETS = {
+    "plant": Target(plant, ("plan",), seeds_of_plant, good_runs),
+    "run": Target(summarise, RUN_FILES, seeds_of_run, quickness=2),
+    "store": Target(keep, RUN_FILES, seeds_of_run, good_runs, quickness=4),
+    "index": Target(
+        index, ("index",), seeds_of_index, functools.partial(good_runs, count=2), quickness=4
+    ),
+    "table": Target(table, ("t.csv",), seeds_of_table, quickness=12),
+    "bounds": Target(bounds, ("b.json",), seeds_of_bounds, quickness=12),
     "lane": Target(
         read_lane,
         ("demo.arrows", "demo.tail.arrows", "events-h-1.jsonl", "processes-h-1.jsonl"),
         seeds_of_lane,
-        quickness=8,
+        quickness=24,
     ),
-    "run": Target(summarise, RUN_FILES, seeds_of_run),
-    "store": Target(keep, RUN_FILES, seeds_of_run, good_runs),
-    "index": Target(
-        index, ("index",), seeds_of_index, functools.partial(good_runs, count=2), quickness=2
-    ),
-    "table": Target(table, ("t.csv",), seeds_of_table, quickness=8),
-    "bounds": Target(bounds, ("b.json",), seeds_of_bounds, quickness=8),
-    "metric": Target(metric, METRIC_FILES, seeds_of_metric, quickness=8),
-    "pattern": Target(pattern, PATTERN_FILES, seeds_of_pattern, quickness=8),
-    "plant": Target(plant, ("plan",), seeds_of_plant, good_runs),
+    "metric": Target(metric, METRIC_FILES, seeds_of_metric, quickness=16),
+    "pattern": Target(pattern, PATTERN_FILES, seeds_of_pattern, quickness=16),
 }
+"""The slowest first, so that no slow one is left at the end."""
 
 
 # --- changing an input ----------------------------------------------------------------------------
@@ -812,45 +827,51 @@ def search(
 def count(
     target: Target, corpus: Path, scratch: Path, kept: Path, *, seed: int, inputs: int
 ) -> None:
-    """Tries each seed, then so many inputs that hang on nothing but `seed`; ends this process."""
+    """Tries each seed, then so many inputs that only `seed` decides; ends this process."""
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_MB << 20,) * 2)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     seeds = [file.read_bytes() for file in sorted(corpus.iterdir())]
     dice = random.Random(seed or None)
     mutate = mutator(target, change_bytes)
-    for number in range(len(seeds) + inputs):
-        data = seeds[number] if number < len(seeds) else dice.choice(seeds)
-        for _ in range(dice.choice((1, 1, 2, 3, 5)) if number >= len(seeds) else 0):
+    tried = failures = 0
+    current = kept / "input"  # it stays there if it ends this process
+    while tried < len(seeds) + inputs and failures < MOST_FAILURES:
+        data = seeds[tried] if tried < len(seeds) else dice.choice(seeds)
+        for _ in range(dice.choice((1, 1, 2, 3, 5)) if tried >= len(seeds) else 0):
             data = mutate(data, LONGEST_INPUT, dice.getrandbits(32))
-        (kept / "input").write_bytes(data)  # whatever ends this process, it is there
+        current.write_bytes(data)
         signal.alarm(LONGEST_INPUT_S)
+        tried += 1
         try:
             target.check(scratch, unpack(data, target.names))
         except BaseException:
+            failures += 1
+            current.rename(kept / f"input-{tried}")
             traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-    (kept / "input").unlink()
+    signal.alarm(0)
+    current.unlink(missing_ok=True)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(f"number_of_executed_units: {len(seeds) + inputs}\npeak_rss_mb: {peak_mb}", flush=True)
-    os._exit(0)
+    print(f"number_of_executed_units: {tried}\npeak_rss_mb: {peak_mb}", flush=True)
+    sys.stderr.flush()
+    os._exit(1 if failures else 0)
 
 
-def tell(name: str, status: int, text: str, took_s: float) -> bool:
-    """Says how a target went; whether it held."""
+def print_result(name: str, status: int, text: str, took_s: float) -> int:
+    """Prints how a target did; returns how many inputs it tried, as far as that is known."""
 
     def statistic(key: str) -> str:
         lines = [line for line in text.splitlines() if key in line]
         return lines[-1].split()[-1] if lines else "?"
 
+    inputs, memory = statistic("number_of_executed_units"), statistic("peak_rss_mb")
     if status == 0:
-        inputs, memory = statistic("number_of_executed_units"), statistic("peak_rss_mb")
         print(f"{name:<8} held: {inputs} inputs in {took_s:.0f} s, peak {memory} MB", flush=True)
-        return True
-    print(text[-6000:])
-    files = ", ".join(str(path.relative_to(ROOT)) for path in (KEPT / name).iterdir())
-    print(f"{name:<8} FAILED: python tests/fuzz.py {name} --input {files}", flush=True)
-    return False
+    else:
+        print(text[-6000:])
+        for path in sorted((KEPT / name).iterdir()):
+            again = f"python tests/fuzz.py {name} --input {path.relative_to(ROOT)}"
+            print(f"{name:<8} FAILED: {again}", flush=True)
+    return int(inputs) if inputs.isdecimal() else 0
 
 
 def main() -> int:
@@ -858,9 +879,9 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
     ends = parser.add_mutually_exclusive_group()
     ends.add_argument("--seconds", type=float, default=60.0, help="of all targets together")
-    ends.add_argument("--inputs", type=int, help="of the slowest targets; more of the others")
+    ends.add_argument("--inputs", type=int, help="of the slowest target; more of the others")
     parser.add_argument("--seed", type=int, default=1, help="0: other inputs each time")
-    parser.add_argument("--input", type=Path, help="run one input, of one target, and nothing else")
+    parser.add_argument("--input", type=Path, help="try one input of one target")
     chosen = parser.parse_args()
     waiting = chosen.targets or list(TARGETS)
     if unknown := set(waiting) - TARGETS.keys():
@@ -870,8 +891,10 @@ def main() -> int:
     end_s = time.monotonic() + chosen.seconds
     at_once = min(len(waiting), os.cpu_count() or 1)
     running: dict[int, tuple[str, float]] = {}
-    held = True
-    folder = Path(tempfile.mkdtemp(prefix="pepr-fuzz-"))
+    held, tried, begin_s = True, 0, time.monotonic()
+    # Files are made and replaced thousands of times a second: in memory where that can be had.
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    folder = Path(tempfile.mkdtemp(prefix="pepr-fuzz-", dir=memory))
     ours = os.getpid()
     try:
         if chosen.input:
@@ -891,7 +914,9 @@ def main() -> int:
             child, status = os.wait()
             name, began_s = running.pop(child)
             log = (folder / f"{name}.log").read_text(errors="replace")
-            held &= tell(name, status, log, time.monotonic() - began_s)
+            tried += print_result(name, status, log, time.monotonic() - began_s)
+            held &= status == 0
+        print(f"{tried} inputs in {time.monotonic() - begin_s:.0f} s", flush=True)
     finally:
         if os.getpid() == ours:
             shutil.rmtree(folder)
