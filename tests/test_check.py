@@ -25,11 +25,12 @@ from sim.waves import Constant, Followed, Step
 
 from pepr_profiler import _core
 from pepr_profiler.check.findings import examine
-from pepr_profiler.check.load import Ran, Schedule, cpus_for_us, no_bursts, schedule
+from pepr_profiler.check.load import ProcessLoad, Ran, Schedule, cpus_for_us, no_bursts, schedule
 from pepr_profiler.check.probe import check_period_ns, check_specs, probe
 from pepr_profiler.check.response import Bursts, Series, compare, respond
 from pepr_profiler.energy.hardware import read_hardware
 from pepr_profiler.report.check_text import check_text
+from pepr_profiler.sensors.machine import read_cpu_identity
 from pepr_profiler.sensors.spec import lanes_by_name
 from pepr_profiler.trace.lane import LaneInfo, describe
 
@@ -122,7 +123,7 @@ SEEDS = 6
 def test_what_a_sensor_is_like_is_found_within_the_uncertainty(kind: str) -> None:
     sensor = VIRTUAL[kind]
     held = {"refresh": 0, "window": 0, "lag": 0, "watts": 0}
-    told = dict.fromkeys(held, 0)
+    reported = dict.fromkeys(held, 0)
     for seed in range(SEEDS):
         random = np.random.default_rng(seed)
         load = bursts_of(1.5, 20.0, seed)
@@ -136,8 +137,8 @@ def test_what_a_sensor_is_like_is_found_within_the_uncertainty(kind: str) -> Non
         if sensor.smoothing_s:
             truths["window"] = (found.smoothing_s, sensor.smoothing_s)
         for name, (figure, truth) in truths.items():
-            if figure.is_told:
-                told[name] += 1
+            if figure.is_known:
+                reported[name] += 1
                 held[name] += figure.contains(truth)
                 assert figure.u is not None and figure.u < 0.6 * max(
                     truth, 0.2 * sensor.refresh_s, 0.02
@@ -145,18 +146,18 @@ def test_what_a_sensor_is_like_is_found_within_the_uncertainty(kind: str) -> Non
             else:
                 assert figure.why
     if sensor.counter:
-        del told["window"], held["window"]
-    # then of what is told nearly all is true, and nearly all is told
-    assert all(held[name] >= told[name] - 1 for name in told), (held, told)
-    assert all(count >= SEEDS - 3 for count in told.values()), told
+        del reported["window"], held["window"]
+    # then nearly all that is reported is true, and nearly all is reported
+    assert all(held[name] >= reported[name] - 1 for name in reported), (held, reported)
+    assert all(count >= SEEDS - 3 for count in reported.values()), reported
 
 
-def test_a_sensor_that_stands_still_or_that_no_load_moves_is_told_as_such() -> None:
+def test_a_sensor_that_stands_still_or_that_no_load_moves_is_reported_as_such() -> None:
     load = bursts_of(1.5, 20.0, 1)
     at_s = np.arange(0, 24, 0.005)
     still = respond(Series(at_s, np.full(len(at_s), 70.0), False), {"cpu": load})
-    assert not still.refresh_s.is_told and "changed 0 times" in still.refresh_s.why
-    assert not still.lag_s.is_told and still.idle_w.value == 70.0
+    assert not still.refresh_s.is_known and "changed 0 times" in still.refresh_s.why
+    assert not still.lag_s.is_known and still.idle_w.value == 70.0
     noise = np.random.default_rng(2).standard_normal(241)
     noisy = Series(at_s, 70 + noise[(at_s / 0.1).astype(int)], False)
     found = respond(noisy, {"cpu": load})
@@ -184,8 +185,13 @@ def test_two_sensors_of_one_device_are_compared_where_both_were_read() -> None:
 class AnnouncedLoad:
     """A load that waves follow: each gets `add_w` more during a burst."""
 
-    def __init__(self, epoch_ns: int, waves: Sequence[tuple[Followed, float, float]]) -> None:
-        self._epoch_ns, self._waves = epoch_ns, waves
+    def __init__(
+        self,
+        epoch_ns: int,
+        waves: Sequence[tuple[Followed, float, float]],
+        gpus: frozenset[str] | None = None,
+    ) -> None:
+        self._epoch_ns, self._waves, self._gpus = epoch_ns, waves, gpus
         self._bursts: Schedule = ()
 
     def prepare(self) -> None: ...
@@ -204,7 +210,7 @@ class AnnouncedLoad:
     def finish(self) -> Ran:
         edges = np.array(self._bursts) * 1e-9
         bursts = Bursts(edges[:, 0], edges[:, 1], np.ones(len(edges)))
-        return Ran(bursts, pids=(4121,), by="the test")
+        return Ran(bursts, pids=(4121,), by="the test", gpus=self._gpus)
 
     def stop(self) -> None: ...
 
@@ -368,7 +374,8 @@ def test_old_drivers_and_lists_of_processes_are_known(nvml_sim: BuildNvml, tmp_p
     absent = ("nvmlDeviceGetFieldValues",)
     sim = nvml_sim(Scenario(boards, absent=absent, epoch_ns=epoch_ns))
     lanes = opened_for_check(sim.spec)
-    load = AnnouncedLoad(epoch_ns, [(gpu, 60.0, 240.0)])
+    everywhere = frozenset(map(default_uuid, range(len(boards))))
+    load = AnnouncedLoad(epoch_ns, [(gpu, 60.0, 240.0)], everywhere)
     findings = examine(probe(lanes, {"gpu": load}, load_s=16.0))
     for _, sampler in lanes:
         sampler.stop(1.0)
@@ -410,6 +417,54 @@ def test_without_a_gpu_load_what_needs_one_cannot_be_told(
     assert any("GPU load: neither torch" in text for text in findings["not_tried"])
     assert any(text.startswith("RAPL") for text in findings["not_tried"])
     assert no_bursts().running_s(np.array([1.0])) == 0
+
+
+def test_a_gpu_that_is_hidden_from_the_load_is_not_judged(
+    nvml_sim: BuildNvml, tmp_path: Path
+) -> None:
+    # given two GPUs, of which the load sees the first one only
+    epoch_ns = time.monotonic_ns()
+    gpu = wave_of(tmp_path, "gpu", 60.0)
+    boards = (Gpu(gpu, processes=(Process(4121, 1),)), Gpu(Constant(60.0), processes=()))
+    sim = nvml_sim(Scenario(boards, epoch_ns=epoch_ns))
+
+    def rows(gpus: frozenset[str] | None) -> list[dict[str, dict[str, Any]]]:
+        load = AnnouncedLoad(epoch_ns, [(gpu, 60.0, 240.0)], gpus)
+        lanes = opened_for_check(sim.spec)
+        findings = examine(probe(lanes, {"gpu": load}, load_s=8.0))
+        for _, sampler in lanes:
+            sampler.stop(1.0)
+        assert default_uuid(0) not in json.dumps(findings)
+        return [rows_of(findings, f"gpu:{i}") for i in range(2)]
+
+    # then what needs a load is unknown of the second one
+    seen, hidden = rows(frozenset({default_uuid(0)}))
+    assert seen["moved by"]["verdict"] == seen["process list"]["verdict"] == "as expected"
+    assert hidden["moved by"]["verdict"] == hidden["process list"]["verdict"] == "cannot be told"
+    assert hidden["moved by"]["why"] == "no GPU load: this GPU is hidden from it"
+    # and so it is where the load does not know on which GPUs it ran
+    seen, unmoved = rows(None)
+    assert seen["moved by"]["verdict"] == "as expected"
+    assert unmoved["moved by"]["verdict"] == unmoved["process list"]["verdict"] == "cannot be told"
+
+
+def test_a_gpu_load_reports_on_which_gpus_it_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = wave_of(tmp_path, "gpu", 60.0)
+    monkeypatch.setenv("PYTHONPATH", str(SIM / "fakes"))
+    monkeypatch.setenv("PEPR_SIM_GPU", f"{gpu.path} {time.monotonic_ns()} 60 300")
+    monkeypatch.syspath_prepend(str(SIM / "fakes"))
+    load = ProcessLoad("gpu")
+    try:
+        load.prepare()
+        assert load.problem(30.0) == ""
+        load.begin(schedule(time.monotonic_ns(), 0.3))
+        time.sleep(0.3)
+        ran = load.finish()
+    finally:
+        load.stop()
+    assert (ran.by, ran.gpus) == ("torch", {default_uuid(0)})
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -654,15 +709,46 @@ def test_a_file_says_that_a_counter_is_the_modules(
     assert not found["gpu:0  Odd 80GB"]["in_total"]
 
 
+@pytest.mark.parametrize("via", [None, "daemon"])
+def test_what_a_file_says_of_rapl_is_of_this_cpu_and_its_domain(
+    cli: Cli, powercap_sim: BuildTree, tmp_path: Path, via: str | None
+) -> None:
+    # given what a check found of the packages of this machine's CPU, read directly or not
+    tree = powercap_sim(
+        Zone("intel-rapl:0", "package-0", Constant(50.0)),
+        Zone("intel-rapl:0:0", "dram", Constant(5.0)),
+        live=True,
+    )
+    facts = {
+        "device": read_cpu_identity().name or "",
+        "source": "powercap",
+        "domain": "package",
+        "via": via,
+        "refresh_s": {"value": 0.001, "u": 0.0},
+    }
+    folder = tmp_path / "config/pepr-profiler/hardware"
+    folder.mkdir(parents=True)
+    text = json.dumps({"schema": 1, "kind": "pepr-hardware", "sensors": [facts]})
+    (folder / "cpu.json").write_text(text)
+    # then the package is known by that file, unless a daemon stood between, and the memory is not
+    _, summary = cli.measure(
+        *("--sensor", tree.spec, "--", *python("import time; time.sleep(0.5)")),
+        env={"XDG_CONFIG_HOME": str(tmp_path / "config")},
+    )
+    stated_by = {c["id"]: c.get("stated_by") for c in summary["energy"]["components"]}
+    assert stated_by["cpu:package-0"] == (None if via else "cpu.json")
+    assert stated_by["dram:package-0/dram"] is None
+
+
 def test_the_users_file_comes_before_the_packages(tmp_path: Path) -> None:
     hardware_file(tmp_path / "ours", "a.json", refresh_s=0.1)
     hardware_file(tmp_path / "theirs", "b.json", refresh_s=0.2, lag_s=99.0)
     ours = read_hardware((tmp_path / "ours", tmp_path / "theirs", tmp_path / "none"))
-    known = ours.by_name["NVIDIA Odd 80GB", "nvml-power-instant"]
+    known = ours.by_name["NVIDIA Odd 80GB", "nvml-power-instant", ""]
     assert (known.file, known.refresh_s, known.lag_s) == ("a.json", 0.1, None)
     # and a lag that no sensor has is none
     theirs = read_hardware((tmp_path / "theirs",))
-    known = theirs.by_name["NVIDIA Odd 80GB", "nvml-power-instant"]
+    known = theirs.by_name["NVIDIA Odd 80GB", "nvml-power-instant", ""]
     assert (known.refresh_s, known.lag_s) == (0.2, None)
     assert read_hardware().problems == ()
 

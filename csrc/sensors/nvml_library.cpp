@@ -80,6 +80,7 @@ nvmlReturn_t open_board(const Library& library, unsigned index, Board& board) {
     if (library.name) library.name(board.device, name.data(), name.size());
     board.labels = {
         {"uuid", uuid.data()}, {"model", name.data()}, {"index", std::to_string(index)}};
+    if (!library.driver.empty()) board.labels["driver"] = library.driver;
     unsigned mode = NVML_DEVICE_MIG_DISABLE, pending = 0;
     board.mig = library.mig && library.mig(board.device, &mode, &pending) == NVML_SUCCESS &&
                 mode == NVML_DEVICE_MIG_ENABLE;

@@ -1,6 +1,7 @@
 // Loads NVIDIA's driver library at run time: the same build runs with and without a driver.
 #pragma once
 
+#include <array>
 #include <map>
 #include <string>
 #include <utility>
@@ -57,6 +58,10 @@ struct Library {
         started = true;
         unsigned gpus = 0;
         check(count(&gpus), "NVML does not count its GPUs");
+        std::array<char, NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE> version{};
+        if (driver_version &&
+            driver_version(version.data(), static_cast<unsigned>(version.size())) == NVML_SUCCESS)
+            driver = version.data();
         return gpus;
     }
 
@@ -76,9 +81,11 @@ struct Library {
     std::string path;
     void* handle = nullptr;
     bool started = false;
+    std::string driver;  // the driver's version; empty if it does not say
     decltype(&nvmlInit_v2) init = find("nvmlInit_v2");
     decltype(&nvmlShutdown) shutdown = find("nvmlShutdown");
     decltype(&nvmlErrorString) error_string = find("nvmlErrorString");
+    decltype(&nvmlSystemGetDriverVersion) driver_version = find("nvmlSystemGetDriverVersion");
     decltype(&nvmlDeviceGetCount_v2) count = find("nvmlDeviceGetCount_v2");
     decltype(&nvmlDeviceGetHandleByIndex_v2) by_index = find("nvmlDeviceGetHandleByIndex_v2");
     decltype(&nvmlDeviceGetUUID) uuid = find("nvmlDeviceGetUUID");

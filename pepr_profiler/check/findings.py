@@ -1,4 +1,4 @@
-"""What a check found: each sensor's figures, whether they are as assumed, and what follows.
+"""What a check found: each sensor's figures, whether they are as expected, and what follows.
 
 Verdicts are "as expected", "not as expected" and "cannot be told". What is expected is what
 energies are computed with (docs/measurement.md).
@@ -11,7 +11,6 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,13 +26,13 @@ from pepr_profiler.check.response import (
     has_moved,
     respond,
 )
-from pepr_profiler.energy.hardware import KIND, SCHEMA, device_of
+from pepr_profiler.energy.hardware import KIND, SCHEMA, device_of, domain_of
 from pepr_profiler.energy.sources import UNITS, Source, find_sources
 from pepr_profiler.record import Record
-from pepr_profiler.sensors.detect import read_text
 from pepr_profiler.sensors.machine import read_cpu_identity, read_surroundings
 from pepr_profiler.sensors.spec import SensorSpec
-from pepr_profiler.units import format_quantity, format_with_u, known
+from pepr_profiler.trace.lane import Channel, LaneInfo
+from pepr_profiler.units import NS_PER_S, format_quantity, format_with_u, known
 
 AS_EXPECTED, NOT_AS_EXPECTED, UNKNOWN = "as expected", "not as expected", "cannot be told"
 
@@ -77,6 +76,7 @@ class _Sensor(Record):
     label: str
     device: str
     series: Series
+    loads: Mapping[str, Ran]
     response: Response
 
     @property
@@ -101,10 +101,10 @@ def examine(found: Probe) -> dict[str, Any]:
     sensors = list(_sensors(found))
     rows: list[Row] = []
     for sensor in sensors:
-        rows += _rows_of(sensor, found.loads)
+        rows += _rows_of(sensor)
         rows += _comparisons(sensor, sensors)
     rows += _machine_rows(found) if sensors else ()
-    rows += [row for lane in found.rows if len(lane.t_s) for row in _lane_rows(lane, found.loads)]
+    rows += [row for lane in found.rows if len(lane.t_ns) for row in _lane_rows(lane, found.loads)]
     here, cpu = read_surroundings(), read_cpu_identity()
     return {
         "schema": SCHEMA,
@@ -120,7 +120,7 @@ def examine(found: Probe) -> dict[str, Any]:
             "container": here.container,
             "virtual": here.virtual,
         },
-        "drivers": _driver_versions(lane.lane.spec for lane in found.rows),
+        "drivers": _driver_versions(lane.lane for lane in found.rows),
         "loads": {name: _load_facts(ran) for name, ran in found.loads.items()},
         "seconds": found.seconds,
         "others_cpus": found.others_cpus,
@@ -136,40 +136,57 @@ def _sensors(found: Probe) -> Iterable[_Sensor]:
     lanes = [rows.lane for rows in found.rows]
     vendor = read_cpu_identity().vendor or ""
     sources = {(s.lane, s.channel): s for s in find_sources(lanes, cpu_vendor=vendor)}
-    bursts = {name: ran.bursts for name, ran in found.loads.items()}
     for rows in found.rows:
-        if not len(rows.t_s):
+        if not len(rows.t_ns):
             continue
         for index, channel in enumerate(rows.lane.channels):
             if UNITS.get(channel.quantity) != channel.unit:
                 continue
             source = sources.get((rows.lane.name, index))
-            if source is None:  # a power of a board that has a counter
-                alone = rows.lane._replace(channels=(channel,))
-                source = find_sources([alone])[0]._replace(channel=index)
-                source = source.not_counted("the board has a better sensor")
-            series = rows.series(index, zero_is_unknown=source.zero_is_unknown)
-            series = series._replace(limit_w=source.limit_w)
-            label = _label(source, channel.source)
-            device = device_of(channel) or read_cpu_identity().name or ""
-            yield _Sensor(rows, index, source, label, device, series, respond(series, bursts))
+            if source is None:
+                source = _power_beside_counter(rows.lane, index)
+            loads = _loads_of(channel, found.loads)
+            series = rows.series(source)
+            response = respond(series, {name: ran.bursts for name, ran in loads.items()})
+            label = f"{source.label}  {channel.source}"
+            device = device_of(channel, read_cpu_identity().name or "")
+            yield _Sensor(rows, index, source, label, device, series, loads, response)
 
 
-def _label(source: Source, channel_source: str) -> str:
-    return f"{source.label}  {channel_source}"
+def _power_beside_counter(lane: LaneInfo, index: int) -> Source:
+    """The power of a board that has a counter, as it would be without that."""
+    uuid = lane.channels[index].labels.get("uuid")
+    channels = tuple(
+        channel._replace(quantity="")
+        if i != index and channel.labels.get("uuid") == uuid
+        else channel
+        for i, channel in enumerate(lane.channels)
+    )
+    sources = find_sources([lane._replace(channels=channels)])
+    source = next(source for source in sources if source.channel == index)
+    return source.not_counted("the board has a better sensor")
+
+
+def _loads_of(channel: Channel, loads: Mapping[str, Ran]) -> Mapping[str, Ran]:
+    """The loads as the device of a channel saw them: a GPU may be hidden from the GPU load."""
+    uuid = channel.labels.get("uuid")
+    if not uuid or "gpu" not in loads:
+        return loads
+    divided = channel.labels.get("mig") == "on"
+    return {**loads, "gpu": loads["gpu"].seen_by(uuid, divided=divided)}
 
 
 # --- one sensor -----------------------------------------------------------------------------------
 
 
-def _rows_of(sensor: _Sensor, loads: Mapping[str, Ran]) -> list[Row]:
+def _rows_of(sensor: _Sensor) -> list[Row]:
     response = sensor.response
     rows = [_refresh_row(sensor)]
-    if response.smoothing_s.is_told:
+    if response.smoothing_s.is_known:
         rows.append(_smoothing_row(sensor))
     elif not sensor.source.counter:
         rows.append(_window_row(sensor))
-    rows += [_lag_row(sensor), _coverage_row(sensor, loads)]
+    rows += [_lag_row(sensor), _coverage_row(sensor)]
     if sensor.source.counter:
         rows.append(_wrap_row(sensor))
     return rows
@@ -196,11 +213,9 @@ def _refresh_row(sensor: _Sensor) -> Row:
     if figure.value is not None:
         good = figure.value - (figure.u or 0.0) <= limit_s
         return _judged(sensor, "refresh period", _shown_s(figure), expected, good)
-    each_read = "each read" in figure.why
-    if each_read and sensor.is_rapl:
-        return Row(
-            sensor.label, "refresh period", "at each read", expected, AS_EXPECTED, figure.why
-        )
+    if figure.at_most is not None and figure.at_most <= limit_s:
+        seen = "at each read"
+        return Row(sensor.label, "refresh period", seen, expected, AS_EXPECTED, figure.why)
     return Row(sensor.label, "refresh period", "?", expected, UNKNOWN, figure.why)
 
 
@@ -243,14 +258,14 @@ def _lag_row(sensor: _Sensor) -> Row:
     return _judged(sensor, "lag", _shown_s(figure), expected, good)
 
 
-def _coverage_row(sensor: _Sensor, loads: Mapping[str, Ran]) -> Row:
+def _coverage_row(sensor: _Sensor) -> Row:
     """What moves the sensor."""
-    watts = sensor.response.watts
+    watts, loads = sensor.response.watts, sensor.loads
     moved = moved_by(sensor.response)
     parts = [
         f"{name.upper()} load {_shown_w(watts[name])}"
         for name in loads
-        if watts[name].is_told and not loads[name].problem
+        if watts[name].is_known and not loads[name].problem
     ]
     seen = ", ".join(parts) or "?"
     kind = sensor.source.kind
@@ -272,7 +287,11 @@ def _coverage_row(sensor: _Sensor, loads: Mapping[str, Ran]) -> Row:
         return Row(sensor.label, what, seen, expected, NOT_AS_EXPECTED, why)
     if lacking := (needed & ran) - moved:
         why = f"the {' and '.join(sorted(lacking)).upper()} load did not move it"
-        verdict = UNKNOWN if kind == "dram" or loads_are_weak(lacking, loads) else NOT_AS_EXPECTED
+        may_be_hidden = "gpu" in lacking and loads["gpu"].gpus is None
+        if may_be_hidden:
+            why += ", and it is unknown on which GPUs that ran"
+        weak = kind == "dram" or loads_are_weak(lacking, loads)
+        verdict = UNKNOWN if may_be_hidden or weak else NOT_AS_EXPECTED
         return Row(sensor.label, what, seen, expected, verdict, why)
     if unrun := sorted(needed - ran):
         problems = (f"no {n.upper()} load: {loads[n].problem}" for n in unrun if n in loads)
@@ -375,7 +394,7 @@ def _machine_rows(found: Probe) -> Iterable[Row]:
 
 def _lane_rows(rows: LaneRows, loads: Mapping[str, Ran]) -> list[Row]:
     kind = SensorSpec(rows.lane.spec).kind
-    median_s, slow_s = np.quantile(rows.read_s, (0.5, 0.99)).tolist()
+    median_s, slow_s = (np.quantile(rows.read_ns, (0.5, 0.99)) / NS_PER_S).tolist()
     limit_s = _COSTS_S.get(kind, _COST_S)
     label = f"reading {kind.replace('-dense', '')}"
     seen = f"{_us(median_s)}, 99%: {_us(slow_s)}"
@@ -388,14 +407,15 @@ def _lane_rows(rows: LaneRows, loads: Mapping[str, Ran]) -> list[Row]:
 
 def _process_rows(rows: LaneRows, loads: Mapping[str, Ran]) -> Iterable[Row]:
     """Whether the driver lists who computes on each GPU, and names our own process."""
-    ran = loads.get("gpu")
     expected = "names the GPU load"
     boards: dict[str, list[int]] = {}
     for index, channel in enumerate(rows.lane.channels):
         if channel.quantity == "identity" and channel.reading.startswith("pid"):
             boards.setdefault(channel.device, []).append(index)
     for indices in boards.values():
-        label = f"gpu:{rows.lane.channels[indices[0]].labels.get('index', '?')}  processes"
+        channel = rows.lane.channels[indices[0]]
+        ran = _loads_of(channel, loads).get("gpu")
+        label = f"gpu:{channel.labels.get('index', '?')}  processes"
         values = rows.values[indices]
         pids = set(np.unique(values[np.isfinite(values) & (values > 0)]).astype(int).tolist())
         listed = f"lists {len(pids)}"
@@ -404,6 +424,9 @@ def _process_rows(rows: LaneRows, loads: Mapping[str, Ran]) -> Iterable[Row]:
             yield Row(label, "process list", listed, expected, UNKNOWN, why)
         elif pids & set(ran.pids):
             yield Row(label, "process list", f"{listed}, with ours", expected, AS_EXPECTED)
+        elif ran.gpus is None:
+            why = "it is unknown on which GPUs the GPU load ran"
+            yield Row(label, "process list", f"{listed}, not ours", expected, UNKNOWN, why)
         elif pids:
             why = "it lists PIDs of another namespace, or only other users' processes"
             yield Row(label, "process list", f"{listed}, not ours", expected, NOT_AS_EXPECTED, why)
@@ -476,6 +499,7 @@ def _facts(sensor: _Sensor) -> dict[str, Any]:
         "device": sensor.device,
         "kind": source.kind,
         "source": sensor.channel_source,
+        "domain": domain_of(source) or None,
         "counter": source.counter,
         "via": "daemon" if sensor.via_daemon else None,
         "in_total": source.in_total,
@@ -514,28 +538,12 @@ def _load_facts(ran: Ran) -> dict[str, Any]:
     }
 
 
-def _driver_versions(specs: Iterable[str]) -> dict[str, str]:
-    """The versions of the drivers that were read, where they tell."""
-    nvml = next((s for s in map(SensorSpec, specs) if s.kind.startswith("nvml")), None)
-    if nvml is None:
-        return {}
-    version = _nvml_version(nvml.where) or read_text(Path("/sys/module/nvidia/version"))
+def _driver_versions(lanes: Iterable[LaneInfo]) -> dict[str, str]:
+    """The versions of the drivers that were read, where their channels say them."""
+    nvml = (lane for lane in lanes if SensorSpec(lane.spec).kind.startswith("nvml"))
+    versions = (c.labels.get("driver", "") for lane in nvml for c in lane.channels)
+    version = next(filter(None, versions), "")
     return {"nvidia": version} if version else {}
-
-
-def _nvml_version(where: str) -> str:
-    import ctypes
-
-    try:
-        library = ctypes.CDLL(where or "libnvidia-ml.so.1")
-        text = ctypes.create_string_buffer(96)
-        if library.nvmlInit_v2() != 0:
-            return ""
-        failed = library.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text)))
-        library.nvmlShutdown()
-    except (OSError, AttributeError):
-        return ""
-    return "" if failed else text.value.decode(errors="replace")
 
 
 # --- numbers for people ---------------------------------------------------------------------------

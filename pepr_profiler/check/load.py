@@ -19,6 +19,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import UUID
 
 from pepr_profiler.record import Record
 from pepr_profiler.units import NS_PER_S
@@ -63,7 +64,7 @@ class Ran(Record):
     """What a load did: its bursts, by which processes, and the CPU time that these took.
 
     `cpu_part` is the part of the CPUs' time that it got in its bursts. `problem` says why it did
-    not run.
+    not run. `gpus` are the UUIDs of the GPUs on which it ran; None if it does not know them.
     """
 
     bursts: Bursts
@@ -72,6 +73,15 @@ class Ran(Record):
     cpu_part: float | None = None
     problem: str = ""
     by: str = ""
+    gpus: frozenset[str] | None = None
+
+    def seen_by(self, uuid: str, *, divided: bool = False) -> Ran:
+        """What it did as far as this GPU is concerned; `divided`: CUDA knows its instances only."""
+        if divided:
+            return self._replace(gpus=None)
+        if self.problem or self.gpus is None or uuid in self.gpus:
+            return self
+        return Ran(no_bursts(), problem="this GPU is hidden from it", by=self.by)
 
 
 def no_bursts() -> Bursts:
@@ -176,7 +186,9 @@ class ProcessLoad:
         if self._kind == "cpu":
             level = np.minimum(cpu_s / (len(done) * (end_s - begin_s)), 1.0)
             part = float(cpu_s.sum() / (len(done) * (end_s - begin_s).sum()))
-        return Ran(Bursts(begin_s, end_s, level), pids, float(cpu_s.sum()), part, by=by)
+        uuids = [uuid for d in done for uuid in d["gpus"]]
+        gpus = frozenset(uuids) if uuids and all(uuids) else None
+        return Ran(Bursts(begin_s, end_s, level), pids, float(cpu_s.sum()), part, "", by, gpus)
 
     def stop(self) -> None:
         for process in self._processes:
@@ -210,7 +222,7 @@ def _line_of(process: subprocess.Popen[str], deadline: float) -> str:
 def _main(kind: str) -> None:
     """Announces itself, makes the bursts that it reads, and reports when they were."""
     try:
-        compute = {"cpu": _cpu, "torch": _torch, "cupy": _cupy}[kind]()
+        compute, gpus = {"cpu": _cpu, "torch": _torch, "cupy": _cupy}[kind]()
     except Exception as error:  # a driver or a library that is broken may raise anything
         _say(f"{kind}: {error}".splitlines()[0])
         return
@@ -232,15 +244,19 @@ def _main(kind: str) -> None:
             cpu_s.append(time.process_time() - before_s)
     except Exception as error:
         problem = f"{kind}: {error}".splitlines()[0]
-    _say(json.dumps({"bursts": made, "cpu_s": cpu_s, "problem": problem}))
+    _say(json.dumps({"bursts": made, "cpu_s": cpu_s, "problem": problem, "gpus": gpus}))
 
 
 def _say(text: str) -> None:
     os.write(1, f"{text}\n".encode())
 
 
-def _cpu() -> Callable[[], object]:
-    return lambda: sum(i * i for i in range(2000))
+_Work = tuple[Callable[[], object], list[str]]
+"""What computes for a moment, and the UUIDs of the GPUs that it loads, "" for unknown ones."""
+
+
+def _cpu() -> _Work:
+    return lambda: sum(i * i for i in range(2000)), []
 
 
 _MATRIX = 4096
@@ -248,7 +264,7 @@ _BATCH_S = 0.005
 """A batch of multiplications lasts so long: that sharp the end of a burst is."""
 
 
-def _torch() -> Callable[[], object]:
+def _torch() -> _Work:
     import torch
 
     if not torch.cuda.is_available():
@@ -264,10 +280,12 @@ def _torch() -> Callable[[], object]:
         for device in devices:
             torch.cuda.synchronize(device)
 
-    return _timed(batch)
+    # torch has UUIDs since 2.4, and writes them without NVIDIA's "GPU-".
+    uuids = [getattr(torch.cuda.get_device_properties(d), "uuid", "") for d in devices]
+    return _timed(batch), [uuid and f"GPU-{uuid}" for uuid in uuids]
 
 
-def _cupy() -> Callable[[], object]:
+def _cupy() -> _Work:
     import cupy  # type: ignore[import-not-found]
 
     devices = [cupy.cuda.Device(i) for i in range(cupy.cuda.runtime.getDeviceCount())]
@@ -284,7 +302,9 @@ def _cupy() -> Callable[[], object]:
         for device in devices:
             device.synchronize()
 
-    return _timed(batch)
+    properties = [cupy.cuda.runtime.getDeviceProperties(device.id) for device in devices]
+    uuids = [each["uuid"] for each in properties if "uuid" in each]
+    return _timed(batch), [f"GPU-{UUID(bytes=uuid)}" for uuid in uuids]
 
 
 def _timed(batch: Callable[[int], None]) -> Callable[[], object]:

@@ -12,9 +12,12 @@ import numpy as np
 
 from pepr_profiler.check.load import LoadMaker, Ran, no_bursts, schedule
 from pepr_profiler.check.response import Series
-from pepr_profiler.record import Floats, Record
+from pepr_profiler.energy.integrate import values_ns
+from pepr_profiler.energy.sources import Source
+from pepr_profiler.record import Floats, Ints, Record
 from pepr_profiler.sensors.spec import SensorSpec
 from pepr_profiler.trace.lane import LaneInfo
+from pepr_profiler.units import NS_PER_S
 
 _READY_S = 15.0
 """torch takes some seconds to load, and the first use of a GPU some more."""
@@ -41,21 +44,20 @@ _Rows = tuple[bytes, bytes, list[bytes]]
 
 
 class LaneRows(Record):
-    """All that was read of one lane: when, s, how long each read took, and raw values."""
+    """All that was read of one lane: when each read began, how long it took, and raw values."""
 
     lane: LaneInfo
-    t_s: Floats
-    read_s: Floats
+    t_ns: Ints
+    read_ns: Ints
     values: Floats  # (channels, n)
 
-    def series(self, index: int, *, zero_is_unknown: bool = False) -> Series:
-        """The readings of a channel in its unit."""
-        channel = self.lane.channels[index]
-        values = self.values[index] * channel.scale
-        if zero_is_unknown:
+    def series(self, source: Source) -> Series:
+        """The readings of one of its sources, in J or W."""
+        at_s = values_ns(source, self.t_ns, self.read_ns) / NS_PER_S
+        values = self.values[source.channel] * source.scale
+        if source.zero_is_unknown:
             values = np.where(values > 0, values, np.nan)
-        range_j = channel.modulus * channel.scale
-        return Series(self.t_s + self.read_s / 2, values, channel.counter, range_j)
+        return Series(at_s, values, source.counter, source.range_j, source.limit_w)
 
 
 class Probe(Record):
@@ -147,15 +149,15 @@ def probe(
 
 
 def _rows(lane: LaneInfo, batches: Sequence[_Rows]) -> LaneRows:
-    def joined(parts: Iterable[bytes], kind: type) -> Floats:
+    def joined(parts: Iterable[bytes], kind: type) -> Any:
         columns: list[Any] = [np.frombuffer(part, dtype=kind) for part in parts]
-        return np.concatenate(columns) if columns else np.zeros(0)
+        return np.concatenate(columns) if columns else np.zeros(0, dtype=kind)
 
-    t_s = joined((batch[0] for batch in batches), np.int64) * 1e-9
-    read_s = joined((batch[1] for batch in batches), np.uint32) * 1e-9
+    t_ns = joined((batch[0] for batch in batches), np.int64)
+    read_ns = joined((batch[1] for batch in batches), np.uint32).astype(np.int64)
     count = len(lane.channels)
     values = [joined((batch[2][i] for batch in batches), np.float64) for i in range(count)]
-    return LaneRows(lane, t_s, read_s, np.array(values).reshape(count, -1))
+    return LaneRows(lane, t_ns, read_ns, np.array(values).reshape(count, -1))
 
 
 def _cpu_seconds(stat: Path = Path("/proc/stat")) -> tuple[float, float] | None:

@@ -35,14 +35,18 @@ _MULTIPLES = 8
 
 
 class Figure(Record):
-    """A number with its expanded uncertainty (k = 2), or why it cannot be told."""
+    """A number with its expanded uncertainty (k = 2), or why it is unknown.
+
+    `at_most` is what an unknown number certainly does not exceed; None if that is unknown too.
+    """
 
     value: float | None = None
     u: float | None = None
     why: str = ""
+    at_most: float | None = None
 
     @property
-    def is_told(self) -> bool:
+    def is_known(self) -> bool:
         return self.value is not None
 
     def contains(self, value: float) -> bool:
@@ -171,7 +175,7 @@ def _refreshes(series: Series, moved: np.ndarray) -> tuple[Figure, _Refreshes]:
         sparse = _spread(after_s, max(20 * gap_s, 0.02) if series.counter else 0.0)
         timing_u_s = gap_s / math.sqrt(12)
         points = _Refreshes(after_s[sparse] - gap_s / 2, values[sparse], timing_u_s)
-        return Figure(why=why), points
+        return Figure(why=why, at_most=gap_s), points
     refresh_s = _period(np.diff(at_s), gap_s)
     if not series.counter and refresh_s.value is not None:
         span_s = float(series.at_s[0]), float(series.at_s[-1])
@@ -351,7 +355,7 @@ def _fit(
         if not _is_fine(points, found["window"][0]):
             found["smoothing"] = _search(points, "smoothing", fixed_width=False)
     # A window is the usual kind of sensor; the other is believed where it explains far more, and
-    # where it is slow enough to be told from a window between two refreshes.
+    # where it is slow enough to differ from a window between two refreshes.
     shape = "window"
     if "smoothing" in found:
         rss, _, tau_s = found["smoothing"]
@@ -390,13 +394,13 @@ def _fit(
     elif not counter:
         window, lag_s = Figure(width_s, 2 * u_width), delay_s + width_s / 2
     return response._replace(
-        window_s=_told(window, max(0.5 * width_s, 0.02)),
-        smoothing_s=_told(smoothing, 0.5 * width_s),
-        lag_s=_told(Figure(lag_s, 2 * u_lag), 0.5 * (refresh_s.value or 0.1) + 0.1),
+        window_s=_if_sure(window, max(0.5 * width_s, 0.02)),
+        smoothing_s=_if_sure(smoothing, 0.5 * width_s),
+        lag_s=_if_sure(Figure(lag_s, 2 * u_lag), 0.5 * (refresh_s.value or 0.1) + 0.1),
     )
 
 
-def _told(figure: Figure, most_u: float) -> Figure:
+def _if_sure(figure: Figure, most_u: float) -> Figure:
     """The figure if its uncertainty is small enough to say something."""
     if figure.u is None or figure.u <= most_u:
         return figure
@@ -487,7 +491,7 @@ def _effective(column: Floats) -> float:
 
 _FEW = 4.0
 _FEWEST_EFFECTIVE = 4.0
-"""A window or a lag that rests on fewer readings is not told."""
+"""A window or a lag that rests on fewer readings is not reported."""
 
 _EDGE_U_S = 1e-3
 """How well it is known when a load began to take power (standard uncertainty, judgement)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,8 @@ _SHAPE = {
         {
             "device": str,
             "source": str,
+            "domain": (str, None),
+            "via": (str, None),
             "refresh_s": _FIGURE,
             "window_s": _FIGURE,
             "lag_s": _FIGURE,
@@ -38,6 +41,8 @@ _SHAPE = {
     ],
     None: ("kind", "schema", "sensors"),
 }
+_RAPL = ("perf", "powercap")
+
 _LONGEST_S = 10.0
 """A longer refresh, window or lag is no sensor's."""
 
@@ -46,6 +51,10 @@ _MOST_BYTES = 4 << 20
 
 _NO_LAG_S = 1e-6
 """0 would mean that the lag is unknown."""
+
+
+SensorName = tuple[str, str, str]
+"""The model of a device, the source of its channel, and the domain of RAPL."""
 
 
 class KnownSensor(Record):
@@ -60,9 +69,9 @@ class KnownSensor(Record):
 
 
 class KnownSensors(Record):
-    """The sensors of all files, by model and channel source; and unusable files with why."""
+    """The sensors of all files, by `SensorName`; and unusable files with why."""
 
-    by_name: dict[tuple[str, str], KnownSensor]
+    by_name: dict[SensorName, KnownSensor]
     problems: tuple[tuple[str, str], ...]
 
     def counters_of(self, scope: str, lanes: Iterable[LaneInfo]) -> frozenset[str]:
@@ -74,7 +83,7 @@ class KnownSensors(Record):
             for lane in lanes
             for channel in lane.channels
             if channel.source == "nvml-energy" and "uuid" in channel.labels
-            and (sensor := self.by_name.get((device_of(channel), channel.source)))
+            and (sensor := self.by_name.get((device_of(channel, ""), channel.source, "")))
             and sensor.covers == scope
         )  # fmt: skip
 
@@ -87,17 +96,29 @@ def folders() -> tuple[Path, Path]:
     return config / "pepr-profiler/hardware", Path(__file__).parents[1] / "data/hardware"
 
 
-def device_of(channel: Channel) -> str:
-    """The model that a channel's sensor is of, as files name it; empty if none is known."""
+def device_of(channel: Channel, cpu_name: str) -> str:
+    """The model that a channel's sensor is of, as files name it; empty if none is known.
+
+    RAPL is of the CPU that the machine has.
+    """
     labels = channel.labels
+    if channel.source in _RAPL:
+        return cpu_name
     if "model" in labels:
         return labels["model"]
     return " ".join(filter(None, (labels.get("chip", ""), labels.get("label", ""))))
 
 
+def domain_of(source: Source) -> str:
+    """What of a CPU a source of RAPL measures, as files name it: package, dram, psys; else ""."""
+    if source.source not in _RAPL:
+        return ""
+    return re.split(r"[-\d]", source.label.rpartition("/")[2])[0]
+
+
 def read_hardware(places: Iterable[Path] | None = None) -> KnownSensors:
     """All that the files say. Of two for one sensor the user's counts, then the last by name."""
-    found: dict[tuple[str, str], KnownSensor] = {}
+    found: dict[SensorName, KnownSensor] = {}
     problems = []
     for folder in folders() if places is None else places:
         try:
@@ -115,14 +136,20 @@ def read_hardware(places: Iterable[Path] | None = None) -> KnownSensors:
                 for sensor in facts["sensors"]:
                     known = _known(path.name, sensor)
                     if known is not None and sensor["device"]:
-                        found.setdefault((sensor["device"], sensor["source"]), known)
+                        name = (sensor["device"], sensor["source"], sensor.get("domain") or "")
+                        found.setdefault(name, known)
             except (OSError, *MALFORMED) as error:
                 problems.append((str(path), str(error)))
     return KnownSensors(found, tuple(problems))
 
 
 def _known(file: str, sensor: dict[str, Any]) -> KnownSensor | None:
-    """What a file says of a sensor, if it says anything that can be."""
+    """What a file says of a sensor, if it says anything that can be.
+
+    What was read through a daemon says how coarsely the daemon shows it, and nothing of the sensor.
+    """
+    if sensor.get("via"):
+        return None
 
     def number(key: str, least: float) -> float | None:
         value = (sensor.get(key) or {}).get("value")
@@ -136,7 +163,7 @@ def _known(file: str, sensor: dict[str, Any]) -> KnownSensor | None:
 
 
 def with_known(
-    sources: Iterable[Source], lanes: Iterable[LaneInfo], known: KnownSensors
+    sources: Iterable[Source], lanes: Iterable[LaneInfo], known: KnownSensors, *, cpu_name: str
 ) -> list[Source]:
     """The sources, with what files say of their sensors' refresh, window and lag."""
     if not known.by_name:
@@ -145,7 +172,8 @@ def with_known(
     result = []
     for source in sources:
         channel = by_name[source.lane].channels[source.channel]
-        sensor = known.by_name.get((device_of(channel), channel.source))
+        name = (device_of(channel, cpu_name), channel.source, domain_of(source))
+        sensor = known.by_name.get(name)
         if sensor is not None:
             source = source._replace(  # noqa: PLW2901
                 refresh_s=sensor.refresh_s or 0.0,

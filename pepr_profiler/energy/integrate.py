@@ -31,13 +31,19 @@ def integrate(
     for batch in batches:
         for accumulator in accumulators:
             source = accumulator.source
-            # A value belongs to the middle of its read; of a long row, to its device's part of it.
-            long = batch.read_ns > _LONG_READ_NS
-            part_ns = (batch.read_ns * source.read_part).astype(np.int64)
-            t_ns = batch.t_ns + np.where(long, part_ns, batch.read_ns // 2)
+            t_ns = values_ns(source, batch.t_ns, batch.read_ns)
             accumulator.feed(t_ns, batch.values[source.channel], batch)
         mirrors.feed(batch)
     return mirrors.mark([accumulator.finish() for accumulator in accumulators])
+
+
+def values_ns(source: Source, t_ns: Ints, read_ns: Ints) -> Ints:
+    """When the values of a source are from, of rows whose read began at `t_ns` and took `read_ns`.
+
+    That is the middle of the read; of a long one, the middle of the device's part of it.
+    """
+    part_ns = (read_ns * source.read_part).astype(np.int64)
+    return np.asarray(t_ns + np.where(read_ns > _LONG_READ_NS, part_ns, read_ns // 2))
 
 
 class _Mirrors:
@@ -90,7 +96,9 @@ class _Mirrors:
             curve
             if (first := mirrored.get(curve.source.channel)) is None
             else curve._replace(
-                source=curve.source.not_counted(f"mirrors {first.label}: one counter")
+                source=curve.source._replace(mirrors=first.label).not_counted(
+                    f"mirrors {first.label}: one counter"
+                )
             )
             for curve in curves
         ]

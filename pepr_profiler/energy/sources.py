@@ -17,14 +17,15 @@ class Source(Record):
 
     `id` names the component, `lane` and `channel` the readings. `scope` is what it covers, one of
     SCOPES, and `covers` the kinds of components in it. `excluded` says why it is not in the total,
-    `repeats` which component it measures again. `gain` (relative) and `offset_w` are standard
-    uncertainties, fixed for a device (docs/measurement: SC24 for GPU boards, judgement for RAPL).
-    `lag_s` is how far its readings trail the truth, `lag_u_s` how sure a hardware file is of that.
-    `limit_w` is more power than the device can draw, `rated_w` the limit that its driver states, 0
-    if none. `instant` is the channel of a counter's lane that has the instant power of what it
-    covers, in the same unit per second; -1: none. `refresh_s` and `window_s` are its refresh period
-    and averaging window by the hardware file `stated_by`; 0 without one. `read_part` is how far
-    into the read of a row this device is asked.
+    `repeats` which component it measures again, `mirrors` which source shows the same counter, by
+    its label, `checks` which counter it is read beside, as a check of that. `gain` (relative) and
+    `offset_w` are standard uncertainties, fixed for a device (docs/measurement: SC24 for GPU
+    boards, judgement for RAPL). `lag_s` is how far its readings trail the truth, `lag_u_s` how sure
+    a hardware file is of that. `limit_w` is more power than the device can draw, `rated_w` the
+    limit that its driver states, 0 if none. `instant` is the channel of a counter's lane that has
+    the instant power of what it covers, in the same unit per second; -1: none. `refresh_s` and
+    `window_s` are its refresh period and averaging window by the hardware file `stated_by`; 0
+    without one. `read_part` is how far into the read of a row this device is asked.
     """
 
     id: str
@@ -53,6 +54,8 @@ class Source(Record):
     scope: str = "device"
     covers: tuple[str, ...] = ()
     repeats: str = ""
+    mirrors: str = ""
+    checks: str = ""
     read_part: float = 0.5
 
     def not_counted(self, reason: str) -> Source:
@@ -175,6 +178,7 @@ def find_cross_sources(lanes: Iterable[LaneInfo], sources: Iterable[Source]) -> 
         if powers:
             best = min(powers, key=lambda i: of_scope.index(lane.channels[i].source))
             power = _board_source(lane, best, ident=source.id)
+            power = power._replace(checks=source.source)
             found.append(power.not_counted(f"checks {source.source}"))
     return found
 

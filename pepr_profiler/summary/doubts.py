@@ -117,7 +117,7 @@ def doubtful_readings(
     for component in components:
         curve, name = component.curve, component.curve.source.id
         source = curve.source
-        if source.excluded.startswith("mirrors"):
+        if source.mirrors:
             yield warning(
                 "mirrored",
                 f"{name} is not in the total: it {source.excluded}",

@@ -73,7 +73,7 @@ def read_all(
     `facts` is run.json's `recording`, `notes` say whose processes were seen.
     """
     cpu = CpuIdentity(**facts["cpu"])
-    energy = _EnergyReader(readers, cpu.vendor or "", at_ns)
+    energy = _EnergyReader(readers, cpu, at_ns)
     activity = None
     gpu_users: dict[str, GpuUsers] = {}
     tally = _Tally()
@@ -121,10 +121,10 @@ def read_all(
 class _EnergyReader:
     """Integrates the energy of all lanes, and decides then which source of a component counts."""
 
-    def __init__(self, readers: Mapping[str, LaneReader], cpu_vendor: str, at_ns: Ints) -> None:
+    def __init__(self, readers: Mapping[str, LaneReader], cpu: CpuIdentity, at_ns: Ints) -> None:
         self._readers, self._at_ns = readers, at_ns
         self._lanes = [reader.lane for reader in readers.values()]
-        self._cpu_vendor, self.known = cpu_vendor, read_hardware()
+        self._cpu, self.known = cpu, read_hardware()
         self._find()
         self._curves: dict[Place, EnergyCurve] = {}
 
@@ -166,7 +166,7 @@ class _EnergyReader:
                 settled = settled._replace(impossible=curve.impossible + other.impossible)
                 if source.counter and answers(curve) and answers(other):
                     settled = with_fallback(settled, other, self._at_ns)
-                is_check = settled.source == source and other.source.excluded.startswith("checks")
+                is_check = settled.source == source and bool(other.source.checks)
                 check = cross_check(curve, other, self._at_ns) if is_check else None
                 checks |= {source.id: check} if check is not None else {}
             result.append(settled)
@@ -178,14 +178,15 @@ class _EnergyReader:
         lanes = self._lanes
         found = find_sources(
             lanes,
-            cpu_vendor=self._cpu_vendor,
+            cpu_vendor=self._cpu.vendor or "",
             silent=silent,
             plain=plain | self.known.counters_of("gpu", lanes),
             modules=self.known.counters_of("module", lanes),
         )
-        self._sources = with_known(found, lanes, self.known)
+        cpu_name = self._cpu.name or ""
+        self._sources = with_known(found, lanes, self.known, cpu_name=cpu_name)
         cross = find_cross_sources(lanes, self._sources)
-        self._cross_sources = with_known(cross, lanes, self.known)
+        self._cross_sources = with_known(cross, lanes, self.known, cpu_name=cpu_name)
 
     def _integrate(self, batches: Iterable[Batch], sources: Sequence[Source]) -> None:
         for curve in integrate(batches, sources, self._at_ns):
@@ -196,8 +197,10 @@ class _EnergyReader:
         curves = []
         for source in sources:
             curve = self._curves[source.lane, source.channel]
-            mirrors = curve.source.excluded if curve.source.excluded.startswith("mirrors") else ""
-            curves.append(curve._replace(source=source.not_counted(mirrors) if mirrors else source))
+            found = curve.source
+            if found.mirrors:  # which only the readings show
+                source = source._replace(mirrors=found.mirrors).not_counted(found.excluded)  # noqa: PLW2901
+            curves.append(curve._replace(source=source))
         return curves
 
     def _span_s(self, instead_of: str) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import struct
 import time
+from types import SimpleNamespace
 
 _file, _epoch_ns, _idle_w, _busy_w = os.environ["PEPR_SIM_GPU"].split()
 _WORK_S = 1e-3
@@ -29,6 +30,10 @@ class cuda:  # noqa: N801 - as torch calls it
     @staticmethod
     def device_count() -> int:
         return 1
+
+    @staticmethod
+    def get_device_properties(_device: object) -> SimpleNamespace:
+        return SimpleNamespace(uuid="00000000-0000-4000-8000-000000000000")
 
     @staticmethod
     def synchronize(_device: object) -> None:
