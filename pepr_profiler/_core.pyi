@@ -1,5 +1,7 @@
-from collections.abc import Sequence
-from typing import type_check_only
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, type_check_only
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 @type_check_only
 class _NativeType(type): ...  # the metaclass that pybind11 gives its classes
@@ -79,6 +81,7 @@ class LaneFile(metaclass=_NativeType):
     def __init__(self, stem: str, schema: bytes, rules: Sequence[tuple[str, float]]) -> None: ...
     def append(self, t_ns: bytes, read_ns: bytes, values: Sequence[bytes]) -> None: ...
     def flush(self, last: bool = False) -> None: ...
+    def move_to(self, stem: str) -> int: ...  # errno
     @property
     def error(self) -> int: ...  # errno
     @property
@@ -110,4 +113,5 @@ def now_ns() -> int: ...
 def wait_signal(
     signals: Sequence[int], deadline_ns: int, notifier: Notifier | None = None
 ) -> tuple[int, int, int] | None: ...
+def insistent(method: _F) -> _F: ...
 def set_child_subreaper() -> bool: ...

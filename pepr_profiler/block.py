@@ -425,8 +425,9 @@ class Run:
         return begin_ns
 
     def _keep_looking(self) -> None:
-        recorder, after_s = self._recorder, TICK_S
+        recorder = self._recorder
         assert recorder is not None
+        after_s = recorder.first_tick_s
         while not self._ending:  # checked after each tick too, which clears the notifier
             recorder.notifier.wait(after_s)
             if not self._ending:

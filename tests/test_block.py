@@ -490,7 +490,8 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert process.stdout is not None
         directory = Path(process.stdout.readline().decode().strip())
         tail = directory / "replay.tail.arrows"
-        until(lambda: tail.exists() and tail.stat().st_size)  # its first flush
+        size = tail.stat().st_size
+        until(lambda: tail.stat().st_size > size)  # a flush behind its marks
         process.communicate(b"x", timeout=SLOW_S)
     assert process.returncode == -signal.SIGKILL
     summary = cli.report(directory)

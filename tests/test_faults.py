@@ -452,6 +452,60 @@ print("went on")
     assert "PeprWarning" in result.stderr and "pepr-profile report" in result.stderr
 
 
+DEATHS = {
+    "os._exit": "os._exit(9)",
+    "SIGKILL": "os.kill(os.getpid(), signal.SIGKILL)",
+    "SIGTERM": "os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)",
+    "a crash in C": "ctypes.string_at(0)",
+    "an abort": "os.abort()",
+    "exec": "os.execv('/bin/true', ['true'])",
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.parametrize("after_s", [0.0, 0.6])
+def test_of_a_program_that_dies_early_the_first_rows_are_on_disk(
+    cli: Cli, tmp_path: Path, death: str, after_s: float
+) -> None:
+    code = f"""
+import ctypes, os, signal, sys, time
+from pepr_profiler import profile
+with profile("x", sensors=[sys.argv[1]]):
+    time.sleep({after_s})
+    {DEATHS[death]}
+"""
+    run_program(cli, code, write_meter(tmp_path / "meter", 100), preexec_fn=limited(CORE=0))
+    [directory] = cli.runs()
+    summary = cli.report(directory)
+    # On disk are all lanes, from the beginning to the last flush.
+    assert not summary["complete"] and not codes(summary)
+    assert summary["sampler"]["samples"] >= 2 and summary["memory"]["peak_rss_bytes"]
+    assert after_s / 5 <= summary["duration_s"] < after_s + 2
+    truth_j = 100 * summary["duration_s"]
+    assert component(summary, "gpu:x")["device_j"] == pytest.approx(truth_j, rel=0.01, abs=0.01)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.6])
+def test_of_a_profiler_that_dies_early_the_first_rows_are_on_disk(
+    cli: Cli, tmp_path: Path, after_s: float
+) -> None:
+    # given a child that ends its profiler as soon as the recording has begun
+    code = f"""
+import os, pathlib, signal, time
+folder = pathlib.Path(os.environ["PEPR_RUN_DIR"])
+while not any(path.stat().st_size for path in folder.glob("processes.*")): time.sleep(0.001)
+time.sleep({after_s})
+os.kill(os.getppid(), signal.SIGKILL)
+"""
+    meter = write_meter(tmp_path / "meter", 100)
+    assert cli("--sensor", meter, "--", *python(code)).status == -9
+    [directory] = cli.runs()
+    summary = cli.report(directory)
+    assert not summary["complete"] and not codes(summary)
+    assert summary["sampler"]["samples"] >= 2
+    assert after_s / 5 <= summary["duration_s"] < after_s + 2
+
+
 def test_ctrl_c_at_any_time_leaves_no_recorder(cli: Cli, tmp_path: Path) -> None:
     code = """
 import _thread, os, random, sys, threading, time

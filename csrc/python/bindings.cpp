@@ -143,6 +143,20 @@ auto text_of(std::string Owner::* member) {
     return [member](const Owner& owner) { return readable(owner.*member); };
 }
 
+// What the handler of a signal raises, Python raises where a function begins, before its first
+// line: one that must run cannot see to it itself.
+py::object insistent(py::object method) {
+    const py::cpp_function call([method = std::move(method)](const py::args& arguments) {
+        try {
+            return method(*arguments);
+        } catch (const py::error_already_set&) {
+            method(*arguments);
+            throw;
+        }
+    });
+    return py::reinterpret_steal<py::object>(PyInstanceMethod_New(call.ptr()));
+}
+
 bool set_child_subreaper() { return ::prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0; }
 
 }  // namespace
@@ -263,6 +277,8 @@ PYBIND11_MODULE(_core_of_main, m) {
         py::arg("notifier") = nullptr,
         "Waits for one of these blocked signals: (signo, code, pid). None at the deadline, or when "
         "the notifier is notified.");
+    m.def("insistent", &insistent, py::arg("method"),
+          "The method, called once more when it raises; what it raised first is raised then.");
     m.def("set_child_subreaper", &set_child_subreaper,
           "Makes orphaned descendants of this process its children (prctl 36).");
 }

@@ -85,6 +85,14 @@ void bind_recording(py::module_& m) {
         .def("append", &append_rows, py::arg("t_ns"), py::arg("read_ns"), py::arg("values"))
         .def("flush", &LaneFile::flush, py::arg("last") = false,
              py::call_guard<py::gil_scoped_release>())
+        .def(
+            "move_to",
+            [](LaneFile& file, const py::str& stem) {
+                const std::string to = pepr::system_bytes(stem);
+                const py::gil_scoped_release release;
+                return file.move_to(to);
+            },
+            py::arg("stem"))
         .def_property_readonly("error", &LaneFile::error)
         .def_property_readonly("dropped_rows", &LaneFile::dropped_rows)
         .def_property_readonly("lost_rows", &LaneFile::lost_rows);

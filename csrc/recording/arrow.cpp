@@ -1,5 +1,6 @@
 #include "recording/arrow.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
@@ -34,6 +35,25 @@ void put_all(std::string& to, Numbers... numbers) {
 }
 
 constexpr std::size_t padded(std::size_t bytes) { return (bytes + 7) / 8 * 8; }
+
+// Neither a planted link nor a FIFO is written to.
+File make_file(const std::string& path) noexcept {
+    constexpr int kFlags = O_RDWR | O_CREAT | O_TRUNC | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
+    return moved_up(File(::open(path.c_str(), kFlags, 0644)));
+}
+
+// Writes all of it at a place, or returns errno.
+int write_at(const File& file, const char* data, std::size_t bytes, std::size_t at) noexcept {
+    while (bytes > 0) {
+        const ssize_t n = ::pwrite(file.fd(), data, bytes, static_cast<off_t>(at));
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return n == 0 ? EIO : errno;
+        data += n;
+        at += static_cast<std::size_t>(n);
+        bytes -= static_cast<std::size_t>(n);
+    }
+    return 0;
+}
 
 }  // namespace
 
@@ -74,12 +94,7 @@ void append_batch(std::string& stream, const std::vector<ArrowColumn>& columns, 
 }
 
 ArrowFile::ArrowFile(std::string path, std::string schema)
-    : path_(std::move(path)),
-      schema_(std::move(schema)),
-      // Neither a planted link nor a FIFO is written to.
-      file_(moved_up(
-          File(::open(path_.c_str(),
-                      O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0644)))) {
+    : path_(std::move(path)), schema_(std::move(schema)), file_(make_file(path_)) {
     if (!file_) throw std::system_error(errno, std::generic_category(), path_);
 }
 
@@ -87,7 +102,7 @@ void ArrowFile::close() noexcept { file_ = File(); }
 
 int ArrowFile::recover() noexcept {
     if (file_.is_ours()) return 0;
-    File again = moved_up(File(::open(path_.c_str(), O_WRONLY | O_NOFOLLOW | O_CLOEXEC)));
+    File again = moved_up(File(::open(path_.c_str(), O_RDWR | O_NOFOLLOW | O_CLOEXEC)));
     if (!again || !again.is_same(file_)) return EBADF;
     file_ = std::move(again);
     return 0;
@@ -122,6 +137,31 @@ int ArrowFile::clear() noexcept {
     return 0;
 }
 
+int ArrowFile::move_to(std::string path) noexcept {
+    File next = make_file(path);
+    if (!next) return errno;
+    char part[1 << 14];
+    std::size_t copied = 0;
+    for (bool readable = recover() == 0; readable && copied < size_;) {
+        const std::size_t bytes = std::min(sizeof part, size_ - copied);
+        const ssize_t n = ::pread(file_.fd(), part, bytes, static_cast<off_t>(copied));
+        if (n < 0 && errno == EINTR) continue;
+        readable = n > 0;
+        if (!readable) break;
+        if (const int error = write_at(next, part, static_cast<std::size_t>(n), copied))
+            return error;
+        copied += static_cast<std::size_t>(n);
+    }
+    if (copied < size_) {  // half a stream is none
+        if (::ftruncate(next.fd(), 0) != 0) return errno;
+        copied = 0;
+    }
+    file_ = std::move(next);
+    path_ = std::move(path);
+    size_ = copied;
+    return 0;
+}
+
 void ArrowFile::remove() noexcept { ::unlink(path_.c_str()); }
 
 std::size_t ArrowFile::free_bytes() const noexcept {
@@ -131,15 +171,7 @@ std::size_t ArrowFile::free_bytes() const noexcept {
 
 int ArrowFile::write(const std::string& data) noexcept {
     if (const int error = recover()) return error;
-    for (std::size_t done = 0; done < data.size();) {
-        const ssize_t n = ::pwrite(file_.fd(), data.data() + done, data.size() - done,
-                                   static_cast<off_t>(size_ + done));
-        if (n > 0) {
-            done += static_cast<std::size_t>(n);
-            continue;
-        }
-        const int error = n == 0 ? EIO : errno;
-        if (error == EINTR) continue;
+    if (const int error = write_at(file_, data.data(), data.size(), size_)) {
         (void)!::ftruncate(file_.fd(), static_cast<off_t>(size_));
         return error;
     }

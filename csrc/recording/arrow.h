@@ -37,6 +37,9 @@ public:
     // Closes the file; nothing can be appended any more.
     void close() noexcept;
     void remove() noexcept;
+    // Goes on in a new file, with a copy of what was appended. Returns an error, and changes
+    // nothing, if it cannot write there; the new file begins empty if the old one cannot be read.
+    int move_to(std::string path) noexcept;
     // The space that is left for us, as far as the file system knows.
     std::size_t free_bytes() const noexcept;
     std::size_t size() const noexcept { return size_; }
@@ -47,7 +50,8 @@ private:
     // file by now. 0, or EBADF if it is gone.
     int recover() noexcept;
 
-    const std::string path_, schema_;
+    std::string path_;
+    const std::string schema_;
     File file_;
     std::size_t size_ = 0;
 };

@@ -10,9 +10,10 @@
 
 namespace pepr {
 
-// It writes once in `period_ns`. In a thread of its own, a disk that hangs does not delay the
-// drivers nor the reverse, and a program that records itself spends no time on it. The notifier is
-// notified when writes begin to fail, and when they work again.
+// It writes once in `period_ns`, and more often while lanes have just been added. In a thread of
+// its own, a disk that hangs does not delay the drivers nor the reverse, and a program that records
+// itself spends no time on it. The notifier is notified when writes begin to fail, and when they
+// work again.
 class Journal {
 public:
     Journal(std::int64_t period_ns, std::shared_ptr<Notifier> notifier);

@@ -97,6 +97,14 @@ void LaneFile::flush(bool last) {
     if (last) end();
 }
 
+int LaneFile::move_to(const std::string& stem) {
+    const Lock lock(mutex_);
+    if (const int error = main_.move_to(stem + ".arrows")) return error;
+    if (const int error = tail_.move_to(stem + ".tail.arrows")) return error;
+    if (tail_.size() == 0) in_tail_ = 0;  // memory still has its rows
+    return 0;
+}
+
 void LaneFile::write() {
     const std::size_t n = t_ns_.size() - in_tail_;
     if (n == 0) return;

@@ -40,6 +40,10 @@ public:
     // then, it writes fewer rows; the last row is among them, so that counters lose no energy.
     void flush(bool last = false);
 
+    // Goes on in files of another stem, which get what these have, as far as it can be read: theirs
+    // were removed. Returns errno if it cannot write there, else 0.
+    int move_to(const std::string& stem);
+
     // These never wait, not even while the disk hangs.
     int error() const noexcept { return error_; }  // errno of the last write; 0: none
     std::uint64_t dropped_rows() const noexcept { return dropped_; }  // never written

@@ -141,7 +141,8 @@ def _supervise(child: Child, tick: Callable[[], float] | None, recorder: Recorde
     """Waits for the child. A fault of ours becomes a warning and does not cost its status."""
     try:
         with recording.collecting_garbage():
-            return child.supervise(tick=tick, notifier=recorder.notifier)
+            first_s = recorder.first_tick_s
+            return child.supervise(tick=tick, first_s=first_s, notifier=recorder.notifier)
     except Exception as error:
         recording.warn_of_fault(recorder, error)
         return child.supervise() if child.exit is None else child.exit

@@ -126,13 +126,16 @@ class Lanes:
     def begin_writing(
         self, directory: Path, watchers_of: Callable[[LaneInfo], Sequence[RowWatcher]]
     ) -> None:
-        """Writes to `directory` from now on what the lanes sample.
+        """Writes to `directory` from now on what the lanes sample; the first rows at once.
 
         `watchers_of` is asked, for each lane that begins to be written, who looks at its rows.
         """
         self._directory, self._watchers_of = directory, watchers_of
         for lane in list(self._lanes.values()):
             self._open_writer(lane)
+        self.flush()  # a program may be killed at once
+        if self.has_remote:
+            self.look()
 
     def _is_settled(self, lane: RecordedLane, timeout_s: float) -> bool:
         """Whether a lane has opened, or failed and was removed. False: it is still opening.

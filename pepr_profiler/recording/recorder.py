@@ -42,8 +42,9 @@ _ONE_AFTER_S, _LOOK_S = (
 TICK_S = 0.5
 """How often `Recorder.tick` is to be called while there is something to watch."""
 
-_REMOTE_S, _IDLE_S = 1.0, 10.0
-"""How often it is to be called where we write down a daemon's lanes, and where nothing is to do."""
+_FIRST_S, _REMOTE_S, _IDLE_S = 0.05, 1.0, 10.0
+"""How often it is to be called where we write down a daemon's lanes, at first and later, and where
+nothing is to do."""
 
 
 _STORED = ("intensity", "pue", "cpu_power", "performance", "scope")
@@ -145,7 +146,15 @@ class Recorder:
         self._look()
         if self._lanes.needs_looks or self._watches.has_unidentified:
             return TICK_S
-        return _REMOTE_S if self._lanes.has_remote else _IDLE_S
+        if not self._lanes.has_remote:
+            return _IDLE_S
+        elapsed_s = (time.monotonic_ns() - (self._window_ns[0] or 0)) * 1e-9
+        return min(max(_FIRST_S, elapsed_s), _REMOTE_S)
+
+    @property
+    def first_tick_s(self) -> float:
+        """After how many seconds the first tick is due: a program may be killed at once."""
+        return _FIRST_S if self._lanes.has_remote else TICK_S
 
     def flush(self) -> None:
         """Writes to disk what was sampled until now."""

@@ -129,6 +129,42 @@ TEST(arrow_file_is_written_over_in_its_own_space_or_left_alone) {
     CHECK(file.append(" third") == 0 && content() == "schemafewer third");
 }
 
+TEST(lane_whose_files_were_removed_goes_on_elsewhere_with_all_of_its_rows) {
+    const Folder folder;
+    const auto file = file_of(folder, "a");
+    std::int64_t t_ns = 1, took_ns = 1;
+    double value = 0;
+    const auto add = [&](int rows) {
+        for (; rows > 0; --rows, t_ns += kMs, value += 1)
+            file->append({&t_ns, &took_ns, &value, 1}, 1);
+        file->flush();
+    };
+    add(1500);  // some in the main file, some in the tail
+    add(10);
+    const std::string from = folder.write("a", ""), to = folder.write("b", "");
+    fs::remove(from + ".arrows");
+    fs::remove(from + ".tail.arrows");
+    CHECK(file->move_to("/nowhere/b") == ENOENT);  // then it stays as it is
+    add(10);
+    CHECK(file->error() == 0 && file->move_to(to) == 0);
+    CHECK(stream_in(to + ".arrows").read == 1500 && stream_in(to + ".tail.arrows").read == 20);
+    add(10);
+    file->flush(true);
+    CHECK(stream_in(to + ".arrows").read == 1530 && stream_in(to + ".arrows").is_ended);
+    CHECK(!fs::exists(to + ".tail.arrows") && !fs::exists(from + ".arrows"));
+}
+
+TEST(journal_writes_soon_when_a_lane_is_added) {
+    const Folder folder;
+    Sampler lane(FakeSensor::options(0, kMs));
+    CHECK(lane.wait_ready(10 * kNsPerS));
+    pepr::Journal journal(64 * kNsPerS, std::make_shared<pepr::Notifier>());
+    journal.add(lane.lane(), file_of(folder, "a"));
+    const std::string tail = folder.write("a", "") + ".tail.arrows";
+    CHECK(comes_true([&] { return stream_in(tail).read > 0; }));
+    CHECK(lane.stop(10 * kNsPerS));
+}
+
 // A counter in J that is read every 10 ms: 100 W, 300 W from 5 s on, and 2 s without a read at 10
 // s.
 TEST(thinning_keeps_what_a_line_does_not_say) {
