@@ -92,13 +92,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of a real GPU run only when they are asked for by name: -m gpu."""
-    if "gpu" in config.getoption("markexpr"):
+    """Leaves out the tests of a real GPU and the long ones, unless -m names them."""
+    asked = config.getoption("markexpr")
+    if "gpu" in asked:
         return
-    real = [item for item in items if item.get_closest_marker("gpu")]
-    if real:
-        config.hook.pytest_deselected(items=real)
-        items[:] = [item for item in items if item not in real]
+    left_out = {"gpu"} if "long" in asked else {"gpu", "long"}
+    deselected = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.fixture(autouse=True)

@@ -259,9 +259,10 @@ def messages(count: int, seed: int) -> Iterator[bytes]:
                                b" " * draw.randrange(1, 8000)])  # fmt: skip
 
 
-def test_a_hundred_thousand_messages_are_requests_or_errors() -> None:
+@pytest.mark.parametrize("count", [12_000, pytest.param(120_000, marks=pytest.mark.long)])
+def test_so_many_messages_are_requests_or_errors(count: int) -> None:
     understood = 0
-    for data in messages(120_000, seed=7):
+    for data in messages(count, seed=7):
         try:
             request = parse(data)
         except ProtocolError as error:
@@ -274,11 +275,12 @@ def test_a_hundred_thousand_messages_are_requests_or_errors() -> None:
         assert len(request.shares) <= 64 and 0 <= request.first_s < 2**53
         for shares in request.shares.values():
             assert len(shares) <= 16 and all(0 <= share <= 1 for share in shares)
-    assert understood > 1000  # the fuzz reaches what is behind the parser
+    assert understood > count / 120  # the fuzz reaches what is behind the parser
 
 
-def test_a_hundred_thousand_messages_leave_the_server_as_it_was(
-    tmp_path: Path, replayed: str
+@pytest.mark.parametrize("count", [8_000, pytest.param(100_000, marks=pytest.mark.long)])
+def test_so_many_messages_leave_the_server_as_it_was(
+    tmp_path: Path, replayed: str, count: int
 ) -> None:
     """The daemon's own server without its limit of requests, so that all of them are answered."""
     path = tmp_path / "run" / "daemon.sock"
@@ -300,22 +302,28 @@ def test_a_hundred_thousand_messages_leave_the_server_as_it_was(
 
     def attack() -> None:
         try:
-            connection = raw(path)
-            assert say(connection, op="hello")["ok"]
+            peers = [raw(path) for _ in range(20)]  # at once: each waits for a turn of the server's
+            assert all(say(peer, op="hello")["ok"] for peer in peers)
+            peers[0].send(b'{"v": 1, "op": "open", "lane": "replay"}')
+            close_all(socket.recv_fds(peers[0], 1 << 17, 8)[1])  # the daemon keeps its own
             before = descriptors()
-            for number, data in enumerate(messages(100_000, seed=11)):
-                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", junk))]
-                connection.sendmsg([data], ancillary if number % 50 == 0 else [])
-                # every message has an answer; one that is no request is also the last
-                answer, given, _, _ = socket.recv_fds(connection, 1 << 17, 8)
-                close_all(given)
-                answered.append(bool(answer))
-                if not json.loads(answer)["ok"]:
-                    connection.close()
-                    connection = raw(path)
-            assert say(connection, op="hello")["ok"]
+            sent = iter(enumerate(messages(count, seed=11)))
+            while asked := list(zip(range(len(peers)), sent, strict=False)):
+                for place, (number, data) in asked:
+                    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", junk))]
+                    peers[place].sendmsg([data], ancillary if number % 50 == 0 else [])
+                for place, _ in asked:
+                    # every message has an answer; one that is no request is also the last
+                    answer, given, _, _ = socket.recv_fds(peers[place], 1 << 17, 8)
+                    close_all(given)
+                    answered.append(bool(answer))
+                    if not json.loads(answer)["ok"]:
+                        peers[place].close()
+                        peers[place] = raw(path)
+            assert all(say(peer, op="hello")["ok"] for peer in peers)
             until(lambda: descriptors() == before)
-            connection.close()
+            for peer in peers:
+                peer.close()
         except BaseException as error:
             faults.append(repr(error))
         finally:
@@ -332,7 +340,7 @@ def test_a_hundred_thousand_messages_leave_the_server_as_it_was(
         close_all(junk)
     reported = [line for line in faults if line.startswith("refused user")]
     assert faults == reported and 0 < len(reported) < 10  # some lines a minute, whatever is sent
-    assert answered == [True] * 100_000
+    assert answered == [True] * count
 
 
 def test_every_valid_message_is_understood() -> None:
@@ -621,9 +629,10 @@ def test_the_tree_is_only_read_once_for_all(powercap_sim: BuildTree, tmp_path: P
                 time.sleep(0.05)
             return 1e-9 * statistics.median(b - a for a, b in itertools.pairwise(t_ns))
 
-        assert usual_gap_s() == pytest.approx(0.01, rel=0.2)
+        # A busy machine makes gaps longer; who looks would make them shorter.
+        assert usual_gap_s() > 0.008
         crowd = [raw(running.socket) for _ in range(50)]
         assert all(say(connection, op="open", lane="powercap")["ok"] for connection in crowd)
-        assert usual_gap_s() == pytest.approx(0.01, rel=0.2)
+        assert usual_gap_s() > 0.008
         for connection in crowd:
             connection.close()

@@ -117,13 +117,13 @@ void threads() {
     std::atomic<int> half{0};
     for (int i = 0; i < 12; ++i)
         all.emplace_back([&] {
-            burn(40);
+            burn(25);
             char byte = 0;
             ++half;
             if (::write(gate.arrived[1], &byte, 1) != 1 || ::read(gate.open[0], &byte, 1) != 0)
                 ::abort();
-            burn(80);
-            std::thread([] { burn(60); }).join();
+            burn(50);
+            std::thread([] { burn(40); }).join();
         });
     gate.await(12);
     await_line();
@@ -135,10 +135,10 @@ void workers() {
     const Gate gate;
     for (int i = 0; i < 6; ++i)
         start(true, [&] {
-            burn(80);
+            burn(50);
             gate.pass();
-            burn(250);
-            start(true, [] { burn(50); });
+            burn(150);
+            start(true, [] { burn(30); });
             wait_for_all();
         });
     gate.await(6);
@@ -148,10 +148,10 @@ void workers() {
 }
 
 // Twice forked, a session of their own, and nobody of the tree to wait for them.
-void daemons() {
+void daemons(int count) {
     int end[2];
     if (::pipe(end) != 0) ::abort();
-    for (int i = 0; i < 5; ++i) {
+    for (int i = 0; i < count; ++i) {
         start(true, [] {
             ::setsid();
             start(false, [] { burn(200); });
@@ -200,16 +200,16 @@ int main(int argc, char** argv) {
     if (used == MAP_FAILED) return 2;
     if (kind == "threads") threads();
     if (kind == "workers") workers();
-    if (kind == "daemons") twice([](bool) { daemons(); });
-    if (kind == "short") twice([](bool later) { many(later ? 350 : 50, 5, false); });
+    if (kind == "daemons") twice([](bool later) { daemons(later ? 5 : 1); });
+    if (kind == "short") twice([](bool later) { many(later ? 220 : 30, 5, false); });
     // Longer than `short`: taking a process apart costs up to 0.1 ms on a busy machine, and nobody
     // is told of it here.
-    if (kind == "ignored") twice([](bool later) { many(later ? 90 : 15, 20, true); });
-    if (kind == "storm") twice([](bool later) { storm(later ? 2000 : 200, 1); });
+    if (kind == "ignored") twice([](bool later) { many(later ? 55 : 8, 20, true); });
+    if (kind == "storm") twice([](bool later) { storm(later ? 1200 : 120, 1); });
     if (kind == "busy") {  // forks all the time, whoever comes
         std::puts("ready");
         std::fflush(stdout);
-        while (charged_ns() < 2'000'000'000) {
+        while (charged_ns() < 1'500'000'000) {
             for (int i = 0; i < 5; ++i) start(true, [] { burn_until(3); });
             wait_for_all();
         }
@@ -218,8 +218,8 @@ int main(int argc, char** argv) {
         // The clock of a process goes on over exec: the last of the chain tells of all.
         int left = argc > 3 ? std::atoi(argv[3]) : 40;
         before_ns = argc > 4 ? std::atoll(argv[4]) : 0;
-        burn(60);
-        if (left == 20) await_line();
+        burn(40);
+        if (left == 30) await_line();
         if (--left > 0) {
             ::execl("/proc/self/exe", argv[0], "exec", argv[2], std::to_string(left).c_str(),
                     std::to_string(before_ns).c_str(), nullptr);
