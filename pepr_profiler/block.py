@@ -26,6 +26,7 @@ from pepr_profiler.errors import (
     fix_of,
     reason_of,
 )
+from pepr_profiler.recording.launcher import rank_facts
 from pepr_profiler.recording.options import OVERHEAD, Options
 from pepr_profiler.recording.recorder import TICK_S, Recorder
 from pepr_profiler.sensors.spec import ProcessRoot
@@ -298,10 +299,10 @@ class Run:
             with _interrupts_held():
                 if outer is None:
                     self._window_ns = (self._record(), None)
-                    self._events = EventWriter(self.directory)
+                    self._events = EventWriter(self.directory, rank_facts=rank_facts)
                 else:
                     self.directory = outer
-                    self._events = EventWriter(self.directory)
+                    self._events = EventWriter(self.directory, rank_facts=rank_facts)
                     self._block = self.phase(self._options.name).__enter__()
                     self._window_ns = (self._block.t_ns, None)
                 # A generator that nobody closes, or a program that forgets us, leaves us never.
@@ -528,6 +529,7 @@ def profile(
     name: str,
     *,
     experiment: str | None = None,
+    job: str | None = None,
     store: str | os.PathLike[str] | None = None,
     sensors: Sequence[str] = (),
     period_s: float | None = None,
@@ -550,13 +552,15 @@ def profile(
     effect. With `pids` it measures these running processes and all that they start, instead of this
     one, for as long as the block lasts. That is always a run of its own.
 
-    `experiment` groups runs to compare. `store` is the directory of all runs. `sensors` are read
-    instead of those that are found. `period_s` is how often each is read, in s, instead of just
-    after its refreshes. `overhead` is the CPU time that reading may take, as a fraction of a core.
-    `region` or `carbon_intensity` (g/kWh) and `pue` give the carbon. `cpu_power` is "IDLE:MAX" in W
-    for a machine without sensors. `performance` names the metric that the score is about. `scope`
-    is what the total sums: "job", the job's share of the devices, or "device", all they took. Where
-    torch uses CUDA, the edges of phases wait for the GPU unless `synchronise` is False.
+    `experiment` groups runs to compare. `job` names the job that several recordings are of, those
+    of its ranks and nodes; by default PEPR_JOB does, or what launched the program. `store` is the
+    directory of all runs. `sensors` are read instead of those that are found. `period_s` is how
+    often each is read, in s, instead of just after its refreshes. `overhead` is the CPU time that
+    reading may take, as a fraction of a core. `region` or `carbon_intensity` (g/kWh) and `pue` give
+    the carbon. `cpu_power` is "IDLE:MAX" in W for a machine without sensors. `performance` names
+    the metric that the score is about. `scope` is what the total sums: "job", the job's share of
+    the devices, or "device", all they took. Where torch uses CUDA, the edges of phases wait for the
+    GPU unless `synchronise` is False.
 
     Raises UsageError for an argument that cannot be used. Entering the block raises TargetError or
     SensorError for a process or a sensor that was asked for and is not there. Nothing is left then.
@@ -564,6 +568,7 @@ def profile(
     options = Options.checked(
         name=name,
         experiment=experiment,
+        job=None if job == "" else job,
         sensors=sensors,
         period=period_s,
         overhead=overhead,

@@ -10,6 +10,7 @@ import click
 
 from pepr_profiler.commands import TEXT, store_option
 from pepr_profiler.errors import PeprError, UsageError
+from pepr_profiler.recording.launcher import rank_facts
 from pepr_profiler.store.runs import Store, is_recording
 from pepr_profiler.trace.events import EventWriter, read_events
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE, boot_id, read_run
@@ -64,7 +65,7 @@ def mark(
     series = series or str(os.getppid())
     if action == "end":
         _require_open(directory, name, series)
-    writer = EventWriter(directory)
+    writer = EventWriter(directory, rank_facts=rank_facts)
     writer.mark(action, name, series=series, t_ns=t_ns)
     writer.close()
     if writer.lost:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pepr_profiler import _core
 from pepr_profiler.recording.lanes import AddWarning, Lanes
+from pepr_profiler.recording.launcher import Launch, rank_facts
 from pepr_profiler.recording.options import Options
 from pepr_profiler.recording.processes import gpu_environments, run_around
 from pepr_profiler.recording.watches import Watches
@@ -92,6 +93,7 @@ class Recorder:
         self._sampler: dict[str, Any] | None = None
         self._exit: dict[str, Any] | None = None
         self._around: dict[str, Any] = {}
+        self._launch = Launch()
         self._facts: dict[str, Any] = {}
         self._lanes = Lanes(
             options,
@@ -131,6 +133,7 @@ class Recorder:
             "cuda": gpu_environments(self._root),
             "outer": _outer_facts(self._root),
         }
+        self._launch = Launch.of_roots(self._root)
         self._write_run()
         self._lanes.begin_writing(self.directory, self._watches.watchers_of)
 
@@ -176,7 +179,7 @@ class Recorder:
     def log(self, name: str, value: float, *, t_ns: int) -> None:
         """Records one value of a metric that was seen at `t_ns`."""
         if self._events is None:
-            self._events = EventWriter(self.directory)
+            self._events = EventWriter(self.directory, rank_facts=rank_facts)
         self._events.metrics({name: value}, t_ns=t_ns)
 
     def add_warning(self, code: str, text: str, hint: str) -> None:
@@ -211,8 +214,10 @@ class Recorder:
             for warning in self._lanes.client.close():
                 self.add_warning(*warning)
         self._watches.end()
-        if self._root == "self":  # a program may choose its GPUs inside the block
+        if self._root == "self":  # a program may choose its GPUs and start its ranks in the block
             self._around["cuda"] = gpu_environments(self._root)
+            if self._launch.rank is None:
+                self._launch = Launch.of_roots(self._root)
         if self._events is not None:
             self._events.close()
         lost_rows = self._lanes.close()
@@ -337,7 +342,8 @@ class Recorder:
         self._facts = {
             "schema": 1,
             "run_id": utf8_text(self.directory.name),
-            "job": options.job,
+            **self._launch.facts(),
+            **({} if options.job is None else {"job": options.job}),
             "name": options.name,
             "experiment": options.experiment,
             "command": [utf8_text(word) for word in self.command],

@@ -313,6 +313,7 @@ def _fact_lines(
 ) -> list[Line]:
     components = summary["energy"].get("components") or []
     facts = [
+        ("rank", _rank(summary)),
         ("attribution", _attribution(summary["energy"])),
         ("carbon", _carbon(summary.get("carbon"))),
         ("metrics", _metrics(summary)),
@@ -338,6 +339,16 @@ def _fact_lines(
         lines += _fact(key, notes, width)
         key = ""
     return lines
+
+
+def _rank(summary: Mapping[str, Any]) -> str:
+    """Which part of its job a recording is; nothing where it is all of it."""
+    rank, size = summary.get("rank"), summary.get("world_size")
+    if rank is None or "runs" in summary:
+        return ""
+    of = "" if size is None else f" of {size}"
+    launcher = summary.get("launcher")
+    return f"{rank}{of}{f' ({launcher})' if launcher else ''}, job {summary.get('job')}"
 
 
 def _fact(key: str, notes: Iterable[tuple[str, str]], width: int) -> list[Line]:

@@ -18,6 +18,26 @@ _MOST_POINTS = 200
 """Instants that are kept of a run: what a figure can show, in 20 kB of run.json."""
 
 
+def of_lowest_rank(
+    logged: Sequence[tuple[int, dict[str, Any]]], ranks: Sequence[int | None]
+) -> list[tuple[int, dict[str, Any]]]:
+    """Of each metric that several ranks logged, what the lowest of them did, in the same order.
+
+    A process without a rank counts as rank 0: the first one of Lightning, or a user's correction.
+    """
+    if not any(ranks):
+        return list(logged)
+    lowest: dict[str, int] = {}
+    for (_, values), rank in zip(logged, ranks, strict=True):
+        for name in values:
+            lowest[name] = min(lowest.get(name, rank or 0), rank or 0)
+    kept = [
+        (t_ns, {name: value for name, value in values.items() if lowest[name] == (rank or 0)})
+        for (t_ns, values), rank in zip(logged, ranks, strict=True)
+    ]
+    return [(t_ns, values) for t_ns, values in kept if values]
+
+
 def last_values(logged: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, float | None]:
     """The last value of each metric; None for one that is not a finite number."""
     last: dict[str, Any] = {}

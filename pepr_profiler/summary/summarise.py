@@ -23,7 +23,13 @@ from pepr_profiler.record import Ints, Record
 from pepr_profiler.summary import doubts
 from pepr_profiler.summary.component import ComponentResult, Counted, Grid
 from pepr_profiler.summary.lanes import Readings, read_all
-from pepr_profiler.summary.logged import MetricLog, last_values, performance_of, progress_of
+from pepr_profiler.summary.logged import (
+    MetricLog,
+    last_values,
+    of_lowest_rank,
+    performance_of,
+    progress_of,
+)
 from pepr_profiler.summary.timeline import Timeline, timeline_of
 from pepr_profiler.trace.events import Events, PhaseSpan, read_events, read_process_notes
 from pepr_profiler.trace.files import file_errors
@@ -139,7 +145,8 @@ def _examine(
     begin_ns, end_ns = _window(facts, readers, since_ns, until_ns)
     duration_s = (end_ns - begin_ns) * 1e-9
     phases = _phases_within(events.phases, begin_ns, end_ns)
-    log = MetricLog.within(events.metrics, begin_ns, end_ns, cut=until_ns is not None)
+    logged = of_lowest_rank(events.metrics, events.ranks)
+    log = MetricLog.within(logged, begin_ns, end_ns, cut=until_ns is not None)
     grid = Grid.over(begin_ns, end_ns, phases, log.at_ns)
 
     # Whose energy it was.
@@ -151,7 +158,7 @@ def _examine(
     together = Counted.of(components, grid)
     counted = together.components
     energy = _energy(components, together, grid, duration_s, scope)
-    metrics = last_values(events.metrics)
+    metrics = last_values(logged)
 
     run.update(
         duration_s=duration_s,
@@ -233,7 +240,7 @@ def _phases_within(phases: Iterable[PhaseSpan], begin_ns: int, end_ns: int) -> l
         first_ns = max(phase.begin_ns, begin_ns)
         last_ns = end_ns if phase.end_ns is None else min(phase.end_ns, end_ns)
         if first_ns <= last_ns:
-            within.append(PhaseSpan(phase.name, first_ns, last_ns, phase.nested))
+            within.append(phase._replace(begin_ns=first_ns, end_ns=last_ns))
     return within
 
 

@@ -1,8 +1,9 @@
 """Marks and metrics of a run, and notes about its processes: lines of JSON, one writer a file.
 
 Lines of `events-HOST-PID.jsonl` are appended and written through at once: they survive `kill -9` of
-the program that wrote them. A block of a program begins and ends in one file. A mark
-(`pepr-profile mark`) names its phase, which belongs to the run: another process may end it.
+the program that wrote them. Where that is a rank of several, the first line says which. A block of
+a program begins and ends in one file. A mark (`pepr-profile mark`) names its phase, which belongs
+to the run: another process may end it.
 
 Notes about processes are in `processes-HOST-PID.jsonl`, so that who only looks at a run in progress
 need not read its marks.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,11 +40,20 @@ class EventWriter:
     Safe across fork: a child opens a file of its own at its first event. It raises nothing: a line
     that cannot be written is counted in `lost`, and the next one opens the file anew. A descriptor
     that the program has closed, and perhaps got again for a file of its own, is not written to.
+    `rank_facts` says which rank this process is, in the words of launcher.rank_facts; nothing is
+    written of a process that is none.
     """
 
-    def __init__(self, directory: Path, kind: str = "events") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        kind: str = "events",
+        *,
+        rank_facts: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
         self._directory = directory
         self._kind = kind
+        self._rank_facts = rank_facts
         self._pid = 0
         self._fd = -1
         self._identity = (-1, -1)
@@ -116,6 +126,8 @@ class EventWriter:
         except OSError:
             return
         self._identity = about.st_dev, about.st_ino
+        if self._rank_facts is not None and (rank := self._rank_facts()):
+            self.write(json.dumps({"event": "rank", "t_ns": now_ns, **rank}))
 
 
 # --- marks and metrics, read back ---------------------------------------------------------------
@@ -125,6 +137,7 @@ class PhaseSpan(Record):
     """One pass through a phase; `end_ns` is None if it never ended.
 
     `series` is that of the mark that began it; None for a program's own block, which no mark ends.
+    `rank` is that of the process that began it; None where it has none.
     """
 
     name: str
@@ -132,34 +145,38 @@ class PhaseSpan(Record):
     end_ns: int | None
     nested: bool
     series: str | None = None
+    rank: int | None = None
 
 
 class Events(Record):
     """What the programs of a run marked and logged, in time order.
 
-    `metrics` are (t_ns, values by name). `torn_lines` counts lines that could not be read, `unread`
-    are files that could not be read, each with why.
+    `metrics` are (t_ns, values by name), `ranks` those of the processes that logged them (None: it
+    has none). `torn_lines` counts lines that could not be read, `unread` are files that could not
+    be read, each with why.
     """
 
     phases: tuple[PhaseSpan, ...]
     metrics: tuple[tuple[int, dict[str, Any]], ...]
     torn_lines: int
     unread: tuple[tuple[str, str], ...] = ()
+    ranks: tuple[int | None, ...] = ()
 
 
-_EVENT_SHAPE = {"t_ns": int, "id": int, "metrics": {}}
+_EVENT_SHAPE = {"t_ns": int, "id": int, "metrics": {}, "rank": int}
 """What is used of an event, besides names; see EventWriter."""
 
 
 def read_events(directory: Path) -> Events:
     """Reads every events file of a run directory."""
     phases: list[PhaseSpan] = []
-    metrics: list[tuple[int, dict[str, Any]]] = []
+    metrics: list[tuple[int, dict[str, Any], int | None]] = []
     marks: list[_Mark] = []
     torn = 0
     unread: list[tuple[str, str]] = []
     for path in sorted(directory.glob("events-*.jsonl")):
         open_phases: dict[int, dict[str, Any]] = {}
+        rank: int | None = None
         for line in _lines_of(path, unread):
             try:
                 event = json.loads(line)
@@ -167,7 +184,10 @@ def read_events(directory: Path) -> Events:
                 if wrong := shape_error(event, _EVENT_SHAPE):
                     raise ValueError(wrong)
                 t_ns = event["t_ns"]
-                if kind == "begin":
+                if kind == "rank":
+                    rank = event["rank"]
+                elif kind == "begin":
+                    event["rank"] = rank
                     _ = event["name"]  # a line without it is torn
                     # A program that replaced itself (exec) kept its pid and counts from 1 again.
                     if event["id"] in open_phases:
@@ -178,16 +198,17 @@ def read_events(directory: Path) -> Events:
                     if begin is not None:
                         phases.append(_phase_of_block(begin, t_ns))
                 elif kind == "mark":
-                    marks.append(_Mark.of(event))
+                    marks.append(_Mark.of(event, rank))
                 elif kind == "metrics":
-                    metrics.append((t_ns, event["metrics"]))
+                    metrics.append((t_ns, event["metrics"], rank))
             except MALFORMED:
                 torn += 1
         phases.extend(_phase_of_block(begin, None) for begin in open_phases.values())
     phases.extend(_phases_of_marks(marks))
     phases.sort(key=lambda phase: phase.begin_ns)
     metrics.sort(key=lambda item: item[0])
-    return Events(tuple(phases), tuple(metrics), torn, tuple(unread))
+    logged = tuple((t_ns, values) for t_ns, values, _ in metrics)
+    return Events(tuple(phases), logged, torn, tuple(unread), tuple(rank for *_, rank in metrics))
 
 
 _MOST_BYTES, _LONGEST_LINE = 512 << 20, 1 << 20
@@ -206,7 +227,11 @@ def _lines_of(path: Path, unread: list[tuple[str, str]]) -> Iterator[bytes]:
 
 def _phase_of_block(begin: dict[str, Any], end_ns: int | None) -> PhaseSpan:
     return PhaseSpan(
-        str(begin["name"]), int(begin["t_ns"]), end_ns, begin.get("parent") is not None
+        str(begin["name"]),
+        int(begin["t_ns"]),
+        end_ns,
+        begin.get("parent") is not None,
+        rank=begin["rank"],
     )
 
 
@@ -215,13 +240,14 @@ class _Mark(Record):
     verb: str
     series: str
     name: str | None
+    rank: int | None
 
     @classmethod
-    def of(cls, event: dict[str, Any]) -> _Mark:
+    def of(cls, event: dict[str, Any], rank: int | None) -> _Mark:
         name, verb = event["name"], event["verb"]
         if verb not in MARKS or not (isinstance(name, str) or (name is None and verb == "end")):
             raise ValueError(f"no mark: {event}")
-        return cls(int(event["t_ns"]), verb, str(event["series"]), name)
+        return cls(int(event["t_ns"]), verb, str(event["series"]), name, rank)
 
     def ends(self, begun: _Mark) -> bool:
         """Whether this mark may end the phase that `begun` began."""
@@ -255,7 +281,7 @@ def _phases_of_marks(marks: Sequence[_Mark]) -> Iterator[PhaseSpan]:
 def _phase_of_mark(begin: _Mark, end_ns: int | None, begun: Sequence[_Mark]) -> PhaseSpan:
     """The phase that a mark began, while those that `begun` began were open too."""
     nested = any(m.series == begin.series and m.t_ns <= begin.t_ns for m in begun)
-    return PhaseSpan(str(begin.name), begin.t_ns, end_ns, nested, begin.series)
+    return PhaseSpan(str(begin.name), begin.t_ns, end_ns, nested, begin.series, begin.rank)
 
 
 # --- notes about processes ----------------------------------------------------------------------

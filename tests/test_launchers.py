@@ -1,0 +1,539 @@
+"""Which part of its job a process is: by what launchers set, and under the real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli import SLOW_S, Cli
+
+from pepr_profiler import UsageError, profile
+from pepr_profiler.recording.launcher import Launch
+from pepr_profiler.trace.events import EventWriter, read_events
+
+HOST = os.uname().nodename
+
+# --- what each launcher sets ----------------------------------------------------------------------
+
+TORCHRUN = {
+    **{"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+    **{"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"},
+    **{"TORCHELASTIC_RUN_ID": "abc", "TORCHELASTIC_RESTART_COUNT": "0"},
+}
+SLURM_BATCH = {
+    **{"SLURM_JOB_ID": "1234", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"},
+    "SLURMD_NODENAME": "n1",
+}
+SLURM = {**SLURM_BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+OPENMPI = {
+    **{"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"},
+    **{"PMIX_NAMESPACE": "50987009", "PMIX_RANK": "3", "PMIX_HOSTNAME": "n2"},
+}
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "PMI_FD": "8"}
+RAY = {"RAY_RAYLET_PID": "7512", "RAY_JOB_ID": "ffffffff"}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "sweep-2", "JOB_COMPLETION_INDEX": "2"}
+KUBEFLOW = {
+    **{"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "bert-worker-0"},
+    **{"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "bert-master-0", "MASTER_PORT": "23456"},
+}
+DEEPSPEED = {
+    **{"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4"},
+    **{"CROSS_RANK": "1", "CROSS_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"},
+}
+LIGHTNING = {
+    **{"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"},
+    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "56971"},
+}
+JOB_SET = {**POD, "JOBSET_NAME": "pretrain", "JOBSET_RESTART_ATTEMPT": "2"}
+
+CASES: dict[str, tuple[Mapping[str, str], tuple[object, ...]]] = {
+    "nothing": ({}, (None, None, None, None, None, None, None)),
+    "only PEPR_JOB": ({"PEPR_JOB": "mine"}, ("mine", None, None, None, None, None, None)),
+    "torchrun": (TORCHRUN, ("torchrun-abc", 1, 1, 4, "0", "torchrun", 0)),
+    "torchrun, no id": (
+        {**TORCHRUN, "TORCHELASTIC_RUN_ID": "none"},
+        ("torchrun-n1:29500", 1, 1, 4, "0", "torchrun", 0),
+    ),
+    "torchrun, restarted": (
+        {**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "2"},
+        ("torchrun-abc#2", 1, 1, 4, "0", "torchrun", 2),
+    ),
+    "accelerate": (
+        {**TORCHRUN, "ACCELERATE_MIXED_PRECISION": "no"},
+        ("accelerate-abc", 1, 1, 4, "0", "accelerate", 0),
+    ),
+    "deepspeed": (DEEPSPEED, ("deepspeed-n1:29500", 5, 1, 8, "1", "deepspeed", None)),
+    "lightning": (LIGHTNING, (f"lightning-{HOST}:56971", 1, 1, 2, "0", "lightning", None)),
+    "lightning, second node": (
+        {**LIGHTNING, "NODE_RANK": "1", "MASTER_ADDR": "n1"},
+        ("lightning-n1:56971", None, 1, 2, "1", "lightning", None),
+    ),
+    "slurm task": (SLURM, ("slurm-1234.0", 1, 0, 2, "n1", "slurm", 0)),
+    "slurm task, requeued": (
+        {**SLURM, "SLURM_RESTART_COUNT": "1"},
+        ("slurm-1234.0#1", 1, 0, 2, "n1", "slurm", 1),
+    ),
+    # A batch script has the variables of its first task, and is none.
+    "slurm batch script": (SLURM_BATCH, ("slurm-1234", None, None, None, "n1", "slurm", 0)),
+    "slurm interactive step": (
+        {**SLURM, "SLURM_STEP_ID": "4294967290"},
+        ("slurm-1234", None, None, None, "n1", "slurm", 0),
+    ),
+    "slurm with PMI-2": (
+        {**SLURM, "PMI_RANK": "1", "PMI_SIZE": "2", "PMI_JOBID": "1234.0"},
+        ("slurm-1234.0", 1, 0, 2, "n1", "slurm", 0),
+    ),
+    "slurm with PMIx": (
+        {**SLURM, "PMIX_RANK": "1", "PMIX_NAMESPACE": "slurm.pmix.1234.0"},
+        ("slurm-1234.0", 1, 0, 2, "n1", "slurm", 0),
+    ),
+    "openmpi": (OPENMPI, ("openmpi-50987009", 3, 1, 4, "n2", "openmpi", None)),
+    "PMIx": (
+        {"PMIX_RANK": "2", "PMIX_NAMESPACE": "prterun-n1-7@1"},
+        ("pmix-prterun-n1-7@1", 2, None, None, None, "pmix", None),
+    ),
+    "mpich": (MPICH, ("mpich-n1:46561", 1, 1, 2, None, "mpich", None)),
+    "ray": (RAY, (None, None, None, None, None, "ray", None)),
+    "ray, with a job": (
+        {**RAY, "RAY_JOB_ID": "02000000"},
+        ("ray-02000000", None, None, None, None, "ray", None),
+    ),
+    "indexed job": (POD, ("k8s-sweep", 2, None, None, "2", "kubernetes", None)),
+    "JobSet": (JOB_SET, ("k8s-pretrain#2", None, None, None, "2", "kubernetes", 2)),
+    "kubeflow": (
+        KUBEFLOW,
+        ("torch-bert-master-0:23456", 1, None, 2, None, "kubernetes", None),
+    ),
+    # The innermost launcher knows the rank; each part of the job's name is the same in all ranks.
+    "torchrun in slurm": (
+        {**SLURM, **TORCHRUN},
+        ("slurm-1234/torchrun-abc", 1, 1, 4, "n1", "torchrun", 0),
+    ),
+    "torchrun in a requeued slurm job, restarted": (
+        {**SLURM, **TORCHRUN, "SLURM_RESTART_COUNT": "1", "TORCHELASTIC_RESTART_COUNT": "2"},
+        ("slurm-1234#1/torchrun-abc#2", 1, 1, 4, "n1", "torchrun", 3),
+    ),
+    "mpirun in slurm, on its first node": (
+        {**SLURM_BATCH, **OPENMPI},
+        ("slurm-1234/openmpi-50987009", 3, 1, 4, "n1", "openmpi", 0),
+    ),
+    "mpirun in slurm, on another node": (
+        {**SLURM, **OPENMPI},
+        ("slurm-1234/openmpi-50987009", 3, 1, 4, "n1", "openmpi", 0),
+    ),
+    "ray in slurm": (
+        {**SLURM, **RAY, "RAY_JOB_ID": "02000000"},
+        ("slurm-1234/ray-02000000", None, None, None, "n1", "ray", 0),
+    ),
+    "ray train": (
+        {**RAY, **{k: v for k, v in TORCHRUN.items() if "ELASTIC" not in k}},
+        ("torch-n1:29500", 1, 1, 4, "0", "ray", None),
+    ),
+    "torchrun in JobSet": (
+        {**JOB_SET, **TORCHRUN},
+        ("k8s-pretrain#2/torchrun-abc", 1, 1, 4, "0", "torchrun", 2),
+    ),
+    "PEPR_JOB outweighs all": (
+        {**SLURM, "PEPR_JOB": "mine"},
+        ("mine", 1, 0, 2, "n1", "slurm", 0),
+    ),
+    "nonsense": ({"RANK": "x", "WORLD_SIZE": "-1", "SLURM_JOB_ID": ""}, (None,) * 7),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_process_knows_who_it_is(case: str) -> None:
+    environ, expected = CASES[case]
+    parents = [("/usr/bin/hydra_pmi_proxy", "--control-port", "n1:46561"), ("mpiexec",)]
+    assert tuple(Launch.of(environ, parents=parents)) == expected
+
+
+def test_a_file_of_events_says_its_rank_once(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        folder = tmp_path / f"of-{rank}"
+        folder.mkdir()
+        writer = EventWriter(folder, rank_facts=lambda rank=rank: {"rank": rank, "world_size": 2})
+        writer.begin('"train"', 1, None)
+        writer.end(1)
+        writer.metrics({"acc": 0.5 + rank})
+        writer.mark("begin", "eval", series="s")
+        writer.close()
+        (path,) = folder.iterdir()
+        assert path.read_text().count('"event": "rank"') == 1
+        path.rename(tmp_path / f"events-host-{rank}.jsonl")
+    events = read_events(tmp_path)
+    assert events.torn_lines == 0
+    assert {(p.name, p.rank) for p in events.phases} == {
+        *(("train", 0), ("train", 1), ("eval", 0), ("eval", 1))
+    }
+    assert sorted(zip(events.ranks, (v["acc"] for _, v in events.metrics), strict=True)) == [
+        *((0, 0.5), (1, 1.5))
+    ]
+
+
+def test_a_block_takes_a_job(meter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with profile("named", sensors=[meter], job="mine") as run:
+        pass
+    assert run.summary["job"] == "mine"
+    monkeypatch.setenv("PEPR_JOB", "theirs")
+    with profile("of the environment", sensors=[meter]) as run:
+        pass
+    assert run.summary["job"] == "theirs"
+    with pytest.raises(UsageError, match="job=3"):
+        profile("no text", job=3)  # type: ignore[arg-type]
+
+
+def test_a_summary_shows_its_rank(cli: Cli, meter: str) -> None:
+    result, summary = cli.measure("--sensor", meter, "--", "true", env=SLURM)
+    assert (summary["job"], summary["rank"], summary["world_size"]) == ("slurm-1234.0", 1, 2)
+    assert "  rank         1 of 2 (slurm), job slurm-1234.0\n" in result.stderr
+    result, summary = cli.measure("--sensor", meter, "--", "true")
+    assert summary["rank"] is None
+    assert "  rank " not in result.stderr
+
+
+# --- real launchers -------------------------------------------------------------------------------
+
+TRAIN = """if True:
+    import json, os, sys, time
+    from pepr_profiler import profile
+    if os.environ.get("RANK", "0") == "0" or "each" in sys.argv:
+        with profile("train", sensors=[sys.argv[1]], scope="device") as run:
+            with run.phase("fit"):
+                time.sleep(0.3)
+            run.log(acc=float(os.environ.get("RANK", 0)))
+    else:
+        time.sleep(0.3)
+"""
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> str:
+    """The path of a program that records itself: `train.py SENSOR [each]`."""
+    path = tmp_path / "train.py"
+    path.write_text(TRAIN)
+    return str(path)
+
+
+def module(name: str) -> None:
+    pytest.importorskip(name, reason=f"{name} is not installed (pip install '.[launchers]')")
+
+
+def program(name: str, package: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed (apt-get install {package})")
+    return path
+
+
+def identities(cli: Cli) -> list[dict[str, Any]]:
+    """Who each recording of the store says it is, by rank."""
+    runs = [json.loads((run / "run.json").read_text()) for run in cli.runs()]
+    assert all(run["complete"] for run in runs)
+    return sorted(runs, key=lambda run: (run["rank"] is not None, run["rank"] or 0))
+
+
+def launch(cli: Cli, *command: str, env: Mapping[str, str] | None = None) -> str:
+    """Runs a launcher to its good end; what it printed."""
+    done = subprocess.run(
+        command, env=cli.environment(env), capture_output=True, timeout=SLOW_S, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def test_torchrun_each_rank_says_who_it_is(cli: Cli, train: str, meter: str) -> None:
+    module("torch")
+    launch(
+        cli,
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *(train, meter, "each"),
+    )
+    first, second = identities(cli)
+    assert first["job"] == second["job"]
+    assert first["job"].startswith("torchrun-")
+    assert [(r["rank"], r["local_rank"], r["world_size"]) for r in (first, second)] == [
+        *((0, 0, 2), (1, 1, 2))
+    ]
+    assert {r["launcher"] for r in (first, second)} == {"torchrun"}
+    assert {r["attempt"] for r in (first, second)} == {0}
+
+
+def test_torchrun_rank_0_alone_says_how_many_there_are(cli: Cli, train: str, meter: str) -> None:
+    module("torch")
+    launch(
+        cli,
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", train, meter),
+    )
+    (only,) = identities(cli)
+    assert (only["rank"], only["world_size"]) == (0, 2)
+
+
+def test_torchrun_in_a_wrapper_is_one_run_whose_marks_have_ranks(
+    cli: Cli, train: str, meter: str
+) -> None:
+    module("torch")
+    result, summary = cli.measure(
+        *("--sensor", meter, "--", sys.executable, "-m", "torch.distributed.run"),
+        *("--nproc-per-node", "2", train, meter, "each"),
+    )
+    assert result.status == 0, result.stderr
+    (directory,) = cli.runs()
+    assert (summary["job"], summary["rank"], summary["launcher"]) == (None, None, None)
+    events = read_events(directory)
+    assert {(p.name, p.rank) for p in events.phases} == {
+        *(("train", 0), ("train", 1), ("fit", 0), ("fit", 1))
+    }
+    # Each rank logged its own; the lowest rank's is the run's, whichever wrote last.
+    assert sorted(rank or 0 for rank in events.ranks) == [0, 1]
+    assert summary["metrics"]["acc"] == 0.0
+
+
+def test_torchrun_a_restart_is_another_attempt(cli: Cli, tmp_path: Path, meter: str) -> None:
+    module("torch")
+    path = tmp_path / "fails_once.py"
+    path.write_text(
+        TRAIN + '    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0": raise SystemExit(1)\n'
+    )
+    launch(
+        cli,
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"),
+        *("--max-restarts", "1", "--monitor-interval", "0.1", str(path), meter),
+    )
+    jobs = {run["attempt"]: run["job"] for run in identities(cli)}
+    assert jobs.keys() == {0, 1}
+    assert jobs[1] == f"{jobs[0]}#1"
+
+
+def test_accelerate_says_who_it_is(cli: Cli, train: str, meter: str) -> None:
+    module("accelerate")
+    launch(
+        cli,
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *(train, meter),
+    )
+    (only,) = identities(cli)  # one process: accelerate starts it as it is
+    assert only["rank"] is None
+
+
+def test_lightning_each_process_says_who_it_is(cli: Cli, tmp_path: Path, meter: str) -> None:
+    module("lightning")
+    path = tmp_path / "fabric.py"
+    path.write_text(
+        "import sys\n"
+        "from lightning.fabric import Fabric\n"
+        "fabric = Fabric(accelerator='cpu', devices=2, strategy='ddp')\n"
+        "fabric.launch()\n" + TRAIN
+    )
+    launch(cli, sys.executable, str(path), meter, "each")
+    first, second = identities(cli)
+    assert [r["rank"] for r in (first, second)] == [0, 1]
+    assert first["job"] == second["job"]
+    assert {r["launcher"] for r in (first, second)} == {"lightning"}
+
+
+MPIRUN = {
+    "openmpi": ("mpirun.openmpi", "openmpi-bin", ("--allow-run-as-root", "--oversubscribe")),
+    "mpich": ("mpirun.mpich", "mpich", ()),
+}
+
+
+@pytest.mark.parametrize("kind", MPIRUN)
+def test_mpi_each_rank_says_who_it_is(cli: Cli, train: str, meter: str, kind: str) -> None:
+    name, package, options = MPIRUN[kind]
+    mpirun = program(name, package)
+    launch(cli, mpirun, *options, "-n", "2", sys.executable, train, meter, "each")
+    first, second = identities(cli)
+    assert [(r["rank"], r["world_size"], r["launcher"]) for r in (first, second)] == [
+        *((0, 2, kind), (1, 2, kind))
+    ]
+    assert first["job"] == second["job"]
+    assert first["job"].startswith(f"{kind}-")
+
+
+@pytest.mark.parametrize("kind", MPIRUN)
+def test_mpi_each_rank_is_wrapped(cli: Cli, meter: str, kind: str) -> None:
+    name, package, options = MPIRUN[kind]
+    mpirun = program(name, package)
+    profiler = (sys.executable, "-m", "pepr_profiler", "-q", "--sensor", meter)
+    launch(cli, mpirun, *options, "-n", "2", *profiler, "--", "sleep", "0.2")
+    first, second = identities(cli)
+    assert [r["rank"] for r in (first, second)] == [0, 1]
+    assert first["job"] == second["job"]
+
+
+RAY_DRIVER = """if True:
+    import logging, os, sys, time
+    import ray
+    from pepr_profiler import profile
+    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
+    @ray.remote
+    def work(sensor):
+        with profile("task", sensors=[sensor]):
+            time.sleep(0.2)
+    ray.get([work.remote(sys.argv[1]) for _ in range(2)])
+    with profile("driver", sensors=[sys.argv[1]]):
+        pass
+"""
+
+
+def test_ray_tasks_and_their_driver_are_of_one_job(cli: Cli, tmp_path: Path, meter: str) -> None:
+    module("ray")
+    path = tmp_path / "driver.py"
+    path.write_text(RAY_DRIVER)
+    # Sockets of Ray lie in TMPDIR, and their paths may have 107 bytes.
+    launch(cli, sys.executable, str(path), meter, env={"TMPDIR": "/tmp"})
+    runs = identities(cli)
+    assert sorted(run["name"] for run in runs) == ["driver", "task", "task"]
+    (job,) = {run["job"] for run in runs}
+    assert job.startswith("ray-01000000@")
+    assert {run["launcher"] for run in runs} == {"ray"}
+
+
+# --- Slurm, on this machine -----------------------------------------------------------------------
+
+SLURM_CONF = """
+ClusterName=pepr
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmctldPort={port}
+SlurmdPort={node_port}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/linear
+SwitchType=switch/none
+ReturnToService=2
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
+"""
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[dict[str, str]]:
+    """A cluster of this machine alone: the environment in which its commands reach it."""
+    munged, slurmctld, slurmd = (
+        program(name, package)
+        for name, package in (("munged", "munge"), ("slurmctld", "slurmctld"), ("slurmd", "slurmd"))
+    )
+    program("srun", "slurm-client")
+    if os.geteuid() != 0:
+        pytest.skip("slurmd starts tasks only as root")
+    folder = Path(
+        subprocess.check_output(["mktemp", "-d", "/tmp/pepr-slurm-XXXXXX"], text=True).strip()
+    )
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(1024))
+    key.chmod(0o600)
+    ports = _free_ports(2)
+    conf = folder / "slurm.conf"
+    conf.write_text(
+        SLURM_CONF.format(
+            host=HOST.partition(".")[0],
+            port=ports[0],
+            node_port=ports[1],
+            folder=folder,
+            cpus=os.cpu_count(),
+        )
+    )
+    env = {**os.environ, "SLURM_CONF": str(conf)}
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*command: str) -> None:
+        log = (folder / f"{Path(command[0]).name}.log").open("wb")
+        started.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+        log.close()
+
+    try:
+        start(
+            *(munged, "--foreground", "--force", f"--key-file={key}"),
+            *(f"--socket={folder}/munge.sock", f"--pid-file={folder}/munged.pid"),
+            *(f"--log-file={folder}/munged.log", f"--seed-file={folder}/munge.seed"),
+        )
+        _until((folder / "munge.sock").exists, "munged", folder)
+        start(slurmctld, "-D")
+        start(slurmd, "-D")
+        _until(
+            lambda: (
+                b"idle"
+                in subprocess.run(["sinfo", "-h"], env=env, capture_output=True, check=False).stdout
+            ),
+            "slurmctld",
+            folder,
+        )
+        yield {"SLURM_CONF": str(conf)}
+    finally:
+        for process in started[::-1]:
+            process.terminate()
+            process.wait(SLOW_S)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    import socket
+
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [int(each.getsockname()[1]) for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def _until(condition: Any, what: str, folder: Path) -> None:
+    end_s = time.monotonic() + 30
+    while not condition():
+        if time.monotonic() > end_s:
+            logs = "\n".join(p.read_text(errors="replace")[-2000:] for p in folder.glob("*.log"))
+            pytest.skip(f"{what} does not run here: {logs}")
+        time.sleep(0.1)
+
+
+def test_slurm_each_task_says_who_it_is(
+    cli: Cli, train: str, meter: str, slurm: dict[str, str]
+) -> None:
+    launch(cli, "srun", "-n", "2", "-O", sys.executable, train, meter, "each", env=slurm)
+    first, second = identities(cli)
+    assert [(r["rank"], r["local_rank"], r["world_size"]) for r in (first, second)] == [
+        *((0, 0, 2), (1, 1, 2))
+    ]
+    assert first["job"] == second["job"]
+    assert first["job"].startswith("slurm-")
+    assert first["job"].endswith(".0")
+    assert {r["launcher"] for r in (first, second)} == {"slurm"}
+    assert {r["node"] for r in (first, second)} == {HOST.partition(".")[0]}
+
+
+def test_slurm_a_batch_script_is_no_task(
+    cli: Cli, meter: str, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    batch = tmp_path / "job.sh"
+    profiler = f"{sys.executable} -m pepr_profiler -q --sensor {meter}"
+    batch.write_text(
+        f"#!/bin/sh\n{profiler} --name whole -- sleep 0.1\n"
+        f"srun -n 2 -O {profiler} --name task -- sleep 0.1\n"
+    )
+    launch(cli, "sbatch", "-W", "-n", "2", "-O", "-o", str(tmp_path / "out"), str(batch), env=slurm)
+    whole, *tasks = identities(cli)
+    assert (whole["name"], whole["rank"], whole["launcher"]) == ("whole", None, "slurm")
+    assert [task["rank"] for task in tasks] == [0, 1]
+    assert {task["job"] for task in tasks} == {f"{whole['job']}.0"}
