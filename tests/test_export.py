@@ -12,7 +12,8 @@ import pytest
 from cli import Cli, python
 
 from pepr_profiler.errors import UsageError
-from pepr_profiler.report.export import form_of, latex, run_rows
+from pepr_profiler.report.export import form_of, run_rows
+from pepr_profiler.report.typeset import Table, TableColumn, latex
 from pepr_profiler.study.study import Study
 
 
@@ -112,7 +113,7 @@ def test_a_file_that_cannot_be_replaced_keeps_its_old_content(recorded: tuple[Cl
 
 def test_a_latex_table_shows_hostile_names_as_text() -> None:
     name = "50%_#1 & $x^2$ {a}\\input{/etc/passwd}~\nnext"
-    text = latex(["model"], [[name]], align="l").decode()
+    text = latex(Table("", [TableColumn("model", [name], numeric=False)]))
     row = text.splitlines()[4]
     assert row == (
         r"50\%\_\#1 \& \$x\textasciicircum{}2\$ \{a\}\textbackslash{}input\{/etc/passwd\}"

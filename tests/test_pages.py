@@ -311,7 +311,7 @@ def test_a_page_of_more_runs_than_it_can_show_has_their_means() -> None:
     assert page.count("<circle") + page.count("<use") < 200
 
 
-def test_a_study_too_large_to_read_is_refused_with_the_way_out() -> None:
+def test_a_study_too_large_to_read_shows_its_best_rows_and_says_where_all_are() -> None:
     n = 1500
     columns = {
         "m": [f"m{i}" for i in range(n)],
@@ -319,9 +319,15 @@ def test_a_study_too_large_to_read_is_refused_with_the_way_out() -> None:
         "r": np.arange(1.0, n + 1),
     }
     study = Study.from_table(columns, performance="p", resources=("r",), name="m")
-    with pytest.raises(UsageError, match="1,500") as refused:
-        study_page(study)
-    assert "-o ranking.csv" in refused.value.fix
+    page = study_page(study, all_rows="all.csv")
+    named = re.findall(r'data-key="name">(m\d+)', page)
+    order = study.rank().order
+    assert named == [f"m{i}" for i in order[: len(named)]] and 100 <= len(named) < n
+    note = f"the best {len(named)}; {n - len(named):,} more are not shown: all.csv has all"
+    assert note in " ".join(page.split())
+    # and nothing can be unticked where the script does not have all rows
+    elements = _Elements(page)
+    assert not elements.every("input") and 'id="data"' not in page
 
 
 def test_outliers_are_named_with_the_ranking_without_them() -> None:

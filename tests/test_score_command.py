@@ -237,7 +237,9 @@ def test_an_output_that_cannot_be_written_is_a_failure_and_leaves_nothing(
     models: Path, tmp_path: Path
 ) -> None:
     error = refused(models, *COLUMNS, "-o", tmp_path / "absent" / "out.csv")
-    assert error.status == 125 and "No such file" in error.why
+    assert error.status == 2 and "there is no folder" in error.why
+    error = refused(models, *COLUMNS, "-o", "/proc/out.csv")
+    assert error.status == 125 and "cannot write" in error.what
     assert "directory" in refused(models, *COLUMNS, "--json", tmp_path).why
     assert [path.name for path in tmp_path.iterdir()] == ["models.csv"]
 

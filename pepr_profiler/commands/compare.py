@@ -15,7 +15,13 @@ from pepr_profiler.commands.report import (
     performance_options,
     raw_csv_option,
 )
-from pepr_profiler.commands.score import limits_of, publish, range_options
+from pepr_profiler.commands.score import (
+    analysis_options,
+    figure_of,
+    limits_of,
+    publish,
+    range_options,
+)
 from pepr_profiler.errors import UsageError
 
 
@@ -50,6 +56,7 @@ from pepr_profiler.errors import UsageError
     "--mix-provenance", is_flag=True, help="Compare measured and estimated energies all the same."
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write the ranking as JSON; - is stdout.")
+@analysis_options("Metric (or experiment, host)", "NAME")
 @output_option
 @raw_csv_option
 def compare(
@@ -62,6 +69,12 @@ def compare(
     bounds_from: Path | None,
     save_bounds: Path | None,
     json_file: str | None,
+    class_by: str | None,
+    size_by: str | None,
+    setting_by: str | None,
+    averages: bool,
+    best: int | None,
+    figure: str | None,
     outputs: tuple[Path, ...],
     raw_csv: bool,
     **options: Any,  # of Study.from_store
@@ -79,12 +92,15 @@ def compare(
     \b
     -o study.html         a page: figures, and rankings that you can change
     -o figure.pdf         performance against the resource (also .png, .svg)
-    -o table.csv          the rankings (also .parquet, .json, .tex)
+    -o table.csv          the rankings (also .tsv, .parquet, .json)
+    -o table.tex          the same for a paper, with units and ± (also .md)
     """
     from pepr_profiler.store.runs import Store
+    from pepr_profiler.study.analysis import Analysis
     from pepr_profiler.study.study import Study
 
     forms = forms_of(outputs)
+    figure = figure_of(forms, figure, size_by=size_by, setting_by=setting_by)
     wanted = [name.strip() for text in resources for name in text.split(",") if name.strip()]
     recorded = Store(store)
     study = Study.from_store(
@@ -97,9 +113,18 @@ def compare(
     )
     publish(
         study,
+        analysis=Analysis.of_runs(
+            study,
+            class_by=class_by,
+            size_by=size_by,
+            setting_by=setting_by,
+            averages=averages,
+        ),
         json_file=json_file,
         save_bounds=save_bounds,
         forms=forms,
+        figure=figure,
+        best=best,
         load=recorded.load,
         raw_csv=raw_csv,
     )

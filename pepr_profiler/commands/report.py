@@ -39,11 +39,20 @@ raw_csv_option = click.option(
 """`--raw-csv` of what writes CSV; the parameter is `raw_csv`."""
 
 
-def forms_of(outputs: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Each file of -o with its form. UsageError, before anything is computed, if one cannot be."""
+def forms_of(outputs: Sequence[Path], *, pipe: str | None = None) -> list[tuple[Path, str]]:
+    """Each file of -o with its form. UsageError, before anything is computed, if one cannot be.
+
+    `pipe` is the form of what is there, is no regular file and has no extension, such as a named
+    pipe or /dev/stdout.
+    """
     from pepr_profiler.report.export import form_of
 
-    return [(path, form_of(path)) for path in outputs]
+    def form(path: Path) -> str:
+        if pipe and not path.suffix and path.exists() and not (path.is_file() or path.is_dir()):
+            return pipe
+        return form_of(path)
+
+    return [(path, form(path)) for path in outputs]
 
 
 def performance_options(command: Any) -> Any:
@@ -86,7 +95,8 @@ def report(
     \b
     -o run.html           a page: figures, tables, method; one file, no network
     -o power.pdf          power over time, for a paper (also .png, .svg)
-    -o table.csv          total, components and phases (also .parquet, .tex)
+    -o table.csv          total, components and phases (also .tsv, .parquet)
+    -o table.tex          the same for a paper, with units and ± (also .md)
     -o run.json           the summary, as --json writes it
     """
     from pepr_profiler.store.runs import Store

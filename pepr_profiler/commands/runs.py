@@ -279,9 +279,9 @@ def export_runs(
 
     It has one row per run, oldest first. - is stdout, as CSV unless --format says otherwise. The
     names of the columns contain the units. Metrics are columns metric_NAME; what is unknown is
-    empty.
+    empty. A .tex or .md table is for a paper: fewer columns, units in the headings, ± beside.
     """
-    from pepr_profiler.report.export import encode, flat_run, require_packages
+    from pepr_profiler.report.export import require_packages, runs_table
 
     form = form or ("csv" if str(file) == "-" else file.suffix.removeprefix("."))
     if form not in EXPORTS:
@@ -292,7 +292,7 @@ def export_runs(
         )
     require_packages(form)
     found = Store(store).find(wanted)
-    data = encode([flat_run(run) for run in found], form, raw_csv=raw_csv)
+    data = runs_table(found, form, raw_csv=raw_csv)
     if str(file) == "-":
         write_stdout(data)
     else:

@@ -12,15 +12,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pepr_profiler.commands import TEXT, complain, decorate, screen, write_stdout, write_text
-from pepr_profiler.commands.report import performance_options, raw_csv_option
+from pepr_profiler.commands.report import (
+    forms_of,
+    output_option,
+    performance_options,
+    raw_csv_option,
+)
 from pepr_profiler.errors import UsageError
-from pepr_profiler.report import FORMS
+from pepr_profiler.report import FIGURES, FORMS
 from pepr_profiler.report.text import brief
 from pepr_profiler.study.table import TextTable
 from pepr_profiler.units import parse_range
 
 if TYPE_CHECKING:
     from pepr_profiler.study import pepr
+    from pepr_profiler.study.analysis import Analysis
     from pepr_profiler.study.ranking import Bounds
     from pepr_profiler.study.study import Study
 
@@ -63,6 +69,53 @@ def limits_of(
     return limits
 
 
+def analysis_options(of: str, form: str) -> Callable[[Any], Any]:
+    """The options of the paper's analysis; `of` is where the values are from, such as a column."""
+    options = (
+        click.option("--class", "class_by", type=TEXT, metavar=form,
+                     help=f"{of} of each model's class, such as CNN or other: colours in figures."),
+        click.option("--size", "size_by", type=TEXT, metavar=form,
+                     help=f"{of} of each model's size, such as its parameters, to draw the scores "
+                     "against; of several groups their means."),
+        click.option("--setting", "setting_by", type=TEXT, metavar=form,
+                     help=f"{of} of two settings, such as pretrained or not, to compare the same "
+                     "models with both."),
+        click.option("--mean", "averages", is_flag=True,
+                     help="Also the mean of each model's scores over the groups."),
+        click.option("--best", type=click.IntRange(min=1), metavar="N",
+                     help="In .tex and .md: only the best N by each score and by performance."),
+        click.option("--figure", type=click.Choice(FIGURES),
+                     help="What a figure shows [size or setting where one is given, else the "
+                     "performance against the resource]."),
+    )  # fmt: skip
+    return partial(decorate, options=options)
+
+
+def figure_of(
+    forms: Sequence[tuple[Path, str]],
+    figure: str | None,
+    *,
+    size_by: str | None,
+    setting_by: str | None,
+) -> str:
+    """Which of FIGURES the files of -o show. UsageError where that is unclear."""
+    given = [name for name, by in (("size", size_by), ("setting", setting_by)) if by]
+    if figure in ("size", "setting") and figure not in given:
+        raise UsageError(
+            f"--figure {figure} needs --{figure}",
+            why="it shows what that option names",
+            fix=f"add --{figure} NAME",
+        )
+    drawn = [path for path, form in forms if FORMS[form][0] == "figure"]
+    if drawn and figure is None and len(given) > 1:
+        raise UsageError(
+            f"{drawn[0]} could show the sizes or the settings",
+            why="a file has one figure",
+            fix="choose it with --figure size, or --figure setting",
+        )
+    return figure or (given[0] if given else "performance")
+
+
 @click.command()
 @click.argument("table", type=click.Path(path_type=Path))
 @click.option(
@@ -97,9 +150,8 @@ def limits_of(
 )
 @range_options("in the unit of its column: 150:900")
 @performance_options
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Write the table with its scores."
-)
+@analysis_options("Column", "COL")
+@output_option
 @raw_csv_option
 @click.option("--json", "json_file", metavar="FILE", help="Write the ranking as JSON; - is stdout.")
 def score(
@@ -116,7 +168,13 @@ def score(
     save_bounds: Path | None,
     percent: bool,
     transform: str | None,
-    output: Path | None,
+    class_by: str | None,
+    size_by: str | None,
+    setting_by: str | None,
+    averages: bool,
+    best: int | None,
+    figure: str | None,
+    outputs: tuple[Path, ...],
     raw_csv: bool,
     json_file: str | None,
 ) -> None:
@@ -125,26 +183,41 @@ def score(
     PePR = P / (1 + R). P is the performance. R is the resource, normalised to 0 for the row that
     took least and 1 for the one that took most, or to the --range that is given.
 
-    The ranking goes to stdout unless -o or --json is given. -o adds the columns COL_n (R) and
-    pepr_COL for every resource, and COL_clamped with a given range. Outliers, whose resource does
-    not fit their time, are named, and the ranking is printed with and without them.
+    The ranking goes to stdout unless -o or --json is given. Outliers, whose resource does not fit
+    their time, are named, and the ranking is printed with and without them.
+
+    \b
+    -o study.html         a page: figures, and rankings that you can change
+    -o figure.pdf         performance against the resource (also .png, .svg)
+    -o table.tex          the rankings for a paper, with units and ± (also .md)
+    -o scored.csv         TABLE with its scores (also .tsv): COL_n (R), pepr_COL
+                          and, with a given range, COL_clamped
+    -o ranking.json       what --json writes (as a flat table: .parquet)
     """
+    from pepr_profiler.study.analysis import Analysis
     from pepr_profiler.study.study import Study
 
     resources = tuple(dict.fromkeys(resources))
     limits = limits_of(bounds, bounds_from, resources)
-    if repeats and output:
+    forms = forms_of(outputs, pipe="csv")
+    figure = figure_of(forms, figure, size_by=size_by, setting_by=setting_by)
+    spreadsheets = [path for path, form in forms if form in _SPREADSHEETS]
+    if repeats and spreadsheets:
         raise UsageError(
-            "-o cannot be used with --repeats",
-            why="-o adds a score to every row, but --repeats scores the means of several rows",
-            fix="leave one of them out; --json FILE has the scores of the means",
+            f"-o {spreadsheets[0]} cannot be used with --repeats",
+            why="it adds a score to every row, but --repeats scores the means of several rows",
+            fix="leave one of them out; -o ranking.json, .parquet, .tex and .md have the means",
         )
     rows = TextTable.read(table)
-    wanted = (performance, *resources, *filter(None, (name, group, time)))
+    traits = (class_by, size_by, setting_by)
+    wanted = (performance, *resources, *filter(None, (name, group, time, *traits)))
     rows.require(wanted)
-    if output:
+    if spreadsheets:
         rows.require_new(_added(resources, limits is not None))
-    labels = rows.labels(name, taken=wanted)
+    models = labels = rows.labels(name, taken=wanted)
+    if setting_by:  # a model with another setting is no repeat of it
+        cells = rows.texts(setting_by)
+        labels = [f"{x} ({setting_by} {y})" for x, y in zip(models, cells, strict=True)]
     numeric = dict.fromkeys((performance, *resources))
     times = (time,) if time else tuple(rows.duration_columns())
     columns: dict[str, Any] = {
@@ -166,14 +239,35 @@ def score(
         transform=transform,
         repeats=repeats,
     )
-    if output:
-        added = _scores_by_row(study, rows.groups(group), resources, clamped=limits is not None)
+    groups = rows.groups(group)
+    analysis = Analysis.of_table(
+        study,
+        models=models,
+        labels=labels,
+        groups=groups,
+        classes=(class_by, rows.texts(class_by)) if class_by else None,
+        sizes=(size_by, rows.numbers(size_by, models)) if size_by else None,
+        settings=(setting_by, rows.texts(setting_by)) if setting_by else None,
+        averages=averages,
+    )
+
+    def with_scores(path: Path) -> str:
         from pepr_profiler.report.export import spreadsheet_cell
 
-        cell = None if raw_csv else spreadsheet_cell
-        write_text(output, rows.text_with(added, output, cell=cell))
-        complain(f"wrote {output}")
-    publish(study, json_file=json_file, on_screen=output is None, save_bounds=save_bounds)
+        added = _scores_by_row(study, groups, resources, clamped=limits is not None)
+        return rows.text_with(added, path, cell=None if raw_csv else spreadsheet_cell)
+
+    publish(
+        study,
+        json_file=json_file,
+        save_bounds=save_bounds,
+        forms=forms,
+        raw_csv=raw_csv,
+        analysis=analysis,
+        figure=figure,
+        best=best,
+        spreadsheet=with_scores,
+    )
 
 
 def _scores_by_row(
@@ -203,16 +297,20 @@ def publish(
     study: Study,
     *,
     json_file: str | None,
-    on_screen: bool = True,
+    analysis: Analysis,
     save_bounds: Path | None = None,
     forms: Sequence[tuple[Path, str]] = (),
+    figure: str = "performance",
+    best: int | None = None,
     load: Callable[[str], Mapping[str, Any]] | None = None,
     raw_csv: bool = False,
+    spreadsheet: Callable[[Path], str] | None = None,
 ) -> None:
-    """The rankings as JSON to a file or stdout, else (where `on_screen`) as tables on stdout.
+    """The rankings as JSON to a file or stdout, else as tables on stdout.
 
-    With `forms` (of `forms_of`) they go to those files instead; `load` is `study_page`'s. Runs that
-    were left out, outliers, and what lies outside a given range are named on stderr.
+    With `forms` (of `forms_of`) they go to those files instead; `load` is `study_page`'s,
+    `spreadsheet` gives the text of a csv or tsv file that is no plain ranking. Runs that were left
+    out, outliers, and what lies outside a given range are named on stderr.
     """
     from pepr_profiler.report.export import ranking_json
     from pepr_profiler.study.pepr import listed
@@ -238,46 +336,109 @@ def publish(
                 f"{len(clamped)} {ranking.of}{'s' * (len(clamped) > 1)} outside the normalisation"
                 f" range, R is set to 0 or 1: {listed(list(map(brief, clamped)))}"
             )
+    for text in _incomparable(analysis):
+        complain(text)
     if save_bounds:
         write_text(save_bounds, json.dumps(study.bounds_data(), indent=2) + "\n")
         complain(f"wrote {save_bounds}")
     for path, form in forms:
-        write_text(path, _rendered(study, form, load, raw_csv))
+        if spreadsheet is not None and form in _SPREADSHEETS:
+            write_text(path, spreadsheet(path))
+        else:
+            wanted = {"figure": figure, "best": best, "load": load, "raw_csv": raw_csv}
+            _write_form(path, analysis, form, **wanted)
         complain(f"wrote {path}")
     if json_file == "-":
         write_stdout(ranking_json(study))
     elif json_file:
         write_text(Path(json_file), ranking_json(study))
-    elif on_screen and not forms:
+    elif not forms:
         width, color = screen(sys.stdout)
         width = max(width, 80)  # a narrower terminal wraps the lines, instead of losing the scores
-        click.echo("\n".join(_screens(study, width=width, color=color)), nl=False, color=color)
+        screens = _screens(analysis, width=width, color=color)
+        click.echo("\n".join(screens), nl=False, color=color)
+
+
+_SPREADSHEETS = ("csv", "tsv")
+
+
+def _incomparable(analysis: Analysis) -> Iterator[str]:
+    """What means over groups and pairs leave out, and why."""
+    from pepr_profiler.study.pepr import listed
+
+    if analysis.averages:
+        for name, groups in analysis.means[0].missing[:_MOST_NAMED]:
+            yield (
+                f"left out of the means over groups: {brief(name)}: not in "
+                f"{listed(list(map(brief, groups)))}"
+            )
+        if more := len(analysis.means[0].missing[_MOST_NAMED:]):
+            yield f"left out of the means over groups: {more} more that are not in every group"
+    if analysis.setting_name and (unpaired := analysis.unpaired):
+        yield (
+            f"left out of the comparison of {brief(analysis.setting_name)}, as they are not with "
+            f"both settings in every group: {listed(list(map(brief, unpaired)))}"
+        )
+
+
+_MOST_NAMED = 5
+
+
+def _write_form(path: Path, analysis: Analysis, form: str, **wanted: Any) -> None:
+    """Writes a file of -o, and beside a page that shows only the best rows a table of all.
+
+    `wanted` are arguments of `_rendered`.
+    """
+    beside = ""
+    if FORMS[form][0] == "page":
+        from pepr_profiler.report.study_page import is_thinned
+
+        if is_thinned(analysis.study):
+            beside = f"{path.stem}-all-rows.csv"
+            write_text(path.with_name(beside), _rendered(analysis, "csv", **wanted))
+            complain(f"wrote {path.with_name(beside)}")
+    write_text(path, _rendered(analysis, form, beside=beside, **wanted))
 
 
 def _rendered(
-    study: Study, form: str, load: Callable[[str], Mapping[str, Any]] | None, raw_csv: bool
+    analysis: Analysis,
+    form: str,
+    *,
+    figure: str = "performance",
+    best: int | None = None,
+    load: Callable[[str], Mapping[str, Any]] | None = None,
+    raw_csv: bool = False,
+    beside: str = "",
 ) -> str | bytes:
-    from pepr_profiler.report.export import ranking_json, ranking_table
-
+    study = analysis.study
     kind = FORMS[form][0]
     if kind == "data":
+        from pepr_profiler.report.export import ranking_json
+
         return ranking_json(study)
     if kind == "page":
         from pepr_profiler.report.study_page import study_page
 
-        return study_page(study, load=load)
+        return study_page(study, load=load, analysis=analysis, all_rows=beside)
     if kind == "figure":
-        from pepr_profiler.report.study_figures import study_figure
+        from pepr_profiler.report.analysis_figures import analysis_figure
 
-        return study_figure(study, form)
-    return ranking_table(study.rows(), form, raw_csv=raw_csv)
+        return analysis_figure(analysis, figure, form)
+    if kind == "typeset":
+        from pepr_profiler.report.typeset import study_tables, typeset
+
+        return typeset(study_tables(analysis, best), form)
+    from pepr_profiler.report.export import encode
+
+    return encode(study.rows(), form, raw_csv=raw_csv)
 
 
-def _screens(study: Study, *, width: int, color: bool) -> Iterator[str]:
+def _screens(analysis: Analysis, *, width: int, color: bool) -> Iterator[str]:
     """One per group: its ranking, and again without outliers; or several side by side."""
+    from pepr_profiler.report.analysis_text import render_analysis
     from pepr_profiler.report.ranking_text import render_ranking, render_side_by_side
 
-    for rankings in study.by_group().values():
+    for rankings in analysis.study.by_group().values():
         if len(rankings) > 1:
             yield render_side_by_side(rankings, width=width, color=color)
             continue
@@ -286,6 +447,7 @@ def _screens(study: Study, *, width: int, color: bool) -> Iterator[str]:
             text = render_ranking(rankings[0].without, width=width, color=color)
             n = sum(len(outlier.names) for outlier in rankings[0].outliers)
             yield f"Without the {n} outlier{'s' * (n > 1)}:\n\n{text}"
+    yield from render_analysis(analysis, width=width, color=color)
 
 
 def _added(resources: Sequence[str], clamped: bool) -> list[str]:

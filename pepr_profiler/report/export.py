@@ -18,7 +18,6 @@ from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import FORMS
 from pepr_profiler.report.components import counted
-from pepr_profiler.units import format_amount, format_duration, format_percent, format_with_u
 
 if TYPE_CHECKING:
     from pepr_profiler.study.ranking import Ranking
@@ -34,6 +33,7 @@ def form_of(path: Path, *, installed: Installed = find_spec) -> str:
     that does not exist.
     """
     form = path.suffix.lower().removeprefix(".")
+    form = {"tab": "tsv"}.get(form, form)
     if form not in FORMS:
         raise UsageError(
             f"{path} has no extension that says what to write"
@@ -189,7 +189,7 @@ def _visible(text: str) -> str:
 def encode(rows: Sequence[Mapping[str, Any]], form: str, *, raw_csv: bool = False) -> bytes:
     """Rows as a file of one of EXPORTS, with the columns of all of them in order of appearance.
 
-    In CSV what is unknown is empty, numbers have all their digits, and texts are
+    In CSV and TSV what is unknown is empty, numbers have all their digits, and texts are
     `spreadsheet_cell`s unless `raw_csv`.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -200,10 +200,11 @@ def encode(rows: Sequence[Mapping[str, Any]], form: str, *, raw_csv: bool = Fals
         file = io.BytesIO()
         parquet.write_table(pa.table({c: [row.get(c) for row in rows] for c in columns}), file)
         return file.getvalue()
-    if form == "csv":
+    if form in ("csv", "tsv"):
         text = io.StringIO(newline="")
         own: Callable[[Any], Any] = _unchanged if raw_csv else spreadsheet_cell
-        writer = csv.writer(text, lineterminator="\n")
+        separator = "\t" if form == "tsv" else ","
+        writer = csv.writer(text, delimiter=separator, lineterminator="\n")
         writer.writerow(map(own, columns))
         writer.writerows([own(row.get(name)) for name in columns] for row in rows)
         return text.getvalue().encode("utf-8", "backslashreplace")
@@ -252,82 +253,23 @@ _RUN_COLUMNS = (
     *("part", "name", "source", "provenance", "in_total", "count", "duration_s", "energy_j", "u_j"),
     *("share", "device_j", "others_j", "idle_j", "mean_w", "max_w"),
 )
-_ASIDE = "not in the total"
 
 
 def run_table(summary: Mapping[str, Any], form: str, *, raw_csv: bool = False) -> bytes:
-    """`run_rows` as csv, parquet or tex."""
-    rows = run_rows(summary)
-    if form != "tex":
+    """A run as a table: `run_rows` as csv, tsv or parquet, or a tex or md table for a paper."""
+    if FORMS[form][0] != "typeset":
+        return encode(run_rows(summary), form, raw_csv=raw_csv)
+    from pepr_profiler.report import typeset
+
+    return typeset.typeset([typeset.run_table(summary)], form)
+
+
+def runs_table(runs: Sequence[Mapping[str, Any]], form: str, *, raw_csv: bool = False) -> bytes:
+    """Summaries as a file of one of EXPORTS, a row each."""
+    rows = [flat_run(run) for run in runs]
+    if form not in FORMS or FORMS[form][0] != "typeset":
         return encode(rows, form, raw_csv=raw_csv)
-    cells = [
-        [
-            str(r["name"]) if r["part"] != "total" else "total",
-            "device" if r["part"] == "component" else r["part"],
-            format_duration(r["duration_s"]),
-            format_with_u(r["energy_j"], r["u_j"], "J"),
-            format_percent(r["share"], unknown="") if r["in_total"] is not False else _ASIDE,
-        ]
-        for r in rows
-    ]
-    return latex(["", "part", "time", "energy", "share"], cells, align="llrrr")
+    from pepr_profiler.report import typeset
 
-
-def ranking_table(rows: Sequence[Mapping[str, Any]], form: str, *, raw_csv: bool = False) -> bytes:
-    """A study's rows (`Study.rows`) as csv, parquet or tex."""
-    if form != "tex":
-        return encode(rows, form, raw_csv=raw_csv)
-    several = len({row["group"] for row in rows}) > 1
-    cells = []
-    for r in rows:
-        score = f"{r['pepr']:.3f}"
-        if r["u_pepr"] is not None:
-            score += f" ± {r['u_pepr']:.3f}"
-        cells.append(
-            [
-                *([_cut(r["group"] or "")] if several else []),
-                r["label"],
-                str(r["rank"]),
-                _cut(r["name"]),
-                str(r["n"]),
-                f"{r['performance']:.3f}",
-                format_amount(r["resource"], r["unit"] or "", r["u_resource"]),
-                f"{r['r_norm']:.3f}",
-                score,
-            ]
-        )
-    heads = ["score", "#", "model", "runs", "performance", "resource", "$R$", "PePR"]
-    align = "lrlrrrrr"
-    if several:
-        heads, align = ["group", *heads], "l" + align
-    return latex(heads, cells, align=align)
-
-
-_TEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
-    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$", "µ": r"\textmu{}", "…": r"\ldots{}",
-}  # fmt: skip
-
-
-_CELL = 80
-
-
-def _cut(text: Any) -> str:
-    """A name in a typeset table; the other forms have it in full."""
-    return str(text) if len(str(text)) <= _CELL else f"{str(text)[: _CELL - 1]}…"
-
-
-def latex(heads: Sequence[str], rows: Sequence[Sequence[str]], *, align: str) -> bytes:
-    r"""A LaTeX table for the booktabs package; `heads` are LaTeX, cells are plain text."""
-    lines = [rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
-    lines.append(" & ".join(h.replace("#", r"\#") for h in heads) + r" \\")
-    lines.append(r"\midrule")
-    lines += [" & ".join(map(_tex, row)) + r" \\" for row in rows]
-    lines += [r"\bottomrule", r"\end{tabular}", ""]
-    return "\n".join(lines).encode("utf-8", "replace")
-
-
-def _tex(text: str) -> str:
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-    return "".join(_TEX.get(c, c) for c in line)
+    partial = [bool(run["energy"].get("partial")) for run in runs]
+    return typeset.typeset([typeset.runs_table(rows, partial)], form)

@@ -27,7 +27,8 @@ class Points:
     """Rows of a study as points: `x`, `y` (n,) with their u (NaN: unknown), and their runs.
 
     `runs` are (row, x, y). `bounds` are (r_min, r_max) where `y` is a performance over the resource
-    that they bound.
+    that they bound. `classes` (n,) are the rows' classes, `levels` all classes in the order of the
+    legend. `median` asks for a line at the median of `x`.
     """
 
     names: tuple[str, ...]
@@ -42,6 +43,14 @@ class Points:
     x_unit: str
     bounds: tuple[float, float] | None = None
     runs: tuple[tuple[int, float, float], ...] = ()
+    classes: tuple[str, ...] = ()
+    levels: tuple[str, ...] = ()
+    median: bool = False
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there are too many points to draw each."""
+        return len(self.names) > MOST_POINTS
 
 
 LEVELS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -50,7 +59,14 @@ LEVELS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 MOST_RUNS = 1000
 """Single runs, as dots and curves, that a figure can show and a page can hold."""
 
-_MOST_PANELS = 12
+MOST_POINTS = 1000
+"""Points that a figure draws one by one. More are drawn as cells, darker where there are more."""
+
+_CELL_POINTS = 3.6  # the side of such a cell, in points of 1/72 inch
+_CELL_ALPHAS = (0.25, 0.45, 0.7, 1.0)
+_CLASS_COLORS = (*figures.KIND_COLORS.values(), INK, MUTED)
+_CLASS_MARKERS = "os^DvPd*"
+MOST_PANELS = 12
 _ISO_POINTS = 64
 _MOST_NAMED = 14
 
@@ -62,16 +78,11 @@ def shown_runs(study: Study) -> dict[str, Mapping[str, Any]]:
     return {str(run["run_id"]): run for run in study.runs}
 
 
-def study_figure(study: Study, form: str) -> bytes:
-    """Performance against the resource, a panel a ranking, as a png, svg or pdf file."""
-    by_id = shown_runs(study)
-    shown = study.rankings[:_MOST_PANELS]
-    parts = [(ranking.group or "", cost_points(ranking, by_id)) for ranking in shown]
-    return figures.save(lambda: panels(parts), form)
+def cost_points(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]], **drawn: Any) -> Points:
+    """Performance over the resource of every row, and of the runs behind it where known.
 
-
-def cost_points(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> Points:
-    """Performance over the resource of every row, and of the runs behind it where known."""
+    `drawn` are fields of Points.
+    """
     n = len(ranking.names)
     nothing = np.full(n, np.nan)
     runs = []
@@ -97,6 +108,7 @@ def cost_points(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> Poi
         x_unit=ranking.unit,
         bounds=ranking.scores.bounds,
         runs=tuple(runs),
+        **drawn,
     )
 
 
@@ -181,7 +193,7 @@ def panels(
     """Scatters side by side, two a row, each with its name."""
     from matplotlib.figure import Figure
 
-    columns = min(2, len(parts))
+    columns = min(2, len(parts)) if width > NARROW else 1
     rows = math.ceil(len(parts) / columns)
     figure = Figure(figsize=(width, height * rows), dpi=72, layout="constrained")
     places = [figure.add_subplot(rows, columns, i + 1) for i in range(len(parts))]
@@ -190,11 +202,50 @@ def panels(
         _prepare(axes, points, each)
         if name:
             axes.set_title(plain(name), loc="right", fontsize=10, fontweight="bold", pad=16)
+    _add_legend(figure, [points for _, points in parts], width)
     figure.draw_without_rendering()  # now pixels are known, and stay
     figure.set_layout_engine("none")
     for axes, (_, points) in zip(places, parts, strict=True):
         _fill(axes, points)
     return figure
+
+
+def _class_style(points: Points, i: int) -> tuple[str, str]:
+    """The colour and the marker of a point."""
+    if not points.classes:
+        return POINT, "o"
+    return class_style(points.levels.index(points.classes[i]))
+
+
+def class_style(number: int) -> tuple[str, str]:
+    """The colour and the marker of a class."""
+    return _CLASS_COLORS[number % len(_CLASS_COLORS)], _CLASS_MARKERS[number % len(_CLASS_MARKERS)]
+
+
+def _add_legend(figure: Figure, parts: Sequence[Points], width: float) -> None:
+    """What colours, marks and lines are, below the panels, where any of it is not obvious."""
+    from matplotlib.lines import Line2D
+
+    first = parts[0]
+    handles = []
+    for number, name in enumerate(first.levels):
+        color, marker = class_style(number)
+        handles.append(
+            Line2D([], [], color=color, marker=marker, linestyle="", markersize=6.5,
+                   markerfacecolor=figures.PAPER, markeredgewidth=1.6, label=plain(name))
+        )  # fmt: skip
+    if not (handles or first.median):
+        return
+    if any(points.front.any() for points in parts):
+        handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (1, 2.5)),
+                              label="Pareto front"))  # fmt: skip
+    if first.median:
+        of = {points.x_label for points in parts}
+        label = f"median {plain(first.x_label, 30)}" if len(of) == 1 else "median of the resource"
+        handles.append(Line2D([], [], color=MUTED, linewidth=1.0, linestyle=(0, (5, 3)),
+                              label=label))  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9,
+                  ncols=min(len(handles), 6 if width > NARROW else 3))  # fmt: skip
 
 
 def _prepare(axes: Axes, points: Points, width: float) -> None:
@@ -218,7 +269,7 @@ def _prepare(axes: Axes, points: Points, width: float) -> None:
 
 def _amounts_below(axes: Axes, unit: str, width: float) -> None:
     """Ticks of the x axis: amounts with their unit, few and round on a logarithmic one too."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
     if axes.get_xscale() == "log":
         low, high = axes.get_xlim()
@@ -229,20 +280,62 @@ def _amounts_below(axes: Axes, unit: str, width: float) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=list(subs)))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(axis="x", which="minor", size=0)
-    axes.xaxis.set_major_formatter(EngFormatter(unit=unit, sep=" " if unit else ""))
+    engineering = EngFormatter(unit=unit, sep=" " if unit else "")
+    if unit:
+        axes.xaxis.set_major_formatter(engineering)
+        return
+    # Of a number without a unit, "10m" would be taken for metres or millions.
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda x, _: engineering(x) if abs(x) >= 1e4 else f"{x:g}")
+    )
 
 
 def _fill(axes: Axes, points: Points) -> None:
     if points.bounds is not None:
         _draw_isolines(axes, points.bounds, log=axes.get_xscale() == "log")
+    if points.median and len(points.x):
+        axes.axvline(float(np.median(points.x)), color=MUTED, linewidth=1.0,
+                     linestyle=(0, (5, 3)), gid="median", zorder=1.5)  # fmt: skip
     order = np.argsort(points.x[points.front])
     axes.plot(points.x[points.front][order], points.y[points.front][order], color=INK,
               linewidth=0.9, linestyle=(0, (1, 2.5)), gid="front", zorder=2)  # fmt: skip
     for row, x, y in points.runs:
         axes.plot([x], [y], ".", color=POINT, alpha=0.4, markersize=4, gid=f"run-{row}", zorder=3)
-    for i in range(len(points.names)):
-        _draw_point(axes, points, i)
+    if points.crowded:
+        _draw_cells(axes, points)
+    else:
+        for i in range(len(points.names)):
+            _draw_point(axes, points, i)
     _name_points(axes, points)
+
+
+def _draw_cells(axes: Axes, points: Points) -> None:
+    """All points as cells of a grid: darker where there are more, in the colour of the class that
+    has most points in the cell. One path holds the cells of one colour and shade.
+    """
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    side = _CELL_POINTS * axes.figure.dpi / 72
+    at = axes.transData.transform(np.column_stack((points.x, points.y)))
+    places, cell = np.unique(np.floor(at / side).astype(np.intp), axis=0, return_inverse=True)
+    number = {name: i for i, name in enumerate(points.levels)}
+    of_class = np.array([number[name] for name in points.classes] or [0] * len(at))
+    counts = np.zeros((len(places), max(1, len(number))), dtype=np.intp)
+    np.add.at(counts, (cell.reshape(-1), of_class), 1)
+    total, most = counts.sum(axis=1), counts.argmax(axis=1)
+    shade = np.log(total) / max(math.log(total.max()), 1e-9) * len(_CELL_ALPHAS)
+    shade = np.minimum(shade.astype(np.intp), len(_CELL_ALPHAS) - 1)
+    square = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)])
+    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
+    for kind, level in np.unique(np.column_stack((most, shade)), axis=0).tolist():
+        corners = places[(most == kind) & (shade == level)][:, None, :] + square
+        inside = axes.transData.inverted().transform(corners.reshape(-1, 2) * side)
+        axes.add_artist(
+            PathPatch(Path(inside, codes * len(corners)), linewidth=0, antialiased=False,
+                      facecolor=class_style(kind)[0] if number else POINT,
+                      alpha=_CELL_ALPHAS[level], gid=f"cells-{kind}-{level}", zorder=3)
+        )  # fmt: skip
 
 
 def _draw_isolines(axes: Axes, bounds: tuple[float, float], *, log: bool) -> None:
@@ -268,7 +361,8 @@ def _draw_isolines(axes: Axes, bounds: tuple[float, float], *, log: bool) -> Non
 def _draw_point(axes: Axes, points: Points, i: int) -> None:
     x, y, u_x, u_y = (float(a[i]) for a in (points.x, points.y, points.u_x, points.u_y))
     outlier = bool(points.outlier[i])
-    color = ALARM if outlier else POINT
+    own, marker = _class_style(points, i)
+    color = ALARM if outlier else own
     if math.isfinite(u_x) and u_x > 0:
         left = max(x - u_x, axes.get_xlim()[0])
         axes.plot([left, x + u_x], [y, y], color=color, linewidth=1, alpha=0.5, gid=f"barx-{i}",
@@ -276,8 +370,8 @@ def _draw_point(axes: Axes, points: Points, i: int) -> None:
     if math.isfinite(u_y) and u_y > 0:
         axes.plot([x, x], [y - u_y, y + u_y], color=color, linewidth=1, alpha=0.5, gid=f"bary-{i}",
                   scalex=False, scaley=False)  # fmt: skip
-    filled = POINT if points.front[i] and not outlier else figures.PAPER
-    axes.plot([x], [y], "X" if outlier else "o", color=color, markerfacecolor=filled,
+    filled = own if points.front[i] and not outlier else figures.PAPER
+    axes.plot([x], [y], "X" if outlier else marker, color=color, markerfacecolor=filled,
               markersize=6.5, markeredgewidth=1.6, gid=f"point-{i}", zorder=5)  # fmt: skip
 
 
@@ -285,7 +379,9 @@ def _name_points(axes: Axes, points: Points) -> None:
     """Names beside points where they cover neither a point nor another name."""
     pixels = axes.transData.transform(np.column_stack((points.x, points.y)))
     box = axes.get_window_extent()
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
+    # Among thousands a name lies on some points in any case.
+    near = pixels[points.front] if points.crowded else pixels
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in near]
     first = [*np.flatnonzero(points.front), *np.flatnonzero(points.outlier), *np.argsort(-points.y)]
     for i in list(dict.fromkeys(int(i) for i in first))[:_MOST_NAMED]:
         name = plain(points.names[i], 22)

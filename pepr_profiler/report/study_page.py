@@ -8,31 +8,48 @@ from typing import Any
 
 import numpy as np
 
-from pepr_profiler.errors import UsageError
-from pepr_profiler.report import figures, study_figures
+from pepr_profiler.record import Mask
+from pepr_profiler.report import analysis_figures, figures, study_figures
 from pepr_profiler.report.html import clip, render
+from pepr_profiler.report.typeset import means_table, settings_table
 from pepr_profiler.study import progress
+from pepr_profiler.study.analysis import Analysis, Traits
 from pepr_profiler.study.pepr import listed
 from pepr_profiler.study.ranking import Ranking
 from pepr_profiler.study.study import Study
 from pepr_profiler.units import format_amount
 
-_MOST_ROWS = 1000
+_MOST_LIVE = 4000
+"""Rows of all rankings together that a page can rank again when one is unticked."""
+
+_MOST_ROWS = 600
+"""Rows of all tables of a page that shows only the best of each ranking."""
+
+_MOST_GROUPS = 6  # of such a page
 
 
-def study_page(study: Study, *, load: Callable[[str], Mapping[str, Any]] | None = None) -> str:
+def is_thinned(study: Study) -> bool:
+    """Whether a page shows only the best rows of a study, as there are too many to show all."""
+    sizes = [len(ranking.names) for ranking in study.rankings]
+    return sum(sizes) > _MOST_LIVE or max(sizes) > study_figures.MOST_POINTS
+
+
+def study_page(
+    study: Study,
+    *,
+    load: Callable[[str], Mapping[str, Any]] | None = None,
+    analysis: Analysis | None = None,
+    all_rows: str = "",
+) -> str:
     """The page of a study: figures and a ranking per group, in which rows can be unticked.
 
     `load` gives the whole summary of a run by its id, for the curves: a store's index has none, and
-    without `load` nor has the page. UsageError for more rows than a page can show.
+    without `load` nor has the page. `analysis` adds classes, sizes, settings and means. Where the
+    study `is_thinned`, nothing can be unticked, and `all_rows` is the name of the file beside the
+    page that has all rows.
     """
-    rows = sum(len(ranking.names) for ranking in study.rankings)
-    if rows > _MOST_ROWS:
-        raise UsageError(
-            f"a page cannot show {rows:,} rows",
-            why=f"its limit is {_MOST_ROWS:,}",
-            fix="compare fewer: --experiment NAME; or write a table: -o ranking.csv",
-        )
+    analysis = analysis or Analysis.of_runs(study)
+    live = not is_thinned(study)
     by_id = study_figures.shown_runs(study)
     if load is not None:
         # A run that was named by its folder is whole already, and may lie outside the store.
@@ -41,7 +58,13 @@ def study_page(study: Study, *, load: Callable[[str], Mapping[str, Any]] | None 
             firsts = {ids[0] for ranking in study.rankings for ids in ranking.run_ids}
             by_id = {i: load(i) for i in firsts}
     groups = study.by_group()
-    shown = [_group(n, *of_group, by_id) for n, of_group in enumerate(groups.items())]
+    traits = dict(zip(map(id, study.rankings), analysis.traits, strict=True))
+    drawn = list(groups.items())[: None if live else _MOST_GROUPS]
+    most = None if live else _MOST_ROWS // len(drawn)
+    shown = [
+        _group(n, *of_group, by_id, analysis=analysis, traits=traits, most=most)
+        for n, of_group in enumerate(drawn)
+    ]
     models = len({row for ranking in study.rankings for row in ranking.names})
     seen = dict.fromkeys(
         (str(run.get("experiment") or ""), str(run.get("host") or "")) for run in study.runs
@@ -49,7 +72,7 @@ def study_page(study: Study, *, load: Callable[[str], Mapping[str, Any]] | None 
     experiments = [clip(name, 60) for name in dict.fromkeys(name for name, _ in seen) if name]
     hosts = sorted({clip(host, 60) for _, host in seen} - {""})
     weighed = list(dict.fromkeys(ranking.resource_name for ranking in study.rankings))
-    what = f"{models} {study.rankings[0].of}s"
+    what = f"{models:,} {study.rankings[0].of}s"
     repeated = any(ranking.repeated for ranking in study.rankings)
     if repeated:
         what += f", {len(study.runs):,} runs"
@@ -59,7 +82,7 @@ def study_page(study: Study, *, load: Callable[[str], Mapping[str, Any]] | None 
     first = study.rankings[0]
     return render(
         "study.html",
-        scripts=["theme.js", "study.js"],
+        scripts=["theme.js", "study.js"] if live else ["theme.js"],
         name=clip(" and ".join(experiments[:3]) or "A PePR study", 120),
         sub=clip("; ".join(filter(None, [what, "on " + ", ".join(hosts) if hosts else ""])), 200),
         are_runs=bool(study.runs),
@@ -68,6 +91,10 @@ def study_page(study: Study, *, load: Callable[[str], Mapping[str, Any]] | None 
         provenances=sorted({r.provenance for r in study.rankings if r.provenance}),
         repeated=repeated,
         groups=[view for view, _ in shown],
+        live=live,
+        all_rows=all_rows,
+        groups_not_shown=len(groups) - len(drawn),
+        extras=list(_extras(analysis)),
         left_out=study.left_out,
         data={"levels": list(study_figures.LEVELS), "groups": [facts for _, facts in shown]},
     )
@@ -78,12 +105,21 @@ def _group(
     group: str | None,
     rankings: Sequence[Ranking],
     by_id: Mapping[str, Mapping[str, Any]],
+    *,
+    analysis: Analysis,
+    traits: Mapping[int, Traits],
+    most: int | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the template shows of one group, and the numbers of it that the script needs."""
+    """What the template shows of one group, and the numbers of it that the script needs.
+
+    `traits` are by the id of a ranking; `most` is the number of rows in the table, None for all.
+    """
     first = rankings[0]
     n = len(first.names)
     runs = [1] * n if first.n is None else [int(x) for x in first.n]
     parameters = _parameters(first, by_id)
+    classes = traits[id(first)].classes
+    fronts = [(ranking, ranking.front) for ranking in rankings]
     outliers = {i for each in rankings for outlier in each.outliers for i in outlier.rows}
     charts: list[dict[str, Any]] = []
     live: list[dict[str, Any]] = []
@@ -91,13 +127,19 @@ def _group(
     def add(kind: str, k: int, heading: str, text: str, points: study_figures.Points) -> None:
         ident = f"g{number}-{kind}-{k}"
         drawn, places = study_figures.study_chart(ident, heading, text, points)
-        facts = {"label": rankings[k].label, "has_runs": bool(points.runs)}
+        facts = {
+            "label": rankings[k].label,
+            "has_runs": bool(points.runs),
+            "classes": bool(points.classes),
+            "crowded": points.crowded,
+        }
         charts.append({"chart": drawn, "heading": heading, "kind": kind, **facts})
         live.append({"id": ident, "kind": kind, "ranking": k, "places": places})
 
     for k, ranking in enumerate(rankings):
         heading = f"{clip(ranking.metric, 60)} against {clip(ranking.resource_name, 60)}"
-        add("cost", k, heading, _said(ranking), study_figures.cost_points(ranking, by_id))
+        points = analysis_figures.cost_points(analysis, ranking, traits[id(ranking)], by_id)
+        add("cost", k, heading, _said(ranking), points)
         against = study_figures.score_points(ranking, parameters) if k == 0 and n > 1 else None
         if against is not None:
             heading = f"{ranking.label} against the number of parameters"
@@ -129,6 +171,8 @@ def _group(
         "has_ranges": first.standing is not None and first.standing.best is not None,
         "charts": charts,
         "outliers": list(_outlier_facts(rankings)),
+        "not_shown": n - len(first.order[:most]),
+        "class_name": analysis.class_name,
         "resources": [{"name": r.resource_name, "label": r.label} for r in rankings],
         "rows": [
             {
@@ -136,15 +180,20 @@ def _group(
                 "rank": rank,
                 "range": _ranks(first, int(i)),
                 "name": first.names[i],
+                "of_class": "" if classes is None else classes[i],
                 "outlier": int(i) in outliers,
                 "runs": runs[i],
                 "parameters": "" if parameters[i] is None else f"{parameters[i]:,.0f}",
                 "performance": _fraction(first.performance[i], first.u_performance, int(i)),
-                "resources": [_resource_cells(r, int(i), u=r is first) for r in rankings],
+                "resources": [
+                    _resource_cells(r, int(i), front, u=r is first) for r, front in fronts
+                ],
             }
-            for rank, i in enumerate(first.order, start=1)
+            for rank, i in enumerate(first.order[:most], start=1)
         ],
     }
+    if most is not None:  # nothing ranks again
+        return view, {}
     facts = {
         "names": [clip(x, 80) for x in first.names],
         "p": first.performance.tolist(),
@@ -162,6 +211,37 @@ def _group(
         ],
     }
     return view, facts
+
+
+def _extras(analysis: Analysis) -> Iterable[dict[str, Any]]:
+    """The sections on sizes, means over groups and settings, as far as they were asked for."""
+    if analysis.size_name:
+        heading = f"Scores against {clip(analysis.size_name, 60)}"
+        text = "Each model's score against its size."
+        parts = analysis_figures.size_parts(analysis)
+        drawn = figures.chart(
+            "sizes", heading, text, lambda width: study_figures.panels(parts, width=width)
+        )
+        caption = "Are larger models worth it? The dashed line is the median size."
+        if analysis.averages:
+            caption += " Each point is a mean over the groups; bars are the SD over these."
+        yield {"heading": heading, "chart": drawn, "caption": caption, "table": None}
+    if analysis.averages:
+        table = means_table(analysis, _MOST_MEANS)
+        yield {"heading": table.title, "chart": None, "caption": "", "table": table}
+    if analysis.setting_name:
+        table = settings_table(analysis)
+        drawn = figures.chart(
+            "settings",
+            table.title,
+            "Distributions with two settings; the table has their medians.",
+            lambda width: analysis_figures.violins(analysis.effects, width),
+        )
+        caption = "The ring is the median, the bar spans the middle half of the models."
+        yield {"heading": table.title, "chart": drawn, "caption": caption, "table": table}
+
+
+_MOST_MEANS = 100
 
 
 def _parameters(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> list[float | None]:
@@ -183,7 +263,8 @@ def _said(ranking: Ranking) -> str:
     best, top = int(ranking.order[0]), int(np.argmax(ranking.performance))
     metric, resource = clip(ranking.metric, 40), ranking.resource
     text = (
-        f"By {ranking.label} the best of {len(ranking.names)} is {clip(ranking.names[best], 60)}: "
+        f"By {ranking.label} the best of {len(ranking.names):,} is "
+        f"{clip(ranking.names[best], 60)}: "
         f"{metric} {ranking.performance[best]:.3f} for "
         f"{format_amount(float(resource[best]), ranking.unit)}."
     )
@@ -217,7 +298,7 @@ def _fraction(value: float, u: Any, i: int) -> str:
     return shown if u is None or math.isnan(u[i]) else f"{shown} ± {u[i]:.3f}"
 
 
-def _resource_cells(ranking: Ranking, i: int, *, u: bool) -> dict[str, Any]:
+def _resource_cells(ranking: Ranking, i: int, front: Mask, *, u: bool) -> dict[str, Any]:
     """One row's cells; `u` where there is room for it, the figures have it all."""
     u_resource = float(ranking.u_resource[i]) if u and ranking.u_resource is not None else None
     score = float(ranking.scores.pepr[i])
@@ -226,7 +307,7 @@ def _resource_cells(ranking: Ranking, i: int, *, u: bool) -> dict[str, Any]:
         "amount": format_amount(float(ranking.resource[i]), ranking.unit, u_resource),
         "score": f"{score:.3f}",
         "u": "" if u_score is None or math.isnan(u_score) else f"{u_score:.3f}",
-        "front": bool(ranking.front[i]),
+        "front": bool(front[i]),
         "percent": f"{100 * score:.1f}",
     }
 
