@@ -384,6 +384,24 @@ class Run:
             self._summary = self._summarise(until_ns=end_ns)
         return self._summary
 
+    def job_summary(self) -> dict[str, Any]:
+        """The summary of the whole job that this run is of (docs/jobs.md), as far as it has come.
+
+        It is made of all recordings of the job in this run's store: those of other ranks and nodes
+        too, also if they still go on. UsageError before the block has begun.
+        """
+        if self._events is None:
+            raise UsageError(
+                "there is no job yet",
+                why="the block has not begun",
+                fix="read run.job_summary() inside the block or after it",
+            )
+        self._flush()
+        from pepr_profiler.study.recorded_jobs import load_job
+
+        recordings = Store(self.directory.absolute().parent.parent)
+        return load_job(recordings, self.run_id)[1]
+
     def _summarise(self, *, until_ns: int, marks: bool = True) -> dict[str, Any]:
         from pepr_profiler.summary.summarise import summarise
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 from cli import Cli, component, python, write_replay
 from sim.waves import Constant, Square
 
-from pepr_profiler.study.jobs import merge_jobs
+from pepr_profiler.study.jobs import JobRecordings, merge_jobs
 from pepr_profiler.study.study import Study
+from pepr_profiler.trace.events import PhaseSpan
 from pepr_profiler.units import NS_PER_S as S
 
 GPU, CPU = "gpu:GPU-1", "cpu:package-0"
@@ -307,3 +310,261 @@ def test_estimates_of_several_nodes_claim_no_less_together() -> None:
     merged = one(*(run(node, 0, 10, estimate(0, 10), boot=node) for node in ("one", "two")))
     assert merged["energy"]["total_j"] == pytest.approx(2000.0)
     assert merged["energy"]["u_j"] == pytest.approx(1000.0)
+
+
+# --- ranks --------------------------------------------------------------------------------------
+
+
+def rank(
+    number: int,
+    begin_s: float,
+    end_s: float,
+    *parts: Part,
+    of: int = 2,
+    node: str | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """The recording of one rank."""
+    name, boot = more.pop("name", f"r{number}"), more.pop("boot", "b")
+    made = run(name, begin_s, end_s, *parts, boot=boot, **more)
+    return {**made, "name": "train", "rank": number, "local_rank": number, "world_size": of,
+            "node": node, "command": ["python", "train.py"]}  # fmt: skip
+
+
+def quarter(begin_s: float, end_s: float, **more: Any) -> Part:
+    return part(CPU, Constant(100), begin_s, end_s, job=0.25, **more)
+
+
+def job_of(*runs: dict[str, Any], passes: dict[str, list[PhaseSpan]] | None = None) -> Part:
+    """The summary of all of these as one job; `passes` are by run."""
+    parts = [JobRecordings.of(r, (passes or {}).get(r["run_id"], ())) for r in runs]
+    return JobRecordings().merged_with(*parts).summary()
+
+
+def test_any_order_and_nesting_of_merges_gives_the_same_bits() -> None:
+    # given 12 recordings of 3 nodes with devices, metrics and phases of their own
+    draw = random.Random(20)
+    runs = []
+    for number in range(12):
+        boot = f"boot{number // 4}"
+        begin_s = draw.uniform(0, 1)
+        end_s = draw.uniform(9, 11)
+        power = Square(2.0, draw.uniform(50, 100), draw.uniform(200, 300), duty=0.3)
+        parts = [
+            part(CPU, power, begin_s, end_s, job=draw.uniform(0.1, 0.2), idle=0.1),
+            part(f"gpu:GPU-{number}", power, begin_s, end_s, job=draw.uniform(0.5, 1)),
+        ]
+        for each in parts:
+            each["budget"] |= {"edges_j": draw.uniform(0, 5), "attribution_j": draw.uniform(0, 5)}
+        phase = {"name": "train", "count": 2, "duration_s": 4.0, "energy_j": draw.uniform(1, 9),
+                 "u_j": draw.uniform(0, 1)}  # fmt: skip
+        runs.append(
+            rank(number, begin_s, end_s, *parts, of=14, boot=boot, phases=[phase],
+                 metrics={"acc": draw.uniform(0, 1)}, sampler={"cpu_s": draw.uniform(0, 1)})
+        )  # fmt: skip
+    whole = json.dumps(job_of(*runs), sort_keys=True)
+    # when they are merged in any order, by twos and threes, some of them twice
+    for _ in range(20):
+        parts_of = [JobRecordings.of(r) for r in runs]
+        draw.shuffle(parts_of)
+        while len(parts_of) > 1:
+            taken = [parts_of.pop(draw.randrange(len(parts_of))) for _ in range(2)]
+            parts_of.append(taken[0].merged_with(taken[1], *draw.sample(taken, 1)))
+        assert json.dumps(parts_of[0].summary(), sort_keys=True) == whole
+    # and the list of jobs is no other
+    draw.shuffle(runs)
+    assert json.dumps(one(*runs), sort_keys=True) == whole
+
+
+def test_ranks_have_their_shares_of_the_total_and_of_their_nodes() -> None:
+    # given two nodes of two ranks at 100 W, each rank with a quarter of its node
+    runs = [
+        rank(i, 0, 10, quarter(0, 10), of=4, boot=f"b{i // 2}", node=f"n{i // 2}",
+             memory={"peak_rss_bytes": 10 + i, "gpu_peak_bytes": None})
+        for i in range(4)
+    ]  # fmt: skip
+    job = job_of(*runs)
+    assert [r["rank"] for r in job["ranks"]] == [0, 1, 2, 3]
+    assert [r["energy_j"] for r in job["ranks"]] == pytest.approx([250] * 4)
+    assert [r["share"] for r in job["ranks"]] == pytest.approx([0.25] * 4)
+    assert [r["run_id"] for r in job["ranks"]] == ["r0", "r1", "r2", "r3"]
+    nodes = [(n["node"], n["ranks"], n["energy_j"], n["peak_rss_bytes"]) for n in job["nodes"]]
+    assert nodes == [("n0", [0, 1], pytest.approx(500), 21), ("n1", [2, 3], pytest.approx(500), 25)]
+    assert (job["missing_ranks"], job["energy"]["imputed"]) == ([], None)
+    # a package errs in both of its ranks alike, and two packages one without the other
+    assert job["nodes"][0]["u_j"] == pytest.approx(2 * 0.05 * 500)
+    assert job["energy"]["u_j"] == pytest.approx(math.sqrt(2) * 2 * 0.05 * 500)
+
+
+def test_what_each_recording_draws_anew_adds_up_in_squares() -> None:
+    # given two ranks that share a package, whose reads miss 3 J and 4 J at the edges
+    runs = []
+    for i, edges_j in enumerate((3.0, 4.0)):
+        of_rank = quarter(0, 10)
+        of_rank["budget"] = {"gain_j": 0.0, "offset_j": 0.0, "model_j": 0.0, "edges_j": edges_j}
+        of_rank["u_j"] = 2 * edges_j
+        runs.append(rank(i, 0, 10, of_rank))
+    cpu = component(job_of(*runs), CPU)
+    assert (cpu["budget"]["edges_j"], cpu["u_j"]) == (pytest.approx(5), pytest.approx(10))
+
+
+def test_ranks_that_share_a_device_do_not_make_each_other_unsure() -> None:
+    # given two ranks with half of a package each, alone on it
+    runs = []
+    for i in range(2):
+        half = part(CPU, Constant(100), 0, 10, job=0.5)
+        half["budget"] = {"gain_j": 0.0, "offset_j": 0.0, "model_j": 0.0, "attribution_j": 25.0}
+        runs.append(rank(i, 0, 10, {**half, "u_j": 50.0}))
+    # then it is known whose all of it is
+    assert component(job_of(*runs), CPU)["u_j"] == pytest.approx(0)
+
+
+def test_a_missing_rank_is_named_and_what_it_took_is_imputed_apart() -> None:
+    runs = [rank(i, 0, 10, quarter(0, 10, idle=0.0), of=4) for i in (0, 1, 3)]
+    job = job_of(*runs)
+    assert job["missing_ranks"] == [2]
+    energy = job["energy"]
+    assert (energy["total_j"], energy["u_j"]) == (pytest.approx(750), None)
+    assert energy["partial"] == [{"id": "rank:2", "missing_s": pytest.approx(10)}]
+    imputed = energy["imputed"]
+    assert (imputed["ranks"], imputed["missing_j"]) == (1, pytest.approx(250))
+    assert imputed["total_j"] == pytest.approx(1000)
+    assert imputed["u_j"] == pytest.approx(2 * 0.05 * 1000)
+    assert "mean of the 3 present" in imputed["how"]
+    # and the same where one recording is all that there is
+    (alone,) = merge_jobs(runs[:1])
+    assert alone["missing_ranks"] == [1, 2, 3]
+    assert alone["energy"]["imputed"]["u_j"] is None
+
+
+def test_a_recording_of_a_whole_node_covers_the_ranks_on_it() -> None:
+    node = {**run("node", 0, 10, part(CPU, Constant(100), 0, 10, job=0.6)), "world_size": 2}
+    assert job_of(node)["missing_ranks"] == []
+    inner = rank(0, 1, 9, part(CPU, Constant(100), 1, 9, job=0.3), outer="node")
+    job = job_of(node, inner)
+    assert job["missing_ranks"] == []
+    # what the rank has is its own, what is left is the rest of the node
+    shares = [(r["rank"], r["run_id"], r["energy_j"]) for r in job["ranks"]]
+    assert shares == [(0, "r0", pytest.approx(240)), (None, "node", pytest.approx(360))]
+    assert job["energy"]["total_j"] == pytest.approx(600)
+
+
+def test_two_programs_of_the_same_rank_in_one_allocation_stay_apart() -> None:
+    # given two trials side by side in one Slurm step, each of two ranks, and blocks one after the
+    # other in the ranks of a third
+    trials = [
+        {**rank(i, begin_s, end_s, quarter(begin_s, end_s), name=f"{name}{i}"), "name": name}
+        for name, begin_s, end_s in (("a", 0, 10), ("b", 1, 11))
+        for i in range(2)
+    ]
+    assert sorted(m["runs"] for m in merge_jobs(trials)) == [["a0", "a1"], ["b0", "b1"]]
+    # then their names tell them apart, else the order in which each rank began them
+    same = [{**r, "name": "train"} for r in trials]
+    assert sorted(m["runs"] for m in merge_jobs(same)) == [["a0", "a1"], ["b0", "b1"]]
+    blocks = [
+        rank(i, at, at + 10, quarter(at, at + 10), name=f"{k}-{i}")
+        for i in range(2)
+        for k, at in enumerate((0 + i, 10.5 + i))
+    ]
+    assert sorted(m["runs"] for m in merge_jobs(blocks)) == [["0-0", "0-1"], ["1-0", "1-1"]]
+    # and a script that was wrapped in a wrapped rank is no second program
+    inner = rank(0, 2, 4, quarter(2, 4), name="inner", outer="r0")
+    (job,) = merge_jobs([rank(0, 0, 10, quarter(0, 10)), rank(1, 0, 10, quarter(0, 10)), inner])
+    assert [r["rank"] for r in job["ranks"]] == [0, 1]
+
+
+def test_a_recording_around_the_ranks_of_one_job_is_of_it_and_one_around_several_is_not() -> None:
+    around = run("around", 0, 40, part(CPU, Constant(100), 0, 40, job=0.9), job=None)
+    first = [rank(i, 1, 10, quarter(1, 10), outer="around", name=f"a{i}") for i in range(2)]
+    (job,) = merge_jobs([around, *first])
+    assert job["runs"] == ["around", "a0", "a1"]
+    assert job["energy"]["total_j"] == pytest.approx(3600)
+    second = [
+        rank(i, 21, 30, quarter(21, 30), outer="around", name=f"b{i}", job="k") for i in range(2)
+    ]
+    jobs = merge_jobs([around, *first, *second])
+    assert [job["run_id"] for job in jobs] == ["around", "a0", "b0"]
+    assert [len(job["ranks"]) for job in jobs[1:]] == [2, 2]
+
+
+def test_a_study_ranks_a_wrapped_launcher_of_wrapped_ranks_as_one() -> None:
+    facts = {
+        "time_s": 10.0, "memory": {"peak_rss_bytes": 1, "gpu_peak_bytes": None},
+        "metrics": {"accuracy": 0.9}, "performance": {"metric": "accuracy", "value": 0.9},
+    }  # fmt: skip
+    around = run("around", 0, 20, part(CPU, Constant(100), 0, 20, job=0.9), job=None)
+    ranks = [rank(i, 1, 10, quarter(1, 10), outer="around") for i in range(2)]
+    other = run("other", 30, 40, part(CPU, Constant(100), 30, 40, job=0.9), job=None)
+    lacking = rank(0, 50, 60, quarter(50, 60), name="lacking", job="lacking")
+    study = Study.from_runs([{**r, **facts} for r in (around, *ranks, other, lacking)])
+    (ranking,) = study.rankings
+    joules = dict(zip(ranking.names, ranking.resource, strict=True))
+    assert joules == pytest.approx({"around": 1800, "other": 900})
+    assert ranking.n.tolist() == [1, 1]
+    # a job that lacks a rank took more than is known
+    assert [(run, "lacks rank 1" in why) for run, why in study.left_out] == [
+        ("train (lacking)", True)
+    ]
+
+
+def test_phases_take_the_union_of_the_ranks_times_and_the_sum_of_their_energies() -> None:
+    # given two ranks whose training overlaps for 4 of 8 s, on clocks that began 100 s apart
+    def phase(energy_j: float, u_j: float) -> Part:
+        return {"name": "train", "count": 1, "duration_s": 6.0, "energy_j": energy_j, "u_j": u_j}
+
+    runs = [
+        rank(0, 0, 10, quarter(0, 10), phases=[phase(150.0, 15.0)]),
+        {**rank(1, 100, 110, quarter(100, 110), phases=[phase(150.0, 15.0)], boot="b2"),
+         "clock": [{"t_ns": 0, "unix_ns": (1_700_000_000 - 100) * S}]},
+    ]  # fmt: skip
+    passes = {
+        "r0": [PhaseSpan("train", 1 * S, 7 * S, False)],
+        "r1": [PhaseSpan("train", 103 * S, 109 * S, False)],
+    }
+    job = job_of(*runs, passes=passes)
+    (train,) = job["phases"]
+    assert train["duration_s"] == pytest.approx(8)
+    assert train["energy_j"] == pytest.approx(300)
+    # the fixed errors of two boards are independent: 15 J and 15 J make 21 J
+    assert 15 < train["u_j"] <= 30
+    # and rank 0 waited 2 s for rank 1
+    waits = [(w["rank"], w["median_s"], w["was_last"]) for w in job["stragglers"]]
+    assert waits == [(0, pytest.approx(2), 0), (1, pytest.approx(0), 1)]
+
+
+def test_phases_of_ranks_that_claim_one_device_are_never_more_than_the_total() -> None:
+    phase = {"name": "train", "count": 1, "duration_s": 10.0, "energy_j": 950.0, "u_j": 9.0}
+    whole = [
+        rank(i, 0, 10, part(GPU, Constant(100), 0, 10, job=1.0), phases=[phase]) for i in range(2)
+    ]
+    job = job_of(*whole)
+    assert job["energy"]["total_j"] == pytest.approx(1000)
+    assert job["phases"][0]["energy_j"] == pytest.approx(950)
+    assert [r["energy_j"] for r in job["ranks"]] == pytest.approx([500, 500])
+
+
+def test_stragglers_are_compared_pass_by_pass() -> None:
+    # given three ranks and three epochs; rank 2 is 1 s late in the second, and crashes in the third
+    ends_s = {0: (10, 20, 30), 1: (10, 20.5, 29), 2: (10, 21)}
+    runs = [rank(i, 0, 40, quarter(0, 40), of=3) for i in range(3)]
+    passes = {
+        f"r{i}": [PhaseSpan("epoch", int((s - 9) * S), int(s * S), False) for s in of_rank]
+        for i, of_rank in ends_s.items()
+    }
+    waits = {w["rank"]: w for w in job_of(*runs, passes=passes)["stragglers"]}
+    assert [waits[i]["total_s"] for i in range(3)] == pytest.approx([1.0, 1.5, 0.0])
+    assert [waits[i]["max_s"] for i in range(3)] == pytest.approx([1.0, 1.0, 0.0])
+    assert [waits[i]["was_last"] for i in range(3)] == [2, 1, 2]
+    assert [waits[i]["passes"] for i in range(3)] == [3, 3, 2]
+
+
+def test_the_performance_of_a_job_is_that_of_rank_0_and_others_may_disagree() -> None:
+    def scored(number: int, value: float) -> dict[str, Any]:
+        return rank(number, 0, 10, quarter(0, 10), metrics={"acc": value},
+                    performance={"metric": "acc", "value": value})  # fmt: skip
+
+    job = job_of(scored(1, 0.7), scored(0, 0.9))
+    assert (job["performance"]["value"], job["metrics"]) == (0.9, {"acc": 0.9})
+    (warning,) = job["warnings"]
+    assert warning["code"] == "ranks-disagree" and "rank 1 logged 0.7" in warning["text"]
+    assert job_of(scored(1, 0.9), scored(0, 0.9))["warnings"] == []

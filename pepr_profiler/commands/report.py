@@ -67,7 +67,14 @@ def performance_options(command: Any) -> Any:
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", required=False)
+@click.option(
+    "--job",
+    type=TEXT,
+    metavar="ID",
+    help="Show a whole job, all its ranks and nodes: its id, a unique prefix of one, a run in it, "
+    "or last.",
+)
 @store_option
 @click.option("--json", "json_file", metavar="FILE", help="Write the summary as JSON; - is stdout.")
 @output_option
@@ -80,8 +87,9 @@ def performance_options(command: Any) -> Any:
 )
 @performance_options
 def report(
-    run: str,
+    run: str | None,
     *,
+    job: str | None,
     store: Path | None,
     json_file: str | None,
     outputs: tuple[Path, ...],
@@ -90,7 +98,8 @@ def report(
 ) -> None:
     """Show RUN again (an id, a unique prefix of one, a run directory, or last), finished or not.
 
-    All numbers are computed again from the recording, by the methods of this version.
+    All numbers are computed again from the recording, by the methods of this version. With --job
+    all recordings of a job are put together: each device counts once, each rank for its share.
 
     \b
     -o run.html           a page: figures, tables, method; one file, no network
@@ -102,11 +111,28 @@ def report(
     from pepr_profiler.store.runs import Store
 
     forms, metric = forms_of(outputs), wanted["metric"]
-    directory = Store(store).directory(run)
-    if forms:
+    if (run is None) == (job is None):
+        raise UsageError(
+            "report needs a run or a job" if run is None else "report shows a run or a job",
+            why="neither was named" if run is None else "both were named",
+            fix="pepr-profile report last, or pepr-profile report --job last",
+        )
+    recorded = Store(store)
+    timeline = None
+    if job is not None:
+        from pepr_profiler.study.recorded_jobs import load_job
+
+        recordings, summary = load_job(recorded, job)
+        timeline = recordings.timeline(summary) if forms else None
+    elif forms:
         from pepr_profiler.summary.summarise import with_timeline
 
-        summary, timeline = with_timeline(directory)
+        summary, timeline = with_timeline(recorded.directory(str(run)))
+    else:
+        from pepr_profiler.summary.summarise import summarise
+
+        summary = summarise(recorded.directory(str(run)))
+    if timeline is not None:
         curve = None
         if metric is not None:
             from pepr_profiler.study.progress import curve_of, name_of
@@ -117,10 +143,6 @@ def report(
         for path, form in forms:
             write_text(path, _rendered(summary, timeline, form, curve, raw_csv))
             complain(f"wrote {path}")
-    else:
-        from pepr_profiler.summary.summarise import summarise
-
-        summary = summarise(directory)
     if json_file is not None:
         write_summary(summary, json_file)
     elif not forms:

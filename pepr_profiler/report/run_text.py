@@ -19,7 +19,24 @@ from pepr_profiler.report.components import (
     kind_of,
     label_of,
 )
-from pepr_profiler.report.text import Line, cells, cut, drawn, left, printable, wrap
+from pepr_profiler.report.job_text import (
+    job_name,
+    missing_rank_notes,
+    rank_lines,
+    recordings_text,
+    wait_lines,
+)
+from pepr_profiler.report.text import (
+    Line,
+    TextColumn,
+    cells,
+    cut,
+    drawn,
+    printable,
+    table,
+    table_cells,
+    wrap,
+)
 from pepr_profiler.units import format_duration, format_provenance, format_quantity, format_with_u
 
 if TYPE_CHECKING:
@@ -31,9 +48,9 @@ if TYPE_CHECKING:
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _TITLE = "power over time"
 _NAME_CELLS = 18  # keeps the energy column of the two tables, and of two runs, in one place
-_ENERGY_CELLS = 14
 _KEY_CELLS = 13  # "attribution" and a gap
 _MAX_PHASES = 12
+_MOST_DEVICES = 24  # of one kind; of more their sum is shown
 _GAP = "   "
 # RAPL domains that repeat what is in the total already, and what each is to the package.
 _ASIDE = {
@@ -75,11 +92,14 @@ def render_run(
     `color`. Names and commands are shown as they are, their control characters made visible.
     """
     energy = summary["energy"]
+    of_job = bool(summary.get("ranks"))
     sections = [
         [_headline(summary, width)],
         _energy_lines(summary, width),
         _component_lines(energy, width),
+        rank_lines(summary, width) if of_job else [],
         _phase_lines(summary.get("phases") or [], energy, width),
+        wait_lines(summary, width) if of_job else [],
         _fact_lines(summary, width, curve or {}),
         _saved_lines(summary, width, store),
     ]
@@ -118,7 +138,8 @@ def _subject(summary: Mapping[str, Any]) -> str:
         parts = (f"{' '.join(pids)} ({command})" for command, pids in by_command.items())
         return f"attach {', '.join(parts)}"
     command = summary.get("command")
-    return shlex.join(command) if command else str(summary.get("name") or "")
+    subject = shlex.join(command) if command else str(summary.get("name") or "")
+    return f"{job_name(summary)}: {subject}" if summary.get("ranks") else subject
 
 
 def _exit_text(code: int) -> str:
@@ -152,7 +173,10 @@ def _energy_lines(summary: Mapping[str, Any], width: int) -> list[Line]:
             notes.append(("there is no sensor for the estimated rows (see missing)", "yellow"))
     if energy.get("scope") == "device":
         notes.append(("of the whole devices, whoever used them (--attribution device)", ""))
+    notes += [(note, "bold red") for note in missing_rank_notes(summary)]
     for lost in energy.get("partial") or ():
+        if lost["id"].startswith("rank:"):
+            continue
         missing = format_duration(lost["missing_s"])
         notes.append(
             (f"partial: without {lost['id']} for {missing}; in truth it is more", "bold red")
@@ -184,8 +208,9 @@ def _rows(components: Iterable[Mapping[str, Any]], key: str) -> list[_Row]:
     rows = []
     for kind, group in groupby(added, key=kind_of):
         parts = list(group)
-        if kind in ("cpu", "dram"):
-            name = f"cpu    {len(parts)} packages" if kind == "cpu" else kind
+        if kind in ("cpu", "dram") or len(parts) > _MOST_DEVICES:
+            name = f"{kind:<6} {len(parts):,} {'packages' if kind == 'cpu' else 'devices'}"
+            name = kind if kind == "dram" else name
             rows.append(_merged(parts, name if len(parts) > 1 else None, key))
         else:
             rows.extend(_merged([part], None, key) for part in parts)
@@ -203,6 +228,7 @@ def _merged(parts: Sequence[Mapping[str, Any]], name: str | None, key: str) -> _
 
     if name is None:
         name = component_name(parts[0], column=6)
+        name += f" {parts[0]['host']}" if parts[0].get("host") else ""
     traces = [part.get("trace_w") for part in parts]
     trace_w: list[float | None] | None = None
     if all(traces):
@@ -229,24 +255,26 @@ def _component_lines(energy: Mapping[str, Any], width: int) -> list[Line]:
         total = energy.get("total_j"), energy.get("u_j")
         mixed = {row.provenance for row in rows} != {format_provenance(energy.get("provenance"))}
         columns = [
-            _Column("energy", [format_with_u(r.energy_j, r.u_j, "J", like=total) for r in rows]),
-            _Column("share", [_share(r.energy_j, total[0]) for r in rows]),
-            _Column("mean W", _watts([r.mean_w for r in rows])),
-            _Column("peak W", _watts([r.max_w for r in rows], [r.max_is_bound for r in rows])),
+            TextColumn("energy", [format_with_u(r.energy_j, r.u_j, "J", like=total) for r in rows]),
+            TextColumn("share", [_share(r.energy_j, total[0]) for r in rows]),
+            TextColumn("mean W", _watts([r.mean_w for r in rows])),
+            TextColumn("peak W", _watts([r.max_w for r in rows], [r.max_is_bound for r in rows])),
         ]
         gap = _GAP
         if mixed:
-            columns.insert(0, _Column("", [r.provenance for r in rows], left=True))
+            columns.insert(0, TextColumn("", [r.provenance for r in rows], left=True))
             gap = "  "  # the provenance takes its room from the gaps, not from the sparkline
-        spare = width - _table_cells(_NAME_CELLS, columns, gap) - len(gap)
+        spare = width - table_cells(_NAME_CELLS, columns, gap) - len(gap)
         longer = max(cells(row.name) for row in rows) - _NAME_CELLS
         longer = max(0, min(longer, spare - len(_TITLE)))
         spare -= longer
         if any(row.trace_w for row in rows) and spare >= len("power"):
             title = _TITLE if spare >= len(_TITLE) else "power"
-            columns.append(_Column(title, [_sparkline(r, min(48, spare)) for r in rows], left=True))
+            columns.append(
+                TextColumn(title, [_sparkline(r, min(48, spare)) for r in rows], left=True)
+            )
         names = [row.name for row in rows]
-        lines = _table("device", names, columns, room=_NAME_CELLS + longer, gap=gap)
+        lines = table("device", names, columns, room=_NAME_CELLS + longer, gap=gap)
     aside = _aside(components)
     notes = [f"not in the total: {aside}"] if aside else []
     if rows:
@@ -294,15 +322,15 @@ def _phase_lines(
 
     shown = sorted(phases, key=rank)[:_MAX_PHASES]
     columns = [
-        _Column("energy", [energy_text(p, like=total) for p in shown]),
-        _Column("share", [_share(p["energy_j"], total[0]) for p in shown]),
-        _Column("count", [f"{p['count']:,}" for p in shown]),
-        _Column("time", [format_duration(p["duration_s"]) for p in shown]),
+        TextColumn("energy", [energy_text(p, like=total) for p in shown]),
+        TextColumn("share", [_share(p["energy_j"], total[0]) for p in shown]),
+        TextColumn("count", [f"{p['count']:,}" for p in shown]),
+        TextColumn("time", [format_duration(p["duration_s"]) for p in shown]),
     ]
-    spare = width - _table_cells(0, columns, _GAP)
+    spare = width - table_cells(0, columns, _GAP)
     names = [printable(str(phase["name"])) for phase in shown]
     room = max(_NAME_CELLS, min(spare, max(map(cells, names))))
-    lines = _table("phase", names, columns, room=room, gap=_GAP)
+    lines = table("phase", names, columns, room=room, gap=_GAP)
     if len(phases) > len(shown):
         lines.append([(f"  … {len(phases) - len(shown)} more", "dim")])
     return lines
@@ -318,7 +346,10 @@ def _fact_lines(
         ("carbon", _carbon(summary.get("carbon"))),
         ("metrics", _metrics(summary)),
         *_progress(summary, curve_options),
-        ("memory", _memory(summary.get("memory") or {}, components)),
+        (
+            "memory",
+            _memory(summary.get("memory") or {}, components, len(summary.get("ranks") or ())),
+        ),
         ("sampling", _sampling(summary)),
     ]
     lines: list[Line] = []
@@ -450,12 +481,12 @@ def _curve_line(energy_j: Sequence[float], values: Sequence[float], total_j: flo
     return line
 
 
-def _memory(memory: Mapping[str, Any], components: Iterable[Mapping[str, Any]]) -> str:
+def _memory(memory: Mapping[str, Any], components: Iterable[Mapping[str, Any]], ranks: int) -> str:
     text = f"peak {format_quantity(memory.get('peak_rss_bytes'), 'B')} in RAM"
     gpu_bytes = memory.get("gpu_peak_bytes")
     if gpu_bytes is not None or any(c.get("kind") == "gpu" for c in components):
         text += f", {format_quantity(gpu_bytes, 'B')} on GPUs"
-    return text
+    return f"{text} (the ranks' peaks together)" if ranks > 1 else text
 
 
 def _attribution(energy: Mapping[str, Any]) -> str:
@@ -500,6 +531,8 @@ def _saved_lines(summary: Mapping[str, Any], width: int, store: str) -> list[Lin
     run_id = printable(str(summary.get("run_id") or ""))
     if not run_id:
         return []
+    if summary.get("ranks"):
+        return [[(f"  {line}", "bold")] for line in wrap(recordings_text(summary), width - 2)]
     experiment = summary.get("experiment")
     following = f"next: pepr-profile report {run_id}"
     if experiment:
@@ -514,42 +547,6 @@ def _saved_lines(summary: Mapping[str, Any], width: int, store: str) -> list[Lin
         return [[(saved, "bold")], [(f"  {whole}", "dim")]]
     # A command that is cut cannot be copied: the shell reads on behind a backslash.
     return [[(saved, "bold")], [(f"  {following} \\", "dim")], [(f"    {named}", "dim")]]
-
-
-class _Column(Record):
-    title: str
-    values: list[str]
-    left: bool = False
-
-    @property
-    def cells(self) -> int:
-        least = _ENERGY_CELLS if self.title == "energy" else len(self.title)
-        # Into the gap hang a ≤, so that digits stay below each other, and one letter of "mean W".
-        least -= self.title.endswith(" W")
-        return max(least, *(len(value.lstrip("≤")) for value in self.values))
-
-    def after(self, gap: str, text: str) -> str:
-        """`gap` and `text`, aligned in the column."""
-        # The energy column is wide: its title stands over the digits, not over the unit.
-        if self.left or (self.title == "energy" and text == self.title):
-            return gap + text.ljust(self.cells)
-        return text.rjust(len(gap) + self.cells)
-
-
-def _table_cells(room: int, columns: Sequence[_Column], gap: str) -> int:
-    return 2 + room + sum(len(gap) + column.cells for column in columns)
-
-
-def _table(
-    title: str, names: Sequence[str], columns: Sequence[_Column], *, room: int, gap: str
-) -> list[Line]:
-    """A header and a line for each name, the names cut and padded to `room` cells."""
-    header = "".join(column.after(gap, column.title) for column in columns)
-    lines: list[Line] = [[(f"  {title:<{room}}{header}", "dim")]]
-    for index, name in enumerate(names):
-        values = "".join(column.after(gap, column.values[index]) for column in columns)
-        lines.append([(f"  {left(name, room)}{values}", "")])
-    return lines
 
 
 def _sparkline(row: _Row, room: int) -> str:

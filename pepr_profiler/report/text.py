@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from pepr_profiler.record import Record
 from pepr_profiler.units import utf8_text
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
@@ -112,6 +113,46 @@ def drawn(lines: Iterable[Line], *, width: int, color: bool) -> str:
             text.truncate(width, overflow="ellipsis")
             console.print(text, soft_wrap=True)
     return capture.get().removesuffix("\n")
+
+
+ENERGY_CELLS = 14
+"""The least width of a column of energies: those of two tables, and of two runs, line up."""
+
+
+class TextColumn(Record):
+    title: str
+    values: list[str]
+    left: bool = False
+
+    @property
+    def cells(self) -> int:
+        least = ENERGY_CELLS if self.title == "energy" else len(self.title)
+        # Into the gap hang a ≤, so that digits stay below each other, and one letter of "mean W".
+        least -= self.title.endswith(" W")
+        return max(least, *(len(value.lstrip("≤")) for value in self.values))
+
+    def after(self, gap: str, text: str) -> str:
+        """`gap` and `text`, aligned in the column."""
+        # The energy column is wide: its title stands over the digits, not over the unit.
+        if self.left or (self.title == "energy" and text == self.title):
+            return gap + text.ljust(self.cells)
+        return text.rjust(len(gap) + self.cells)
+
+
+def table_cells(room: int, columns: Sequence[TextColumn], gap: str) -> int:
+    return 2 + room + sum(len(gap) + column.cells for column in columns)
+
+
+def table(
+    title: str, names: Sequence[str], columns: Sequence[TextColumn], *, room: int, gap: str
+) -> list[Line]:
+    """A header and a line for each name, the names cut and padded to `room` cells."""
+    header = "".join(column.after(gap, column.title) for column in columns)
+    lines: list[Line] = [[(f"  {title:<{room}}{header}", "dim")]]
+    for index, name in enumerate(names):
+        values = "".join(column.after(gap, column.values[index]) for column in columns)
+        lines.append([(f"  {left(name, room)}{values}", "")])
+    return lines
 
 
 _IN_ASCII = {

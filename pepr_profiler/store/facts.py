@@ -25,7 +25,8 @@ class Facts(Record):
     """One run; None is unknown.
 
     `run_id` is the name of its directory, `recorded_id` the id that it was recorded with, which
-    differs in a copy that was renamed. `outer_id` is the run that it was recorded inside.
+    differs in a copy that was renamed. `outer_id` is the run that it was recorded inside. `rank` is
+    which of the `world_size` processes of its job it recorded.
     `metric` and `performance` are the run's own. `state` is one of STATES. A run that cannot be
     read has no state, but `why` and `fix`.
 
@@ -43,6 +44,8 @@ class Facts(Record):
     experiment: str | None = None
     host: str | None = None
     job: str | None = None
+    rank: float | None = None
+    world_size: float | None = None
     outer_id: str | None = None
     provenance: str | None = None
     scope: str | None = None
@@ -95,6 +98,8 @@ def facts_of(run: Mapping[str, Any], *, run_id: str | None = None) -> Facts:
         experiment=_optional(run.get("experiment")),
         host=_optional(host),
         job=_optional(run.get("job")),
+        rank=_number(run.get("rank")),
+        world_size=_number(run.get("world_size")),
         outer_id=_optional(outer.get("run_id")),
         provenance=_optional(energy.get("provenance")),
         scope=_text(energy.get("scope", "job")),

@@ -262,7 +262,7 @@ def _files_stamp(directory: Path) -> str:
 
 # --- the file ------------------------------------------------------------------------------------
 
-_FORMAT = 7
+_FORMAT = 8
 """The `user_version` of the database, to be raised when Facts or short summaries change.
 An index with another one is replaced."""
 

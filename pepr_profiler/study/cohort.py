@@ -116,17 +116,20 @@ class Cohort:
     def _one_a_job(self, whole: Callable[[str], Run] | None) -> Cohort:
         """The same with one run for each job, those of several recordings behind the others.
 
-        A run around several others that are compared, the script of a sweep, stays beside them.
+        A run around several others that are compared, the script of a sweep, stays beside them,
+        unless these are the ranks of one job.
         """
         rows = self.rows
         in_job = Counter(row.job for row in rows if row.job is not None)
         inside = Counter(row.outer_id for row in rows if row.outer_id is not None)
-        around = {outer for outer, count in inside.items() if count == 1}
+        no_job = Counter(row.outer_id for row in rows if row.job is None)
+        around = {outer for outer, count in inside.items() if count == 1 or not no_job[outer]}
         around &= {row.run_id for row in rows} if around else set()
         related = [
             i
             for i, row in enumerate(rows)
             if (row.job is not None and in_job[row.job] > 1)
+            or (row.rank is not None and (row.world_size or 1) > 1)
             or row.run_id in around
             or row.outer_id in around
         ]
@@ -155,7 +158,11 @@ class Cohort:
         for i, row in enumerate(self.rows):
             kinds = set(row.kinds.split(",")[:-1])
             elsewhere = known[row.host] - kinds - {"other"}
-            for ident, part in loads(row.lost):
+            lost = loads(row.lost)
+            if ranks := [ident[5:] for ident, _ in lost if ident.startswith("rank:")]:
+                found[i] = f"its energy lacks rank {listed(ranks)}, of which there is no recording"
+                continue
+            for ident, part in lost:
                 kind = ident.partition(":")[0]
                 if part < _WHOLE:
                     found[i] = f"its energy lacks {ident} for {part:.0%} of the time"

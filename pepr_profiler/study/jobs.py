@@ -1,153 +1,363 @@
-"""Merges the recordings of one job: energy that several profilers saw of a device counts once.
+"""One job from its recordings: each device counts once, and each rank for its share.
 
-A job has several recordings if each of its ranks is wrapped, if it runs on several nodes, or if a
-wrapped script runs in a wrapped launcher. Each recording has the whole energy of the devices that
-it saw, and the share of its own processes. Two recordings saw the same device if boot and component
-id are the same, or the UUID of a GPU, which is unique in the world.
+A job has several recordings if each of its ranks is wrapped or has a `profile()` block, if it runs
+on several nodes, or if a wrapped script runs in a wrapped launcher. Each recording has the whole
+energy of the devices that it saw, and the share of its own processes. Two recordings saw the same
+device if boot and component id are the same, or the UUID of a GPU, which is unique in the world.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from pepr_profiler.energy.uncertainty import summed_u_j
+from pepr_profiler.record import Floats
+from pepr_profiler.study import ranks as of_ranks
+from pepr_profiler.study.job_devices import (
+    BUCKETS,
+    JobDevices,
+    Recording,
+    RunKey,
+    Span,
+    Summary,
+    chain_of,
+    device_of,
+    length_s,
+    spans_of,
+    uncovered,
+    union_of,
+    windows_ns,
+)
+from pepr_profiler.study.ranks import Pass, RankShare
+from pepr_profiler.summary.timeline import Timeline, TimelineComponent
+from pepr_profiler.trace.events import PhaseSpan
 
-Summary = Mapping[str, Any]
-_Span = tuple[float, float]
-
-_BUCKETS = 48
 _SUMS = ("cpu_s", "samples", "dropped", "late", "timed", "failed_reads")
 
 
 def merge_jobs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     """One summary per job (docs/design.md, Contract), in the order of their first recordings.
 
-    Recordings are of one job if one was made inside another (`recording.outer`), or if they have
-    the same `job` and overlap in time, as ranks do and the steps of a sweep do not. A recording
-    that is alone is returned as it is; one that is given twice counts once.
+    Recordings are of one job if they have the same `job` and overlap in time, as ranks do and the
+    steps of a sweep do not, or if one was made inside another (`recording.outer`). Two of the same
+    rank, neither inside the other, are two programs, and so are those side by side in a recording
+    around several jobs, the script of a sweep. A recording that is alone, and has no rank missing,
+    is returned as it is; one that is given twice counts once.
 
-    The `device_j` of a device is its energy over the union of the recordings' times, each instant
-    once. The recordings' shares add up to `job_j`, but for a recording inside another, which is
-    part of that; they never exceed the device. What is neither the job's nor idle is others'. A
-    merged summary has the same keys. What describes a recording is that of the longest one; `runs`
-    are the ids of all.
+    `JobRecordings.summary` says what a merged summary has.
     """
-    unique: dict[tuple[Any, str], Summary] = {}
+    recordings: dict[RunKey, Recording] = {}
+    given: dict[RunKey, Summary] = {}
     for summary in summaries:
-        unique.setdefault((summary.get("boot_id"), summary["run_id"]), summary)
-    groups: list[list[Summary]] = []
-    for summary in unique.values():
-        related = [group for group in groups if any(_related(summary, one) for one in group)]
-        for group in related[1:]:
-            groups.remove(group)
-        merged = [*(one for group in related for one in group), summary]
-        if related:
-            related[0][:] = merged
-        else:
-            groups.append(merged)
-    return [
-        dict(group[0]) if len(group) == 1 else _JobRecordings(group).merged() for group in groups
-    ]
+        one = Recording.of(summary)
+        recordings.setdefault(one.key, one)
+        given.setdefault(one.key, summary)
+    merged = []
+    for group in _groups(list(recordings.values())):
+        job = JobRecordings(group)
+        alone = len(group) == 1 and not job.missing_ranks
+        merged.append(dict(given[group[0].key]) if alone else job.summary())
+    return merged
 
 
-def _related(one: Summary, other: Summary) -> bool:
-    if one.get("job") is not None and one["job"] == other.get("job"):
-        begin, end = _overlap(*_spans([one, other]))
-        if end > begin:
-            return True
-    return _inside(one, other) or _inside(other, one)
+def jobs_of(recordings: Iterable[JobRecordings]) -> list[JobRecordings]:
+    """The same recordings, put together by the job that they are of; see `merge_jobs`."""
+    unique = {one.key: one for some in recordings for one in some._recordings}
+    return [JobRecordings(group) for group in _groups(list(unique.values()))]
 
 
-def _inside(inner: Summary, outer: Summary) -> bool:
-    """Whether the inner recording was made by a process of the outer one's job."""
-    around = (inner.get("recording") or {}).get("outer") or {}
-    same_boot = inner.get("boot_id") == outer.get("boot_id")
-    return same_boot and around.get("run_id") == outer["run_id"]
+# --- which recordings are of one job ------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _DeviceRecord:
-    """What one recording has of one device, from begin to end of `span` (wall-clock s)."""
+def _groups(recordings: Sequence[Recording]) -> list[list[Recording]]:
+    """The recordings of each job, jobs in the order in which their first ones were given."""
+    sets = _DisjointSets(len(recordings))
+    spans = spans_of(recordings)
+    by_job: dict[str, list[int]] = {}
+    for i, one in enumerate(recordings):
+        if one.run.get("job") is not None:
+            by_job.setdefault(str(one.run["job"]), []).append(i)
+    place = {one.key: i for i, one in enumerate(recordings)}
+    outer = [place.get(one.outer_key) if one.outer_key else None for one in recordings]
+    for members in by_job.values():
+        for together in _overlapping(members, spans):
+            for program in _programs(together, recordings, outer):
+                sets.join(program)
+    # The recording around those of one job is of that job; around several it is a sweep's script.
+    inside: dict[int, list[int]] = {}
+    for i, around in enumerate(outer):
+        if around is not None:
+            inside.setdefault(around, []).append(i)
+    for around in sorted(inside, key=lambda i: (-len(chain_of(i, outer)), i)):
+        others = {sets.find(i) for i in inside[around]} - {sets.find(around)}
+        if len(others) == 1:
+            sets.join([around, *others])
+    groups: dict[int, list[Recording]] = {}
+    for i, one in enumerate(recordings):
+        groups.setdefault(sets.find(i), []).append(one)
+    return list(groups.values())
 
-    run: Summary
-    component: Mapping[str, Any]
-    span: _Span
+
+class _DisjointSets:
+    """Numbers that are joined into sets (union-find with path halving)."""
+
+    def __init__(self, count: int) -> None:
+        self._parent = list(range(count))
+
+    def find(self, i: int) -> int:
+        """The number that stands for the set of `i`."""
+        parent = self._parent
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    def join(self, members: Sequence[int]) -> None:
+        """Makes one set of theirs."""
+        for i in members[1:]:
+            first, other = sorted((self.find(members[0]), self.find(i)))
+            self._parent[other] = first
+
+
+def _overlapping(members: Iterable[int], spans: Sequence[Span]) -> Iterator[list[int]]:
+    """Those that overlap in time, be it through others."""
+    together: list[int] = []
+    end_s = -math.inf
+    for i in sorted(members, key=lambda i: spans[i]):
+        if together and spans[i][0] >= end_s:
+            yield together
+            together = []
+            end_s = -math.inf
+        together.append(i)
+        end_s = max(end_s, spans[i][1])
+    if together:
+        yield together
+
+
+def _programs(
+    together: Sequence[int], recordings: Sequence[Recording], outer: Sequence[int | None]
+) -> list[list[int]]:
+    """Recordings of one job id, by program; they are in order of their begin.
+
+    A program has each rank once. Several in one allocation, side by side or as blocks one after
+    the other, are told apart by their names, else by the order in which a rank began them.
+    """
+    inside = {i: set(chain_of(i, outer)) for i in together if outer[i] is not None}
+    by_rank: dict[tuple[str, int], list[int]] = {}
+    for i in together:
+        one = recordings[i]
+        if one.rank is not None:
+            same = by_rank.setdefault((one.node, one.rank), [])
+            if not inside.get(i, set()).intersection(same):
+                same.append(i)
+    if all(len(same) == 1 for same in by_rank.values()):
+        return [list(together)]
+    names: dict[str, dict[tuple[str, int], list[int]]] = {}
+    for rank, same in by_rank.items():
+        for i in same:
+            name = str(recordings[i].run.get("name"))
+            names.setdefault(name, {}).setdefault(rank, []).append(i)
+    if any(of_name.keys() != by_rank.keys() for of_name in names.values()):
+        names = {"": by_rank}  # ranks have names of their own
+    programs: list[list[int]] = []
+    for of_name in names.values():
+        most = max(len(same) for same in of_name.values())
+        programs += [[same[k] for same in of_name.values() if k < len(same)] for k in range(most)]
+    where = {i: program for program in programs for i in program}
+    for i in together:  # what is inside one of them, or has no rank
+        if i not in where:
+            near = next((where[j] for j in chain_of(i, outer) if j in where), None)
+            if near is None:
+                programs.append([i])
+            else:
+                near.append(i)
+    return programs
+
+
+# --- one job ------------------------------------------------------------------------------------
+
+
+class JobRecordings:
+    """The recordings of one job, as a set: merges in any order and nesting give the same, bit for
+    bit.
+
+    What is put together is the recordings, not their sums. `summary` computes from all of them, in
+    an order of their own.
+    """
+
+    def __init__(self, recordings: Iterable[Recording] = ()) -> None:
+        unique: dict[RunKey, Recording] = {}
+        for one in recordings:
+            before = unique.setdefault(one.key, one)
+            if _progress_of(one) > _progress_of(before):  # read again, later
+                unique[one.key] = one
+        self._recordings = sorted(unique.values(), key=lambda one: (one.begin_ns, one.key))
+        self._spans = spans_of(self._recordings)
+
+    @classmethod
+    def of(cls, summary: Summary, passes: Sequence[PhaseSpan] = ()) -> JobRecordings:
+        """One recording. Its `passes` (summarise.with_passes) are for the time of phases."""
+        return cls([Recording.of(summary, passes)])
+
+    def merged_with(self, *others: JobRecordings) -> JobRecordings:
+        """The recordings of all of these, each once."""
+        return JobRecordings(one for some in (self, *others) for one in some._recordings)
+
+    def __len__(self) -> int:
+        return len(self._recordings)
 
     @property
-    def device_j(self) -> float:
-        return float(self.component["device_j"])
+    def run_ids(self) -> list[str]:
+        return [one.key[1] for one in self._recordings]
 
     @property
-    def missing_s(self) -> float:
-        """For how long its energy is missing in the recording."""
-        partial = self.run["energy"].get("partial") or ()
-        return math.fsum(
-            part["missing_s"] for part in partial if part["id"] == self.component["id"]
-        )
-
-    def between_j(self, begin_s: float, end_s: float) -> float:
-        """The device's energy between two instants of the span, from its power over time.
-
-        Where the power is unknown, the energy that the known power does not account for is spread
-        evenly: 0 for a counter, which was not read there, the held value for a model.
-        """
-        begin, end = self.span
-        trace_w = self.component.get("trace_w") or (None,)
-        step_s = (end - begin) / len(trace_w)
-        known_w = _known(trace_w)
-        left_j = max(0.0, self.device_j - math.fsum(known_w) * step_s)
-        unknown_s = (len(trace_w) - len(known_w)) * step_s
-        power_w = [left_j / unknown_s if watts is None else watts for watts in trace_w]
-        if not any(power_w):
-            return 0.0
-        overlaps = (
-            max(0.0, min(end_s, begin + (i + 1) * step_s) - max(begin_s, begin + i * step_s))
-            for i in range(len(power_w))
-        )
-        part = math.fsum(w * s for w, s in zip(power_w, overlaps, strict=True)) / step_s
-        return self.device_j * part / math.fsum(power_w)
-
-
-class _JobRecordings:
-    """The recordings of one job, in the order in which they were given."""
-
-    def __init__(self, runs: Sequence[Summary]) -> None:
-        self._runs = runs
-        self._spans = _spans(runs)
-        self._whole = _union(self._spans)
-        self._main = max(self._top, key=lambda run: run.get("duration_s") or 0.0)
+    def job(self) -> str | None:
+        """The job's id; None if no recording has one."""
+        return next(iter(_known(one.run.get("job") for one in self._recordings)), None)
 
     @cached_property
-    def _top(self) -> list[Summary]:
+    def _outer(self) -> list[int | None]:
+        place = {one.key: i for i, one in enumerate(self._recordings)}
+        return [place.get(one.outer_key) if one.outer_key else None for one in self._recordings]
+
+    @cached_property
+    def _top(self) -> list[Recording]:
         """The recordings that are inside no other."""
-        return [run for run in self._runs if not self._outers(run)]
+        return [
+            one for one, outer in zip(self._recordings, self._outer, strict=True) if outer is None
+        ]
 
-    def _outers(self, run: Summary) -> list[Summary]:
-        """The recordings that a recording is inside of, the nearest first."""
-        found: list[Summary] = []
-        at: Summary | None = run
-        while at is not None:
-            at = next((r for r in self._runs if _inside(at, r) and r not in found), None)
-            if at is not None:
-                found.append(at)
-        return found
+    @cached_property
+    def world_size(self) -> int | None:
+        """How many ranks the job has, as far as anyone knows."""
+        return max(_known(one.run.get("world_size") for one in self._recordings), default=None)
 
-    def merged(self) -> dict[str, Any]:
-        """The summary of the whole job."""
-        duration_s = _length(self._whole)
-        components = [self._component(records) for records in self._devices().values()]
+    @cached_property
+    def missing_ranks(self) -> list[int]:
+        """The ranks that nobody recorded.
+
+        A recording without a rank is of all that ran on its node, so that a rank without a
+        recording of its own is taken to be in it.
+        """
+        if self.world_size is None or any(one.rank is None for one in self._top):
+            return []
+        seen = {one.rank for one in self._recordings}.union(
+            *(one.inner_ranks for one in self._recordings)
+        )
+        return [rank for rank in range(self.world_size) if rank not in seen]
+
+    def summary(self) -> dict[str, Any]:
+        """The summary of the whole job, with the keys of a run's (docs/jobs.md).
+
+        The `device_j` of a device is its energy over the union of the recordings' times, each
+        instant once. The recordings' shares add up to `job_j`, but for a recording inside another,
+        which is part of that; they never exceed the device. What is neither the job's nor idle is
+        others'. What describes a recording is that of the longest one.
+        """
+        runs = [one.run for one in self._recordings]
+        top = [one.run for one in self._top]
+        main = max(top or runs, key=lambda run: run.get("duration_s") or 0.0)
+        devices = JobDevices(self._recordings, self._spans, self._outer)
+        components, of_runs_j = devices.merged()
+        of_boots = devices.by_boot(components)
+        duration_s = length_s(union_of(self._spans))
+        energy = self._energy(components, duration_s, devices.scope)
+        shares = list(self._shares(of_runs_j, energy))
+        codes = [run.get("exit_code") for run in runs]
+        failed = next((run for run in runs if run.get("exit_code")), None)
+        first = min(runs, key=lambda run: str(run.get("started_at")))
+        memory = [run.get("memory") or {} for run in top]
+        metrics, performance, warnings = of_ranks.metrics_of(self._by_authority())
+        energy["imputed"] = of_ranks.imputed(shares, self.missing_ranks, energy)
+        if self.missing_ranks:
+            energy["partial"] += [
+                {"id": f"rank:{rank}", "missing_s": duration_s} for rank in self.missing_ranks
+            ]
+        if energy["partial"]:
+            energy["u_j"] = None
+        passes = self._passes()
+        return {
+            **main,
+            "runs": self.run_ids,
+            "job": self.job,
+            "rank": None,
+            "local_rank": None,
+            "world_size": self.world_size,
+            "started_at": first.get("started_at"),
+            "duration_s": duration_s,
+            "time_s": duration_s,
+            "exit_code": failed["exit_code"] if failed else (None if None in codes else 0),
+            "signal": failed.get("signal") if failed else None,
+            "complete": all(run.get("complete") for run in runs),
+            "energy": energy,
+            "phases": self._phases(energy, of_runs_j, passes),
+            "memory": {
+                name: _sum_known(m.get(name) for m in memory)
+                for name in ("peak_rss_bytes", "gpu_peak_bytes")
+            },
+            "carbon": _carbon(top, energy["total_j"]),
+            "metrics": metrics,
+            "progress": self._progress(energy["total_j"], performance),
+            "performance": performance,
+            "sampler": _sampler(main, runs, duration_s),
+            "missing": _unique(runs, "missing", "what"),
+            "warnings": [*_unique(runs, "warnings", "text"), *warnings],
+            "ranks": [share.as_dict(energy["total_j"]) for share in shares],
+            "nodes": of_ranks.nodes_of(shares, of_boots, energy),
+            "missing_ranks": self.missing_ranks,
+            "stragglers": of_ranks.stragglers_of(passes),
+        }
+
+    def timeline(self, summary: Mapping[str, Any]) -> Timeline:
+        """The job over time, from its `summary`: in steps of a 48th, its phases as unions."""
+        energy = summary["energy"]
+        begin_s, end_s = min(s[0] for s in self._spans), max(s[1] for s in self._spans)
+        edges_s = np.linspace(0.0, end_s - begin_s, BUCKETS + 1)
+        counted = [c for c in energy["components"] if c["in_total"] and c["device_j"] is not None]
+        key = "device_j" if energy["scope"] == "device" else "job_j"
+        components = [
+            _over_time(kind, same, key)
+            for kind in dict.fromkeys(c["kind"] for c in counted)
+            for same in _one_by_one([c for c in counted if c["kind"] == kind])
+        ]
+        step_s = float(edges_s[1])
+        energy_j = np.zeros(BUCKETS + 1)
+        for component in components:
+            energy_j[1:] += np.cumsum(np.nan_to_num(component.job_w) * step_s)
+        scale = energy["total_j"] / energy_j[-1] if energy["total_j"] and energy_j[-1] else 1.0
+        u_rel = energy["u_j"] / energy["total_j"] if energy["u_j"] and energy["total_j"] else None
+        phases = of_ranks.spans_by_name(self._passes())
+        return Timeline(
+            edges_s=edges_s,
+            components=tuple(components),
+            at_s=edges_s,
+            energy_j=energy_j * scale,
+            u_j=energy_j * scale * (math.nan if u_rel is None else u_rel),
+            phases=tuple(
+                (name, begin - begin_s, end - begin_s)
+                for name, spans in phases.items()
+                for begin, end in union_of(spans)
+            ),
+        )
+
+    def _energy(
+        self, components: list[dict[str, Any]], duration_s: float, scope: str
+    ) -> dict[str, Any]:
         counted = [c for c in components if c["in_total"] and c["device_j"] is not None]
-        scopes = {run["energy"].get("scope", "job") for run in self._runs}
-        scope = scopes.pop() if len(scopes) == 1 else "job"
         total_j = _sum(c["device_j" if scope == "device" else "job_j"] for c in counted)
         kinds = {c["provenance"] for c in counted}
-        energy = {
+        u_j = summed_u_j(counted) if counted else None
+        if len(self._recordings) == 1:  # it knows how alike the power of its devices went
+            u_j = self._recordings[0].run["energy"].get("u_j")
+        return {
             "total_j": total_j,
-            "u_j": summed_u_j(counted) if counted else None,
+            "u_j": u_j,
             "mean_w": total_j / duration_s if total_j is not None and duration_s > 0 else None,
             "provenance": (kinds.pop() if len(kinds) == 1 else "mixed") if kinds else None,
             "scope": scope,
@@ -156,223 +366,244 @@ class _JobRecordings:
             "components": components,
             "partial": self._partial(),
         }
-        if energy["partial"]:
-            energy["u_j"] = None
-        codes = [run.get("exit_code") for run in self._runs]
-        failed = next((run for run in self._runs if run.get("exit_code")), None)
-        first = min(self._runs, key=lambda run: str(run.get("started_at")))
-        memory = [run.get("memory") or {} for run in self._top]
-        outer_first = [*self._top, *self._runs]
-        performances = _known(run.get("performance") for run in outer_first)
-        metrics: dict[str, Any] = {}
-        for run in outer_first:
-            metrics = {**(run.get("metrics") or {}), **metrics}
-        return {
-            **self._main,
-            "runs": [run["run_id"] for run in self._runs],
-            "job": next((run["job"] for run in self._runs if run.get("job") is not None), None),
-            "started_at": first.get("started_at"),
-            "duration_s": duration_s,
-            "time_s": duration_s,
-            "exit_code": failed["exit_code"] if failed else (None if None in codes else 0),
-            "signal": failed.get("signal") if failed else None,
-            "complete": all(run.get("complete") for run in self._runs),
-            "energy": energy,
-            "phases": self._phases(),
-            "memory": {
-                name: _sum_known(m.get(name) for m in memory)
-                for name in ("peak_rss_bytes", "gpu_peak_bytes")
-            },
-            "carbon": self._carbon(total_j),
-            "metrics": metrics,
-            "performance": next(iter(performances), None),
-            "sampler": self._sampler(duration_s),
-            "missing": _unique(self._runs, "missing", "what"),
-            "warnings": _unique(self._runs, "warnings", "text"),
-        }
 
     def _partial(self) -> list[dict[str, Any]]:
         """Devices that the total lacks for a time, which no whole recording of them covers, s."""
-        found: dict[str, float] = {}
-        for (_, ident), records in self._devices().items():
-            wanted = [record for record in records if record.component["in_total"]]
-            whole = _union(record.span for record in wanted if not record.missing_s)
-            for record in wanted:
-                missing_s = min(record.missing_s, _length(_without(record.span, whole)))
-                found[ident] = max(missing_s, found.get(ident, 0.0))
-        return [{"id": ident, "missing_s": s} for ident, s in found.items() if s > 0]
+        spans: dict[tuple[str, str], list[tuple[Span, float]]] = {}
+        lost = {}
+        for one in self._recordings:
+            for part in one.run["energy"].get("partial") or ():
+                lost[(*one.key, part["id"])] = float(part["missing_s"])
+        if not lost:
+            return []
+        for one, span in zip(self._recordings, self._spans, strict=True):
+            for component in one.components:
+                if component["in_total"]:
+                    missing_s = lost.get((*one.key, component["id"]), 0.0)
+                    spans.setdefault(device_of(one, component), []).append((span, missing_s))
+        found = []
+        for (_, ident), seen in spans.items():
+            whole = union_of(span for span, missing_s in seen if not missing_s)
+            missing_s = max(min(s, length_s(uncovered(span, whole))) for span, s in seen)
+            if missing_s > 0:
+                found.append({"id": ident, "missing_s": missing_s})
+        return found
 
-    def _devices(self) -> dict[tuple[str, str], list[_DeviceRecord]]:
-        """The records of each device, the longest first."""
-        devices: dict[tuple[str, str], list[_DeviceRecord]] = {}
-        for run, span in zip(self._runs, self._spans, strict=True):
-            for component in run["energy"]["components"]:
-                ident = component["id"]
-                place = "" if ident.startswith("gpu:GPU-") else str(run.get("boot_id"))
-                devices.setdefault((place, ident), []).append(_DeviceRecord(run, component, span))
-        for records in devices.values():
-            records.sort(key=lambda record: record.span[0] - record.span[1])
-        return devices
+    def _shares(self, of_runs_j: Floats, energy: Mapping[str, Any]) -> Iterator[RankShare]:
+        """What each rank has of the total, then what recordings without a rank have besides."""
+        by_rank: dict[int, list[int]] = {}
+        rest = {i: float(of_runs_j[i]) for i, outer in enumerate(self._outer) if outer is None}
+        divided: set[int] = set()
+        for i, one in enumerate(self._recordings):
+            chain = chain_of(i, self._outer)
+            if one.rank is not None and all(self._recordings[j].rank is None for j in chain):
+                by_rank.setdefault(one.rank, []).append(i)
+                if chain:
+                    divided.add(chain[-1])
+                    rest[chain[-1]] -= float(of_runs_j[i])
+        shared = len(self._recordings) > 1
+        for rank, places in sorted(by_rank.items()):
+            yield self._share(rank, places, math.fsum(of_runs_j[places]), of_runs_j, shared)
+            for i in places:
+                rest.pop(i, None)
+        for i, left_j in rest.items():
+            if i not in divided or left_j > _ROUNDING * (energy["total_j"] or 0.0):
+                yield self._share(None, [i], max(0.0, left_j), of_runs_j, shared)
 
-    def _component(self, records: Sequence[_DeviceRecord]) -> dict[str, Any]:
-        known = [record for record in records if record.component.get("device_j") is not None]
-        if not known:
-            return dict(records[0].component)
-        seers = [record.run for record in known]
-        inner = [v for v in known if any(run in seers for run in self._outers(v.run))]
-        own = [v for v in known if v not in inner and v.component["in_total"]]
-        seen: list[_Span] = []
-        pieces: list[tuple[_DeviceRecord, _Span]] = []
-        for record in known:
-            fresh = _without(record.span, seen)
-            pieces += [(record, span) for span in fresh]
-            seen = _union([*seen, record.span])
-        parts_j = [record.between_j(*span) for record, span in pieces]
-        device_j = math.fsum(parts_j)
-        job_j = min(math.fsum(record.component["job_j"] for record in own), device_j)
-        idle_j = math.fsum(
-            record.component["idle_j"] * part_j / record.device_j
-            for (record, _), part_j in zip(pieces, parts_j, strict=True)
-            if record.device_j > 0
+    def _share(
+        self, rank: int | None, places: Sequence[int], energy_j: float, all_j: Floats, shared: bool
+    ) -> RankShare:
+        """One rank, of one recording or of several one after the other."""
+        longest = max(places, key=lambda i: (self._spans[i][1] - self._spans[i][0], -i))
+        one, runs = self._recordings[longest], [self._recordings[i].run for i in places]
+        us_j = [run["energy"].get("u_j") for run in runs]
+        known = None not in us_j and runs[0]["energy"].get("total_j") is not None
+        recorded_j = math.fsum(all_j[places])
+        scale = energy_j / recorded_j if shared and recorded_j > 0 else 1.0
+        memory = [run.get("memory") or {} for run in runs]
+        return RankShare(
+            rank=rank,
+            local_rank=one.run.get("local_rank"),
+            node=one.node,
+            host=one.run.get("host"),
+            boot_id=one.key[0],
+            run_id=one.key[1],
+            energy_j=energy_j if known else None,
+            u_j=math.fsum(us_j) * scale if known else None,
+            duration_s=length_s(union_of(self._spans[i] for i in places)),
+            peak_rss_bytes=max(_known(m.get("peak_rss_bytes") for m in memory), default=None),
+            gpu_peak_bytes=max(_known(m.get("gpu_peak_bytes") for m in memory), default=None),
+            complete=all(run.get("complete") for run in runs),
         )
-        idle_j = min(idle_j, device_j - job_j)
-        result = {**known[0].component, "in_total": bool(own)}
-        if own:
-            result = {**result, **{k: own[0].component[k] for k in ("source", "provenance")}}
-            result.pop("excluded", None)
-        seen_s = _length(seen)
-        return {
-            **result,
-            "device_j": device_j,
-            "job_j": job_j,
-            "others_j": device_j - job_j - idle_j,
-            "idle_j": idle_j,
-            "idle_w": min(_known(r.component.get("idle_w") for r in known), default=None),
-            "job_idle_j": _sum_known(record.component.get("job_idle_j") for record in own),
-            # The errors of a device are the same in each of its records: they add up linearly.
-            "u_j": _sum_known(record.component.get("u_j") for record in own or known[:1]),
-            "mean_w": device_j / seen_s if seen_s > 0 else None,
-            "max_w": max(_known(r.component.get("max_w") for r in known), default=None),
-            "trace_w": self._trace_w(pieces),
-            "budget": _budgets([record.component.get("budget") for record in own or known[:1]]),
-        }
 
-    def _trace_w(self, pieces: Iterable[tuple[_DeviceRecord, _Span]]) -> list[float | None]:
-        begin_s, end_s = self._whole[0][0], self._whole[-1][1]
-        step_s = (end_s - begin_s) / _BUCKETS
-        listed = list(pieces)
-        trace: list[float | None] = []
-        for i in range(_BUCKETS):
-            bucket = begin_s + i * step_s, begin_s + (i + 1) * step_s
-            cut = [(record, _overlap(span, bucket)) for record, span in listed]
-            inside = [(record, span) for record, span in cut if span[1] > span[0]]
-            seen_s = math.fsum(span[1] - span[0] for _, span in inside)
-            energy_j = math.fsum(record.between_j(*span) for record, span in inside)
-            trace.append(energy_j / seen_s if seen_s > 0 else None)
-        return trace
+    def _by_authority(self) -> list[tuple[int | None, Summary]]:
+        """Whose metrics are the job's: those of a recording around all, then those of rank 0."""
 
-    def _phases(self) -> list[dict[str, Any]]:
-        """The phases by name: energies of ranks add up, of times the longest counts.
+        def place(one: Recording) -> tuple[bool, int]:
+            nested = one.outer_key is not None and one not in self._top
+            return nested, -1 if one.rank is None else one.rank
 
+        return [(one.rank, one.run) for one in sorted(self._recordings, key=place)]
+
+    def _progress(
+        self, total_j: float | None, performance: Mapping[str, Any] | None
+    ) -> dict[str, Any] | None:
+        """That of whose performance it is; its energies in proportion to the job's total."""
+        for _, run in self._by_authority():
+            progress = run.get("progress")
+            if not progress or (performance and run.get("performance") != performance):
+                continue
+            own_j = run["energy"].get("total_j")
+            if progress.get("energy_j") is None or not own_j or total_j is None:
+                return dict(progress)
+            scale = total_j / own_j
+            us_j = progress.get("u_j")
+            return {
+                **progress,
+                "energy_j": [scale * energy_j for energy_j in progress["energy_j"]],
+                "u_j": us_j and [None if u_j is None else scale * u_j for u_j in us_j],
+            }
+        return None
+
+    def _passes(self) -> list[Pass]:
+        """All phases of all recordings one by one, by the wall clock.
+
+        A process that has no rank, in a recording that has none, is told by its recording.
+        """
+        passes = []
+        windows = windows_ns(self._recordings)
+        for one, (_, end_ns, offset_ns) in zip(self._recordings, windows, strict=True):
+            for span in one.passes:
+                rank = one.rank if span.rank is None else span.rank
+                last_ns = end_ns if span.end_ns is None else span.end_ns
+                at_s = (span.begin_ns + offset_ns) * 1e-9, (last_ns + offset_ns) * 1e-9
+                passes.append(Pass(span.name, rank, one.key[1], *at_s))
+        return passes
+
+    def _phases(
+        self, energy: Mapping[str, Any], of_runs_j: Floats, passes: Sequence[Pass]
+    ) -> list[dict[str, Any]]:
+        """The phases by name: the sum of the ranks' energies, over the union of their times.
+
+        Their u has two parts. What the devices err by is the same part of a phase's energy as of
+        the total; the rest is drawn anew in each recording. It is never more than the sum of all.
         A phase of a recording inside another only counts where no other has one of that name.
         """
-        phases: dict[str, dict[str, Any]] = {}
-        for run in self._top:
-            for phase in run.get("phases") or ():
-                before = phases.get(phase["name"])
-                phases[phase["name"]] = dict(phase) if before is None else _joined(before, phase)
-        nested = (run for run in self._runs if run not in self._top)
-        for phase in (phase for run in nested for phase in run.get("phases") or ()):
-            phases.setdefault(phase["name"], dict(phase))
-        return list(phases.values())
-
-    def _carbon(self, total_j: float | None) -> dict[str, Any] | None:
-        known = [run for run in self._top if run.get("carbon")]
-        if len(known) < len(self._top) or total_j is None:
-            return None
-        recorded_j = math.fsum(run["energy"]["total_j"] for run in known)
-        if recorded_j <= 0:  # it shows no intensity
-            return None
-        emitted_g = math.fsum(run["carbon"]["g_co2e"] for run in known)
-        return {**known[0]["carbon"], "g_co2e": emitted_g * total_j / recorded_j}
-
-    def _sampler(self, duration_s: float) -> dict[str, Any]:
-        of_runs = [run.get("sampler") or {} for run in self._runs]
-        # A recording that crashed lacks these, and then the sum is unknown.
-        known: dict[str, list[Any]] = {name: [of.get(name) for of in of_runs] for name in _SUMS}
-        sums = {name: None if None in values else sum(values) for name, values in known.items()}
-        cpu_s = sums["cpu_s"]
-        fraction = cpu_s / duration_s if cpu_s is not None and duration_s > 0 else None
-        return {**(self._main.get("sampler") or {}), **sums, "cpu_fraction": fraction}
-
-
-def _spans(runs: Sequence[Summary]) -> list[_Span]:
-    """When each run was recorded, in wall-clock s.
-
-    For all runs of one boot the first one's reading of both clocks is used: another reading may
-    differ by what the wall clock was set, and would move them against each other.
-    """
-    offsets_ns: dict[str, int] = {}
-    spans = []
-    for run in runs:
-        begin_ns, end_ns = run["recording"]["window_ns"]
-        clock = run["clock"][0]
-        boot = str(run.get("boot_id"))
-        offset_ns = offsets_ns.setdefault(boot, clock["unix_ns"] - clock["t_ns"])
-        if end_ns is None:
-            end_ns = begin_ns + round((run.get("duration_s") or 0.0) * 1e9)
-        spans.append(((begin_ns + offset_ns) * 1e-9, (end_ns + offset_ns) * 1e-9))
-    return spans
+        total_j, u_j = energy["total_j"], energy["u_j"]
+        recorded = Counter[str]()
+        names: dict[str, list[tuple[float, Mapping[str, Any], Summary]]] = {}
+        own_names = {p["name"] for one in self._top for p in one.run.get("phases") or ()}
+        for i, one in enumerate(self._recordings):
+            own_j = one.run["energy"].get("total_j")
+            scale = min(1.0, float(of_runs_j[i]) / own_j) if own_j else 1.0
+            for phase in one.run.get("phases") or ():
+                if self._outer[i] is None or phase["name"] not in own_names:
+                    names.setdefault(phase["name"], []).append((scale, phase, one.run))
+                    recorded[phase["name"]] += 1
+        unions = {
+            name: length_s(union_of(spans))
+            for name, spans in of_ranks.spans_by_name(passes).items()
+        }
+        result = []
+        for name, parts in names.items():
+            result.append(
+                {
+                    **parts[0][1],
+                    "count": max(phase["count"] for _, phase, _ in parts),
+                    "duration_s": unions.get(
+                        name, max(phase["duration_s"] for _, phase, _ in parts)
+                    ),
+                    **_joined_energy(parts, total_j, u_j),
+                    "partial": [p for _, phase, _ in parts for p in phase.get("partial", ())],
+                }
+            )
+        return result
 
 
-def _union(spans: Iterable[_Span]) -> list[_Span]:
-    """The union of some spans: in order, and no two of them touch."""
-    union: list[_Span] = []
-    for begin, end in sorted(spans):
-        if union and begin <= union[-1][1]:
-            union[-1] = (union[-1][0], max(end, union[-1][1]))
-        else:
-            union.append((begin, end))
-    return union
+_MOST_DEVICES = 24
+"""Of a kind of which there are more, a timeline has the sum."""
 
 
-def _without(span: _Span, seen: Iterable[_Span]) -> list[_Span]:
-    """The parts of a span that none of those seen covers."""
-    left, at = [], span[0]
-    for begin, end in _union(seen):
-        if begin > at:
-            left.append((at, min(begin, span[1])))
-        at = max(at, end)
-    left.append((at, span[1]))
-    return [(begin, end) for begin, end in left if end > begin]
+def _one_by_one(same: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    return [same] if len(same) > _MOST_DEVICES else [[component] for component in same]
 
 
-def _overlap(one: _Span, other: _Span) -> _Span:
-    return max(one[0], other[0]), min(one[1], other[1])
+def _over_time(kind: str, same: Sequence[Mapping[str, Any]], key: str) -> TimelineComponent:
+    """The power of one device, or of all of a kind together."""
+    traces_w = np.array([c["trace_w"] for c in same], dtype=np.float64)
+    parts = np.array([c[key] / c["device_j"] if c["device_j"] else 0.0 for c in same])
+    unread = np.isnan(traces_w).all(axis=0)
+    provenances = {c["provenance"] for c in same}
+    label, host = same[0]["label"], same[0].get("host")
+    return TimelineComponent(
+        id=same[0]["id"] if len(same) == 1 else kind,
+        kind=kind,
+        label=f"{len(same):,} devices" if len(same) > 1 else f"{label} {host}" if host else label,
+        provenance=provenances.pop() if len(provenances) == 1 else "mixed",
+        in_total=True,
+        job_w=np.where(unread, np.nan, np.nansum(traces_w * parts[:, None], axis=0)),
+        device_w=np.where(unread, np.nan, np.nansum(traces_w, axis=0)),
+        low_w=None,
+        high_w=None,
+        gaps_s=(),
+    )
 
 
-def _length(spans: Iterable[_Span]) -> float:
-    return math.fsum(end - begin for begin, end in spans)
+_ROUNDING = 1e-6
+"""What is left of a recording around the ranks, if it is no more than this part of the total."""
 
 
-def _joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    def added(key: str) -> float | None:
-        return None if None in (one[key], other[key]) else one[key] + other[key]
+def _joined_energy(
+    parts: Sequence[tuple[float, Mapping[str, Any], Summary]],
+    total_j: float | None,
+    total_u_j: float | None,
+) -> dict[str, float | None]:
+    """The energy and u (k = 2) of one phase of several recordings."""
+    if any(phase["energy_j"] is None for _, phase, _ in parts):
+        return {"energy_j": None, "u_j": None}
+    energy_j = math.fsum(scale * phase["energy_j"] for scale, phase, _ in parts)
+    if total_j is not None:
+        energy_j = min(energy_j, total_j)
+    if len(parts) == 1:
+        scale, phase, _ = parts[0]
+        return {"energy_j": energy_j, "u_j": phase["u_j"] and scale * phase["u_j"]}
+    if not total_j or total_u_j is None or any(phase["u_j"] is None for _, phase, _ in parts):
+        return {"energy_j": energy_j, "u_j": None}
+    anew_j2 = []
+    for scale, phase, run in parts:
+        own_j, own_u_j = run["energy"].get("total_j"), run["energy"].get("u_j")
+        fixed_j = phase["energy_j"] * own_u_j / own_j if own_j and own_u_j else 0.0
+        anew_j2.append(scale**2 * max(0.0, phase["u_j"] ** 2 - fixed_j**2))
+    most_j = math.fsum(scale * phase["u_j"] for scale, phase, _ in parts)
+    u_j = math.hypot(energy_j * total_u_j / total_j, math.sqrt(math.fsum(anew_j2)))
+    return {"energy_j": energy_j, "u_j": min(u_j, most_j)}
 
-    longest = {key: max(one[key], other[key]) for key in ("count", "duration_s")}
-    sums = {key: added(key) for key in ("energy_j", "u_j")}
-    return {
-        **one,
-        **longest,
-        **sums,
-        "partial": [*one.get("partial", ()), *other.get("partial", ())],
-    }
+
+def _progress_of(one: Recording) -> tuple[bool, float, int]:
+    """How far a recording was when it was read."""
+    run = one.run
+    return bool(run.get("complete")), run.get("duration_s") or 0.0, len(one.passes)
 
 
-def _budgets(budgets: Iterable[Mapping[str, float] | None]) -> dict[str, float] | None:
-    known = [budget for budget in budgets if budget]
-    names = known[0].keys() if known else ()
-    return {name: math.fsum(b.get(name, 0.0) for b in known) for name in names} or None
+def _carbon(top: Sequence[Summary], total_j: float | None) -> dict[str, Any] | None:
+    known = [run for run in top if run.get("carbon")]
+    if len(known) < len(top) or total_j is None:
+        return None
+    recorded_j = math.fsum(run["energy"]["total_j"] for run in known)
+    if recorded_j <= 0:  # it shows no intensity
+        return None
+    emitted_g = math.fsum(run["carbon"]["g_co2e"] for run in known)
+    return {**known[0]["carbon"], "g_co2e": emitted_g * total_j / recorded_j}
+
+
+def _sampler(main: Summary, runs: Sequence[Summary], duration_s: float) -> dict[str, Any]:
+    of_runs = [run.get("sampler") or {} for run in runs]
+    # A recording that crashed lacks these, and then the sum is unknown.
+    known: dict[str, list[Any]] = {name: [of.get(name) for of in of_runs] for name in _SUMS}
+    sums = {name: None if None in values else sum(values) for name, values in known.items()}
+    cpu_s = sums["cpu_s"]
+    fraction = cpu_s / duration_s if cpu_s is not None and duration_s > 0 else None
+    return {**(main.get("sampler") or {}), **sums, "cpu_fraction": fraction}
 
 
 def _unique(runs: Iterable[Summary], key: str, name: str) -> list[Any]:

@@ -97,6 +97,27 @@ def torn_events(torn_lines: int) -> Iterator[dict[str, str]]:
         )
 
 
+def ranks_disagree(
+    metric: str, value: float, by_rank: Mapping[int, float | None]
+) -> Iterator[dict[str, str]]:
+    """Where ranks logged another performance than the one that counts, `value`."""
+    others = {
+        rank: other
+        for rank, other in sorted(by_rank.items())
+        if other is not None and not math.isclose(other, value, rel_tol=_SAME, abs_tol=1e-12)
+    }
+    if others:
+        rank, other = max(others.items(), key=lambda item: abs(item[1] - value))
+        more = f" ({len(others)} ranks disagree)" if len(others) > 1 else ""
+        text = f"{metric} {value:g} counts, and rank {rank} logged {other:g}{more}"
+        fix = "reduce the metric over all ranks, and log it in rank 0 alone"
+        yield warning("ranks-disagree", text, fix)
+
+
+_SAME = 1e-6
+"""Ranks that differ by less than this part agree: sums in another order round differently."""
+
+
 def unread_files(files: Iterable[tuple[str, str]]) -> Iterator[dict[str, str]]:
     """For files of marks, metrics or notes about processes that could not be read."""
     for name, why in files:

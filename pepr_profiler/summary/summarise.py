@@ -71,6 +71,14 @@ def with_timeline(directory: Path) -> tuple[dict[str, Any], Timeline]:
         return examined.summary, timeline
 
 
+def with_passes(directory: Path) -> tuple[dict[str, Any], Sequence[PhaseSpan]]:
+    """The summary of a run directory, and its phases one by one, for the summary of its job."""
+    require_whole(directory)
+    with _damage_reported(directory):
+        examined = _examine(directory)
+        return examined.summary, examined.phases
+
+
 def require_whole(directory: Path, run: Mapping[str, Any] | None = None) -> None:
     """TraceError if a finished run lacks a file that it had at its end, or has another one.
 
@@ -307,26 +315,106 @@ def _others_part(counted: Iterable[ComponentResult], kind: str) -> float:
 def _phases(phases: Sequence[PhaseSpan], together: Counted, grid: Grid) -> list[dict[str, Any]]:
     """Phases by name, in order of first appearance: energy between their edges, summed.
 
-    Where phases of one name overlap (nested, or in threads), that time counts once.
+    Where phases of one name overlap (nested, or in threads), that time counts once. Where several
+    ranks mark theirs in one run, a rank's phase has that rank's part of the energy.
     """
     by_name: dict[str, list[PhaseSpan]] = {}
     for phase in phases:
         by_name.setdefault(phase.name, []).append(phase)
+    ranks = _Ranks.of(phases)
     result = []
     for name, same in by_name.items():
         begins_ns, ends_ns = _union(same)
         energies_j = [c.counted_within_j(grid, begins_ns, ends_ns) for c in together.components]
+        energy_j, u_j = _sum(energies_j), together.u_j(grid, begins_ns, ends_ns)
+        if ranks is not None and energy_j:
+            part, u_part = ranks.part_of(same, together, grid)
+            u_j = None if u_j is None else math.hypot(u_j * part, energy_j * u_part)
+            energy_j *= part
         result.append(
             {
                 "name": name,
                 "count": len(same),
                 "duration_s": float(np.sum(ends_ns - begins_ns)) * 1e-9,
-                "energy_j": _sum(energies_j),
-                "u_j": together.u_j(grid, begins_ns, ends_ns),
+                "energy_j": energy_j,
+                "u_j": u_j,
                 "partial": together.partial(grid, begins_ns, ends_ns),
             }
         )
     return result
+
+
+_DIVISION_U = 0.5
+"""How sure an equal part of a run's power is to be that of one rank (k = 1), of what the others
+have (judgement: a rank that waits may draw next to nothing, or as much as one that works)."""
+
+
+class _Ranks(Record):
+    """The ranks that mark phases in one run: when each was there, from its first mark to its last.
+
+    Their processes are all of one job, whose energy is not divided by process. At each instant the
+    ranks that are there have equal parts of it.
+    """
+
+    begins_ns: Ints
+    ends_ns: Ints
+
+    @classmethod
+    def of(cls, phases: Iterable[PhaseSpan]) -> _Ranks | None:
+        """None if there are not several."""
+        there: dict[int, tuple[int, int]] = {}
+        for phase in phases:
+            if phase.rank is not None:
+                end_ns = phase.end_ns or phase.begin_ns
+                first_ns, last_ns = there.get(phase.rank, (phase.begin_ns, end_ns))
+                there[phase.rank] = min(first_ns, phase.begin_ns), max(last_ns, end_ns)
+        if len(there) < 2:
+            return None
+        begins_ns, ends_ns = np.array(list(there.values()), dtype=np.int64).T
+        return cls(np.sort(begins_ns), np.sort(ends_ns))
+
+    def part_of(
+        self, same: Sequence[PhaseSpan], together: Counted, grid: Grid
+    ) -> tuple[float, float]:
+        """Which part of the energy in a phase's time is that of its ranks, and u of it (k = 2).
+
+        A process without a rank speaks for the whole run.
+        """
+        by_rank: dict[int | None, list[PhaseSpan]] = {}
+        for phase in same:
+            by_rank.setdefault(phase.rank, []).append(phase)
+        whole = by_rank.pop(None, None)
+        unions = [_union(own) for own in by_rank.values()]
+        if not unions:
+            return 1.0, 0.0
+        begins_ns = np.sort(np.concatenate([begins for begins, _ in unions]))
+        ends_ns = np.sort(np.concatenate([ends for _, ends in unions]))
+        edges = [self.begins_ns, self.ends_ns, begins_ns, ends_ns]
+        of_whole = None if whole is None else _union(whole)
+        at_ns = np.sort(np.concatenate(edges if of_whole is None else [*edges, *of_whole]))
+        at_ns = at_ns[np.diff(at_ns, prepend=at_ns[0] - 1) > 0]
+        inside = _open_at(at_ns[:-1], begins_ns, ends_ns)
+        there = np.maximum(_open_at(at_ns[:-1], self.begins_ns, self.ends_ns), inside)
+        part = inside / np.maximum(there, 1)
+        used = inside > 0
+        if of_whole is not None:
+            all_of_it = _open_at(at_ns[:-1], *of_whole) > 0
+            part, used = np.where(all_of_it, 1.0, part), used | all_of_it
+        steps_j = np.zeros(len(at_ns) - 1)
+        for component in together.components:
+            steps_j += np.diff(grid.pick(component.counted_so_far_j, at_ns))
+        steps_j = np.where(used, steps_j, 0.0)
+        energy_j = float(steps_j.sum())
+        if energy_j <= 0:
+            return 1.0, 0.0
+        u_j = 2 * _DIVISION_U * float(np.abs(steps_j) @ (part * (1 - part)))
+        return float(steps_j @ part) / energy_j, u_j / energy_j
+
+
+def _open_at(at_ns: Ints, begins_ns: Ints, ends_ns: Ints) -> Ints:
+    """How many spans, whose begins and ends are in order, hold each instant."""
+    begun = np.searchsorted(begins_ns, at_ns, side="right")
+    return np.asarray(begun - np.searchsorted(ends_ns, at_ns, side="right"))
 
 
 def _union(phases: Iterable[PhaseSpan]) -> tuple[Ints, Ints]:
