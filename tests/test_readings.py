@@ -108,6 +108,18 @@ def test_a_counter_that_is_wrong_for_a_moment_loses_and_invents_nothing(
     assert metered_j(CPU, raw) == pytest.approx(1000, abs=4.1)
 
 
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("bits", [32, 64])
+def test_first_readings_with_all_bits_set_are_missing(bits: int, count: int) -> None:
+    # given a counter of 100 W that begins with no value, and is then a little above 2^32 - 1
+    raw = rising(start_j=4400.0)
+    at(*range(count), value=2.0**bits - 1)(raw)
+    curve = integrated(CPU, raw, [0.2, 3.0, 10.0])
+    assert np.diff(curve.energy_j) == pytest.approx([280, 700], abs=2.1)
+    assert (curve.resets, curve.impossible) == (0, count)
+    assert metered_j(CPU, raw) == pytest.approx(1000 - 2.0 * count, abs=4.1)
+
+
 @pytest.mark.parametrize("rows", [7, 1000])
 @pytest.mark.parametrize("to_j", [0.0, 3.0, 4e4, 2e5, 1.5e5], ids=str)
 @pytest.mark.parametrize("after_w", [100.0, 250.0])

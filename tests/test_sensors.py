@@ -734,6 +734,7 @@ def test_nvml_knows_every_gpu_by_its_uuid(nvml: BuildNvml) -> None:
             name = uuid or default_uuid(index)
             labels = opened.channels[f"{name}/energy"].labels
             board = {"uuid": name, "model": "NVIDIA H100 80GB HBM3", "index": str(index)}
+            board["driver"] = sim.scenario.driver_version
             assert labels == {**board, "limit_w": "700"}
             assert rows.columns[f"{name}/power_instant"][-1] == 100_000 * (index + 1)
             assert rows.columns[f"{name}/memory_used"][-1] >= 2**30 * (index + 1)

@@ -10,14 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 from cli import Cli, codes, component, write_replay
-from sim.nvml import BuildNvml, Fault, Gpu, Scenario, default_uuid
+from sim.nvml import BuildNvml, Fault, Gpu, Scenario, Sensor, default_uuid
 from sim.powercap import BuildTree, Zone
 from sim.sysfs import grace as grace_tree
+from sim.virtual import (
+    average_mw,
+    batch,
+    counter_mj,
+    cumulative_j,
+    instant_ns,
+    nvml_lane,
+    read_times_s,
+)
 from sim.waves import Constant, Square
 
-from pepr_profiler.energy.fallback import stood_in
+from pepr_profiler.energy.fallback import stood_in, with_fallback
 from pepr_profiler.energy.integrate import integrate
-from pepr_profiler.energy.sources import find_sources
+from pepr_profiler.energy.sources import find_cross_sources, find_sources
 from pepr_profiler.energy.uncertainty import budget
 from pepr_profiler.trace.lane import Batch, Channel, LaneInfo, LaneReader, LaneWriter
 from pepr_profiler.units import NS_PER_S
@@ -74,6 +83,7 @@ GPU = "uuid=GPU-1 model=H100 index=0"
 PACKAGE = (
     "intel-rapl:0 energy J 1e-6 262143328850 counter powercap zone=intel-rapl:0 name=package-0"
 )
+CORE = "name=core parent_name=package-0"
 EVENT = "cpu0/energy-pkg energy J 1e-6 0 counter perf event=energy-pkg package=0 cpu=0 die=0"
 
 
@@ -107,10 +117,14 @@ def test_a_counter_that_stands_still_for_a_while_is_bridged_by_power(
     assert part["fallback"]["seconds"] == pytest.approx(2.5, abs=1.0)
 
 
-def test_a_counter_that_catches_up_is_believed(cli: Cli) -> None:
-    # given a counter at 300 W that shows nothing for 2.5 s and then all; power reads 10 % too much
+@pytest.mark.parametrize("within_s", [0.0, 0.6])
+def test_a_counter_that_catches_up_is_believed(cli: Cli, within_s: float) -> None:
+    # given a counter at 300 W that shows nothing for 2.5 s and then all, at once or step by step;
+    # power reads 10 % too much
     def values(t: float) -> tuple[float, float]:
         shown_s = 3.0 if 3.0 <= t < 5.5 else t
+        if 5.5 <= t < 5.5 + within_s:
+            shown_s = 3.0 + (t - 5.5) * (2.5 + within_s) / within_s
         return 5e6 + 300e3 * shown_s, 330e3 + (t * 50) % 2
 
     channels = [
@@ -120,6 +134,61 @@ def test_a_counter_that_catches_up_is_believed(cli: Cli) -> None:
     part = component(replay(cli, {"gpu": (channels, values)}, 7.0), "gpu:GPU-1")
     assert part["source"] == "nvml-energy" and "fallback" not in part
     assert part["mean_w"] == pytest.approx(300, rel=0.03)
+
+
+def test_what_neither_the_counter_nor_its_power_measured_is_missing(cli: Cli) -> None:
+    # given 300 W; the counter stands still from 1.5 s on, and its power is not there after 3 s
+    def values(t: float) -> tuple[float, float]:
+        power_mw = 300e3 + (t * 50) % 2 if t < 3.0 else math.nan
+        return 5e6 + 300e3 * min(t, 1.5), power_mw
+
+    channels = [
+        f"GPU-1/energy energy J 1e-3 0 counter nvml-energy {GPU}",
+        f"GPU-1/power_average power W 1e-3 0 gauge nvml-power-average {GPU}",
+    ]
+    summary = replay(cli, {"gpu": (channels, values)}, 5.0)
+    part = component(summary, "gpu:GPU-1")
+    assert part["fallback"]["instead_of"] == "nvml-energy"
+    (missing,) = summary["energy"]["partial"]
+    assert missing["id"] == "gpu:GPU-1"
+    assert missing["missing_s"] == pytest.approx(summary["duration_s"] - 3.0, abs=0.5)
+    assert "stalled" in codes(summary, "gpu:GPU-1")
+
+
+def test_a_counter_that_stands_still_at_the_end_makes_the_total_partial(cli: Cli) -> None:
+    # given 100 W of a package whose counter stands still for the last 2 s
+    powercap = ([PACKAGE], lambda t: (1e6 * (7 + 100 * min(t, 1.5)),))
+    summary = replay(cli, {"powercap": powercap}, 3.5)
+    (missing,) = summary["energy"]["partial"]
+    assert missing["id"] == "cpu:package-0"
+    assert missing["missing_s"] == pytest.approx(summary["duration_s"] - 1.5, abs=0.5)
+    assert "stalled" in codes(summary, "cpu:package-0")
+
+
+def test_phases_by_averages_that_stand_in_for_a_counter_are_as_sure_as_they_say() -> None:
+    # given bursts that a 1 s average hides, and a counter that is dead from 5 s on
+    random = np.random.default_rng(3)
+    gpu = Gpu(Square(0.25, 100, 600), sensor=Sensor(0.1, 0.025))
+    lane = nvml_lane("nvml-energy", "nvml-power-average")
+    t_s = read_times_s(random, 0.0, 20.0, period_s=0.02)
+    counter = counter_mj(gpu, np.minimum(t_s, 5.0))
+    rows = [batch(t_s, counter, average_mw(gpu, t_s))]
+    sources = find_sources([lane])
+    sources += find_cross_sources([lane], sources)
+    begin_s = np.sort(random.uniform(6.0, 19.0, 200))
+    edges_s = np.stack((begin_s, begin_s + random.uniform(0.05, 0.5, 200)), axis=1)
+    at_s = np.unique(np.append(edges_s, [0.1, 19.9]))
+    at_ns = np.array([instant_ns(t) for t in at_s.tolist()])
+    curve = with_fallback(*integrate(rows, sources, at_ns), at_ns)
+    assert curve.instead_of == "nvml-energy" and curve.instead_averages_s == 1.0
+    # then the energy of a phase is within its u as often as it says
+    held = []
+    for begin, end in np.searchsorted(at_s, edges_s).tolist():
+        parts = budget(curve, at_ns, np.array([begin]), np.array([end]))
+        truth_j = float(np.diff(cumulative_j(gpu.wave, at_s[[begin, end]]))[0])
+        off_j = abs(curve.energy_j[end] - curve.energy_j[begin] - truth_j)
+        held.append(off_j <= 2 * parts._replace(gain_j=0.0, offset_j=0.0).u_j)
+    assert np.mean(held) >= 0.9
 
 
 @pytest.mark.parametrize(
@@ -139,6 +208,9 @@ def test_time_without_readings_at_an_end_is_in_u(
     part = component(summary, "gpu:GPU-1")
     assert abs(part["device_j"] - 300 * summary["duration_s"]) <= part["u_j"]
     assert code in codes(summary, "gpu:GPU-1")
+    # and the line over time shows the power of the time that was read
+    shown_w = [w for w in part["trace_w"] if w is not None]
+    assert shown_w == pytest.approx([300] * len(shown_w), rel=0.1)
 
 
 def test_a_gpu_that_is_off_has_no_fault(cli: Cli) -> None:
@@ -163,6 +235,29 @@ def test_a_rapl_counter_that_stands_still_leaves_the_cpu_to_the_model(
     assert parts["cpu:modelled"]["device_j"] > 0
     assert parts["cpu:package-0"]["device_j"] is None
     assert "unknown" in codes(summary, "cpu:package-0")
+
+
+@pytest.mark.parametrize("dies_at_s", [-1.0, 2.5])
+def test_a_package_that_stands_still_gives_way_to_its_mmio_zone(cli: Cli, dies_at_s: float) -> None:
+    # given 100 W, which the MSR's zone shows until it stands still, and the mmio zone all the time;
+    # the cores in it are in both
+    def values(t: float) -> tuple[float, float, float, float]:
+        until_s = min(t, dies_at_s) if dies_at_s > 0 else 1.0
+        return 1e8 * until_s, 5e7 * until_s, 7e6 + 1e8 * t, 5e7 * t
+
+    channels = [
+        PACKAGE,
+        PACKAGE.replace("intel-rapl:0", "intel-rapl:0:0").replace("name=package-0", CORE),
+        PACKAGE.replace("intel-rapl:0", "intel-rapl-mmio:0"),
+        PACKAGE.replace("intel-rapl:0", "intel-rapl-mmio:0:0").replace("name=package-0", CORE),
+    ]
+    summary = replay(cli, {"powercap": (channels, values)}, 5.0)
+    measured = [c for c in summary["energy"]["components"] if c["kind"] == "cpu" and c["in_total"]]
+    (part,) = measured
+    assert part["id"] == "cpu:package-0"
+    assert part["mean_w"] == pytest.approx(100, rel=0.03)
+    assert part["source"] == "powercap-mmio" if dies_at_s < 0 else "powercap+powercap-mmio"
+    assert part["fallback"]["instead_of"] == "powercap"
 
 
 @pytest.mark.parametrize("dies_at_s", [-1.0, 2.5])

@@ -345,7 +345,7 @@ def _comparisons(one: _Sensor, sensors: Sequence[_Sensor]) -> Iterable[Row]:
             continue
         power = not two.source.counter and one.source.scope == two.source.scope
         twice = (one.channel_source, two.channel_source) == ("perf", "powercap")
-        if power or (twice and "mmio" not in two.source.id):
+        if power or (twice and two.source.source != "powercap-mmio"):
             yield _agreement(one, two)
 
 

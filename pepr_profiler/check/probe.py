@@ -54,9 +54,8 @@ class LaneRows(Record):
     def series(self, source: Source) -> Series:
         """The readings of one of its sources, in J or W."""
         at_s = values_ns(source, self.t_ns, self.read_ns) / NS_PER_S
-        values = self.values[source.channel] * source.scale
-        if source.zero_is_unknown:
-            values = np.where(values > 0, values, np.nan)
+        raw = self.values[source.channel]
+        values = np.where(source.knows(raw), raw * source.scale, np.nan)
         return Series(at_s, values, source.counter, source.range_j, source.limit_w)
 
 

@@ -224,9 +224,7 @@ def _read(
     result = []
     for index, (channel, source) in enumerate(zip(lane.channels, sources, strict=True)):
         values = np.concatenate([np.frombuffer(b[3][index]) for b in batches])
-        sound = np.isfinite(values)
-        if source is not None and source.zero_is_unknown:
-            sound &= values > 0
+        sound = np.isfinite(values) if source is None else source.knows(values)
         if source is not None:
             sound[sound] = source.readings().screen(t_ns[sound], values[sound]).sound
         values, at_s = values[sound] * channel.scale, t_s[sound]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import isfinite, nan
+from math import nan
 
 from pepr_profiler import _core
 from pepr_profiler.daemon.lanes import ServedLanes
@@ -39,7 +39,7 @@ class Meter:
         if self._readings is None or not self.t_ns:
             self._readings, self._counted_j = source.readings(), 0.0
         for at_ns, raw in zip(t_ns, values, strict=True):
-            if not isfinite(raw) or (raw <= 0 and source.zero_is_unknown):
+            if not source.knows(raw):
                 continue
             if isinstance(self._readings, GaugeReadings):
                 if not self._readings.take(raw):

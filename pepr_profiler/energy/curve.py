@@ -61,7 +61,8 @@ _GAP_S = 1.0
 class EnergyCurve(Record):
     """Cumulative energy of one source: `energy_j` float64 (n,) at the instants asked for.
 
-    Only its differences mean anything. Outside [first_ns, last_ns] nothing was recorded.
+    Only its differences mean anything. Outside [first_ns, last_ns] nothing was recorded. Energy is
+    known of the time `flow_ns`, which is a little longer: the first and the last power went on.
 
     At the same instants, `power_w` is the power, `edge_j2` the variance of the energy up to there,
     and `duty_j2` and `gap_j2` are cumulative variances; None where there is none. `unknown` counts
@@ -74,11 +75,11 @@ class EnergyCurve(Record):
     (a, b). Power was never below or above `extremes_w`. Of a counter, `inside` says where in its
     intervals the instants lie, and `edge_j2` is only for those beyond the last refresh. `quiet_ns`
     are the spans between two of its changes that are longer than `quiet_s`, and `changed_ns` is its
-    last change. `instead_of` names the source that did not answer for `instead_s`, in which this is
-    another sensor's energy. `only_zero` says that 0 was all that it, or its power, read. `level_j2`
-    is the variance at any instant by the rows of a gauge that were not stored, if the device has a
-    counter.
-    `averages_s` is the time over which power readings are averages, if it exceeds the refresh.
+    last change. `instead_of` names the source that did not answer in the spans `instead_ns`, in
+    which this is another sensor's energy; `instead_averages_s` is `averages_s` of that sensor.
+    `only_zero` says that 0 was all that it, or its power, read. `level_j2` is the variance at any
+    instant by the rows of a gauge that were not stored, if the device has a counter. `averages_s`
+    is the time over which power readings are averages, if it exceeds the refresh.
     """
 
     source: Source
@@ -107,10 +108,17 @@ class EnergyCurve(Record):
     quiet_s: float = math.inf
     changed_ns: int = -1
     instead_of: str = ""
-    instead_s: float = 0.0
+    instead_ns: tuple[tuple[int, int], ...] = ()
+    instead_averages_s: float = 0.0
+    flow_ns: tuple[float, float] = (-math.inf, math.inf)
     only_zero: bool = False
     level_j2: float = 0.0
     averages_s: float = 0.0
+
+    @property
+    def instead_s(self) -> float:
+        """For how long this is another sensor's energy."""
+        return sum(end_ns - begin_ns for begin_ns, end_ns in self.instead_ns) / NS_PER_S
 
 
 class Inside(Record):
@@ -138,6 +146,12 @@ def extremes_w(lowest_w: float, highest_w: float) -> tuple[float, float]:
     """What power can have reached whose readings, short means, were between these."""
     margin_w = _UNREAD_SWING * (highest_w - lowest_w)
     return max(0.0, lowest_w - margin_w), highest_w + margin_w
+
+
+def steps_of(span_ns: tuple[int, int], at_ns: Ints) -> tuple[int, int]:
+    """The first and the last index of the grid's instants that hold a span, as far as they do."""
+    first = max(0, int(np.searchsorted(at_ns, span_ns[0], side="right")) - 1)
+    return first, min(len(at_ns) - 1, int(np.searchsorted(at_ns, span_ns[1], side="left")))
 
 
 def gap_limit_s(period_s: float) -> float:
@@ -201,6 +215,7 @@ class Accumulator:
     _surprises_ns: Floats = field(default_factory=lambda: np.zeros(0))  # of sure refreshes
     _filled: int = 0  # instants whose energy is there
     _gaps: list[tuple[int, int]] = field(default_factory=list)
+    _flow_ns: tuple[float, float] = (math.nan, math.inf)
 
     def __post_init__(self) -> None:
         self.refresh_u_ns = np.zeros(0)  # of the refreshes that were found last
@@ -236,10 +251,9 @@ class Accumulator:
 
     def feed(self, t_ns: Ints, values: Floats, batch: Batch) -> None:
         """Takes in a batch's readings of this source, and when they were read."""
-        known = np.isfinite(values)
+        known = self.source.knows(values)
         if self.source.zero_is_unknown:
             self.zeros += int(np.count_nonzero(values == 0))
-            known &= values > 0
         skipped = np.zeros(len(t_ns)) if batch.skipped is None else batch.skipped
         # Rows that were left out were known or not as the row behind them.
         self.unknown += int(np.count_nonzero(~known) + skipped[~known].sum())
@@ -432,6 +446,7 @@ class Accumulator:
 
         `sums` (3, n) are cumulative at the knots `t`, `local` (2, n) of the intervals before them.
         """
+        self._flow_from(self.knot_ns)
         begin = self._filled
         end = int(np.searchsorted(self.at_ns, t[-1], side="right"))
         if end > self._filled:
@@ -448,6 +463,11 @@ class Accumulator:
         self.last_edge_j2 = float(local[1, -1])
         return slice(begin, self._filled)
 
+    def _flow_from(self, knot_ns: float) -> None:
+        """Notes that the first knot is there, if it is the first one."""
+        if math.isnan(self._flow_ns[0]):
+            self._flow_ns = knot_ns - self.hold_before_s * NS_PER_S, math.inf
+
     def _before_first_j(self, at: Floats) -> Floats:
         """What the first power makes of the time between these instants and the first knot."""
         if not self.hold_before_s:
@@ -457,6 +477,8 @@ class Accumulator:
 
     def extend(self, limit_s: float) -> None:
         """Goes on at the last power for up to `limit_s`, then stands still."""
+        self._flow_from(self.knot_ns)
+        self._flow_ns = self._flow_ns[0], self.knot_ns + limit_s * NS_PER_S
         rest = slice(self._filled, None)
         at = self.at_ns[rest].astype(np.float64)
         beyond_s = np.clip((at - self.knot_ns) / NS_PER_S, 0.0, limit_s)
@@ -486,6 +508,7 @@ class Accumulator:
             gap_j2=gap_j2,
             quantum=self.quantum,
             gaps_ns=tuple(self._gaps),
+            flow_ns=self._flow_ns,
             **facts,
         )
 

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Set
 
 import numpy as np
 
-from pepr_profiler.energy.curve import EnergyCurve
+from pepr_profiler.energy.curve import EnergyCurve, steps_of
 from pepr_profiler.energy.sources import GPU_POWER, MODULE_POWER, Place
 from pepr_profiler.record import Floats, Ints, Mask
 from pepr_profiler.trace.lane import LaneInfo
+from pepr_profiler.units import NS_PER_S
 
 _MISSED = 0.25
 """A counter that stood still has missed energy if it lacks more than this part of what the other
@@ -72,23 +73,30 @@ def with_fallback(curve: EnergyCurve, other: EnergyCurve, at_ns: Ints) -> Energy
     Between instants of the grid: an interval in which the counter was dead for a part is the
     other's. Its offset then holds for all of the run.
     """
+    quiet_ns = list(_quiet_spans(curve, other, at_ns))
+    missed_ns = [span_ns for span_ns in quiet_ns if _has_missed(curve, other, at_ns, span_ns)]
     replaced = np.zeros(max(0, len(at_ns) - 1), bool)
-    missed_s = 0.0
-    for begin_ns, end_ns in _quiet_spans(curve, other, at_ns):
-        first = max(0, int(np.searchsorted(at_ns, begin_ns, side="right")) - 1)
-        last = min(len(at_ns) - 1, int(np.searchsorted(at_ns, end_ns, side="left")))
-        if last <= first:
-            continue
-        counted_j, other_j = (float(c.energy_j[last] - c.energy_j[first]) for c in (curve, other))
-        if other_j > 0 and other_j - counted_j > _MISSED * other_j:
-            replaced[first:last] = True
-            missed_s += (min(end_ns, int(at_ns[-1])) - max(begin_ns, int(at_ns[0]))) * 1e-9
+    for span_ns in missed_ns:
+        replaced[slice(*steps_of(span_ns, at_ns))] = True
     if not replaced.any():
         return curve
     other = stood_in(other)
     beside = np.append(replaced, False) | np.append(False, replaced)
     name = f"{curve.source.source}+{other.source.source}"
     offset_w = max(curve.source.offset_w, other.source.offset_w)
+    # Where the counter is dead until the end, its energy is known for as long as the other's.
+    first_ns, last_ns, changed_ns = curve.first_ns, curve.last_ns, curve.changed_ns
+    begin_ns, end_ns = curve.flow_ns
+    if min(span_ns[0] for span_ns in missed_ns) < first_ns:
+        first_ns, begin_ns = min(first_ns, other.first_ns), min(begin_ns, other.flow_ns[0])
+    if max(span_ns[1] for span_ns in missed_ns) > changed_ns:
+        last_ns, end_ns = max(last_ns, other.last_ns), max(end_ns, other.flow_ns[1])
+        changed_ns = max(changed_ns, other.changed_ns if other.source.counter else other.last_ns)
+    stalls_ns = [span_ns[1] - span_ns[0] for span_ns in set(quiet_ns) - set(missed_ns)]
+    gaps_ns = sorted(
+        {gap_ns for gap_ns in curve.gaps_ns if not _overlap(gap_ns, missed_ns)}
+        | {gap_ns for gap_ns in other.gaps_ns if _overlap(gap_ns, missed_ns)}
+    )
     return curve._replace(
         source=curve.source._replace(source=name, offset_w=offset_w),
         energy_j=_joined(curve.energy_j, other.energy_j, replaced),
@@ -103,15 +111,49 @@ def with_fallback(curve: EnergyCurve, other: EnergyCurve, at_ns: Ints) -> Energy
             min(curve.extremes_w[0], other.extremes_w[0]),
             max(curve.extremes_w[1], other.extremes_w[1]),
         ),
-        first_ns=min(curve.first_ns, other.first_ns),
-        last_ns=max(curve.last_ns, other.last_ns),
-        longest_gap_s=other.longest_gap_s,
-        gaps_ns=other.gaps_ns,
+        first_ns=first_ns,
+        last_ns=last_ns,
+        changed_ns=changed_ns,
+        longest_stall_s=max(*stalls_ns, last_ns - changed_ns, 0) / NS_PER_S,
+        longest_gap_s=max((gap_ns[1] - gap_ns[0] for gap_ns in gaps_ns), default=0) / NS_PER_S,
+        gaps_ns=tuple(gaps_ns),
         lag_u_s=max(curve.lag_u_s, other.lag_u_s),
         aliased=curve.aliased or other.aliased,
-        instead_of=curve.source.source,
-        instead_s=missed_s,
+        instead_of=curve.instead_of or curve.source.source,
+        instead_ns=tuple(
+            (max(span_ns[0], int(at_ns[0])), min(span_ns[1], int(at_ns[-1])))
+            for span_ns in missed_ns
+        ),
+        flow_ns=(begin_ns, end_ns),
+        instead_averages_s=other.averages_s,
     )
+
+
+def _has_missed(
+    curve: EnergyCurve, other: EnergyCurve, at_ns: Ints, span_ns: tuple[int, int]
+) -> bool:
+    """Whether a counter that stood still in a span did not count what flowed then.
+
+    One that only showed it late may need a few refreshes to catch up: half of the span is added.
+    """
+    begin_ns, end_ns = span_ns
+    late_ns = end_ns + (end_ns - begin_ns) // 2
+    first, last = steps_of((begin_ns, end_ns), at_ns)
+    lasts = last, steps_of((begin_ns, late_ns), at_ns)[1]
+    if last <= first:
+        return False
+    counted_j, other_j = (
+        [float(c.energy_j[i] - c.energy_j[first]) for i in lasts] for c in (curve, other)
+    )
+    missed = (
+        o > 0 and o - c > _MISSED * other_j[0] for c, o in zip(counted_j, other_j, strict=True)
+    )
+    return all(missed)
+
+
+def _overlap(span_ns: tuple[int, int], others_ns: Iterable[tuple[int, int]]) -> bool:
+    """Whether a span has a time in common with one of others."""
+    return any(span_ns[0] < end_ns and begin_ns < span_ns[1] for begin_ns, end_ns in others_ns)
 
 
 def stood_in(curve: EnergyCurve) -> EnergyCurve:
@@ -144,9 +186,9 @@ def _quiet_spans(curve: EnergyCurve, other: EnergyCurve, at_ns: Ints) -> Iterabl
     """When the counter did not change for long although the other sensor was read."""
     spans = list(curve.quiet_ns)
     begin_ns, end_ns = int(at_ns[0]), int(at_ns[-1])
-    if curve.first_ns - max(other.first_ns, begin_ns) > curve.quiet_s * 1e9:
+    if curve.first_ns - max(other.first_ns, begin_ns) > curve.quiet_s * NS_PER_S:
         spans.append((begin_ns, curve.first_ns))
-    if min(other.last_ns, end_ns) - curve.changed_ns > curve.quiet_s * 1e9:
+    if min(other.last_ns, end_ns) - curve.changed_ns > curve.quiet_s * NS_PER_S:
         spans.append((curve.changed_ns, end_ns))
     return spans
 

@@ -41,7 +41,7 @@ _SHAPE = {
     ],
     None: ("kind", "schema", "sensors"),
 }
-_RAPL = ("perf", "powercap")
+_RAPL = ("perf", "powercap", "powercap-mmio")
 
 _LONGEST_S = 10.0
 """A longer refresh, window or lag is no sensor's."""

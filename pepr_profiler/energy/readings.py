@@ -32,6 +32,9 @@ _MOST_RUNS = 4
 _SHORT_NS = 1_000_000_000
 """First readings that nothing has confirmed were impossible, unless they stood still for longer."""
 
+_ALL_BITS = 2.0**32 - 1, 2.0**64
+"""All 32 or 64 bits set (as a double): so drivers say that a counter has no value now."""
+
 _BLOCK = 4096
 """Readings that are looked at together. After an impossible one its block is looked at anew."""
 
@@ -112,6 +115,9 @@ class CounterReadings:
     def take(self, t_ns: int, raw: float) -> bool:
         """Takes in the next reading; whether it is sound, and `counted` has been moved on."""
         self.bridge_j2 = 0.0
+        if raw in _ALL_BITS:
+            self.impossible += 1
+            return False
         if math.isnan(self._raw):
             self._follow(t_ns, raw, 0.0)
             return True
@@ -153,6 +159,13 @@ class CounterReadings:
         """`take` for many readings at once."""
         import numpy as np
 
+        none = (raw == _ALL_BITS[0]) | (raw == _ALL_BITS[1])
+        if none.any():
+            self.impossible += int(none.sum())
+            screened = self.screen(t_ns[~none], raw[~none])
+            sound = np.zeros(len(raw), bool)
+            sound[~none] = screened.sound
+            return screened._replace(sound=sound)
         sound, counted = np.ones(len(raw), bool), np.empty(len(raw))
         bridge_j2 = None
         at = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
@@ -81,6 +82,11 @@ class Source(Record):
         that it holds would be added when it reads right again. RAPL's counters do pass through 0.
         """
         return not self.counter or self.source == "nvml-energy"
+
+    def knows(self, raw: Any) -> Any:
+        """Whether a raw reading is known, or which of an array of them are."""
+        known = abs(raw) < math.inf  # False of NaN
+        return known & (raw > 0) if self.zero_is_unknown else known
 
 
 _RAPL_GAIN = {"intel": 0.03, "other": 0.075, "dram": 0.15}
@@ -307,24 +313,26 @@ def _rapl_source(lane: LaneInfo, index: int, domain: tuple[str, str], cpu_vendor
     kind, gain, excluded, scope = "cpu", _RAPL_GAIN[vendor], "", "device"
     if name == "dram":
         kind, gain = "dram", _RAPL_GAIN["dram"]
-    ident = path
-    if zone.startswith("intel-rapl-mmio"):
-        ident, excluded = f"{path}@{zone}", f"repeats {path}"
     elif name == "psys":
         kind, scope = "other", "platform"
-    elif name != "dram" and not _PACKAGE.match(name):
+    elif not _PACKAGE.match(name):
         scope = "inside"
         excluded = f"inside {parent}" if parent else "not a package or dram domain"
-    return _make(
+    source = _make(
         lane,
         index,
-        id=f"{kind}:{ident}",
+        id=f"{kind}:{path}",
         kind=kind,
         label=path,
         excluded=excluded,
         gain=gain,
         scope=scope,
     )
+    if not zone.startswith("intel-rapl-mmio"):
+        return source
+    repeats = source.id if source.in_total else ""
+    twin = source._replace(id=f"{source.id}@{zone}", source="powercap-mmio", repeats=repeats)
+    return twin.not_counted(f"repeats {path}")
 
 
 def _perf_domain(lane: LaneInfo, channel: Channel) -> tuple[str, str]:
@@ -552,9 +560,18 @@ def package_of(ident: str) -> str:
 def _without_repeats(sources: list[Source], silent: Set[Place]) -> list[Source]:
     """Makes ids unique: of a component that two lanes measure, the first source is counted.
 
-    One that gave something comes before one that is silent. A package and its dies are the same
+    One that gave something comes before one that is silent, and RAPL's mmio zones only in the place
+    of those. A package and its dies are the same
     component too (kernels differ in what AMD's counters are of); the dies of a package add up.
     """
+    dead = {source.id for source in sources if source.in_total and _place(source) in silent}
+    dead -= {source.id for source in sources if source.in_total and _place(source) not in silent}
+    sources = [
+        source._replace(id=source.repeats, repeats="", in_total=True, excluded="")
+        if source.repeats in dead and _place(source) not in silent
+        else source
+        for source in sources
+    ]
     seen: dict[str, Source] = {}
     packages: dict[str, Source] = {}
     for source in sorted(sources, key=lambda source: _place(source) in silent):
@@ -569,7 +586,7 @@ def _without_repeats(sources: list[Source], silent: Set[Place]) -> list[Source]:
             continue
         excluded = source.excluded or f"repeats {first.label} of {first.lane}"
         ident = f"{source.id}@{source.lane}.{source.channel}"
-        repeats = first.id if source.id == first.id and not source.excluded else ""
+        repeats = first.id if source.id == first.id and not source.excluded else source.repeats
         seen[ident] = source._replace(id=ident, repeats=repeats).not_counted(excluded)
     places = {_place(source): n for n, source in enumerate(sources)}
     return sorted(seen.values(), key=lambda source: places[_place(source)])

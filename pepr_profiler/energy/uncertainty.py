@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pepr_profiler.energy.curve import EnergyCurve, Inside, median
-from pepr_profiler.record import Floats, Ints, Record
+from pepr_profiler.energy.curve import EnergyCurve, Inside, median, steps_of
+from pepr_profiler.record import Floats, Ints, Mask, Record
 from pepr_profiler.units import NS_PER_S
 
 _ALIAS_U = 0.2
@@ -205,6 +205,7 @@ def budget(
         edges_j=math.hypot(
             edges_j,
             abs(part) * math.sqrt(_inside_j2(curve, times, repeats)),
+            abs(part) * _stood_in_j(curve, at_ns, times),
         ),
         duty_j=summed(curve.duty_j2, times),
         gaps_j=math.hypot(summed(curve.gap_j2, times), abs(part) * unread_j),
@@ -235,6 +236,28 @@ def _hidden_part(averages_s: float, seconds: Any) -> Any:
     return _HIDDEN_POWER * np.minimum(1.0, averages_s / math.sqrt(24) / np.maximum(seconds, 1e-9))
 
 
+def _stood_in_j(curve: EnergyCurve, at_ns: Ints, times: Ints) -> float:
+    """u of what averages hide where they stand in for a counter, J; it may be alike in all windows.
+
+    `times` is how often the energy up to each instant is in the sum.
+    """
+    if not curve.instead_averages_s:
+        return 0.0
+    replaced = np.zeros(len(at_ns), bool)  # the steps that follow the instants
+    for span_ns in curve.instead_ns:
+        replaced[slice(*steps_of(span_ns, at_ns))] = True
+    begins, ends = _runs(replaced & (np.cumsum(times) < 0))
+    joules = np.abs(curve.energy_j[ends] - curve.energy_j[begins])
+    spans_s = (at_ns[ends] - at_ns[begins]) / NS_PER_S
+    return float(joules @ _hidden_part(curve.instead_averages_s, spans_s))
+
+
+def _runs(steps: Mask) -> tuple[Ints, Ints]:
+    """Where runs of steps that follow each other begin, and where they end."""
+    before = np.append(False, steps[:-1])
+    return np.flatnonzero(steps & ~before), np.flatnonzero(before & ~steps)
+
+
 class _Repeats(Record):
     """Several windows of one curve, those that follow each other without a gap taken as one.
 
@@ -250,9 +273,7 @@ class _Repeats(Record):
     @classmethod
     def of(cls, curve: EnergyCurve, at_ns: Ints, times: Ints) -> _Repeats | None:
         """Those of a sum; None if all of them are one."""
-        holds = np.cumsum(times) < 0
-        held_before = np.append(False, holds[:-1])
-        begins, ends = np.flatnonzero(holds & ~held_before), np.flatnonzero(held_before & ~holds)
+        begins, ends = _runs(np.cumsum(times) < 0)
         if len(begins) < 2:
             return None
         spans_s = (at_ns[ends] - at_ns[begins]) / NS_PER_S
@@ -309,7 +330,7 @@ def _unread_j(curve: EnergyCurve, at_ns: Ints, begins_ns: Ints, ends_ns: Ints) -
     that. A counter that no longer moves was last read when its next refresh was due.
     """
     first_ns, last_ns = curve.first_ns, curve.last_ns
-    if curve.source.counter and not curve.instead_of and curve.changed_ns > first_ns:
+    if curve.source.counter and curve.changed_ns > first_ns:
         due_s = _DUE_REFRESHES * max(curve.refresh_s, curve.source.period_s)
         last_ns = min(last_ns, curve.changed_ns + round(due_s * NS_PER_S))
     if first_ns < 0 or last_ns <= first_ns:

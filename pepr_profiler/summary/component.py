@@ -74,12 +74,12 @@ _LEAST_MISSING = 0.01
 CHECKED_S = 2.0
 """In a shorter run, power readings do not check a counter."""
 
-_STALL_S, _STALL_REFRESHES = 5.0, 50
+_STALL_REFRESHES = 50
 
 
 def stall_limit_s(curve: EnergyCurve) -> float:
     """How long a counter of a device that works does not stand still, s."""
-    return max(_STALL_S, _STALL_REFRESHES * curve.refresh_s)
+    return max(gap_limit_s(curve.source.period_s), _STALL_REFRESHES * curve.refresh_s)
 
 
 class ComponentResult(Record):
@@ -147,8 +147,11 @@ class ComponentResult(Record):
         first_ns, last_ns = self.curve.first_ns, self.curve.last_ns
         limit_ns = gap_limit_s(self.curve.source.period_s) * NS_PER_S
         still_s = (last_ns - self.curve.changed_ns) * 1e-9
-        counts = self.curve.source.counter and not self.curve.instead_of
-        if counts and self.curve.changed_ns > 0 and still_s > stall_limit_s(self.curve):
+        if (
+            self.curve.source.counter
+            and self.curve.changed_ns > 0
+            and still_s > stall_limit_s(self.curve)
+        ):
             last_ns = self.curve.changed_ns
         missing_ns = np.zeros(len(begins_ns))
         if first_ns - grid.at_ns[0] > limit_ns:
@@ -231,7 +234,10 @@ class ComponentResult(Record):
 
     def _trace_w(self, grid: Grid) -> list[float | None]:
         """The power in each bucket, None before the first and after the last reading."""
-        power_w = mean_powers_w(self.curve, grid, grid.buckets_ns, self.curve.energy_j)
+        curve = self.curve
+        power_w = mean_powers_w(
+            curve, grid, grid.buckets_ns, curve.energy_j, within_ns=curve.flow_ns
+        )
         ends_ns = zip(grid.buckets_ns[:-1], grid.buckets_ns[1:], strict=True)
         return [
             watts if end_ns >= self.curve.first_ns and begin_ns <= self.curve.last_ns else None
@@ -283,15 +289,24 @@ _FIGURES = (
 """The keys of a component whose values are unknown if its energy is."""
 
 
-def mean_powers_w(curve: EnergyCurve, grid: Grid, edges_ns: Ints, so_far_j: Floats) -> Floats:
+def mean_powers_w(
+    curve: EnergyCurve,
+    grid: Grid,
+    edges_ns: Ints,
+    so_far_j: Floats,
+    *,
+    within_ns: tuple[float, float] = (-math.inf, math.inf),
+) -> Floats:
     """The mean power between edges on the grid (n + 1,), as finely as the readings support, (n,).
 
     The uncertain times of two refreshes make an interval between them look longer or shorter. So
-    steps that are too short for a counter have the mean of as many of them as are long enough.
+    steps that are too short for a counter have the mean of as many of them as are long enough. Of
+    each, the mean is that of its time `within_ns`.
     """
     kept = np.array(supported_edges(curve, grid, edges_ns))
+    spans_s = np.diff(np.clip(edges_ns[kept], *within_ns)) * 1e-9
     with np.errstate(divide="ignore", invalid="ignore"):
-        power_w = np.diff(grid.pick(so_far_j, edges_ns[kept])) / (np.diff(edges_ns[kept]) * 1e-9)
+        power_w = np.diff(grid.pick(so_far_j, edges_ns[kept])) / spans_s
     return np.asarray(np.repeat(power_w, np.diff(kept)))
 
 

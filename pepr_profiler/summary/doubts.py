@@ -243,7 +243,7 @@ def _doubtful_counter(curve: EnergyCurve, duration_s: float) -> Iterator[dict[st
             "unseen; its energy may be a multiple of its range too low",
             "keep the profiler from being stopped, or sample more often (--period)",
         )
-    if not curve.instead_of and curve.longest_stall_s > stall_limit_s(curve):
+    if curve.longest_stall_s > stall_limit_s(curve):
         yield warning(
             "stalled",
             f"{name} stood still for {curve.longest_stall_s:.1f} s while it was read",

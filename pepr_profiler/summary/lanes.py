@@ -157,8 +157,10 @@ class _EnergyReader:
         for curve in curves:
             source = curve.source
             instead_of = stands_for.get((source.lane, source.channel), "")
-            settled = curve._replace(instead_of=instead_of, instead_s=self._span_s(instead_of))
-            settled = stood_in(settled) if instead_of else settled
+            settled = curve
+            if instead_of:
+                whole_ns = int(self._at_ns[0]), int(self._at_ns[-1])
+                settled = stood_in(curve)._replace(instead_of=instead_of, instead_ns=(whole_ns,))
             other = spare.get(source.id)
             if not answers(curve) and other is not None and other.only_zero:
                 settled = settled._replace(only_zero=True)  # a device that is off
@@ -202,9 +204,6 @@ class _EnergyReader:
                 source = source._replace(mirrors=found.mirrors).not_counted(found.excluded)  # noqa: PLW2901
             curves.append(curve._replace(source=source))
         return curves
-
-    def _span_s(self, instead_of: str) -> float:
-        return float(self._at_ns[-1] - self._at_ns[0]) * 1e-9 if instead_of else 0.0
 
 
 class _Tally:
