@@ -25,6 +25,7 @@ from pepr_profiler.commands import (
     whoever_listens,
     written_output,
 )
+from pepr_profiler.commands.programs import name_of
 from pepr_profiler.errors import PeprError, UsageError, reason_of
 from pepr_profiler.record import Record
 from pepr_profiler.recording.options import SCOPES, Options
@@ -206,20 +207,6 @@ def recording_options(verb: Callable[..., int]) -> Callable[..., int]:
         return verb(**parameters, request=RecordingRequest(**asked, others=others))
 
     return decorate(with_request, _OPTIONS)
-
-
-def name_of(command: Sequence[str]) -> str:
-    """The script's name where an interpreter runs one, else the program's."""
-    program = Path(command[0]).name
-    if program.startswith(("python", "torchrun", "bash", "sh")):
-        for i, argument in enumerate(command[1:], start=1):
-            if argument == "-m" and i + 1 < len(command):
-                return command[i + 1].rsplit(".", 1)[-1]
-            if not argument.startswith("-"):
-                return Path(argument).stem
-            if argument == "-c":
-                break
-    return program
 
 
 def log(recorder: Recorder, metrics: Metrics | None) -> None:
