@@ -520,6 +520,15 @@ def test_a_client_waits_its_turn_while_the_queue_is_full(tree: Tree, tmp_path: P
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.signal(signal.SIGALRM, before)
+            # nor does a default timeout of the program, which makes its sockets non-blocking
+            socket.setdefaulttimeout(SLOW_S)
+            begin_s = time.monotonic()
+            try:
+                with pytest.raises(PeprError, match="its queue was full for"):
+                    Connection(running.socket, timeout_s=0.5)
+            finally:
+                socket.setdefaulttimeout(None)
+            assert 0.5 <= time.monotonic() - begin_s < 5
             goes_on = threading.Timer(0.5, os.kill, (running.pid, signal.SIGCONT))
             goes_on.start()
             connection = Connection(running.socket, timeout_s=SLOW_S)
@@ -956,3 +965,33 @@ def test_a_daemon_that_answers_nonsense_costs_a_warning(
     listener.close()
     assert isinstance(node.error, PeprError)
     assert [code for code, _, _ in node.close()] == ["daemon-unusable"]
+
+
+def test_status_prints_no_control_characters_of_a_daemon(cli: Cli, tmp_path: Path) -> None:
+    import socket
+    import threading
+
+    odd = "\x1b[2J\r"
+    status = {
+        "v": 1, "ok": True, "version": odd, "pid": odd, "up_s": 1, "cpu_s": 1, "rss_bytes": 1,
+        "fine": True, "refused": {odd: odd}, "metrics": odd, "clients": odd,
+        "lanes": [{"name": odd, "channels": [], "coarse": False, "why": odd}],
+        "runs": [{"run": odd, "pid": odd, "uid": odd, "number": odd}],
+    }  # fmt: skip
+    path = tmp_path / "odd.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(4096)
+                connection.send(json.dumps(status).encode())
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        result = cli("daemon", "--socket", str(path), "status")
+        thread.join()
+    text = result.stdout.decode()
+    assert result.status == 0 and "refused so far" in text
+    assert text.replace("\n", "").isprintable(), ascii(text)

@@ -43,6 +43,26 @@ def test_a_limit_costs_the_measurement_at_most(cli: Cli, limits: dict[str, int])
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="root becomes a user whom the limit is for")
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 8, 12])
+def test_a_limit_of_threads_costs_the_measurement_at_most(open_folder: Path, count: int) -> None:
+    # our threads may take what the command needs to be started
+    python, env = python_of(54400 + count)
+
+    def prepare() -> None:
+        limited(NPROC=count)()
+        become(54400 + count)()
+
+    meter = write_meter(open_folder / "meter", 100)
+    done = subprocess.run(
+        [python, "-m", "pepr_profiler", "-q", "--sensor", meter, "--", "sh", "-c", FAILING[2]],
+        env={**env, "TMPDIR": str(open_folder)}, preexec_fn=prepare,
+        cwd="/", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (7, "ran\n"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "broken", ["raise RuntimeError('not that one')", "1/0", "import nothing_such", "ndarray = None"]
 )

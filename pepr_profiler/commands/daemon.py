@@ -179,7 +179,7 @@ def status(path: Path | None, /, *, as_json: bool) -> None:
     whose = "" if facts["fine"] else " of yours"
     refused = ", ".join(f"{count} ({why})" for why, count in facts.get("refused", {}).items())
     if refused:
-        click.echo(f"  refused so far: {refused}")
+        say(f"  refused so far: {refused}")
     if facts["metrics"]:
         say(f"  metrics at {facts['metrics']}")
     say(f"  {facts['clients']} client(s){whose}, {len(facts['runs'])} run(s){whose}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from contextlib import suppress
@@ -87,8 +88,10 @@ def _measure(
     try:
         environment = {RUN_DIR_VARIABLE: str(recorder.directory.absolute())}
         child = Child.spawn(command, held=held, env=environment, relay=relay)
-    except BaseException:
+    except BaseException as error:
         recorder.discard()
+        if getattr(error.__cause__, "errno", None) in (errno.EAGAIN, errno.ENOMEM):
+            raise UnmeasuredError(command) from error.__cause__  # our threads took what it needs
         raise
     try:
         recorder.begin(child.started_ns)

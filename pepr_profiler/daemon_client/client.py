@@ -46,6 +46,7 @@ class Connection:
 
         self.path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(None)  # the program may have set a default one
         try:
             self._connect(timeout_s)
             self._socket.settimeout(timeout_s)
