@@ -111,7 +111,7 @@ def status_unread(path: str) -> Iterator[list[Peer]]:
     for number in range(300):
         registrar.say(op="register", run=f"{LONG_NAME}{number % 10}"[-128:])
         registrar.hear()
-    yield from _keep_asking(path, 40, op="status")
+    yield from _keep_asking(path, 300, op="status")
 
 
 def opens_kept(path: str) -> Iterator[list[Peer]]:

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,79 @@ def few_descriptors() -> None:
 def resident_bytes(running: Daemon) -> int:
     pages = Path(f"/proc/{running.pid}/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class MemoryGroup:
+    """A cgroup that limits memory, of version 1 or 2."""
+
+    folder: Path
+
+    @property
+    def _is_v1(self) -> bool:
+        return (self.folder / "memory.limit_in_bytes").exists()
+
+    def enter(self) -> None:
+        """A `preexec_fn`: this process, and all that it starts, counts from now on."""
+        (self.folder / "cgroup.procs").write_text("0")
+
+    def limit(self, limit_bytes: int) -> None:
+        name = "memory.limit_in_bytes" if self._is_v1 else "memory.max"
+        (self.folder / name).write_text(str(limit_bytes))
+
+    def peak_bytes(self) -> int:
+        """The most that was used, the kernel's buffers included."""
+        name = "memory.max_usage_in_bytes" if self._is_v1 else "memory.peak"
+        return int((self.folder / name).read_text())
+
+    def kills(self) -> int:
+        """How many processes the kernel has ended because of the limit."""
+        name = "memory.oom_control" if self._is_v1 else "memory.events"
+        lines = (self.folder / name).read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("oom_kill ")).split()[1])
+
+
+@pytest.fixture
+def memory_group() -> Iterator[MemoryGroup]:
+    """A group of 256 MB, as the daemon's unit has it; skips where none can be made."""
+    mounted = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
+    parent = next((path for path in mounted if (path / "cgroup.procs").exists()), mounted[1])
+    group = MemoryGroup(parent / f"pepr-test-{os.getpid()}")
+    try:
+        group.folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made in {parent}: {error.strerror}")
+    try:
+        try:
+            group.limit(256 << 20)
+            group.peak_bytes()
+        except OSError as error:
+            pytest.skip(f"memory is not limited in {parent}: {error.strerror}")
+        yield group
+    finally:
+        until(lambda: not (group.folder / "cgroup.procs").read_text())
+        group.folder.rmdir()
+
+
+@pytest.mark.parametrize("name", ["status-unread", "opens-unread", "refusals-unread"])
+def test_unread_answers_do_not_fill_the_memory_that_its_unit_allows(
+    tree: Tree, tmp_path: Path, memory_group: MemoryGroup, name: str
+) -> None:
+    # what the kernel keeps for a client that does not read is the daemon's memory
+    options: dict[str, Any] = {"preexec_fn": memory_group.enter}
+    with daemon(tmp_path, "--sensor", tree.spec, **options) as running, ExitStack() as attackers:
+        lock(tree)
+        assert served(running, tree, 1) == 1
+        before = memory_group.peak_bytes()
+        for uid in ATTACKERS:
+            attackers.enter_context(attack(name, str(running.socket), uid))
+        time.sleep(6)
+        assert served(running, tree, 20) == 20
+        assert running.process.poll() is None and memory_group.kills() == 0
+        grown = memory_group.peak_bytes() - before
+        print(f"{name}: {before / 1e6:.0f} MB, {grown / 1e6:.0f} MB more under attack")
+        # four users together have at most four fifths of what may be unread; and what it takes
+        assert grown < Quotas().unread_bytes + 32_000_000
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from cli import Cli, Result, codes, component, python, write_meter
 from daemons import become, python_of
+from sim.powercap import BuildTree, two_socket_server
 
 FAILING = ("sh", "-c", "echo ran; exit 7")
 
@@ -41,6 +42,16 @@ def test_a_limit_costs_the_measurement_at_most(cli: Cli, limits: dict[str, int])
     result = cli("--", *FAILING, preexec_fn=limited(**limits), env=alone)
     assert (result.status, result.stdout) == (7, b"ran\n"), result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("count", range(13, 27, 2))
+def test_a_limit_of_descriptors_is_no_reason_to_refuse_a_named_sensor(
+    cli: Cli, tmp_path: Path, count: int
+) -> None:
+    meter = write_meter(tmp_path / "meter", 100)
+    result = cli("--sensor", meter, "--", *FAILING, preexec_fn=limited(NOFILE=count))
+    assert (result.status, result.stdout) == (7, b"ran\n"), result.stderr
+    assert "it has exited" not in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root becomes a user whom the limit is for")
@@ -327,6 +338,29 @@ assert [phase["name"] for phase in run.summary["phases"]] == ["after"]
     result = run_program(cli, code, write_meter(tmp_path / "meter", 100), str(folder))
     assert result.status == 0, result.stderr
     assert {path.read_text() for path in folder.iterdir()} == {"mine"}
+
+
+@pytest.mark.parametrize("files", [0, 700])
+def test_a_counter_whose_descriptor_the_program_closed_is_opened_anew(
+    cli: Cli, tmp_path: Path, powercap_sim: BuildTree, files: int
+) -> None:
+    # given a program that closes all descriptors, and gets ours for files of its own with digits
+    tree = powercap_sim(*two_socket_server(), live=True)
+    code = """
+import os, sys, time
+from pepr_profiler import profile
+with profile("x", sensors=[sys.argv[1]]) as run:
+    time.sleep(0.7)
+    os.closerange(3, 4096)
+    for number in range(int(sys.argv[3])):
+        os.write(os.open(os.path.join(sys.argv[2], str(number)), os.O_RDWR | os.O_CREAT), b"9" * 9)
+    time.sleep(0.7)
+"""
+    result = run_program(cli, code, tree.spec, str(tmp_path), str(files))
+    assert result.status == 0, result.stderr
+    summary = cli.report(cli.runs()[0])
+    truth_j = tree.energy_j("intel-rapl:0", *summary["recording"]["window_ns"])
+    assert component(summary, "cpu:package-0")["device_j"] == pytest.approx(truth_j, rel=0.05)
 
 
 LIFE = {

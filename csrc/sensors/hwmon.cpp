@@ -98,7 +98,7 @@ public:
     }
 
     void poll(double* out) noexcept override {
-        for (const Reading& reading : readings_) {
+        for (Reading& reading : readings_) {
             double value = number(reading.file);
             if (reading.factor) value *= number(reading.factor);
             *out++ = value;
@@ -107,11 +107,11 @@ public:
 
 private:
     struct Reading {
-        File file;
-        File factor;  // current, where a chip has voltage and current but no power
+        LastingFile file;
+        LastingFile factor;  // current, where a chip has voltage and current but no power
     };
 
-    static double number(const File& file) noexcept {
+    static double number(LastingFile& file) noexcept {
         char text[32];
         const char* at = text;
         const char* const end = text + file.read(text, sizeof text);
@@ -156,7 +156,7 @@ private:
     void open_file(const fs::path& chip, const std::string& name, const fs::path& base,
                    const fs::path& path, const fs::path& factor, bool energy, bool processor) {
         const std::string input = base.filename();
-        Reading reading{moved_up(File(path)), factor.empty() ? File() : moved_up(File(factor))};
+        Reading reading{LastingFile(path), factor.empty() ? LastingFile() : LastingFile(factor)};
         if (!reading.file || (!factor.empty() && !reading.factor)) {
             const int error = errno;
             const std::string what = "hwmon " + name + " " + input;

@@ -84,7 +84,7 @@ private:
         const std::string zone = directory.filename();
         const std::string name = read_text(directory / "name");
         const std::string what = "powercap zone " + zone + (name.empty() ? "" : " (" + name + ")");
-        File file = moved_up(File(directory / "energy_uj"));
+        LastingFile file(directory / "energy_uj");
         if (!file) {
             const int error = errno;
             if (is_denied(error)) return note_denied(what, directory / "energy_uj");
@@ -136,7 +136,7 @@ private:
         }
     }
 
-    std::vector<File> files_;
+    std::vector<LastingFile> files_;
 };
 
 }  // namespace

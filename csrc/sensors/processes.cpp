@@ -34,17 +34,28 @@ constexpr std::size_t kReadsPerSample = 24;
 
 constexpr const char* kPids = "pids=";
 
+// Why a file of /proc cannot be opened: for want of descriptors or memory, or what is usual.
+std::string why_not(const std::string& path, const char* usual) {
+    const PlainLocale plain;
+    const File file(path);
+    const bool short_of = !file && (errno == EMFILE || errno == ENFILE || errno == ENOMEM);
+    return short_of ? std::strerror(errno) : usual;
+}
+
 class Processes final : public Sensor {
 public:
     Processes(const std::string& where, const std::vector<pid_t>& roots)
         : left_out_(where == "self" ? 0 : ::getpid()), tree_(roots, left_out_) {
         if (!machine_ || tree_.last_pid() < 0)
-            throw SensorError("the process tree cannot be followed", "/proc is not mounted",
+            throw SensorError("the process tree cannot be followed",
+                              why_not("/proc/loadavg", "/proc is not mounted"),
                               "mount /proc (mount -t proc proc /proc)");
         for (const pid_t root : roots)
             if (!tree_.has(root))
-                throw SensorError("process " + std::to_string(root) + " cannot be followed",
-                                  "it has exited", "ps -p PID shows what still runs");
+                throw SensorError(
+                    "process " + std::to_string(root) + " cannot be followed",
+                    why_not("/proc/" + std::to_string(root) + "/stat", "it has exited"),
+                    "ps -p PID shows what still runs");
         std::string source = "perf task-clock, inherited, put right by process clocks";
         try {
             clock_.emplace(tree_);

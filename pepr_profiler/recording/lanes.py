@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -140,7 +142,8 @@ class Lanes:
     def _is_settled(self, lane: RecordedLane, timeout_s: float) -> bool:
         """Whether a lane has opened, or failed and was removed. False: it is still opening.
 
-        Raises SensorError if it failed and was asked for, and nothing is written yet.
+        Raises SensorError if it failed and was asked for, and nothing is written yet. If it failed
+        for want of descriptors or memory, the run goes on with what works.
         """
         try:
             if not lane.sampler.wait_ready(timeout_s):
@@ -149,7 +152,7 @@ class Lanes:
             if self._read_through_daemon(lane):
                 return True
             asked = self._options.sensors or (self._follows and lane.name == "processes")
-            if asked and self._directory is None:
+            if asked and self._directory is None and not _is_shortage(error):
                 raise
             del self._lanes[lane.name]
             # A missing driver is reported once, for its energy, and not for its process list too.
@@ -368,3 +371,9 @@ class Lanes:
     def _stats(self) -> dict[str, dict[str, float]]:
         """How sampling went in our own lanes; the daemon's status has that of its lanes."""
         return {lane.name: lane.own.stats() for lane in self._lanes.values() if lane.own}
+
+
+def _is_shortage(error: SensorError) -> bool:
+    """Whether a sensor is there and cannot be opened for want of descriptors or memory."""
+    numbers = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return any(os.strerror(number) in error.why for number in numbers)
