@@ -235,6 +235,23 @@ def test_recording_that_contradicts_itself_is_said_to(
     assert why in refused.value.why and "report" in refused.value.fix
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+@pytest.mark.parametrize("where", ["later", "recording"])
+def test_a_number_that_is_not_finite_is_refused_also_where_nothing_is_expected(
+    killed: Killed, tmp_path: Path, where: str, number: str
+) -> None:
+    # it would be passed on, and a summary with it cannot be written
+    directory = tmp_path / "run"
+    shutil.copytree(killed[0], directory)
+    run = json.loads((directory / "run.json").read_text())
+    run.setdefault(where, {})["unknown"] = [{"x": "HERE"}]
+    text = json.dumps(run).replace('"HERE"', number)
+    (directory / "run.json").write_text(text)
+    with pytest.raises(TraceError, match="is damaged") as refused:
+        summarise(directory)
+    assert "not finite" in refused.value.why
+
+
 # --- stores that take nothing ---------------------------------------------------------------------
 
 

@@ -30,8 +30,9 @@ _STEPS, _SHORTEST_STEP_S = 480, 0.05
 _STEP_REFRESHES, _STEP_U = 4, 0.01
 """A mean power needs so many refreshes of a counter, and is sure to this part by their times."""
 
-_MOST_SECONDS = 1 << 22
-"""A run of more than 48 days is looked at in as many longer steps instead of seconds."""
+_MOST_SECONDS = 1 << 20
+"""A run of more than 12 days is looked at in as many longer steps instead of seconds: each array
+over them takes 8 MB, and a component has dozens."""
 
 
 class Grid(Record):
@@ -319,10 +320,13 @@ def supported_edges(curve: EnergyCurve, grid: Grid, edges_ns: Ints) -> list[int]
         np.maximum(curve.inside.refresh_u_s[:, grid.places(edges_ns)].max(axis=0), 0.0) * NS_PER_S
     )
     least_ns = _STEP_REFRESHES * curve.refresh_s * NS_PER_S
+    unsure_ns = 2 / _STEP_U * np.hypot(u_ns[:-1], u_ns[1:])
+    if bool((np.diff(edges_ns) >= np.maximum(least_ns, unsure_ns)).all()):
+        return list(range(last + 1))  # of a long run in seconds: the loop would take seconds
     kept = [0]
     for edge in range(1, last + 1):
-        unsure_ns = 2 / _STEP_U * math.hypot(u_ns[kept[-1]], u_ns[edge])
-        if edges_ns[edge] - edges_ns[kept[-1]] >= max(least_ns, unsure_ns):
+        both_ns = 2 / _STEP_U * math.hypot(u_ns[kept[-1]], u_ns[edge])
+        if edges_ns[edge] - edges_ns[kept[-1]] >= max(least_ns, both_ns):
             kept.append(edge)
     if kept[-1] != last:  # the rest is too short to stand alone
         kept = [*kept[:-1], last] if len(kept) > 1 else [0, last]
