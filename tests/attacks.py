@@ -259,6 +259,29 @@ def scrapes(port: str) -> Iterator[list[Peer]]:
         yield []
 
 
+def floods(port: str) -> Iterator[list[Peer]]:
+    """Connections that ask nothing, each opened again as soon as it is closed."""
+    kept: list[socket.socket] = []
+    while True:
+        alive = []
+        for flood in kept:
+            try:
+                if flood.recv(1):
+                    alive.append(flood)
+            except BlockingIOError:
+                alive.append(flood)
+            except OSError:
+                flood.close()
+        kept = alive
+        for _ in range(200 - len(kept)):
+            flood = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            with suppress(OSError):
+                flood.connect(("127.0.0.1", int(port)))
+            kept.append(flood)
+        yield []
+        time.sleep(0.005)
+
+
 ATTACKS: dict[str, Callable[[str], Iterator[list[Peer]]]] = {
     attack.__name__.replace("_", "-"): attack
     for attack in (
@@ -268,7 +291,7 @@ ATTACKS: dict[str, Callable[[str], Iterator[list[Peer]]]] = {
 }  # fmt: skip
 """On the daemon's socket."""
 
-METRICS_ATTACKS = {"trickle": trickle, "scrapes": scrapes}
+METRICS_ATTACKS = {"trickle": trickle, "scrapes": scrapes, "floods": floods}
 """On the port of its metrics."""
 
 

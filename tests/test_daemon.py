@@ -313,6 +313,32 @@ def test_a_run_that_starts_while_the_daemon_stands_still_is_not_held_up(
         os.kill(running.pid, signal.SIGCONT)
 
 
+def test_a_named_sensor_waits_for_a_daemon_that_is_started_again(
+    tree: Tree, tmp_path: Path
+) -> None:
+    with daemon(tmp_path, "--sensor", tree.spec) as running:
+        lock(tree)
+        running.process.kill()
+        running.process.wait()
+        # one that was detected is not worth the wait
+        result, summary = running.cli.measure("--", "true", preexec_fn=obey_permissions)
+        assert result.status == 0 and summary["recording"]["daemon"] is None
+        # a named one is, and without it there is no run
+        named = ("--sensor", tree.spec, "--", "sleep", "0.5")
+        result = running.cli(*named, preexec_fn=obey_permissions)
+        assert result.status == 125 and "cannot be read" in result.stderr
+        again: list[subprocess.Popen[bytes]] = []
+        later = threading.Timer(
+            0.5, lambda: again.append(restart(running, "--sensor", tree.spec))
+        )  # fmt: skip
+        later.start()
+        result, summary = running.cli.measure(*named, preexec_fn=obey_permissions)
+        later.join()
+        with ended(again[0]):
+            assert result.status == 0
+            assert component(summary, "cpu:package-0")["source"] == "powercap"
+
+
 SHIM = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>

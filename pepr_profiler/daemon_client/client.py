@@ -27,12 +27,17 @@ from pepr_profiler.trace.run_json import boot_id
 _FIRST_ANSWER_S = 5.0  # as long as a driver may take to open
 _LATER_ANSWER_S = 0.25  # short, because a recording that goes on waits for it
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.1, 5.0
+_RESTART_S = 3.0  # a run whose sensor was named waits so long for a daemon that is started again
 _DEVICES_PER_CLAIM = 16  # eight seconds of so many GPUs fill half of the longest request
 _LAST_ROW_POLL_S = 0.002
 _MOST_CLOCK_OFFSET_NS = 1_000_000_000
 
 RawRows = tuple[int, bytes, bytes, list[bytes]]
 """Rows as the core gives them: how many, `t_ns`, `read_ns` and the channels, native-endian."""
+
+
+class DaemonGoneError(PeprError):
+    """A daemon was there and has ended; its manager may start it again."""
 
 
 class Connection:
@@ -71,7 +76,8 @@ class Connection:
             self._wait_in_queue(f"/proc/self/fd/{directory}/{self.path.name}", timeout_s)
         except OSError as error:
             full = error.errno == errno.EAGAIN
-            raise PeprError(
+            gone = error.errno in (errno.ECONNREFUSED, errno.ECONNRESET)
+            raise (DaemonGoneError if gone else PeprError)(
                 f"no daemon answers at {self.path}",
                 why=f"its queue was full for {timeout_s:g} s"
                 if full
@@ -124,11 +130,12 @@ class Connection:
                 raise ValueError("it was no object")
         except (OSError, ValueError) as error:
             protocol.close_all(descriptors)
+            gone = not isinstance(error, TimeoutError) and not self.is_up()
             with suppress(OSError):  # an answer that comes later would be taken for the next one
                 self._socket.shutdown(socket.SHUT_RDWR)
             fix = "see: pepr-profile daemon status, or its journal"
             what = f"the daemon at {self.path} gave no answer"
-            raise PeprError(what, why=str(error), fix=fix) from None
+            raise (DaemonGoneError if gone else PeprError)(what, why=str(error), fix=fix) from None
         if not reply.get("ok"):
             protocol.close_all(descriptors)
             refusal = reply.get("error") or {}
@@ -181,8 +188,20 @@ class DaemonClient:
         """The daemon's lane for a sensor that we may not read ourselves; None if it has none.
 
         `named`: the user asked for this very sensor. A detected one may be replaced by another
-        that reads the same counters, as perf and powercap do.
+        that reads the same counters, as perf and powercap do. Without a named one there is no run,
+        so that it is waited for a daemon that is just started again.
         """
+        deadline_s = time.monotonic() + (_RESTART_S if named else 0.0)
+        while True:
+            found = self._lane(spec, named=named)
+            gone = found is None and not self._lanes and isinstance(self.error, DaemonGoneError)
+            if not gone or time.monotonic() >= deadline_s:
+                return found
+            self._hang_up()
+            time.sleep(_FIRST_RETRY_S)
+            self._tried = False
+
+    def _lane(self, spec: str, *, named: bool) -> RemoteLane | None:
         self._connect_once()
         for offered in self._offered:
             name = str(offered["name"])
