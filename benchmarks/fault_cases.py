@@ -222,11 +222,13 @@ def send(signo: int, *, to: str) -> Action:
     """A signal to the profiler, its child or the daemon."""
 
     def kill(case: Case) -> None:
-        assert case.process is not None
         if to == "child":
             pid = case.child_pid()
+        elif to == "daemon":
+            pid = case.daemon.process.pid
         else:
-            pid = (case.process if to == "profiler" else case.daemon.process).pid
+            assert case.process is not None
+            pid = case.process.pid
         with suppress(ProcessLookupError):
             os.kill(pid, signo)
 

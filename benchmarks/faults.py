@@ -120,7 +120,7 @@ def new_case(tools: Tools, folder: Path, stack: ExitStack, *, with_daemon: bool)
     case.popen |= {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     if with_daemon:
         words = ("--sensor", tree.spec, "--metrics", "0")
-        few = {"preexec_fn": _few_descriptors}  # as its unit has them
+        few: dict[str, Any] = {"preexec_fn": _few_descriptors}  # as its unit has them
         case.daemon = stack.enter_context(daemons.daemon(folder / "daemon", *words, **few))
         case.daemon.options = words
         daemons.lock(tree)
@@ -226,6 +226,8 @@ def joules(case: Case) -> tuple[float, float | None]:
             continue
         from_ns = summary["recording"]["window_ns"][0]
         to_ns = from_ns + round(summary["duration_s"] * 1e9)
+        if case.until_ns:
+            to_ns = min(to_ns, case.until_ns)
         # Both: what the window left out of the command's life is lost too.
         both_s = (max(end_ns, to_ns) - min(begin_ns, from_ns)) * 1e-9
         return true_j, PACKAGE_W * both_s - (found[0]["device_j"] or 0.0)
