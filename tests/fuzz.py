@@ -831,7 +831,7 @@ def count(
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_MB << 20,) * 2)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     seeds = [file.read_bytes() for file in sorted(corpus.iterdir())]
-    dice = random.Random(seed or None)
+    dice = random.Random(f"{seed} {kept.name}" if seed else None)
     mutate = mutator(target, change_bytes)
     tried = failures = 0
     current = kept / "input"  # it stays there if it ends this process

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -68,7 +70,29 @@ def read_run(directory: Path, *, validate: bool = True) -> dict[str, Any]:
         )
     if wrong := shape_error(run, _RUN_SHAPE) if validate else "":
         raise _damaged(path, wrong)
+    if validate and _ODD_NUMBER.search(data):
+        _forget_odd_numbers(run)
     return dict(run)
+
+
+_ODD_NUMBER = re.compile(rb"NaN|Infinity|[eE]\+?[0-9]{3}")
+"""What a number that is not finite may look like; looking at each number would take 20 times as
+long."""
+
+
+def _forget_odd_numbers(value: Any) -> None:
+    """Makes numbers that are not finite unknown, which are left under keys that nobody checked.
+
+    They are no JSON: a summary with one of them could not be written.
+    """
+    waiting = [value]
+    while waiting:
+        node = waiting.pop()
+        for key, item in list(node.items() if isinstance(node, dict) else enumerate(node)):
+            if isinstance(item, dict | list):
+                waiting.append(item)
+            elif isinstance(item, float) and not -math.inf < item < math.inf:
+                node[key] = None
 
 
 def _loads_quickly(data: bytes) -> Any:

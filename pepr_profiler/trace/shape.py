@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from pepr_profiler.record import Any
 
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
@@ -18,17 +16,16 @@ def shape_error(value: Any, shape: Any, at: str = "") -> str:  # noqa: PLR0911 -
     - a tuple of shapes, of which one must fit;
     - `[shape]`, a list of such items;
     - a dict: the shape of the value of each key, with `...` for all other keys, and with None the
-      keys that must be there. Other keys may come from later versions; their values may be
-      anything but NaN and infinite numbers, which are no JSON and could not be written again.
+      keys that must be there. Other keys may come from later versions and are not looked at.
     """
-    if shape is _ANYTHING:
-        return "" if _is_finite(value) else f"{at} holds a number that is not finite"
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return _mismatch(value, at)
         for key, item in value.items():
-            inner = shape.get(key, shape.get(..., _ANYTHING))
-            if wrong := shape_error(item, inner, f"{at}.{key}" if at else key):
+            inner = shape.get(key, shape.get(...))
+            if inner is not None and (
+                wrong := shape_error(item, inner, f"{at}.{key}" if at else key)
+            ):
                 return wrong
         lacking = (key for key in shape.get(None, ()) if key not in value)
         return next((f"{at or 'it'} has no {key}" for key in lacking), "")
@@ -52,24 +49,6 @@ def shape_error(value: Any, shape: Any, at: str = "") -> str:  # noqa: PLR0911 -
     else:
         fits = kind is shape
     return "" if fits else _mismatch(value, at)
-
-
-_ANYTHING = object()
-"""The shape of what is not known."""
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether a JSON value holds no number that is NaN or infinite."""
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, dict):
-            waiting += item.values()
-        elif isinstance(item, list):
-            waiting += item
-        elif isinstance(item, float) and not -math.inf < item < math.inf:
-            return False
-    return True
 
 
 def _mismatch(value: Any, at: str) -> str:
