@@ -9,6 +9,7 @@
 
 #include "sensors/sensor.h"
 #include "system/file.h"
+#include "system/lasting_file.h"
 
 namespace pepr {
 

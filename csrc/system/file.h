@@ -84,27 +84,6 @@ inline File moved_up(File file) noexcept {
     return file;
 }
 
-// A small file that is read again and again. If the program has closed our descriptor, or has got
-// its number for a file of its own, it is opened anew: a foreign file's digits are no reading.
-class LastingFile {
-public:
-    LastingFile() = default;
-    explicit LastingFile(std::string path) : path_(std::move(path)), file_(open()) {}
-    explicit operator bool() const noexcept { return static_cast<bool>(file_); }
-
-    // As File::read.
-    std::size_t read(char* text, std::size_t size) noexcept {
-        if (!path_.empty() && !file_.is_ours()) file_ = open();
-        return file_.read(text, size);
-    }
-
-private:
-    File open() const noexcept { return moved_up(File(path_)); }
-
-    std::string path_;
-    File file_;
-};
-
 // The text of a small file, without its trailing newline; empty if it cannot be read. Anything but
 // printable ASCII becomes '?', because names go into recordings as text.
 inline std::string read_text(const std::string& path) {
