@@ -256,7 +256,7 @@ def test_a_model_that_a_group_lacks_has_no_mean_and_is_named(study: Path) -> Non
         (["--setting", "model"], "--setting model has 4 values", "two values"),
         (["--setting", "pretrained"], "--setting pretrained has 1 value: two", "two values"),
         (["--setting", "kind"], "several rows are called small CNN, middle CNN", "--repeats"),
-        (["--mean"], "there is no mean over groups: the study has one group", "--group"),
+        (["--mean"], "there is no mean over groups: there is one group", "--group"),
         (["--mean", "--group", "kind"], "several rows of kind CNN are called small", "--repeats"),
         (["--setting", "kind", "--group", "data"], "no model has both values of kind", "--name"),
         (["--figure", "size"], "--figure size needs --size", "--size"),
@@ -552,7 +552,7 @@ def test_runs_of_a_store_are_analysed_by_what_they_logged(store: Path, tmp_path:
                     "--setting", "experiment", "-o", out, "-o", tmp_path / "t.md")  # fmt: skip
     assert result.exit_code == 0, result.exception
     text = out.read_text()
-    assert text.count(r"\begin{tabular}") == 4  # two rankings, their means, the settings
+    assert text.count(r"\begin{tabular}") == 3  # two rankings and the settings
     assert "energy (kJ)" in text and r"$\pm$" in text
     assert r"parameters ($\times$10\textsuperscript{6})" in text
     assert "experiment: b against a" in text

@@ -215,9 +215,11 @@ def score(
     if spreadsheets:
         rows.require_new(_added(resources, limits is not None))
     models = labels = rows.labels(name, taken=wanted)
-    if setting_by:  # a model with another setting is no repeat of it
+    groups = rows.groups(group)
+    if setting_by:  # within a group, a model with another setting is no repeat of it
         cells = rows.texts(setting_by)
-        labels = [f"{x} ({setting_by} {y})" for x, y in zip(models, cells, strict=True)]
+        mixed = {i for at in groups.values() if len({cells[i] for i in at}) > 1 for i in at}
+        labels = [f"{x} ({cells[i]})" if i in mixed else x for i, x in enumerate(models)]
     numeric = dict.fromkeys((performance, *resources))
     times = (time,) if time else tuple(rows.duration_columns())
     columns: dict[str, Any] = {
@@ -239,7 +241,6 @@ def score(
         transform=transform,
         repeats=repeats,
     )
-    groups = rows.groups(group)
     analysis = Analysis.of_table(
         study,
         models=models,

@@ -43,14 +43,21 @@ def cost_parts(analysis: Analysis) -> list[tuple[str, Points]]:
 
 
 def cost_points(
-    analysis: Analysis, ranking: Ranking, traits: Traits, by_id: Mapping[str, Mapping[str, Any]]
+    analysis: Analysis,
+    ranking: Ranking,
+    traits: Traits,
+    by_id: Mapping[str, Mapping[str, Any]],
+    *,
+    most: int = study_figures.MOST_POINTS,
 ) -> Points:
-    """A ranking's rows as points, with their classes and the median where classes were given."""
-    if traits.classes is None:
-        return study_figures.cost_points(ranking, by_id)
-    return study_figures.cost_points(
-        ranking, by_id, classes=traits.classes, levels=analysis.classes, median=True
-    )
+    """A ranking's rows as points, with their classes and the median where classes were given.
+
+    At most `most` are drawn one by one.
+    """
+    drawn: dict[str, Any] = {"crowded": len(ranking.names) > most}
+    if traits.classes is not None:
+        drawn |= {"classes": traits.classes, "levels": analysis.classes, "median": True}
+    return study_figures.cost_points(ranking, by_id, **drawn)
 
 
 def size_parts(analysis: Analysis) -> list[tuple[str, Points]]:
@@ -66,13 +73,13 @@ def size_parts(analysis: Analysis) -> list[tuple[str, Points]]:
         ][: study_figures.MOST_PANELS]
     return [
         ("", _against_size(analysis, means.traits, means.pepr, means.sd_pepr,
-                           f"{means.label}, {_over(means)}"))
+                           means.label + _over(means)))
         for means in analysis.means
     ][: study_figures.MOST_PANELS]  # fmt: skip
 
 
 def _over(means: GroupMeans) -> str:
-    return f"mean over {len(means.groups)} groups"
+    return f", mean over {means.over} groups" if means.over > 1 else ""
 
 
 def _against_size(
@@ -95,6 +102,7 @@ def _against_size(
         classes=traits.classes or (),
         levels=analysis.classes if traits.classes else (),
         median=True,
+        crowded=n > study_figures.MOST_POINTS,
     )
 
 

@@ -17,7 +17,7 @@ def render_analysis(analysis: Analysis, *, width: int = 80, color: bool = False)
     if analysis.averages:
         first = analysis.means[0]
         n = len(first.traits.models)
-        title = f"Means over {len(first.groups)} groups   {n} model{'s' * (n != 1)}"
+        title = f"Means over {first.over} groups   {n} model{'s' * (n != 1)}"
         if n > _MOST_MEANS:
             title += f", the best {_MOST_MEANS}"
         table = means_table(analysis, _MOST_MEANS)

@@ -28,7 +28,7 @@ class Points:
 
     `runs` are (row, x, y). `bounds` are (r_min, r_max) where `y` is a performance over the resource
     that they bound. `classes` (n,) are the rows' classes, `levels` all classes in the order of the
-    legend. `median` asks for a line at the median of `x`.
+    legend. `median` asks for a line at the median of `x`. `crowded` are too many to draw each.
     """
 
     names: tuple[str, ...]
@@ -46,11 +46,7 @@ class Points:
     classes: tuple[str, ...] = ()
     levels: tuple[str, ...] = ()
     median: bool = False
-
-    @property
-    def crowded(self) -> bool:
-        """Whether there are too many points to draw each."""
-        return len(self.names) > MOST_POINTS
+    crowded: bool = False
 
 
 LEVELS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -108,7 +104,7 @@ def cost_points(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]], **draw
         x_unit=ranking.unit,
         bounds=ranking.scores.bounds,
         runs=tuple(runs),
-        **drawn,
+        **{"crowded": n > MOST_POINTS, **drawn},
     )
 
 

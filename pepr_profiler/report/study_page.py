@@ -19,13 +19,15 @@ from pepr_profiler.study.ranking import Ranking
 from pepr_profiler.study.study import Study
 from pepr_profiler.units import format_amount
 
-_MOST_LIVE = 4000
+_MOST_LIVE = 3000
 """Rows of all rankings together that a page can rank again when one is unticked."""
 
 _MOST_ROWS = 600
 """Rows of all tables of a page that shows only the best of each ranking."""
 
-_MOST_GROUPS = 6  # of such a page
+_MOST_CHARTS = 24
+"""Figures of such a page, and the points that these draw one by one: each takes 0.6 kB."""
+_MOST_DRAWN = 4000
 
 
 def is_thinned(study: Study) -> bool:
@@ -59,10 +61,12 @@ def study_page(
             by_id = {i: load(i) for i in firsts}
     groups = study.by_group()
     traits = dict(zip(map(id, study.rankings), analysis.traits, strict=True))
-    drawn = list(groups.items())[: None if live else _MOST_GROUPS]
+    resources = max(map(len, groups.values()))
+    drawn = list(groups.items())[: None if live else max(1, _MOST_CHARTS // resources)]
     most = None if live else _MOST_ROWS // len(drawn)
+    points = study_figures.MOST_POINTS if live else _MOST_DRAWN // (len(drawn) * resources)
     shown = [
-        _group(n, *of_group, by_id, analysis=analysis, traits=traits, most=most)
+        _group(n, *of_group, by_id, analysis=analysis, traits=traits, most=most, points=points)
         for n, of_group in enumerate(drawn)
     ]
     models = len({row for ranking in study.rankings for row in ranking.names})
@@ -109,10 +113,12 @@ def _group(
     analysis: Analysis,
     traits: Mapping[int, Traits],
     most: int | None,
+    points: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the template shows of one group, and the numbers of it that the script needs.
 
-    `traits` are by the id of a ranking; `most` is the number of rows in the table, None for all.
+    `traits` are by the id of a ranking; `most` is the number of rows in the table, None for all,
+    and `points` that of a figure's that are drawn one by one.
     """
     first = rankings[0]
     n = len(first.names)
@@ -138,8 +144,10 @@ def _group(
 
     for k, ranking in enumerate(rankings):
         heading = f"{clip(ranking.metric, 60)} against {clip(ranking.resource_name, 60)}"
-        points = analysis_figures.cost_points(analysis, ranking, traits[id(ranking)], by_id)
-        add("cost", k, heading, _said(ranking), points)
+        scattered = analysis_figures.cost_points(
+            analysis, ranking, traits[id(ranking)], by_id, most=points
+        )
+        add("cost", k, heading, _said(ranking), scattered)
         against = study_figures.score_points(ranking, parameters) if k == 0 and n > 1 else None
         if against is not None:
             heading = f"{ranking.label} against the number of parameters"

@@ -13,6 +13,7 @@ import numpy as np
 from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.report.components import component_name, counted
 from pepr_profiler.study.analysis import Analysis, Traits, best, best_performing
+from pepr_profiler.study.pepr import listed
 from pepr_profiler.study.ranking import Ranking
 from pepr_profiler.units import (
     UNKNOWN,
@@ -437,13 +438,13 @@ def means_table(analysis: Analysis, count: int | None) -> Table:
         columns.append(numbers(each.label, _at(each.pepr, places), _at(each.sd_pepr, places)))
     notes = ["± is the sample standard deviation over the groups: a spread, no uncertainty."]
     notes += [
-        f"Left out, as it is not in every group: {model} (not in {', '.join(groups)})"
+        f"Left out, as it is not in every group: {model} (not in {listed(groups)})"
         for model, groups in first.missing[:_MOST_MISSING]
     ]
     if more := len(first.missing) - _MOST_MISSING:
         notes += [f"and {more} more"] if more > 0 else []
     return Table(
-        title=f"Means over {len(first.groups)} groups: {', '.join(first.groups)}",
+        title=f"Means over {first.over} groups: {listed(first.groups, limit=20)}",
         columns=columns,
         notes=notes,
     )

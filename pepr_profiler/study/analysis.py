@@ -50,13 +50,16 @@ class GroupMeans:
     """Means of m models over groups, by one resource, in order of appearance; arrays are (m,).
 
     A model that is not in all `groups` is `missing` from these, and has no mean here: means over
-    different groups are not comparable. `sd_performance` and `sd_pepr` are sample standard
-    deviations over the groups, NaN for one group. They are a spread, not an uncertainty.
+    different groups are not comparable. A setting may have groups of its own; `over` is the number
+    of groups that a mean is of, the larger one where the settings differ in it. `sd_performance`
+    and `sd_pepr` are sample standard deviations over the groups, NaN for one group. They are a
+    spread, not an uncertainty.
     """
 
     label: str
     metric: str
     groups: tuple[str, ...]
+    over: int
     traits: Traits
     performance: Floats
     sd_performance: Floats
@@ -152,8 +155,12 @@ class Analysis:
         UsageError as in `of_table`, and for a run that has no such metric.
         """
         if not (class_by or size_by or setting_by):  # a store's summaries take time to make
-            every = tuple(Traits(models=ranking.names) for ranking in study.rankings)
-            return cls(study=study, traits=every, averages=_averages(study, averages, sizes=False))
+            every = [Traits(models=ranking.names) for ranking in study.rankings]
+            return cls(
+                study=study,
+                traits=tuple(every),
+                averages=_averages(study, every, asked=averages, sizes=False),
+            )
         runs = list(study.runs)
         number = {str(run["run_id"]): i for i, run in enumerate(runs)}
 
@@ -243,7 +250,7 @@ class Analysis:
         made = cls(
             study=study,
             traits=tuple(traits),
-            averages=_averages(study, averages, sizes=sizes is not None),
+            averages=_averages(study, traits, asked=averages, sizes=sizes is not None),
             class_name=classes[0] if classes else "",
             size_name=sizes[0] if sizes else "",
             setting_name=settings[0] if settings else "",
@@ -339,6 +346,7 @@ class Analysis:
             label=parts[0][0].label,
             metric=parts[0][0].metric,
             groups=tuple(_group(ranking) for ranking, _ in parts),
+            over=max(map(len, of_setting.values())),
             traits=Traits(
                 models=tuple(model for model, _ in whole),
                 classes=classes,
@@ -412,16 +420,20 @@ class Analysis:
         return tuple(model for model in every if model not in paired)
 
 
-def _averages(study: Study, asked: bool, *, sizes: bool) -> bool:
+def _averages(study: Study, traits: Sequence[Traits], *, asked: bool, sizes: bool) -> bool:
     """Whether there are means over groups: where asked for, and for sizes of several groups."""
-    several = len({ranking.group for ranking in study.rankings}) > 1
+    groups: dict[str, set[str | None]] = {}
+    for ranking, of_rows in zip(study.rankings, traits, strict=True):
+        for setting in set(of_rows.settings or [""]):
+            groups.setdefault(setting, set()).add(ranking.group)
+    several = any(len(of_setting) > 1 for of_setting in groups.values())
     if asked and not several:
         raise UsageError(
             "there is no mean over groups",
-            why="the study has one group",
+            why=f"there is one group{' of each setting' if len(groups) > 1 else ''}",
             fix="name what the groups are: --group",
         )
-    return asked or (several and sizes)
+    return several and (asked or sizes)
 
 
 def _group(ranking: Ranking) -> str:

@@ -67,6 +67,12 @@ document.addEventListener("DOMContentLoaded", () => {
         continue;
       }
       const resource = group.resources[chart.ranking].resource;
+      const median = part("median")?.querySelector("path");
+      if (median && ticked.size) {
+        const taken = [...ticked].map((i) => resource[i]).sort((a, b) => a - b), m = taken.length >> 1;
+        const middle = taken.length % 2 ? taken[m] : (taken[m - 1] + taken[m]) / 2;
+        median.setAttribute("d", median.getAttribute("d").replace(/^M[-\d.]+/, `M${X(middle).toFixed(1)}`));
+      }
       if (!result) continue;
       const front = [...result.front].sort((a, b) => resource[a] - resource[b]);
       part("front")?.querySelector("path")?.setAttribute("d", paths(front.map((i) => [X(resource[i]), Y(group.p[i])])));
