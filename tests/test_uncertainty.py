@@ -81,16 +81,20 @@ def test_virtual_readings_are_those_of_the_simulated_library() -> None:
 
 # --- coverage -------------------------------------------------------------------------------------
 
-RUNS = 40  # a load; 200 a class
+# As many runs as show a term that is missing. How often exactly intervals hold is printed from
+# thousands by benchmarks/accuracy.py.
 
 
+@pytest.mark.parametrize("runs", [10, pytest.param(40, marks=pytest.mark.long)])  # a load
 @pytest.mark.parametrize("name", virtual.CLASSES)
 @pytest.mark.parametrize("cadenced", [False, True])
-def test_the_interval_holds_the_truth_as_often_as_it_says(name: str, cadenced: bool) -> None:
+def test_the_interval_holds_the_truth_as_often_as_it_says(
+    name: str, cadenced: bool, runs: int
+) -> None:
     # given boards drawn from the published spreads, under loads of every kind, for 20 s
     random = np.random.default_rng([11, cadenced, *name.encode()])
     distances = []
-    for _ in range(RUNS):
+    for _ in range(runs):
         for _, wave in virtual.loads(random, 20.0):
             run = virtual.record(virtual.CLASSES[name], wave, random, cadenced=cadenced)
             curve, at_ns = measured(run, 0.0, 20.0)
@@ -110,7 +114,7 @@ def test_without_gain_and_offset_the_other_terms_hold_too(name: str) -> None:
     # given boards without errors of their own under bursts: what is left is the sensor's sampling
     random = np.random.default_rng([12, *name.encode()])
     inside = []
-    for _ in range(200):
+    for _ in range(60):
         wave = virtual.bursts(random, -2.0, 6.0)
         run = virtual.record(virtual.CLASSES[name], wave, random, end_s=5.0, cadenced=True)
         curve, at_ns = measured(run, 0.0, 5.0)
@@ -123,7 +127,7 @@ def test_without_gain_and_offset_the_other_terms_hold_too(name: str) -> None:
 def test_bursts_seen_a_quarter_of_the_time_are_within_3_percent() -> None:
     random = np.random.default_rng(13)
     errors = []
-    for _ in range(100):
+    for _ in range(40):
         wave = virtual.bursts(random, -2.0, 21.0)
         run = virtual.record(virtual.CLASSES["a100"], wave, random)
         curve, _ = measured(run, 0.0, 20.0)
@@ -137,7 +141,7 @@ def test_phases_behind_rapl_are_as_sure_as_they_say(learns: bool) -> None:
     # have learnt that power is steady
     random = np.random.default_rng([21, learns])
     distances = []
-    for _ in range(20):
+    for _ in range(8):
         for _, wave in virtual.loads(random, 12.0):
             run = virtual.record(
                 virtual.CLASSES["rapl"], wave, random, end_s=12.0, gain_u=0.0, cadenced=learns
@@ -197,7 +201,7 @@ def test_phases_that_begin_where_steady_power_steps_keep_their_energy(tmp_path: 
     # given half a minute of steady power, in which RAPL is read every 0.1 s
     random = np.random.default_rng(22)
     raw_j, stored_j, truth_j = [], [], []
-    for number in range(60):
+    for number in range(30):
         step_s = 30 + random.uniform(0, 1)
         wave = Step(step_s, *random.permutation([100.0, 250.0]).tolist())
         run = virtual.record(
@@ -223,7 +227,7 @@ def test_phases_that_follow_each_other_are_as_sure_as_the_whole(name: str) -> No
     # given bursts, and a phase of 130 ms that follows itself 20 times, beside gain
     random = np.random.default_rng([19, *name.encode()])
     inside, narrower = [], []
-    for _ in range(200):
+    for _ in range(60):
         wave = virtual.bursts(random, -2.0, 5.0)
         run = virtual.record(
             virtual.CLASSES[name], wave, random, end_s=4.0, gain_u=0.0, cadenced=True
@@ -307,12 +311,12 @@ def test_a_load_in_step_with_the_refreshes_is_noticed() -> None:
 def test_training_like_loads_are_not_suspected_of_aliasing() -> None:
     random = np.random.default_rng(17)
     noticed = 0
-    for _ in range(30):
+    for _ in range(10):
         for _, wave in virtual.loads(random, 20.0):
             for cadenced in (False, True):
                 run = virtual.record(virtual.CLASSES["a100"], wave, random, cadenced=cadenced)
                 noticed += measured(run, 0.0, 20.0)[0].aliased
-    assert noticed <= 3  # of 360
+    assert noticed <= 1  # of 120
 
 
 def test_a_gap_in_power_readings_widens_u_and_one_in_a_counter_does_not() -> None:
@@ -413,7 +417,7 @@ def distances(
 @pytest.mark.parametrize("load", ["bursts", "37 ms", "steps"])
 def test_single_phases_shorter_than_a_refresh_hold_the_truth(load: str, seconds: float) -> None:
     # given power that changes within a refresh of 100 ms, beside gain
-    found = distances(virtual.Board(0.1), load, seconds, runs=150, seed=30)
+    found = distances(virtual.Board(0.1), load, seconds, runs=50, seed=30)
     # then as many intervals hold the truth (0.61 to 0.94 did)
     assert np.mean(found <= 1) >= (0.9 if load == "37 ms" else 0.93)
 
@@ -422,7 +426,7 @@ def test_single_phases_shorter_than_a_refresh_hold_the_truth(load: str, seconds:
 @pytest.mark.parametrize("load", ["bursts", "37 ms", "steps"])
 def test_runs_shorter_than_a_refresh_hold_the_truth(load: str, counter_s: float) -> None:
     # given runs of 40 ms, of which one or a few changes are seen
-    found = distances(virtual.Board(counter_s), load, 0.04, runs=100, seed=31, short=True)
+    found = distances(virtual.Board(counter_s), load, 0.04, runs=50, seed=31, short=True)
     # then they are as unsure as that
     assert np.mean(found <= 1) >= 0.88
 
@@ -451,7 +455,7 @@ def test_phases_behind_readings_that_trail_hold_the_truth(
     board: virtual.Board, load: str, seconds: float
 ) -> None:
     # given a GPU without a counter, whose PowerUsage is a 1 s average, or lags by 120 ms
-    found = distances(board, load, seconds, runs=150, seed=33)
+    found = distances(board, load, seconds, runs=50, seed=33)
     # then as many intervals hold the truth (6 % and 31 to 42 % did)
     assert np.mean(found <= 1) >= 0.9
 
@@ -479,7 +483,7 @@ def test_gpus_in_step_have_errors_that_add_up(seconds: float) -> None:
     # given four GPUs under one load, with refreshes of 20 ms to 1 s
     random = np.random.default_rng(34)
     inside, ratios = [], []
-    for _ in range(80):
+    for _ in range(25):
         wave = dict(virtual.window_loads(random, 12.0))["bursts"]
         begin_s = random.uniform(2.0, 12.0 - seconds)
         edges_s = np.union1d(np.arange(13.0), [begin_s, begin_s + seconds])
@@ -579,7 +583,7 @@ def test_errors_of_phases_that_repeat_with_the_load_do_not_cancel(board: virtual
     # given 30 phases in step with the load, behind sensors that are faster or slower than they
     random = np.random.default_rng(37)
     inside, relative = [], []
-    for seed in range(50):
+    for seed in range(20):
         wave, begins_s, seconds = in_step(random)
         # when they are taken together
         _, (terms,), error_j = repeated([board], wave, begins_s, seconds, seed)
@@ -595,7 +599,7 @@ def test_errors_of_gpus_add_up_over_phases_that_repeat_with_their_load() -> None
     random = np.random.default_rng(38)
     boards = [virtual.Board(counter_s) for counter_s in (0.02, 0.1, 0.5, 1.0)]
     inside = []
-    for seed in range(25):
+    for seed in range(12):
         curves, terms, error_j = repeated(boards, *in_step(random), seed)
         # when it does not show in seconds that they are in step
         alike = likeness(curves, [curve.energy_j for curve in curves])
@@ -610,7 +614,7 @@ def test_a_record_that_shows_phases_to_be_independent_keeps_them_so(load: str) -
     # given 30 phases of 50 ms that have nothing to do with the load, behind a counter of 100 ms
     random = np.random.default_rng(39)
     inside, relative = [], []
-    for seed in range(40):
+    for seed in range(15):
         wave = dict(virtual.window_loads(random, 16.0))[load]
         begins_s = random.uniform(1.0, 1.2) + random.uniform(0.13, 0.22) * np.arange(30)
         (curve,), (terms,), error_j = repeated([virtual.Board(0.1)], wave, begins_s, 0.05, seed)
