@@ -7,11 +7,10 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
-import signal
 import socket
 import sqlite3
+import subprocess
 import zlib
 from collections.abc import Callable
 from contextlib import closing
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import Cli, Result, write_meter
+from cli import SLOW_S, Cli, Result, write_meter
 
 from pepr_profiler.commands import write_text
 from pepr_profiler.energy.hardware import read_hardware
@@ -100,14 +99,9 @@ def evil(cli: Cli) -> Path:
     return cli.store / "runs" / "evil-1"
 
 
-def within_bounds() -> None:
-    """Little time, and no more memory than a machine has to spare."""
-    signal.alarm(60)
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-
-
 def ask(cli: Cli, *arguments: str) -> Result:
-    return cli(*arguments, preexec_fn=within_bounds)
+    """Within little time, and no more memory than a machine has to spare."""
+    return cli(*arguments, bounds=(60, 4 << 30))
 
 
 # --- read -----------------------------------------------------------------------------------------
@@ -296,11 +290,15 @@ def test_a_received_run_makes_nothing_be_written_elsewhere(
 ) -> None:
     """`runs set` of a run whose directory has links in the way of its drafts and events."""
     before = victim.read_bytes()
-    last = int(Path("/proc/sys/kernel/ns_last_pid").read_text())
-    planted_everywhere(evil, victim, pids=range(last, last + 300))
-    result = ask(cli, "runs", "set", "evil-1", "acc=0.91")
+    # given a command that waits until there are links with its PID
+    when_told = "import os, sys; sys.stdin.readline(); os.execv(sys.executable, sys.orig_argv[:1]"
+    when_told += " + ['-m', 'pepr_profiler', *sys.argv[1:]])"
+    arguments = ("runs", "set", "evil-1", "acc=0.91")
+    with cli.start(*arguments, program=("-c", when_told), stdin=subprocess.PIPE) as process:
+        planted_everywhere(evil, victim, pids=range(process.pid, process.pid + 1))
+        _, errors = process.communicate(b"\n", timeout=SLOW_S)
     assert victim.read_bytes() == before
-    assert result.status == 125 and "could not be written" in result.stderr
+    assert process.returncode == 125 and b"could not be written" in errors
     renamed = ask(cli, "runs", "set", "evil-1", "name=other")
     assert renamed.status == 0, renamed.stderr
     assert victim.read_bytes() == before

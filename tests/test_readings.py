@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from array import array
@@ -39,10 +40,20 @@ def rising(watts: float = WATTS, *, start_j: float = 5e4) -> np.ndarray:
 
 
 def integrated(
-    source: Source, raw: np.ndarray, at_s: Sequence[float], *, rows: int = 97
+    source: Source,
+    raw: np.ndarray,
+    at_s: Sequence[float],
+    *,
+    rows: int = 97,
+    alone: np.ndarray | None = None,
 ) -> EnergyCurve:
+    """The curve of these rows, in batches of so many; those near the rows `alone` have one row."""
     t_ns = np.round(T_S * S).astype(np.int64)
-    parts = [slice(first, first + rows) for first in range(0, len(t_ns), rows)]
+    firsts = np.arange(0, len(t_ns), rows)
+    if alone is not None:
+        near = (alone[:, np.newaxis] + np.arange(-8, 9)).ravel()
+        firsts = np.union1d(firsts, near[(near > 0) & (near < len(t_ns))])
+    parts = [slice(*ends) for ends in itertools.pairwise([*firsts.tolist(), len(t_ns)])]
     batches = [Batch(t_ns[p], np.zeros_like(t_ns[p]), raw[np.newaxis, p]) for p in parts]
     return integrate(batches, [source], np.round(np.array(at_s) * S).astype(np.int64))[0]
 
@@ -99,8 +110,9 @@ def test_a_counter_that_is_wrong_for_a_moment_loses_and_invents_nothing(
     raw = rising(start_j=start_j)
     spoil, impossible = ONCE[what]
     spoil(raw)
+    alone = np.flatnonzero(raw != rising(start_j=start_j)) if rows == 1 else None
     # when the energy of it all, and of a part, is asked for
-    curve = integrated(CPU, raw, [0.0, 3.0, 7.0, 10.0], rows=rows)
+    curve = integrated(CPU, raw, [0.0, 3.0, 7.0, 10.0], rows=97 if rows == 1 else rows, alone=alone)
     # then it is 100 W times time, and what was left out is counted
     assert np.diff(curve.energy_j) == pytest.approx([300, 400, 300], abs=2.1)
     assert (curve.resets, curve.impossible) == (0, impossible)
