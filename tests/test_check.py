@@ -568,7 +568,7 @@ def test_the_command_loads_the_machine_and_writes_what_it_found(
     ("options", "why"),
     [
         (("-o", "x.json"), "without --check"),
-        (("--check", "-o", "/nowhere/x.json"), "/nowhere is no folder"),
+        (("--check", "-o", "/nowhere/x.json"), "there is no folder /nowhere"),
         (("--check", "-o", "x.html"), "does not end in .json"),
     ],
 )

@@ -148,6 +148,8 @@ def test_a_user_without_a_home_is_measured_elsewhere(open_folder: Path) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (7, "ran\n"), done.stderr
     assert f"this run is kept in {open_folder}" in done.stderr and "Traceback" not in done.stderr
+    # and no path is shown that is none
+    assert "without a home folder" in done.stderr and "/proc/" not in done.stderr
 
 
 needs_mounts = pytest.mark.skipif(

@@ -15,7 +15,7 @@ from typing import IO, Any, TextIO, TypeVar
 import click
 
 from pepr_profiler import __version__
-from pepr_profiler.errors import PeprError
+from pepr_profiler.errors import PeprError, UsageError
 from pepr_profiler.report.text import encode_readably, printable_lines
 from pepr_profiler.trace.files import replace_file
 from pepr_profiler.units import utf8_text
@@ -230,6 +230,20 @@ def _as_bytes(data: str | bytes) -> bytes:
     if isinstance(data, bytes):
         return data
     return utf8_text(data).encode("utf-8", "backslashreplace")
+
+
+def require_writable(path: Path, *, fix: str) -> None:
+    """A usage error, before anything starts, if a file could not be written."""
+    target = path if path.exists() else path.resolve().parent
+    if path.is_dir():
+        why = "it is a folder"
+    elif not target.exists():
+        why = f"there is no folder {target}"
+    elif not os.access(target, os.W_OK):
+        why = f"you may not write to {target}"
+    else:
+        return
+    raise UsageError(f"cannot write {path}", why=why, fix=fix)
 
 
 def write_text(path: Path, text: str | bytes) -> None:

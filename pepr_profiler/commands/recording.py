@@ -21,12 +21,13 @@ from pepr_profiler.commands import (
     complain,
     decorate,
     moves_cursor,
+    require_writable,
     store_option,
     whoever_listens,
     written_output,
 )
 from pepr_profiler.commands.programs import name_of
-from pepr_profiler.errors import PeprError, UsageError, reason_of
+from pepr_profiler.errors import PeprError, reason_of
 from pepr_profiler.record import Record
 from pepr_profiler.recording.options import SCOPES, Options
 from pepr_profiler.recording.recorder import Recorder
@@ -70,7 +71,8 @@ class RecordingRequest(Record):
     def options(self, command: Sequence[str], metrics: Metrics | None) -> Options:
         """The recording of `command` that is asked for. Raises UsageError for what cannot be."""
         if self.json_file is not None and self.json_file != "-":
-            _require_writable(Path(self.json_file))
+            fix = "give --json FILE in a folder that you may write"
+            require_writable(Path(self.json_file), fix=fix)
         return Options.checked(
             name=self.name or name_of(command),
             period=self.period or None,
@@ -191,7 +193,6 @@ _OPTIONS = (
 )
 
 
-_OWN = [name for name in RecordingRequest._fields if name != "others"]
 _OTHERS = ("experiment", "job", "sensors", "overhead", "pue", "cpu_power", "scope")
 
 
@@ -252,16 +253,6 @@ def warn_of_fault(recorder: Recorder, error: Exception) -> None:
         f"the profiler stopped recording on the way: {error!r}",
         "report this as a bug of pepr-profiler",
     )
-
-
-def _require_writable(path: Path) -> None:
-    directory = path.parent
-    if path.is_dir() or not os.access(path if path.exists() else directory, os.W_OK):
-        raise UsageError(
-            f"the summary cannot be written to {path}",
-            why="it is a directory" if path.is_dir() else f"{directory} is missing or not writable",
-            fix="give --json FILE in a directory that you may write",
-        )
 
 
 class LiveLine:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from pepr_profiler import _core
-from pepr_profiler.commands import complain, say, write_stdout, write_text
+from pepr_profiler.commands import complain, require_writable, say, write_stdout, write_text
 from pepr_profiler.daemon_client.client import DaemonClient, RemoteLane
 from pepr_profiler.energy.sources import UNITS, Source, find_sources
 from pepr_profiler.errors import SensorError, UsageError
@@ -64,7 +64,7 @@ def sensors(*, specs: tuple[str, ...], as_json: bool, check: bool, output: Path 
     """
     here = read_surroundings()
     if output is not None:
-        _refuse_unwritable(output, check=check)
+        _refuse_output(output, check=check)
     if check:
         _check(specs, here, as_json=as_json, output=output)
         return
@@ -89,7 +89,7 @@ def _with_others(recorded: tuple[str, ...]) -> tuple[str, ...]:
     return (*recorded, *(kind for kind in KINDS if kind not in kinds))
 
 
-def _refuse_unwritable(output: Path, *, check: bool) -> None:
+def _refuse_output(output: Path, *, check: bool) -> None:
     """A usage error, before anything starts, if the file of `-o` could not be written."""
     if not check:
         raise UsageError(
@@ -97,22 +97,10 @@ def _refuse_unwritable(output: Path, *, check: bool) -> None:
             why="without --check nothing is tried",
             fix=f"add --check, or use: pepr-profile sensors --json > {shlex.quote(str(output))}",
         )
-    folder = output.resolve().parent
-    why = ""
+    fix = "name a .json file in a folder that exists and is writable"
     if output.suffix != ".json":
-        why = "its name does not end in .json"
-    elif output.is_dir():
-        why = "it is a folder"
-    elif not folder.is_dir():
-        why = f"{folder} is no folder"
-    elif not os.access(output if output.exists() else folder, os.W_OK):
-        why = "Permission denied"
-    if why:
-        raise UsageError(
-            f"cannot write {output}",
-            why=why,
-            fix="name a .json file in a folder that exists and is writable",
-        )
+        raise UsageError(f"cannot write {output}", why="its name does not end in .json", fix=fix)
+    require_writable(output, fix=fix)
 
 
 def _check(

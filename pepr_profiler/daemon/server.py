@@ -49,9 +49,7 @@ _PAUSE_S = 1.0  # without new clients, when there are no descriptors left
 _SO_PEERGROUPS = getattr(socket, "SO_PEERGROUPS", 59)  # Linux 4.13
 _MOST_GROUPS_BYTES = 1024  # what getsockopt of Python takes
 _SWEEP_S = 1.0  # from one look at who is to be left to the next, while there is anybody
-_STATUS_REQUESTS = (
-    10  # a status counts as so many; it takes milliseconds where there are many clients
-)
+_STATUS_REQUESTS = 10  # a status counts as so many: with many clients it takes milliseconds
 _RUNS_BYTES = 32 << 10  # of a status; the rest is to be asked for
 _SEND_BUFFER_BYTES = protocol.MOST_REPLY_BYTES // 2 + 1024  # the kernel doubles it: one answer
 

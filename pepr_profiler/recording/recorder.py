@@ -34,11 +34,12 @@ if TYPE_CHECKING:
 
     from pepr_profiler.recording.watches import Claims
 
-_REFRESHES_AFTER, _TWO_AFTER_S = 2.1, 0.25  # lanes go on for so long behind the end
-_ONE_AFTER_S, _LOOK_S = (
-    1.1,
-    0.01,
-)  # or until one refresh, which a slow counter may need to know of the end at all
+_REFRESHES_AFTER, _TWO_AFTER_S = 2.1, 0.25
+"""Lanes go on for two refreshes behind the end, which may take so long."""
+
+_ONE_AFTER_S, _LOOK_S = 1.1, 0.01
+"""A slow counter has its energy of the end at its next refresh only. It is waited for so long; one
+whose refreshes are not known yet is looked at so often meanwhile."""
 
 TICK_S = 0.5
 """How often `Recorder.tick` is to be called while there is something to watch."""
@@ -196,8 +197,8 @@ class Recorder:
         """Takes the last samples, ends the lanes and completes the files.
 
         `exit_facts` say how the run ended, with its exit status (or None) as `code`. The lanes go
-        on for two refreshes behind `end_ns`. `meanwhile` is called during that time; what it raises
-        is raised when the files are complete.
+        on behind `end_ns` until they have seen what happened before it, for up to 1.1 s;
+        `meanwhile` is called first. What it raises is raised when the files are complete.
         """
         self._window_ns[1], self._exit = end_ns, exit_facts
         fault = None
@@ -317,7 +318,7 @@ class Recorder:
             client.claim(*claim)
 
     def _wait_for_refreshes(self, end_ns: int) -> None:
-        """Lets the lanes see the two refreshes after the end.
+        """Lets the lanes see the refreshes after the end that show what happened before it.
 
         The first has the energy up to the end, the second shows where power jumped before it.
         A slow counter is waited for once, and one whose refreshes are not known yet until it moves.

@@ -60,6 +60,12 @@ class Store:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path if path is not None else default_path()
 
+    def __str__(self) -> str:
+        """What errors call it."""
+        if self.path.parent == _NO_HOME:
+            return "the store of a user without a home folder"
+        return f"the store {self.path}"
+
     @property
     def runs_path(self) -> Path:
         return self.path / "runs"
@@ -95,7 +101,7 @@ class Store:
             fallback, directory = _create_elsewhere(name, error)
             return directory, warning(
                 "store-unwritable",
-                f"the store {self.path} cannot be written: {error.strerror or error}; "
+                f"{self} cannot be written: {error.strerror or error}; "
                 f"this run is kept in {fallback} instead",
                 f"give --store DIR (or PEPR_STORE) that you may write; {fallback} is a store too",
             )
@@ -146,9 +152,9 @@ class Store:
             )
         raise UsageError(
             f"there is no run '{ref}'",
-            why=f"no run id in {self.path} begins with it, and there is no such run directory"
+            why=f"no run id in {self} begins with it, and there is no such run directory"
             if self._names()
-            else f"the store {self.path} has no runs",
+            else f"{self} has no runs",
             fix="see: pepr-profile runs list, or give --store DIR",
         )
 
@@ -206,7 +212,7 @@ class Store:
         if not inside or directory.name in ("", ".", ".."):
             raise UsageError(
                 f"{ref} is not removed",
-                why=f"it is outside the store {self.path}",
+                why=f"it is outside {self}",
                 fix="remove the directory itself, or say which store it is in: --store DIR",
             )
         run: dict[str, Any] = {}
@@ -243,7 +249,7 @@ class Store:
             return []
         except OSError as error:
             raise PeprError(
-                f"the store {self.path} cannot be read",
+                f"{self} cannot be read",
                 why=error.strerror or str(error),
                 fix="give --store DIR (or PEPR_STORE) that you may read",
             ) from error

@@ -83,7 +83,7 @@ def _rows_of(ref: str, rows: Sequence[Facts], store: Store) -> list[Facts]:
         return runs
     newest = list(dict.fromkeys(row.job for row in reversed(rows) if row.job is not None))
     if not rows:
-        why = f"the store {store.path} has no runs"
+        why = f"{store} has no runs"
     elif newest:
         why = f"the jobs in {store.path} are {_listed([str(job) for job in newest])}"
     else:
