@@ -1,4 +1,4 @@
-"""What the daemon's users have of it: places, requests, and answers that they have not read.
+"""How much of the daemon each of its users takes: places, requests, and answers not yet read.
 
 An answer that nobody reads is the daemon's memory, and the descriptor in it counts against the
 daemon's user (unix(7), ETOOMANYREFS). This lasts until the client reads it or closes its end, also

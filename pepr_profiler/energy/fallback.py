@@ -1,4 +1,4 @@
-"""What another sensor of a device says where the preferred one does not answer.
+"""Another sensor of a device counts where the preferred one does not answer.
 
 A counter can be there and be dead: UNKNOWN, always 0, or standing still while the device draws 300
 W (pynvml 54, DCGM 171). It can also die during a run. Then the device's power readings count, or

@@ -1,4 +1,4 @@
-"""What is known of a board's sensors before it is read: files that `sensors --check -o` wrote.
+"""What is known of a device's sensors before it is read: files that `sensors --check -o` wrote.
 
 They lie in the package (data/hardware) and in the user's own folder,
 `$XDG_CONFIG_HOME/pepr-profiler/hardware` (~/.config without the variable), which comes first. A

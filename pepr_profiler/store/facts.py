@@ -1,4 +1,4 @@
-"""The facts of one run that lists show, filters ask for and comparisons weigh, as one flat record.
+"""What lists, filters and comparisons need to know of one run, as one flat record.
 
 A store may hold 100,000 runs. Their whole summaries would take twenty times as long to load.
 """

@@ -1,4 +1,4 @@
-"""Arrow IPC streams of the plain kind that recordings are: numbers of fixed width, none missing.
+"""Arrow IPC streams as recordings have them: columns of numbers of fixed width, none missing.
 
 This follows Arrow's format/Message.fbs and Schema.fbs, which only grow: any Arrow reader opens what
 is written here (the tests compare with pyarrow and nanoarrow), and what other writers make of such
