@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
+PAPER = ROOT / "docs" / "howto" / "paper.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 
@@ -88,6 +89,16 @@ def test_the_tutorial_shows_what_its_commands_print(tmp_path: Path) -> None:
     assert "PePR" in (tmp_path / "widths.html").read_text()
 
 
+def test_the_papers_analysis_shows_what_its_commands_print(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    followed = follow(PAPER.read_text(), tmp_path)
+    assert len(followed) > 5
+    for command, shown, printed in followed:
+        assert printed == shown, command
+    for name in ("classes.pdf", "sizes.pdf", "settings.pdf"):
+        assert (tmp_path / name).read_bytes().startswith(b"%PDF")
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub and the site make them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
@@ -115,10 +126,11 @@ def test_files_that_pages_name_are_there(page: Path) -> None:
     assert [name for name in named if not ("NAME" in name or (ROOT / name).exists())] == []
 
 
-if __name__ == "__main__":  # python tests/test_docs.py: writes the tutorial's outputs anew
+if __name__ == "__main__":  # python tests/test_docs.py [PAGE]: writes a page's outputs anew
     import tempfile
 
-    page = TUTORIAL.read_text()
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else TUTORIAL
+    page = path.read_text()
     with tempfile.TemporaryDirectory() as folder:
         for command, shown, printed in follow(page, Path(folder)):
             prompt = "$ " + command.replace("\n", "\n> ") + "\n"
@@ -127,4 +139,4 @@ if __name__ == "__main__":  # python tests/test_docs.py: writes the tutorial's o
             # Who else worked on the machine is no reader's business.
             quiet = re.sub(r"(?m)^  warning .*\n((   .*\n)*)", "", printed + "\n").rstrip("\n")
             page = page.replace(before, prompt + (quiet + "\n" if quiet else ""))
-    TUTORIAL.write_text(page)
+    path.write_text(page)

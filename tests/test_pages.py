@@ -33,6 +33,7 @@ from pepr_profiler.report.html import embedded
 from pepr_profiler.report.run_page import run_page
 from pepr_profiler.report.study_page import study_page
 from pepr_profiler.study import pepr
+from pepr_profiler.study.analysis import Analysis
 from pepr_profiler.study.study import Study
 from pepr_profiler.summary.summarise import with_timeline
 from pepr_profiler.trace.run_json import read_run, write_json
@@ -505,6 +506,30 @@ def test_the_figure_follows_what_is_ticked(
         assert y / (1 + r) == pytest.approx(0.6, abs=2e-3)
     toggle(browser, 4)
     assert browser.execute_script(look)[1] == []
+
+
+def test_the_median_follows_what_is_ticked(browser: Any, folder: Path) -> None:
+    kinds = [("CNN", "other")[i % 2] for i in range(9)]
+    study = Study.from_table(COLUMNS, performance="accuracy", resources=("energy_j",), name="model")
+    analysis = Analysis.of_table(
+        study, models=COLUMNS["model"], labels=COLUMNS["model"], groups={None: range(9)},
+        classes=("kind", kinds),
+    )  # fmt: skip
+    opened(browser, folder, study_page(study, analysis=analysis))
+    look = """
+        const chart = JSON.parse(document.getElementById("data").textContent).groups[0].charts[0];
+        const d = document.querySelector("#g0-cost-0-wide-median path").getAttribute("d");
+        const [slope, offset] = chart.places.wide.x;
+        return 10 ** ((Number(/^M([-\\d.]+)/.exec(d)[1]) - offset) / slope);"""
+    energy = np.array(COLUMNS["energy_j"])
+    assert browser.execute_script(look) == pytest.approx(np.median(energy), rel=5e-3)
+    for row in (4, 5):
+        toggle(browser, row)
+    rest = np.delete(energy, [4, 5])
+    assert browser.execute_script(look) == pytest.approx(np.median(rest), rel=5e-3)
+    toggle(browser, 0)
+    rest = np.delete(energy, [0, 4, 5])
+    assert browser.execute_script(look) == pytest.approx(np.median(rest), rel=5e-3)
 
 
 def test_columns_sort_by_the_keyboard(browser: Any, folder: Path, page_of_a_study: str) -> None:

@@ -148,6 +148,14 @@ def figure_of(
     metavar="COL",
     help="Column of the time that a row took, to find outliers with.",
 )
+@click.option(
+    "--unit",
+    "units",
+    multiple=True,
+    type=TEXT,
+    metavar="COL=UNIT",
+    help="Unit of a resource's numbers, to print beside them: energy=kWh (repeatable).",
+)
 @range_options("in the unit of its column: 150:900")
 @performance_options
 @analysis_options("Column", "COL")
@@ -163,6 +171,7 @@ def score(
     group: str | None,
     repeats: bool,
     time: str | None,
+    units: tuple[str, ...],
     bounds: str | None,
     bounds_from: Path | None,
     save_bounds: Path | None,
@@ -194,11 +203,12 @@ def score(
                           and, with a given range, COL_clamped
     -o ranking.json       what --json writes (as a flat table: .parquet)
     """
-    from pepr_profiler.study.analysis import Analysis
+    from pepr_profiler.study.analysis import Analysis, with_units
     from pepr_profiler.study.study import Study
 
     resources = tuple(dict.fromkeys(resources))
     limits = limits_of(bounds, bounds_from, resources)
+    unit_of = dict(_named_unit(text, resources) for text in units)
     forms = forms_of(outputs, pipe="csv")
     figure = figure_of(forms, figure, size_by=size_by, setting_by=setting_by)
     spreadsheets = [path for path, form in forms if form in _SPREADSHEETS]
@@ -242,7 +252,7 @@ def score(
         repeats=repeats,
     )
     analysis = Analysis.of_table(
-        study,
+        with_units(study, unit_of),
         models=models,
         labels=labels,
         groups=groups,
@@ -269,6 +279,20 @@ def score(
         best=best,
         spreadsheet=with_scores,
     )
+
+
+def _named_unit(text: str, resources: Sequence[str]) -> tuple[str, str]:
+    """A column and its unit from "energy=kWh". UsageError if it is no --resource."""
+    column, equals, unit = text.rpartition("=")
+    if not equals or not unit.strip() or column not in resources:
+        raise UsageError(
+            f"--unit {text!r} cannot be used",
+            why=f"it names no --resource; these are {', '.join(resources)}"
+            if equals and unit.strip()
+            else "COL=UNIT is expected",
+            fix=f"write for example --unit {resources[0]}=kWh",
+        )
+    return column, unit.strip()
 
 
 def _scores_by_row(
@@ -350,9 +374,9 @@ def publish(
             _write_form(path, analysis, form, **wanted)
         complain(f"wrote {path}")
     if json_file == "-":
-        write_stdout(ranking_json(study))
+        write_stdout(ranking_json(analysis.study))
     elif json_file:
-        write_text(Path(json_file), ranking_json(study))
+        write_text(Path(json_file), ranking_json(analysis.study))
     elif not forms:
         width, color = screen(sys.stdout)
         width = max(width, 80)  # a narrower terminal wraps the lines, instead of losing the scores

@@ -513,9 +513,9 @@ def _performance(ranking: Ranking, rows: Sequence[int]) -> TableColumn:
 
 
 def _title(ranking: Ranking, what: str) -> str:
-    of = f" of {ranking.grouped_by} {ranking.group}".replace("  ", " ") if ranking.group else ""
     n = len(ranking.names)
-    return f"{what}{of}: {n:,} {ranking.of}{'s' * (n != 1)}"
+    of = f"{ranking.grouped_by} {ranking.group}".strip() if ranking.group else ""
+    return ", ".join(filter(None, [what, of, f"{n:,} {ranking.of}{'s' * (n != 1)}"]))
 
 
 def _range(ranking: Ranking) -> str:

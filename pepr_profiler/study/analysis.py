@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -438,6 +438,16 @@ def _averages(study: Study, traits: Sequence[Traits], *, asked: bool, sizes: boo
 
 def _group(ranking: Ranking) -> str:
     return ranking.group or "all"
+
+
+def with_units(study: Study, units: Mapping[str, str]) -> Study:
+    """A study of a table in which resources have units, which only their user knows."""
+
+    def named(ranking: Ranking) -> Ranking:
+        without = None if ranking.without is None else named(ranking.without)
+        return replace(ranking, unit=units.get(ranking.key, ranking.unit), without=without)
+
+    return replace(study, rankings=tuple(map(named, study.rankings))) if units else study
 
 
 def check_classes(name: str, cells: Sequence[str]) -> None:
