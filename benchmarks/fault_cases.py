@@ -25,6 +25,7 @@ sys.path.insert(0, str(TESTS))
 ATTACKERS = (23471, 23472, 23473, 23474)
 HONEST = 23479
 STATUS = 7  # of the command that is measured
+REFUSED = 125  # before it starts: a sensor that was asked for by name cannot be read
 RUN_S = 2.0
 SLOW_S = 120.0
 SETTLE_S = 1.0  # until an attack is in full swing
@@ -578,6 +579,7 @@ def _clocks() -> list[Fault]:
         Fault(
             "clock: the daemon lives in another time",
             [under(*_IN_ANOTHER_TIME, "1000000"), _setpriv],
+            status=REFUSED,
             daemon=True,
             recorded=False,
         ),
@@ -681,8 +683,8 @@ def _blocks(dice: Dice) -> list[Fault]:
 
 
 def _daemons(dice: Dice) -> list[Fault]:
-    def fault(name: str, *inject: Action, recorded: bool = True) -> Fault:
-        return Fault(f"daemon: {name}", inject, daemon=True, recorded=recorded)
+    def fault(name: str, *inject: Action) -> Fault:
+        return Fault(f"daemon: {name}", inject, daemon=True)
 
     return [
         *(
@@ -696,7 +698,7 @@ def _daemons(dice: Dice) -> list[Fault]:
             send(signal.SIGSTOP, to="daemon"),
             at(1, send(signal.SIGCONT, to="daemon")),
         ),
-        fault("hangs for good", send(signal.SIGSTOP, to="daemon"), recorded=False),
+        Fault("daemon: hangs", [_hang], status=REFUSED, daemon=True, recorded=False),
         fault("its client in a PID namespace", under(*_PIDS), _setpriv),
         fault(
             "its socket is removed at 0.8 s", at_script(0.8, "rm {folder}/daemon/run/daemon.sock")
@@ -729,6 +731,11 @@ def _setpriv(case: Case) -> None:
     """Becomes the user behind what only root may do."""
     case.uid = 0
     case.prefix += ["setpriv", f"--reuid={HONEST}", f"--regid={HONEST}", "--clear-groups"]
+
+
+def _hang(case: Case) -> None:
+    send(signal.SIGSTOP, to="daemon")(case)
+    case.stack.callback(send(signal.SIGCONT, to="daemon"), case)  # so that it can be ended
 
 
 def _odd_store(case: Case) -> None:

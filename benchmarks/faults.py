@@ -218,24 +218,29 @@ def joules(case: Case) -> tuple[float, float | None]:
         return 0.0, 0.0  # it was ended before it began
     end_ns = max(min(ends_ns), begin_ns)
     true_j = PACKAGE_W * (end_ns - begin_ns) * 1e-9
+    recorded = []
     for run in case.runs():
         summary = report(case, run)
-        parts = [] if summary is None else summary["energy"]["components"]
-        found = [c for c in parts if c["id"] == "cpu:package-0" and c["source"] == "powercap"]
-        if summary is None or not found:
+        found = [
+            component
+            for component in summary.get("energy", {}).get("components", ())
+            if component["id"] == "cpu:package-0" and component["source"] == "powercap"
+        ]
+        if not found:
             continue
         from_ns = summary["recording"]["window_ns"][0]
         to_ns = from_ns + round(summary["duration_s"] * 1e9)
         if case.until_ns:
             to_ns = min(to_ns, case.until_ns)
-        # Both: what the window left out of the command's life is lost too.
+        common_ns = min(end_ns, to_ns) - max(begin_ns, from_ns)
+        # What the window left out of the command's life is lost too.
         both_s = (max(end_ns, to_ns) - min(begin_ns, from_ns)) * 1e-9
-        return true_j, PACKAGE_W * both_s - (found[0]["device_j"] or 0.0)
-    return true_j, None
+        recorded.append((common_ns, PACKAGE_W * both_s - (found[0]["device_j"] or 0.0)))
+    return true_j, max(recorded)[1] if recorded else None
 
 
-def report(case: Case, run: Path) -> dict[str, Any] | None:
-    """The run's summary, made where nothing is wrong."""
+def report(case: Case, run: Path) -> dict[str, Any]:
+    """The run's summary, made where nothing is wrong; empty if there is none."""
     done = subprocess.run(
         [case.tools.python, "-m", "pepr_profiler", "report", str(run), "--json", "-"],
         env=case.tools.env, cwd="/", capture_output=True, check=False, timeout=SLOW_S,
@@ -243,7 +248,7 @@ def report(case: Case, run: Path) -> dict[str, Any] | None:
     try:
         summary: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
-        return None
+        return {}
     return summary
 
 

@@ -13,7 +13,7 @@ from sim import virtual
 from sim.waves import Step
 
 from pepr_profiler.energy.counter import reconstruct_interval
-from pepr_profiler.energy.curve import EnergyCurve
+from pepr_profiler.energy.curve import EnergyCurve, seconds_in
 from pepr_profiler.energy.integrate import integrate
 from pepr_profiler.energy.sources import UNITS, Source, find_sources
 from pepr_profiler.energy.uncertainty import budget
@@ -682,3 +682,8 @@ def test_gpus_that_are_read_one_after_the_other_have_their_own_times() -> None:
     # then each has its energy before and after, the first and the last one too
     for curve in curves:
         assert np.diff(curve.energy_j) == pytest.approx([300.0, 1200.0], abs=6.0)
+
+
+def test_a_year_is_divided_into_no_more_steps_than_fit_into_memory() -> None:
+    assert [seconds_in(7, 7 + span_ns) for span_ns in (0, S // 2, 90 * S)] == [1, 1, 90]
+    assert seconds_in(0, 365 * 86_400 * S) == 1 << 20

@@ -54,6 +54,10 @@ _STEPS = (1e9, 1e8, 1e7, 1e6, 1e5, 1e4, 1e3, 100, 10, 1)
 _UNREAD_SWING = 0.4
 """Power goes beyond the extremes of its readings by this part of their range (judgement)."""
 
+_MOST_SECONDS = 1 << 20
+"""A run of more than 12 days is looked at in as many longer steps instead of seconds: an array over
+them takes 8 MB, and each source has dozens."""
+
 _GAP_S = 1.0
 """Without a reading for longer than this (and 10 periods) a lane has a gap worth a warning."""
 
@@ -152,6 +156,11 @@ def steps_of(span_ns: tuple[int, int], at_ns: Ints) -> tuple[int, int]:
     """The first and the last index of the grid's instants that hold a span, as far as they do."""
     first = max(0, int(np.searchsorted(at_ns, span_ns[0], side="right")) - 1)
     return first, min(len(at_ns) - 1, int(np.searchsorted(at_ns, span_ns[1], side="left")))
+
+
+def seconds_in(begin_ns: int, end_ns: int) -> int:
+    """Into how many steps of a second, or a little longer, a window is divided."""
+    return min(max(1, (end_ns - begin_ns) // NS_PER_S), _MOST_SECONDS)
 
 
 def gap_limit_s(period_s: float) -> float:

@@ -17,7 +17,7 @@ import math
 import numpy as np
 
 from pepr_profiler.energy.activity import TICK_S, Activity, DeviceUse, cpu_use
-from pepr_profiler.energy.curve import EnergyCurve
+from pepr_profiler.energy.curve import EnergyCurve, seconds_in
 from pepr_profiler.energy.gpu_users import GpuUsers
 from pepr_profiler.record import Floats, Ints, Record
 
@@ -200,6 +200,6 @@ def _second_powers_w(curve: EnergyCurve, at_ns: Ints) -> Floats:
     begin_ns, end_ns = max(at_ns[0], curve.first_ns), min(at_ns[-1], curve.last_ns)
     if curve.first_ns < 0 or end_ns <= begin_ns:
         return np.zeros(0)
-    seconds = np.linspace(begin_ns, end_ns, max(1, int((end_ns - begin_ns) // 1e9)) + 1)
+    seconds = np.linspace(begin_ns, end_ns, seconds_in(int(begin_ns), int(end_ns)) + 1)
     power_w = np.diff(np.interp(seconds, at_ns, curve.energy_j)) / np.diff(seconds) * 1e9
     return np.asarray(power_w[power_w > 0])  # NaN is none either

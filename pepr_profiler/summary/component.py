@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pepr_profiler.energy.curve import EnergyCurve, gap_limit_s
+from pepr_profiler.energy.curve import EnergyCurve, gap_limit_s, seconds_in
 from pepr_profiler.energy.sharing import Shares
 from pepr_profiler.energy.uncertainty import (
     CrossCheck,
@@ -30,10 +30,6 @@ _STEPS, _SHORTEST_STEP_S = 480, 0.05
 _STEP_REFRESHES, _STEP_U = 4, 0.01
 """A mean power needs so many refreshes of a counter, and is sure to this part by their times."""
 
-_MOST_SECONDS = 1 << 20
-"""A run of more than 12 days is looked at in as many longer steps instead of seconds: each array
-over them takes 8 MB, and a component has dozens."""
-
 
 class Grid(Record):
     """The instants at which energy is needed, ns: seconds, buckets, steps, marks, both ends."""
@@ -50,7 +46,7 @@ class Grid(Record):
         def edges(count: int) -> Ints:
             return np.linspace(begin_ns, end_ns, count + 1).astype(np.int64)
 
-        seconds_ns = edges(min(max(1, (end_ns - begin_ns) // NS_PER_S), _MOST_SECONDS))
+        seconds_ns = edges(seconds_in(begin_ns, end_ns))
         buckets_ns = edges(_BUCKETS)
         shortest = (end_ns - begin_ns) * 1e-9 / _SHORTEST_STEP_S
         steps_ns = edges(int(min(_STEPS, max(_BUCKETS, shortest))))
@@ -324,9 +320,10 @@ def supported_edges(curve: EnergyCurve, grid: Grid, edges_ns: Ints) -> list[int]
     if bool((np.diff(edges_ns) >= np.maximum(least_ns, unsure_ns)).all()):
         return list(range(last + 1))  # of a long run in seconds: the loop would take seconds
     kept = [0]
+    times_ns, unsures_ns = edges_ns.tolist(), (2 / _STEP_U * u_ns).tolist()
     for edge in range(1, last + 1):
-        both_ns = 2 / _STEP_U * math.hypot(u_ns[kept[-1]], u_ns[edge])
-        if edges_ns[edge] - edges_ns[kept[-1]] >= max(least_ns, both_ns):
+        both_ns = math.hypot(unsures_ns[kept[-1]], unsures_ns[edge])
+        if times_ns[edge] - times_ns[kept[-1]] >= max(least_ns, both_ns):
             kept.append(edge)
     if kept[-1] != last:  # the rest is too short to stand alone
         kept = [*kept[:-1], last] if len(kept) > 1 else [0, last]
