@@ -112,7 +112,16 @@ def rank_facts() -> dict[str, Any]:
         "rank": launch.rank,
         "local_rank": launch.local_rank,
         "world_size": launch.world_size,
+        "local_world_size": _number(os.environ, *_LOCAL_SIZES.get(launch.launcher or "", ())),
     }
+
+
+_LOCAL_SIZES = {
+    **dict.fromkeys(("torchrun", "accelerate"), ("LOCAL_WORLD_SIZE",)),
+    "deepspeed": ("LOCAL_SIZE",),
+}
+"""Which variable says how many ranks are on this node, where these follow each other; those of MPI
+need not."""
 
 
 def _name_of(level: Launch, *, is_innermost: bool) -> str | None:

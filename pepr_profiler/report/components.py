@@ -27,12 +27,14 @@ def label_of(component: Mapping[str, Any]) -> str:
 
 
 def component_name(component: Mapping[str, Any], *, column: int = 0) -> str:
-    """A component as reports call it: "gpu:0 H100", "cpu package-0".
+    """A component as reports call it: "gpu:0 H100", "cpu package-0"; in a job with its node.
 
     The name of its kind, where it is not in the label, has at least `column` cells.
     """
     kind, label = str(component.get("kind")), label_of(component)
-    return label if label.startswith(kind) or kind == "other" else f"{kind:<{column}} {label}"
+    host = f" {component['host']}" if component.get("host") else ""
+    named = label.startswith(kind) or kind == "other"
+    return f"{label}{host}" if named else f"{kind:<{column}} {label}{host}"
 
 
 def energy_text(

@@ -215,7 +215,7 @@ def encode(rows: Sequence[Mapping[str, Any]], form: str, *, raw_csv: bool = Fals
 
 
 def run_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A run as a table: its total, then its devices, then its phases, each with ± u (k = 2).
+    """A run as a table: its total, its devices, a job's ranks, its phases, each with ± u (k = 2).
 
     `energy_j` of a device is the part that is counted: the job's share, or all of it.
     """
@@ -234,10 +234,18 @@ def run_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
     for c in energy.get("components") or []:
         figures = ("u_j", "device_j", "others_j", "idle_j", "mean_w", "max_w")
+        name = f"{c['id']} {c.get('host', '')}".rstrip()
         rows.append(
-            row("component", str(c["id"]), source=c["source"], provenance=c["provenance"],
+            row("component", name, source=c["source"], provenance=c["provenance"],
                 in_total=c["in_total"], duration_s=time_s, energy_j=c.get(counted(energy)),
                 **{name: c.get(name) for name in figures})
+        )  # fmt: skip
+    for rank in summary.get("ranks") or []:
+        name = rank["run_id"] if rank["rank"] is None else f"rank {rank['rank']}"
+        energy_j, duration_s = rank["energy_j"], rank["duration_s"]
+        rows.append(
+            row("rank", str(name), duration_s=duration_s, energy_j=energy_j, u_j=rank["u_j"],
+                mean_w=energy_j / duration_s if energy_j is not None and duration_s else None)
         )  # fmt: skip
     for p in summary.get("phases") or []:
         known = p["energy_j"] is not None and p["duration_s"]

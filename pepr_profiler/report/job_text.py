@@ -62,11 +62,14 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return ", ".join(shown) + (" …" if len(ranges) > _NAMED else "")
 
 
-def rank_name(rank: Mapping[str, Any], several_nodes: bool) -> str:
-    """A rank, with its node where there are several; a recording without one by its id."""
-    name = str(rank["run_id"]) if rank["rank"] is None else f"rank {rank['rank']}"
+def rank_name(rank: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """A rank, with its node where there are several; what a recording has besides its ranks."""
     host = rank["host"] or rank["node"]
-    return printable(f"{name} {host}" if several_nodes and rank["rank"] is not None else name)
+    if rank["rank"] is not None:
+        name = f"rank {rank['rank']}"
+        return printable(f"{name} {host}" if len(summary["nodes"]) > 1 else name)
+    divided = any(node["ranks"] for node in summary["nodes"] if node["host"] == rank["host"])
+    return printable(f"rest of {rank['run_id']}" if divided else f"{host} {rank['run_id']}")
 
 
 def shown_ranks(summary: Mapping[str, Any], most: int) -> Sequence[Mapping[str, Any]]:
@@ -83,15 +86,15 @@ def rank_lines(summary: Mapping[str, Any], width: int) -> list[Line]:
     ranks, nodes = summary["ranks"], summary["nodes"]
     if len(ranks) > 1:
         shown = shown_ranks(summary, _MOST_RANKS)
-        names = [rank_name(rank, len(nodes) > 1) for rank in shown]
+        names = [rank_name(rank, summary) for rank in shown]
         lines = _shares("rank", names, shown, summary, width)
         if len(ranks) > len(shown):
             lines.append([(f"  … {len(ranks) - len(shown):,} more took less", "dim")])
-    if len(nodes) > 1:
+    if 1 < len(nodes) < len(ranks):
         of_most = sorted(nodes, key=lambda node: -(node["energy_j"] or 0.0))[:_MOST_NODES]
         most = of_most if len(nodes) > _MOST_NODES else nodes
         names = [printable(str(node["host"] or node["node"])) for node in most]
-        lines += [[], *_shares("node", names, most, summary, width)]
+        lines += [*([[]] if lines else []), *_shares("node", names, most, summary, width)]
         if len(nodes) > len(most):
             lines.append([(f"  … {len(nodes) - len(most):,} more took less", "dim")])
     return lines
@@ -130,7 +133,7 @@ def wait_lines(summary: Mapping[str, Any], width: int) -> list[Line]:
     if not waits:
         return []
     shown = sorted(waits, key=lambda wait: -wait["total_s"])[:_MOST_WAITS]
-    names = [f"{wait['phase']} {_who(wait)}" for wait in shown]
+    names = [f"{wait['phase']} {wait_name(wait)}" for wait in shown]
     columns = [
         TextColumn("median", [format_duration(wait["median_s"]) for wait in shown]),
         TextColumn("longest", [format_duration(wait["max_s"]) for wait in shown]),
@@ -145,7 +148,8 @@ def wait_lines(summary: Mapping[str, Any], width: int) -> list[Line]:
     return lines
 
 
-def _who(wait: Mapping[str, Any]) -> str:
+def wait_name(wait: Mapping[str, Any]) -> str:
+    """Who waited: a rank, or a recording in which no rank is known."""
     return str(wait["run_id"]) if wait["rank"] is None else f"rank {wait['rank']}"
 
 

@@ -14,12 +14,19 @@ from pepr_profiler.energy.uncertainty import LINEAR_CAUSES
 from pepr_profiler.report import figures, run_figures, study_figures
 from pepr_profiler.report.components import component_name, counted, energy_text, kind_of
 from pepr_profiler.report.html import clip, render
+from pepr_profiler.report.job_text import (
+    job_name,
+    missing_rank_notes,
+    rank_name,
+    shown_ranks,
+    wait_name,
+)
 from pepr_profiler.report.run_text import stop_note
 from pepr_profiler.study import progress
 from pepr_profiler.summary.timeline import Timeline
 from pepr_profiler.units import format_duration, format_percent, format_quantity, format_with_u
 
-_MOST_PHASES = 60
+_MOST_PHASES, _MOST_RANKS, _MOST_DEVICES = 60, 64, 200
 
 _CAUSES = {
     "gain_j": ("gain", "the scale of the sensor, which is fixed for its board"),
@@ -48,7 +55,8 @@ def run_page(
     whole = energy.get("scope") == "device"  # the whole devices, whoever used them
     whose = "The devices'" if whole else "This job's"
     status, status_class = _status(summary)
-    name = clip(str(summary.get("name") or summary["run_id"]), 120)
+    name = str(summary.get("name") or summary["run_id"])
+    name = clip(f"{job_name(summary)}: {name}" if summary.get("ranks") else name, 120)
     shown_energy = energy_text(energy, "total_j")
     steps = run_figures.step_text(timeline)
     duration_s = float(timeline.edges_s[-1])
@@ -109,8 +117,13 @@ def run_page(
         banded=any(c.low_w is not None for c in timeline.components),
         progress=_progress_text(curve),
         components=list(_components(energy)),
+        more_devices=max(0, len(energy.get("components") or ()) - _MOST_DEVICES),
         phases=list(_phases(phases, total)),
         more_phases=max(0, len(phases) - _MOST_PHASES),
+        lacking=missing_rank_notes(summary),
+        ranks=list(_ranks(summary)),
+        more_ranks=max(0, len(summary.get("ranks") or ()) - _MOST_RANKS),
+        waits=list(_waits(summary)),
         budget=list(_budget(energy)),
         checks=_cross_checks(energy),
         metrics=_metrics(summary),
@@ -182,7 +195,10 @@ def _components(energy: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     def place(c: Mapping[str, Any]) -> tuple[bool, int, str]:
         return not c["in_total"], KINDS.index(kind_of(c)), str(c.get("label"))
 
-    for c in sorted(energy.get("components") or [], key=place):
+    every = energy.get("components") or []
+    if len(every) > _MOST_DEVICES:
+        every = sorted(every, key=lambda c: (not c["in_total"], -(c.get(key) or 0.0)))
+    for c in sorted(every[:_MOST_DEVICES], key=place):
         share = units.ratio(c.get(key), total[0]) if c["in_total"] else None
         known, like = c.get(key) is not None, total if c["in_total"] else None
         sensor = clip(_SENSORS.get(c["source"], str(c["source"])), 60)
@@ -223,6 +239,38 @@ def _phases(
             "time": format_duration(p["duration_s"]),
             "mean": format_quantity(units.ratio(p["energy_j"], p["duration_s"]), "W"),
             "count": f"{p['count']:,}",
+        }
+
+
+def _ranks(summary: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """What the ranks of a job have of it; nothing of a run, or of a job of one recording."""
+    ranks = summary.get("ranks") or ()
+    if len(ranks) < 2:
+        return
+    energy = summary["energy"]
+    total = energy.get("total_j"), energy.get("u_j")
+    for rank in shown_ranks(summary, _MOST_RANKS):
+        share = units.ratio(rank["energy_j"], total[0])
+        yield {
+            "name": rank_name(rank, summary),
+            "energy": energy_text(rank, like=total),
+            "share": format_percent(share, unknown=""),
+            "percent": f"{min(100.0, 100 * share):.2f}" if share is not None else "0",
+            "time": format_duration(rank["duration_s"]),
+            "memory": format_quantity(rank["peak_rss_bytes"], "B"),
+            "gpu_memory": format_quantity(rank["gpu_peak_bytes"], "B"),
+        }
+
+
+def _waits(summary: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    waits = [wait for wait in summary.get("stragglers") or () if wait["passes"]]
+    for wait in sorted(waits, key=lambda wait: -wait["total_s"])[:_MOST_RANKS]:
+        yield {
+            "name": f"{wait['phase']}, {wait_name(wait)}",
+            "median": format_duration(wait["median_s"]),
+            "longest": format_duration(wait["max_s"]),
+            "total": format_duration(wait["total_s"]),
+            "last": f"{wait['was_last']:,} of {wait['passes']:,}",
         }
 
 

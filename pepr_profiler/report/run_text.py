@@ -228,7 +228,6 @@ def _merged(parts: Sequence[Mapping[str, Any]], name: str | None, key: str) -> _
 
     if name is None:
         name = component_name(parts[0], column=6)
-        name += f" {parts[0]['host']}" if parts[0].get("host") else ""
     traces = [part.get("trace_w") for part in parts]
     trace_w: list[float | None] | None = None
     if all(traces):

@@ -21,6 +21,9 @@ Span = tuple[float, float]
 RunKey = tuple[str, str]
 """Boot and run id."""
 
+_MOST_RANKS = 1 << 20
+"""A larger world is a damaged number."""
+
 BUCKETS = 48
 """Steps of power over time in a summary."""
 
@@ -91,14 +94,39 @@ class Recording(NamedTuple):
         return self.run.get("rank")
 
     @property
+    def host(self) -> str:
+        """The name of the machine."""
+        return str(self.run.get("host") or self.node)
+
+    @property
     def node(self) -> str:
         """The node as its launcher calls it, else its host."""
         return str(self.run.get("node") or self.run.get("host") or self.key[0])
 
     @property
-    def inner_ranks(self) -> set[int]:
-        """The ranks that marked phases in it."""
-        return {one.rank for one in self.passes if one.rank is not None}
+    def world_size(self) -> int | None:
+        """How many ranks the job has, as far as this recording knows."""
+        inner = self.run.get("inner_ranks") or ()
+        sizes = [self.run.get("world_size"), *(facts.get("world_size") for facts in inner)]
+        return max((size for size in sizes if size and size <= _MOST_RANKS), default=None)
+
+    @property
+    def covered_ranks(self) -> set[int] | None:
+        """The ranks whose processes are in it; None if it has no rank and cannot tell.
+
+        Without a rank it is of all that ran on its node: of each rank that marked phases in it, and
+        of all others of that one's node.
+        """
+        if self.rank is not None:
+            return {self.rank}
+        covered: set[int] = set()
+        for facts in self.run.get("inner_ranks") or ():
+            local, size = facts.get("local_rank"), facts.get("local_world_size")
+            if local is None or size is None or size > _MOST_RANKS:
+                return None
+            first = facts["rank"] - local
+            covered.update(range(first, first + size))
+        return covered or None
 
 
 _IN_ARRAYS = {*_NUMBERS, "trace_w", "budget"}
@@ -232,7 +260,7 @@ class JobDevices:
         for i in range(self._count):
             row = int(first_known[i] if first_known[i] >= 0 else first[i])
             part = self._parts[row]
-            where = {"host": self._recordings[self._run[row]].node} if several else {}
+            where = {"host": self._recordings[self._run[row]].host} if several else {}
             if first_known[i] < 0:
                 components.append({**part, **where, **dict.fromkeys(_NUMBERS_AND_MORE)})
                 continue
@@ -243,10 +271,9 @@ class JobDevices:
                 component.pop("excluded", None)
             component |= {name: _or_none(float(column[i])) for name, column in columns.items()}
             component["trace_w"] = [_or_none(watts) for watts in traces_w[i].tolist()]
-            budget = budgets[i].tolist()
-            component["budget"] = (
-                None if math.isnan(budget[0]) else dict(zip(_CAUSES, budget, strict=True))
-            )
+            budget = [_or_none(u_j) for u_j in budgets[i].tolist()]
+            known = dict(zip(_CAUSES, budget, strict=True))
+            component["budget"] = None if budget[0] is None else known
             components.append(component)
         return components, self._of_runs_j(own, job_j, device_j)
 

@@ -35,8 +35,10 @@ from pepr_profiler.study.job_devices import (
     windows_ns,
 )
 from pepr_profiler.study.ranks import Pass, RankShare
+from pepr_profiler.summary.doubts import SHARED_DEVICE, shared_job
 from pepr_profiler.summary.timeline import Timeline, TimelineComponent
 from pepr_profiler.trace.events import PhaseSpan
+from pepr_profiler.trace.shape import MALFORMED
 
 _SUMS = ("cpu_s", "samples", "dropped", "late", "timed", "failed_reads")
 
@@ -48,14 +50,21 @@ def merge_jobs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     steps of a sweep do not, or if one was made inside another (`recording.outer`). Two of the same
     rank, neither inside the other, are two programs, and so are those side by side in a recording
     around several jobs, the script of a sweep. A recording that is alone, and has no rank missing,
-    is returned as it is; one that is given twice counts once.
+    is returned as it is; one that is given twice counts once. One that does not say when it was is
+    of no job, and comes last.
 
     `JobRecordings.summary` says what a merged summary has.
     """
     recordings: dict[RunKey, Recording] = {}
     given: dict[RunKey, Summary] = {}
+    of_none: list[dict[str, Any]] = []
     for summary in summaries:
-        one = Recording.of(summary)
+        try:
+            one = Recording.of(summary)
+            _ = one.begin_ns
+        except MALFORMED:
+            of_none.append(dict(summary))
+            continue
         recordings.setdefault(one.key, one)
         given.setdefault(one.key, summary)
     merged = []
@@ -63,7 +72,7 @@ def merge_jobs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
         job = JobRecordings(group)
         alone = len(group) == 1 and not job.missing_ranks
         merged.append(dict(given[group[0].key]) if alone else job.summary())
-    return merged
+    return [*merged, *of_none]
 
 
 def jobs_of(recordings: Iterable[JobRecordings]) -> list[JobRecordings]:
@@ -236,20 +245,19 @@ class JobRecordings:
     @cached_property
     def world_size(self) -> int | None:
         """How many ranks the job has, as far as anyone knows."""
-        return max(_known(one.run.get("world_size") for one in self._recordings), default=None)
+        return max(_known(one.world_size for one in self._recordings), default=None)
 
     @cached_property
     def missing_ranks(self) -> list[int]:
         """The ranks that nobody recorded.
 
-        A recording without a rank is of all that ran on its node, so that a rank without a
-        recording of its own is taken to be in it.
+        A recording without a rank is of all that ran on its node. Where it cannot tell which ranks
+        these were, none is called missing.
         """
-        if self.world_size is None or any(one.rank is None for one in self._top):
+        covered = [one.covered_ranks for one in self._top]
+        if self.world_size is None or None in covered:
             return []
-        seen = {one.rank for one in self._recordings}.union(
-            *(one.inner_ranks for one in self._recordings)
-        )
+        seen = {one.rank for one in self._recordings}.union(*_known(covered))
         return [rank for rank in range(self.world_size) if rank not in seen]
 
     def summary(self) -> dict[str, Any]:
@@ -280,7 +288,7 @@ class JobRecordings:
                 {"id": f"rank:{rank}", "missing_s": duration_s} for rank in self.missing_ranks
             ]
         if energy["partial"]:
-            energy["u_j"] = None
+            energy["u_j"] = energy["mean_w"] = None
         passes = self._passes()
         return {
             **main,
@@ -307,7 +315,7 @@ class JobRecordings:
             "performance": performance,
             "sampler": _sampler(main, runs, duration_s),
             "missing": _unique(runs, "missing", "what"),
-            "warnings": [*_unique(runs, "warnings", "text"), *warnings],
+            "warnings": [*_warnings(runs, components), *warnings],
             "ranks": [share.as_dict(energy["total_j"]) for share in shares],
             "nodes": of_ranks.nodes_of(shares, of_boots, energy),
             "missing_ranks": self.missing_ranks,
@@ -604,6 +612,15 @@ def _sampler(main: Summary, runs: Sequence[Summary], duration_s: float) -> dict[
     cpu_s = sums["cpu_s"]
     fraction = cpu_s / duration_s if cpu_s is not None and duration_s > 0 else None
     return {**(main.get("sampler") or {}), **sums, "cpu_fraction": fraction}
+
+
+def _warnings(runs: Sequence[Summary], components: Iterable[Summary]) -> list[dict[str, str]]:
+    """All warnings once. Of several recordings each takes the job's other ranks for others."""
+    every = _unique(runs, "warnings", "text")
+    if len(runs) == 1:
+        return every
+    kept = [warning for warning in every if warning["code"] != SHARED_DEVICE]
+    return [*kept, *shared_job(components)]
 
 
 def _unique(runs: Iterable[Summary], key: str, name: str) -> list[Any]:

@@ -129,7 +129,8 @@ def imputed(
         "missing_j": None,
         "total_j": None,
         "u_j": None,
-        "how": f"each of {m} missing ranks is taken to be the mean of the {n} present ones",
+        "how": f"{'the missing rank is' if m == 1 else f'each of the {m} missing ranks is'} taken "
+        f"to be as {'the present one' if n == 1 else f'the mean of the {n} present ones'}",
     }
     if not n or total_j is None:
         return result

@@ -395,6 +395,31 @@ def shared_cpu(
     )
 
 
+def shared_job(components: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+    """For kinds of devices of whose energy others than a job of several recordings had a part.
+
+    Who they are is in the recordings, where each rank is another to the others.
+    """
+    sums_j: dict[str, list[float]] = {}
+    for component in components:
+        shared = component["kind"] in _PLURALS  # memory is shared as its CPU is
+        if shared and component["in_total"] and component["others_j"] is not None:
+            both_j = sums_j.setdefault(component["kind"], [0.0, 0.0])
+            both_j[0] += component["others_j"]
+            both_j[1] += component["device_j"]
+    for kind, (others_j, device_j) in sums_j.items():
+        if device_j > 0 and others_j > _SHARED * device_j:
+            yield _shared_device(
+                f"processes of others than the job had {others_j / device_j:.0%} of the energy of "
+                f"its {_PLURALS[kind]}"
+            )
+
+
+_PLURALS = {"cpu": "CPUs", "gpu": "GPUs"}
+
+SHARED_DEVICE = "shared-device"
+
+
 def _whole_device(name: str, reason: str, part: float) -> dict[str, str]:
     some = "" if part > 0.99 else f" for {part:.0%} of the run"
     return warning(
@@ -407,7 +432,7 @@ def _whole_device(name: str, reason: str, part: float) -> dict[str, str]:
 
 def _shared_device(text: str) -> dict[str, str]:
     return warning(
-        "shared-device",
+        SHARED_DEVICE,
         text,
         "compare runs only on devices that they have to themselves; the job's share is counted",
     )

@@ -167,7 +167,10 @@ def _examine(
     counted = together.components
     energy = _energy(components, together, grid, duration_s, scope)
     metrics = last_values(logged)
+    performance = performance_of(metrics, options.get("performance"))
 
+    if run.get("rank") is None and events.rank_facts:
+        run["inner_ranks"] = [dict(facts) for facts in events.rank_facts]
     run.update(
         duration_s=duration_s,
         time_s=duration_s,
@@ -177,7 +180,7 @@ def _examine(
         carbon=_carbon(energy["total_j"], options),
         metrics=metrics,
         progress=progress_of(log, together, grid),
-        performance=performance_of(metrics, options.get("performance")),
+        performance=performance,
         sampler=_sampler(facts, readings, duration_s),
         warnings=[
             *facts.get("warnings", []),
@@ -189,6 +192,7 @@ def _examine(
                 components, begin_ns, end_ns, lost_rows=doubts.has_lost_rows(facts)
             ),
             *doubts.torn_events(events.torn_lines),
+            *_disagreements(events, performance),
             *doubts.unread_files(unread),
             *doubts.shared_gpus(gpus, [c.curve for c in counted], begin_ns, end_ns),
             *doubts.served_gpus(gpus),
@@ -198,6 +202,19 @@ def _examine(
         ],
     )
     return _Examined(run, components, grid, phases)
+
+
+def _disagreements(
+    events: Events, performance: Mapping[str, Any] | None
+) -> Iterator[dict[str, str]]:
+    """If ranks logged other values of the performance than the one that counts."""
+    if performance is None:
+        return
+    name, by_rank = performance["metric"], {}
+    for (_, values), rank in zip(events.metrics, events.ranks, strict=False):
+        if rank is not None and name in values:
+            by_rank[rank] = last_values([(0, values)])[name]
+    yield from doubts.ranks_disagree(name, performance["value"], by_rank)
 
 
 def _facts_of(run: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:

@@ -153,7 +153,7 @@ class Events(Record):
 
     `metrics` are (t_ns, values by name), `ranks` those of the processes that logged them (None: it
     has none). `torn_lines` counts lines that could not be read, `unread` are files that could not
-    be read, each with why.
+    be read, each with why. `rank_facts` are what each rank that wrote a file says of itself.
     """
 
     phases: tuple[PhaseSpan, ...]
@@ -161,9 +161,16 @@ class Events(Record):
     torn_lines: int
     unread: tuple[tuple[str, str], ...] = ()
     ranks: tuple[int | None, ...] = ()
+    rank_facts: tuple[Mapping[str, int | None], ...] = ()
 
 
-_EVENT_SHAPE = {"t_ns": int, "id": int, "metrics": {}, "rank": int}
+RANK_FACTS = ("rank", "local_rank", "world_size", "local_world_size")
+"""What a rank says of itself; `local_world_size` is how many ranks its node has."""
+
+_EVENT_SHAPE = {
+    **{"t_ns": int, "id": int, "metrics": {}, "rank": int},
+    **dict.fromkeys(RANK_FACTS[1:], (int, None)),
+}
 """What is used of an event, besides names; see EventWriter."""
 
 
@@ -172,6 +179,7 @@ def read_events(directory: Path) -> Events:
     phases: list[PhaseSpan] = []
     metrics: list[tuple[int, dict[str, Any], int | None]] = []
     marks: list[_Mark] = []
+    rank_facts: dict[int, Mapping[str, int | None]] = {}
     torn = 0
     unread: list[tuple[str, str]] = []
     for path in sorted(directory.glob("events-*.jsonl")):
@@ -185,7 +193,8 @@ def read_events(directory: Path) -> Events:
                     raise ValueError(wrong)
                 t_ns = event["t_ns"]
                 if kind == "rank":
-                    rank = event["rank"]
+                    rank = int(event["rank"])
+                    rank_facts[rank] = {name: event.get(name) for name in RANK_FACTS}
                 elif kind == "begin":
                     event["rank"] = rank
                     _ = event["name"]  # a line without it is torn
@@ -208,7 +217,14 @@ def read_events(directory: Path) -> Events:
     phases.sort(key=lambda phase: phase.begin_ns)
     metrics.sort(key=lambda item: item[0])
     logged = tuple((t_ns, values) for t_ns, values, _ in metrics)
-    return Events(tuple(phases), logged, torn, tuple(unread), tuple(rank for *_, rank in metrics))
+    return Events(
+        tuple(phases),
+        logged,
+        torn,
+        tuple(unread),
+        tuple(rank for *_, rank in metrics),
+        tuple(facts for _, facts in sorted(rank_facts.items())),
+    )
 
 
 _MOST_BYTES, _LONGEST_LINE = 512 << 20, 1 << 20

@@ -188,6 +188,7 @@ _RUN_SHAPE: _Shape = {
     **dict.fromkeys(("job", "experiment", "boot_id", "started_at"), _TEXT),
     **dict.fromkeys(("node", "launcher"), _TEXT),
     **dict.fromkeys(("rank", "local_rank", "world_size", "attempt"), _COUNT),
+    "inner_ranks": [{None: ("rank",), "rank": int, ...: _COUNT}],
     **dict.fromkeys(("duration_s", "time_s"), _NUMBER),
     **dict.fromkeys(("exit_code", "signal"), _COUNT),
     "command": [str],
