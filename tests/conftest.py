@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from cli import Cli, write_meter, write_replay
 from daemons import open_folder  # noqa: F401  a fixture for every module
+from launchers import slurm_cluster
 from sim import native, nvml, powercap
 
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
@@ -180,6 +181,13 @@ def meter(tmp_path: Path) -> str:
 def quiet_sensor(tmp_path: Path) -> str:
     """A sensor that is always there and measures no energy: the CPU is then modelled."""
     return write_replay(tmp_path / "gauge", ["fan count 1 1 0 gauge test"], [(0.0, 1.0)])
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[dict[str, str]]:
+    """A cluster of this machine alone; the variables with which its commands reach it."""
+    with slurm_cluster() as variables:
+        yield variables
 
 
 @pytest.fixture

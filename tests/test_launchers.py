@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli import SLOW_S, Cli
+from launchers import HOST as NODE
+from launchers import module, program
 
 from pepr_profiler import UsageError, profile
 from pepr_profiler.recording.launcher import Launch
@@ -223,17 +223,6 @@ def train(tmp_path: Path) -> str:
     return str(path)
 
 
-def module(name: str) -> None:
-    pytest.importorskip(name, reason=f"{name} is not installed (pip install '.[launchers]')")
-
-
-def program(name: str, package: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        pytest.skip(f"{name} is not installed (apt-get install {package})")
-    return path
-
-
 def identities(cli: Cli) -> list[dict[str, Any]]:
     """Who each recording of the store says it is, by rank."""
     runs = [json.loads((run / "run.json").read_text()) for run in cli.runs()]
@@ -401,112 +390,6 @@ def test_ray_tasks_and_their_driver_are_of_one_job(cli: Cli, tmp_path: Path, met
 
 # --- Slurm, on this machine -----------------------------------------------------------------------
 
-SLURM_CONF = """
-ClusterName=pepr
-SlurmctldHost={host}(127.0.0.1)
-SlurmUser=root
-SlurmctldPort={port}
-SlurmdPort={node_port}
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SelectType=select/linear
-SwitchType=switch/none
-ReturnToService=2
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
-"""
-
-
-@pytest.fixture(scope="session")
-def slurm() -> Iterator[dict[str, str]]:
-    """A cluster of this machine alone: the environment in which its commands reach it."""
-    munged, slurmctld, slurmd = (
-        program(name, package)
-        for name, package in (("munged", "munge"), ("slurmctld", "slurmctld"), ("slurmd", "slurmd"))
-    )
-    program("srun", "slurm-client")
-    if os.geteuid() != 0:
-        pytest.skip("slurmd starts tasks only as root")
-    folder = Path(
-        subprocess.check_output(["mktemp", "-d", "/tmp/pepr-slurm-XXXXXX"], text=True).strip()
-    )
-    for name in ("state", "spool"):
-        (folder / name).mkdir()
-    key = folder / "munge.key"
-    key.write_bytes(os.urandom(1024))
-    key.chmod(0o600)
-    ports = _free_ports(2)
-    conf = folder / "slurm.conf"
-    conf.write_text(
-        SLURM_CONF.format(
-            host=HOST.partition(".")[0],
-            port=ports[0],
-            node_port=ports[1],
-            folder=folder,
-            cpus=os.cpu_count(),
-        )
-    )
-    env = {**os.environ, "SLURM_CONF": str(conf)}
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(*command: str) -> None:
-        log = (folder / f"{Path(command[0]).name}.log").open("wb")
-        started.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
-        log.close()
-
-    try:
-        start(
-            *(munged, "--foreground", "--force", f"--key-file={key}"),
-            *(f"--socket={folder}/munge.sock", f"--pid-file={folder}/munged.pid"),
-            *(f"--log-file={folder}/munged.log", f"--seed-file={folder}/munge.seed"),
-        )
-        _until((folder / "munge.sock").exists, "munged", folder)
-        start(slurmctld, "-D")
-        start(slurmd, "-D")
-        _until(
-            lambda: (
-                b"idle"
-                in subprocess.run(["sinfo", "-h"], env=env, capture_output=True, check=False).stdout
-            ),
-            "slurmctld",
-            folder,
-        )
-        yield {"SLURM_CONF": str(conf)}
-    finally:
-        for process in started[::-1]:
-            process.terminate()
-            process.wait(SLOW_S)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free_ports(count: int) -> list[int]:
-    import socket
-
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [int(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def _until(condition: Any, what: str, folder: Path) -> None:
-    end_s = time.monotonic() + 30
-    while not condition():
-        if time.monotonic() > end_s:
-            logs = "\n".join(p.read_text(errors="replace")[-2000:] for p in folder.glob("*.log"))
-            pytest.skip(f"{what} does not run here: {logs}")
-        time.sleep(0.1)
-
 
 def test_slurm_each_task_says_who_it_is(
     cli: Cli, train: str, meter: str, slurm: dict[str, str]
@@ -520,7 +403,7 @@ def test_slurm_each_task_says_who_it_is(
     assert first["job"].startswith("slurm-")
     assert first["job"].endswith(".0")
     assert {r["launcher"] for r in (first, second)} == {"slurm"}
-    assert {r["node"] for r in (first, second)} == {HOST.partition(".")[0]}
+    assert {r["node"] for r in (first, second)} == {NODE}
 
 
 def test_slurm_a_batch_script_is_no_task(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import shlex
 
 import pytest
 
 from pepr_profiler.commands.programs import command_in, name_of, steps_of
+from pepr_profiler.commands.submitters import Submitter
 
 NAMES = {
     # Python's own options
@@ -156,6 +158,31 @@ def test_programs_are_found_in_their_order() -> None:
 )
 def test_a_line_that_runs_nothing_has_a_name_too(line: str) -> None:
     assert isinstance(name_of(shlex.split(line) or [""]), str)
+
+
+def test_whatever_the_words_are_there_is_a_name() -> None:
+    vocabulary = sorted({word for line in NAMES for word in shlex.split(line)})
+    vocabulary += [
+        "",
+        "-",
+        "--",
+        "-c",
+        "-m",
+        "=",
+        "a=",
+        "'",
+        "$(",
+        "\udcff",
+        "--x=",
+        "-=",
+        "/",
+        ".",
+    ]
+    chosen = random.Random(0)
+    for _ in range(20_000):
+        words = chosen.choices(vocabulary, k=chosen.randint(1, 8))
+        assert isinstance(name_of(words), str)
+        Submitter.of(words, words)
 
 
 def test_programs_that_run_each_other_have_an_end() -> None:

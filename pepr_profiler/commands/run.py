@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -109,13 +110,20 @@ def _measure(
 
     ended = _supervise(child, tick, recorder)
     with recording.summary_or_reason(recorder):
-        _close(recorder, child, ended, metrics, line)
+        submitter = _submitter(recorder, command, ended, child.started_ns)
+        _close(recorder, child, ended, metrics, line, submitter=submitter)
         request.finish(recorder)
     return ended
 
 
 def _close(
-    recorder: Recorder, child: Child, ended: Exit, metrics: Metrics | None, line: LiveLine
+    recorder: Recorder,
+    child: Child,
+    ended: Exit,
+    metrics: Metrics | None,
+    line: LiveLine,
+    *,
+    submitter: str | None,
 ) -> None:
     line.clear()
     for warning in [*child.warnings, *(metrics.finish() if metrics else [])]:
@@ -135,9 +143,29 @@ def _close(
             "cpu_s": ended.cpu_s,
             "max_rss_bytes": ended.max_rss_bytes,
             "code": ended.status,
+            **({} if submitter is None else {"submitter": submitter}),
         },
         meanwhile=recording.load_summary_quietly,
     )
+
+
+def _submitter(
+    recorder: Recorder, command: tuple[str, ...], ended: Exit, started_ns: int
+) -> str | None:
+    """The program that started the work elsewhere, if one did; the user is warned of it."""
+    from pepr_profiler.commands.submitters import Submitter
+
+    given = sys.argv[1 : len(sys.argv) - len(command)]
+    options = [word for i, word in enumerate(given) if word != "--" and (i or word != "run")]
+    submitter = Submitter.of(command, options)
+    if submitter is None:
+        return None
+    if not submitter.did_nothing(ended.cpu_s, (ended.ended_ns - started_ns) * 1e-9):
+        return None
+    whole = recorder.options.scope == "device"
+    if not submitter.profiles:
+        recorder.add_warning(**submitter.warning(ended.cpu_s, whole=whole))
+    return None if whole else submitter.name
 
 
 def _supervise(child: Child, tick: Callable[[], float] | None, recorder: Recorder) -> Exit:

@@ -166,6 +166,8 @@ class Cohort:
                 kind = ident.partition(":")[0]
                 if part < _WHOLE:
                     found[i] = f"its energy lacks {ident} for {part:.0%} of the time"
+                elif kind == ident:  # no device, but what a command started elsewhere
+                    found[i] = f"its energy lacks {ident}"
                 elif kind in known[row.host]:
                     found[i] = f"its energy lacks {ident}, not measured or used for others"
             if row.kinds and elsewhere and i not in found:

@@ -166,6 +166,10 @@ def _examine(
     together = Counted.of(components, grid)
     counted = together.components
     energy = _energy(components, together, grid, duration_s, scope)
+    submitter = (facts.get("exit") or {}).get("submitter")
+    if submitter is not None:
+        lacks = {"id": f"what {submitter} started", "missing_s": duration_s}
+        energy.update(partial=[*energy["partial"], lacks], u_j=None, mean_w=None)
     metrics = last_values(logged)
     performance = performance_of(metrics, options.get("performance"))
 

@@ -172,7 +172,7 @@ _RECORDING: _Shape = {
     "root": str,
     "cuda": [{...: _TEXT}],
     "outer": ({None: ("run_id",), "run_id": str, "pid": _COUNT}, None),
-    "exit": ({"ended_by": _TEXT, "max_rss_bytes": _NUMBER}, None),
+    "exit": ({"ended_by": _TEXT, "max_rss_bytes": _NUMBER, "submitter": _TEXT}, None),
     "sampler": (_COST, None),
     "daemon": (
         {
