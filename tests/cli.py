@@ -75,8 +75,11 @@ class Cli:
         **options: Any,
     ) -> Result:
         """Waits for a command to end; `bounds` is the most seconds and bytes that it may take."""
-        if arguments[:1] and arguments[0] in READERS and not (stdin or options):
-            done = prepared.run(arguments, self.environment(env), bounds, timeout_s=SLOW_S)
+        if arguments[:1] and arguments[0] in READERS and not (stdin or options.keys() - {"cwd"}):
+            folder = options.get("cwd", ".")
+            done = prepared.run(
+                arguments, self.environment(env), folder, bounds=bounds, timeout_s=SLOW_S
+            )
             if done:
                 return Result(done[0], done[1], done[2].decode())
         if bounds:

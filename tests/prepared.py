@@ -43,8 +43,9 @@ OTHERS_LOADED = ("jinja2", "matplotlib.backends.backend_svg", "matplotlib.figure
 def run(
     arguments: Sequence[str],
     env: Mapping[str, str],
-    bounds: tuple[int, int] | None = None,
+    folder: str | Path,
     *,
+    bounds: tuple[int, int] | None,
     timeout_s: float,
 ) -> tuple[int, bytes, bytes] | None:
     """`pepr-profile` with these arguments: its status and both outputs.
@@ -55,8 +56,7 @@ def run(
     _calls[starting] += 1
     if _calls[starting] <= FEW:
         return None
-    folder = os.getcwd()  # noqa: PTH109
-    request = json.dumps([list(arguments), dict(env), folder, bounds])
+    request = json.dumps([list(arguments), dict(env), str(Path(folder).absolute()), bounds])
     if len(request) > MOST_BYTES or "\\udc" in request:
         return None
     with ExitStack() as stack:

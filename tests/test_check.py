@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli import Cli, component, ended, python, until
+from cli import SLOW_S, Cli, component, ended, python, until
 from sim.nvml import A100, H100, VOLTA, BuildNvml, Gpu, Process, Scenario, Sensor, default_uuid
 from sim.powercap import BuildTree, Zone
 from sim.waves import Constant, Followed, Step
@@ -116,7 +116,7 @@ VIRTUAL: dict[str, VirtualSensor] = {
     "counter-1000": VirtualSensor(1.0, counter=True),
     "counter-late": VirtualSensor(0.1, counter=True, delay_s=0.12),
 }
-SEEDS = 6
+SEEDS = 4
 
 
 @pytest.mark.parametrize("kind", VIRTUAL)
@@ -149,7 +149,7 @@ def test_what_a_sensor_is_like_is_found_within_the_uncertainty(kind: str) -> Non
         del reported["window"], held["window"]
     # then nearly all that is reported is true, and nearly all is reported
     assert all(held[name] >= reported[name] - 1 for name in reported), (held, reported)
-    assert all(count >= SEEDS - 3 for count in reported.values()), reported
+    assert all(count >= SEEDS - 2 for count in reported.values()), reported
 
 
 def test_a_sensor_that_stands_still_or_that_no_load_moves_is_reported_as_such() -> None:
@@ -281,12 +281,12 @@ def test_each_class_of_simulated_board_is_found_to_be_what_it_is(
     }
     lanes = opened_for_check(sim.spec, tree.spec)
     # when they are tried
-    findings = examine(probe(lanes, loads, load_s=16.0))
+    findings = examine(probe(lanes, loads, load_s=12.0))
     for _, sampler in lanes:
         sampler.stop(1.0)
     # then each is found to be what was simulated
     by_name = {(s["device"], s["source"]): s for s in findings["sensors"]}
-    wrong = []
+    off_by = {}  # in units of u
     for (name, _), board in zip(BOARDS.items(), boards, strict=True):
         look = board.sensor
         averages = look.power_usage == "average"
@@ -308,10 +308,11 @@ def test_each_class_of_simulated_board_is_found_to_be_what_it_is(
                 figure = found[key]
                 if truth is None or figure["value"] is None:
                     continue
-                if abs(figure["value"] - truth) > figure["u"]:
-                    wrong.append((name, source, key, figure, truth))
+                off_by[name, source, key] = abs(figure["value"] - truth) / max(figure["u"], 1e-9)
             assert abs(watts["value"] / 240 - 1) < 0.1, (name, source, watts)
-    assert wrong == []
+    # (of intervals with k = 2, one of twenty may miss the truth by a little)
+    assert sum(off > 1 for off in off_by.values()) <= len(off_by) / 20, off_by
+    assert max(off_by.values()) < 2, off_by
     known = [s for s in findings["sensors"] if s["refresh_s"]["value"] and s["lag_s"]["value"]]
     assert len(known) >= 15
     # and what is unusual is named
@@ -376,7 +377,7 @@ def test_old_drivers_and_lists_of_processes_are_known(nvml_sim: BuildNvml, tmp_p
     lanes = opened_for_check(sim.spec)
     everywhere = frozenset(map(default_uuid, range(len(boards))))
     load = AnnouncedLoad(epoch_ns, [(gpu, 60.0, 240.0)], everywhere)
-    findings = examine(probe(lanes, {"gpu": load}, load_s=16.0))
+    findings = examine(probe(lanes, {"gpu": load}, load_s=12.0))
     for _, sampler in lanes:
         sampler.stop(1.0)
     # then these are as expected of them
@@ -512,8 +513,26 @@ def following_cpu_time(wave: Followed, epoch_ns: int, pid: int) -> Iterator[None
         thread.join()
 
 
+BRIEFLY = """if True:
+    import functools, sys
+    from pepr_profiler.check import probe
+    from pepr_profiler.commands import main
+    probe.probe = functools.partial(probe.probe, load_s=9.0)
+    sys.exit(main(sys.argv[1:]))"""
+"""The command line, which loads a machine for less time than usual."""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [("-c", BRIEFLY), pytest.param(("-m", "pepr_profiler"), marks=pytest.mark.long)],
+    ids=["briefly", "as usual"],
+)
 def test_the_command_loads_the_machine_and_writes_what_it_found(
-    cli: Cli, nvml_sim: BuildNvml, powercap_sim: BuildTree, tmp_path: Path
+    cli: Cli,
+    nvml_sim: BuildNvml,
+    powercap_sim: BuildTree,
+    tmp_path: Path,
+    program: tuple[str, ...],
 ) -> None:
     # given a GPU that a simulated torch loads, and RAPL that follows the CPU time of the children
     epoch_ns = time.monotonic_ns()
@@ -526,14 +545,12 @@ def test_the_command_loads_the_machine_and_writes_what_it_found(
     }
     path = tmp_path / "hardware.json"
     arguments = ("sensors", "--check", "--sensor", sim.spec, "--sensor", tree.spec, "-o", str(path))
-    begin_s = time.monotonic()
     with (
-        cli.start(*arguments, env=variables) as process,
+        cli.start(*arguments, env=variables, program=program) as process,
         following_cpu_time(cpu, epoch_ns, process.pid),
     ):
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=SLOW_S)
     assert process.returncode == 0, err
-    assert time.monotonic() - begin_s < 75
     text = out.decode()
     assert "bursts by torch" in text and "processes of Python" in text
     findings = json.loads(path.read_text())
@@ -582,9 +599,8 @@ def test_bad_options_are_refused_before_anything_starts(
 
 
 def test_where_nothing_can_be_read_nothing_is_loaded(cli: Cli) -> None:
-    begin_s = time.monotonic()
     result = cli("sensors", "--check", "--sensor", "powercap:/none")
-    assert result.status == 0 and time.monotonic() - begin_s < 20
+    assert result.status == 0 and "loading" not in result.stderr
     assert b"no sensor of energy can be read here" in result.stdout
     assert b"GPU sensors: none was found" in result.stdout
     assert b"RAPL: neither perf nor powercap" in result.stdout
@@ -595,9 +611,9 @@ def test_an_interrupted_check_leaves_no_load_behind(cli: Cli, meter: str) -> Non
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         pids = until(lambda: children.read_text().split())
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(SLOW_S) == 130
         # One that was just being started learns from its closed stdin that nobody waits for it.
-        until(lambda: not [pid for pid in pids if Path(f"/proc/{pid}").exists()], within_s=20)
+        until(lambda: not [pid for pid in pids if Path(f"/proc/{pid}").exists()])
 
 
 def test_an_error_of_a_library_is_shown_without_its_paths(tmp_path: Path) -> None:
