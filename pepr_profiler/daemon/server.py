@@ -45,6 +45,7 @@ STOPPED, RESTART = 0, 75
 """Exit statuses. 75 (EX_TEMPFAIL): start it again, with its privileges."""
 
 _OPENING_CHECK_S = 0.5
+_MOST_ACCEPTED = 32  # before others are served again, some ms
 _PAUSE_S = 1.0  # without new clients, when there are no descriptors left
 _SO_PEERGROUPS = getattr(socket, "SO_PEERGROUPS", 59)  # Linux 4.13
 _MOST_GROUPS_BYTES = 1024  # what getsockopt of Python takes
@@ -251,14 +252,21 @@ class Server:
     # --- clients ---
 
     def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError as error:
-            if error.errno in system.NO_DESCRIPTORS_LEFT:
-                # Clients in the queue keep it readable: without a pause this would spin.
-                self._selector.unregister(self._listener)
-                self._paused_until_s = time.monotonic() + _PAUSE_S
-            return  # else the client has gone already
+        """Admits several at once: who waits behind users that connect in a loop waits less."""
+        for _ in range(_MOST_ACCEPTED):
+            try:
+                connection, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in system.NO_DESCRIPTORS_LEFT:
+                    # Clients in the queue keep it readable: without a pause this would spin.
+                    self._selector.unregister(self._listener)
+                    self._paused_until_s = time.monotonic() + _PAUSE_S
+                return  # else the client has gone already
+            self._welcome(connection)
+
+    def _welcome(self, connection: socket.socket) -> None:
         try:
             connection.setblocking(False)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)

@@ -25,6 +25,7 @@ CPU_DEVICE = "cpu"
 """All CPUs and their memory, in a claim. A GPU is called "gpu:UUID"."""
 
 _LONGEST_NAME = 128
+_MOST_BRACKETS = 512  # of a claim and of names; none is nested more than three deep
 _MOST_DEVICES, _MOST_SECONDS = 64, 16
 
 
@@ -55,6 +56,8 @@ def parse(data: bytes) -> Request:
     """The request in a message. Raises ProtocolError for anything else, whatever the bytes."""
     if len(data) > MOST_REQUEST_BYTES:
         raise _invalid(f"it is longer than {MOST_REQUEST_BYTES} bytes")
+    if data.count(b"[") + data.count(b"{") > _MOST_BRACKETS:
+        raise _invalid("it is nested too deeply")  # a parser takes 0.3 ms to give that up
     try:
         message = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):
