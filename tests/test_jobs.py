@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import random
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import Cli, component, python, write_replay
+from cli import SLOW_S, Cli, codes, component, python, write_meter, write_replay
 from sim.waves import Constant, Square
 
 from pepr_profiler.study.jobs import JobRecordings, merge_jobs
 from pepr_profiler.study.study import Study
+from pepr_profiler.summary.summarise import summarise, with_passes
 from pepr_profiler.trace.events import PhaseSpan
 from pepr_profiler.units import NS_PER_S as S
 
@@ -449,6 +451,17 @@ def test_a_recording_of_a_whole_node_covers_the_ranks_on_it() -> None:
     assert job["energy"]["total_j"] == pytest.approx(600)
 
 
+def test_a_rank_that_was_recorded_inside_another_ones_recording_has_its_part_of_that() -> None:
+    # given a program of Lightning, rank 0, that has started rank 1, and both have a recording
+    first = rank(0, 0, 10, part(CPU, Constant(100), 0, 10, job=0.6))
+    second = rank(1, 1, 9, part(CPU, Constant(100), 1, 9, job=0.3), outer="r0")
+    job = job_of(first, second)
+    assert job["energy"]["total_j"] == pytest.approx(600)
+    shares = [(r["rank"], r["energy_j"]) for r in job["ranks"]]
+    assert shares == [(0, pytest.approx(360)), (1, pytest.approx(240))]
+    assert job["missing_ranks"] == []
+
+
 def test_two_programs_of_the_same_rank_in_one_allocation_stay_apart() -> None:
     # given two trials side by side in one Slurm step, each of two ranks, and blocks one after the
     # other in the ranks of a third
@@ -594,3 +607,72 @@ def test_marks_of_ranks_tell_which_of_them_a_recording_of_a_node_covers() -> Non
     assert seen(local_world_size=4) == []
     assert seen(local_world_size=None) == []
     assert seen(local_world_size=2, world_size=1 << 40) == []
+
+
+def marks_of(directory: Path, number: int, *phases: tuple[str, float, float]) -> None:
+    """A file of events of one rank of two: its phases, in s since the run's begin."""
+    window_ns = json.loads((directory / "run.json").read_text())["recording"]["window_ns"]
+    lines: list[dict[str, Any]] = [{"event": "rank", "t_ns": 0, "rank": number, "world_size": 2}]
+    for ident, (name, begin_s, end_s) in enumerate(phases):
+        at_ns = [window_ns[0] + int(at_s * S) for at_s in (begin_s, end_s)]
+        lines += [
+            {"event": "begin", "t_ns": at_ns[0], "id": ident, "parent": None, "name": name},
+            {"event": "end", "t_ns": at_ns[1], "id": ident},
+            {"event": "metrics", "t_ns": at_ns[1], "metrics": {"acc": 0.9 - number / 10}},
+        ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (directory / f"events-host-{number}.jsonl").write_text(text)
+
+
+def test_ranks_in_one_recording_have_equal_parts_of_its_power(tmp_path: Path) -> None:
+    # given a run at 50 W in which rank 0 is there for 1.6 s and rank 1 for the first 0.8 s of them
+    cli = Cli(tmp_path)
+    meter = write_meter(tmp_path / "meter", 50.0)
+    assert cli("--sensor", meter, "--", "sleep", "2").status == 0
+    (directory,) = cli.runs()
+    marks_of(directory, 0, ("train", 0.1, 1.7), ("forward", 0.1, 0.5))
+    marks_of(directory, 1, ("train", 0.1, 0.9), ("backward", 0.1, 0.9))
+    summary = summarise(directory)
+    phases = {phase["name"]: phase for phase in summary["phases"]}
+    # then a phase of both has all, and one of a rank its half of what they took meanwhile
+    joules = {name: phase["energy_j"] for name, phase in phases.items()}
+    assert joules == pytest.approx({"train": 80.0, "forward": 10.0, "backward": 20.0}, rel=0.01)
+    assert phases["train"]["u_j"] == pytest.approx(0, abs=1.0)
+    assert phases["forward"]["u_j"] == pytest.approx(0.5 * 10.0, rel=0.1)
+    assert phases["train"]["duration_s"] == pytest.approx(1.6)
+    # and the lowest rank's metric counts, which the other one contradicts
+    assert summary["metrics"] == {"acc": 0.9}
+    assert "ranks-disagree" in codes(summary, "rank 1 logged 0.8")
+    assert [facts["rank"] for facts in summary["inner_ranks"]] == [0, 1]
+    # and the job of this one recording says who waited: rank 1, for 0.8 s
+    job = JobRecordings.of(*with_passes(directory)).summary()
+    (first, second) = [wait["median_s"] for wait in job["stragglers"]]
+    assert (first, second) == (pytest.approx(0), pytest.approx(0.8))
+
+
+def test_a_job_has_a_page_a_figure_and_a_table(tmp_path: Path) -> None:
+    # given two ranks of three
+    cli = Cli(tmp_path)
+    meter = write_meter(tmp_path / "meter", 50.0)
+    started = []
+    for number in range(2):
+        variables = {"RANK": str(number), "WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": "x<y"}
+        command = ("--sensor", meter, "--name", f"r{number}", "--", "sleep", "2")
+        started.append(cli.start(*command, env=variables))
+    for process in started:
+        process.communicate(timeout=SLOW_S)
+    files = [str(tmp_path / f"job.{form}") for form in ("html", "svg", "csv", "json")]
+    outputs = [word for file in files for word in ("-o", file)]
+    done = cli("report", "--job", "torchrun-x", *outputs)
+    assert done.status == 0, done.stderr
+    page = Path(files[0]).read_text()
+    assert "This is a lower bound" in page and "there is no recording of rank 2 of 3" in page
+    assert "rank 1" in page and "x&lt;y" in page and "x<y" not in page
+    rows = list(csv.DictReader(Path(files[2]).read_text().splitlines()))
+    assert [row["name"] for row in rows if row["part"] == "rank"] == ["rank 0", "rank 1"]
+    job = json.loads(Path(files[3]).read_text())
+    assert job["missing_ranks"] == [2]
+    # and on the screen the total is one, too
+    shown = cli("report", "--job", "last").stdout.decode()
+    assert "job torchrun-x<y (2 of 3 ranks)" in shown
+    assert "lower bound: there is no recording of rank 2 of 3" in shown

@@ -398,25 +398,37 @@ class JobRecordings:
         return found
 
     def _shares(self, of_runs_j: Floats, energy: Mapping[str, Any]) -> Iterator[RankShare]:
-        """What each rank has of the total, then what recordings without a rank have besides."""
-        by_rank: dict[int, list[int]] = {}
-        rest = {i: float(of_runs_j[i]) for i, outer in enumerate(self._outer) if outer is None}
+        """What each rank has of the total, then what recordings without a rank have besides.
+
+        A rank that was recorded inside another's recording has its part of that.
+        """
+        own = [one.rank for one in self._recordings]
+        chains = [chain_of(i, self._outer) for i in range(len(own))]
+        listed = [
+            i
+            for i, chain in enumerate(chains)
+            if not chain or (own[i] is not None and own[i] not in {own[j] for j in chain})
+        ]
+        left_j = {i: float(of_runs_j[i]) for i in listed}
         divided: set[int] = set()
-        for i, one in enumerate(self._recordings):
-            chain = chain_of(i, self._outer)
-            if one.rank is not None and all(self._recordings[j].rank is None for j in chain):
-                by_rank.setdefault(one.rank, []).append(i)
-                if chain:
-                    divided.add(chain[-1])
-                    rest[chain[-1]] -= float(of_runs_j[i])
-        shared = len(self._recordings) > 1
+        for i in listed:
+            around = next((j for j in chains[i] if j in left_j), None)
+            if around is not None:
+                left_j[around] -= float(of_runs_j[i])
+                divided.add(around)
+        by_rank: dict[int, list[int]] = {}
+        for i in listed:
+            rank = own[i]
+            if rank is not None:
+                by_rank.setdefault(rank, []).append(i)
+        shared = len(own) > 1
         for rank, places in sorted(by_rank.items()):
-            yield self._share(rank, places, math.fsum(of_runs_j[places]), of_runs_j, shared)
-            for i in places:
-                rest.pop(i, None)
-        for i, left_j in rest.items():
-            if i not in divided or left_j > _ROUNDING * (energy["total_j"] or 0.0):
-                yield self._share(None, [i], max(0.0, left_j), of_runs_j, shared)
+            energy_j = max(0.0, math.fsum(left_j[i] for i in places))
+            yield self._share(rank, places, energy_j, of_runs_j, shared)
+        for i in listed:
+            rest = i not in divided or left_j[i] > _ROUNDING * (energy["total_j"] or 0.0)
+            if own[i] is None and rest:
+                yield self._share(None, [i], max(0.0, left_j[i]), of_runs_j, shared)
 
     def _share(
         self, rank: int | None, places: Sequence[int], energy_j: float, all_j: Floats, shared: bool
@@ -446,12 +458,12 @@ class JobRecordings:
 
     def _by_authority(self) -> list[tuple[int | None, Summary]]:
         """Whose metrics are the job's: those of a recording around all, then those of rank 0."""
-
-        def place(one: Recording) -> tuple[bool, int]:
-            nested = one.outer_key is not None and one not in self._top
-            return nested, -1 if one.rank is None else one.rank
-
-        return [(one.rank, one.run) for one in sorted(self._recordings, key=place)]
+        placed = [
+            (outer is not None, -1 if one.rank is None else one.rank, i)
+            for i, (one, outer) in enumerate(zip(self._recordings, self._outer, strict=True))
+        ]
+        ordered = (self._recordings[i] for _, _, i in sorted(placed))
+        return [(one.rank, one.run) for one in ordered]
 
     def _progress(
         self, total_j: float | None, performance: Mapping[str, Any] | None

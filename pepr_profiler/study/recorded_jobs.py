@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from pepr_profiler.errors import PeprError, UsageError
@@ -119,5 +121,31 @@ def _related(chosen: Sequence[Facts], rows: Sequence[Facts]) -> list[Facts]:
         found[row.run_id] = row
         left += inside.get(row.recorded_id or row.run_id, ())
         left += by_id.get(row.outer_id, ()) if row.outer_id is not None else ()
-        left += by_job.get(row.job, ()) if row.job is not None else ()
+        left += _at_once(row, by_job[row.job]) if row.job is not None else ()
     return [row for row in rows if row.run_id in found]
+
+
+_CLOCKS_APART_S = 5.0
+"""Clocks of nodes may differ by so much; how much they do is found out from the recordings."""
+
+
+def _at_once(row: Facts, rows: Sequence[Facts]) -> list[Facts]:
+    """Those that overlap a run in time, so that a long sweep of one id is not read for one step."""
+    begin_s, end_s = _span_s(row)
+    spans = [(other, *_span_s(other)) for other in rows]
+    return [
+        other
+        for other, first_s, last_s in spans
+        if first_s <= end_s + _CLOCKS_APART_S and begin_s <= last_s + _CLOCKS_APART_S
+    ]
+
+
+def _span_s(row: Facts) -> tuple[float, float]:
+    """When a run was, as far as its facts tell; one that still goes on has no end."""
+    try:
+        begin_s = datetime.fromisoformat(row.started_at.replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return -math.inf, math.inf
+    if row.state == "incomplete" or row.duration_s is None:
+        return begin_s, math.inf
+    return begin_s, begin_s + row.duration_s

@@ -152,7 +152,7 @@ def _examine(
     notes = read_process_notes(directory, unread)
     begin_ns, end_ns = _window(facts, readers, since_ns, until_ns)
     duration_s = (end_ns - begin_ns) * 1e-9
-    phases = _phases_within(events.phases, begin_ns, end_ns)
+    phases = _with_first_rank(_phases_within(events.phases, begin_ns, end_ns))
     logged = of_lowest_rank(events.metrics, events.ranks)
     log = MetricLog.within(logged, begin_ns, end_ns, cut=until_ns is not None)
     grid = Grid.over(begin_ns, end_ns, phases, log.at_ns)
@@ -271,6 +271,20 @@ def _phases_within(phases: Iterable[PhaseSpan], begin_ns: int, end_ns: int) -> l
         if first_ns <= last_ns:
             within.append(phase._replace(begin_ns=first_ns, end_ns=last_ns))
     return within
+
+
+def _with_first_rank(phases: list[PhaseSpan]) -> list[PhaseSpan]:
+    """Where other ranks mark blocks and rank 0 does not, a program without a rank is rank 0.
+
+    Lightning starts the other ranks from a program that a user has started.
+    """
+    ranks = {phase.rank for phase in phases}
+    if 0 in ranks or ranks <= {None}:
+        return phases
+    return [
+        phase._replace(rank=0) if phase.rank is None and phase.series is None else phase
+        for phase in phases
+    ]
 
 
 def _components(
