@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -19,8 +20,8 @@ from sim.waves import Constant
 
 PACKAGE_W, DRAM_W = 100.0, 10.0
 
-# Two ranks keep all CPUs busy, so that a CPU second costs the same all the time. Each says what it
-# used between the edges of its block, by the kernel's account, and what everybody used meanwhile.
+# Two ranks keep all CPUs busy. Every half a second of its block each says what it has used so far,
+# by the kernel's account, and what everybody has.
 TRAIN = """
 import contextlib, json, os, sys, time
 import torch
@@ -46,15 +47,16 @@ compute(0.1)
 dist.barrier()
 block = profile("train", sensors=[spec]) if profiled else contextlib.nullcontext()
 with block as run:
-    begin = time.monotonic(), time.process_time(), busy_s()
+    used = [(time.monotonic(), time.process_time(), busy_s())]
     for epoch in range(4):
         name = "forward" if rank == 0 else "backward"
         with run.phase(name) if run else contextlib.nullcontext():
-            compute(1.0)
-    end = time.monotonic(), time.process_time(), busy_s()
+            for _ in range(2):
+                compute(0.5)
+                used.append((time.monotonic(), time.process_time(), busy_s()))
     if run:
         run.log(accuracy=0.9 if rank == 0 else 0.8)
-json.dump([y - x for x, y in zip(begin, end)], open(f"{folder}/truth-{rank}", "w"))
+json.dump(used, open(f"{folder}/truth-{rank}", "w"))
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -98,11 +100,16 @@ def report(cli: Cli, job: str) -> dict[str, Any]:
 
 
 def truth_j(cli: Cli, *ranks: int) -> float:
-    """What ranks took in their blocks, by the CPU time that the kernel counted for them."""
+    """What ranks took in their blocks, by the CPU time that the kernel counted for them.
+
+    Step by step, since on a busy machine a CPU second costs more at one time than at another.
+    """
     sum_j = 0.0
     for rank in ranks:
-        seconds, own_s, busy_s = json.loads((cli.folder / f"truth-{rank}").read_text())
-        sum_j += (PACKAGE_W + DRAM_W) * seconds * own_s / busy_s
+        used = json.loads((cli.folder / f"truth-{rank}").read_text())
+        for before, after in itertools.pairwise(used):
+            seconds, own_s, busy_s = (y - x for x, y in zip(before, after, strict=True))
+            sum_j += (PACKAGE_W + DRAM_W) * seconds * min(1.0, own_s / busy_s)
     return sum_j
 
 
