@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import BURN_UNTIL, REPOSITORY, SLOW_S, Cli, component, ended, python, until
+from cli import BURN_UNTIL, REPOSITORY, SLOW_S, Cli, component, ended, python, until, write_replay
 from daemons import PACKAGE_DATA, Daemon, daemon, lock, open_folder, open_place, raw, say
 from sim.nvml import STARTED, BuildNvml, Gpu, Process, Scenario, Sensor
 from sim.permissions import obey_permissions
@@ -38,7 +38,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 QUANTUM_J = 0.1
 LATE_S = 0.2  # of a row, and of the tree's writer, on a machine with other things to do
-ENERGY = "pepr_device_energy_joules_total"
+ENERGY, WATTS = "pepr_device_energy_joules_total", "pepr_device_power_watts"
+FIRST = "gpu:GPU-1"
 
 tmp_path = open_folder
 
@@ -218,6 +219,39 @@ def test_a_device_without_an_energy_counter_has_its_power_and_no_made_up_joules(
     (without,) = watts
     assert watts[without] == pytest.approx(250, abs=1)
     assert len(joules) == 1 and without not in joules
+
+
+def test_a_counter_that_stands_still_gives_way_until_it_moves_again(tmp_path: Path) -> None:
+    # given a GPU at 250 W whose counter stands still from 2 to 14 s, and one without a fault
+    def row(t_s: float) -> tuple[float, float, float, float]:
+        shown_s = min(t_s, 2.0) + max(t_s - 14.0, 0.0)
+        return 5e6 + 250e3 * shown_s, 250e3 + (t_s * 10) % 2, 5e6 + 100e3 * t_s, 100e3
+
+    channels = [
+        f"GPU-{n}/{name} uuid=GPU-{n} model=H100 index={n}"
+        for n in (1, 2)
+        for name in (
+            "energy energy J 1e-3 0 counter nvml-energy",
+            "power power W 1e-3 0 gauge nvml-power",
+        )
+    ]
+    times_s = [i * 0.1 for i in range(600)]
+    spec = write_replay(tmp_path / "gpus", channels, [(t, *row(t)) for t in times_s])
+
+    def serves(metric: str, other: str) -> dict[tuple[str, str], float] | None:
+        found = scrape(running)
+        return found if (metric, FIRST) in found and (other, FIRST) not in found else None
+
+    with daemon(tmp_path, "--sensor", spec, "--metrics", "0") as running:
+        before = until(lambda: serves(ENERGY, WATTS))
+        # then its power is served meanwhile, and its joules before and after
+        dead = until(lambda: serves(WATTS, ENERGY))
+        assert dead[WATTS, FIRST] == pytest.approx(250, abs=1)
+        again = until(lambda: serves(ENERGY, WATTS))
+        assert again[ENERGY, FIRST] >= before[ENERGY, FIRST]
+        # and the other one's are served all the time
+        rises = [one[ENERGY, "gpu:GPU-2"] for one in (before, dead, again)]
+        assert rises[0] < rises[1] < rises[2]
 
 
 def test_a_meter_goes_through_wraps_resets_and_what_is_unknown() -> None:

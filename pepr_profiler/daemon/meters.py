@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import nan
+from math import isfinite, nan
 
 from pepr_profiler import _core
 from pepr_profiler.daemon.lanes import ServedLanes
 from pepr_profiler.daemon_client.protocol import map_ring
 from pepr_profiler.energy.readings import CounterReadings, GaugeReadings
-from pepr_profiler.energy.sources import Source, find_sources
+from pepr_profiler.energy.sources import UNITS, Place, Source, find_sources
 from pepr_profiler.trace.lane import LaneInfo
 
 STALE_S = 5.0
 """A number that has been unknown for longer is left out of the metrics."""
+
+_SILENT_NS = 5_000_000_000
+"""A counter that has not moved for longer, although it was read, gives way to another source of its
+device, as in a recording (energy/fallback.py)."""
 
 _SECOND_NS, _SECONDS_KEPT = 1_000_000_000, 32
 
@@ -83,6 +87,32 @@ class _Feed:
     sampler: _core.Sampler
     rows: _core.RingReader
     lane: LaneInfo
+    newest_ns: int = 0
+    last: dict[int, float] = field(default_factory=dict)
+    """The last reading of each channel of energy or power, unscaled."""
+    answered_ns: dict[int, int] = field(default_factory=dict)
+    """When a counter last moved, or power was last known."""
+
+    def note(self, t_ns: array[int], columns: Sequence[bytes]) -> None:
+        """Notes which channels have answered in some rows."""
+        self.newest_ns = t_ns[-1]
+        for index, channel in enumerate(self.lane.channels):
+            if UNITS.get(channel.quantity) != channel.unit:
+                continue
+            raw = array("d", columns[index][-8:])[0]
+            moved = raw != self.last.get(index) if channel.counter else raw > 0
+            if (isfinite(raw) and moved) or index not in self.answered_ns:
+                self.answered_ns[index] = self.newest_ns
+            if isfinite(raw):
+                self.last[index] = raw
+
+    def silent(self) -> set[Place]:
+        """Places that have not answered for long, although they were read."""
+        return {
+            (self.lane.name, index)
+            for index, at_ns in self.answered_ns.items()
+            if self.newest_ns - at_ns > _SILENT_NS
+        }
 
 
 class Meters:
@@ -93,6 +123,7 @@ class Meters:
         self._feeds: dict[str, _Feed] = {}
         self._meters: dict[str, Meter] = {}  # of the sources that are there
         self._ever: dict[str, Meter] = {}  # and of those that were
+        self._silent: set[Place] = set()
 
     def update(self) -> None:
         """Takes the rows since the last call. Rows lost in between cost no counter a joule.
@@ -119,6 +150,10 @@ class Meters:
             self._find()
         for feed in self._feeds.values():
             self._take(feed)
+        silent = set().union(*(feed.silent() for feed in self._feeds.values()))
+        if silent != self._silent:
+            self._silent = silent
+            self._find()
 
     def __iter__(self) -> Iterator[Meter]:
         return iter(self._meters.values())
@@ -134,10 +169,10 @@ class Meters:
         """Finds the sources of all lanes; each keeps what it has counted so far."""
         lanes = [self._feeds[lane.name].lane for lane in self._lanes if lane.name in self._feeds]
         self._meters = {}
-        for source in find_sources(lanes):
+        for source in find_sources(lanes, silent=self._silent):
             meter = self._ever.setdefault(source.id, Meter(source))
-            if meter.source.lane != source.lane:
-                meter.t_ns = 0  # another driver's counter begins elsewhere
+            if (meter.source.lane, meter.source.source) != (source.lane, source.source):
+                meter.t_ns = 0  # another counter begins elsewhere
             meter.source = source
             self._meters[source.id] = meter
 
@@ -147,6 +182,7 @@ class Meters:
     def _take(self, feed: _Feed) -> None:
         while (rows := feed.rows.read()) is not None:
             t_ns = array("q", rows[1])
+            feed.note(t_ns, rows[3])
             for meter in self._meters.values():
                 if meter.source.lane == feed.lane.name:
                     meter.take(t_ns, array("d", rows[3][meter.source.channel]))
