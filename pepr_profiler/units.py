@@ -40,6 +40,8 @@ def format_quantity(value: float | None, unit: str) -> str:
         return f"{round(value)} {unit}"
     # The rounded number picks the prefix: 999.96 J is 1.000 kJ, not 1000.0 J.
     exponent = int(f"{value:.3e}".rpartition("e")[2])
+    if not _LOWEST - 3 <= exponent < _HIGHEST + 6:  # else hundreds of digits
+        return f"{value:.3e} {unit}"
     power = _prefix_power(exponent)
     decimals = max(0, 3 - (exponent - power))
     return f"{_scaled(value, power):.{decimals}f} {_prefixed(unit, power)}"

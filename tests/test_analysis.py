@@ -319,6 +319,46 @@ def test_a_page_has_the_sections_that_were_asked_for(study: Path, tmp_path: Path
     assert text.count(">CNN</td>") == 4
 
 
+BAD_NAMES = ("<b>$\\frac{1}{0$", "", "_under", "\x00\x07\n", "n" * 5000)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(0.5, i + 1, i + 1) for i in range(5)],  # all accuracies equal
+        [(0.1 * i, i, 0) for i in range(5)],  # a resource of 0, and sizes of 0
+        [(0.1 * i, 1e300 * (i + 1), 1e300) for i in range(5)],
+        [(0.1 * i, 10.0 ** (60 * i - 100), 10.0 ** (60 * i - 100)) for i in range(5)],
+        [(0.5, i + 1, -i) for i in range(2)],
+    ],
+    ids=["equal", "zero", "huge", "wide", "two"],
+)
+def test_odd_numbers_and_names_give_every_file(
+    rows: list[tuple[float, float, float]], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    table = tmp_path / "odd.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", "kind", "set", "accuracy", "kwh", "size"])
+        for i, row in enumerate(rows):
+            for setting in ("_a", "$b"):
+                writer.writerow([f"{BAD_NAMES[i]}{i}", BAD_NAMES[i], setting, *row])
+    files = [tmp_path / f"out.{form}" for form in ("html", "tex", "md")]
+    wanted = (table, *COLUMNS, "--name", "model", "--class", "kind", "--size", "size")
+    scored(*wanted, "--setting", "set", *(word for file in files for word in ("-o", file)))
+    for figure in ("performance", "size", "setting"):
+        svg = tmp_path / f"{figure}.svg"
+        scored(*wanted, "--setting", "set", "--figure", figure, "-o", svg)
+        assert "<b>" not in svg.read_text()
+        if figure != "setting":
+            assert ">(none)<" in svg.read_text() or len(rows) < 3
+    assert "<b>$" not in files[0].read_text()
+    # and no number is written with hundreds of digits
+    assert not re.search(r"\d{25}", files[1].read_text().replace("n", ""))
+
+
 # --- figures are read back -----------------------------------------------------------------------
 
 

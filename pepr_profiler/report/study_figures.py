@@ -58,6 +58,7 @@ MOST_RUNS = 1000
 MOST_POINTS = 1000
 """Points that a figure draws one by one. More are drawn as cells, darker where there are more."""
 
+_MOST_DECADES = (-300.0, 308.0)  # of a logarithmic axis: what a float can hold
 _CELL_POINTS = 3.6  # the side of such a cell, in points of 1/72 inch
 _CELL_ALPHAS = (0.25, 0.45, 0.7, 1.0)
 _CLASS_COLORS = (*figures.KIND_COLORS.values(), INK, MUTED)
@@ -218,6 +219,12 @@ def class_style(number: int) -> tuple[str, str]:
     return _CLASS_COLORS[number % len(_CLASS_COLORS)], _CLASS_MARKERS[number % len(_CLASS_MARKERS)]
 
 
+def _legend_label(name: str) -> str:
+    """A name for a legend, from which matplotlib leaves out what is empty or begins with "_"."""
+    shown = plain(name)
+    return f" {shown}" if shown.startswith("_") else shown or "(none)"
+
+
 def _add_legend(figure: Figure, parts: Sequence[Points], width: float) -> None:
     """What colours, marks and lines are, below the panels, where any of it is not obvious."""
     from matplotlib.lines import Line2D
@@ -228,7 +235,7 @@ def _add_legend(figure: Figure, parts: Sequence[Points], width: float) -> None:
         color, marker = class_style(number)
         handles.append(
             Line2D([], [], color=color, marker=marker, linestyle="", markersize=6.5,
-                   markerfacecolor=figures.PAPER, markeredgewidth=1.6, label=plain(name))
+                   markerfacecolor=figures.PAPER, markeredgewidth=1.6, label=_legend_label(name))
         )  # fmt: skip
     if not (handles or first.median):
         return
@@ -253,8 +260,10 @@ def _prepare(axes: Axes, points: Points, width: float) -> None:
     log = _log_fits(points.x) and _log_fits(all_x)
     if log:
         axes.set_xscale("log")
-        span = max(0.12, 0.11 * math.log10(all_x.max() / all_x.min()))
-        axes.set_xlim(all_x.min() / 10 ** (1.2 * span), all_x.max() * 10 ** (1.8 * span))
+        low, high = math.log10(all_x.min()), math.log10(all_x.max())
+        span = max(0.12, 0.11 * (high - low))
+        ends = (max(low - 1.2 * span, _MOST_DECADES[0]), min(high + 1.8 * span, _MOST_DECADES[1]))
+        axes.set_xlim(10 ** ends[0], 10 ** ends[1])
     _amounts_below(axes, points.x_unit, width)
     low, high = float(all_y.min()), float(all_y.max())
     pad = max(0.02, 0.14 * (high - low))
@@ -269,7 +278,7 @@ def _amounts_below(axes: Axes, unit: str, width: float) -> None:
 
     if axes.get_xscale() == "log":
         low, high = axes.get_xlim()
-        decades = math.log10(high / low)
+        decades = math.log10(high) - math.log10(low)
         subs: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0) if decades < 1 else (1.0, 2.0, 5.0)
         if decades > (2.5 if width > NARROW else 1.5):
             subs = (1.0,)

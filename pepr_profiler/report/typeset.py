@@ -30,6 +30,7 @@ _MOST_DIGITS = 6
 _WIDEST = 1e5
 """A column whose amounts differ by more than this factor has a unit in each cell instead."""
 
+_MOST_ZEROS = 9  # that a number begins or ends with; beyond, it has an exponent
 _CELL = 80  # characters of a name; the other forms have it in full
 
 
@@ -231,6 +232,8 @@ def _with_u(
     if value is None:
         return UNKNOWN
     exponent = math.floor(math.log10(abs(value))) if value else 0
+    if abs(exponent) > _MOST_ZEROS:
+        return f"{value:.3e}" + (f" ± {u:.1e}" if u else "")
     if u is None or u <= 0:
         decimals = max(0, 3 - exponent) if digits is None else digits
         text = _signed(value, decimals)
