@@ -33,7 +33,7 @@ fi
 # An older pip cannot install editable packages by pyproject.toml, and does not know new wheels.
 "$venv/bin/pip" install --quiet --upgrade pip >&2
 case ",$extras," in
-*,examples,*)
+*,examples,* | *,launchers,*)
     # Before anything that asks for any torch: left to itself, pip may pick a much larger build.
     "$venv/bin/pip" install --quiet torch==2.13.0 >&2
     ;;
