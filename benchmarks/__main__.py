@@ -9,7 +9,7 @@ from benchmarks.common import ROOT
 
 NAMES = (
     "startup", "sampler", "marks", "footprint", "accuracy", "attach", "follow", "store", "report",
-    "daemon", "metrics", "faults", "jobs",
+    "daemon", "metrics", "faults", "jobs", "score",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The old name of `study.pepr`, kept so that what imports it works as before."""
 
+from pepr_profiler.study.draws import COVERAGE, coverage_factor
 from pepr_profiler.study.pepr import (
-    COVERAGE,
     TRANSFORMS,
     Errors,
     Means,
@@ -11,7 +11,6 @@ from pepr_profiler.study.pepr import (
     Standing,
     as_performance,
     average,
-    coverage_factor,
     pareto_front,
     rank,
     score,

@@ -16,7 +16,7 @@ from studies import paper_columns
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report.export import ranking_data
 from pepr_profiler.report.ranking_text import render_ranking, render_side_by_side
-from pepr_profiler.study import pepr
+from pepr_profiler.study import draws, outliers, pepr
 from pepr_profiler.study.study import Ranking
 
 PAPER_COLUMNS = [
@@ -184,8 +184,8 @@ def test_uncertainty_equals_a_monte_carlo(bounds: tuple[float, float] | None) ->
     low = np.full((200_000, 1), bounds[0]) if bounds else draws_r.min(axis=1, keepdims=True)
     high = np.full((200_000, 1), bounds[1]) if bounds else draws_r.max(axis=1, keepdims=True)
     spread = 2 * (draws_p / (1 + (draws_r - low) / (high - low))).std(axis=0)
-    # A standard deviation of 200,000 draws is known to 0.16 %; first order costs the rest.
-    assert u == pytest.approx(spread, rel=0.01)
+    # A quantile of 40,000 draws is known to 0.7 %.
+    assert u == pytest.approx(spread, rel=0.02)
 
 
 @pytest.mark.parametrize("bounds", [(100.0, 1000.0), None], ids=["fixed", "cohort"])
@@ -208,7 +208,7 @@ def test_errors_in_common_are_propagated_as_a_monte_carlo_does(
     low = np.full((200_000, 1), bounds[0]) if bounds else draws.min(axis=1, keepdims=True)
     high = np.full((200_000, 1), bounds[1]) if bounds else draws.max(axis=1, keepdims=True)
     spread = 2 * (p / (1 + (draws - low) / (high - low))).std(axis=0)
-    assert u == pytest.approx(spread, rel=0.01, abs=1e-9)
+    assert u == pytest.approx(spread, rel=0.02, abs=1e-9)
 
 
 def test_a_gain_that_all_runs_share_cancels_in_the_cohorts_own_bounds() -> None:
@@ -216,14 +216,14 @@ def test_a_gain_that_all_runs_share_cancels_in_the_cohorts_own_bounds() -> None:
     gain = 0.5 * r  # as of a power model that is 50 % off
     assert u_of(p, r, 0.0, None, shared=[gain]) == pytest.approx(np.zeros(4))
     # in fixed bounds it does not: row 0 has R = 5/45 = u(R), so u = 0.5 (1/9) / (10/9)^2
-    assert u_of(p, r, 0.0, (5.0, 50.0), shared=[gain])[0] == pytest.approx(0.045)
+    assert u_of(p, r, 0.0, (5.0, 50.0), shared=[gain])[0] == pytest.approx(0.045, rel=0.02)
 
 
 def test_uncertainty_of_pinned_rows_is_that_of_their_performance_alone() -> None:
     p, r, u_r = [0.5, 0.8, 0.9], [10.0, 20.0, 40.0], [1.0, 2.0, 4.0]
     cohort = u_of(p, r, u_r, None, u_performance=[0.02, 0.02, 0.02])
-    assert cohort[0] == pytest.approx(0.02)
-    assert cohort[2] == pytest.approx(0.01)
+    assert cohort[0] == pytest.approx(0.02, rel=0.02)
+    assert cohort[2] == pytest.approx(0.01, rel=0.02)
     clamped = u_of(p, r, u_r, (15.0, 30.0))
     assert clamped[0] == clamped[2] == 0.0 < clamped[1]
 
@@ -245,13 +245,35 @@ def test_a_million_rows_are_scored_by_as_many_calls_as_ten() -> None:
     assert calls_of(lambda: score(1_000_000)) == calls_of(lambda: score(10))
 
 
+def accused(
+    values: npt.ArrayLike,
+    companion: npt.ArrayLike | None = None,
+    *,
+    name: str = "x",
+    unit: str = "",
+) -> pepr.Mask:
+    """Which rows of one group are named as outliers."""
+    numbers = np.asarray(values, dtype=np.float64)
+    others = []
+    if companion is not None:
+        seconds = np.asarray(companion, dtype=np.float64)
+        others = [outliers.Companion(name="time", unit="s" if unit else "", values=seconds)]
+    (evidence,) = outliers.find_evidence(
+        numbers, [range(len(numbers))], others, name=name, unit=unit, who=str
+    )
+    marked = np.zeros(len(numbers), np.bool_)
+    for finding in evidence.findings:
+        marked[list(finding.rows)] = True
+    return marked
+
+
 def test_wrong_energies_stand_out_against_time_and_sound_ones_do_not() -> None:
     # given tables whose 10 epochs took 10 train_time s and energy kWh
     for dataset, wrong in (("derma_pt", 0), ("pneumonia_small", 35)):
         table = paper_columns(dataset)
         energy, seconds = floats(table["energy"]), floats(table["train_time"])
         # when
-        odd = pepr.out_of_proportion(energy, seconds)
+        odd = accused(energy, seconds, name="energy")
         # then just the rows of a power that no such server draws
         impossible = energy * 3.6e6 / (10 * seconds) > 1500.0
         assert impossible.sum() == wrong
@@ -261,9 +283,9 @@ def test_wrong_energies_stand_out_against_time_and_sound_ones_do_not() -> None:
 def test_unrelated_columns_are_not_compared() -> None:
     rng = np.random.default_rng(3)
     r, other = rng.lognormal(0, 2, 30), rng.lognormal(0, 2, 30)
-    assert not pepr.out_of_proportion(r, other).any()
-    assert not pepr.out_of_proportion(r[:5], r[:5] * [1, 1, 1, 1, 99]).any()
-    assert not pepr.out_of_proportion(r, np.zeros(30)).any()
+    assert not accused(r, other).any()
+    assert not accused(r[:5], r[:5] * [1, 1, 1, 1, 99]).any()
+    assert not accused(r, np.zeros(30)).any()
 
 
 def test_readings_that_are_wrong_in_several_ways_are_all_found() -> None:
@@ -275,14 +297,14 @@ def test_readings_that_are_wrong_in_several_ways_are_all_found() -> None:
     wrong[[3, 8, 20]], wrong[[5, 9]], wrong[11] = 50, 1 / 20, 0
     energy = seconds * rng.uniform(180, 220, 30) * wrong
     # then
-    assert (pepr.out_of_proportion(energy, seconds) == (wrong != 1)).all()
+    assert (accused(energy, seconds) == (wrong != 1)).all()
 
 
 def test_a_slip_of_units_is_found_without_a_companion() -> None:
     memory = np.geomspace(1e9, 4e10, 12)
-    assert not pepr.out_of_proportion(memory, jump=30.0).any()
+    assert not accused(memory, unit="B").any()
     memory[4] /= 1e6  # written in MB
-    assert pepr.out_of_proportion(memory, jump=30.0).tolist() == [i == 4 for i in range(12)]
+    assert accused(memory, unit="B").tolist() == [i == 4 for i in range(12)]
 
 
 def test_student_t_is_that_of_its_closed_forms() -> None:
@@ -290,10 +312,10 @@ def test_student_t_is_that_of_its_closed_forms() -> None:
     cauchy = 0.5 - np.arctan(t) / math.pi
     two = 0.5 - t / (2 * np.sqrt(2 + t**2))
     normal = np.array([math.erfc(x / math.sqrt(2)) / 2 for x in t])
-    assert pepr.tail(t, np.full(6, 1.0)) == pytest.approx(cauchy, rel=1e-9, abs=1e-15)
-    assert pepr.tail(t, np.full(6, 2.0)) == pytest.approx(two, rel=1e-9, abs=1e-15)
-    assert pepr.tail(t, np.full(6, np.inf)) == pytest.approx(normal, rel=1e-3, abs=1e-15)
-    assert pepr.tail(-t, np.full(6, 2.0)) == pytest.approx(1 - two)
+    assert draws.tail(t, np.full(6, 1.0)) == pytest.approx(cauchy, rel=1e-9, abs=1e-15)
+    assert draws.tail(t, np.full(6, 2.0)) == pytest.approx(two, rel=1e-9, abs=1e-15)
+    assert draws.tail(t, np.full(6, np.inf)) == pytest.approx(normal, rel=1e-3, abs=1e-15)
+    assert draws.tail(-t, np.full(6, 2.0)) == pytest.approx(1 - two)
 
 
 def test_coverage_factors_are_those_of_the_gum() -> None:
@@ -368,7 +390,9 @@ class Truth:
             shared[board, np.arange(len(model))] = 0.037 * seen_r
             # when
             means = pepr.average(model, seen_p, seen_r, u_r=own * seen_r, shared=shared)
-            standing = pepr.standing(means.performance, means.resource, means.errors, bounds=bounds)
+            standing = pepr.standing(
+                means.performance, means.resource, means.errors, bounds=bounds, count=1000
+            )
             scores = pepr.score(means.performance, means.resource, bounds=bounds)
             # then
             true = pepr.score(p, r, bounds=bounds)
@@ -421,7 +445,7 @@ def test_ranks_are_ranges_where_rows_cannot_be_distinguished() -> None:
     assert standing.best is not None and standing.worst is not None
     assert list(zip(standing.best, standing.worst, strict=True)) == [(1, 2), (1, 3), (2, 3), (4, 4)]
     # and the difference of neighbours is 0.02 / (sqrt(2) 0.008) = 1.768 standard uncertainties
-    assert standing.swap[:2] == pytest.approx([math.erfc(1.25) / 2] * 2, rel=1e-3)
+    assert standing.swap[:2] == pytest.approx([math.erfc(1.25) / 2] * 2, abs=0.004)
     assert math.isnan(standing.swap[3])
 
 

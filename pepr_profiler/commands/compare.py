@@ -17,6 +17,7 @@ from pepr_profiler.commands.report import (
 )
 from pepr_profiler.commands.score import (
     analysis_options,
+    anyway_option,
     figure_of,
     limits_of,
     publish,
@@ -55,6 +56,7 @@ from pepr_profiler.errors import UsageError
 @click.option(
     "--mix-provenance", is_flag=True, help="Compare measured and estimated energies all the same."
 )
+@anyway_option
 @click.option("--json", "json_file", metavar="FILE", help="Write the ranking as JSON; - is stdout.")
 @analysis_options("Metric (or experiment, host)", "NAME")
 @output_option
@@ -68,6 +70,7 @@ def compare(
     bounds: str | None,
     bounds_from: Path | None,
     save_bounds: Path | None,
+    anyway: bool,
     json_file: str | None,
     class_by: str | None,
     size_by: str | None,
@@ -87,7 +90,8 @@ def compare(
 
     Runs of one name are repeats of a model, and ranked by their means. Runs that failed or are
     incomplete are left out and named on stderr. Outliers, whose energy does not fit their time, are
-    named too, and the ranking is printed with and without them.
+    named too, and the ranking is printed with and without them. Models that their energy cannot
+    tell apart are not ranked, but for --anyway.
 
     \b
     -o study.html         a page: figures, and rankings that you can change
@@ -127,6 +131,7 @@ def compare(
         best=best,
         load=recorded.load,
         raw_csv=raw_csv,
+        anyway=anyway,
     )
 
 

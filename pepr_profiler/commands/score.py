@@ -27,7 +27,7 @@ from pepr_profiler.units import parse_range
 if TYPE_CHECKING:
     from pepr_profiler.study import pepr
     from pepr_profiler.study.analysis import Analysis
-    from pepr_profiler.study.ranking import Bounds
+    from pepr_profiler.study.ranking import Bounds, Ranking
     from pepr_profiler.study.study import Study
 
 
@@ -116,6 +116,11 @@ def figure_of(
     return figure or (given[0] if given else "performance")
 
 
+anyway_option = click.option(
+    "--anyway", is_flag=True, help="Rank models too that their resource cannot tell apart."
+)
+
+
 @click.command()
 @click.argument("table", type=click.Path(path_type=Path))
 @click.option(
@@ -161,6 +166,7 @@ def figure_of(
 @analysis_options("Column", "COL")
 @output_option
 @raw_csv_option
+@anyway_option
 @click.option("--json", "json_file", metavar="FILE", help="Write the ranking as JSON; - is stdout.")
 def score(
     table: Path,
@@ -185,6 +191,7 @@ def score(
     figure: str | None,
     outputs: tuple[Path, ...],
     raw_csv: bool,
+    anyway: bool,
     json_file: str | None,
 ) -> None:
     """Score the rows of TABLE (CSV, or TSV by its extension; the first row names the columns).
@@ -193,14 +200,15 @@ def score(
     took least and 1 for the one that took most, or to the --range that is given.
 
     The ranking goes to stdout unless -o or --json is given. Outliers, whose resource does not fit
-    their time, are named, and the ranking is printed with and without them.
+    their time, are named, and the ranking is printed with and without them. Models that their
+    resource cannot tell apart are not ranked, but for --anyway.
 
     \b
     -o study.html         a page: figures, and rankings that you can change
     -o figure.pdf         performance against the resource (also .png, .svg)
     -o table.tex          the rankings for a paper, with units and ± (also .md)
     -o scored.csv         TABLE with its scores (also .tsv): COL_n (R), pepr_COL
-                          and, with a given range, COL_clamped
+                          and, with a given range, COL_clamped; outlier (why)
     -o ranking.json       what --json writes (as a flat table: .parquet)
     """
     from pepr_profiler.study.analysis import Analysis, with_units
@@ -278,6 +286,7 @@ def score(
         figure=figure,
         best=best,
         spreadsheet=with_scores,
+        anyway=anyway,
     )
 
 
@@ -304,10 +313,12 @@ def _scores_by_row(
 ) -> dict[str, list[Any]]:
     """The columns that -o adds, in the order of the table."""
     n = sum(map(len, groups.values()))
+    reasons: list[list[str]] = [[] for _ in range(n)]
     added: dict[str, list[Any]] = {column: [None] * n for column in _added(resources, clamped)}
     for resource in resources:
         for group, members in groups.items():
-            scores = study.rank(resource, group).scores
+            ranking = study.rank(resource, group)
+            scores = ranking.scores
             cells = zip(members, scores.r_norm.tolist(), scores.pepr.tolist(), strict=True)
             for i, r_norm, value in cells:
                 added[f"{resource}_n"][i] = repr(r_norm)
@@ -315,6 +326,9 @@ def _scores_by_row(
             if clamped:
                 for i, outside in zip(members, scores.clamped.tolist(), strict=True):
                     added[f"{resource}_clamped"][i] = int(outside)
+            for i, reason in zip(members, ranking.outlier_reasons, strict=True):
+                reasons[i] += [reason] if reason else []
+    added["outlier"] = ["; ".join(each) for each in reasons]
     return added
 
 
@@ -330,37 +344,22 @@ def publish(
     load: Callable[[str], Mapping[str, Any]] | None = None,
     raw_csv: bool = False,
     spreadsheet: Callable[[Path], str] | None = None,
+    anyway: bool = False,
 ) -> None:
     """The rankings as JSON to a file or stdout, else as tables on stdout.
 
     With `forms` (of `forms_of`) they go to those files instead; `load` is `study_page`'s,
     `spreadsheet` gives the text of a csv or tsv file that is no plain ranking. Runs that were left
-    out, outliers, and what lies outside a given range are named on stderr.
+    out, outliers, and what lies outside a given range are named on stderr, and, where no table on
+    stdout says it, that a ranking is one of noise. On stdout there is such a ranking only with
+    `anyway`.
     """
     from pepr_profiler.report.export import ranking_json
-    from pepr_profiler.study.pepr import listed
 
     for who, why in study.left_out:
         complain(f"left out {brief(who)}: {brief(why)}")
     for ranking in study.rankings:
-        for outlier in ranking.outliers:
-            rows = "runs" if ranking.run_ids else "rows"
-            few = len(outlier.names) == 1
-            complain(
-                f"warning: {len(outlier.names)} of {_counted(ranking.n, ranking.names)} {rows} "
-                f"{'is an outlier' if few else 'are outliers'} in {brief(outlier.what)}: "
-                f"{listed(list(map(brief, outlier.names)))}"
-                f"\n  why: {outlier.why}; a wrong reading stretches the normalisation range and so"
-                f" changes every R; the ranking is also printed without {'it' if few else 'them'}"
-                f"\n  fix: check {'it' if few else 'them'} and leave out what is wrong, or fix the"
-                " range with --range MIN:MAX"
-            )
-        clamped = [n for n, c in zip(ranking.names, ranking.scores.clamped, strict=True) if c]
-        if clamped:
-            complain(
-                f"{len(clamped)} {ranking.of}{'s' * (len(clamped) > 1)} outside the normalisation"
-                f" range, R is set to 0 or 1: {listed(list(map(brief, clamped)))}"
-            )
+        _complain_of(ranking, printed=not forms and not json_file)
     for text in _incomparable(analysis):
         complain(text)
     if save_bounds:
@@ -380,8 +379,36 @@ def publish(
     elif not forms:
         width, color = screen(sys.stdout)
         width = max(width, 80)  # a narrower terminal wraps the lines, instead of losing the scores
-        screens = _screens(analysis, width=width, color=color)
+        screens = _screens(analysis, width=width, color=color, anyway=anyway)
         click.echo("\n".join(screens), nl=False, color=color)
+
+
+def _complain_of(ranking: Ranking, *, printed: bool) -> None:
+    """Names on stderr what has to be known of a ranking; `printed` says that a table shows it."""
+    from pepr_profiler.study.pepr import listed
+
+    for caution in ranking.warnings:
+        if not printed or caution.code in ("two-populations", "same-readings"):
+            of = f"{brief(ranking.group)}: " if ranking.group else ""
+            complain(f"warning: {of}{brief(caution.text, 400)}\n  fix: {caution.fix}")
+    for outlier in ranking.outliers:
+        rows = "runs" if ranking.run_ids else "rows"
+        few = len(outlier.names) == 1
+        complain(
+            f"warning: {len(outlier.names)} of {_counted(ranking.n, ranking.names)} {rows} "
+            f"{'is an outlier' if few else 'are outliers'} in {brief(outlier.what)}: "
+            f"{listed(list(map(brief, outlier.names)))}"
+            f"\n  why: {outlier.why}; a wrong reading stretches the normalisation range and so"
+            f" changes every R; the ranking is also printed without {'it' if few else 'them'}"
+            f"\n  fix: check {'it' if few else 'them'} and leave out what is wrong, or fix the"
+            " range with --range MIN:MAX"
+        )
+    clamped = [n for n, c in zip(ranking.names, ranking.scores.clamped, strict=True) if c]
+    if clamped:
+        complain(
+            f"{len(clamped)} {ranking.of}{'s' * (len(clamped) > 1)} outside the normalisation"
+            f" range, R is set to 0 or 1: {listed(list(map(brief, clamped)))}"
+        )
 
 
 _SPREADSHEETS = ("csv", "tsv")
@@ -458,26 +485,31 @@ def _rendered(
     return encode(study.rows(), form, raw_csv=raw_csv)
 
 
-def _screens(analysis: Analysis, *, width: int, color: bool) -> Iterator[str]:
-    """One per group: its ranking, and again without outliers; or several side by side."""
+def _screens(analysis: Analysis, *, width: int, color: bool, anyway: bool) -> Iterator[str]:
+    """One per group: its ranking, and again without outliers, or of either population; or several
+    resources side by side.
+    """
     from pepr_profiler.report.analysis_text import render_analysis
     from pepr_profiler.report.ranking_text import render_ranking, render_side_by_side
 
+    render = partial(render_ranking, width=width, color=color, anyway=anyway)
     for rankings in analysis.study.by_group().values():
         if len(rankings) > 1:
             yield render_side_by_side(rankings, width=width, color=color)
             continue
-        yield render_ranking(rankings[0], width=width, color=color)
+        yield render(rankings[0])
         if rankings[0].without is not None:
-            text = render_ranking(rankings[0].without, width=width, color=color)
             n = sum(len(outlier.names) for outlier in rankings[0].outliers)
-            yield f"Without the {n} outlier{'s' * (n > 1)}:\n\n{text}"
+            yield f"Without the {n} outlier{'s' * (n > 1)}:\n\n{render(rankings[0].without)}"
+        for each in rankings[0].either:
+            n = _counted(each.n, each.names)
+            yield f"Only the {n} of one population:\n\n{render(each)}"
     yield from render_analysis(analysis, width=width, color=color)
 
 
 def _added(resources: Sequence[str], clamped: bool) -> list[str]:
     forms = ("{}_n", "pepr_{}", "{}_clamped")[: 3 if clamped else 2]
-    return [form.format(column) for column in resources for form in forms]
+    return [*(form.format(column) for column in resources for form in forms), "outlier"]
 
 
 def _counted(n: Any, names: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -105,13 +106,25 @@ def ranking_data(ranking: Ranking) -> dict[str, Any]:
             "set_by": "given" if ranking.bounds_given else "cohort",
             "source": ranking.bounds_source or None,
         },
+        "distinguishable": ranking.scores.distinguishable,
+        "resource_ratio": _ratio(ranking),
+        "warnings": [caution._asdict() for caution in ranking.warnings],
         "rows": rows,
         "doubts": [
             {"what": outlier.what, "why": outlier.why, "names": list(outlier.names)}
             for outlier in ranking.outliers
         ],
         "without_doubtful": ranking_data(ranking.without) if ranking.without else None,
+        "either_population": [ranking_data(each) for each in ranking.either],
     }
+
+
+def _ratio(ranking: Ranking) -> dict[str, float | None] | None:
+    """The resource of the row that took most over that of the least, and its interval."""
+    if ranking.standing is None:
+        return None
+    value, low, high = (x if math.isfinite(x) else None for x in ranking.standing.ratio)
+    return {"value": value, "low": low, "high": high}
 
 
 _OF_ALL_ROWS = {"group", "metric", "resource_key", "unit", "label"}

@@ -9,7 +9,7 @@ import numpy as np
 
 from pepr_profiler.record import Floats
 from pepr_profiler.report.text import Line, brief, cells, cut, drawn, left, printable, right, wrap
-from pepr_profiler.study.ranking import Ranking
+from pepr_profiler.study.ranking import Caution, Ranking
 from pepr_profiler.units import format_amount
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -20,37 +20,55 @@ _BAR_CELLS = (5, 20)
 _REVERSED, _REVERSED_CELLS = "P(rev.)", len("100%")
 
 
-def render_ranking(ranking: Ranking, *, width: int = 80, color: bool = False) -> str:
+def render_ranking(
+    ranking: Ranking, *, width: int = 80, color: bool = False, anyway: bool = False
+) -> str:
     """The ranking as lines of at most `width` terminal cells, best score first, and its legend.
 
-    A row whose score is too close to others' for a rank of its own has the range of its possible
-    ranks. Long names are cut with "…", unprintable characters are shown as escapes. `!` marks a
-    resource outside a given normalisation range, `*` the Pareto front. Without `color` the text
-    has no escape codes.
+    Rows that their resource cannot tell apart are listed without scores, unless `anyway`. A row
+    whose score is too close to others' for a rank of its own has the range of its possible ranks.
+    Long names are cut with "…", unprintable characters are shown as escapes. `!` marks a resource
+    outside a given normalisation range, `?` an outlier, `*` the Pareto front. Without `color` the
+    text has no escape codes.
     """
+    if ranking.noise and not anyway:
+        return _undecided(ranking, width=width, color=color)
     scores, order, standing = ranking.scores, ranking.order, ranking.standing
+    odd = ranking.outlier_reasons
     marks = ["!" if clamped else "" for clamped in scores.clamped]
     pad = " " if any(marks) else ""
     u_performance = ranking.u_performance if ranking.repeated else None
-    columns = [
-        (_heading(ranking.metric), _with_u(ranking.performance, u_performance)),
-        (
-            _heading(ranking.resource_name),
-            [format_amount(r, ranking.unit) for r in ranking.resource],
-        ),
-        ("R  " + pad, [f"{r:.3f}{m or pad}" for r, m in zip(scores.r_norm, marks, strict=True)]),
-        (_heading(ranking.label, _LABEL_CELLS), _with_u(scores.pepr, ranking.u_pepr)),
-    ]
-    if ranking.repeated and ranking.n is not None:
-        columns.insert(0, ("n", [str(n) for n in ranking.n]))
-    widths = [max(map(cells, [heading, *column])) for heading, column in columns]
     gap = 3 if standing is None else 2  # one column more
     ranks = _ranks(ranking)
     rank_cells = max(map(len, ranks))
-    # Indent, gaps, the mark of the front: what is neither name, bar nor column.
-    room = width - (2 + rank_cells + 2 + sum(widths) + gap * len(widths) + 2 + 2)
-    if standing is not None:
-        room -= gap + _REVERSED_CELLS
+    for u in dict.fromkeys((True, False)):  # the u of the performance only where there is room
+        columns = [
+            (
+                _heading(ranking.metric),
+                _with_u(ranking.performance, u_performance if u else None),
+            ),
+            (
+                _heading(ranking.resource_name),
+                [
+                    ("? " if odd[i] else "") + format_amount(r, ranking.unit)
+                    for i, r in enumerate(ranking.resource)
+                ],
+            ),
+            (
+                "R  " + pad,
+                [f"{r:.3f}{m or pad}" for r, m in zip(scores.r_norm, marks, strict=True)],
+            ),
+            (_heading(ranking.label, _LABEL_CELLS), _score_texts(ranking)),
+        ]
+        if ranking.repeated and ranking.n is not None:
+            columns.insert(0, ("n", [str(n) for n in ranking.n]))
+        widths = [max(map(cells, [heading, *column])) for heading, column in columns]
+        # Indent, gaps, the mark of the front: what is neither name, bar nor column.
+        room = width - (2 + rank_cells + 2 + sum(widths) + gap * len(widths) + 2 + 2)
+        if standing is not None:
+            room -= gap + _REVERSED_CELLS
+        if room >= _NAME_CELLS[0]:
+            break
     # Names come first, bars have what is left of the line.
     longest = max(cells(printable(name)) for name in ("model", *ranking.names))
     name_cells = max(min(longest, _NAME_CELLS[1], room), min(longest, room - _BAR_CELLS[0]))
@@ -65,7 +83,7 @@ def render_ranking(ranking: Ranking, *, width: int = 80, color: bool = False) ->
         texts = [*(right(*value) for value in numbers), left(*score), *last]
         return (gap * " ").join([f"  {rank:>{rank_cells}}  {left(name, name_cells)}", *texts])
 
-    lines = [_title(ranking, ranking.label, width), []]
+    lines = [_title(ranking, ranking.label, width), [], *_cautions(ranking, width)]
     # The last heading hangs over the bars, which have none.
     last = [] if standing is None else [_REVERSED]
     lines.append([(row("#", "model", [heading for heading, _ in columns], last), "dim")])
@@ -136,6 +154,74 @@ def render_side_by_side(
     return drawn(lines, width=width, color=color) + "\n"
 
 
+def _undecided(ranking: Ranking, *, width: int, color: bool) -> str:
+    """The rows with their performance and resource, in the order of input, without a ranking."""
+    columns = [
+        (_heading(ranking.metric), _with_u(ranking.performance, ranking.u_performance)),
+        (
+            _heading(ranking.resource_name),
+            [
+                format_amount(float(r), ranking.unit, None if math.isnan(u) else float(u))
+                for r, u in zip(ranking.resource, _known(ranking.u_resource, ranking), strict=True)
+            ],
+        ),
+    ]
+    if ranking.repeated and ranking.n is not None:
+        columns.insert(0, ("n", [str(n) for n in ranking.n]))
+    widths = [max(map(cells, [heading, *column])) for heading, column in columns]
+    longest = max(cells(printable(name)) for name in ("model", *ranking.names))
+    name_cells = max(_NAME_CELLS[0], min(longest, width - (2 + sum(widths) + 3 * len(widths))))
+
+    def row(name: str, values: Sequence[str]) -> str:
+        texts = [right(value, room) for value, room in zip(values, widths, strict=True)]
+        return "   ".join([f"  {left(name, name_cells)}", *texts])
+
+    lines = [_title(ranking, "not ranked", width), [], *_cautions(ranking, width)]
+    lines.append([(row("model", [heading for heading, _ in columns]), "dim")])
+    for i, name in enumerate(ranking.names):
+        lines.append([(row(name, [column[i] for _, column in columns]), "")])
+    notes = [("±", "k = 2 (95%), Student's t for few repeats")]
+    if ranking.repeated:
+        notes.insert(0, ("n", "runs of the model; its numbers are their means"))
+    notes.append(("--anyway", "ranks them by PePR all the same"))
+    lines += [[], *_legend(notes, width)]
+    return drawn(lines, width=width, color=color) + "\n"
+
+
+def _cautions(ranking: Ranking, width: int) -> list[Line]:
+    """What has to be known before the numbers, as paragraphs."""
+    lines: list[Line] = []
+    for caution in ranking.warnings:
+        if caution.code == "indistinguishable":
+            texts = [f"{caution.text[:1].upper()}{caution.text[1:]}.", ratio_text(ranking)]
+            styles = ["bold", ""]
+        elif caution.code == "two-rows" and ranking.noise:
+            texts, styles = [_two_rows(caution)], [""]
+        else:
+            continue  # stderr names them
+        for text, style in zip(texts, styles, strict=True):
+            lines += [[(f"  {part}", style)] for part in wrap(printable(text), width - 2)]
+    return [*lines, []] if lines else []
+
+
+def _two_rows(caution: Caution) -> str:
+    return f"{caution.text[:1].upper()}{caution.text[1:]}; {caution.fix}."
+
+
+def ratio_text(ranking: Ranking) -> str:
+    """The resource of the row that took most against that of the least, with its interval."""
+    most, least = int(ranking.resource.argmax()), int(ranking.resource.argmin())
+    names = brief(ranking.names[most], 40), brief(ranking.names[least], 40)
+    if ranking.standing is None or not all(map(math.isfinite, ranking.standing.ratio)):
+        return f"{names[1]} took least, and {names[0]} most."
+    value, low, high = ranking.standing.ratio
+    places = max(2, min(6, 2 - math.floor(math.log10(max(high - low, 1e-9)))))
+    return (
+        f"{names[0]} took {value:.{places}f} times the {_in_text(ranking.resource_name)} of "
+        f"{names[1]} (95%: {low:.{places}f} to {high:.{places}f})."
+    )
+
+
 def _title(ranking: Ranking, label: str, width: int) -> Line:
     n = len(ranking.names)
     parts = [label, f"{n} {ranking.of}{'s' if n != 1 else ''}"]
@@ -160,11 +246,15 @@ def _notes(ranking: Ranking, ranks: Sequence[str]) -> list[tuple[str, str]]:
     """What a reader has to know of the columns and marks that are shown."""
     metric, resource = _in_text(ranking.metric), _in_text(ranking.resource_name)
     notes = [(ranking.label, f"{metric} / (1 + R)"), ("R", _range_text(ranking))]
+    if not ranking.noise:
+        notes += [("", _two_rows(each)) for each in ranking.warnings if each.code == "two-rows"]
     standing = ranking.standing
     if standing is not None:
         notes.append((_REVERSED, "probability that the order of this row and the next is reversed"))
         if ranged := next((rank for rank in ranks if "–" in rank), None):
-            notes.append((f"# {ranged}", "any of these ranks: the scores differ by less than ±"))
+            notes.append((f"# {ranged}", "any of these ranks (95%)"))
+        if any("–" in text for text in _score_texts(ranking)):
+            notes.append(("0.1–0.2", "the interval of the score (95%), where it is lopsided"))
     if ranking.repeated:
         notes.append(("n", "runs of the model; its numbers are their means"))
         if ranking.single.any():
@@ -175,6 +265,8 @@ def _notes(ranking: Ranking, ranks: Sequence[str]) -> list[tuple[str, str]]:
         notes.append(("±", "k = 2; one run per model, so the spread over repeats is not in it"))
     if any(ranking.scores.clamped):
         notes.append(_outside(ranking))
+    if ranking.outliers:
+        notes.append(("?", "an outlier: named above, with the reason"))
     notes.append(("*", f"on the {metric}/{resource} Pareto front"))
     return notes
 
@@ -221,6 +313,24 @@ def _with_u(values: Floats, u: Floats | None) -> list[str]:
         return [f"{value:.3f}" for value in values]
     texts = ["?" if math.isnan(x) else f"{x:.3f}" for x in u]
     return [f"{value:.3f} ± {text}" for value, text in zip(values, texts, strict=True)]
+
+
+def _known(values: Floats | None, ranking: Ranking) -> Floats:
+    return np.full(len(ranking.names), math.nan) if values is None else values
+
+
+def _score_texts(ranking: Ranking) -> list[str]:
+    """Each score with its ±, or with its interval where one side is much longer."""
+    standing = ranking.standing
+    texts = _with_u(ranking.scores.pepr, ranking.u_pepr)
+    if standing is None:
+        return texts
+    return [
+        f"{ranking.scores.pepr[i]:.3f} {standing.low[i]:.3f}–{standing.high[i]:.3f}"
+        if standing.lopsided[i]
+        else text
+        for i, text in enumerate(texts)
+    ]
 
 
 def _probability(value: float) -> str:

@@ -174,6 +174,28 @@ class Cohort:
                 found[i] = f"its energy lacks the {listed(sorted(elsewhere))} of other runs there"
         return found
 
+    def not_comparable(self, *, allow_mixed: bool) -> dict[int, str]:
+        """The runs whose energy cannot be weighed against that of the others, and why, by number.
+
+        Their total is unknown, or lacks a device, or (unless `allow_mixed`) it is estimated where
+        more runs, of two models at least, are measured.
+        """
+        found = {
+            i: "its energy is unknown" for i, row in enumerate(self.rows) if row.total_j is None
+        }
+        if len(found) == len(self):
+            return {}  # an error says what to do
+        found = {**self.incomplete_totals(), **found}
+        rest = [i for i in range(len(self)) if i not in found]
+        measured = [i for i in rest if self.rows[i].provenance == "measured"]
+        names = self.models()
+        more = len(measured) * 2 > len(rest) and len({names[i] for i in measured}) > 1
+        if more and not allow_mixed:
+            for i in set(rest).difference(measured):
+                kind = units.format_provenance(self.rows[i].provenance)
+                found[i] = f"its energy is {kind}, that of the others measured (--mix-provenance)"
+        return found
+
     def _numbers(self, name: str) -> Floats:
         """One of the Facts that are numbers (n,); NaN is unknown."""
         return np.array([getattr(row, name) for row in self.rows], dtype=np.float64)
@@ -353,12 +375,15 @@ class Cohort:
 
     def _energetic(self, resource: str, price: tuple[float, str] | None) -> Amount:
         energy_j = self._numbers("total_j")
-        self._require(energy_j, what="energy", fix="pepr-profile sensors says what can be measured")
+        if np.isnan(energy_j).all():  # single runs without are left out
+            self._require(
+                energy_j, what="energy", fix="pepr-profile sensors says what can be measured"
+            )
         unit, units_per_joule = "J", np.ones(len(self))
         if resource == "carbon":
             values = self._numbers("g_co2e")
             self._require(
-                values,
+                np.where(np.isnan(energy_j), 0.0, values),
                 what="carbon",
                 fix="profile with --region CODE or --carbon-intensity G_PER_KWH, "
                 "or rank by energy: --resource energy",

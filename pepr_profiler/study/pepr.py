@@ -7,7 +7,6 @@ NLDL 2025, arXiv 2403.12562. P lies in [0, 1], higher is better.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import numpy.typing as npt
 
 from pepr_profiler.errors import UsageError
 from pepr_profiler.record import Floats, Mask
+from pepr_profiler.study import draws
+from pepr_profiler.study.draws import COVERAGE, coverage_factor
 
 MinMax: TypeAlias = tuple[float, float]
 """The ends of a normalisation range, (r_min, r_max)."""
@@ -29,10 +30,8 @@ TRANSFORMS: Mapping[str, Callable[[Floats], Floats]] = {
 """How a lower-is-better metric becomes a performance: an error rate in [0, 1] as 1 - x, a loss in
 [0, inf) as exp(-x), which of a mean cross-entropy is the geometric mean of the likelihoods."""
 
-COVERAGE = math.erf(math.sqrt(2.0))
-"""The share of a normal distribution within k = 2, 95.45 %: every u here covers as much."""
-
-_MOST_RANGES = 2_000  # rows: all pairs of more cost seconds, and nobody reads that many ranks
+_MOST_RANGES = 2_000  # rows: nobody reads more ranks
+_MOST_PAIRS = 100  # rows: n^2 numbers
 
 
 class NoCohortError(UsageError):
@@ -44,13 +43,16 @@ class Scores:
     """PePR scores of n rows, `pepr`; arrays are (n,), in the order of the input.
 
     `r_norm` is R, the resource normalised by `bounds`, (r_min, r_max) in its unit. `clamped` marks
-    resources outside of fixed bounds, whose R was set to 0 or 1.
+    resources outside of fixed bounds, whose R was set to 0 or 1. `distinguishable` says whether the
+    resources span more than models that take all the same would seem to (see `standing`). If
+    not, the order of the scores is one of noise. It is None where no uncertainty is known.
     """
 
     pepr: Floats
     r_norm: Floats
     bounds: MinMax
     clamped: Mask
+    distinguishable: bool | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,10 +79,24 @@ class Errors:
 
     @property
     def u_r(self) -> Floats:
-        """The u of each resource (n,), which covers COVERAGE, with the shared errors."""
-        common = np.sum(self.shared**2, axis=0)
-        total, dof = _sum([(self.var_r, self.dof), (common, math.inf)])
-        return np.asarray(coverage_factor(dof) * np.sqrt(total))
+        """The u of each resource (n,), which covers COVERAGE, with the shared errors.
+
+        The degrees of freedom are those of Welch and Satterthwaite (GUM G.4.1).
+        """
+        total = self.var_r + np.sum(self.shared**2, axis=0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            dof = self.dof * np.where(self.var_r == 0, np.inf, (total / self.var_r) ** 2)
+        return np.asarray(coverage_factor(np.where(np.isnan(dof), np.inf, dof)) * np.sqrt(total))
+
+    def at(self, rows: npt.NDArray[np.intp]) -> Errors:
+        """The errors of some of the rows."""
+        return Errors(
+            var_p=self.var_p[rows],
+            var_r=self.var_r[rows],
+            cov=self.cov[rows],
+            dof=self.dof[rows],
+            shared=self.shared[:, rows],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,21 +116,34 @@ class Means:
     errors: Errors
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Standing:
-    """How certain the order of n rows is; arrays are (n,), in the order of the input.
+    """How certain the scores and the order of n rows are; arrays are (n,), in the order of input.
 
-    `u_pepr` is the u of each score, NaN if unknown. `swap` is the probability that a row and the
-    next in the ranking are in the reverse order, NaN for the last. `best` and `worst` are the ranks
-    that a row can have: 1 + the number of rows that are surely better, n - the number that are
-    surely worse. One row is surely better than another if the difference of their scores exceeds
-    the u of that difference. There are no `best` and `worst` for more than 2,000 rows.
+    All of it comes from the same draws of what the true performances and resources may be. `low` to
+    `high` is the interval of each true score, which covers COVERAGE, and `u_pepr` its longer side;
+    NaN is unknown. `swap` is the probability that a row and the next in the ranking are in truth
+    in the reverse order, NaN for the last. `best` and `worst` are the ranks from and to which a
+    row's true rank lies with COVERAGE; there are none for more than 2,000 rows. `pairs` (n, n) is
+    the probability that the row of the first index has in truth a lower score than that of the
+    second, equal scores half; there are none for more than 100 rows.
+
+    `ratio` is (value, low, high) of the resource of the row that took most over that of the row
+    that took least. `lopsided` (n,) are intervals of which one side is so much longer than the
+    other, a third or more, that a ± would mislead. `distinguishable` says whether the resources
+    span more than models that take all the same would seem to, with COVERAGE.
     """
 
     u_pepr: Floats
+    low: Floats
+    high: Floats
     swap: Floats
     best: npt.NDArray[np.intp] | None
     worst: npt.NDArray[np.intp] | None
+    pairs: Floats | None
+    ratio: tuple[float, float, float]
+    distinguishable: bool
+    lopsided: Mask
 
 
 def as_performance(
@@ -213,8 +242,9 @@ def average(
     `model` (n,) is the number of each run's model, from 0. `u_r` (n,) is the standard uncertainty
     of each resource (k = 1, NaN is unknown) without the shared errors, `shared` (m, n) as in
     Errors. The mean of n repeats has the variance s^2 / n with n - 1 degrees of freedom (GUM
-    4.2.3), where s^2 is the sample variance. The runs' own errors are part of that scatter, so that
-    s^2 is at least their mean square. Shared errors do not average out.
+    4.2.3), where s^2 is the sample variance, drawn towards that of the other models where 3 or more
+    are repeated and scatter alike (`draws.pooled`). The runs' own errors are part of that scatter,
+    so that s^2 is at least their mean square. Shared errors do not average out.
     """
     index = np.asarray(model, dtype=np.intp)
     p, r = np.asarray(performance, dtype=np.float64), np.asarray(resource, dtype=np.float64)
@@ -232,6 +262,9 @@ def average(
         unbias = np.where(repeated, n / (n - 1.0), np.nan)
     var_p, var_r, cov = (unbias * mean(x) for x in (off_p**2, off_r**2, off_p * off_r))
     own_var = mean(own**2)
+    like_p, like_r, dof = _pooled(var_p, var_r, mean_r, np.where(repeated, n - 1.0, np.inf))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scaled = np.where(cov == 0, 0.0, cov * np.sqrt(like_p / var_p * (like_r / var_r)))
     return Means(
         n=n,
         performance=mean_p,
@@ -239,14 +272,32 @@ def average(
         sd_p=np.sqrt(var_p),
         sd_r=np.sqrt(var_r),
         errors=Errors(
-            var_p=np.where(repeated, var_p / n, 0.0),
+            var_p=np.where(repeated, like_p / n, 0.0),
             # fmax: an unknown own error is in the scatter, and without repeats it stays unknown.
-            var_r=np.fmax(var_r, own_var) / n,
-            cov=np.where(repeated, cov / n, 0.0),
-            dof=np.where(repeated, n - 1.0, np.inf),
+            var_r=np.fmax(like_r, own_var) / n,
+            cov=np.where(repeated, scaled / n, 0.0),
+            dof=dof,
             shared=np.array([mean(line) for line in common]).reshape(-1, len(n)),
         ),
     )
+
+
+def _pooled(
+    var_p: Floats, var_r: Floats, mean_r: Floats, dof: Floats
+) -> tuple[Floats, Floats, Floats]:
+    """The variances of P, of r in proportion to its mean, and their degrees of freedom, pooled
+    as far as the models agree (`draws.pooled`).
+    """
+    repeated = np.isfinite(dof)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative, dof_r = draws.pooled(var_r / mean_r**2, dof, repeated)
+    like_p, dof_p = (
+        (var_p, dof_r) if not var_p[repeated].any() else draws.pooled(var_p, dof, repeated)
+    )
+    both = np.minimum(dof_p, dof_r)
+    if (both <= dof)[repeated].any():
+        return var_p, var_r, dof
+    return like_p, relative * mean_r**2, both
 
 
 def standing(
@@ -255,254 +306,168 @@ def standing(
     errors: Errors,
     *,
     bounds: MinMax | None = None,
+    count: int | None = None,
 ) -> Standing:
-    """How certain the PePR and the rank of each row are; `bounds` as in `score`.
+    """How certain the PePR and the rank of each row are, by Monte Carlo; `bounds` as in `score`.
 
-    First-order propagation, J Cov J^T (GUM 5.2.2). With s = r_max - r_min and D = P / (1 + R)^2 / s
-    the score moves by 1 / (1 + R) per unit of its P, by -D per unit of its r and, without fixed
-    bounds, by D (1 - R) per unit of r_min and D R per unit of r_max. So a gain that all rows share
-    cancels. First order holds while s is several u(r).
+    `count` is the number of draws, by default 40,000 or as many as a cohort has time for.
 
-    R has no error outside of fixed bounds, nor in the row that sets a bound (the first of equals):
-    its R is 0 or 1 whatever its resource is. But if a runner-up is so near that it may in truth be
-    the bound, the error of that is added.
+    Each draw is what the true performances and resources of all rows together may be, given what
+    was seen. Its bounds are those of its own resources, so that the rows exchange them where that
+    may be so. Errors of rows are normal, or Student's t where they were estimated from repeats, and
+    shared errors move all their rows at once. The seed is a hash of the input: equal input, equal
+    output.
 
-    Variances estimated from few repeats are widened by Student's t, with the effective degrees of
-    freedom of Welch and Satterthwaite (GUM G.4.1). If row a is above row b by d, and u_d is the
-    standard uncertainty of d, they are in the reverse order with the probability of t < -d / u_d.
+    Without fixed bounds the seen values are not simply taken for the middle of the true ones. Of
+    rows that are nearly equal the least and the greatest are seen too far apart, since they are
+    the least and the greatest also by luck; with 20 rows intervals around the seen values cover
+    80 %. So the true resources are taken to be normal around a common mean, with a spread tau that
+    the rows themselves tell, as far as they can (`draws.Draws`). Where tau is several times the
+    uncertainty, this changes nothing.
+
+    P(order reversed) is meant as a rate: of all pairs that are reported with p, in cohorts whose
+    true bounds differ by anything from nothing to many u, a share of p is in truth reversed, where
+    truly equal ones count half. No number from one cohort can be more: with a true difference of 0
+    the order is wrong in half of all cohorts, but most of them show some difference.
+    `benchmarks.score` prints how well this holds.
     """
     p, r = checked(performance, resource)
-    score_errors = _ScoreErrors.of(p, r, errors, bounds)
     scores = score(p, r, bounds=bounds)
-    variance, dof = score_errors.of_rows()
     order = rank(scores)
-    swap = np.full(len(p), np.nan)
-    swap[order[:-1]] = tail(
-        *_in_sigmas(scores.pepr[order[:-1]] - scores.pepr[order[1:]], *score_errors.of_steps(order))
-    )
-    best, worst = None, None
-    if len(p) <= _MOST_RANGES:
-        lead = scores.pepr[:, None] - scores.pepr
-        in_sigmas, dofs = _in_sigmas(lead, *score_errors.of_pairs())
-        surely = in_sigmas > coverage_factor(dofs)  # False where it is unknown
-        best, worst = 1 + surely.sum(axis=0), len(p) - surely.sum(axis=1)
+    # In the order of the ranking neighbours are adjacent, and rows have the same result in
+    # whatever order they were given.
+    ends = [int(np.flatnonzero(order == at)[0]) for at in (r.argmax(), r.argmin())]
+    sampler = draws.Draws(p[order], r[order], errors.at(order), shrink=bounds is None, count=count)
+    n, last = len(p), len(sampler.blocks) - 1
+    drawn_bounds, noise_span, drawn_ends = _drawn_bounds(sampler, ends)
+    low, high, swap = np.empty(n), np.empty(n), np.full(n, np.nan)
+    pairs, ranks = None, None
+    before: Floats | None = None
+    for number, rows in enumerate(sampler.blocks):
+        block = sampler.block(number)
+        start, stop = drawn_bounds if bounds is None else bounds
+        with np.errstate(divide="ignore", invalid="ignore"):
+            r_norm = np.clip((block.r - start) / np.subtract(stop, start), 0.0, 1.0)
+        r_norm = np.nan_to_num(r_norm)  # with no span at all, all take as little
+        drawn = block.p / (1.0 + r_norm)
+        low[rows], high[rows] = _score_interval(drawn, block.p, r_norm)
+        chain = drawn if before is None else np.column_stack([before, drawn])
+        swap[rows.stop - chain.shape[1] : rows.stop - 1] = _behind(chain[:, :-1], chain[:, 1:])
+        before = drawn[:, -1]
+        if number == last == 0:
+            ranks = _drawn_ranks(drawn, np.isnan(errors.var_r)[order])
+            if n <= _MOST_PAIRS:
+                pairs = np.array([_behind(drawn[:, [i]], drawn) for i in range(n)])
+    back = np.argsort(order)
+    unknown = _unknown(r, errors, scores)
+    value = float(r.max() / r.min()) if r.min() > 0 else math.inf
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = _interval(drawn_ends[0] / drawn_ends[1])
+    low, high = np.minimum(low[back], scores.pepr), np.maximum(high[back], scores.pepr)
+    low[unknown] = high[unknown] = np.nan
+    lost = (unknown | np.isnan(errors.var_r))[order]  # a row at a bound too
+    swap[:-1][lost[:-1] | lost[1:]] = np.nan
+    sides = np.sort([high - scores.pepr, scores.pepr - low], axis=0)
+    lopsided = sides[1] - sides[0] > np.maximum(0.0015, sides[1] / 3)
     return Standing(
-        u_pepr=coverage_factor(dof) * np.sqrt(variance), swap=swap, best=best, worst=worst
+        u_pepr=np.where(lopsided, sides[1], (high - low) / 2),
+        low=low,
+        high=high,
+        swap=swap[back],
+        best=None if ranks is None else ranks[0][back],
+        worst=None if ranks is None else ranks[1][back],
+        pairs=None if pairs is None else pairs[np.ix_(back, back)],
+        ratio=(value, min(float(ratio[0]), value), max(float(ratio[1]), value)),
+        lopsided=lopsided,
+        distinguishable=bool(np.ptp(r) > np.quantile(noise_span, draws.COVERAGE)),
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _ScoreErrors:
-    """The errors of n scores: each row's own, and those that move several scores at once.
-
-    `own` (n,) are variances with `dof` (n,) degrees of freedom. `common` are pairs: q independent
-    errors (q, n), as how far each score moves for one standard uncertainty, and their degrees of
-    freedom. `at_bounds` (n,) are the variances of rows that set a bound; see `_bound_error`.
+def _drawn_bounds(
+    sampler: draws.Draws, ends: Sequence[int]
+) -> tuple[tuple[Floats, Floats], Floats, list[Floats]]:
+    """Of each draw: the least and greatest resource, as columns, the span of the errors alone, and
+    the resources of the rows `ends`.
     """
-
-    own: Floats
-    dof: Floats
-    common: list[tuple[Floats, float]]
-    at_bounds: Floats
-
-    @classmethod
-    def of(cls, p: Floats, r: Floats, errors: Errors, bounds: MinMax | None) -> _ScoreErrors:
-        scores = score(p, r, bounds=bounds)
-        low, high = scores.bounds
-        per_p = 1.0 / (1.0 + scores.r_norm)
-        slope = p * per_p**2 / (high - low)
-        per_r = np.where(scores.clamped, 0.0, -slope)
-        shared, common, at_bounds = errors.shared, [], np.zeros_like(p)
-        if bounds is None:
-            at_low, at_high = int(r.argmin()), int(r.argmax())
-            per_r[[at_low, at_high]] = 0.0
-            per_low, per_high = slope * (1.0 - scores.r_norm), slope * scores.r_norm
-            per_low[at_low] = per_high[at_high] = 0.0
-            moved = per_r * shared + per_low * shared[:, [at_low]] + per_high * shared[:, [at_high]]
-        else:
-            moved = per_r * shared
-        own = (
-            per_p**2 * errors.var_p
-            + _product(per_r**2, errors.var_r)
-            + 2.0 * per_p * _product(per_r, errors.cov)
-        )
-        if bounds is None:
-            # The row that sets a bound moves all others with its resource, and itself with its P.
-            for at, per_bound in ((at_low, per_low), (at_high, per_high)):
-                own[at] = 0.0
-                at_bounds[at] = (slope[at] * _bound_error(at, r, errors)) ** 2
-                per_own_p = np.zeros_like(p)
-                per_own_p[at] = per_p[at]
-                u_p = math.sqrt(errors.var_p[at])
-                along = float(errors.cov[at]) / u_p if u_p > 0 else 0.0
-                across = math.sqrt(max(float(errors.var_r[at]) - along**2, 0.0))
-                if math.isnan(errors.var_r[at]):
-                    across = math.nan
-                pair = [u_p * per_own_p + along * per_bound, _product(per_bound, across)]
-                common.append((np.array(pair), float(errors.dof[at])))
-        common.append((moved, math.inf))
-        return cls(np.maximum(own, 0.0), errors.dof, common, at_bounds)
-
-    def of_rows(self) -> tuple[Floats, Floats]:
-        """The variance of each score (n,) and its degrees of freedom (n,)."""
-        common = [(np.sum(moves**2, axis=0), dof) for moves, dof in self.common]
-        return _sum([(self.own, self.dof), (self.at_bounds, math.inf), *common])
-
-    def of_steps(self, order: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
-        """The same of the difference between each row and the next in `order`, (n - 1,)."""
-        a, b = order[:-1], order[1:]
-        common = [(np.sum((x[:, a] - x[:, b]) ** 2, axis=0), dof) for x, dof in self.common]
-        return _sum([(self.own[a], self.dof[a]), (self.own[b], self.dof[b]), *common])
-
-    def of_pairs(self) -> tuple[Floats, Floats]:
-        """The same of the difference between any two rows, (n, n)."""
-        n = len(self.own)
-        own, dof = np.tile(self.own, (n, 1)), np.tile(self.dof, (n, 1))
-        parts: list[tuple[Floats, Floats | float]] = [(own, dof), (own.T, dof.T)]
-        for moves, of_moves in self.common:
-            squares = np.sum(moves**2, axis=0)
-            between = squares[:, None] + squares - 2.0 * moves.T @ moves
-            parts.append((np.maximum(between, 0.0), of_moves))
-        return _sum(parts)
+    least, greatest, lowest, highest = [], [], [], []
+    of_ends: dict[int, Floats] = {}
+    for number, rows in enumerate(sampler.blocks):
+        block = sampler.block(number)
+        least.append(block.r.min(axis=1))
+        greatest.append(block.r.max(axis=1))
+        lowest.append(block.noise.min(axis=1))
+        highest.append(block.noise.max(axis=1))
+        of_ends.update({i: block.r[:, i - rows.start] for i in ends if rows.start <= i < rows.stop})
+    bounds = np.min(least, axis=0)[:, None], np.max(greatest, axis=0)[:, None]
+    return bounds, np.max(highest, axis=0) - np.min(lowest, axis=0), [of_ends[i] for i in ends]
 
 
-def _bound_error(at: int, r: Floats, errors: Errors) -> float:
-    """How far the row that sets a bound may in truth be from the bound, as standard uncertainty.
+_TAIL = (1.0 - COVERAGE) / 2
 
-    If d is the distance of a runner-up and u the standard uncertainty of d, the runner-up may in
-    truth set the bound, 2 u - d further out (one-sided, k = 2). Without this a row that seems the
-    cheapest would claim an R of exactly 0, although the next is as cheap within the errors, and be
-    wrong half of the time.
+
+def _interval(drawn: Floats) -> tuple[Floats, Floats]:
+    """The interval of draws (draws, ...) that covers COVERAGE, as much on either side."""
+    low, high = np.quantile(drawn, [_TAIL, 1.0 - _TAIL], axis=0)
+    return low, high
+
+
+def _score_interval(drawn: Floats, p: Floats, r_norm: Floats) -> tuple[Floats, Floats]:
+    """The intervals of scores (draws, n), from P/2 to P of what P can be at most.
+
+    A row that may be the one with R 0, or with R 1, has there the whole interval of P, or of P/2.
+    The quantiles of the draws alone have less of it, as only some of the draws are at that end: of
+    models that truly are at one, 10 % more would be missed.
     """
-    apart = errors.var_r + errors.var_r[at]
-    apart = apart + np.sum((errors.shared - errors.shared[:, [at]]) ** 2, axis=0)
-    reach = np.sqrt(apart) - np.abs(r - r[at]) / 2
-    reach[at] = 0.0
-    return float(np.fmax.reduce(reach, initial=0.0))
+    low, high = _interval(drawn)
+    (p_low, p_high), (r_low, r_high) = _interval(p), _interval(r_norm)
+    high = np.where(r_low == 0.0, np.maximum(high, p_high), high)
+    return np.where(r_high == 1.0, np.minimum(low, p_low / 2.0), low), high
 
 
-def _product(factor: Floats, value: Floats | float) -> Floats:
-    """The product; 0 where the factor is 0, even if the value is unknown (NaN)."""
-    return np.where(factor == 0.0, 0.0, factor * value)
+def _behind(a: Floats, b: Floats) -> Floats:
+    """In which share of the draws (draws, ...) a is less than b; equal ones count half."""
+    return np.asarray((a < b).mean(axis=0) + 0.5 * (a == b).mean(axis=0))
 
 
-def _sum(parts: Sequence[tuple[Floats, Floats | float]]) -> tuple[Floats, Floats]:
-    """The sum of variances, and its degrees of freedom, from (variance, degrees of freedom).
+def _drawn_ranks(drawn: Floats, lost: Mask) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """The ranks from and to which each row is in draws (draws, n); `lost` rows may have any."""
+    count, n = drawn.shape
+    at = np.argsort(-drawn, axis=1, kind="stable")
+    scores = np.take_along_axis(drawn, at, axis=1)
+    # Rows of equal score have all the ranks of their group.
+    places = np.arange(n)
+    new = np.concatenate([np.ones((count, 1), np.bool_), scores[:, 1:] != scores[:, :-1]], axis=1)
+    first = np.maximum.accumulate(np.where(new, places, 0), axis=1)
+    ends = np.concatenate([new[:, 1:], np.ones((count, 1), np.bool_)], axis=1)
+    last = np.minimum.accumulate(np.where(ends, places, n)[:, ::-1], axis=1)[:, ::-1]
+    best, worst = np.empty_like(first), np.empty_like(last)
+    np.put_along_axis(best, at, first, axis=1)
+    np.put_along_axis(worst, at, last, axis=1)
+    cut = int(count * _TAIL)  # as many draws lie outside on each side at most
+    best, worst = (
+        np.partition(best, cut, axis=0)[cut],
+        np.partition(worst, -1 - cut, axis=0)[-1 - cut],
+    )
+    unknown = int(lost.sum())  # rows that may be anywhere, above or below the others
+    best, worst = np.maximum(best - unknown, 0), np.minimum(worst + unknown, n - 1)
+    return np.where(lost, 1, 1 + best), np.where(lost, n, 1 + worst)
 
-    The degrees of freedom are those of Welch and Satterthwaite.
+
+def _unknown(r: Floats, errors: Errors, scores: Scores) -> Mask:
+    """Whose score has an unknown error: of rows whose own is, and of those between bounds whose is.
+
+    A row that sets a bound has R 0 or 1, and one outside of fixed bounds too.
     """
-    total = np.asarray(sum(variance for variance, _ in parts), dtype=np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        dof = total**2 / np.asarray(sum(variance**2 / dof for variance, dof in parts))
-    return total, np.where(np.isnan(dof), np.inf, dof)
-
-
-def _in_sigmas(lead: Floats, variance: Floats, dof: Floats) -> tuple[Floats, Floats]:
-    """A lead in standard uncertainties, with the degrees of freedom; 0 / 0 is 0."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        in_sigmas = np.where(lead == 0.0, 0.0 * variance, lead / np.sqrt(variance))
-    return in_sigmas, dof
-
-
-# cos(phi)^(dof - 1) is smooth: 40 points give 6 digits, with one degree of freedom or a million.
-_POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(40)
-_MOST_DOF = 1e6  # with as many, Student's t is normal to 6 digits
-
-
-def tail(t: Floats, dof: Floats) -> Floats:
-    """The probability (n,) that Student's t with `dof` (n,), inf for a normal, exceeds `t` (n,).
-
-    With t = sqrt(dof) tan(phi) the density is that of cos(phi)^(dof - 1), from -pi/2 to pi/2.
-    """
-    nu = np.minimum(np.asarray(dof, dtype=np.float64), _MOST_DOF)
-    start = np.arctan(np.abs(t) / np.sqrt(nu))
-    values, at = np.unique(nu, return_inverse=True)  # a cohort has few
-    half = _tail_integral(np.zeros_like(values), values)[at].reshape(nu.shape)
-    mass = 0.5 * _tail_integral(start, nu) / half
-    return np.where(np.asarray(t) < 0, 1.0 - mass, mass)
-
-
-def _tail_integral(start: Floats, nu: Floats) -> Floats:
-    """The integral of cos^(nu - 1) from `start` (n,) to pi/2, or to where it has become 0."""
-    end = np.minimum(start + 9.0 / np.sqrt(nu), math.pi / 2)
-    half = (end - start) / 2
-    phi = (start + half)[..., None] + half[..., None] * _POINTS
-    with np.errstate(divide="ignore"):
-        logarithm = (nu - 1.0)[..., None] * np.log(np.cos(phi))
-    return np.asarray(half * (np.exp(logarithm) @ _WEIGHTS))
-
-
-def coverage_factor(dof: npt.ArrayLike) -> Floats:
-    """The k that covers COVERAGE: 2 for infinite degrees of freedom, 13.97, 4.53, 3.31 for 1, 2, 3.
-
-    Fractions are rounded down (GUM G.4.1). With interpolation instead, the intervals of two or
-    three repeats would cover 1 % less than they state.
-    """
-    inverse, factors = _coverage_factors()
-    # The factor keeps a whole number that rounding errors made a little smaller.
-    nu = np.floor(np.maximum(np.asarray(dof, dtype=np.float64), 1.0) * (1.0 + 1e-9))
-    return np.asarray(np.interp(1.0 / nu, inverse, factors))
-
-
-@functools.lru_cache(maxsize=1)
-def _coverage_factors() -> tuple[Floats, Floats]:
-    """1 / dof, rising, and the k of each, found by bisection.
-
-    From 64 degrees of freedom on, k is nearly linear in 1 / dof.
-    """
-    inverse = np.concatenate(([0.0], 1.0 / np.arange(64.0, 0.0, -1.0)))
-    with np.errstate(divide="ignore"):
-        nu = 1.0 / inverse
-    low, high = np.full_like(nu, 1.9), np.full_like(nu, 14.0)
-    for _ in range(50):
-        middle = (low + high) / 2
-        too_low = tail(middle, nu) > (1.0 - COVERAGE) / 2
-        low, high = np.where(too_low, middle, low), np.where(too_low, high, middle)
-    high[0] = 2.0  # by the definition of COVERAGE
-    return inverse, high
-
-
-def out_of_proportion(
-    resource: npt.ArrayLike, companion: npt.ArrayLike | None = None, *, jump: float = 3.0
-) -> Mask:
-    """Which rows (n,) are outliers: their resource is not in the others' proportion to `companion`.
-
-    Where two resources grow together (energy and time: their ratio is a mean power), faulty
-    readings stand apart: the sorted ratios have a step of a factor `jump` or more. The side of the
-    step with fewer rows is marked, and the other side is looked at again. A 0 beside rows that are
-    not 0 is marked too. Nothing is marked unless 8 or more rows are left in which the two really
-    grow together (correlation of the logarithms 0.8 or more). Without a companion the resource
-    itself is sorted.
-
-    A hint for a person to look at, not a proof. The default of `jump` is a judgement: in the
-    paper's tables the steps between good rows stay below 2.3, and the 35 wrong energies of
-    pneumonia_small, 10 times the power of the server, make a step of 9.
-    """
-    a = np.asarray(resource, dtype=np.float64)
-    b = np.ones_like(a) if companion is None else np.asarray(companion, dtype=np.float64)
-    odd = np.zeros(len(a), dtype=np.bool_)
-    rest = np.flatnonzero((a > 0) & (b > 0))
-    rest = rest[np.argsort(a[rest] / b[rest], kind="stable")]
-    while len(rest) > _AGREEING:
-        gaps = np.diff(np.log(a[rest] / b[rest]))
-        cut = int(gaps.argmax()) + 1
-        if gaps[cut - 1] < math.log(jump):
-            break
-        few, rest = sorted((rest[:cut], rest[cut:]), key=len)
-        odd[few] = True
-    zero = (a == 0) & (b > 0)
-    if zero.sum() < len(rest):
-        odd |= zero
-    sound = len(rest) >= _AGREEING and (companion is None or _grow_together(a[rest], b[rest]))
-    return odd if sound else np.zeros_like(odd)
-
-
-_AGREEING = 8  # rows that must agree before another one counts as an outlier
-
-
-def _grow_together(a: Floats, b: Floats) -> bool:
-    x, y = np.log(a), np.log(b)
-    return bool(x.std() > 0 and y.std() > 0 and np.corrcoef(x, y)[0, 1] >= 0.8)
+    lost = np.isnan(errors.var_r)
+    if not lost.any():
+        return lost
+    inner = ~scores.clamped
+    if scores.bounds == (r.min(), r.max()):
+        ends = [int(r.argmin()), int(r.argmax())]
+        inner[ends] = False
+        if lost[ends].any():
+            return inner
+    return np.asarray(lost & inner)
 
 
 def checked(

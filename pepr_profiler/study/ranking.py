@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from pepr_profiler import units
 from pepr_profiler.errors import UsageError
 from pepr_profiler.record import Floats, Mask
 from pepr_profiler.study import pepr
+from pepr_profiler.study.outliers import Evidence
 from pepr_profiler.study.pepr import listed
 from pepr_profiler.trace.shape import shape_error
 
@@ -34,6 +35,14 @@ class Outlier:
     names: tuple[str, ...]
     what: str
     why: str
+
+
+class Caution(NamedTuple):
+    """Something about a ranking that its reader has to know: a code, a sentence and a remedy."""
+
+    code: str
+    text: str
+    fix: str
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -54,7 +63,9 @@ class Ranking:
     NaN, and its `u_pepr` is that of this run, a lower bound for the model. `u_pepr` and
     `standing`, which says how sure the order is, are None where nothing is known of any row.
 
-    `outliers` do not fit the other rows; `without` is the same ranking without them.
+    `outliers` do not fit the other rows; `without` is the same ranking without them. `populations`
+    is a text where the rows are of two kinds, of which one is wrong, and `either` are the rankings
+    of one and of the other. `same_readings` is a text about readings of which some are copies.
     """
 
     label: str
@@ -83,6 +94,59 @@ class Ranking:
     standing: pepr.Standing | None = None
     outliers: tuple[Outlier, ...] = ()
     without: Ranking | None = None
+    populations: str = ""
+    either: tuple[Ranking, ...] = ()
+    same_readings: str = ""
+
+    @property
+    def noise(self) -> bool:
+        """Whether a ranking would be one of noise: the cohort's own bounds are not told apart."""
+        return self.scores.distinguishable is False and not self.bounds_given
+
+    @property
+    def outlier_reasons(self) -> list[str]:
+        """Why each row is an outlier, "" if it is none."""
+        reasons: list[list[str]] = [[] for _ in self.names]
+        for outlier in self.outliers:
+            for row in outlier.rows:
+                reasons[row].append(f"{outlier.what}: {outlier.why}")
+        return ["; ".join(each) for each in reasons]
+
+    @property
+    def warnings(self) -> tuple[Caution, ...]:
+        """What a reader has to know before the numbers, the most important first."""
+        found = []
+        if self.noise:
+            found.append(
+                Caution(
+                    "indistinguishable",
+                    f"these {self.of}s cannot be told apart by {self.resource_name}; PePR would "
+                    "rank them by noise",
+                    "repeat the runs, or weigh them by performance alone; --anyway ranks them all "
+                    "the same",
+                )
+            )
+        if len(self.names) == 2 and not self.bounds_given:
+            found.append(
+                Caution(
+                    "two-rows",
+                    f"of two {self.of}s one has R = 0 and the other R = 1, however near they are",
+                    "give the range of a larger study: --range MIN:MAX or --range-from FILE",
+                )
+            )
+        if self.populations:
+            found.append(
+                Caution(
+                    "two-populations",
+                    self.populations,
+                    "find out which is wrong; the ranking is given both ways",
+                )
+            )
+        if self.same_readings:
+            found.append(
+                Caution("same-readings", self.same_readings, "correct them or leave them out")
+            )
+        return tuple(found)
 
     @property
     def order(self) -> npt.NDArray[np.intp]:
@@ -197,7 +261,7 @@ def flat_rows(ranking: Ranking) -> list[dict[str, Any]]:
     """A flat dict for each row of a ranking, best score first; see `Study.rows`."""
     scores, front, order = ranking.scores, ranking.front, ranking.order
     standing = ranking.standing
-    odd = {row for outlier in ranking.outliers for row in outlier.rows}
+    reasons = ranking.outlier_reasons
 
     def column(values: npt.NDArray[Any] | None) -> list[Any]:
         if values is None:
@@ -219,11 +283,14 @@ def flat_rows(ranking: Ranking) -> list[dict[str, Any]]:
         "r_norm": column(scores.r_norm),
         "pepr": column(scores.pepr),
         "u_pepr": column(ranking.u_pepr),
+        "pepr_low": column(None if standing is None else standing.low),
+        "pepr_high": column(None if standing is None else standing.high),
         "swap_with_next": column(None if standing is None else standing.swap),
         "spread_known": (~ranking.single[order]).tolist(),
         "pareto": front[order].tolist(),
         "clamped": scores.clamped[order].tolist(),
-        "doubtful": [i in odd for i in order.tolist()],
+        "doubtful": [bool(reasons[i]) for i in order.tolist()],
+        "outlier": [reasons[i] or None for i in order.tolist()],
     }
     fixed = {
         "group": ranking.group,
@@ -320,17 +387,15 @@ def make_ranking(
     ids: Sequence[str] = (),
     called: Callable[[int], str] | None = None,
     repeats: bool = False,
-    companions: Sequence[tuple[str, str, Floats]] = (),
+    evidence: Evidence | None = None,
     bounds: pepr.MinMax | Sequence[Bounds] | None = None,
-    check: bool = True,
     **facts: Any,
 ) -> Ranking:
     """The ranking of n runs or rows by name, performance `p` (n,) and resource.
 
     With `repeats` the runs of one name become one row. `ids` (n,) are those of the runs, `called`
-    gives the name of one in messages; rows of a table have neither. `companions` (name, unit,
-    values) grow with the resource, and with `check` show its outliers. `facts` are fields of the
-    Ranking.
+    gives the name of one in messages; rows of a table have neither. `evidence` says which of the
+    runs or rows are outliers. `facts` are fields of the Ranking.
     """
     given = _bounds_for(amount, bounds, facts.get("group"), facts.get("provenance"))
     fixed = None if given is None else (given.low, given.high)
@@ -361,18 +426,28 @@ def make_ranking(
         if not (once.all() and (amount.u is None or np.isnan(amount.u).all())):
             standing = pepr.standing(means.performance, means.resource, errors, bounds=fixed)
     scores = pepr.score(shown["performance"], shown["resource"], bounds=fixed, names=models)
-    outliers: tuple[Outlier, ...] = ()
+    if standing is not None:
+        scores = replace(scores, distinguishable=standing.distinguishable)
+    evidence = evidence or Evidence()
+    who = called or names.__getitem__
+
+    def only(rows: Sequence[int]) -> Ranking | None:
+        """The same ranking of some of the runs or rows; None if it has no span."""
+        with suppress(pepr.NoCohortError):
+            return make_ranking(
+                [names[i] for i in rows], p[rows], amount.at(rows),
+                ids=[ids[i] for i in rows] if ids else (), repeats=repeats, bounds=bounds, **facts,
+            )  # fmt: skip
+        return None
+
     without = None
-    if check:
-        odd, outliers = _outliers(amount, companions, called or names.__getitem__, index)
-        if outliers:
-            good = np.flatnonzero(~odd).tolist()
-            with suppress(pepr.NoCohortError):  # what is left may have no span
-                without = make_ranking(
-                    [names[i] for i in good], p[good], amount.at(good),
-                    ids=[ids[i] for i in good] if ids else (), repeats=repeats,
-                    bounds=bounds, check=False, **facts,
-                )  # fmt: skip
+    either: list[Ranking | None] = []
+    wrong = {row for finding in evidence.findings for row in finding.rows}
+    rest = [i for i in range(len(names)) if i not in wrong]
+    if wrong and rest:
+        without = only(rest)
+    if evidence.populations is not None:
+        either = [only(sorted(set(side) - wrong)) for side in evidence.populations.sides]
     several = repeats and len(models) < len(names)
     return Ranking(
         **{"of": "model" if several else "run" if ids else "row", **facts},
@@ -386,8 +461,21 @@ def make_ranking(
         bounds_source=given.source if given else "",
         run_ids=_members(index, len(models), ids),
         standing=standing,
-        outliers=outliers,
+        outliers=tuple(
+            Outlier(
+                rows=tuple(np.unique(index[list(finding.rows)]).tolist()),
+                names=tuple(map(who, finding.rows)),
+                what=finding.what,
+                why=finding.why,
+            )
+            for finding in evidence.findings
+        ),
         without=without,
+        populations=f"{evidence.populations.what}: {evidence.populations.text}"
+        if evidence.populations
+        else "",
+        either=tuple(each for each in either if each is not None),
+        same_readings=evidence.same,
         **shown,
     )
 
@@ -458,41 +546,3 @@ def _bounds_for(
             fix="use a range of the same kind, or compare them all the same: --mix-provenance",
         )
     return entry
-
-
-def _outliers(
-    amount: Amount,
-    companions: Sequence[tuple[str, str, Floats]],
-    who: Callable[[int], str],
-    index: npt.NDArray[np.intp],
-) -> tuple[Mask, tuple[Outlier, ...]]:
-    """Which runs or rows (n,) do not fit the others, and the message about them."""
-    odd = np.zeros(len(index), dtype=np.bool_)
-    ratio, what, unit = amount.values, amount.name, amount.unit
-    if unit == "B":
-        # Models of one study may need very different memory, but a slip of units is a factor 1000.
-        odd = pepr.out_of_proportion(ratio, jump=30.0)
-    for name, of_companion, values in companions:
-        odd = pepr.out_of_proportion(amount.values, values)
-        if odd.any():
-            ratio, what = amount.values / values, f"{amount.name} per {name}"
-            unit = "W" if (amount.unit, of_companion) == ("J", "s") else ""
-            break
-    if not odd.any():
-        return odd, ()
-    outlier = Outlier(
-        rows=tuple(np.unique(index[odd]).tolist()),
-        names=tuple(who(i) for i in np.flatnonzero(odd).tolist()),
-        what=what,
-        why=f"it is {_span(ratio[odd], unit)}, but {_span(ratio[~odd], unit)} in the other "
-        f"{int((~odd).sum())}",
-    )
-    return odd, (outlier,)
-
-
-def _span(values: Floats, unit: str) -> str:
-    low, high = float(values.min()), float(values.max())
-    ends = dict.fromkeys(
-        units.format_quantity(x, unit) if unit else f"{x:.3g}" for x in (low, high)
-    )
-    return " … ".join(ends)

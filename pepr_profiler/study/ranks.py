@@ -10,7 +10,7 @@ import numpy as np
 
 from pepr_profiler.energy.uncertainty import summed_u_j
 from pepr_profiler.record import Floats
-from pepr_profiler.study.pepr import coverage_factor
+from pepr_profiler.study.draws import coverage_factor
 from pepr_profiler.summary.doubts import ranks_disagree
 
 Summary = Mapping[str, Any]

@@ -26,6 +26,7 @@ from pepr_profiler.store.index import Filter
 from pepr_profiler.store.runs import Store
 from pepr_profiler.study import pepr
 from pepr_profiler.study.cohort import Cohort, Run, unreadable_as_summary
+from pepr_profiler.study.outliers import Companion, find_evidence
 from pepr_profiler.study.ranking import Amount, Bounds, Ranking, flat_rows, make_ranking
 from pepr_profiler.trace.files import read_given_file
 
@@ -71,7 +72,8 @@ class Study:
 
         Runs that failed, are incomplete, are from a newer version or were given twice are left
         out, and so are groups whose resources are all equal. Rankings by energy, carbon or cost
-        leave out runs whose total lacks a device for a time, or one that the others have.
+        leave out runs whose total is unknown, lacks a device for a time, or one that the others
+        have, and estimated ones among more that are measured (unless `mix_provenance`).
         `left_out` adds to these. `whole` gives the whole summary for an id where `runs` are short
         ones.
 
@@ -96,24 +98,47 @@ class Study:
             bounds = [replace(x, provenance=None) if isinstance(x, Bounds) else x for x in bounds]  # type: ignore[misc]
         rankings: list[Ranking] = []
         refused: UsageError | None = None
-        for value, of_group in chosen.groups(group).items():
+        grouped = list(chosen.groups(group).items())
+        lacking: dict[int, str] = {}
+        if any(amount.energetic for amount in amounts):
+            for _, of_group in grouped:
+                found = chosen.at(of_group).not_comparable(allow_mixed=mix_provenance)
+                lacking |= {of_group[i]: why for i, why in found.items()}
+        out += [(chosen.label(i), why) for i, why in sorted(lacking.items())]
+        kept = {
+            amount.key: [
+                [i for i in of_group if not (amount.energetic and i in lacking)]
+                for _, of_group in grouped
+            ]
+            for amount in amounts
+        }
+        evidence = {
+            amount.key: find_evidence(
+                amount.values,
+                kept[amount.key],
+                [Companion(name="time", unit="s", values=time_s)] if amount.energetic else [],
+                name=amount.name,
+                unit=amount.unit,
+                who=chosen.label,
+            )
+            for amount in amounts
+        }
+        for number, (value, of_group) in enumerate(grouped):
             every = chosen.at(of_group)
-            names = every.models()  # what their commands differ in within the group
-            partial = every.incomplete_totals()
-            if any(amount.energetic for amount in amounts):
-                out += [(every.label(i), why) for i, why in partial.items()]
+            # What their commands differ in within the group.
+            names = dict(zip(of_group, every.models(), strict=True))
             for of_all in amounts:
-                inside = [i for i in range(len(every)) if not (of_all.energetic and i in partial)]
-                if not inside:
-                    lacking = list(partial.items())[:_NAMED]
+                at = kept[of_all.key][number]
+                if not at:
                     refused = pepr.NoCohortError(
                         f"no run can be ranked by {of_all.name}",
-                        why="; ".join(f"{every.label(i)}: {why}" for i, why in lacking),
+                        why="; ".join(
+                            f"{chosen.label(i)}: {lacking[i]}" for i in of_group[:_NAMED]
+                        ),
                         fix="record them again; see the warnings: pepr-profile report RUN",
                     )
                     continue
-                at = [of_group[i] for i in inside]
-                cohort, models = every.at(inside), [names[i] for i in inside]
+                cohort, models = chosen.at(at), [names[i] for i in at]
                 amount, provenance = of_all.at(at), None
                 if amount.energetic:
                     provenance = cohort.provenance(allow_mixed=mix_provenance)
@@ -126,7 +151,7 @@ class Study:
                         ids=cohort.ids,
                         called=cohort.label,
                         repeats=True,
-                        companions=[("time", "s", time_s[at])] if amount.energetic else (),
+                        evidence=evidence[of_all.key][number].within(at),
                         bounds=bounds,
                         metric=metric,
                         group=value,
@@ -217,17 +242,24 @@ class Study:
             column: np.asarray(columns[column], dtype=np.float64)
             for column in ([time] if isinstance(time, str) else time or ())
         }
+
+        def who(row: int) -> str:
+            return labels[row] if group is None else f"{labels[row]} of {cells[row]}"
+
         rankings = []
         for resource in dict.fromkeys(resources):
             values = np.asarray(columns[resource], dtype=np.float64)
             label = f"PePR-{resource}" if len(resources) > 1 else "PePR"
             amount = Amount(resource, resource, "", values, label=label)
-            for value, at in groups.items():
-                companions = [
-                    (column, "", duration[at])
-                    for column, duration in durations.items()
-                    if resource not in durations
-                ]
+            companions = [
+                Companion(name=column, unit="", values=duration)
+                for column, duration in durations.items()
+                if resource not in durations
+            ]
+            evidence = find_evidence(
+                values, list(groups.values()), companions, name=resource, unit="", who=who
+            )
+            for (value, at), of_group in zip(groups.items(), evidence, strict=True):
                 try:
                     ranking = make_ranking(
                         [labels[i] for i in at],
@@ -235,7 +267,7 @@ class Study:
                         amount.at(at),
                         of="model" if repeats else "row",
                         repeats=repeats,
-                        companions=companions,
+                        evidence=of_group.within(at),
                         bounds=bounds,
                         metric=performance,
                         group=None if value is None else str(value),
