@@ -81,7 +81,7 @@ _DUE_REFRESHES = 3
 """A counter that has not moved for so many refreshes, or reads, stands still."""
 
 _STEPS_ENOUGH = 16
-"""From fewer steps it is not told whether GPUs work in step: then they are taken to."""
+"""From fewer steps it is unknown whether GPUs work in step: then they are taken to."""
 
 
 def likeness(curves: Sequence[EnergyCurve], energies_j: Sequence[Floats]) -> Floats:
@@ -90,7 +90,7 @@ def likeness(curves: Sequence[EnergyCurve], energies_j: Sequence[Floats]) -> Flo
     `energies_j` are their cumulative energies (m,) at equally spaced instants. GPUs that train one
     model wait for each other, so that an edge cuts their bursts alike. Their correlation, plus two
     standard deviations of that by chance, 2/sqrt(m), is at most 1. Where there are few instants, or
-    power is the same from one to the next, it is not told: then it is 1. Others are independent.
+    power is the same from one to the next, it is unknown: then it is 1. Others are independent.
     """
     steps_j = [np.diff(energy_j) - np.mean(np.diff(energy_j)) for energy_j in energies_j]
     usual_j = [abs(float(np.mean(np.diff(energy_j)))) for energy_j in energies_j]
