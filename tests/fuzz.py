@@ -215,6 +215,7 @@ def facts() -> dict[str, Any]:
         "schema": 1,
         "run_id": "seed-1",
         "job": "slurm:7",
+        **{"rank": 0, "local_rank": 0, "world_size": 2, "node": "n1", "launcher": "slurm"},
         "name": "seed",
         "experiment": "sizes",
         "command": ["python", "train.py", "--seed", "1"],
@@ -416,6 +417,7 @@ def keep(directory: Path, files: Files) -> None:
     verbs = (
         ("runs", "show", "seed-1"),
         ("report", "seed-1"),
+        ("report", "--job", "seed-1"),
         ("compare", *resources),
         ("compare", "seed-1", "good-1", "--mix-provenance", *resources[:2]),
         ("runs", "export", "-o", str(directory / "all.csv")),
@@ -602,7 +604,7 @@ def good_runs(directory: Path, count: int = 1) -> None:
         good.mkdir(parents=True)
         recorded(good)
         run = json.loads((good / "run.json").read_bytes())
-        own = {"run_id": good.name, "name": good.name, "job": None, "host": f"n{i}"}
+        own = {"run_id": good.name, "name": good.name, "rank": i + 1, "host": f"n{i}"}
         run["recording"]["outer"] = None
         write_json(good / "run.json", {**run, **own})
 

@@ -175,12 +175,12 @@ def _facts(run: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
     joules = format_with_u(energy["total_j"], energy["u_j"], "J")
     rows: list[tuple[str, str | None]] = [
         ("run", run["run_id"]),
-        ("name", run["name"]),
-        ("experiment", run["experiment"]),
-        ("job", run["job"]),
-        ("command", shlex.join(run["command"])),
-        ("host", run["host"]),
-        ("began", run["started_at"]),
+        ("name", run.get("name")),  # one that did not end may lack these and what follows
+        ("experiment", run.get("experiment")),
+        ("job", run.get("job")),
+        ("command", shlex.join(run.get("command") or ())),
+        ("host", run.get("host")),
+        ("began", run.get("started_at")),
         ("lasted", format_duration(run["duration_s"])),
         ("state", state_of(run) + ended),
         ("energy", f"{joules}, {units.format_provenance(energy['provenance'])}"),
@@ -196,7 +196,7 @@ def _facts(run: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
         ("memory", format_quantity(memory["peak_rss_bytes"], "B")),
         ("GPU memory", None if gpu_bytes is None else format_quantity(gpu_bytes, "B")),
         *(("metric", f"{name} = {format_number(value)}") for name, value in run["metrics"].items()),
-        *(("warning", warning["text"]) for warning in run["warnings"]),
+        *(("warning", warning["text"]) for warning in run.get("warnings") or ()),
         ("directory", str(directory)),
     ]
     return [(key, value) for key, value in rows if value is not None]

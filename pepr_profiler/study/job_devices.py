@@ -47,12 +47,15 @@ class Recording(NamedTuple):
     """One recording as it is merged: its summary, with the figures of its devices in arrays.
 
     `numbers` (c, 9) are _NUMBERS of each component, `budgets` (c, 11) its _CAUSES, `traces_w`
-    (c, 48) its power over time; NaN is unknown. `passes` are its phases one by one, if they were
-    read.
+    (c, 48) its power over time; NaN is unknown. `window_ns` is its begin and end by its boot's
+    clock, `clock_ns` one instant by that clock and by the wall clock. `passes` are its phases one
+    by one, if they were read.
     """
 
     key: RunKey
     run: Summary
+    window_ns: tuple[int, int]
+    clock_ns: tuple[int, int]
     components: Sequence[Mapping[str, Any]]
     numbers: Floats
     budgets: Floats
@@ -61,12 +64,19 @@ class Recording(NamedTuple):
 
     @classmethod
     def of(cls, summary: Summary, passes: Sequence[PhaseSpan] = ()) -> Recording:
+        """The recording of a summary. Raises MALFORMED if it does not say when it was."""
+        begin_ns, end_ns = summary["recording"]["window_ns"]
+        if end_ns is None:
+            end_ns = begin_ns + round((summary.get("duration_s") or 0.0) * 1e9)
+        clock = summary["clock"][0]
         whole = summary["energy"]["components"]
         energy = {key: value for key, value in summary["energy"].items() if key != "components"}
         budgets = [component.get("budget") or {} for component in whole]
         return cls(
             key=(str(summary.get("boot_id")), str(summary["run_id"])),
             run={**summary, "energy": energy},
+            window_ns=(int(begin_ns), int(end_ns)),
+            clock_ns=(int(clock["t_ns"]), int(clock["unix_ns"])),
             components=[{k: v for k, v in c.items() if k not in _IN_ARRAYS} for c in whole],
             numbers=_table([[c.get(name) for name in _NUMBERS] for c in whole], len(_NUMBERS)),
             budgets=_table(
@@ -80,8 +90,7 @@ class Recording(NamedTuple):
     @property
     def begin_ns(self) -> int:
         """When it began, by the wall clock as it read that itself."""
-        clock = self.run["clock"][0]
-        return int(self.run["recording"]["window_ns"][0] - clock["t_ns"] + clock["unix_ns"])
+        return self.window_ns[0] - self.clock_ns[0] + self.clock_ns[1]
 
     @property
     def outer_key(self) -> RunKey | None:
@@ -161,15 +170,10 @@ def windows_ns(recordings: Sequence[Recording]) -> Iterator[tuple[int, int, int]
     """Begin and end of each by its boot's clock, and what that is behind the wall clock."""
     clocks: dict[str, tuple[int, int]] = {}
     for one in recordings:
-        clock = one.run["clock"][0]
-        read = int(clock["t_ns"]), int(clock["unix_ns"])
-        clocks[one.key[0]] = min(read, clocks.get(one.key[0], read))
+        clocks[one.key[0]] = min(one.clock_ns, clocks.get(one.key[0], one.clock_ns))
     for one in recordings:
-        begin_ns, end_ns = one.run["recording"]["window_ns"]
-        if end_ns is None:
-            end_ns = begin_ns + round((one.run.get("duration_s") or 0.0) * 1e9)
         t_ns, unix_ns = clocks[one.key[0]]
-        yield begin_ns, end_ns, unix_ns - t_ns
+        yield *one.window_ns, unix_ns - t_ns
 
 
 def chain_of(i: int, outer: Sequence[int | None]) -> list[int]:

@@ -61,7 +61,6 @@ def merge_jobs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     for summary in summaries:
         try:
             one = Recording.of(summary)
-            _ = one.begin_ns
         except MALFORMED:
             of_none.append(dict(summary))
             continue
