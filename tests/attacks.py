@@ -73,7 +73,9 @@ class Peer:
         return 0
 
 
-def _keep_asking(path: str, count: int, **message: object) -> Iterator[list[Peer]]:
+def _keep_asking(
+    path: str, count: int, *, pause_s: float = 0.05, **message: object
+) -> Iterator[list[Peer]]:
     """Connections that ask as often as they can and never read; new ones for those left."""
     kept = [Peer(path) for _ in range(count)]
     while True:
@@ -84,7 +86,7 @@ def _keep_asking(path: str, count: int, **message: object) -> Iterator[list[Peer
         yield kept
         # Those that were left stay open, with what they have not read.
         kept += [Peer(path) for _ in range(count - sum(not peer.gone for peer in kept))]
-        time.sleep(0.05)
+        time.sleep(pause_s)
 
 
 def opens_unread(path: str) -> Iterator[list[Peer]]:
@@ -111,7 +113,8 @@ def status_unread(path: str) -> Iterator[list[Peer]]:
     for number in range(300):
         registrar.say(op="register", run=f"{LONG_NAME}{number % 10}"[-128:])
         registrar.hear()
-    yield from _keep_asking(path, 300, op="status")
+    # More often would cost us most: what is asked waits where it is until an answer is read.
+    yield from _keep_asking(path, 300, pause_s=1, op="status")
 
 
 def opens_kept(path: str) -> Iterator[list[Peer]]:
@@ -309,7 +312,8 @@ def honest(spec: str, count: int) -> int:
                 lane = node.lane(spec, named=True)
                 node.announce("honest")
                 served = lane is not None and node.error is None and lane.read() is not None
-                print("" if served else f"not served: {node.error!r}", end="", file=sys.stderr)
+                why = f"not served: {node.error} ({node.error and node.error.why})\n"
+                print("" if served else why, end="", file=sys.stderr)
                 status = 0 if served else 1
             finally:
                 sys.stderr.flush()

@@ -78,6 +78,7 @@ KEPT = ROOT / "build" / "fuzz"
 MOST_MEMORY_MB = 2048
 LONGEST_INPUT_S = 60  # of CPU time; a hang may take ten times as long, beside other programs
 LONGEST_INPUT = 32768  # bytes
+REPORTED = 10_000  # inputs from one line in a target's log to the next
 MOST_FAILURES = 10  # of a target whose inputs are counted
 PAGES = 256  # one run in so many becomes a page, which takes as long as 100 summaries
 MARK = b"\n--8<-- "  # before the name of each file of an input that is several
@@ -843,6 +844,8 @@ def count(
         for _ in range(dice.choice((1, 1, 2, 3, 5)) if tried >= len(seeds) else 0):
             data = mutate(data, LONGEST_INPUT, dice.getrandbits(32))
         current.write_bytes(data)
+        if tried % REPORTED == 0:
+            print(f"tried {tried}", flush=True)
         signal.alarm(10 * LONGEST_INPUT_S)
         signal.setitimer(signal.ITIMER_PROF, LONGEST_INPUT_S)
         tried += 1

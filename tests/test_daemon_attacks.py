@@ -9,6 +9,7 @@ import select
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from sim.powercap import BuildTree, Tree, two_socket_server
 from pepr_profiler.daemon.clients import Quotas, Refusals
 
 pytestmark = needs_root
+LONG = pytest.mark.long
 tmp_path = open_folder
 
 HERE = Path(__file__).resolve().parent
@@ -136,7 +138,10 @@ def memory_group() -> Iterator[MemoryGroup]:
         group.folder.rmdir()
 
 
-@pytest.mark.parametrize("name", ["status-unread", "opens-unread", "refusals-unread"])
+@pytest.mark.parametrize(
+    "name",
+    ["status-unread", *(pytest.param(n, marks=LONG) for n in ("opens-unread", "refusals-unread"))],
+)
 def test_unread_answers_do_not_fill_the_memory_that_its_unit_allows(
     tree: Tree, tmp_path: Path, memory_group: MemoryGroup, name: str
 ) -> None:
@@ -245,6 +250,27 @@ def test_four_users_with_all_clients_they_can_get_leave_room_for_200(
             attackers.enter_context(attack("registered", str(running.socket), uid))
         assert running.status()["clients"] > 1000
         assert served(running, tree, 200) == 200
+
+
+@pytest.mark.parametrize(
+    "name", ["floods", *(pytest.param(n, marks=LONG) for n in ("trickle", "scrapes"))]
+)
+def test_the_metrics_answer_whatever_four_users_do_to_their_port(
+    tree: Tree, tmp_path: Path, name: str
+) -> None:
+    pytest.importorskip("prometheus_client")
+    with (
+        daemon(tmp_path, "--sensor", tree.spec, "--metrics", "0") as running,
+        ExitStack() as attackers,
+    ):
+        url = running.status()["metrics"]
+        port = url.rpartition(":")[2].partition("/")[0]
+        for uid in ATTACKERS:
+            attackers.enter_context(attack(name, port, uid))
+        time.sleep(1)
+        for _ in range(3):
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                assert b"pepr_device_energy" in answer.read()
 
 
 def test_places_are_fair_by_user_and_some_are_for_trusted_ones(tree: Tree, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from cli import Cli, Result, codes, component, python, write_meter
 from daemons import become, python_of
+from sim.permissions import obey_permissions
 from sim.powercap import BuildTree, two_socket_server
 
 FAILING = ("sh", "-c", "echo ran; exit 7")
@@ -44,7 +45,9 @@ def test_a_limit_costs_the_measurement_at_most(cli: Cli, limits: dict[str, int])
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("count", range(13, 27, 2))
+@pytest.mark.parametrize(
+    "count", [15, 16, 17, 20, *(pytest.param(n, marks=pytest.mark.long) for n in range(10, 40))]
+)
 def test_a_limit_of_descriptors_is_no_reason_to_refuse_a_named_sensor(
     cli: Cli, tmp_path: Path, count: int
 ) -> None:
@@ -55,7 +58,9 @@ def test_a_limit_of_descriptors_is_no_reason_to_refuse_a_named_sensor(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root becomes a user whom the limit is for")
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 8, 12])
+@pytest.mark.parametrize(
+    "count", [3, 4, 5, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 6, 8, 12))]
+)
 def test_a_limit_of_threads_costs_the_measurement_at_most(open_folder: Path, count: int) -> None:
     # our threads may take what the command needs to be started
     python, env = python_of(54400 + count)
@@ -132,6 +137,14 @@ def test_an_outer_run_that_says_little_is_none_of_the_childs_business(
         (folder / "run.json").write_text(json.dumps({"schema": 1, **outer}))
         result = cli("--", *FAILING, env={"PEPR_RUN_DIR": str(folder)})
         assert (result.status, result.stdout) == (7, b"ran\n"), result.stderr
+
+
+def test_a_store_that_is_closed_to_us_costs_its_place_only(cli: Cli) -> None:
+    cli.store.mkdir(mode=0)
+    result = cli("-q", "--", *FAILING, preexec_fn=obey_permissions)
+    cli.store.chmod(0o700)
+    assert (result.status, result.stdout) == (7, b"ran\n"), result.stderr
+    assert "this run is kept in" in result.stderr
 
 
 def test_a_user_without_a_home_is_measured_elsewhere(open_folder: Path) -> None:
@@ -615,3 +628,11 @@ except ImportError as error:
     result = run_program(cli, code)
     assert result.status == 0, result.stderr
     assert b"sub-interpreter" in result.stdout or b"subinterpreter" in result.stdout
+
+
+def test_the_benchmark_of_faults_has_each_once_and_the_same_for_a_seed() -> None:
+    from benchmarks.fault_cases import faults
+
+    names = [fault.name for fault in faults(1)]
+    assert len(set(names)) == len(names) >= 60
+    assert names == [fault.name for fault in faults(1)] != [fault.name for fault in faults(2)]

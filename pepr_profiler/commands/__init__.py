@@ -45,7 +45,8 @@ TEXT = _Text()
 
 store_option = click.option(
     "--store",
-    type=click.Path(path_type=Path),
+    # A store that is closed to us is no usage error: the command runs, and is kept elsewhere.
+    type=click.Path(path_type=Path, readable=False),
     envvar="PEPR_STORE",
     metavar="DIR",
     help="Where runs are kept [PEPR_STORE, else the user's data directory].",
