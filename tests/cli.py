@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import prepared
+import pytest
 
 import pepr_profiler
 
@@ -197,6 +199,16 @@ def write_meter(path: Path, power_w: float, name: str = "x") -> str:
     """The spec of a sensor that says so many watts, of a device that is the job's alone."""
     channel = f"meter power W 1 0 gauge test kind=gpu component=gpu:{name}"
     return write_replay(path, [channel], [(0.0, float(power_w))])
+
+
+def made_locale(folder: Path, language: str, encoding: str) -> dict[str, str]:
+    """Makes a locale, or skips the test; the variable that lets programs find it."""
+    path = folder / f"{language}.{encoding}"
+    command = ["localedef", "-i", language, "-f", encoding, str(path)]
+    made = shutil.which("localedef") and subprocess.run(command, capture_output=True, check=False)
+    if not made or made.returncode:
+        pytest.skip(f"no locale {language} can be made here (Debian: apt-get install locales)")
+    return {"LOCPATH": str(folder)}
 
 
 @contextmanager

@@ -34,7 +34,7 @@ KEPT_PREFIXES = ("PYTEST_", "COV", "ASAN_", "TSAN_", "UBSAN_", "NIX_")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One worker more than there are cores: most tests wait for a program to end.
+    """Four workers more than there are cores: most tests wait, for a program or for a time.
 
     None for single tests, which would take longer so, and for those of a real GPU: these measure it
     one after the other.
@@ -44,7 +44,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         return int(asked)
     few = all("::" in argument for argument in config.args)
     real = "gpu" in config.getoption("markexpr")
-    return 0 if few or real else len(os.sched_getaffinity(0)) + 1
+    return 0 if few or real else len(os.sched_getaffinity(0)) + 4
 
 
 def _place() -> str:

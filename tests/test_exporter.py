@@ -438,7 +438,7 @@ def test_sockets_that_trickle_bytes_do_not_shut_the_port(running: Daemon, socket
         for _ in range(10):
             begin_s = time.monotonic()
             assert ENERGY in fetch(url)
-            assert time.monotonic() - begin_s < 5
+            assert time.monotonic() - begin_s < 9  # who trickles is cut off after 10 s
     finally:
         ended.set()
         for thread in slow:
@@ -453,7 +453,7 @@ def test_a_request_has_a_deadline_however_often_a_byte_comes(running: Daemon) ->
             while True:
                 slow.sendall(b"x")
                 time.sleep(0.5)
-                assert time.monotonic() - begin_s < 20
+                assert time.monotonic() - begin_s < SLOW_S
         assert time.monotonic() - begin_s > 8
     assert scrape(running)["pepr_daemon_refusals_total", "scrape"] == 1
 

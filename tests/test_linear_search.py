@@ -132,7 +132,7 @@ def test_long_lines_are_searched_as_quickly_as_before_where_that_is_safe() -> No
         ("test acc: ([0-9.]+)", "test acc: "),
         ("([0-9.]+) it/s", " it/s"),
         ("(?:(?:acc)+ [0-9])+", "acc"),
-        ("a(?:bcd|efg)h", "h"),
+        ("a(?:bcd|efg)h", "a"),
         ("(?:long)?x", "x"),
         ("(?i)acc ([0-9])", ""),
         ("(?i:acc) of ([0-9])", " of "),
@@ -141,5 +141,4 @@ def test_long_lines_are_searched_as_quickly_as_before_where_that_is_safe() -> No
     ],
 )
 def test_the_text_that_each_match_has_is_known(pattern: str, literal: str) -> None:
-    found = LinearPattern(pattern).literal
-    assert found == literal or (len(found) == len(literal) and literal in ("h",))
+    assert LinearPattern(pattern).literal == literal

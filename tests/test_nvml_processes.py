@@ -52,7 +52,7 @@ def next_rows(sampler: Sampler, wanted: Callable[[Row], bool]) -> list[Row]:
         seen.extend(rows(sampler))
         return any(wanted(row) for row in seen)
 
-    until(found, within_s=10.0)
+    until(found)
     return seen
 
 

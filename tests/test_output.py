@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli import SLOW_S, Cli, python, write_meter
+from cli import SLOW_S, Cli, made_locale, python, write_meter
 from daemons import Daemon, daemon
 
 from pepr_profiler import _core
@@ -283,14 +282,7 @@ for spec in ("replay:/nothing", "nvml:/nothing", "hwmon:/nothing"):
 
 def test_messages_are_readable_in_a_program_of_another_language(tmp_path: Path) -> None:
     # given a program in French and ISO-8859-1, where strerror gives bytes that are no UTF-8
-    made = shutil.which("localedef") and subprocess.run(
-        ["localedef", "-i", "fr_FR", "-f", "ISO-8859-1", str(tmp_path / "fr_FR.ISO-8859-1")],
-        capture_output=True,
-        check=False,
-    )
-    if not made or made.returncode:
-        pytest.skip("no locale fr_FR can be made here (Debian: apt-get install locales)")
-    env = {**os.environ, "LOCPATH": str(tmp_path)}
+    env = {**os.environ, **made_locale(tmp_path, "fr_FR", "ISO-8859-1")}
     env.pop("LC_ALL")
     done = subprocess.run(
         python(OTHER_LOCALE), env=env, capture_output=True, text=True, check=False

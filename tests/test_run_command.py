@@ -675,7 +675,8 @@ def test_runs_shorter_than_a_refresh_wait_for_it_and_say_how_unsure_they_are(
 ) -> None:
     # given a GPU whose counter is refreshed less often than the run is long
     sensor = Sensor(counter_refresh_s=counter_s)
-    for number in range(3):
+    off_by = []  # in units of ±
+    for number in range(4):
         sim = nvml_sim(Scenario(gpus=(Gpu(Square(0.31, 100, 400), sensor=sensor),)))
         out = cli.folder / f"{number}.json"
         # when a program of some 10 ms runs
@@ -684,5 +685,7 @@ def test_runs_shorter_than_a_refresh_wait_for_it_and_say_how_unsure_they_are(
         gpu = next(c for c in summary["energy"]["components"] if c["kind"] == "gpu")
         # then the energy is known to within its ±, and no better than that tells
         truth_j = sim.scenario.energy_j(*summary["recording"]["window_ns"])
-        assert abs(gpu["device_j"] - truth_j) <= 2 * gpu["u_j"]
+        off_by.append(abs(gpu["device_j"] - truth_j) / gpu["u_j"])
         assert gpu["u_j"] <= max(3 * gpu["device_j"], 0.5 * truth_j)
+    # (one of twenty intervals may miss the truth by a little)
+    assert sum(off > 1 for off in off_by) <= 1 and max(off_by) < 2, off_by

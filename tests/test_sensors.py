@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import SLOW_S, charged_s, until, write_replay
+from cli import SLOW_S, charged_s, made_locale, until, write_replay
 from sim.nvml import (
     A100,
     H100,
@@ -1322,15 +1322,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="session")
 def comma_locale(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a program that may use de_DE.UTF-8, which writes 0,5 for a half."""
-    folder = tmp_path_factory.mktemp("locales")
-    made = shutil.which("localedef") and subprocess.run(
-        ["localedef", "-i", "de_DE", "-f", "UTF-8", str(folder / "de_DE.UTF-8")],
-        capture_output=True,
-        check=False,
-    )
-    if not made or made.returncode:
-        pytest.skip("no locale de_DE can be made here (Debian: apt-get install locales)")
-    return {**os.environ, "LOCPATH": str(folder)}
+    return {**os.environ, **made_locale(tmp_path_factory.mktemp("locales"), "de_DE", "UTF-8")}
 
 
 def test_numbers_have_a_point_in_a_program_with_a_comma_locale(

@@ -355,13 +355,8 @@ def record(
     counter_s = (sensor.counter_refresh_s or 0.1) * stretch
     shown_s = counter_s if kind.counter else refresh_s
     phase_s = random.uniform(0, shown_s)
-    gpu = Gpu(
-        wave,
-        sensor=Sensor(refresh_s, sensor.window_s, counter_refresh_s=counter_s, phase_s=phase_s),
-        gain=gain,
-        offset_w=offset_w,
-        counter_gain=gain,
-    )
+    look = Sensor(refresh_s, sensor.window_s, counter_refresh_s=counter_s, phase_s=phase_s)
+    gpu = Gpu(wave, sensor=look, gain=gain, offset_w=offset_w, counter_gain=gain)
     if cadenced:
         t_s = cadenced_times_s(random, first_s, last_s, refresh_s=shown_s, phase_s=phase_s)
     else:
@@ -451,13 +446,8 @@ def record_board(
         t_s = np.append(t_s[:-1], later_s)
     gain = 1 + gain_u * random.standard_normal()
     offset_w = OFFSET_W * random.standard_normal() if gain_u and counter_s is None else 0.0
-    gpu = Gpu(
-        wave,
-        sensor=Sensor(power_s, board.window_s, counter_refresh_s=counter_s, phase_s=phase_s),
-        gain=gain,
-        offset_w=offset_w,
-        counter_gain=gain,
-    )
+    look = Sensor(power_s, board.window_s, counter_refresh_s=counter_s, phase_s=phase_s)
+    gpu = Gpu(wave, sensor=look, gain=gain, offset_w=offset_w, counter_gain=gain)
     asked_s = t_s
     if counter_s is not None:  # power keeps its value for 0.2 s
         asked = np.floor((t_s - first_s) / GAUGES_S)
