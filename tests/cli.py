@@ -24,7 +24,7 @@ import pepr_profiler
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = Path(pepr_profiler.__file__).parents[1]  # from where the product is imported
-SLOW_S = 100.0  # far beyond anything that works; only a hang takes that long
+SLOW_S = 200.0  # far beyond anything that works; only a hang takes that long
 READERS = ("compare", "report", "runs", "score")  # forked by a process that has loaded the product
 
 

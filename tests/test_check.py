@@ -21,7 +21,7 @@ import pytest
 from cli import SLOW_S, Cli, component, ended, python, until
 from sim.nvml import A100, H100, VOLTA, BuildNvml, Gpu, Process, Scenario, Sensor, default_uuid
 from sim.powercap import BuildTree, Zone
-from sim.waves import Constant, Followed, Step
+from sim.waves import Constant, Followed
 
 from pepr_profiler import _core
 from pepr_profiler.check.findings import examine
@@ -281,7 +281,7 @@ def test_each_class_of_simulated_board_is_found_to_be_what_it_is(
     }
     lanes = opened_for_check(sim.spec, tree.spec)
     # when they are tried
-    findings = examine(probe(lanes, loads, load_s=12.0))
+    findings = examine(probe(lanes, loads, load_s=16.0))
     for _, sampler in lanes:
         sampler.stop(1.0)
     # then each is found to be what was simulated
@@ -655,23 +655,31 @@ def hardware_file(folder: Path, name: str, **sensor: Any) -> Path:
     return path
 
 
+RAISES = """if True:
+    import struct, sys, time
+    time.sleep(1.5)
+    with open(sys.argv[1], "ab") as wave:
+        wave.write(struct.pack("dd", (time.monotonic_ns() - int(sys.argv[2])) * 1e-9, 400.0))
+    time.sleep(1)"""
+"""A program that raises the power of a wave in its midst."""
+
+
 def test_a_file_in_the_users_folder_is_what_is_known_of_a_board(
     cli: Cli, nvml_sim: BuildNvml, tmp_path: Path
 ) -> None:
-    # given a board whose readings are 0.3 s old, and power that rises from 100 to 400 W 1 s after
-    # the begin of a run of 2 s
+    # given a board whose readings are 0.3 s old, and power that a program raises from 100 to 400 W
     sensor = Sensor(power_usage="instant", counter_refresh_s=None, delay_s=0.3, window_s=0.1)
     config = tmp_path / "config"
     env = {"XDG_CONFIG_HOME": str(config)}
 
     def measure() -> tuple[dict[str, Any], float]:
         epoch_ns = time.monotonic_ns()
-        wave = Step(2.0, 100, 400)
+        wave = wave_of(tmp_path, f"wave-{epoch_ns}", 100.0)
         sim = nvml_sim(
             Scenario((Gpu(wave, name="NVIDIA Odd 80GB", sensor=sensor),), epoch_ns=epoch_ns)
         )
         _, summary = cli.measure(
-            "--sensor", sim.spec, "--", *python("import time; time.sleep(2.5)"), env=env
+            "--sensor", sim.spec, "--", *python(RAISES, str(wave.path), str(epoch_ns)), env=env
         )
         begin_ns, end_ns = summary["recording"]["window_ns"]
         return component(summary, f"gpu:{default_uuid(0)}"), sim.scenario.energy_j(begin_ns, end_ns)

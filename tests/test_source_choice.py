@@ -63,10 +63,10 @@ def test_a_gpu_whose_counter_is_dead_has_the_energy_of_its_power(
 
 
 def test_a_counter_that_dies_in_a_run_is_continued_by_power(cli: Cli, nvml_sim: BuildNvml) -> None:
-    # given 300 W; the counter fails from the fourth second on
+    # given 300 W; the counter fails from the fifth second on
     nvml_sim(Scenario())  # compiles first: a scenario's clock runs from when it is written down
-    sim = nvml_sim(Scenario(gpus=(Gpu(Constant(300)),), faults=(Fault(ENERGY, "TIMEOUT", 3.0),)))
-    _, summary = cli.measure("--scope", "device", "--sensor", sim.spec, "--", "sleep", "6")
+    sim = nvml_sim(Scenario(gpus=(Gpu(Constant(300)),), faults=(Fault(ENERGY, "TIMEOUT", 4.0),)))
+    _, summary = cli.measure("--scope", "device", "--sensor", sim.spec, "--", "sleep", "7")
     part = component(summary, f"gpu:{default_uuid(0)}")
     assert part["source"] == "nvml-energy+nvml-power-average"
     assert covers(part, 300 * summary["duration_s"])
