@@ -15,7 +15,14 @@ from cli import Cli, python, write_meter
 
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report.run_text import render_run
-from pepr_profiler.study.progress import ProgressCurve, best_stop, curve_of, envelope, scores_along
+from pepr_profiler.study.progress import (
+    ProgressCurve,
+    best_stop,
+    curve_of,
+    envelope,
+    mean_curve,
+    scores_along,
+)
 from pepr_profiler.summary.logged import MetricLog
 
 POWER_W = 200.0
@@ -206,7 +213,8 @@ def test_curve_without_epochs_has_every_point() -> None:
     assert curve is not None
     assert list(curve.performance) == [0.1, 0.2, 0.2]
     assert np.isnan(curve.epoch).all()
-    assert best_stop(curve).epoch is None
+    stop = best_stop(curve)
+    assert stop is not None and stop.epoch is None
 
 
 @pytest.mark.parametrize(
@@ -248,13 +256,46 @@ def test_best_stop_is_where_performance_over_one_plus_r_is_highest() -> None:
     # truth by hand: 0.5/1.1, 0.9/1.2, 0.93/1.58, 0.94/2
     assert scores_along(points).pepr == pytest.approx([0.4545454, 0.75, 0.5886075, 0.47])
     stop = best_stop(points)
+    assert stop is not None
     assert (stop.point, stop.epoch, stop.energy_j) == (1, 1.0, 20.0)
     assert stop.performance_share == pytest.approx(0.9 / 0.94)
     assert stop.energy_share == pytest.approx(0.2)
+    assert stop.best_share == pytest.approx(0.9 / 0.94)
     # in a cohort that reaches to 10 kJ, energy hardly matters here
-    assert best_stop(points, (0.0, 10_000.0)).point == 3
     # and below its lowest bound nothing is left to save
-    assert best_stop(points, (100.0, 200.0)).point == 3
+    for bounds in ((0.0, 10_000.0), (100.0, 200.0)):
+        stop = best_stop(points, bounds)
+        assert stop is not None and stop.point == 3
+
+
+def test_a_stop_within_the_noise_is_no_peak_of_luck_and_says_what_else_may_be() -> None:
+    # given a curve that rises to 0.9 at epoch 10 and stays, ± 0.01, with one lucky epoch
+    draw = np.random.default_rng(4)
+    rise = 0.9 * (1 - np.exp(-np.arange(40) / 3.0))
+    noisy = rise + draw.normal(0, 0.01, 40)
+    points = curve(noisy.clip(0, 1).tolist(), np.linspace(2.5, 100, 40).tolist())
+    # when
+    stop = best_stop(points, (0.0, 400.0))
+    # then its noise is known to a factor of 2, and the best without noise is among what it allows
+    assert stop is not None
+    assert 0.005 < stop.noise < 0.02
+    true = int((rise / (1 + np.linspace(2.5, 100, 40) / 400)).argmax())
+    assert stop.first <= true <= stop.last
+    # and where the energy hardly counts no point stands out, as all later ones are equal
+    assert best_stop(points, (0.0, 100_000.0), noise=0.05) is None
+
+
+def test_repeats_of_a_curve_are_averaged_and_their_scatter_is_the_noise() -> None:
+    a = curve([0.5, 0.8, 0.9], [10, 20, 30])
+    b = curve([0.7, 0.8, 0.7, 0.6], [12, 22, 32, 42])
+    mean, noise = mean_curve([a, b])
+    assert mean.performance == pytest.approx([0.6, 0.8, 0.8])
+    assert mean.energy_j == pytest.approx([11, 21, 31])
+    # variances 0.02, 0, 0.02 of single runs
+    assert noise == pytest.approx(math.sqrt(0.04 / 3 / 2))
+    # which is more than 0.66 has before 0.61
+    assert best_stop(mean, noise=noise) is None
+    assert best_stop(mean, noise=0.01) is not None
 
 
 def test_loss_as_a_performance_is_refused_where_it_leaves_its_range() -> None:

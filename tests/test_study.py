@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -791,3 +794,267 @@ def test_no_mean_of_estimates_claims_less_than_one_of_them() -> None:
     assert dict(zip(ranking.names, ranking.resource, strict=True)) == {"a": 100.0, "b": 200.0}
     assert ranking.u_resource is not None
     assert (ranking.u_resource >= 0.4999 * ranking.resource).all()
+
+
+# --- two models, noise, outliers, bad numbers ----------------------------------------------------
+
+
+def repeated(*models: tuple[str, float], seeds: int = 3, sd: float = 0.03) -> list[dict[str, Any]]:
+    """Runs of models with these mean energies, their scatter as a part of it."""
+    rng = np.random.default_rng(6)
+    return [
+        measured(name, seed, j * float(rng.normal(1, sd)), 0.9)
+        for name, j in models
+        for seed in range(seeds)
+    ]
+
+
+def test_models_that_cannot_be_told_apart_are_not_ranked_but_for_anyway(tmp_path: Path) -> None:
+    # given six runs of one program, half of them called a and half b
+    for run in repeated(("a", 2314.0), ("b", 2314.0), sd=0.002):
+        store_run(tmp_path, run | {"energy": energy(run["energy"]["total_j"], u_j=1.0)})
+    # when
+    result = invoke(compare, "--store", tmp_path)
+    # then
+    text = " ".join(result.stdout.split())
+    assert "These models cannot be told apart by energy; PePR would rank them by noise." in text
+    assert re.search(r"took 1\.\d+ times the energy of . \(95%: 0\.99\d+ to 1\.00\d+\)", text)
+    assert "one has R = 0 and the other R = 1, however near they are" in text
+    assert "--range MIN:MAX or --range-from FILE" in text and "PePR-E" not in text
+    anyway = " ".join(invoke(compare, "--store", tmp_path, "--anyway").stdout.split())
+    assert "PePR-E" in anyway and "cannot be told apart" in anyway and "1–2" in anyway
+    # and in the data all is there, with the warning and an interval from P/2 to P
+    (ranking,) = compared("--store", tmp_path)["rankings"]
+    assert ranking["distinguishable"] is False
+    assert [w["code"] for w in ranking["warnings"]] == ["indistinguishable", "two-rows"]
+    assert ranking["resource_ratio"]["low"] < 1 < ranking["resource_ratio"]["high"]
+    for row in ranking["rows"]:
+        assert row["pepr_low"] == pytest.approx(0.45, abs=0.01)
+        assert row["pepr_high"] == pytest.approx(0.9, abs=0.01)
+        assert (row["rank_best"], row["rank_worst"]) == (1, 2)
+    assert 0.2 < ranking["rows"][0]["swap_with_next"] <= 0.5
+
+
+def test_models_that_differ_by_many_u_are_told_apart() -> None:
+    ranking = Study.from_runs(repeated(("a", 1000.0), ("b", 2000.0), ("c", 1500.0))).rank()
+    assert ranking.scores.distinguishable is True and ranking.warnings == ()
+    assert ranking.standing is not None and ranking.standing.best is not None
+    assert ranking.standing.best[0] == 1 and ranking.standing.swap[0] < 0.05
+    fixed = Study.from_runs(repeated(("a", 1000.0), ("b", 1000.0)), bounds=(500.0, 4000.0)).rank()
+    assert fixed.warnings == ()  # R means something there
+    table = Study.from_table({"acc": [0.8, 0.9], "j": [1.0, 2.0]}, performance="acc",
+                             resources=["j"]).rank()  # fmt: skip
+    assert table.scores.distinguishable is None
+    assert [caution.code for caution in table.warnings] == ["two-rows"]
+
+
+def test_the_draws_are_the_same_each_time_and_in_any_order_of_the_runs() -> None:
+    runs = repeated(("a", 1000.0), ("b", 1030.0), ("c", 1100.0))
+    first, again = Study.from_runs(runs).rank(), Study.from_runs(runs).rank()
+    assert ranking_data(first) == ranking_data(again)
+    assert first.standing is not None and first.standing.pairs is not None
+    order = first.order
+    for a, b in itertools.pairwise(order.tolist()):
+        assert first.standing.pairs[a, b] == first.standing.swap[a]
+    assert first.standing.pairs + first.standing.pairs.T == pytest.approx(np.ones((3, 3)))
+
+
+def tables(*groups: tuple[str, Sequence[float], Sequence[float]]) -> dict[str, list[Any]]:
+    """A table with the energies and times of the rows of each group."""
+    rows = [
+        (group, f"m{i}", j, s)
+        for group, energies, times in groups
+        for i, (j, s) in enumerate(zip(energies, times, strict=True))
+    ]
+    columns = ["data", "model", "energy", "time"]
+    table = {c: list(cells) for c, cells in zip(columns, zip(*rows, strict=True), strict=True)}
+    return {**table, "acc": [0.5 + 0.001 * i for i in range(len(rows))]}
+
+
+def study_of(table: dict[str, list[Any]], *, time: str | None = "time") -> Study:
+    return Study.from_table(
+        table, performance="acc", resources=["energy"], name="model", group="data", time=time
+    )
+
+
+def test_a_reading_copied_from_another_row_or_group_is_named_also_where_copies_are_the_more() -> (
+    None
+):
+    # given two groups at 500 W in kWh and s; 11 of 20 rows of the second have the energies of the
+    # first, which took six times as long
+    rng = np.random.default_rng(9)
+    times = rng.uniform(1000, 5000, 20)
+    sound = times * rng.uniform(480, 520, 20) / 3.6e6
+    short = times / 6
+    mixed = short * rng.uniform(480, 520, 20) / 3.6e6
+    mixed[:11] = sound[:11]
+    # when
+    study = study_of(tables(("large", sound.tolist(), times.tolist()),
+                            ("small", mixed.tolist(), short.tolist())))  # fmt: skip
+    # then
+    large, small = study.rankings
+    assert large.outliers == () and large.populations == ""
+    named = {name for outlier in small.outliers for name in outlier.names}
+    assert named == {f"m{i}" for i in range(11)}
+    assert all("reading of m" in outlier.why and "of large" in outlier.why
+               for outlier in small.outliers)  # fmt: skip
+    assert small.without is not None and len(small.without.names) == 9
+    # and without a time nobody knows which is the copy
+    free = study_of(tables(("large", sound.tolist(), times.tolist()),
+                           ("small", mixed.tolist(), short.tolist())), time=None)  # fmt: skip
+    assert all(ranking.outliers == () for ranking in free.rankings)
+    assert "to all digits, of which one is a copy" in free.rankings[1].same_readings
+
+
+def population(watts: float, n: int, seed: int) -> tuple[list[float], list[float]]:
+    """Energies in kWh and times in s."""
+    rng = np.random.default_rng(seed)
+    times = rng.uniform(1000, 5000, n)
+    return (times * watts * rng.uniform(0.9, 1.1, n) / 3.6e6).tolist(), times.tolist()
+
+
+def test_of_two_populations_the_one_is_wrong_that_no_server_draws_even_if_it_is_the_larger() -> (
+    None
+):
+    right, wrong = population(5500.0, 53, 1), population(34_000.0, 78, 2)
+    table = tables(("x", right[0] + wrong[0], right[1] + wrong[1]))
+    (ranking,) = study_of(table).rankings
+    (outlier,) = ranking.outliers
+    assert len(outlier.names) == 78 and "no server draws" in outlier.why
+    assert outlier.names[0] == "m53" and ranking.without is not None
+
+
+def test_of_two_populations_the_one_is_right_that_agrees_with_other_groups() -> None:
+    right, wrong = population(500.0, 20, 1), population(3400.0, 30, 2)
+    other = population(520.0, 25, 3)
+    (mixed, _) = study_of(
+        tables(("x", right[0] + wrong[0], right[1] + wrong[1]), ("y", *other))
+    ).rankings
+    (outlier,) = mixed.outliers
+    assert len(outlier.names) == 30 and "in other groups" in outlier.why
+
+
+def test_of_two_populations_none_is_accused_where_nothing_decides() -> None:
+    a, b = population(500.0, 53, 1), population(3400.0, 78, 2)
+    study = study_of(tables(("x", a[0] + b[0], a[1] + b[1])))
+    ranking = study.rank()
+    assert ranking.outliers == () and ranking.without is None
+    assert "one of two populations is wrong: 53 rows at" in ranking.populations
+    assert "78 rows at" in ranking.populations
+    assert [len(each.names) for each in ranking.either] == [53, 78]
+    data = ranking_data(ranking)
+    assert data["warnings"][0]["code"] == "two-populations"
+    assert [len(each["rows"]) for each in data["either_population"]] == [53, 78]
+
+
+def test_totals_that_are_unknown_and_estimates_among_measurements_are_left_out_by_name() -> None:
+    runs = [
+        measured("a", 1, 1000.0, 0.8),
+        measured("b", 1, 2000.0, 0.9),
+        measured("c", 1, 3000.0, 0.9),
+        measured("null", 1, 1.0, 0.9) | {"energy": energy(1.0) | {"total_j": None, "u_j": None}},
+        measured("guess", 1, 1.0, 0.9) | {"energy": energy(4000.0, provenance="modelled")},
+    ]
+    study = Study.from_runs(runs, resources=["energy", "carbon"])
+    for ranking in study.rankings:
+        assert ranking.names == ("a", "b", "c")
+    why = dict(study.left_out)
+    assert why["null-1"] == "its energy is unknown"
+    assert "estimated" in why["guess-1"] and "--mix-provenance" in why["guess-1"]
+    mixed = Study.from_runs(runs, mix_provenance=True).rank()
+    assert mixed.names == ("a", "b", "c", "guess") and mixed.provenance == "mixed"
+
+
+def test_an_undeclared_metric_is_asked_for_with_the_command_that_answers(tmp_path: Path) -> None:
+    for i, name in enumerate(("a", "b")):
+        run = run_summary(name, energy=energy(1000.0 * (i + 1)), performance=None)
+        logged = {"epoch": 3.0, "loss": 0.25, "accuracy": 0.9 + i / 100, "seconds": 7.0}
+        store_run(tmp_path, run, metrics=logged)
+    refused = invoke(compare, "--store", tmp_path).exception
+    assert isinstance(refused, UsageError)
+    assert "accuracy 0.9 … 0.91" in refused.why and "loss 0.25" in refused.why
+    assert refused.fix == f"pepr-profile compare --store {tmp_path} --metric accuracy"
+    words = refused.fix.split()[2:]
+    assert invoke(compare, *words).exit_code == 0
+
+
+@pytest.mark.parametrize(("metric", "fix"), [("loss", "--transform exp-neg"), ("step", "--metric")])
+def test_a_loss_or_a_counter_is_no_performance_without_a_direction(metric: str, fix: str) -> None:
+    runs = [
+        run_summary(
+            name,
+            energy=energy(j),
+            metrics={metric: 0.5},
+            performance={"metric": metric, "value": 0.5},
+        )
+        for name, j in (("a", 1000.0), ("b", 2000.0))
+    ]
+    for options in ({}, {"metric": metric}):
+        with pytest.raises(UsageError, match=f"{metric} is no performance") as refused:
+            Study.from_runs(runs, **options)
+        assert fix in refused.value.fix
+    declared = Study.from_runs(runs, metric=metric, transform="exp-neg").rank()
+    assert declared.performance == pytest.approx([math.exp(-0.5)] * 2)
+
+
+BAD = np.array([1.0, 1.0, 1.0, 2.0, 2.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "expected"),
+    [
+        # one model with many repeats
+        ({"acc": [0.9] * 6, "j": BAD, "m": ["a"] * 6}, {"repeats": True}, "one row alone"),
+        # negative, not finite, NaN among repeats
+        ({"acc": [0.9] * 6, "j": BAD - 1.5}, {}, "negative or not finite in row 1"),
+        ({"acc": [0.9] * 6, "j": BAD * [1, 1, np.nan, 1, 1, 1]}, {"repeats": True}, "in row 3"),
+        ({"acc": [0.9, 0.9, np.nan, 0.9, 0.9, 0.9], "j": BAD}, {"repeats": True}, "outside"),
+        (
+            {"acc": [0.9] * 6, "j": BAD * 1e300, "m": list("aaabbb")},
+            {"repeats": True},
+            "j of b is 2e+300",
+        ),
+        # a group of one
+        ({"acc": [0.9] * 6, "j": BAD, "g": list("xxxxxy")}, {"group": "g"}, "g 'y': one row alone"),
+        # a bound equal to a value of all
+        ({"acc": [0.9] * 6, "j": BAD}, {"bounds": (2.0, 2.0)}, "is empty"),
+    ],
+)
+def test_numbers_that_cannot_be_scored_are_named(
+    columns: dict[str, Any], options: dict[str, Any], expected: str
+) -> None:
+    name = "m" if "m" in columns else None
+    with pytest.raises(UsageError, match=re.escape(expected)) as refused:
+        Study.from_table(columns, performance="acc", resources=["j"], name=name, **options)
+    assert refused.value.why and refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("acc", "j"),
+    [
+        ([0.9] * 6, [1.0, 1.1, 0.9, 2.0, 2.1, 1.9]),  # all accuracies equal
+        ([0.0] * 6, [1.0, 1.1, 0.9, 2.0, 2.1, 1.9]),
+        ([0.9, 0.8, 0.9, 0.8, 0.9, 0.8], [0.0, 0.0, 0.0, 2.0, 2.1, 1.9]),  # a resource of 0
+        ([0.9, 0.8, 0.9, 0.8, 0.9, 0.8], [1e-300, 1.1e-300, 0.9e-300, 2e-300, 2e-300, 1.9e-300]),
+        ([0.9, 0.9, 0.9, 0.8, 0.8, 0.8], [1.0, 1.0, 1.0, 2.0, 2.0, 2.0]),  # duplicated runs
+    ],
+)
+def test_odd_numbers_have_finite_scores_and_intervals_within_their_range(
+    acc: list[float], j: list[float]
+) -> None:
+    table = {"acc": acc, "j": j, "m": ["a", "a", "a", "b", "b", "b"]}
+    study = Study.from_table(table, performance="acc", resources=["j"], name="m", repeats=True)
+    ranking = study.rank()
+    assert ranking.standing is not None
+    low, high = ranking.standing.low, ranking.standing.high
+    assert np.isfinite([low, high, ranking.scores.pepr]).all()
+    assert (low <= ranking.scores.pepr).all() and (ranking.scores.pepr <= high).all()
+    assert (low >= 0).all() and (high <= 1).all()
+    json.dumps(ranking_data(ranking), allow_nan=False)
+    render_ranking(ranking)
+    render_ranking(ranking, anyway=True)
+
+
+def test_a_bound_that_equals_a_value_clamps_nothing() -> None:
+    scores = pepr.score([0.8, 0.9], [1.0, 3.0], bounds=(1.0, 3.0))
+    assert not scores.clamped.any() and scores.r_norm.tolist() == [0.0, 1.0]

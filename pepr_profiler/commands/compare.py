@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,7 @@ def compare(
         resources=wanted or ["energy"],
         bounds=limits_of(bounds, bounds_from, dict.fromkeys(wanted)),
         price=parse_price(price) if price else None,
+        command=_command(runs, store, resources, options),
         **options,
     )
     publish(
@@ -133,6 +136,22 @@ def compare(
         raw_csv=raw_csv,
         anyway=anyway,
     )
+
+
+def _command(
+    runs: Sequence[str], store: Path | None, resources: Sequence[str], options: Mapping[str, Any]
+) -> str:
+    """What was typed, as far as it decides which runs are compared, and by what."""
+    words = ["pepr-profile", "compare", *runs]
+    for flag, value in (
+        ("--experiment", options.get("experiment")),
+        ("--store", store),
+        ("--group", options.get("group")),
+    ):
+        words += [flag, str(value)] if value else []
+    if tuple(resources) != ("energy",):
+        words += [word for name in resources for word in ("--resource", name)]
+    return shlex.join(words)
 
 
 def parse_price(text: str) -> tuple[float, str]:

@@ -193,7 +193,7 @@ def _cautions(ranking: Ranking, width: int) -> list[Line]:
     lines: list[Line] = []
     for caution in ranking.warnings:
         if caution.code == "indistinguishable":
-            texts = [f"{caution.text[:1].upper()}{caution.text[1:]}.", ratio_text(ranking)]
+            texts = [sentence(caution.text), ratio_text(ranking)]
             styles = ["bold", ""]
         elif caution.code == "two-rows" and ranking.noise:
             texts, styles = [_two_rows(caution)], [""]
@@ -205,7 +205,12 @@ def _cautions(ranking: Ranking, width: int) -> list[Line]:
 
 
 def _two_rows(caution: Caution) -> str:
-    return f"{caution.text[:1].upper()}{caution.text[1:]}; {caution.fix}."
+    return sentence(f"{caution.text}; {caution.fix}")
+
+
+def sentence(text: str) -> str:
+    """A text of a warning as a sentence of its own."""
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def ratio_text(ranking: Ranking) -> str:

@@ -457,14 +457,22 @@ def stop_note(curve: ProgressCurve) -> str:
     if curve.total_j <= 0:
         return ""
     stop = best_stop(curve)
+    if stop is None:
+        return f"no point to stop at stands out from the noise of {curve.metric}"
     if stop.point == len(performance) - 1:
         return "PePR along the run is highest at its end"
     when = f"after {format_duration(stop.t_s)}"
     if stop.epoch is not None:
         when = f"at epoch {stop.epoch:g}"
+    if stop.first < stop.last:
+        ends = [curve.energy_j[i] / curve.total_j for i in (stop.first, stop.last)]
+        when += f" (its noise allows {ends[0]:.0%} to {ends[1]:.0%} of the energy)"
+    best = (
+        "" if stop.best_share >= stop.performance_share else f", {stop.best_share:.1%} of its best,"
+    )
     return (
         f"PePR along the run is highest {when}: to stop there keeps {stop.performance_share:.1%} "
-        f"of the final {curve.metric} for {stop.energy_share:.0%} of the energy"
+        f"of the final {curve.metric}{best} for {stop.energy_share:.0%} of the energy"
     )
 
 
@@ -536,7 +544,8 @@ def _saved_lines(summary: Mapping[str, Any], width: int, store: str) -> list[Lin
         return [[(f"  {line}", "bold")] for line in wrap(recordings_text(summary), width - 2)]
     experiment = summary.get("experiment")
     following = f"next: pepr-profile report {run_id}"
-    if experiment:
+    comparable = summary.get("complete") and not summary.get("exit_code")
+    if experiment and comparable and summary.get("performance"):
         following = f"next: pepr-profile compare --experiment {printable(shlex.quote(experiment))}"
     saved = f"  saved {run_id}"
     named = f"--store {printable(shlex.quote(store))}" if store else ""

@@ -11,6 +11,7 @@ import numpy as np
 from pepr_profiler.record import Mask
 from pepr_profiler.report import analysis_figures, figures, study_figures
 from pepr_profiler.report.html import clip, render
+from pepr_profiler.report.ranking_text import ratio_text, sentence
 from pepr_profiler.report.typeset import means_table, settings_table
 from pepr_profiler.study import progress
 from pepr_profiler.study.analysis import Analysis, Traits
@@ -179,6 +180,11 @@ def _group(
         "has_ranges": first.standing is not None and first.standing.best is not None,
         "charts": charts,
         "outliers": list(_outlier_facts(rankings)),
+        "warnings": [
+            (sentence(caution.text), sentence(caution.fix))
+            for caution in first.warnings
+            if caution.code != "indistinguishable"
+        ],
         "not_shown": n - len(first.order[:most]),
         "class_name": analysis.class_name,
         "resources": [{"name": r.resource_name, "label": r.label} for r in rankings],
@@ -268,10 +274,19 @@ def _parameters(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> lis
 
 def _said(ranking: Ranking) -> str:
     """What the ranking says, in a sentence or two."""
+    if ranking.noise:
+        return f"{sentence(ranking.warnings[0].text)} {clip(ratio_text(ranking), 300)}"
     best, top = int(ranking.order[0]), int(np.argmax(ranking.performance))
     metric, resource = clip(ranking.metric, 40), ranking.resource
+    standing = ranking.standing
+    shared = 1
+    if standing is not None and standing.best is not None:
+        shared = int((standing.best == 1).sum())
+    first = (
+        "the best of" if shared == 1 else f"{shared:,} may be the best of"
+    ) + f" {len(ranking.names):,}"
     text = (
-        f"By {ranking.label} the best of {len(ranking.names):,} is "
+        f"By {ranking.label} {first}{' is' if shared == 1 else '; the first is'} "
         f"{clip(ranking.names[best], 60)}: "
         f"{metric} {ranking.performance[best]:.3f} for "
         f"{format_amount(float(resource[best]), ranking.unit)}."
@@ -311,10 +326,13 @@ def _resource_cells(ranking: Ranking, i: int, front: Mask, *, u: bool) -> dict[s
     u_resource = float(ranking.u_resource[i]) if u and ranking.u_resource is not None else None
     score = float(ranking.scores.pepr[i])
     u_score = None if ranking.u_pepr is None else float(ranking.u_pepr[i])
+    standing, between = ranking.standing, ""
+    if standing is not None and standing.lopsided[i]:
+        between = f"{standing.low[i]:.3f}–{standing.high[i]:.3f}"
     return {
         "amount": format_amount(float(ranking.resource[i]), ranking.unit, u_resource),
         "score": f"{score:.3f}",
-        "u": "" if u_score is None or math.isnan(u_score) else f"{u_score:.3f}",
+        "u": between or ("" if u_score is None or math.isnan(u_score) else f"± {u_score:.3f}"),
         "front": bool(front[i]),
         "percent": f"{100 * score:.1f}",
     }

@@ -12,6 +12,7 @@ import numpy as np
 
 from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.report.components import component_name, counted
+from pepr_profiler.report.ranking_text import sentence
 from pepr_profiler.study.analysis import Analysis, Traits, best, best_performing
 from pepr_profiler.study.pepr import listed
 from pepr_profiler.study.ranking import Ranking
@@ -375,7 +376,12 @@ def _ranking(ranking: Ranking, traits: Traits, analysis: Analysis) -> Table:
     return Table(
         title=_title(ranking, ranking.label),
         columns=columns,
-        notes=[*notes, _range(ranking), *_of_u(ranking)],
+        notes=[
+            *(sentence(caution.text) for caution in ranking.warnings),
+            *notes,
+            _range(ranking),
+            *_of_u(ranking),
+        ],
     )
 
 
@@ -536,7 +542,7 @@ def _of_u(ranking: Ranking) -> list[str]:
         return []
     notes = ["± covers 95% (k = 2, or Student's t where repeats are few)."]
     if any("–" in rank for rank in ranks(ranking)):
-        notes.append("Ranks a–b: any of these, as the scores differ by less than their ±.")
+        notes.append("Ranks a–b: any of these (95%).")
     return notes
 
 

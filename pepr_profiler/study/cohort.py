@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from pepr_profiler.store.index import QueryResult
 from pepr_profiler.study.jobs import merge_jobs
 from pepr_profiler.study.pepr import listed
 from pepr_profiler.study.ranking import Amount, SharedErrors
+from pepr_profiler.summary.logged import COUNTERS, is_performance
 from pepr_profiler.trace.shape import MALFORMED
 
 Run: TypeAlias = Mapping[str, Any]
@@ -207,10 +209,13 @@ class Cohort:
     def _metric_names(self) -> list[str]:
         return sorted({name for row in self.rows for name in loads(row.metrics)})
 
-    def performance(self, metric: str | None) -> tuple[str, Floats]:
+    def performance(
+        self, metric: str | None, *, transform: str | None = None, command: str = ""
+    ) -> tuple[str, Floats]:
         """The metric's name and one value a run: the named metric, or the runs' own performance.
 
-        UsageError for a run that has none, and where the runs' own are not the same metric.
+        UsageError for a run that has none, where the runs' own are not the same metric, and for a
+        counter or a loss without `transform`. `command` is what the user typed, for the remedy.
         """
         rows = self.rows
         own = [None if row.metric is None else row.performance for row in rows]
@@ -220,6 +225,8 @@ class Cohort:
             logged = self._metric(metric)
             values = np.where(np.isnan(logged) & named, values, logged)
         without = [rows[i] for i in np.flatnonzero(np.isnan(values)).tolist()]
+        if without and metric is None:
+            self._refuse_undeclared(without, command)
         if without:
             known = self._metric_names()
             others = f"; or --metric with one of: {', '.join(known)}" if known else ""
@@ -230,16 +237,53 @@ class Cohort:
                 fix=f"pepr-profile runs set {without[0].run_id} {metric or 'accuracy'}=0.91"
                 f"{others}; or name the runs to compare: pepr-profile compare RUN RUN",
             )
-        if metric is not None:
-            return metric, values
-        names = sorted({str(row.metric) for row in rows})
+        names = sorted({str(row.metric) for row in rows}) if metric is None else [metric]
         if len(names) > 1:
             raise UsageError(
                 "the runs' performances are not the same metric",
                 why=f"they are {', '.join(names)}",
                 fix=f"say which one to compare: --metric {names[0]}",
             )
+        if transform is None and not is_performance(names[0]):
+            counts = names[0] in COUNTERS
+            raise UsageError(
+                f"{names[0]} is no performance",
+                why="it counts how far a run is"
+                if counts
+                else "of a loss less is better, and it says nothing of its range",
+                fix="name another: --metric NAME"
+                if counts
+                else f"declare how it becomes one: --metric {names[0]} --transform exp-neg; or name"
+                " another: --metric NAME",
+            )
         return names[0], values
+
+    def _refuse_undeclared(self, without: Sequence[Facts], command: str) -> None:
+        """UsageError with the metrics to choose from, if all of these runs logged some."""
+        logged = [loads(row.metrics) for row in without]
+        names = [name for name in logged[0] if all(x.get(name) is not None for x in logged)]
+        if not names:
+            return
+        texts = []
+        for name in names:
+            values = [float(x[name]) for x in logged]
+            ends = dict.fromkeys(f"{x:.4g}" for x in (min(values), max(values)))
+            texts.append(f"{name} {' … '.join(ends)}")
+        good = [
+            name
+            for name in names
+            if is_performance(name) and all(0 <= float(x[name]) <= 1 for x in logged)
+        ]
+        losses = [name for name in names if name not in COUNTERS]
+        wanted = f"--metric {shlex.quote(good[0])}" if good else ""
+        if not good and losses:
+            wanted = f"--metric {shlex.quote(losses[0])} --transform exp-neg"
+        raise UsageError(
+            "none of the metrics is declared as the performance of "
+            + listed([row.label for row in without]),
+            why=f"the last values are: {listed(texts, limit=20)}",
+            fix=f"{command or 'pepr-profile compare'} {wanted or '--metric NAME'}",
+        )
 
     def models(self) -> list[str]:
         """The name of the model that each run is of: the run's name. Runs of one model are repeats.

@@ -44,8 +44,11 @@ class ProgressCurve(Record):
 class Stop(Record):
     """A point of a curve at which the run could have been stopped; `point` is its index.
 
-    `performance_share` is the performance there over that at the last point, `energy_share` the
-    energy up to there over that of the whole run. `epoch` is None where none was logged.
+    `performance_share` is the performance there over that at the last point, `best_share` over the
+    best of the curve, `energy_share` the energy up to there over that of the whole run. `epoch` is
+    None where none was logged. `first` and `last` are the first and the last point that the noise
+    of the curve does not tell from this one, and `noise` the standard uncertainty of a point, 0
+    where the curve is too short to tell.
     """
 
     point: int
@@ -55,7 +58,11 @@ class Stop(Record):
     performance: float
     pepr: float
     performance_share: float
+    best_share: float
     energy_share: float
+    first: int
+    last: int
+    noise: float
 
 
 class Envelope(Record):
@@ -170,21 +177,90 @@ def scores_along(curve: ProgressCurve, bounds: pepr.MinMax | None = None) -> pep
     )
 
 
-def best_stop(curve: ProgressCurve, bounds: pepr.MinMax | None = None) -> Stop:
-    """The point of the highest PePR along a curve, the first of equals; see `scores_along`."""
+def best_stop(
+    curve: ProgressCurve, bounds: pepr.MinMax | None = None, *, noise: float | None = None
+) -> Stop | None:
+    """The point of the highest PePR along a curve, the first of equals; see `scores_along`.
+
+    `noise` is the standard uncertainty of a point, by default what the curve itself shows
+    (`noise_of`); `mean_curve` gives that of repeats. Of points that the noise does not tell from
+    the highest, the one is taken that is highest on the smoothed curve. None where stopping would
+    gain less than the noise (k = 2): no point stands out then.
+    """
     scores = scores_along(curve, bounds)
-    best = int(scores.pepr.argmax())
-    final = float(curve.performance[-1])
+    sd = noise_of(curve.performance) if noise is None else noise
+    per_p = 1.0 / (1.0 + scores.r_norm)
+    top = int(scores.pepr.argmax())
+    u = 2.0 * sd * np.hypot(per_p, per_p[top])
+    near = np.flatnonzero(scores.pepr >= scores.pepr[top] - u)
+    smooth = _smoothed(curve.performance) * per_p if sd > 0 and noise is None else scores.pepr
+    best = int(near[smooth[near].argmax()])
+    end = len(curve.t_s) - 1
+    if best != end and smooth[best] - smooth[end] < u[end]:
+        return None
+    performance = float(curve.performance[best])
+    final, highest = float(curve.performance[-1]), float(curve.performance.max())
     return Stop(
         point=best,
         epoch=None if math.isnan(curve.epoch[best]) else float(curve.epoch[best]),
         t_s=float(curve.t_s[best]),
         energy_j=float(curve.energy_j[best]),
-        performance=float(curve.performance[best]),
+        performance=performance,
         pepr=float(scores.pepr[best]),
-        performance_share=float(curve.performance[best]) / final if final else math.nan,
+        performance_share=performance / final if final else math.nan,
+        best_share=performance / highest if highest else math.nan,
         energy_share=float(curve.energy_j[best]) / curve.total_j,
+        first=int(near[0]),
+        last=int(near[-1]),
+        noise=sd,
     )
+
+
+_LEAST_POINTS = 8
+"""Of a shorter curve nobody can say what is noise and what is learning."""
+
+
+def noise_of(performance: Floats) -> float:
+    """The standard deviation of a curve's points around what changes slowly; 0 if it is short.
+
+    From third differences, which have 20 times the variance of a point, and of a curve that
+    flattens next to nothing else. Their median, as a drop of the learning rate is no noise.
+    """
+    if len(performance) < _LEAST_POINTS:
+        return 0.0
+    return float(np.median(np.abs(np.diff(performance, 3)))) / (0.6745 * math.sqrt(20.0))
+
+
+def _smoothed(values: Floats) -> Floats:
+    """The means of five points, of fewer at the ends."""
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    at = np.arange(len(values))
+    reach = np.minimum(2, np.minimum(at, at[::-1]))
+    return np.asarray((sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1))
+
+
+def mean_curve(curves: Sequence[ProgressCurve]) -> tuple[ProgressCurve, float]:
+    """The mean of repeats point by point, as long as the shortest, and the noise of its points.
+
+    The noise is the scatter of the repeats, over the root of their number; of one curve its own.
+    """
+    n = min(len(curve.t_s) for curve in curves)
+
+    def mean(name: str) -> Floats:
+        return np.asarray(np.mean([getattr(curve, name)[:n] for curve in curves], axis=0))
+
+    curve = curves[0]._replace(
+        t_s=mean("t_s"),
+        energy_j=mean("energy_j"),
+        u_j=mean("u_j"),
+        epoch=mean("epoch"),
+        performance=mean("performance"),
+        total_j=float(np.mean([curve.total_j for curve in curves])),
+    )
+    if len(curves) == 1:
+        return curve, noise_of(curve.performance)
+    scatter = np.var([each.performance[:n] for each in curves], axis=0, ddof=1)
+    return curve, math.sqrt(float(scatter.mean()) / len(curves))
 
 
 def envelope(curves: Sequence[ProgressCurve]) -> Envelope:

@@ -379,6 +379,9 @@ class Amount:
         )
 
 
+_MOST = 1e150
+
+
 def make_ranking(
     names: Sequence[str],
     p: Floats,
@@ -407,6 +410,12 @@ def make_ranking(
     shown: dict[str, Any] = {"performance": p, "resource": values}
     standing = None
     if repeats:
+        if float(values.max()) > _MOST:
+            raise UsageError(
+                f"{amount.name} of {names[int(values.argmax())]} is {values.max():g}",
+                why="the square of such an amount is no number, so its spread cannot be known",
+                fix="correct it, or give it in a larger unit",
+            )
         shared = amount.shared or SharedErrors.none()
         # A resource whose u is unknown counts as exact, but for what its repeats show.
         u = np.zeros(len(p)) if amount.u is None else amount.u

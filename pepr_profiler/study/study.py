@@ -60,6 +60,7 @@ class Study:
         price: tuple[float, str] | None = None,
         left_out: Sequence[tuple[str, str]] = (),
         whole: Callable[[str], Run] | None = None,
+        command: str = "",
     ) -> Study:
         """Ranks summaries (docs/design.md, Contract), such as `load` returns.
 
@@ -75,7 +76,7 @@ class Study:
         leave out runs whose total is unknown, lacks a device for a time, or one that the others
         have, and estimated ones among more that are measured (unless `mix_provenance`).
         `left_out` adds to these. `whole` gives the whole summary for an id where `runs` are short
-        ones.
+        ones. `command` is what a user typed, which an error completes.
 
         UsageError for a run without the metric or a resource, for runs whose own performances are
         different metrics, for measured and modelled energies in one group (unless
@@ -90,7 +91,7 @@ class Study:
                 or "none was found",
                 fix="record one: pepr-profile --experiment NAME -- CMD (see: pepr-profile runs list)",  # noqa: E501
             )
-        metric, values = chosen.performance(metric)
+        metric, values = chosen.performance(metric, transform=transform, command=command)
         p = pepr.as_performance(values, percent=percent, transform=transform)
         amounts = [chosen.amount(resource, price) for resource in dict.fromkeys(resources)]
         time_s = chosen.amount("time", None).values

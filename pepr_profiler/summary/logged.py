@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from pepr_profiler.summary.component import Counted, Grid
 
 COUNTERS = ("epoch", "step")
 """They say when a metric was logged, and are no metrics themselves."""
+
+_LOSS = re.compile(r"(^|[^a-z])loss($|[^a-z])", re.IGNORECASE)
 
 _MOST_POINTS = 200
 """Instants that are kept of a run: what a figure can show, in 20 kB of run.json."""
@@ -46,12 +49,21 @@ def last_values(logged: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, fl
     return {name: _finite(value) for name, value in last.items()}
 
 
+def is_performance(name: str) -> bool:
+    """Whether a metric may be a performance as it is: no counter, and no loss, of which less is
+    better.
+    """
+    return name not in COUNTERS and _LOSS.search(name) is None
+
+
 def performance_of(
     metrics: Mapping[str, float | None], wanted: str | None
 ) -> dict[str, Any] | None:
     """The metric that the score is about: the one that was asked for, or the only one there is."""
     names = [wanted] if wanted else [name for name in metrics if name not in COUNTERS]
     if len(names) != 1 or metrics.get(names[0]) is None:
+        return None
+    if not wanted and not is_performance(names[0]):
         return None
     return {"metric": names[0], "value": metrics[names[0]]}
 
