@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # typeshed has signal only
 import atexit
 import contextlib
 import contextvars
@@ -15,9 +16,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from pepr_profiler import _core
 from pepr_profiler.errors import (
     PeprWarning,
     SensorError,
@@ -30,12 +32,13 @@ from pepr_profiler.recording.launcher import rank_facts
 from pepr_profiler.recording.options import OVERHEAD, Options
 from pepr_profiler.recording.recorder import TICK_S, Recorder
 from pepr_profiler.sensors.spec import ProcessRoot
-from pepr_profiler.store.runs import Store
+from pepr_profiler.store.runs import Store, create_elsewhere
 from pepr_profiler.trace.events import EventWriter
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE, read_live_run
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
+    from types import CodeType, FrameType
     from typing import Any, TypeVar
 
     from pepr_profiler.recording.attached import Targets
@@ -56,7 +59,8 @@ def open_recording(recorder: Recorder, store: Path | None) -> None:
         directory, warning = Store(store).create_somewhere(recorder.options.name)
         if warning is not None:
             recorder.add_warning(**warning)
-        recorder.open(directory, claims=_claims)
+        name = recorder.options.name
+        recorder.open(directory, elsewhere=lambda: create_elsewhere(name), claims=_claims)
     except BaseException:  # Ctrl-C too: the program may go on
         recorder.discard()
         raise
@@ -222,21 +226,42 @@ def _decorated(function: _F, enter: Callable[[], Any]) -> _F:
     return functools.wraps(function)(wrapper)  # type: ignore[return-value]
 
 
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C within the block acts behind it: half a recording must not be left."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    received: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda *of_signal: received.append(of_signal))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if received:
-            before(*received[0])
+def _set_handlers(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        _signal.signal(number, handler)  # first runs the handlers of what has come
+
+
+_set_handlers = _core.insistent(_set_handlers)
+
+
+class _SignalsHeld:
+    """What comes within it, Ctrl-C or a time limit, is handled behind it.
+
+    A handler may raise, and half a recording must not be left.
+    """
+
+    def __enter__(self) -> None:
+        self._received: dict[int, Any] = {}
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return  # handlers run in the main thread only
+        # signal.getsignal looks each number up in an enumeration: 50 us in all.
+        found = {number: _signal.getsignal(number) for number in range(1, signal.NSIG)}
+        self._before = {number: handler for number, handler in found.items() if callable(handler)}
+        try:
+            _set_handlers(dict.fromkeys(self._before, self._receive))
+        except BaseException:
+            _set_handlers(self._before)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        _set_handlers(self._before)
+        with contextlib.ExitStack() as stack:  # calls all, though one raises
+            for number, frame in self._received.items():
+                stack.callback(self._before[number], number, frame)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self._received[number] = frame
 
 
 class Run:
@@ -269,6 +294,8 @@ class Run:
         self._ending = False
         self._lock = threading.Lock()
         self._pid = 0
+        self._entered_by: Sequence[tuple[CodeType, int]] = ()
+        self._marked = ""  # what the environment says while we record this process
         self._facts: Mapping[str, Any] | None = None  # of a recording of our own that has ended
         self.directory = Path()
 
@@ -293,43 +320,64 @@ class Run:
                 fix="call profile() again for a new run",
             )
         self._pid = os.getpid()
+        self._entered_by = _callers()
         # A run around us covers us, but not the processes that we follow.
         outer = _outer_run() if self._pids is None else None
+        forgotten = None if outer is None else _forgotten()
         try:
-            with _interrupts_held():
-                if outer is None:
+            with _SignalsHeld():
+                if outer is None or forgotten is not None:
                     self._window_ns = (self._record(), None)
-                    self._events = EventWriter(self.directory, rank_facts=rank_facts)
                 else:
                     self.directory = outer
                     self._events = EventWriter(self.directory, rank_facts=rank_facts)
                     self._block = self.phase(self._options.name).__enter__()
                     self._window_ns = (self._block.t_ns, None)
+                if forgotten is not None:
+                    self._warn_of(forgotten)
                 # A generator that nobody closes, or a program that forgets us, leaves us never.
                 atexit.register(self.__exit__, None, None, None)
+            return self
         except BaseException as error:  # Ctrl-C: whoever enters us does not leave us then
             self.__exit__(type(error), error, None)
             raise
-        return self
 
+    @_core.insistent  # Ctrl-C may come before its first line
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if self._pid != os.getpid() or self._events is None or self._window_ns[1] is not None:
-            return  # a forked child leaves the block that its parent is still in; or it has ended
-        with _interrupts_held():
-            atexit.unregister(self.__exit__)
-            if self._block is not None:
-                self._block.__exit__()
-                end_ns = self._block.t_ns
-            else:
-                end_ns = time.monotonic_ns()
-            self._window_ns = (self._window_ns[0], end_ns)
-            self._events.close()
-            if self._recorder is not None:
-                found = self._finish(self._recorder, end_ns, error)
-            else:
-                found = _of_lost(self._events)
+        found: Sequence[tuple[str, str]] = ()
+        with _SignalsHeld():
+            # A forked child leaves the block that its parent is still in; or it has ended.
+            if self._pid == os.getpid() and self._events is not None and self._window_ns[1] is None:
+                found = self._end(self._events, error)
         for text, hint in found:  # last: a warning may be an error (python -W error)
             warnings.warn(f"pepr: {text} ({hint})", PeprWarning, stacklevel=2)
+
+    def _end(self, events: EventWriter, error: BaseException | None) -> Sequence[tuple[str, str]]:
+        """Ends the block; what there is to warn of, and what to do."""
+        atexit.unregister(self.__exit__)
+        if self._block is not None:
+            self._block.__exit__()
+            end_ns = self._block.t_ns
+        else:
+            end_ns = time.monotonic_ns()
+        self._window_ns = (self._window_ns[0], end_ns)
+        if self._recorder is not None:
+            return self._finish(self._recorder, events, end_ns, error)
+        events.close()
+        return _of_lost(events)
+
+    def _warn_of(self, forgotten: Run) -> None:
+        """Says in both runs that another block was open when this one began."""
+        ours, other = self._recorder, forgotten._recorder
+        name, place = forgotten._options.name, forgotten._entered_by[0]
+        where = f"{place[0].co_filename}, {place[0].co_name}"
+        hint = f"leave '{name}' where it ends: use `with`, or call __exit__(None, None, None)"
+        if ours is not None:
+            text = f"the block '{name}', entered by hand in {where}, was open when this run began"
+            ours.add_warning("block-left-open", f"{text}; this is a run of its own", hint)
+        if other is not None:
+            text = f"it was open when the block '{self._options.name}' began, a run of its own"
+            other.add_warning("block-left-open", f"{text}; its figures are in these too", hint)
 
     def phase(self, name: str) -> Phase:
         """A named part of the run: `with run.phase("train"):`, or a decorator. Phases nest."""
@@ -433,14 +481,16 @@ class Run:
         try:
             recorder.begin(begin_ns)
             self._recorder, self.directory = recorder, recorder.directory
+            self._events = recorder.events
             look.start()
         except BaseException:
-            self._recorder = None
+            self._recorder = self._events = None
             recorder.discard()
             raise
         self._thread = look
         if self._pids is None:
-            os.environ[RUN_DIR_VARIABLE] = str(recorder.directory)
+            self._marked = os.environ[RUN_DIR_VARIABLE] = str(recorder.directory)
+            _recorded.append(self)
         return begin_ns
 
     def _keep_looking(self) -> None:
@@ -453,6 +503,7 @@ class Run:
                 with self._lock:
                     try:
                         after_s = recorder.tick()
+                        self.directory = recorder.directory  # it may have been moved
                     except OSError as error:  # no descriptor is free, or the program closed ours
                         after_s = TICK_S
                         recorder.add_warning(
@@ -460,6 +511,15 @@ class Run:
                             f"who else computes was not looked at for a time: {reason_of(error)}",
                             fix_of(error),
                         )
+
+    def _find_directory(self) -> Path:
+        """Where the run is now: its directory may have been moved or removed."""
+        if self._pid == os.getpid():
+            with self._lock:
+                if self._recorder is not None and not self._ending:
+                    self._recorder.follow_directory()
+                    self.directory = self._recorder.directory
+        return self.directory
 
     def _flush(self) -> None:
         if self._pid != os.getpid():
@@ -469,7 +529,7 @@ class Run:
                 self._recorder.flush()
 
     def _finish(
-        self, recorder: Recorder, end_ns: int, error: BaseException | None
+        self, recorder: Recorder, events: EventWriter, end_ns: int, error: BaseException | None
     ) -> list[tuple[str, str]]:
         """Ends our own recording and lets go of it; what there is to warn of, and what to do."""
         with self._lock:  # nobody is in the middle of a flush then
@@ -477,10 +537,8 @@ class Run:
         recorder.notifier.notify()
         if self._thread is not None:
             self._thread.join()
-        if os.environ.get(RUN_DIR_VARIABLE) == str(recorder.directory):
-            del os.environ[RUN_DIR_VARIABLE]
-        assert self._events is not None
-        for text, hint in _of_lost(self._events):
+        self._leave_environment()
+        for text, hint in _of_lost(events):
             recorder.add_warning("events-lost", text, hint)
         exit_code = _exit_code(error) if self._pids is None else None
         failed = []
@@ -494,6 +552,16 @@ class Run:
         self._facts, self._recorder, self._thread = recorder.facts(), None, None
         recorder.release()
         return [*((w["text"], w["hint"]) for w in recorder.warnings), *failed]
+
+    def _leave_environment(self) -> None:
+        """Later blocks and processes are not ours; they join what is still open around us."""
+        if self not in _recorded:
+            return
+        _recorded.remove(self)
+        if os.environ.get(RUN_DIR_VARIABLE) == self._marked:
+            del os.environ[RUN_DIR_VARIABLE]
+            if _recorded and _recorded[-1]._pid == self._pid:
+                os.environ[RUN_DIR_VARIABLE] = _recorded[-1]._marked
 
 
 class Phase:
@@ -624,10 +692,70 @@ def _of_lost(events: EventWriter) -> list[tuple[str, str]]:
     return [(text, "free descriptors (ulimit -n) and space for the store")]
 
 
+_recorded: list[Run] = []
+"""The blocks of this process that record themselves and are open, in the order of their entry."""
+
+
+def _recorded_as(value: str) -> Run | None:
+    """The block of this process, or of the one that forked it, that the environment names."""
+    return next((run for run in _recorded if run._marked == value), None)
+
+
 def _outer_run() -> Path | None:
     """The unfinished run that this process is part of, if any."""
     value = os.environ.get(RUN_DIR_VARIABLE)
-    return Path(value) if value and read_live_run(Path(value)) is not None else None
+    if not value:
+        return None
+    block = _recorded_as(value)
+    directory = Path(value) if block is None else block._find_directory()
+    run = read_live_run(directory)
+    if run is None:
+        return None
+    if block is None and (run.get("recording") or {}).get("profiler_pid") == os.getpid():
+        return None  # the program that recorded it has replaced itself by this one (exec)
+    return directory
+
+
+def _forgotten() -> Run | None:
+    """The block around this place, if nobody may leave it: it was entered by hand.
+
+    A `with` statement leaves its block. After a call of `__enter__` (in a notebook's cell, say) an
+    error or a second call suffices that nobody does.
+    """
+    run = _recorded_as(os.environ.get(RUN_DIR_VARIABLE, ""))
+    if run is None or run._pid != os.getpid() or any(map(_is_with, run._entered_by)):
+        return None
+    return run
+
+
+_CALLERS = 8
+
+
+def _callers() -> Sequence[tuple[CodeType, int]]:
+    """Who enters a block: the code and the instruction in it, from the nearest caller outwards.
+
+    The frames themselves would keep all that their functions hold.
+    """
+    found: list[tuple[CodeType, int]] = []
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and len(found) < _CALLERS:
+        found.append((frame.f_code, frame.f_lasti))
+        frame = frame.f_back
+    return found
+
+
+def _is_with(caller: tuple[CodeType, int]) -> bool:
+    """Whether an instruction is the beginning of a `with` statement, or an ExitStack's."""
+    import dis
+
+    code, at = caller
+    if code.co_name in ("enter_context", "enter_async_context"):
+        return True
+    names = [step.opname for step in dis.get_instructions(code) if step.offset <= at][-2:]
+    return names[-1] in _WITH or names[0] == "LOAD_SPECIAL"  # behind it the call, since 3.14
+
+
+_WITH = ("BEFORE_WITH", "BEFORE_ASYNC_WITH", "SETUP_WITH", "SETUP_ASYNC_WITH")
 
 
 def _wait_for_rows(directory: Path, t_ns: int) -> None:

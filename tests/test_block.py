@@ -467,6 +467,86 @@ for cell in (
     assert said.splitlines() == ["{'accuracy': 0.5} train", "True"]
 
 
+FORGOTTEN = """
+import contextlib, os, sys, time, warnings
+warnings.simplefilter("ignore")
+from pepr_profiler import profile
+def block(name, **options): return profile(name, sensors=[sys.argv[1]], **options)
+"""
+
+
+def test_a_block_after_one_that_nobody_left_is_a_run_of_its_own(cli: Cli, meter: str) -> None:
+    code = f"""{FORGOTTEN}
+def work():
+    block("forgotten").__enter__()
+    raise RuntimeError("on the way")
+with contextlib.suppress(RuntimeError): work()
+forgotten = os.environ["PEPR_RUN_DIR"]
+for name, options in (("other", {{}}), ("forgotten", {{}}), ("forgotten", dict(experiment="e"))):
+    with block(name, **options) as run:
+        with block("inner") as inner: time.sleep(0.1)
+        print(run.joined, inner.joined, inner.run_id == run.run_id, end=" ")
+        print(os.environ["PEPR_RUN_DIR"] == str(run.directory))
+    print([p["name"] for p in run.summary["phases"]], run.summary["name"],
+          run.summary["experiment"], os.environ["PEPR_RUN_DIR"] == forgotten)
+"""
+    said = script(cli, code, meter)
+    assert said.splitlines() == [
+        "False True True True", "['inner'] other None True",
+        "False True True True", "['inner'] forgotten None True",
+        "False True True True", "['inner'] forgotten e True",
+    ]  # fmt: skip
+    # and both sides say so
+    summaries = sorted((cli.report(run) for run in cli.runs()), key=lambda s: str(s["started_at"]))
+    assert all(summary["complete"] for summary in summaries) and len(summaries) == 4
+    texts = [[w["text"] for w in s["warnings"] if w["code"] == "block-left-open"]
+             for s in summaries]  # fmt: skip
+    assert [len(found) for found in texts] == [2, 1, 1, 1]  # the same sentence stands once
+    assert "'other' began" in texts[0][0]
+    assert "'forgotten', entered by hand" in texts[1][0] and ", work, was open" in texts[1][0]
+
+
+def test_a_block_within_one_that_will_be_left_joins_it(cli: Cli, meter: str) -> None:
+    code = f"""{FORGOTTEN}
+@contextlib.contextmanager
+def generator():
+    with block("generator"): yield
+class Wrapper:
+    def __enter__(self): self.run = block("wrapper").__enter__()
+    def __exit__(self, *error): self.run.__exit__(*error)
+@contextlib.contextmanager
+def stack():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(block("stack"))
+        yield
+@block("decorated")
+def decorated():
+    with block("inner") as inner: print(inner.joined, end=" ")
+for outer in (block("with"), generator(), Wrapper(), stack()):
+    with outer, block("inner") as inner: print(inner.joined, end=" ")
+decorated()
+print("PEPR_RUN_DIR" in os.environ)
+"""
+    assert script(cli, code, meter) == "True True True True True False\n"
+    assert len(cli.runs()) == 5
+
+
+def test_a_program_that_replaced_itself_does_not_join_what_it_was(cli: Cli, meter: str) -> None:
+    code = f"""{FORGOTTEN}
+if len(sys.argv) == 2:
+    kept = block("before").__enter__()
+    os.execv(sys.executable, [sys.executable, sys.argv[0], sys.argv[1], "again"])
+with block("after") as run: pass
+print(run.joined, run.summary["complete"])
+"""
+    program = cli.folder / "program.py"
+    program.write_text(code)
+    said = script(cli, "import runpy, sys; sys.argv = sys.argv[1:]; "
+                       "runpy.run_path(sys.argv[0], run_name='__main__')",
+                  str(program), meter)  # fmt: skip
+    assert said == "False True\n"
+
+
 # --- a program that dies, a program that never lets go --------------------------------------------
 
 

@@ -225,21 +225,83 @@ def test_where_nothing_can_be_written_the_command_runs_unmeasured(cli: Cli) -> N
 
 
 @pytest.mark.parametrize("away", ["mv {store} {other}", "rm -r {store}"])
-def test_a_store_that_goes_away_in_mid_run_is_reported(cli: Cli, tmp_path: Path, away: str) -> None:
+def test_a_store_that_goes_away_in_mid_run_costs_nothing(
+    cli: Cli, tmp_path: Path, away: str
+) -> None:
     meter = write_meter(tmp_path / "meter", 100)
-    store, other = tmp_path / "store", tmp_path / "other"
-    script = f"sleep 0.3; {away.format(store=store, other=other)}; sleep 0.5; exit 7"
-    result = cli("--store", str(store), "--sensor", meter, "--", "sh", "-c", script)
+    store, other, spare = tmp_path / "store", tmp_path / "other", tmp_path / "spare"
+    spare.mkdir()
+    away = away.format(store=store, other=other)
+    script = f"echo acc 1; sleep 0.3; {away}; echo acc 2; sleep 0.5; exit 7"
+    result = cli(
+        "--store", str(store), "--sensor", meter, "--metric", "acc=acc ([0-9]+)",
+        "--", "sh", "-c", script, env={"TMPDIR": str(spare)},
+    )  # fmt: skip
     assert result.status == 7 and "Traceback" not in result.stderr
-    if away.startswith("mv"):
-        assert "was moved while it was recorded" in " ".join(result.stderr.split())
-        [directory] = (other / "runs").iterdir()
-        summary = cli.report(directory)
-        assert summary["complete"] and codes(summary) == {"moved"}
-        truth_j = 100 * summary["duration_s"]
-        assert component(summary, "gpu:x")["device_j"] == pytest.approx(truth_j, rel=0.1)
+    verb = "moved" if away.startswith("mv") else "removed"
+    assert f"was {verb} while it was recorded" in " ".join(result.stderr.split())
+    [directory] = [*other.glob("runs/*"), *spare.glob("*/runs/*")]
+    assert not store.exists() and (verb == "moved" or str(directory) in result.stderr)
+    summary = cli.report(directory)
+    assert summary["complete"] and codes(summary) == {verb}
+    assert summary["metrics"] == {"acc": 2} and summary["exit_code"] == 7
+    truth_j = 100 * summary["duration_s"]
+    assert summary["duration_s"] > 0.8
+    assert component(summary, "gpu:x")["device_j"] == pytest.approx(truth_j, rel=0.1)
+
+
+def test_a_store_that_is_removed_with_no_place_left_is_reported(cli: Cli, tmp_path: Path) -> None:
+    code = """
+import shutil, sys, time
+from pepr_profiler import block, profile
+def nowhere(name): raise OSError(28, "No space left on device")
+block.create_elsewhere = nowhere
+with profile("x", sensors=[sys.argv[1]], store=sys.argv[2]) as run: shutil.rmtree(sys.argv[2])
+[warning] = [w for w in run.summary["warnings"] if w["code"] == "removed"]
+assert "No space left on device" in warning["text"], warning
+"""
+    store = str(tmp_path / "store")
+    result = run_program(cli, code, write_meter(tmp_path / "meter", 100), store)
+    assert result.status == 0, result.stderr
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_block_whose_store_is_removed_goes_on_elsewhere_and_says_what_is_lost(
+    cli: Cli, tmp_path: Path, closes: bool
+) -> None:
+    # given also a program that closes the descriptors that it does not know
+    code = f"""
+import os, shutil, subprocess, sys, time
+from pepr_profiler import profile
+with profile("x", sensors=[sys.argv[1]], store=sys.argv[2], period_s=0.001) as run:
+    with run.phase("before"):
+        run.log(a=1)
+        while not os.path.getsize(run.directory / "replay.arrows"): time.sleep(0.05)
+    if {closes}: os.closerange(3, 4096)
+    shutil.rmtree(sys.argv[2])
+    with profile("inner") as inner: time.sleep(0.2)
+    with run.phase("after"): run.log(b=2); time.sleep(0.3)
+assert inner.joined and not os.path.exists(sys.argv[2]) and "PEPR_RUN_DIR" not in os.environ
+print(run.directory)
+"""
+    meter, store = write_meter(tmp_path / "meter", 100), str(tmp_path / "store")
+    (tmp_path / "spare").mkdir()
+    env = {"TMPDIR": str(tmp_path / "spare")}
+    result = run_program(cli, code, meter, store, env=env)
+    assert result.status == 0, result.stderr
+    summary = cli.report(Path(result.stdout.decode().strip()))
+    device_j, truth_j = component(summary, "gpu:x")["device_j"], 100 * summary["duration_s"]
+    phases = [phase["name"] for phase in summary["phases"]]
+    if closes:
+        [partial] = summary["energy"]["partial"]
+        assert partial["missing_s"] > 0.5
+        assert device_j + 100 * partial["missing_s"] == pytest.approx(truth_j, rel=0.1)
+        assert codes(summary) == {"removed", "events-lost", "late-start"}
+        assert (summary["metrics"], phases) == ({"b": 2}, ["inner", "after"])
     else:
-        assert "was removed while it was recorded" in " ".join(result.stderr.split())
+        assert device_j == pytest.approx(truth_j, rel=0.05)
+        assert codes(summary) == {"removed"}
+        assert (summary["metrics"], phases) == ({"a": 1, "b": 2}, ["before", "inner", "after"])
 
 
 # --- the program that we are in -------------------------------------------------------------------
@@ -575,35 +637,41 @@ os.kill(os.getppid(), signal.SIGKILL)
     assert after_s / 5 <= summary["duration_s"] < after_s + 2
 
 
-def test_ctrl_c_at_any_time_leaves_no_recorder(cli: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "number"), [("import", 20), ("time", 20), ("step", 60)])
+def test_ctrl_c_at_any_time_leaves_nothing(kind: str, number: int) -> None:
+    program = [sys.executable, str(Path(__file__).with_name("interrupts.py")), str(number), kind]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{kind}: {number} interrupts, 0 left something\n"
+
+
+def test_other_signals_whose_handlers_raise_leave_nothing_either(cli: Cli, tmp_path: Path) -> None:
+    # given a time limit and a clean end, as training programs have them
     code = """
-import _thread, os, random, sys, threading, time
-from pepr_profiler import profile
-def threads(): return {name for name in map(read, os.listdir("/proc/self/task")) if "pepr" in name}
-def read(task):
-    try: return open(f"/proc/self/task/{task}/comm").read()
-    except OSError: return ""
-random.seed(int(sys.argv[2]))
-interrupted = 0
-for _ in range(60):
-    after_s = random.expovariate(1 / 0.03)
-    timer = threading.Timer(after_s, _thread.interrupt_main)
-    try:
-        timer.start()
-        with profile("x", sensors=[sys.argv[1]]): pass
-        timer.cancel()
-        timer.join()
-        time.sleep(0)
-    except KeyboardInterrupt:
-        interrupted += 1
-    timer.join()
-    assert "PEPR_RUN_DIR" not in os.environ
-    until_s = time.monotonic() + 5
-    while threads() and time.monotonic() < until_s: time.sleep(0.01)
-    assert not threads(), threads()
-assert interrupted > 5, interrupted
+import os, signal, sys, threading, time
+from pepr_profiler import profile, block
+class Limit(Exception): pass
+def limit(*_): raise Limit
+signal.signal(signal.SIGALRM, limit)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+begin, end = block.Recorder.begin, block.Recorder.close
+def interrupted_begin(*given): os.kill(os.getpid(), signal.SIGALRM); begin(*given)
+def interrupted_end(*given, **named): os.kill(os.getpid(), signal.SIGTERM); end(*given, **named)
+block.Recorder.begin, block.Recorder.close = interrupted_begin, end
+try:
+    with profile("x", sensors=[sys.argv[1]]): assert False
+except Limit: pass
+assert "PEPR_RUN_DIR" not in os.environ
+block.Recorder.begin, block.Recorder.close = begin, interrupted_end
+try:
+    with profile("x", sensors=[sys.argv[1]]) as run: pass
+except SystemExit: pass
+assert run.summary["complete"] and "PEPR_RUN_DIR" not in os.environ
+assert signal.getsignal(signal.SIGALRM) is limit
+block.Recorder.close = end
+with profile("x", sensors=[sys.argv[1]]): pass
 """
-    result = run_program(cli, code, write_meter(tmp_path / "meter", 100), "7")
+    result = run_program(cli, code, write_meter(tmp_path / "meter", 100))
     assert result.status == 0, result.stderr
 
 

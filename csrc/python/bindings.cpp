@@ -18,6 +18,7 @@
 
 #include <sys/prctl.h>
 
+#include "python/held_handlers.h"
 #include "python/text.h"
 #include "sampling/ring.h"
 #include "sampling/sampler.h"
@@ -162,6 +163,8 @@ bool set_child_subreaper() { return ::prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) 
 }  // namespace
 
 PYBIND11_MODULE(_core_of_main, m) {
+    // Half of a module could not be imported again: its types are registered already.
+    const pepr::HeldHandlers held;
     m.doc() = "The native recorder: sensors, the threads that read them, and their rows on disk.";
 
     py::register_exception_translator([](std::exception_ptr pointer) {

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _QUIET_S = 3.0  # of silence, before the live line appears
 _LIVE_SHARE = 100  # the live line may take a hundredth of the time
 _URGENT = frozenset(
-    {"disk-full", "profiler-fault", "slow-sensor", "store-unwritable", "unwritable"}
+    {"disk-full", "profiler-fault", "removed", "slow-sensor", "store-unwritable", "unwritable"}
 )
 """Said when they happen; the rest is in the summary."""
 

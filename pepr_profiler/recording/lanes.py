@@ -82,7 +82,7 @@ class Lanes:
         self._options = options
         self._follows = follows
         self._add_warning = add_warning
-        self._directory: Path | None = None  # both are set when writing begins
+        self.directory: Path | None = None  # both are set when writing begins
         self._watchers_of: Callable[[LaneInfo], Sequence[RowWatcher]]
         self._opened_ns = time.monotonic_ns()
         self._journal = _core.Journal(_JOURNAL_S, notifier)
@@ -132,12 +132,22 @@ class Lanes:
 
         `watchers_of` is asked, for each lane that begins to be written, who looks at its rows.
         """
-        self._directory, self._watchers_of = directory, watchers_of
+        self.directory, self._watchers_of = directory, watchers_of
         for lane in list(self._lanes.values()):
             self._open_writer(lane)
         self.flush()  # a program may be killed at once
         if self.has_remote:
             self.look()
+
+    def move_to(self, directory: Path) -> None:
+        """Writes to another directory from now on, which gets what is in the files of this one.
+
+        Raises OSError if that fails.
+        """
+        self.directory = directory if self.directory is not None else None
+        for lane in list(self._lanes.values()):
+            if lane.writer is not None:
+                lane.writer.move_to(directory)
 
     def _is_settled(self, lane: RecordedLane, timeout_s: float) -> bool:
         """Whether a lane has opened, or failed and was removed. False: it is still opening.
@@ -152,7 +162,7 @@ class Lanes:
             if self._read_through_daemon(lane):
                 return True
             asked = self._options.sensors or (self._follows and lane.name == "processes")
-            if asked and self._directory is None and not _is_shortage(error):
+            if asked and self.directory is None and not _is_shortage(error):
                 raise
             del self._lanes[lane.name]
             # A missing driver is reported once, for its energy, and not for its process list too.
@@ -205,7 +215,7 @@ class Lanes:
 
     def _open_writer(self, lane: RecordedLane) -> LaneWriter | None:
         """The lane's writer, made once the sensor has opened; None if there is none."""
-        if lane.writer is not None or self._directory is None:
+        if lane.writer is not None or self.directory is None:
             return lane.writer
         if lane.sampler.state == "opening":
             return None
@@ -215,12 +225,12 @@ class Lanes:
         period_ns = lane.remote.period_ns if lane.remote else self._period_ns(lane.spec)
         info = LaneInfo(lane.name, lane.spec, period_ns, describe(lane.sampler.channels))
         try:
-            lane.writer = LaneWriter(self._directory, info)
+            lane.writer = LaneWriter(self.directory, info)
         except OSError as error:
             why = error.strerror or error
             self._add_warning(
                 "unwritable",
-                f"{self._directory / lane.name}.arrows cannot be written: {why}",
+                f"{self.directory / lane.name}.arrows cannot be written: {why}",
                 "free some space or check the permissions",
             )
             return None

@@ -89,6 +89,7 @@ class Recorder:
         self._clock = [_clock_pair()]
         self._directory_fd = -1
         self._opened: os.stat_result | None = None
+        self._elsewhere: Callable[[], Path]
         self._events: EventWriter | None = None
         self._disk_is_full = False
         self._sampler: dict[str, Any] | None = None
@@ -107,17 +108,17 @@ class Recorder:
 
     # --- the life of a recording ---
 
-    def open(self, directory: Path, *, claims: Callable[[], Claims]) -> None:
+    def open(
+        self, directory: Path, *, elsewhere: Callable[[], Path], claims: Callable[[], Claims]
+    ) -> None:
         """Waits until the lanes sample; the run will be written to `directory`, which exists.
 
-        `claims` makes the object that the daemon's metrics need, should a daemon ask for it.
-        Raises SensorError for a sensor that was asked for and is not there.
+        `elsewhere` makes another directory, should this one be removed on the way, and `claims` the
+        object that the daemon's metrics need, should a daemon ask for it. Raises SensorError for a
+        sensor that was asked for and is not there.
         """
-        self.directory = directory
-        self._directory_fd = moved_up(
-            os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        )
-        self._opened = os.fstat(self._directory_fd)
+        self._elsewhere = elsewhere
+        self._hold(directory)
         self._lanes.wait_ready()
         client = self._lanes.client
         if client is not None:
@@ -147,6 +148,7 @@ class Recorder:
         if self._pid != os.getpid():
             return _IDLE_S
         self.notifier.clear()
+        self.follow_directory()
         self._look()
         if self._lanes.needs_looks or self._watches.has_unidentified:
             return TICK_S
@@ -177,11 +179,16 @@ class Recorder:
         """Whether anything that is followed has run until now, as far as has been flushed."""
         return self.all_exited_ns is None and self._lanes.is_written("processes")
 
-    def log(self, name: str, value: float, *, t_ns: int) -> None:
-        """Records one value of a metric that was seen at `t_ns`."""
+    @property
+    def events(self) -> EventWriter:
+        """Where this process writes the run's marks and metrics."""
         if self._events is None:
             self._events = EventWriter(self.directory, rank_facts=rank_facts)
-        self._events.metrics({name: value}, t_ns=t_ns)
+        return self._events
+
+    def log(self, name: str, value: float, *, t_ns: int) -> None:
+        """Records one value of a metric that was seen at `t_ns`."""
+        self.events.metrics({name: value}, t_ns=t_ns)
 
     def add_warning(self, code: str, text: str, hint: str) -> None:
         """Keeps a warning for the summary, each text once, and passes it to `warn` at once."""
@@ -208,7 +215,8 @@ class Recorder:
             fault = error  # raised when the recording is whole
         self._wait_for_refreshes(end_ns)
         self._lanes.stop()
-        self._follow_directory()
+        self.follow_directory()
+        self._close_directory()
         self.flush()
         self._claim(last=True)
         if self._lanes.client is not None:
@@ -278,32 +286,59 @@ class Recorder:
             )
         self._disk_is_full = error is not None
 
-    def _follow_directory(self) -> None:
-        """Finds the run's directory again, if it was moved or removed meanwhile."""
+    def _hold(self, directory: Path) -> None:
+        """Keeps the run's directory open, so that it is found again where it is moved to."""
+        self.directory = directory
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        self._directory_fd = moved_up(os.open(directory, flags))
+        self._opened = os.fstat(self._directory_fd)
+
+    def follow_directory(self) -> None:
+        """Finds the run's directory again if it was moved; goes on elsewhere if it was removed."""
         there, opened = self._opened, self._directory_fd
-        try:
-            if there is None or not os.path.samestat(os.fstat(opened), there):
-                return  # somebody closed it, and it is another file by now
-            with suppress(OSError):
-                if os.path.samestat(self.directory.stat(), there):
-                    return
-            before, moved = self.directory, Path(f"/proc/self/fd/{opened}").readlink()
-            with suppress(OSError):
+        if there is None:
+            return
+        with suppress(OSError):
+            if os.path.samestat(self.directory.stat(), there):
+                return
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(opened), there):  # nobody has closed it
+                moved = Path(f"/proc/self/fd/{opened}").readlink()
                 if os.path.samestat(moved.stat(), there):
-                    self.directory = moved
-                    text = f"the run's directory {before} was moved while it was recorded"
+                    text = f"the run's directory {self.directory} was moved while it was recorded"
+                    self.directory = self._lanes.directory = moved
                     self.add_warning("moved", text, f"it is {moved} now")
                     return
-            self.add_warning(
-                "removed",
-                f"the run's directory {before} was removed while it was recorded; what was "
-                "recorded is lost",
-                "record again, and leave the store alone meanwhile",
+        self._close_directory()
+        text = f"the run's directory {self.directory} was removed while it was recorded"
+        try:
+            self._go_on_in(self._elsewhere())
+        except OSError as error:
+            why = error.strerror or error
+            text += f", and it cannot go on elsewhere ({why}): what was recorded is lost"
+            hint = "record again, and leave the store alone meanwhile"
+        else:
+            text += (
+                f"; it goes on in {self.directory}, without the marks and metrics that other "
+                "programs had written"
             )
+            hint = f"leave a store alone meanwhile; {self.directory.parents[1]} is a store too"
+        self.add_warning("removed", text, hint)
+
+    def _go_on_in(self, directory: Path) -> None:
+        """Moves what was recorded, as far as its files can still be read, to another directory."""
+        import shutil
+
+        try:
+            self._lanes.move_to(directory)
         except OSError:
-            return  # somebody closed it: the directory is taken to be where it was
-        finally:
-            self._close_directory()
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        self._hold(directory)
+        self._watches.move_to(directory)
+        if self._events is not None:
+            self._events.move_to(directory)
+        self._write_run()
 
     def _close_directory(self) -> None:
         """Closes our descriptor of the run's directory, if it still is that."""

@@ -111,6 +111,11 @@ class Watches:
             self._owners.on_gpu(self._on_gpu())
             self._owners.tick(self._others_cpu_s())
 
+    def move_to(self, directory: Path) -> None:
+        """Writes the notes to another directory from now on, those of before too."""
+        if self._notes is not None:
+            self._notes.move_to(directory)
+
     def end(self) -> None:
         """Takes a last look and closes the file of notes."""
         if self._owners is not None:

@@ -98,7 +98,8 @@ class Store:
             # Absolute: the program that records itself may change its working directory.
             return self._create_with_room(name).absolute(), None
         except OSError as error:
-            fallback, directory = _create_elsewhere(name, error)
+            directory = create_elsewhere(name, error)
+            fallback = directory.parents[1]
             return directory, warning(
                 "store-unwritable",
                 f"{self} cannot be written: {error.strerror or error}; "
@@ -265,19 +266,26 @@ class Store:
         return run
 
 
-def _create_elsewhere(name: str, error: OSError) -> tuple[Path, Path]:
-    """A store in a temporary folder with a new run directory; raises `error` if there is none."""
+def create_elsewhere(name: str, error: OSError | None = None) -> Path:
+    """A new run directory, in a store that is made in a temporary folder.
+
+    Raises `error`, or another OSError, if there is no place.
+    """
     import tempfile
 
     for folder in (None, "/var/tmp", "/dev/shm"):
-        with suppress(OSError):
+        try:
             fallback = Path(tempfile.mkdtemp(prefix="pepr-", dir=folder))
             try:
-                return fallback, Store(fallback)._create_with_room(name)
+                return Store(fallback)._create_with_room(name)
             except OSError:
                 with suppress(OSError):
                     Store(fallback).runs_path.rmdir()
                     fallback.rmdir()
+                raise
+        except OSError as failure:
+            error = error or failure
+    assert error is not None
     raise error
 
 

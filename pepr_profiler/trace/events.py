@@ -58,6 +58,7 @@ class EventWriter:
         self._fd = -1
         self._identity = (-1, -1)
         self._checked_ns = 0
+        self._written = 0
         self.lost = 0
 
     def write(self, line: str) -> None:
@@ -65,10 +66,11 @@ class EventWriter:
         self._open()
         data = line.encode() + b"\n"
         try:
-            if os.write(self._fd, data) < len(data):
-                self.lost += 1
+            is_whole = os.write(self._fd, data) == len(data)
         except OSError:
-            self.lost += 1
+            is_whole = False
+        self._written += is_whole
+        self.lost += not is_whole
 
     def begin(self, name: str, number: int, parent: int | None) -> int:
         """A phase begins now: at this instant, ns."""
@@ -96,17 +98,43 @@ class EventWriter:
         t_ns = time.monotonic_ns() if t_ns is None else t_ns
         self.write(f'{{"event":"metrics","t_ns":{t_ns},"metrics":{json.dumps(values)}}}')
 
+    def move_to(self, directory: Path) -> None:
+        """Goes on in another directory, with what was written; the file here was removed.
+
+        Another thread may write meanwhile.
+        """
+        self._directory = directory
+        if self._pid != os.getpid():
+            return  # the next event opens a file there
+        if not self._is_ours():  # somebody closed it: nothing can be read any more
+            self.lost, self._written = self.lost + self._written, 0
+            return
+        with suppress(OSError), open(f"/proc/self/fd/{self._fd}", "rb", 0) as before:  # noqa: PTH123
+            file = open_to_append(directory / self._name)
+            try:
+                os.write(file, before.readall())
+                os.dup2(file, self._fd, inheritable=False)
+                self._identity = _identity_of(file)
+                os.write(file, before.readall())  # what has come since
+            finally:
+                os.close(file)
+
+    @property
+    def _name(self) -> str:
+        return f"{self._kind}-{os.uname().nodename}-{os.getpid()}.jsonl"
+
     def close(self) -> None:
         if self._is_ours():
+            if self._pid == os.getpid() and os.fstat(self._fd).st_nlink == 0:
+                self.lost, self._written = self.lost + self._written, 0  # the file was removed
             os.close(self._fd)
         self._fd, self._pid = -1, 0
 
     def _is_ours(self) -> bool:
         try:
-            about = os.fstat(self._fd)
+            return _identity_of(self._fd) == self._identity
         except OSError:
             return False
-        return (about.st_dev, about.st_ino) == self._identity
 
     def _open(self) -> None:
         now_ns = time.monotonic_ns()
@@ -119,15 +147,18 @@ class EventWriter:
         if ours:
             os.close(self._fd)  # inherited through fork; the parent keeps its own
         self._pid, self._fd = os.getpid(), -1
-        name = f"{self._kind}-{os.uname().nodename}-{self._pid}.jsonl"
         try:
-            self._fd = moved_up(open_to_append(self._directory / name))
-            about = os.fstat(self._fd)
+            self._fd = moved_up(open_to_append(self._directory / self._name))
+            self._identity = _identity_of(self._fd)
         except OSError:
             return
-        self._identity = about.st_dev, about.st_ino
         if self._rank_facts is not None and (rank := self._rank_facts()):
             self.write(json.dumps({"event": "rank", "t_ns": now_ns, **rank}))
+
+
+def _identity_of(descriptor: int) -> tuple[int, int]:
+    about = os.fstat(descriptor)
+    return about.st_dev, about.st_ino
 
 
 # --- marks and metrics, read back ---------------------------------------------------------------

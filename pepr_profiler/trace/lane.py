@@ -123,6 +123,11 @@ class LaneWriter:
         self.file.append(t_ns, read_ns, values)
         self.file.flush()
 
+    def move_to(self, directory: Path) -> None:
+        """Goes on in another directory, with what was written. Raises OSError if that fails."""
+        if code := self.file.move_to(str(directory / self.lane.name)):
+            raise OSError(code, os.strerror(code))
+
     def close(self) -> None:
         """Writes what is left as a last large batch and removes the tail."""
         self.file.flush(last=True)
