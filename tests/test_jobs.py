@@ -13,6 +13,7 @@ import pytest
 from cli import SLOW_S, Cli, codes, component, python, write_meter, write_replay
 from sim.waves import Constant, Square
 
+from pepr_profiler.store.facts import facts_of
 from pepr_profiler.study.jobs import JobRecordings, merge_jobs
 from pepr_profiler.study.study import Study
 from pepr_profiler.summary.summarise import summarise, with_passes
@@ -449,6 +450,16 @@ def test_a_recording_of_a_whole_node_covers_the_ranks_on_it() -> None:
     shares = [(r["rank"], r["run_id"], r["energy_j"]) for r in job["ranks"]]
     assert shares == [(0, "r0", pytest.approx(240)), (None, "node", pytest.approx(360))]
     assert job["energy"]["total_j"] == pytest.approx(600)
+
+
+def test_the_devices_of_a_jobs_nodes_are_no_others_devices() -> None:
+    facts = {
+        "time_s": 10.0, "memory": {}, "metrics": {},
+        "performance": {"metric": "accuracy", "value": 0.9},
+    }  # fmt: skip
+    runs = [{**rank(i, 0, 10, quarter(0, 10), boot=f"n{i}"), **facts} for i in range(2)]
+    devices = [device for device, *_ in json.loads(facts_of(job_of(*runs)).errors)]
+    assert devices == ["2:n0cpu:package-0", "2:n1cpu:package-0"]
 
 
 def test_a_rank_that_was_recorded_inside_another_ones_recording_has_its_part_of_that() -> None:

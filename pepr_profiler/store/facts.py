@@ -88,7 +88,8 @@ def facts_of(run: Mapping[str, Any], *, run_id: str | None = None) -> Facts:
         budget = component.get("budget")
         if component["in_total"] and budget:  # without: all of its u counts as the run's own
             # The length, so that no host and component together are another's.
-            device = f"{len(str(host))}:{host}{component['id']}"
+            place = str(component.get("host") or host)  # a job has devices of several hosts
+            device = f"{len(place)}:{place}{component['id']}"
             errors.append([device, *(_number(budget[cause]) for cause in CAUSES)])
     return Facts(
         run_id=recorded_id if run_id is None else run_id,
