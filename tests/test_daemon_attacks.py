@@ -154,7 +154,7 @@ def test_unread_answers_do_not_fill_the_memory_that_its_unit_allows(
         for uid in ATTACKERS:
             attackers.enter_context(attack(name, str(running.socket), uid))
         time.sleep(6)
-        assert served(running, tree, 20) == 20
+        until(lambda: served(running, tree, 10) == 10)
         assert running.process.poll() is None and memory_group.kills() == 0
         grown = memory_group.peak_bytes() - before
         print(f"{name}: {before / 1e6:.0f} MB, {grown / 1e6:.0f} MB more under attack")
