@@ -823,6 +823,8 @@ def test_models_that_cannot_be_told_apart_are_not_ranked_but_for_anyway(tmp_path
     assert "--range MIN:MAX or --range-from FILE" in text and "PePR-E" not in text
     anyway = " ".join(invoke(compare, "--store", tmp_path, "--anyway").stdout.split())
     assert "PePR-E" in anyway and "cannot be told apart" in anyway and "1–2" in anyway
+    several = invoke(compare, "--store", tmp_path, "--resource", "energy,carbon").stdout
+    assert "cannot be told apart by carbon" in " ".join(several.split())
     # and in the data all is there, with the warning and an interval from P/2 to P
     (ranking,) = compared("--store", tmp_path)["rankings"]
     assert ranking["distinguishable"] is False

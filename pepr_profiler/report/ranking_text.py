@@ -140,7 +140,9 @@ def render_side_by_side(
         texts += [left(value, w) for value, w in zip(values[1:], widths[1:], strict=True)]
         return "   ".join([f"  {rank:>{rank_cells}}  {left(name, name_cells)}", *texts])
 
-    lines = [_title(first, "PePR", width), [], [(row("#", "model", headings), "dim")]]
+    cautions = [line for ranking in rankings for line in _cautions(ranking, width)]
+    lines = [_title(first, "PePR", width), [], *cautions]
+    lines.append([(row("#", "model", headings), "dim")])
     for rank, i in enumerate(order, start=1):
         values = [column[i] for column in columns]
         lines.append([(row(str(rank), first.names[i], values), "")])

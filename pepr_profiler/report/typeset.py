@@ -356,6 +356,21 @@ def _traits(traits: Traits, analysis: Analysis, rows: Sequence[int]) -> list[Tab
     return columns
 
 
+def _scores(ranking: Ranking, places: Sequence[int | None]) -> TableColumn:
+    """The scores with their ±, or with their interval where a ± would mislead."""
+    column = numbers(ranking.label, _at(ranking.scores.pepr, places), _at(ranking.u_pepr, places))
+    standing = ranking.standing
+    if standing is None:
+        return column
+    cells = [
+        f"{ranking.scores.pepr[i]:.3f} ({standing.low[i]:.3f}–{standing.high[i]:.3f})"
+        if i is not None and standing.lopsided[i]
+        else cell
+        for i, cell in zip(places, column.cells, strict=True)
+    ]
+    return TableColumn(column.head, cells)
+
+
 def _ranking(ranking: Ranking, traits: Traits, analysis: Analysis) -> Table:
     order = ranking.order.tolist()
     marks, notes = _outlier_marks(ranking)
@@ -371,7 +386,7 @@ def _ranking(ranking: Ranking, traits: Traits, analysis: Analysis) -> Table:
         amounts(ranking.resource_name, _at(ranking.resource, order), _at(ranking.u_resource, order),
                 unit=ranking.unit),
         TableColumn("R", [f"{ranking.scores.r_norm[i]:.3f}" for i in order]),
-        numbers(ranking.label, _at(ranking.scores.pepr, order), _at(ranking.u_pepr, order)),
+        _scores(ranking, order),
     ]  # fmt: skip
     return Table(
         title=_title(ranking, ranking.label),
@@ -416,7 +431,7 @@ def _best(rankings: Sequence[Ranking], traits: Traits, analysis: Analysis, count
             for ranking, places in zip(rankings, everywhere, strict=True)
         ),
         *(
-            numbers(ranking.label, _at(ranking.scores.pepr, places), _at(ranking.u_pepr, places))
+            _scores(ranking, places)
             for ranking, places in zip(rankings, everywhere, strict=True)
         ),
     ]  # fmt: skip
