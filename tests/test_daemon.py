@@ -263,7 +263,8 @@ def test_a_daemon_that_is_killed_and_started_again_costs_no_energy(
     # and the lane is one, in order
     t_ns = [int(t) for b in LaneReader(running.cli.runs()[0], "powercap") for t in b.t_ns]
     assert t_ns == sorted(set(t_ns))
-    assert codes(summary) <= {"gap"}
+    # (the simulated counter itself stands still where a busy machine keeps its writer)
+    assert codes(summary) <= {"gap", "stalled"}
 
 
 def test_a_daemon_that_never_comes_back_ends_its_lanes_and_nothing_else(
