@@ -762,15 +762,18 @@ def _wait_for_rows(directory: Path, t_ns: int) -> None:
     """Waits, 2 s at most, until the outer profiler has flushed what was sampled up to `t_ns`."""
     from pepr_profiler.trace.lane import LaneReader
 
+    ours = next((run for run in _recorded if run.directory == directory), None)
     deadline = time.monotonic() + 2.0
     while time.monotonic() < deadline:
+        if ours is not None:
+            ours._flush()
         try:
             last = [int(batch.t_ns[-1]) for batch in LaneReader(directory, "processes")]
         except TraceError:
             last = []
         if last and last[-1] >= t_ns:
             return
-        time.sleep(0.05)
+        time.sleep(0.05 if ours is None else 0.01)
 
 
 def _exit_code(error: BaseException | None) -> int:
