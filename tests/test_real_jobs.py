@@ -113,6 +113,20 @@ def truth_j(cli: Cli, *ranks: int) -> float:
     return sum_j
 
 
+def sure(cli: Cli) -> float:
+    """How sure that truth is, relatively.
+
+    Where others have most of the CPUs, their use from step to step decides, and steps are not those
+    of the profiler.
+    """
+    parts = []
+    for path in cli.folder.glob("truth-*"):
+        first, *_, last = json.loads(path.read_text())
+        _, own_s, busy_s = (y - x for x, y in zip(first, last, strict=True))
+        parts.append(own_s / busy_s)
+    return 0.03 if sum(parts) > 0.5 else 0.10
+
+
 def test_torchrun_a_block_in_each_rank_is_one_job_with_the_sum_of_both(
     cli: Cli, machine: Tree
 ) -> None:
@@ -121,9 +135,9 @@ def test_torchrun_a_block_in_each_rank_is_one_job_with_the_sum_of_both(
     assert [rank["rank"] for rank in job["ranks"]] == [0, 1]
     assert job["missing_ranks"] == []
     total_j = job["energy"]["total_j"]
-    assert total_j == pytest.approx(truth_j(cli, 0, 1), rel=0.03)
+    assert total_j == pytest.approx(truth_j(cli, 0, 1), rel=sure(cli))
     for rank in job["ranks"]:
-        assert rank["energy_j"] == pytest.approx(truth_j(cli, rank["rank"]), rel=0.05)
+        assert rank["energy_j"] == pytest.approx(truth_j(cli, rank["rank"]), rel=2 * sure(cli))
     assert sum(rank["share"] for rank in job["ranks"]) == pytest.approx(1)
     phases = {phase["name"]: phase["energy_j"] for phase in job["phases"]}
     assert sum(phases.values()) <= total_j
@@ -144,10 +158,10 @@ def test_torchrun_in_a_wrapper_has_the_same_energy_and_phases_below_it(
     job = torchrun(cli, machine, "wrapped", *profiler, "--")
     assert (job["job"], len(job["runs"]), job["missing_ranks"]) == ("mine", 1, [])
     phases = {phase["name"]: phase["energy_j"] for phase in job["phases"]}
-    assert phases["train"] == pytest.approx(truth_j(cli, 0, 1), rel=0.03)
+    assert phases["train"] == pytest.approx(truth_j(cli, 0, 1), rel=sure(cli))
     # ranks are in phases of their own at the same time: each has its part of the energy
     inner_j = phases["forward"] + phases["backward"]
-    assert inner_j == pytest.approx(truth_j(cli, 0, 1), rel=0.05)
+    assert inner_j == pytest.approx(truth_j(cli, 0, 1), rel=2 * sure(cli))
     assert inner_j <= phases["train"] <= job["energy"]["total_j"]
     assert job["energy"]["imputed"] is None
     waits = {(wait["phase"], wait["rank"]) for wait in job["stragglers"]}
@@ -157,7 +171,7 @@ def test_torchrun_in_a_wrapper_has_the_same_energy_and_phases_below_it(
 def test_torchrun_a_block_in_rank_0_alone_says_what_it_lacks(cli: Cli, machine: Tree) -> None:
     job = torchrun(cli, machine, "first")
     energy = job["energy"]
-    assert energy["total_j"] == pytest.approx(truth_j(cli, 0), rel=0.03)
+    assert energy["total_j"] == pytest.approx(truth_j(cli, 0), rel=sure(cli))
     assert job["missing_ranks"] == [1]
     assert [part["id"] for part in energy["partial"]] == ["rank:1"]
     assert energy["imputed"]["total_j"] == pytest.approx(2 * energy["total_j"])
