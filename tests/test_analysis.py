@@ -617,3 +617,30 @@ def test_facts_that_runs_lack_are_named(store: Path) -> None:
         assert isinstance(result.exception, UsageError), options
         assert what in str(result.exception)
         assert result.stdout == ""
+
+
+def test_what_cannot_be_told_apart_is_ranked_in_no_output(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    # given two models of three repeats each, which differ by less than these scatter
+    table = tmp_path / "twins.csv"
+    rows = [f"{m},{0.9 + k / 500},{2.3 + k / 50 + i / 1000}" for i, m in enumerate("ab")
+            for k in (-1, 0, 1)]  # fmt: skip
+    table.write_text("\n".join(["model,accuracy,kwh", *rows]) + "\n")
+    files = [tmp_path / f"t.{form}" for form in ("md", "html", "svg")]
+    wanted = [table, *COLUMNS, "--repeats", *(word for file in files for word in ("-o", file))]
+    # when
+    scored(*wanted)
+    md, page, svg = (file.read_text() for file in files)
+    # then
+    for text in (md, page):
+        assert "cannot be told apart by kwh; PePR would rank them by noise" in text
+        assert re.search(r"b took 1\.000\d* times the kwh of a \(95%: 0\.9\d+ to 1\.0\d+\)", text)
+    assert "| model | runs | accuracy | kwh |" in md and "PePR |" not in md
+    assert "not ranked" in md and not re.search(r"\b0\.4[56]\d", md)
+    assert 'class="score">–</b>' in page and not re.search(r'class="score">[\d.]', page)
+    assert "iso-" not in svg and "By PePR the best" not in page
+    # but for --anyway
+    scored(*wanted, "--anyway")
+    md, page, svg = (file.read_text() for file in files)
+    assert "| PePR |" in md and re.search(r'class="score">0\.', page) and "iso-0.6" in svg

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -360,6 +361,7 @@ def publish(
         complain(f"left out {brief(who)}: {brief(why)}")
     for ranking in study.rankings:
         _complain_of(ranking, printed=not forms and not json_file)
+    analysis = replace(analysis, anyway=anyway)
     for text in _incomparable(analysis):
         complain(text)
     if save_bounds:

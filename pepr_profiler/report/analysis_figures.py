@@ -55,6 +55,8 @@ def cost_points(
     At most `most` are drawn one by one.
     """
     drawn: dict[str, Any] = {"crowded": len(ranking.names) > most}
+    if analysis.unranked(ranking):
+        drawn["bounds"] = None
     if traits.classes is not None:
         drawn |= {"classes": traits.classes, "levels": analysis.classes, "median": True}
     return study_figures.cost_points(ranking, by_id, **drawn)

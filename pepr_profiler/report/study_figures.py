@@ -103,9 +103,8 @@ def cost_points(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]], **draw
         x_label=ranking.resource_name,
         y_label=ranking.metric,
         x_unit=ranking.unit,
-        bounds=ranking.scores.bounds,
         runs=tuple(runs),
-        **{"crowded": n > MOST_POINTS, **drawn},
+        **{"bounds": ranking.scores.bounds, "crowded": n > MOST_POINTS, **drawn},
     )
 
 

@@ -127,6 +127,9 @@ def _group(
     parameters = _parameters(first, by_id)
     classes = traits[id(first)].classes
     fronts = [(ranking, ranking.front) for ranking in rankings]
+    unranked = analysis.unranked(first)
+    order = (np.arange(n) if unranked else first.order)[:most]
+    ranks_again = most is None and not any(map(analysis.unranked, rankings))
     outliers = {i for each in rankings for outlier in each.outliers for i in outlier.rows}
     charts: list[dict[str, Any]] = []
     live: list[dict[str, Any]] = []
@@ -139,6 +142,7 @@ def _group(
             "has_runs": bool(points.runs),
             "classes": bool(points.classes),
             "crowded": points.crowded,
+            "iso": points.bounds is not None,
         }
         charts.append({"chart": drawn, "heading": heading, "kind": kind, **facts})
         live.append({"id": ident, "kind": kind, "ranking": k, "places": places})
@@ -171,8 +175,14 @@ def _group(
         charts.append({"chart": drawn, "heading": heading, "kind": "curves", "metric": metric})
     view = {
         "title": group if group is not None else charts[0]["heading"],
-        "summary": _said(first),
-        "caption": _range_text(first),
+        "live": ranks_again,
+        "unranked": unranked,
+        "cautions": [
+            (sentence(each.text), sentence(each.fix))
+            for each in dict.fromkeys(x for ranking in rankings for x in ranking.warnings)
+        ],
+        "summary": clip(ratio_text(first), 300) if unranked else _said(first),
+        "caption": "" if unranked else _range_text(first),
         "of": first.of.capitalize(),
         "repeated": first.repeated,
         "parameters": any(p is not None for p in parameters),
@@ -180,19 +190,14 @@ def _group(
         "has_ranges": first.standing is not None and first.standing.best is not None,
         "charts": charts,
         "outliers": list(_outlier_facts(rankings)),
-        "warnings": [
-            (sentence(caution.text), sentence(caution.fix))
-            for caution in first.warnings
-            if caution.code != "indistinguishable"
-        ],
-        "not_shown": n - len(first.order[:most]),
+        "not_shown": n - len(order),
         "class_name": analysis.class_name,
         "resources": [{"name": r.resource_name, "label": r.label} for r in rankings],
         "rows": [
             {
                 "index": int(i),
-                "rank": rank,
-                "range": _ranks(first, int(i)),
+                "rank": "–" if unranked else rank,
+                "range": "" if unranked else _ranks(first, int(i)),
                 "name": first.names[i],
                 "of_class": "" if classes is None else classes[i],
                 "outlier": int(i) in outliers,
@@ -200,13 +205,14 @@ def _group(
                 "parameters": "" if parameters[i] is None else f"{parameters[i]:,.0f}",
                 "performance": _fraction(first.performance[i], first.u_performance, int(i)),
                 "resources": [
-                    _resource_cells(r, int(i), front, u=r is first) for r, front in fronts
+                    _resource_cells(r, int(i), front, u=r is first, ranked=not analysis.unranked(r))
+                    for r, front in fronts
                 ],
             }
-            for rank, i in enumerate(first.order[:most], start=1)
+            for rank, i in enumerate(order, start=1)
         ],
     }
-    if most is not None:  # nothing ranks again
+    if not ranks_again:
         return view, {}
     facts = {
         "names": [clip(x, 80) for x in first.names],
@@ -274,8 +280,6 @@ def _parameters(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> lis
 
 def _said(ranking: Ranking) -> str:
     """What the ranking says, in a sentence or two."""
-    if ranking.noise:
-        return f"{sentence(ranking.warnings[0].text)} {clip(ratio_text(ranking), 300)}"
     best, top = int(ranking.order[0]), int(np.argmax(ranking.performance))
     metric, resource = clip(ranking.metric, 40), ranking.resource
     standing = ranking.standing
@@ -321,20 +325,22 @@ def _fraction(value: float, u: Any, i: int) -> str:
     return shown if u is None or math.isnan(u[i]) else f"{shown} ± {u[i]:.3f}"
 
 
-def _resource_cells(ranking: Ranking, i: int, front: Mask, *, u: bool) -> dict[str, Any]:
+def _resource_cells(
+    ranking: Ranking, i: int, front: Mask, *, u: bool, ranked: bool
+) -> dict[str, Any]:
     """One row's cells; `u` where there is room for it, the figures have it all."""
     u_resource = float(ranking.u_resource[i]) if u and ranking.u_resource is not None else None
-    score = float(ranking.scores.pepr[i])
-    u_score = None if ranking.u_pepr is None else float(ranking.u_pepr[i])
-    standing, between = ranking.standing, ""
+    score, standing = float(ranking.scores.pepr[i]), ranking.standing
+    u_score = None if standing is None else float(standing.u_pepr[i])
+    pm = "" if u_score is None or math.isnan(u_score) else f"± {u_score:.3f}"
     if standing is not None and standing.lopsided[i]:
-        between = f"{standing.low[i]:.3f}–{standing.high[i]:.3f}"
+        pm = f"({standing.low[i]:.3f}–{standing.high[i]:.3f})"
     return {
         "amount": format_amount(float(ranking.resource[i]), ranking.unit, u_resource),
-        "score": f"{score:.3f}",
-        "u": between or ("" if u_score is None or math.isnan(u_score) else f"± {u_score:.3f}"),
-        "front": bool(front[i]),
-        "percent": f"{100 * score:.1f}",
+        "score": f"{score:.3f}" if ranked else "–",
+        "u": pm if ranked else "",
+        "front": ranked and bool(front[i]),
+        "percent": f"{100 * score:.1f}" if ranked else "0",
     }
 
 

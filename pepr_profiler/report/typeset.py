@@ -12,7 +12,7 @@ import numpy as np
 
 from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.report.components import component_name, counted
-from pepr_profiler.report.ranking_text import sentence
+from pepr_profiler.report.ranking_text import ratio_text, sentence
 from pepr_profiler.study.analysis import Analysis, Traits, best, best_performing
 from pepr_profiler.study.pepr import listed
 from pepr_profiler.study.ranking import Ranking
@@ -356,26 +356,13 @@ def _traits(traits: Traits, analysis: Analysis, rows: Sequence[int]) -> list[Tab
     return columns
 
 
-def _scores(ranking: Ranking, places: Sequence[int | None]) -> TableColumn:
-    """The scores with their ±, or with their interval where a ± would mislead."""
-    column = numbers(ranking.label, _at(ranking.scores.pepr, places), _at(ranking.u_pepr, places))
-    standing = ranking.standing
-    if standing is None:
-        return column
-    cells = [
-        f"{ranking.scores.pepr[i]:.3f} ({standing.low[i]:.3f}–{standing.high[i]:.3f})"
-        if i is not None and standing.lopsided[i]
-        else cell
-        for i, cell in zip(places, column.cells, strict=True)
-    ]
-    return TableColumn(column.head, cells)
-
-
 def _ranking(ranking: Ranking, traits: Traits, analysis: Analysis) -> Table:
-    order = ranking.order.tolist()
+    """All rows, best first; without scores and in their own order where these are noise."""
+    ranked = not analysis.unranked(ranking)
+    order = ranking.order.tolist() if ranked else list(range(len(ranking.names)))
     marks, notes = _outlier_marks(ranking)
-    columns = [
-        TableColumn("#", ranks(ranking)),
+    columns = [TableColumn("#", ranks(ranking))] if ranked else []
+    columns += [
         names("model", [traits.models[i] + marks.get(i, "") for i in order]),
         *_traits(traits, analysis, order),
     ]
@@ -385,19 +372,38 @@ def _ranking(ranking: Ranking, traits: Traits, analysis: Analysis) -> Table:
         _performance(ranking, order),
         amounts(ranking.resource_name, _at(ranking.resource, order), _at(ranking.u_resource, order),
                 unit=ranking.unit),
-        TableColumn("R", [f"{ranking.scores.r_norm[i]:.3f}" for i in order]),
-        _scores(ranking, order),
     ]  # fmt: skip
+    notes = [*_cautions(ranking), *notes]
+    if ranked:
+        columns.append(TableColumn("R", [f"{ranking.scores.r_norm[i]:.3f}" for i in order]))
+        columns.append(_scores(ranking, order))
+        notes += [_range(ranking), *_of_u(ranking)]
     return Table(
-        title=_title(ranking, ranking.label),
+        title=_title(ranking, ranking.label if ranked else f"{ranking.metric}, not ranked"),
         columns=columns,
-        notes=[
-            *(sentence(caution.text) for caution in ranking.warnings),
-            *notes,
-            _range(ranking),
-            *_of_u(ranking),
-        ],
+        notes=notes,
     )
+
+
+def _cautions(ranking: Ranking) -> list[str]:
+    """What has to be known before the numbers."""
+    notes = [f"{sentence(each.text)} {sentence(each.fix)}" for each in ranking.warnings]
+    return [*notes, ratio_text(ranking)] if ranking.noise else notes
+
+
+def _scores(ranking: Ranking, rows: Sequence[int | None]) -> TableColumn:
+    """The scores with their ±, or their interval where one side is much longer."""
+    column = numbers(ranking.label, _at(ranking.scores.pepr, rows), _at(ranking.u_pepr, rows))
+    standing = ranking.standing
+    if standing is None:
+        return column
+    cells = [
+        f"{ranking.scores.pepr[i]:.3f} ({standing.low[i]:.3f}–{standing.high[i]:.3f})"
+        if i is not None and standing.lopsided[i]
+        else cell
+        for i, cell in zip(rows, column.cells, strict=True)
+    ]
+    return TableColumn(column.head, cells)
 
 
 def _best(rankings: Sequence[Ranking], traits: Traits, analysis: Analysis, count: int) -> Table:
@@ -407,6 +413,7 @@ def _best(rankings: Sequence[Ranking], traits: Traits, analysis: Analysis, count
     blocks = [
         (f"{ranking.label}", [ranking.names[i] for i in best(ranking, count)])
         for ranking in rankings
+        if not analysis.unranked(ranking)
     ]
     blocks.append((first.metric, [first.names[i] for i in best_performing(first, count)]))
     # Rankings of runs may each have left out others.
@@ -433,13 +440,19 @@ def _best(rankings: Sequence[Ranking], traits: Traits, analysis: Analysis, count
         *(
             _scores(ranking, places)
             for ranking, places in zip(rankings, everywhere, strict=True)
+            if not analysis.unranked(ranking)
         ),
     ]  # fmt: skip
     starts = [i for i, (_, rank, _) in enumerate(chosen) if rank == 1 and i]
     return Table(
         title=_title(first, f"Best {count} by PePR and by {first.metric}"),
         columns=columns,
-        notes=[*notes, *map(_range, rankings), *_of_u(first)],
+        notes=[
+            *(text for ranking in rankings for text in _cautions(ranking)),
+            *notes,
+            *map(_range, rankings),
+            *_of_u(first),
+        ],
         rules=frozenset(starts),
     )
 
@@ -558,6 +571,8 @@ def _of_u(ranking: Ranking) -> list[str]:
     notes = ["± covers 95% (k = 2, or Student's t where repeats are few)."]
     if any("–" in rank for rank in ranks(ranking)):
         notes.append("Ranks a–b: any of these (95%).")
+    if ranking.standing.lopsided.any():
+        notes.append("(a–b) after a score: its interval (95%), where it is lopsided.")
     return notes
 
 

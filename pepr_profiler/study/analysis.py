@@ -92,12 +92,13 @@ class Analysis:
     """A study with the traits of the rows of each of its rankings, in the same order.
 
     The names are those of the columns or metrics that the traits are from; "" was not asked for.
-    `averages` asks for the means over groups.
+    `averages` asks for the means over groups, `anyway` for rankings of noise too.
     """
 
     study: Study
     traits: tuple[Traits, ...] = field(repr=False)
     averages: bool = False
+    anyway: bool = False
     class_name: str = ""
     size_name: str = ""
     setting_name: str = ""
@@ -267,6 +268,10 @@ class Analysis:
         for traits in self.traits:
             count.update(traits.classes or ())
         return tuple(name for name, _ in count.most_common())
+
+    def unranked(self, ranking: Ranking) -> bool:
+        """Whether a ranking is one of noise, which is not shown."""
+        return ranking.noise and not self.anyway
 
     @property
     def grouped(self) -> bool:
