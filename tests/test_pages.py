@@ -667,7 +667,7 @@ def test_compare_writes_a_page_that_works(browser: Any, tmp_path: Path) -> None:
             done = cli("--name", name, "--metric", "acc=acc ([0-9.]+)", "--", *python(code))
             assert done.status == 0, done.stderr
     page = tmp_path / "study.html"
-    result = cli("compare", "--resource", "time", "-o", str(page))
+    result = cli("compare", "--resource", "time", "--anyway", "-o", str(page))
     assert result.status == 0, result.stderr
     browser.get(page.as_uri())
     assert browser.get_log("browser") == []
