@@ -2,7 +2,7 @@
 
 An uncertainty may be known better by now, and differ by half. Steps of power may be coarser: their
 sum is the same. Memory without a sensor is estimated by another rule, so that runs with such an
-estimate are compared without it.
+estimate are compared without it. How sure a ranking is comes from draws that move its range too.
 """
 
 from __future__ import annotations
@@ -25,12 +25,8 @@ MADE = sorted(folder for folder in KEPT.iterdir() if (folder / "runs").is_dir())
 RUNS = sorted(run for folder in MADE for run in (folder / "runs").iterdir())
 PROSE = {"text", "hint", "what", "why", "fix", "excluded"}  # for people, and reworded at times
 FREE = {"metrics", "rate_hz", "refresh_s", "wasted", "gap_s", "budget"}  # keys of a run's own
-TERMS = (
-    "edges_j",
-    "lag_j",
-    "duty_j",
-    "quantisation_j",
-)  # of an uncertainty, as far as it is sampled
+# Terms of an uncertainty, as far as it is sampled, and how sure a ranking is.
+TERMS = ("edges_j", "lag_j", "duty_j", "quantisation_j", "u_pepr", "swap_with_next")
 
 
 def differences(now: Any, then: Any, where: str = "") -> Iterator[str]:
