@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -99,7 +101,15 @@ def slurm_cluster() -> Iterator[dict[str, str]]:
 
     def start(*command: str) -> None:
         log = (folder / f"{Path(command[0]).name}.log").open("wb")
-        started.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+        started.append(
+            subprocess.Popen(
+                command,
+                env=env,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509  no thread holds a lock that it takes
+            )
+        )
         log.close()
 
     try:
@@ -125,6 +135,11 @@ def slurm_cluster() -> Iterator[dict[str, str]]:
             process.terminate()
             process.wait(SLOW_S)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_with_parent() -> None:
+    """A session of tests that is killed leaves no daemon behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def _until(condition: Callable[[], bool], what: str, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -200,6 +201,17 @@ def test_a_summary_shows_its_rank(cli: Cli, meter: str) -> None:
     assert "  rank " not in result.stderr
 
 
+def test_what_is_attached_to_says_who_it_is(cli: Cli, meter: str) -> None:
+    with subprocess.Popen(["sleep", "100"], env={**os.environ, **SLURM}) as target:
+        try:
+            options = ("--sensor", meter, "--duration", "0.2s")
+            result, summary = cli.measure(*options, str(target.pid), verb="attach", env=OPENMPI)
+        finally:
+            target.kill()
+    assert result.status == 0, result.stderr
+    assert (summary["job"], summary["rank"], summary["launcher"]) == ("slurm-1234.0", 1, "slurm")
+
+
 # --- real launchers -------------------------------------------------------------------------------
 
 TRAIN = """if True:
@@ -232,11 +244,20 @@ def identities(cli: Cli) -> list[dict[str, Any]]:
 
 def launch(cli: Cli, *command: str, env: Mapping[str, str] | None = None) -> str:
     """Runs a launcher to its good end; what it printed."""
-    done = subprocess.run(
-        command, env=cli.environment(env), capture_output=True, timeout=SLOW_S, check=False
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode()
+    with subprocess.Popen(
+        command,
+        env=cli.environment(env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as launcher:
+        try:
+            out, err = launcher.communicate(timeout=3 * SLOW_S)  # torch alone may take a third
+        except BaseException:
+            os.killpg(launcher.pid, signal.SIGKILL)  # its ranks wait for each other for ever
+            raise
+    assert launcher.returncode == 0, err.decode()
+    return out.decode()
 
 
 def test_torchrun_each_rank_says_who_it_is(cli: Cli, train: str, meter: str) -> None:
@@ -286,6 +307,20 @@ def test_torchrun_in_a_wrapper_is_one_run_whose_marks_have_ranks(
     assert summary["metrics"]["acc"] == 0.0
 
 
+def test_torchrun_each_rank_is_wrapped(cli: Cli, meter: str) -> None:
+    module("torch")
+    profiler = (sys.executable, "-m", "pepr_profiler", "-q", "--sensor", meter)
+    launch(
+        cli,
+        *(sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node", "2"),
+        *(*profiler, "--", "sleep", "0.2"),
+    )
+    first, second = identities(cli)
+    assert [(r["rank"], r["world_size"]) for r in (first, second)] == [(0, 2), (1, 2)]
+    assert first["job"] == second["job"]
+    assert first["name"] == "sleep"
+
+
 def test_torchrun_a_restart_is_another_attempt(cli: Cli, tmp_path: Path, meter: str) -> None:
     module("torch")
     path = tmp_path / "fails_once.py"
@@ -314,6 +349,7 @@ def test_accelerate_says_who_it_is(cli: Cli, train: str, meter: str) -> None:
     assert only["rank"] is None
 
 
+@pytest.mark.long
 def test_lightning_each_process_says_who_it_is(cli: Cli, tmp_path: Path, meter: str) -> None:
     module("lightning")
     path = tmp_path / "fabric.py"
@@ -375,6 +411,7 @@ RAY_DRIVER = """if True:
 """
 
 
+@pytest.mark.long
 def test_ray_tasks_and_their_driver_are_of_one_job(cli: Cli, tmp_path: Path, meter: str) -> None:
     module("ray")
     path = tmp_path / "driver.py"

@@ -58,6 +58,8 @@ NAMES = {
     "srun -n2 -c 4 -l --mem=4G --gres gpu:1 --exclusive python train.py": "train",
     "srun --ntasks 2 --label --kill-on-bad-exit=1 ./train": "train",
     "srun -n 2 torchrun --nproc-per-node 4 train.py": "train",
+    "sbatch -W -n 2 --parsable -o out train.sh 3": "train",
+    "sbatch --wrap 'srun python train.py'": "sbatch",
     "salloc -N 2 srun python train.py": "train",
     "mpirun -n 2 python train.py": "train",
     "mpirun -np 2 --oversubscribe --mca btl tcp,self -x NCCL_DEBUG=INFO python train.py": "train",

@@ -68,8 +68,9 @@ def test_what_runs_here_submits_nothing(line: str) -> None:
     assert Submitter.of(shlex.split(line), []) is None
 
 
-def test_a_submitted_profiler_is_no_reason_for_advice() -> None:
-    submitter = Submitter.of(["srun", "-n", "2", "pepr-profile", "--", "python", "t.py"], [])
+@pytest.mark.parametrize("profiler", ["pepr-profile", "python -m pepr_profiler"])
+def test_a_submitted_profiler_is_no_reason_for_advice(profiler: str) -> None:
+    submitter = Submitter.of(["srun", *profiler.split(), "--", "python", "t.py"], [])
     assert submitter is not None
     assert submitter.profiles
 

@@ -100,6 +100,7 @@ _SCRIPTS: dict[str, str] = {
     "tpu-use-sudo downcast-bf16 fp8-use-autocast-during-eval debug",
     "deepspeed": "!h help q quiet module no-python no-local-rank no-ssh no-ssh-check force-multi "
     "save-pid bind-cores-to-rank",
+    "sbatch": f"{_SRUN} W wait parsable requeue no-requeue test-only ignore-pbs",
     "coverage run": "data-file rcfile source include omit context concurrency",
     "memray run": "o output p live-port",
     "viztracer": "o output-file max-stack-depth",

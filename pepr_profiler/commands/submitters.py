@@ -57,7 +57,7 @@ class Submitter(Record):
         for step in steps_of(command):
             name = _name_of(step.program, words[at:])
             if name is not None:
-                profiles = any("pepr-profile" in word for word in step.inner)
+                profiles = any(_is_profiler(word) for word in step.inner)
                 profiler = ("pepr-profile", *_without_json(options), "--")
                 return cls(name, _instead(words, at, step, name, profiler=profiler), profiles)
             if step.at is None:  # a shell's text: what it runs is to be replaced there
@@ -77,6 +77,10 @@ class Submitter(Record):
             total = "what it takes on other machines is not in the total"
         text = f"{self.name} starts its work elsewhere, not as a child of the profiler: {total}"
         return warning("submitted", text, self.instead)
+
+
+def _is_profiler(word: str) -> bool:
+    return "pepr-profile" in word or "pepr_profiler" in word
 
 
 def _name_of(program: str, words: Sequence[str]) -> str | None:
