@@ -423,7 +423,8 @@ class Counter(Accumulator):
         step_j = np.diff(changes.values, prepend=self._last)
         self._last = float(changes.values[-1])
         span_s = np.maximum(np.diff(refreshed_ns, prepend=last_ns) / NS_PER_S, 1e-9)
-        self.longest_stall_s = max(self.longest_stall_s, float(np.max(span_s)))
+        stall_s = span_s - changes.since_read_ns / NS_PER_S  # it was read for so long meanwhile
+        self.longest_stall_s = max(self.longest_stall_s, float(np.max(stall_s)))
         for i in np.flatnonzero(span_s > self._quiet_s):
             until_ns = float(refreshed_ns[i])
             self._quiet.append((int(until_ns - span_s[i] * NS_PER_S), int(until_ns)))

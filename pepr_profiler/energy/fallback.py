@@ -92,7 +92,7 @@ def with_fallback(curve: EnergyCurve, other: EnergyCurve, at_ns: Ints) -> Energy
     if max(span_ns[1] for span_ns in missed_ns) > changed_ns:
         last_ns, end_ns = max(last_ns, other.last_ns), max(end_ns, other.flow_ns[1])
         changed_ns = max(changed_ns, other.changed_ns if other.source.counter else other.last_ns)
-    stalls_ns = [span_ns[1] - span_ns[0] for span_ns in set(quiet_ns) - set(missed_ns)]
+    stalls_ns = [_read_ns(span_ns, curve.gaps_ns) for span_ns in set(quiet_ns) - set(missed_ns)]
     gaps_ns = sorted(
         {gap_ns for gap_ns in curve.gaps_ns if not _overlap(gap_ns, missed_ns)}
         | {gap_ns for gap_ns in other.gaps_ns if _overlap(gap_ns, missed_ns)}
@@ -149,6 +149,14 @@ def _has_missed(
         o > 0 and o - c > _MISSED * other_j[0] for c, o in zip(counted_j, other_j, strict=True)
     )
     return all(missed)
+
+
+def _read_ns(span_ns: tuple[int, int], gaps_ns: Iterable[tuple[int, int]]) -> int:
+    """How much of a span is in no gap."""
+    unread_ns = (
+        min(end_ns, span_ns[1]) - max(begin_ns, span_ns[0]) for begin_ns, end_ns in gaps_ns
+    )
+    return span_ns[1] - span_ns[0] - sum(max(0, each_ns) for each_ns in unread_ns)
 
 
 def _overlap(span_ns: tuple[int, int], others_ns: Iterable[tuple[int, int]]) -> bool:
