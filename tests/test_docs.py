@@ -62,6 +62,7 @@ VARIES = (
     (r" \*$", ""),
     (r"[<>]?\d+([.,–]\d+)*", "0"),
     (r"\b0 min\b", ""),
+    (r" +± 0", ""),  # none where all draws agree
     (r"\b[mkµMn](J|W|Wh|s|B)\b", r"\1"),
     (r"[ \t]+", " "),
 )
