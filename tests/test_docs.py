@@ -56,13 +56,15 @@ def follow(page: str, folder: Path) -> list[tuple[str, str, str]]:
 VARIES = (
     (r"(?m)^  (missing|warning|progress)\b(.*\n)((   .*\n)*)", ""),  # the machine and its load
     (r"^ +# \d+–\d+ +any of these ranks.*$", ""),  # only where rows cannot be distinguished
+    (r"^ +0\.1–0\.2 +the interval.*$", ""),
+    (r"(\d\.\d{3}) \d\.\d{3}–\d\.\d{3}", r"\1"),
     (r"-[0-9a-f]{6}\b", "-ID"),
     (r"\d{4}-\d\d-\d\dT\d\d:\d\d", "WHEN"),
     (r"[▁-▏]+", ""),
     (r" \*$", ""),
     (r"[<>]?\d+([.,–]\d+)*", "0"),
     (r"\b0 min\b", ""),
-    (r" +± 0", ""),  # none where all draws agree
+    (r" +± 0", ""),  # none where all draws agree, or a lopsided interval
     (r"\b[mkµMn](J|W|Wh|s|B)\b", r"\1"),
     (r"[ \t]+", " "),
 )
