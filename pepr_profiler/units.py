@@ -307,7 +307,7 @@ def _layout(value: float, u: float) -> tuple[int, int]:
         last = max(int(f"{abs(u):.1e}"[4:]) - 1, exponent - _MAX_DIGITS + 1)  # of "9.3e+03"
     # Rounding to that digit can carry into the next prefix: 999.97 ± 0.80 J stays in J, with
     # ± 8.0 it is 1.0000 ± 0.0080 kJ.
-    if round(largest, -last) >= 10.0 ** (exponent + 1):
+    if exponent < 308 and round(largest, -last) >= 10.0 ** (exponent + 1):
         exponent += 1
     power = _prefix_power(exponent)
     return power, power - last

@@ -456,6 +456,25 @@ def test_a_run_that_does_not_say_how_it_ended_is_incomplete(tmp_path: Path, reco
     assert [row.state for row in Store(cli.store).find().rows] == ["incomplete"]
 
 
+def test_odd_numbers_and_missing_words_of_a_run_json_end_no_list(
+    tmp_path: Path, recorded: Path
+) -> None:
+    # given what make fuzz found: NaN under an unknown key, no source of the carbon, no id
+    cli = Cli(tmp_path)
+    copy = cli.store / "runs" / "odd-1"
+    shutil.copytree(recorded, copy)
+    run = json.loads((copy / "run.json").read_text())
+    run["carbon"] = {"g_co2e": 5.0}
+    run["energy"]["components"][0]["unknown"] = float("nan")
+    del run["run_id"]
+    (copy / "run.json").write_text(json.dumps(run))
+    for verb in (("list",), ("list",), ("show", "odd-1")):
+        result = cli("runs", *verb)
+        assert result.status == 0 and "Traceback" not in result.stderr, result.stderr
+    assert cli("report", "odd-1").status == 0
+    assert json.dumps(list(Store(cli.store).find()), allow_nan=False)
+
+
 def test_what_cannot_be_read_is_named_with_its_reason(store: Store, make: Make) -> None:
     make("good-1")
     make("again-1", run_id="good-1")

@@ -248,3 +248,7 @@ def test_bad_bounds_say_what_to_write(text: str, why: str) -> None:
 
 def test_a_kilowatt_hour_is_a_kilowatt_for_an_hour() -> None:
     assert J_PER_KWH == 1000 * 3600 == 1000 * J_PER_WH
+
+
+def test_the_largest_number_has_a_layout_too() -> None:
+    assert format_with_u(1.5e308, 1e307, "J").endswith(" PJ")

@@ -192,7 +192,10 @@ def _facts(run: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
             )
             for part in energy["components"]
         ),
-        ("carbon", carbon and f"{format_quantity(carbon['g_co2e'], 'g')} CO2e, {carbon['source']}"),
+        (
+            "carbon",
+            carbon and f"{format_quantity(carbon['g_co2e'], 'g')} CO2e, {carbon.get('source')}",
+        ),
         ("memory", format_quantity(memory["peak_rss_bytes"], "B")),
         ("GPU memory", None if gpu_bytes is None else format_quantity(gpu_bytes, "B")),
         *(("metric", f"{name} = {format_number(value)}") for name, value in run["metrics"].items()),

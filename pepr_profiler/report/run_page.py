@@ -55,7 +55,7 @@ def run_page(
     whole = energy.get("scope") == "device"  # the whole devices, whoever used them
     whose = "The devices'" if whole else "This job's"
     status, status_class = _status(summary)
-    name = str(summary.get("name") or summary["run_id"])
+    name = str(summary.get("name") or summary.get("run_id") or "")
     name = clip(f"{job_name(summary)}: {name}" if summary.get("ranks") else name, 120)
     shown_energy = energy_text(energy, "total_j")
     steps = run_figures.step_text(timeline)

@@ -126,8 +126,8 @@ def curve_of(
     last = np.append(epoch[known][1:] != epoch[known][:-1], True)  # NaN differs from NaN
     rows = known[last]
     return ProgressCurve(
-        run_id=str(summary["run_id"]),
-        name=str(summary["name"]),
+        run_id=str(summary.get("run_id") or ""),
+        name=str(summary.get("name") or ""),
         metric=metric,
         t_s=column(progress["t_s"])[rows],
         energy_j=column(progress["energy_j"])[rows],

@@ -102,7 +102,10 @@ def _loads_quickly(data: bytes) -> Any:
     try:
         return loads(data)
     except JSONDecodeError:
-        return json.loads(data)  # it also reads NaN and names that are not Unicode
+        value = json.loads(data)  # it also reads NaN and names that are not Unicode
+        if isinstance(value, dict):
+            _forget_odd_numbers(value)  # an index could not be read with them
+        return value
 
 
 def _damaged(path: str, why: str) -> TraceError:
