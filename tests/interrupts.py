@@ -110,19 +110,25 @@ def stepped(meter: str, at: int) -> Steps:
 def child(meter: str, step: int | None) -> None:
     """A block that is interrupted, and what is left then. Does not return."""
     handler, where = signal.default_int_handler, "any time"
+
+    def ignore() -> None:
+        assert signal.getsignal(signal.SIGINT) is handler, "SIGINT has another handler"
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     try:
         try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-            if step is None:
-                block(meter)
-            else:
-                where = stepped(meter, step).where
-        except KeyboardInterrupt:
-            pass
-        while signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            with contextlib.suppress(KeyboardInterrupt):  # ours comes perhaps only now
-                assert signal.getsignal(signal.SIGINT) is handler, "SIGINT has another handler"
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            try:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+                if step is None:
+                    block(meter)
+                else:
+                    where = stepped(meter, step).where
+            except KeyboardInterrupt:
+                pass
+            ignore()
+        except KeyboardInterrupt:  # it comes once, and perhaps only now
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+                ignore()
         require_nothing_left(meter)
     except BaseException:
         traceback.print_exc()

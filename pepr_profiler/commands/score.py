@@ -488,14 +488,18 @@ def _rendered(
 
 
 def _screens(analysis: Analysis, *, width: int, color: bool, anyway: bool) -> Iterator[str]:
-    """One per group: its ranking, and again without outliers, or of either population; or several
-    resources side by side.
+    """One per group: its ranking, and again without outliers, or of either population.
+
+    Several resources stand side by side, or below each other if one of them cannot rank the rows.
     """
     from pepr_profiler.report.analysis_text import render_analysis
     from pepr_profiler.report.ranking_text import render_ranking, render_side_by_side
 
     render = partial(render_ranking, width=width, color=color, anyway=anyway)
     for rankings in analysis.study.by_group().values():
+        if len(rankings) > 1 and not anyway and any(ranking.noise for ranking in rankings):
+            yield from map(render, rankings)  # a table of all would rank by noise
+            continue
         if len(rankings) > 1:
             yield render_side_by_side(rankings, width=width, color=color)
             continue

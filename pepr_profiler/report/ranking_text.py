@@ -113,7 +113,7 @@ def render_side_by_side(
     def columns_of(with_u: bool) -> list[list[str]]:
         columns = [[f"{p:.3f}" for p in first.performance]]
         for ranking, where in zip(rankings, at, strict=True):
-            scored = _with_u(ranking.scores.pepr, ranking.u_pepr if with_u else None)
+            scored = _score_texts(ranking) if with_u else _with_u(ranking.scores.pepr, None)
             marked = [
                 scored[i] + ("!" if ranking.scores.clamped[i] else "")
                 + (" *" if ranking.front[i] else "  ")

@@ -116,7 +116,7 @@ def find_evidence(
             ratio = np.where(companion.values > 0, values / companion.values, np.nan)
         copies = _copies(values, ratio, companion, groups, name=name, unit=unit)
         fresh = np.where(np.isin(np.arange(len(values)), list(copies)), np.nan, ratio)
-        split = [_split(np.asarray(rows), fresh) for rows in groups]
+        split = [_split(np.asarray(rows, dtype=np.intp), fresh) for rows in groups]
         scale_w = _watts(name, unit, companion)
         shown = "W" if (unit, companion.unit) == ("J", "s") else ""
         what = f"{name} per {companion.name}"

@@ -362,7 +362,11 @@ def standing(
     unknown = _unknown(r, errors, scores)
     value = float(r.max() / r.min()) if r.min() > 0 else math.inf
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = _interval(drawn_ends[0] / drawn_ends[1])
+        quotients = drawn_ends[0] / drawn_ends[1]
+    quotients = quotients[~np.isnan(quotients)]  # both were drawn as 0
+    ratio = np.full(2, math.nan)
+    if len(quotients):  # one of the draws, as some may be infinite
+        ratio = np.quantile(quotients, [_TAIL, 1.0 - _TAIL], method="inverted_cdf")
     low, high = np.minimum(low[back], scores.pepr), np.maximum(high[back], scores.pepr)
     low[unknown] = high[unknown] = np.nan
     lost = (unknown | np.isnan(errors.var_r))[order]  # a row at a bound too
