@@ -161,8 +161,8 @@ def test_the_best_five_are_those_of_the_published_scores(both: Path, tmp_path: P
     out = tmp_path / "best.tex"
     scored(*paper_arguments(both), "--class", "type", "--best", "5", "-o", out)
     tables = out.read_text().split(r"\begin{tabular}")[1:]
-    assert len(tables) == 2
-    for name, table in zip(DATA_SETS, tables, strict=True):
+    assert len(tables) == 3  # the second of them again, without its outliers
+    for name, table in zip(DATA_SETS, tables[:2], strict=True):
         columns = paper_columns(name)
         rows = [line.split(" & ") for line in table.splitlines() if line.endswith(r" \\")][1:]
         assert len(rows) == 25 and table.count(r"\midrule") == 5

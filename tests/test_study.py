@@ -20,12 +20,15 @@ import pepr_profiler
 from pepr_profiler.commands.compare import compare, parse_price
 from pepr_profiler.commands.score import score
 from pepr_profiler.errors import PeprError, TraceError, UsageError
-from pepr_profiler.report.export import ranking_data
+from pepr_profiler.report.export import encode, ranking_data
 from pepr_profiler.report.ranking_text import render_ranking
+from pepr_profiler.report.study_page import study_page
+from pepr_profiler.report.typeset import study_tables
 from pepr_profiler.store.index import Filter
 from pepr_profiler.store.runs import Store
 from pepr_profiler.study import pepr
-from pepr_profiler.study.ranking import SharedErrors
+from pepr_profiler.study.analysis import Analysis
+from pepr_profiler.study.ranking import SharedErrors, flat_rows
 from pepr_profiler.study.study import Study, load, read_bounds
 
 
@@ -1076,3 +1079,53 @@ def test_odd_numbers_have_finite_scores_and_intervals_within_their_range(
 def test_a_bound_that_equals_a_value_clamps_nothing() -> None:
     scores = pepr.score([0.8, 0.9], [1.0, 3.0], bounds=(1.0, 3.0))
     assert not scores.clamped.any() and scores.r_norm.tolist() == [0.0, 1.0]
+
+
+# --- what exports say of noise and of populations -------------------------------------------------
+
+
+def noisy_study() -> Study:
+    """Two models of three repeats, which differ by less than these scatter."""
+    return Study.from_table(
+        {
+            "model": ["a"] * 3 + ["b"] * 3,
+            "acc": [0.9, 0.91, 0.89, 0.9, 0.89, 0.91],
+            "energy": [1.0, 1.02, 0.98, 1.01, 0.97, 1.03],
+        },
+        performance="acc",
+        resources=("energy",),
+        name="model",
+        repeats=True,
+    )
+
+
+def test_flat_rows_say_that_their_ranks_are_those_of_noise() -> None:
+    noise = noisy_study()
+    assert noise.rank().noise
+    assert [row["distinguishable"] for row in noise.rows()] == [False, False]
+    text = encode(noise.rows(), "csv").decode().splitlines()
+    assert text[0].endswith(",distinguishable") and text[1].endswith(",False")
+    plain = Study.from_table({"acc": [0.5, 0.6], "j": [1, 2]}, performance="acc", resources=("j",))
+    assert [row["distinguishable"] for row in plain.rows()] == [None, None]
+
+
+def test_every_row_of_two_populations_says_of_which_it_is() -> None:
+    a, b = population(500.0, 12, 1), population(3400.0, 15, 2)
+    ranking = study_of(tables(("x", a[0] + b[0], a[1] + b[1]))).rank()
+    assert all(note.startswith("population at ") for note in ranking.row_notes)
+    assert len(set(ranking.row_notes[:12])) == len(set(ranking.row_notes[12:])) == 1
+    rows = flat_rows(ranking)
+    assert all(row["outlier"].startswith("population at ") for row in rows)
+    assert not any(row["doubtful"] for row in rows)  # none is accused
+    # and a paper's table has both rankings
+    analysis = Analysis.of_runs(Study(rankings=(ranking,)))
+    for count in (None, 3):
+        titles = [table.title for table in study_tables(analysis, count)]
+        assert len(titles) == 3 and "27 rows" in titles[0]
+        assert "12 rows" in titles[1] and "15 rows" in titles[2]
+        assert "population at" in titles[1] and titles[1] != titles[2]
+
+
+def test_a_page_names_no_first_of_models_that_cannot_be_told_apart() -> None:
+    page = study_page(noisy_study())
+    assert "cannot be told apart" in page and "By PePR" not in page

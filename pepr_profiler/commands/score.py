@@ -327,7 +327,7 @@ def _scores_by_row(
             if clamped:
                 for i, outside in zip(members, scores.clamped.tolist(), strict=True):
                     added[f"{resource}_clamped"][i] = int(outside)
-            for i, reason in zip(members, ranking.outlier_reasons, strict=True):
+            for i, reason in zip(members, ranking.row_notes, strict=True):
                 reasons[i] += [reason] if reason else []
     added["outlier"] = ["; ".join(each) for each in reasons]
     return added
@@ -360,7 +360,8 @@ def publish(
     for who, why in study.left_out:
         complain(f"left out {brief(who)}: {brief(why)}")
     for ranking in study.rankings:
-        _complain_of(ranking, printed=not forms and not json_file)
+        both = len(study.by_group()[ranking.group]) == 1
+        _complain_of(ranking, printed=not forms and not json_file, both=both)
     analysis = replace(analysis, anyway=anyway)
     for text in _incomparable(analysis):
         complain(text)
@@ -385,8 +386,10 @@ def publish(
         click.echo("\n".join(screens), nl=False, color=color)
 
 
-def _complain_of(ranking: Ranking, *, printed: bool) -> None:
-    """Names on stderr what has to be known of a ranking; `printed` says that a table shows it."""
+def _complain_of(ranking: Ranking, *, printed: bool, both: bool) -> None:
+    """Names on stderr what has to be known of a ranking; `printed` says that a table shows it, and
+    `both` that it is printed without outliers too.
+    """
     from pepr_profiler.study.pepr import listed
 
     for caution in ranking.warnings:
@@ -394,6 +397,9 @@ def _complain_of(ranking: Ranking, *, printed: bool) -> None:
             of = f"{brief(ranking.group)}: " if ranking.group else ""
             complain(f"warning: {of}{brief(caution.text, 400)}\n  fix: {caution.fix}")
     for outlier in ranking.outliers:
+        also = ""
+        if printed and both and ranking.without is not None:
+            also = "; the ranking is also printed without outliers"
         rows = "runs" if ranking.run_ids else "rows"
         few = len(outlier.names) == 1
         complain(
@@ -401,9 +407,8 @@ def _complain_of(ranking: Ranking, *, printed: bool) -> None:
             f"{'is an outlier' if few else 'are outliers'} in {brief(outlier.what)}: "
             f"{listed(list(map(brief, outlier.names)))}"
             f"\n  why: {outlier.why}; a wrong reading stretches the normalisation range and so"
-            f" changes every R; the ranking is also printed without {'it' if few else 'them'}"
-            f"\n  fix: check {'it' if few else 'them'} and leave out what is wrong, or fix the"
-            " range with --range MIN:MAX"
+            f" changes every R{also}\n  fix: check {'it' if few else 'them'} and leave out what is"
+            " wrong, or fix the range with --range MIN:MAX"
         )
     clamped = [n for n, c in zip(ranking.names, ranking.scores.clamped, strict=True) if c]
     if clamped:

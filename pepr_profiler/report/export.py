@@ -127,7 +127,7 @@ def _ratio(ranking: Ranking) -> dict[str, float | None] | None:
     return {"value": value, "low": low, "high": high}
 
 
-_OF_ALL_ROWS = {"group", "metric", "resource_key", "unit", "label"}
+_OF_ALL_ROWS = {"group", "metric", "resource_key", "unit", "label", "distinguishable"}
 
 
 def flat_run(run: Mapping[str, Any]) -> dict[str, Any]:

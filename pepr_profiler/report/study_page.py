@@ -152,7 +152,7 @@ def _group(
         scattered = analysis_figures.cost_points(
             analysis, ranking, traits[id(ranking)], by_id, most=points
         )
-        add("cost", k, heading, _said(ranking), scattered)
+        add("cost", k, heading, clip(_said(ranking), 300), scattered)
         against = study_figures.score_points(ranking, parameters) if k == 0 and n > 1 else None
         if against is not None:
             heading = f"{ranking.label} against the number of parameters"
@@ -181,7 +181,7 @@ def _group(
             (sentence(each.text), sentence(each.fix))
             for each in dict.fromkeys(x for ranking in rankings for x in ranking.warnings)
         ],
-        "summary": clip(ratio_text(first), 300) if unranked else _said(first),
+        "summary": clip(_said(first), 300),
         "caption": "" if unranked else _range_text(first),
         "of": first.of.capitalize(),
         "repeated": first.repeated,
@@ -279,7 +279,9 @@ def _parameters(ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]]) -> lis
 
 
 def _said(ranking: Ranking) -> str:
-    """What the ranking says, in a sentence or two."""
+    """What the ranking says, in a sentence or two; of noise only how far the resources differ."""
+    if ranking.noise:
+        return ratio_text(ranking)
     best, top = int(ranking.order[0]), int(np.argmax(ranking.performance))
     metric, resource = clip(ranking.metric, 40), ranking.resource
     standing = ranking.standing
@@ -348,7 +350,7 @@ def _outlier_facts(rankings: Sequence[Ranking]) -> Iterable[dict[str, Any]]:
     for ranking in rankings:
         for outlier in ranking.outliers:
             best = None
-            if ranking.without is not None:
+            if ranking.without is not None and not ranking.without.noise:
                 best = ranking.without.names[int(ranking.without.order[0])]
             named = listed([clip(x, 40) for x in outlier.names], limit=8)
             facts = {"what": outlier.what, "why": outlier.why, "names": named}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -324,24 +324,43 @@ _KIND_NAMES = {"gpu": "GPUs", "cpu": "CPU", "dram": "DRAM", "other": "other devi
 
 def study_tables(analysis: Analysis, count: int | None) -> list[Table]:
     """A study as tables: a ranking each; with `count`, of each group the best by any score and by
-    performance. Means over groups and compared settings have tables of their own.
+    performance. Where rows are outliers or of two populations, tables without these follow. Means
+    over groups and compared settings have tables of their own.
     """
     study = analysis.study
-    of_ranking = dict(zip(map(id, study.rankings), analysis.traits, strict=True))
-    if count is None:
-        tables = [
-            _ranking(r, t, analysis) for r, t in zip(study.rankings, analysis.traits, strict=True)
-        ]
-    else:
-        tables = [
-            _best(rankings, of_ranking[id(rankings[0])], analysis, count)
-            for rankings in study.by_group().values()
-        ]
+    traits = dict(zip(map(id, study.rankings), analysis.traits, strict=True))
+    groups = [[r] for r in study.rankings] if count is None else study.by_group().values()
+    tables = []
+    for rankings in groups:
+        for what, shown in _both_ways(rankings):
+            first = shown[0]
+            of_rows = traits[id(rankings[0])]
+            if first is not rankings[0]:
+                of_rows = of_rows.at(first.whole_rows)
+            table = (
+                _ranking(first, of_rows, analysis)
+                if count is None
+                else _best(shown, of_rows, analysis, count)
+            )
+            tables.append(replace(table, title=table.title + what))
     if analysis.averages:
         tables.append(means_table(analysis, count))
     if analysis.setting_name:
         tables.append(settings_table(analysis))
     return tables
+
+
+def _both_ways(rankings: Sequence[Ranking]) -> Iterator[tuple[str, list[Ranking]]]:
+    """The rankings of a group, and again without outliers and of either population, each with what
+    its title adds. A ranking that has none of these stays as it is.
+    """
+    yield "", list(rankings)
+    if any(ranking.without is not None for ranking in rankings):
+        yield ", without outliers", [ranking.without or ranking for ranking in rankings]
+    if whole := next((ranking for ranking in rankings if ranking.either), None):
+        for k, part in enumerate(whole.either):
+            what = f", {whole.population[part.whole_rows[0]]}"
+            yield what, [r.either[k] if k < len(r.either) else r for r in rankings]
 
 
 def _traits(traits: Traits, analysis: Analysis, rows: Sequence[int]) -> list[TableColumn]:

@@ -44,6 +44,19 @@ class Traits:
         """The model and the setting of a row."""
         return self.models[i], "" if self.settings is None else self.settings[i]
 
+    def at(self, rows: Sequence[int]) -> Traits:
+        """The traits of some of the rows."""
+
+        def some(values: tuple[str, ...] | None) -> tuple[str, ...] | None:
+            return None if values is None else tuple(values[i] for i in rows)
+
+        return Traits(
+            models=some(self.models) or (),
+            classes=some(self.classes),
+            sizes=None if self.sizes is None else self.sizes[list(rows)],
+            settings=some(self.settings),
+        )
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GroupMeans:

@@ -34,9 +34,13 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class TwoPopulations:
-    """The rows of a group are of two kinds, and nothing says which is right; accuses none."""
+    """The rows of a group are of two kinds, and nothing says which is right; accuses none.
+
+    `spans` are the ratios of each side: "203.1 W … 736.4 W".
+    """
 
     sides: tuple[tuple[int, ...], tuple[int, ...]]
+    spans: tuple[str, str]
     what: str
     text: str
 
@@ -229,10 +233,12 @@ def _named(group: _Group, ratio: Floats, what: str, unit: str) -> tuple[Finding,
 def _two(group: _Group, ratio: Floats, what: str, unit: str) -> TwoPopulations | None:
     if group.sides is None:
         return None
-    parts = [f"{len(side)} rows at {span_text(ratio[side], unit)}" for side in group.sides]
+    first, second = (span_text(ratio[side], unit) for side in group.sides)
     low, high = (tuple(np.sort(side).tolist()) for side in group.sides)
+    parts = [f"{len(low)} rows at {first}", f"{len(high)} rows at {second}"]
     return TwoPopulations(
         sides=(low, high),
+        spans=(first, second),
         what=what,
         text=f"one of two populations is wrong: {', '.join(parts)}",
     )
@@ -357,10 +363,15 @@ def _grow_together(a: Floats, b: Floats, parts: Sequence[Ints]) -> bool:
     return bool(x.std() > 0 and y.std() > 0 and np.corrcoef(x, y)[0, 1] >= 0.8)
 
 
+def _three_digits(value: float) -> str:
+    """A number without a unit: "0.0184", "4000"; below 1e7 without an exponent."""
+    return f"{float(f'{value:.3g}'):.0f}" if 999.5 <= value < 1e7 else f"{value:.3g}"
+
+
 def span_text(values: Floats, unit: str) -> str:
     """The least and the greatest of values, "203.1 W … 736.4 W"."""
     low, high = float(values.min()), float(values.max())
     ends = dict.fromkeys(
-        units.format_quantity(x, unit) if unit else f"{x:.3g}" for x in (low, high)
+        units.format_quantity(x, unit) if unit else _three_digits(x) for x in (low, high)
     )
     return " … ".join(ends)

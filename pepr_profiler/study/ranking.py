@@ -64,8 +64,10 @@ class Ranking:
     `standing`, which says how sure the order is, are None where nothing is known of any row.
 
     `outliers` do not fit the other rows; `without` is the same ranking without them. `populations`
-    is a text where the rows are of two kinds, of which one is wrong, and `either` are the rankings
-    of one and of the other. `same_readings` is a text about readings of which some are copies.
+    is a text where the rows are of two kinds, of which one is wrong, `population` (n,) says of
+    which kind each row is, and `either` are the rankings of one and of the other. `whole_rows` are
+    the numbers that the rows of such a part have in the whole ranking. `same_readings` is a text
+    about readings of which some are copies.
     """
 
     label: str
@@ -94,7 +96,9 @@ class Ranking:
     standing: pepr.Standing | None = None
     outliers: tuple[Outlier, ...] = ()
     without: Ranking | None = None
+    whole_rows: tuple[int, ...] = ()
     populations: str = ""
+    population: tuple[str, ...] = ()
     either: tuple[Ranking, ...] = ()
     same_readings: str = ""
 
@@ -111,6 +115,16 @@ class Ranking:
             for row in outlier.rows:
                 reasons[row].append(f"{outlier.what}: {outlier.why}")
         return ["; ".join(each) for each in reasons]
+
+    @property
+    def row_notes(self) -> list[str]:
+        """What exports say of each row: why it is an outlier, or of which population it is."""
+        reasons = self.outlier_reasons
+        if not self.population:
+            return reasons
+        return [
+            "; ".join(filter(None, each)) for each in zip(reasons, self.population, strict=True)
+        ]
 
     @property
     def warnings(self) -> tuple[Caution, ...]:
@@ -139,7 +153,7 @@ class Ranking:
                 Caution(
                     "two-populations",
                     self.populations,
-                    "find out which is wrong; the ranking is given both ways",
+                    "find out which is wrong, and leave its rows out",
                 )
             )
         if self.same_readings:
@@ -261,7 +275,7 @@ def flat_rows(ranking: Ranking) -> list[dict[str, Any]]:
     """A flat dict for each row of a ranking, best score first; see `Study.rows`."""
     scores, front, order = ranking.scores, ranking.front, ranking.order
     standing = ranking.standing
-    reasons = ranking.outlier_reasons
+    reasons, notes = ranking.outlier_reasons, ranking.row_notes
 
     def column(values: npt.NDArray[Any] | None) -> list[Any]:
         if values is None:
@@ -290,7 +304,7 @@ def flat_rows(ranking: Ranking) -> list[dict[str, Any]]:
         "pareto": front[order].tolist(),
         "clamped": scores.clamped[order].tolist(),
         "doubtful": [bool(reasons[i]) for i in order.tolist()],
-        "outlier": [reasons[i] or None for i in order.tolist()],
+        "outlier": [notes[i] or None for i in order.tolist()],
     }
     fixed = {
         "group": ranking.group,
@@ -300,7 +314,11 @@ def flat_rows(ranking: Ranking) -> list[dict[str, Any]]:
         "label": ranking.label,
     }
     return [
-        {**fixed, **dict(zip(columns, cells, strict=True))}
+        {
+            **fixed,
+            **dict(zip(columns, cells, strict=True)),
+            "distinguishable": scores.distinguishable,
+        }
         for cells in zip(*columns.values(), strict=True)
     ]
 
@@ -443,10 +461,11 @@ def make_ranking(
     def only(rows: Sequence[int]) -> Ranking | None:
         """The same ranking of some of the runs or rows; None if it has no span."""
         with suppress(pepr.NoCohortError):
-            return make_ranking(
+            part = make_ranking(
                 [names[i] for i in rows], p[rows], amount.at(rows),
                 ids=[ids[i] for i in rows] if ids else (), repeats=repeats, bounds=bounds, **facts,
             )  # fmt: skip
+            return replace(part, whole_rows=tuple(dict.fromkeys(index[list(rows)].tolist())))
         return None
 
     without = None
@@ -457,6 +476,13 @@ def make_ranking(
         without = only(rest)
     if evidence.populations is not None:
         either = [only(sorted(set(side) - wrong)) for side in evidence.populations.sides]
+    population: list[str] = []
+    if evidence.populations is not None:
+        kinds: list[list[str]] = [[] for _ in models]
+        for side, span in zip(evidence.populations.sides, evidence.populations.spans, strict=True):
+            for i in np.unique(index[list(side)]).tolist():
+                kinds[i].append(f"population at {span}")
+        population = ["; ".join(each) for each in kinds]
     several = repeats and len(models) < len(names)
     return Ranking(
         **{"of": "model" if several else "run" if ids else "row", **facts},
@@ -483,6 +509,7 @@ def make_ranking(
         populations=f"{evidence.populations.what}: {evidence.populations.text}"
         if evidence.populations
         else "",
+        population=tuple(population),
         either=tuple(each for each in either if each is not None),
         same_readings=evidence.same,
         **shown,
