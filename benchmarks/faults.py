@@ -137,7 +137,8 @@ def start(case: Case) -> subprocess.Popen[bytes]:
     from daemons import become
 
     def prepare() -> None:
-        for signo in (signal.SIGINT, signal.SIGQUIT):  # ignored where this runs in the background
+        # Ignored where this runs in the background.
+        for signo in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
             signal.signal(signo, signal.SIG_DFL)
         for change in case.before_exec:
             change()

@@ -228,7 +228,7 @@ def _decorated(function: _F, enter: Callable[[], Any]) -> _F:
 
 def _set_handlers(handlers: Mapping[int, Any]) -> None:
     for number, handler in handlers.items():
-        _signal.signal(number, handler)  # first runs the handlers of what has come
+        _core.set_python_handler(number, handler)  # first runs the handlers of what has come
 
 
 _set_handlers = _core.insistent(_set_handlers)
@@ -255,8 +255,12 @@ class _SignalsHeld:
             raise
 
     def __exit__(self, *_: object) -> None:
-        _set_handlers(self._before)
         with contextlib.ExitStack() as stack:  # calls all, though one raises
+            stack.callback(self._call_handlers)
+            _set_handlers(self._before)
+
+    def _call_handlers(self) -> None:
+        with contextlib.ExitStack() as stack:
             for number, frame in self._received.items():
                 stack.callback(self._before[number], number, frame)
 
@@ -367,7 +371,7 @@ class Run:
         return _of_lost(events)
 
     def _warn_of(self, forgotten: Run) -> None:
-        """Says in both runs that another block was open when this one began."""
+        """Warns in both runs that the other block was open when this one began."""
         ours, other = self._recorder, forgotten._recorder
         name, place = forgotten._options.name, forgotten._entered_by[0]
         where = f"{place[0].co_filename}, {place[0].co_name}"
@@ -376,8 +380,9 @@ class Run:
             text = f"the block '{name}', entered by hand in {where}, was open when this run began"
             ours.add_warning("block-left-open", f"{text}; this is a run of its own", hint)
         if other is not None:
-            text = f"it was open when the block '{self._options.name}' began, a run of its own"
-            other.add_warning("block-left-open", f"{text}; its figures are in these too", hint)
+            text = f"the block '{self._options.name}' began while this one was open"
+            both = "it is a run of its own, and its energy is counted in both"
+            other.add_warning("block-left-open", f"{text}; {both}", hint)
 
     def phase(self, name: str) -> Phase:
         """A named part of the run: `with run.phase("train"):`, or a decorator. Phases nest."""
@@ -723,9 +728,9 @@ def _forgotten() -> Run | None:
     error or a second call suffices that nobody does.
     """
     run = _recorded_as(os.environ.get(RUN_DIR_VARIABLE, ""))
-    if run is None or run._pid != os.getpid() or any(map(_is_with, run._entered_by)):
+    if run is None or run._pid != os.getpid():
         return None
-    return run
+    return None if any(map(_is_with, run._entered_by)) or not _knows_with() else run
 
 
 _CALLERS = 8
@@ -745,17 +750,33 @@ def _callers() -> Sequence[tuple[CodeType, int]]:
 
 
 def _is_with(caller: tuple[CodeType, int]) -> bool:
-    """Whether an instruction is the beginning of a `with` statement, or an ExitStack's."""
+    """Whether an instruction begins a `with` statement, or a function is one of _ENTERING."""
     import dis
 
     code, at = caller
-    if code.co_name in ("enter_context", "enter_async_context"):
+    if code.co_name in _ENTERING:
         return True
     names = [step.opname for step in dis.get_instructions(code) if step.offset <= at][-2:]
     return names[-1] in _WITH or names[0] == "LOAD_SPECIAL"  # behind it the call, since 3.14
 
 
 _WITH = ("BEFORE_WITH", "BEFORE_ASYNC_WITH", "SETUP_WITH", "SETUP_ASYNC_WITH")
+_ENTERING = ("enter_context", "enter_async_context", "_enter_context")
+"""Functions of contextlib and unittest that enter a block and have it left."""
+
+
+def _knows_with() -> bool:
+    """Whether this version of Python compiles `with` as `_is_with` expects; a later one may not."""
+
+    class Seen:
+        def __enter__(self) -> bool:
+            return _is_with(_callers()[0])
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    with Seen() as is_seen:
+        return is_seen
 
 
 def _wait_for_rows(directory: Path, t_ns: int) -> None:

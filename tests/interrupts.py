@@ -168,6 +168,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     random.seed(arguments.seed)
+    # A shell's background jobs ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"PEPR_STORE": f"{folder}/store", "PEPR_DAEMON": "off"}

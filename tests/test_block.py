@@ -468,7 +468,7 @@ for cell in (
 
 
 FORGOTTEN = """
-import contextlib, os, sys, time, warnings
+import contextlib, os, sys, time, unittest, warnings
 warnings.simplefilter("ignore")
 from pepr_profiler import profile
 def block(name, **options): return profile(name, sensors=[sys.argv[1]], **options)
@@ -522,13 +522,49 @@ def stack():
 @block("decorated")
 def decorated():
     with block("inner") as inner: print(inner.joined, end=" ")
+class Case(unittest.TestCase):
+    def runTest(self):
+        if sys.version_info < (3, 11):  # as enterContext does it
+            def _enter_context(outer):
+                outer.__enter__(); self.addCleanup(outer.__exit__, None, None, None)
+            self.enterContext = _enter_context
+        self.enterContext(block("unittest"))
+        with block("inner") as inner: print(inner.joined, end=" ")
 for outer in (block("with"), generator(), Wrapper(), stack()):
     with outer, block("inner") as inner: print(inner.joined, end=" ")
 decorated()
+Case().debug()
 print("PEPR_RUN_DIR" in os.environ)
 """
-    assert script(cli, code, meter) == "True True True True True False\n"
-    assert len(cli.runs()) == 5
+    assert script(cli, code, meter) == "True True True True True True False\n"
+    assert len(cli.runs()) == 6
+
+
+def test_a_block_leaves_the_program_its_signal_handlers(cli: Cli, meter: str) -> None:
+    code = """
+import ctypes, faulthandler, os, signal, sys, tempfile
+libc = ctypes.CDLL(None)
+def disposition(number):  # the handler, the 64 signals of its mask, and flags: sigaction(2)
+    found = ctypes.create_string_buffer(152)
+    libc.sigaction(number, None, found)
+    return found.raw[:16], found.raw[136:140]
+numbers = signal.SIGUSR1, signal.SIGUSR2
+heard = []
+for number in numbers: signal.signal(number, lambda number, _: heard.append(number))
+dump = tempfile.TemporaryFile()
+faulthandler.register(signal.SIGUSR1, file=dump, chain=True)
+signal.siginterrupt(signal.SIGUSR2, False)
+before = [disposition(number) for number in numbers]
+from pepr_profiler import profile
+assert [disposition(number) for number in numbers] == before, "import"
+with profile("heard", sensors=sys.argv[1:]):
+    assert [disposition(number) for number in numbers] == before, "entry"
+assert [disposition(number) for number in numbers] == before, "exit"
+for number in numbers: signal.raise_signal(number)
+print(heard == list(numbers), b"most recent call" in os.pread(dump.fileno(), 4096, 0))
+dump.close()
+"""
+    assert script(cli, code, meter) == "True True\n"
 
 
 def test_a_program_that_replaced_itself_does_not_join_what_it_was(cli: Cli, meter: str) -> None:

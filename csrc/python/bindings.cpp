@@ -280,6 +280,8 @@ PYBIND11_MODULE(_core_of_main, m) {
         py::arg("notifier") = nullptr,
         "Waits for one of these blocked signals: (signo, code, pid). None at the deadline, or when "
         "the notifier is notified.");
+    m.def("set_python_handler", &pepr::set_python_handler, py::arg("number"), py::arg("handler"),
+          "Sets what Python does for a signal, and leaves the process's own disposition as it is.");
     m.def("insistent", &insistent, py::arg("method"),
           "The method, called once more when it raises; what it raised first is raised then.");
     m.def("set_child_subreaper", &set_child_subreaper,

@@ -19,7 +19,14 @@ public:
 
     // As File::read.
     std::size_t read(char* text, std::size_t size) noexcept {
-        if (!path_.empty() && !file_.is_ours()) file_ = open();
+        if (!path_.empty() && !file_.is_ours()) {
+            File again = open();
+            if (!again.is_same(file_)) {
+                text[0] = '\0';
+                return 0;  // its path leads to another file by now
+            }
+            file_ = std::move(again);
+        }
         return file_.read(text, size);
     }
 

@@ -36,8 +36,8 @@ public:
         // Nobody can notify us if the program has closed it: we return soon then, to look.
         const bool ours = event_.is_ours();
         constexpr std::int64_t kSoon = 250'000'000;
-        const timespec left =
-            to_timespec(std::clamp<std::int64_t>(timeout_ns, 0, ours ? timeout_ns : kSoon));
+        if (!ours) timeout_ns = std::min(timeout_ns, kSoon);
+        const timespec left = to_timespec(std::max<std::int64_t>(timeout_ns, 0));
         pollfd ready{event_.fd(), POLLIN, 0};
         return ::ppoll(&ready, ours ? 1 : 0, &left, nullptr) > 0;
     }
