@@ -497,6 +497,27 @@ def test_two_programs_of_the_same_rank_in_one_allocation_stay_apart() -> None:
     assert [r["rank"] for r in job["ranks"]] == [0, 1]
 
 
+def test_what_shares_only_an_allocation_stays_apart() -> None:
+    # given a batch script that runs two trials at once on each of two nodes: Slurm names the
+    # allocation, and no ranks
+    def trial(name: str, boot: str, job: str | None = "slurm-77", **more: Any) -> dict[str, Any]:
+        its = part(CPU, Constant(100), 0, 10, job=0.4)
+        own = run(f"{name}{boot}", 0, 10, its, job=job, boot=boot, **more)
+        return {**own, "name": name}
+
+    nodes = [trial(name, boot) for name in "xy" for boot in ("1", "2")]
+    assert [m["runs"] for m in merge_jobs(nodes)] == [["x1", "x2"], ["y1", "y2"]]
+    assert [m["run_id"] for m in merge_jobs(nodes[::2])] == ["x1", "y1"]
+    # those inside another recording are of a sweep, as they are where there is no Slurm
+    for job in ("slurm-77", "k8s-js", None):
+        around = trial("sweep", "1", job)
+        inside = [trial(name, "1", job, outer="sweep1") for name in "xy"]
+        merged = merge_jobs([around, *inside])
+        assert [m["run_id"] for m in merged] == ["sweep1", "x1", "y1"]
+    # and a job that the user named is one
+    assert [m["runs"] for m in merge_jobs([trial(n, "1", "mine") for n in "xy"])] == [["x1", "y1"]]
+
+
 def test_a_recording_around_the_ranks_of_one_job_is_of_it_and_one_around_several_is_not() -> None:
     around = run("around", 0, 40, part(CPU, Constant(100), 0, 40, job=0.9), job=None)
     first = [rank(i, 1, 10, quarter(1, 10), outer="around", name=f"a{i}") for i in range(2)]

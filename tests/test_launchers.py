@@ -56,6 +56,10 @@ LIGHTNING = {
 JOB_SET = {**POD, "JOBSET_NAME": "pretrain", "JOBSET_RESTART_ATTEMPT": "2"}
 
 CASES: dict[str, tuple[Mapping[str, str], tuple[object, ...]]] = {
+    "a rank that there cannot be": (
+        {"RANK": "5", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "n1"},
+        ("torch-n1:", None, None, None, None, None, None),
+    ),
     "nothing": ({}, (None, None, None, None, None, None, None)),
     "only PEPR_JOB": ({"PEPR_JOB": "mine"}, ("mine", None, None, None, None, None, None)),
     "torchrun": (TORCHRUN, ("torchrun-abc", 1, 1, 4, "0", "torchrun", 0)),

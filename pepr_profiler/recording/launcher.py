@@ -69,7 +69,8 @@ class Launch(Record):
         given = environ.get(JOB_VARIABLE) or None
         if not levels:
             return cls(job=given)
-        inner = levels[-1]
+        inner = _without_contradiction(levels[-1])
+        levels[-1] = inner
         names = [_name_of(level, is_innermost=level is inner) for level in levels]
         attempts = [level.attempt for level in levels if level.attempt is not None]
         nodes = [level.node for level in levels if level.node]
@@ -134,6 +135,13 @@ def _name_of(level: Launch, *, is_innermost: bool) -> str | None:
     if name and not is_innermost and level.launcher == "slurm":
         name = name.partition(".")[0]
     return f"{name}#{level.attempt}" if name and level.attempt else name
+
+
+def _without_contradiction(level: Launch) -> Launch:
+    """Without its rank if there is no such rank: some variables are of an earlier launch."""
+    if level.rank is None or level.world_size is None or level.rank < level.world_size:
+        return level
+    return level._replace(rank=None, local_rank=None, world_size=None)
 
 
 def _number(environ: Mapping[str, str], *names: str) -> int | None:

@@ -103,6 +103,22 @@ class Recording(NamedTuple):
         return self.run.get("rank")
 
     @property
+    def knows_allocation(self) -> bool:
+        """Whether its job is known only as an allocation, in which several programs may run."""
+        job = str(self.run.get("job"))
+        return self.rank is None and "/" not in job and job.startswith(("slurm-", "k8s-"))
+
+    @property
+    def rank_on_node(self) -> tuple[str, int | None] | None:
+        """What a program has once: a rank on its node, or all that an allocation has on a machine.
+
+        None if it is neither: no rank is known, and others of the job may be beside it.
+        """
+        if self.knows_allocation:
+            return self.host, None
+        return None if self.rank is None else (self.node, self.rank)
+
+    @property
     def host(self) -> str:
         """The name of the machine."""
         return str(self.run.get("host") or self.node)

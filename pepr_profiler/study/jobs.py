@@ -49,9 +49,10 @@ def merge_jobs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     Recordings are of one job if they have the same `job` and overlap in time, as ranks do and the
     steps of a sweep do not, or if one was made inside another (`recording.outer`). Two of the same
     rank, neither inside the other, are two programs, and so are those side by side in a recording
-    around several jobs, the script of a sweep. A recording that is alone, and has no rank missing,
-    is returned as it is; one that is given twice counts once. One that does not say when it was is
-    of no job, and comes last.
+    around several jobs, the script of a sweep. So are two on one machine of which only Slurm or
+    Kubernetes tells the job, and no rank. A recording that is alone, and has no rank missing, is
+    returned as it is; one that is given twice counts once. One that does not say when it was is of
+    no job, and comes last.
 
     `JobRecordings.summary` says what a merged summary has.
     """
@@ -87,12 +88,13 @@ def _groups(recordings: Sequence[Recording]) -> list[list[Recording]]:
     """The recordings of each job, jobs in the order in which their first ones were given."""
     sets = _DisjointSets(len(recordings))
     spans = spans_of(recordings)
-    by_job: dict[str, list[int]] = {}
-    for i, one in enumerate(recordings):
-        if one.run.get("job") is not None:
-            by_job.setdefault(str(one.run["job"]), []).append(i)
     place = {one.key: i for i, one in enumerate(recordings)}
     outer = [place.get(one.outer_key) if one.outer_key else None for one in recordings]
+    by_job: dict[str, list[int]] = {}
+    for i, one in enumerate(recordings):
+        # Of what was started inside another recording, an allocation's id says nothing.
+        if one.run.get("job") is not None and not (one.knows_allocation and outer[i] is not None):
+            by_job.setdefault(str(one.run["job"]), []).append(i)
     for members in by_job.values():
         for together in _overlapping(members, spans):
             for program in _programs(together, recordings, outer):
@@ -153,20 +155,21 @@ def _programs(
 ) -> list[list[int]]:
     """Recordings of one job id, by program; they are in order of their begin.
 
-    A program has each rank once. Several in one allocation, side by side or as blocks one after
-    the other, are told apart by their names, else by the order in which a rank began them.
+    A program has each rank once, and one recording of all on a machine. Several in one allocation,
+    side by side or as blocks one after the other, are told apart by their names, else by the order
+    in which a rank began them.
     """
     inside = {i: set(chain_of(i, outer)) for i in together if outer[i] is not None}
-    by_rank: dict[tuple[str, int], list[int]] = {}
+    by_rank: dict[tuple[str, int | None], list[int]] = {}
     for i in together:
-        one = recordings[i]
-        if one.rank is not None:
-            same = by_rank.setdefault((one.node, one.rank), [])
+        rank = recordings[i].rank_on_node
+        if rank is not None:
+            same = by_rank.setdefault(rank, [])
             if not inside.get(i, set()).intersection(same):
                 same.append(i)
     if all(len(same) == 1 for same in by_rank.values()):
         return [list(together)]
-    names: dict[str, dict[tuple[str, int], list[int]]] = {}
+    names: dict[str, dict[tuple[str, int | None], list[int]]] = {}
     for rank, same in by_rank.items():
         for i in same:
             name = str(recordings[i].run.get("name"))
