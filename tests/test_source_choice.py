@@ -155,6 +155,19 @@ def test_what_neither_the_counter_nor_its_power_measured_is_missing(cli: Cli) ->
     assert "stalled" in codes(summary, "gpu:GPU-1")
 
 
+def test_what_is_counted_beyond_the_last_reading_is_not_missing(cli: Cli) -> None:
+    # given 300 W whose readings are gone after 2 s: the last one is held for a while
+    def values(t: float) -> tuple[float]:
+        return (300e3 + (t * 50) % 2 if t < 2.0 else math.nan,)
+
+    channels = [f"GPU-1/power_average power W 1e-3 0 gauge nvml-power-average {GPU}"]
+    summary = replay(cli, {"gpu": (channels, values)}, 4.0)
+    part, (missing,) = component(summary, "gpu:GPU-1"), summary["energy"]["partial"]
+    read_s = summary["duration_s"] - missing["missing_s"]
+    assert part["device_j"] == pytest.approx(300 * read_s, rel=0.01)
+    assert part["mean_w"] == pytest.approx(300, rel=0.01)
+
+
 def test_a_counter_that_stands_still_at_the_end_makes_the_total_partial(cli: Cli) -> None:
     # given 100 W of a package whose counter stands still for the last 2 s
     powercap = ([PACKAGE], lambda t: (1e6 * (7 + 100 * min(t, 1.5)),))

@@ -136,12 +136,13 @@ class ComponentResult(Record):
         """For how long in some windows its energy is missing, s.
 
         That is the time before its first reading and after its last, if either is more than late,
-        and after the last change of a counter that stood still until the end. A gap between two
-        readings is bridged, and so is a counter that stood still and went on.
+        and after the last change of a counter that stood still until the end, but for what the
+        curve counts beyond them. A gap between two readings is bridged, and so is a counter that
+        stood still and went on.
         """
         if not self.is_known:
             return float(np.sum(ends_ns - begins_ns)) * 1e-9
-        first_ns, last_ns = self.curve.first_ns, self.curve.last_ns
+        first_ns, last_ns = float(self.curve.first_ns), float(self.curve.last_ns)
         limit_ns = gap_limit_s(self.curve.source.period_s) * NS_PER_S
         still_s = (last_ns - self.curve.changed_ns) * 1e-9
         if (
@@ -151,9 +152,14 @@ class ComponentResult(Record):
         ):
             last_ns = self.curve.changed_ns
         missing_ns = np.zeros(len(begins_ns))
+        flow_ns = self.curve.flow_ns  # what flowed a little before and after readings is counted
         if first_ns - grid.at_ns[0] > limit_ns:
+            if math.isfinite(flow_ns[0]):
+                first_ns = min(first_ns, flow_ns[0])
             missing_ns += np.clip(np.minimum(first_ns, ends_ns) - begins_ns, 0, None)
         if grid.at_ns[-1] - last_ns > limit_ns:
+            if math.isfinite(flow_ns[1]):
+                last_ns = max(last_ns, flow_ns[1])
             missing_ns += np.clip(ends_ns - np.maximum(last_ns, begins_ns), 0, None)
         return float(np.sum(missing_ns)) * 1e-9
 
