@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli import SLOW_S, Cli, component, ended, python, until
+from sim import native
 
 import pepr_profiler
 from pepr_profiler import UsageError, profile
@@ -41,8 +42,9 @@ def script(cli: Cli, code: str, *arguments: str, **options: Any) -> str:
         check=False,
         **options,
     )
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stderr == b""
+    said = done.stderr.decode()
+    assert done.returncode == 0, said
+    assert not said, said
     return done.stdout.decode()
 
 
@@ -72,6 +74,20 @@ def test_a_block_ends_though_its_end_is_heard_by_a_look_that_had_begun(
     threading.Timer(0.3, run._lock.release).start()
     run.__exit__(None, None, None)
     assert run.summary["complete"]
+
+
+def test_a_block_may_end_before_a_sensor_has_opened(meter: str, tmp_path: Path) -> None:
+    # given a driver's library that takes its time to load, and then is none
+    library = tmp_path / "slow.so"
+    source = "#include <unistd.h>\n__attribute__((constructor)) void load() { usleep(400000); }"
+    compiling = [native.compiler(), "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+    subprocess.run(compiling, input=source.encode(), check=True)
+    with profile("short", sensors=[meter, f"nvml-processes:{library}"]) as run:
+        pass
+    assert run.summary["complete"]
+    assert not run.summary["warnings"]
+    [missing] = run.summary["missing"]
+    assert str(library) in missing["what"]
 
 
 def test_python_sleeps_while_there_is_nothing_to_look_at(meter: str) -> None:

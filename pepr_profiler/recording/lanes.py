@@ -77,6 +77,7 @@ class Lanes:
         add_warning: AddWarning,
     ) -> None:
         self.missing: list[dict[str, str]] = []
+        self._failed: set[SensorSpec] = set()
         self.dropped_rows = 0
         self.client: DaemonClient | None = None  # made when a sensor is denied to us
         self._options = options
@@ -166,9 +167,9 @@ class Lanes:
                 raise
             del self._lanes[lane.name]
             # A missing driver is reported once, for its energy, and not for its process list too.
-            specs = [other.spec for other in self._lanes.values()]
-            is_list = lane.spec.kind == "nvml-processes"
-            reported = is_list and SensorSpec.of("nvml", lane.spec.where) not in specs
+            energy = SensorSpec.of("nvml", lane.spec.where)
+            reported = lane.spec.kind == "nvml-processes" and energy in self._failed
+            self._failed.add(lane.spec)
             if not reported and not (self.client is not None and self.client.covers(lane.spec)):
                 self._add_missing(lane, error)
             return True
@@ -278,8 +279,8 @@ class Lanes:
         return name in self._lanes and self._lanes[name].writer is not None
 
     def newest(self, name: str) -> list[float] | None:
-        """The values of a lane's newest row; None if there is no such lane or row."""
-        newest = self._lanes[name].sampler.latest() if name in self._lanes else None
+        """The values of a lane's newest row; None if it is not written, or has no row yet."""
+        newest = self._lanes[name].sampler.latest() if self.is_written(name) else None
         return None if newest is None else newest[1]
 
     # --- the end ---
@@ -314,13 +315,14 @@ class Lanes:
 
     def stop(self) -> None:
         """Takes a last sample of each lane and ends it; then the journal writes the rest."""
-        for lane in self._lanes.values():
+        for lane in list(self._lanes.values()):
             if not lane.sampler.stop(_STOP_TIMEOUT_S):
                 self._add_warning(
                     "hung-sensor",
                     f"{lane.spec} did not answer for {_STOP_TIMEOUT_S:.0f} s; its lane ends early",
                     "see dmesg for its driver",
                 )
+            self._open_writer(lane)  # it may have opened, or failed, since the last look
         self._journal.stop()
 
     def close(self) -> int:

@@ -40,6 +40,8 @@ from pepr_profiler.units import format_quantity
 
 _LONGEST_NS = 1000 * 86_400_000_000_000
 """A longer recording is a damaged time."""
+_ROWS_WAIT_NS = 2_000_000_000
+"""A row waits for less before it is written, however busy the machine is."""
 
 
 def summarise(
@@ -150,7 +152,7 @@ def _examine(
     events = read_events(directory) if marks else Events((), (), 0)
     unread = list(events.unread)
     notes = read_process_notes(directory, unread)
-    begin_ns, end_ns = _window(facts, readers, since_ns, until_ns)
+    begin_ns, end_ns = _window(facts, readers, events, since_ns, until_ns)
     duration_s = (end_ns - begin_ns) * 1e-9
     phases = _with_first_rank(_phases_within(events.phases, begin_ns, end_ns))
     logged = of_lowest_rank(events.metrics, events.ranks)
@@ -235,10 +237,15 @@ def _facts_of(run: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
 def _window(
     facts: Mapping[str, Any],
     readers: Mapping[str, LaneReader],
+    events: Events,
     since_ns: int | None,
     until_ns: int | None,
 ) -> tuple[int, int]:
-    """What is summarised: the child's life or the block's; to the last row if it never ended."""
+    """What is summarised: the child's life or the block's; as far as it is known if it never ended.
+
+    A mark is on disk at once, a row up to a second later: a program that was killed has lived until
+    its last mark.
+    """
     begin_ns, end_ns = facts["window_ns"]
     if begin_ns is not None and not 0 <= begin_ns <= (begin_ns if end_ns is None else end_ns):
         raise ValueError(f"its window is {begin_ns} … {end_ns} ns")
@@ -255,6 +262,7 @@ def _window(
     if end_ns is None:
         last = [batch.t_ns[-1] for reader in readers.values() for batch in reader]
         end_ns = max([begin_ns, *(int(t) for t in last)])
+        end_ns = max([end_ns, *(t for t in events.times_ns() if t < end_ns + _ROWS_WAIT_NS)])
     if until_ns is not None:
         end_ns = max(begin_ns, min(end_ns, until_ns))
     if end_ns - begin_ns > _LONGEST_NS:

@@ -194,6 +194,15 @@ class Events(Record):
     ranks: tuple[int | None, ...] = ()
     rank_facts: tuple[Mapping[str, int | None], ...] = ()
 
+    def times_ns(self) -> Iterator[int]:
+        """When each phase was entered and left, and each metric logged."""
+        for phase in self.phases:
+            yield phase.begin_ns
+            if phase.end_ns is not None:
+                yield phase.end_ns
+        for t_ns, _ in self.metrics:
+            yield t_ns
+
 
 RANK_FACTS = ("rank", "local_rank", "world_size", "local_world_size")
 """What a rank says of itself; `local_world_size` is how many ranks its node has."""
