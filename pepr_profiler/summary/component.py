@@ -32,15 +32,26 @@ _STEP_REFRESHES, _STEP_U = 4, 0.01
 
 
 class Grid(Record):
-    """The instants at which energy is needed, ns: seconds, buckets, steps, marks, both ends."""
+    """The instants at which energy is needed, ns: seconds, buckets, steps, marks, both ends.
+
+    `read_ns` is the end, or the last row of a recording that lacks the rows of its last moments.
+    """
 
     at_ns: Ints
     seconds_ns: Ints
     buckets_ns: Ints
     steps_ns: Ints
+    read_ns: int
 
     @classmethod
-    def over(cls, begin_ns: int, end_ns: int, phases: Iterable[PhaseSpan], logged_ns: Ints) -> Grid:
+    def over(
+        cls,
+        begin_ns: int,
+        end_ns: int,
+        phases: Iterable[PhaseSpan],
+        logged_ns: Ints,
+        read_ns: int | None = None,
+    ) -> Grid:
         """The grid of a window with its phases and the instants at which metrics were logged."""
 
         def edges(count: int) -> Ints:
@@ -54,7 +65,8 @@ class Grid(Record):
         marks_ns = np.array(marks, dtype=np.int64)
         at_ns = np.sort(np.concatenate((seconds_ns, buckets_ns, steps_ns, marks_ns, logged_ns)))
         at_ns = at_ns[np.diff(at_ns, prepend=at_ns[0] - 1) > 0]  # np.unique loads numpy.ma: 15 ms
-        return cls(at_ns, seconds_ns, buckets_ns, steps_ns)
+        read_ns = end_ns if read_ns is None else read_ns
+        return cls(at_ns, seconds_ns, buckets_ns, steps_ns, read_ns)
 
     def places(self, at_ns: Ints) -> Ints:
         """Where these instants, which are on the grid, are."""
@@ -135,10 +147,10 @@ class ComponentResult(Record):
     def missing_s(self, grid: Grid, begins_ns: Ints, ends_ns: Ints) -> float:
         """For how long in some windows its energy is missing, s.
 
-        That is the time before its first reading and after its last, if either is more than late,
-        and after the last change of a counter that stood still until the end, but for what the
-        curve counts beyond them. A gap between two readings is bridged, and so is a counter that
-        stood still and went on.
+        That is the time before its first reading and after its last, if either is more than late
+        or the rows of the end are lost, and after the last change of a counter that stood still
+        until the end, but for what the curve counts beyond them. A gap between two readings is
+        bridged, and so is a counter that stood still and went on.
         """
         if not self.is_known:
             return float(np.sum(ends_ns - begins_ns)) * 1e-9
@@ -157,10 +169,11 @@ class ComponentResult(Record):
             if math.isfinite(flow_ns[0]):
                 first_ns = min(first_ns, flow_ns[0])
             missing_ns += np.clip(np.minimum(first_ns, ends_ns) - begins_ns, 0, None)
-        if grid.at_ns[-1] - last_ns > limit_ns:
-            if math.isfinite(flow_ns[1]):
-                last_ns = max(last_ns, flow_ns[1])
-            missing_ns += np.clip(ends_ns - np.maximum(last_ns, begins_ns), 0, None)
+        if grid.at_ns[-1] - last_ns <= limit_ns:
+            last_ns = max(last_ns, grid.read_ns)
+        elif math.isfinite(flow_ns[1]):
+            last_ns = max(last_ns, flow_ns[1])
+        missing_ns += np.clip(ends_ns - np.maximum(last_ns, begins_ns), 0, None)
         return float(np.sum(missing_ns)) * 1e-9
 
     def contradicts(self, duration_s: float) -> bool:

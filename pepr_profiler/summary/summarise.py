@@ -34,7 +34,7 @@ from pepr_profiler.summary.timeline import Timeline, timeline_of
 from pepr_profiler.trace.events import Events, PhaseSpan, read_events, read_process_notes
 from pepr_profiler.trace.files import file_errors
 from pepr_profiler.trace.lane import LaneReader, lane_names, read_lanes
-from pepr_profiler.trace.run_json import read_run
+from pepr_profiler.trace.run_json import read_run, recorder_lives
 from pepr_profiler.trace.shape import MALFORMED
 from pepr_profiler.units import format_quantity
 
@@ -152,12 +152,18 @@ def _examine(
     events = read_events(directory) if marks else Events((), (), 0)
     unread = list(events.unread)
     notes = read_process_notes(directory, unread)
-    begin_ns, end_ns = _window(facts, readers, events, since_ns, until_ns)
+    begin_ns, end_ns = _window(facts, readers, since_ns, until_ns)
+    read_ns = end_ns
+    if facts["window_ns"][1] is None and until_ns is None and not recorder_lives(run):
+        # A mark is on disk at once, a row up to a second later: the program that was killed has
+        # lived until its last mark.
+        latest_ns = read_ns + _ROWS_WAIT_NS
+        end_ns = max([end_ns, *(t_ns for t_ns in events.times_ns() if t_ns < latest_ns)])
     duration_s = (end_ns - begin_ns) * 1e-9
     phases = _with_first_rank(_phases_within(events.phases, begin_ns, end_ns))
     logged = of_lowest_rank(events.metrics, events.ranks)
     log = MetricLog.within(logged, begin_ns, end_ns, cut=until_ns is not None)
-    grid = Grid.over(begin_ns, end_ns, phases, log.at_ns)
+    grid = Grid.over(begin_ns, end_ns, phases, log.at_ns, read_ns)
 
     # Whose energy it was.
     readings = read_all(readers, facts, notes, grid.at_ns)
@@ -237,15 +243,10 @@ def _facts_of(run: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
 def _window(
     facts: Mapping[str, Any],
     readers: Mapping[str, LaneReader],
-    events: Events,
     since_ns: int | None,
     until_ns: int | None,
 ) -> tuple[int, int]:
-    """What is summarised: the child's life or the block's; as far as it is known if it never ended.
-
-    A mark is on disk at once, a row up to a second later: a program that was killed has lived until
-    its last mark.
-    """
+    """What is summarised: the child's life or the block's; to the last row if it never ended."""
     begin_ns, end_ns = facts["window_ns"]
     if begin_ns is not None and not 0 <= begin_ns <= (begin_ns if end_ns is None else end_ns):
         raise ValueError(f"its window is {begin_ns} … {end_ns} ns")
@@ -262,7 +263,6 @@ def _window(
     if end_ns is None:
         last = [batch.t_ns[-1] for reader in readers.values() for batch in reader]
         end_ns = max([begin_ns, *(int(t) for t in last)])
-        end_ns = max([end_ns, *(t for t in events.times_ns() if t < end_ns + _ROWS_WAIT_NS)])
     if until_ns is not None:
         end_ns = max(begin_ns, min(end_ns, until_ns))
     if end_ns - begin_ns > _LONGEST_NS:
