@@ -407,12 +407,16 @@ class Truth:
         self.swap, self.swapped = np.concatenate(swap), np.concatenate(swapped)
 
 
+COHORTS = pytest.mark.parametrize("draws", [400, pytest.param(2_000, marks=pytest.mark.long)])
+
+
+@COHORTS
 @pytest.mark.parametrize("bounds", [None, (50.0, 2000.0)], ids=["cohort", "fixed"])
 @pytest.mark.parametrize(("seeds", "own"), [(1, 0.02), (3, 0.005), (5, 0.02)])
 def test_the_stated_interval_covers_the_truth(
-    seeds: int, own: float, bounds: pepr.MinMax | None
+    seeds: int, own: float, bounds: pepr.MinMax | None, draws: int
 ) -> None:
-    truth = Truth(seeds, bounds, draws=2_000, own=own)
+    truth = Truth(seeds, bounds, draws=draws, own=own)
     assert 0.93 <= np.mean(truth.covered) <= 0.99
     # A rank is the outcome of five comparisons, each with one error in 22 at most.
     assert np.mean(truth.in_interval) >= 0.93
@@ -426,13 +430,16 @@ def test_the_stated_interval_covers_the_truth(
     assert brier < 0.85 * share * (1 - share)
 
 
+@COHORTS
 @pytest.mark.parametrize("close", [1.0, 1.01, 1.03])
-def test_the_interval_covers_the_truth_where_two_rows_compete_for_a_bound(close: float) -> None:
+def test_the_interval_covers_the_truth_where_two_rows_compete_for_a_bound(
+    close: float, draws: int
+) -> None:
     # given energies known to 2 % and two cheapest, and two dearest, that are nearer than that
-    covered = np.mean(Truth(1, None, draws=2_000, own=0.02, close=close).covered, axis=0)
+    covered = np.mean(Truth(1, None, draws=draws, own=0.02, close=close).covered, axis=0)
     # then each row's interval, also that of the one that seems to set the bound
     assert 0.93 <= covered.mean() <= 0.99
-    assert covered.min() >= 0.93
+    assert covered.min() >= 0.945 - 3 * math.sqrt(0.05 * 0.95 / draws)
 
 
 def test_ranks_are_ranges_where_rows_cannot_be_distinguished() -> None:

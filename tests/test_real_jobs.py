@@ -127,6 +127,7 @@ def sure(cli: Cli) -> float:
     return 0.03 if sum(parts) > 0.5 else 0.10
 
 
+@pytest.mark.long
 def test_torchrun_a_block_in_each_rank_is_one_job_with_the_sum_of_both(
     cli: Cli, machine: Tree
 ) -> None:
@@ -151,6 +152,7 @@ def test_torchrun_a_block_in_each_rank_is_one_job_with_the_sum_of_both(
     assert ranking["rows"][0]["resource"] == pytest.approx(total_j)
 
 
+@pytest.mark.long
 def test_torchrun_in_a_wrapper_has_the_same_energy_and_phases_below_it(
     cli: Cli, machine: Tree
 ) -> None:
@@ -168,6 +170,7 @@ def test_torchrun_in_a_wrapper_has_the_same_energy_and_phases_below_it(
     assert waits == {("train", 0), ("train", 1)}
 
 
+@pytest.mark.long
 def test_torchrun_a_block_in_rank_0_alone_says_what_it_lacks(cli: Cli, machine: Tree) -> None:
     job = torchrun(cli, machine, "first")
     energy = job["energy"]

@@ -606,12 +606,12 @@ def test_driver_that_hangs_neither_delays_the_child_nor_keeps_us(
     sim = nvml_sim(
         Scenario(
             gpus=(Gpu(Constant(300)),),
-            faults=(Fault("nvmlDevice", "HANG", start_s=2.0),),
+            faults=(Fault("nvmlDevice", "HANG", start_s=4.0),),
             epoch_ns=epoch_ns,
         )
     )
     tree = powercap_sim(Zone("intel-rapl:0", "package-0", Constant(100)), live=True)
-    end_ns = epoch_ns + 3_600_000_000
+    end_ns = epoch_ns + 5_600_000_000
     result, summary = cli.measure(
         "--sensor", sim.spec, "--sensor", tree.spec, "--", *python(SLEEP_UNTIL, str(end_ns))
     )
