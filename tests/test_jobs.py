@@ -693,7 +693,7 @@ def test_a_job_has_a_page_a_figure_and_a_table(tmp_path: Path) -> None:
         started.append(cli.start(*command, env=variables))
     for process in started:
         process.communicate(timeout=SLOW_S)
-    files = [str(tmp_path / f"job.{form}") for form in ("html", "svg", "csv", "json")]
+    files = [str(tmp_path / f"job.{form}") for form in ("html", "svg", "csv", "json", "md")]
     outputs = [word for file in files for word in ("-o", file)]
     done = cli("report", "--job", "torchrun-x", *outputs)
     assert done.status == 0, done.stderr
@@ -704,6 +704,11 @@ def test_a_job_has_a_page_a_figure_and_a_table(tmp_path: Path) -> None:
     assert [row["name"] for row in rows if row["part"] == "rank"] == ["rank 0", "rank 1"]
     job = json.loads(Path(files[3]).read_text())
     assert job["missing_ranks"] == [2]
+    table = Path(files[4]).read_text()
+    assert table.startswith("**Job torchrun-x\\<y (2 of 3 ranks): its energy by device, rank and")
+    names = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    assert [name for name in names if name.startswith("rank")] == ["rank 0", "rank 1"]
+    assert [line for line in table.splitlines() if "total" in line and "≥" in line]
     # and on the screen the total is one, too
     shown = cli("report", "--job", "last").stdout.decode()
     assert "job torchrun-x<y (2 of 3 ranks)" in shown

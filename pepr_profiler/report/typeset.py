@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 
 from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.report.components import component_name, counted
+from pepr_profiler.report.job_text import job_name, rank_name
 from pepr_profiler.report.ranking_text import ratio_text, sentence
 from pepr_profiler.study.analysis import Analysis, Traits, best, best_performing
 from pepr_profiler.study.pepr import listed
@@ -251,40 +253,64 @@ def _signed(value: float, decimals: int) -> str:
 
 
 def run_table(summary: Mapping[str, Any]) -> Table:
-    """A run as a table: its total, its devices by name, its phases."""
+    """A run or job as a table: its total, its devices by name, a job's ranks, its phases."""
     energy = summary["energy"]
-    components, phases = energy.get("components") or (), summary.get("phases") or ()
-    every = [energy, *components, *phases]
-    joules = [energy.get("total_j"), *(c.get(counted(energy)) for c in components)]
-    joules += [p["energy_j"] for p in phases]
-    times_s = [summary.get("time_s")] * (1 + len(components)) + [p["duration_s"] for p in phases]
-    watts = [part.get("mean_w") for part in every[: 1 + len(components)]]
-    watts += [
-        p["energy_j"] / p["duration_s"] if known(p["energy_j"]) and p["duration_s"] else None
-        for p in phases
-    ]
-    outside = [not part.get("in_total", True) for part in every]
+    total_j, time_s = energy.get("total_j"), summary.get("time_s")
+    ranks, phases = summary.get("ranks") or (), summary.get("phases") or ()
+    devices = energy.get("components") or ()
+    groups = [
+        [_Part("total", energy, total_j, time_s, energy.get("mean_w"))],
+        [_Part(component_name(device), device, device.get(counted(energy)), time_s,
+               device.get("mean_w")) for device in devices],
+        [_Part.lasting(rank_name(rank, summary), rank) for rank in ranks if len(ranks) > 1],
+        [_Part.lasting(f"phase {phase['name']}", phase) for phase in phases],
+    ]  # fmt: skip
+    parts = [part for group in groups for part in group]
+    sizes = [len(group) for group in groups]
     shares = [
-        "not in the total" if out else format_percent(ratio(x, energy.get("total_j")), unknown="")
-        for x, out in zip(joules, outside, strict=True)
+        format_percent(ratio(part.energy_j, total_j), unknown="")
+        if part.of.get("in_total", True)
+        else "not in the total"
+        for part in parts
     ]
+    whose = job_name(summary) if ranks else f"run {summary['run_id']}"
+    by = "device, rank and phase" if sizes[2] else "device and phase"
     return Table(
-        title=f"Run {summary['run_id']}: its energy by device and by phase",
+        title=f"{whose[0].upper()}{whose[1:]}: its energy by {by}",
         columns=[
-            names("", ["total", *map(component_name, components),
-                       *(f"phase {p['name']}" for p in phases)]),
+            names("", [part.name for part in parts]),
             names("energy is", [
-                *(format_provenance(part.get("provenance")) for part in [energy, *components]),
-                *([""] * len(phases))]),
-            amounts("time", times_s, unit="s"),
-            amounts("energy", joules, [part.get("u_j") for part in every], unit="J",
-                    at_least=[bool(part.get("partial")) for part in every]),
-            amounts("mean power", watts, unit="W"),
+                format_provenance(part.of.get("provenance"))
+                for group in groups[:2] for part in group] + [""] * sum(sizes[2:])),
+            amounts("time", [part.duration_s for part in parts], unit="s"),
+            amounts("energy", [part.energy_j for part in parts],
+                    [part.of.get("u_j") for part in parts], unit="J",
+                    at_least=[bool(part.of.get("partial")) for part in parts]),
+            amounts("mean power", [part.mean_w for part in parts], unit="W"),
             TableColumn("share", shares),
         ],
         notes=[_OF_ENERGY, "The mean power of a device is of the whole device."],
-        rules=frozenset({1, 1 + len(components)} - {len(every)}),
+        rules=frozenset(itertools.accumulate(sizes[:-1])) - {len(parts)},
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A row of `run_table`; `of` is the part of a summary that it shows."""
+
+    name: str
+    of: Mapping[str, Any]
+    energy_j: float | None
+    duration_s: float | None
+    mean_w: float | None
+
+    @classmethod
+    def lasting(cls, name: str, of: Mapping[str, Any]) -> _Part:
+        """A rank or phase, which has a duration of its own."""
+        energy_j, duration_s = of["energy_j"], of["duration_s"]
+        has_mean = known(energy_j) is not None and duration_s
+        mean_w = energy_j / duration_s if has_mean else None
+        return cls(name, of, energy_j, duration_s, mean_w)
 
 
 _OF_ENERGY = (
