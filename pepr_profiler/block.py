@@ -9,6 +9,7 @@ import contextvars
 import functools
 import itertools
 import json
+import math
 import operator
 import os
 import signal
@@ -28,13 +29,14 @@ from pepr_profiler.errors import (
     fix_of,
     reason_of,
 )
+from pepr_profiler.recording.blocks import OpenBlock, OpenBlocks, runs_of_ancestors
 from pepr_profiler.recording.launcher import rank_facts
-from pepr_profiler.recording.options import OVERHEAD, Options
+from pepr_profiler.recording.options import OVERHEAD, Options, checked_join
 from pepr_profiler.recording.recorder import TICK_S, Recorder
 from pepr_profiler.sensors.spec import ProcessRoot
 from pepr_profiler.store.runs import Store, create_elsewhere
 from pepr_profiler.trace.events import EventWriter
-from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE, read_live_run
+from pepr_profiler.trace.run_json import read_live_run
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
 if TYPE_CHECKING:
@@ -188,6 +190,10 @@ def _claims() -> Claims:
 
 _numbers = itertools.count(1)  # of phases: all blocks of a process write to one file
 _current_phase: contextvars.ContextVar[int | None] = contextvars.ContextVar("phase", default=None)
+_current_run: contextvars.ContextVar[Run | None] = contextvars.ContextVar("run", default=None)
+"""The innermost block that records itself, of this thread or task, or of what started the task."""
+
+_open_blocks = OpenBlocks()
 
 
 _COROUTINE, _GENERATOR, _ASYNC_GENERATOR = 0x80, 0x20, 0x200
@@ -281,6 +287,7 @@ class Run:
         *,
         store: Path | None,
         pids: Sequence[int] | None,
+        join: str,
         synchronise: bool,
         again: Callable[[], Run],
     ) -> None:
@@ -288,6 +295,7 @@ class Run:
         self._options = options
         self._store = store
         self._pids = None if pids is None else tuple(pids)
+        self._join = join
         self._synchronise = synchronise
         self._recorder: Recorder | None = None
         self._events: EventWriter | None = None
@@ -299,7 +307,10 @@ class Run:
         self._lock = threading.Lock()
         self._pid = 0
         self._entered_by: Sequence[tuple[CodeType, int]] = ()
-        self._marked = ""  # what the environment says while we record this process
+        self._place: OpenBlock | None = None  # among the open blocks, while we record this process
+        self._context: Run | None = None  # the block in whose context we were entered
+        self._phase_outside: int | None = None
+        self._unsure: Sequence[str] = ()  # runs of our ancestor, of which we may be in any
         self._facts: Mapping[str, Any] | None = None  # of a recording of our own that has ended
         self.directory = Path()
 
@@ -325,20 +336,29 @@ class Run:
             )
         self._pid = os.getpid()
         self._entered_by = _callers()
+        self._context = _open_run()
+        forgotten = self._context if self._context and self._context._is_forgotten else None
+        outer = None
         # A run around us covers us, but not the processes that we follow.
-        outer = _outer_run() if self._pids is None else None
-        forgotten = None if outer is None else _forgotten()
+        if self._pids is None and self._join != "never" and forgotten is None:
+            outer = self._outer_run()
+        if outer is not None and self._join == "error":
+            raise UsageError(
+                f"profile({self._options.name!r}) would join the run {outer.name}",
+                why="it was entered inside of that run, and has join='error'",
+                fix='end that run before it, or give join="auto" to join it, or join="never" for '
+                "a run of its own, whose energy is in both",
+            )
         try:
             with _SignalsHeld():
-                if outer is None or forgotten is not None:
+                if outer is None:
                     self._window_ns = (self._record(), None)
                 else:
                     self.directory = outer
                     self._events = EventWriter(self.directory, rank_facts=rank_facts)
                     self._block = self.phase(self._options.name).__enter__()
                     self._window_ns = (self._block.t_ns, None)
-                if forgotten is not None:
-                    self._warn_of(forgotten)
+                self._warn_of_others(forgotten)
                 # A generator that nobody closes, or a program that forgets us, leaves us never.
                 atexit.register(self.__exit__, None, None, None)
             return self
@@ -356,6 +376,38 @@ class Run:
         for text, hint in found:  # last: a warning may be an error (python -W error)
             warnings.warn(f"pepr: {text} ({hint})", PeprWarning, stacklevel=2)
 
+    def _outer_run(self) -> Path | None:
+        """The unfinished run that we are part of, if any: joined, it has all that we do.
+
+        That is the block in whose context we are; else what this process was started in; else one
+        of an ancestor that records itself, and so its workers.
+        """
+        if self._context is not None:
+            directory = self._context._find_directory()
+            return None if read_live_run(directory) is None else directory
+        value = _open_blocks.given()
+        block = _open_blocks.find(value)  # of the process that has forked us
+        directory = block.owner._find_directory() if block else Path(value)
+        run = read_live_run(directory) if value else None
+        # A program that replaced itself by this one (exec) may have recorded itself before.
+        if run and (block or (run.get("recording") or {}).get("profiler_pid") != os.getpid()):
+            return directory
+        ancestors = runs_of_ancestors()
+        if len(ancestors) > 1:
+            self._unsure = [path.name for path in ancestors]
+        return ancestors[0] if len(ancestors) == 1 else None
+
+    @property
+    def _is_forgotten(self) -> bool:
+        """Whether nobody may leave this open block: it was entered by hand.
+
+        A `with` statement leaves its block. After a call of `__enter__` (in a notebook's cell, say)
+        an error or a second call suffices that nobody does.
+        """
+        if self._pid != os.getpid():
+            return False
+        return not any(map(_is_with, self._entered_by)) and _knows_with()
+
     def _end(self, events: EventWriter, error: BaseException | None) -> Sequence[tuple[str, str]]:
         """Ends the block; what there is to warn of, and what to do."""
         atexit.unregister(self.__exit__)
@@ -369,6 +421,21 @@ class Run:
             return self._finish(self._recorder, events, end_ns, error)
         events.close()
         return _of_lost(events)
+
+    def _warn_of_others(self, forgotten: Run | None) -> None:
+        """Warns where the energy of this run is in another one's too."""
+        place = self._place
+        if self._recorder is None or place is None:
+            return
+        if forgotten is not None:
+            self._warn_of(forgotten)
+        elif place.around is not None:
+            place.around.note_within(place)
+        if self._unsure:
+            text = f"this process is a worker of one that has the blocks {', '.join(self._unsure)}"
+            both = "open; which of them it works for is unknown, and their energy has this run's"
+            hint = "use one pool of workers for each block, or one block around all"
+            self._recorder.add_warning("blocks-around", f"{text} {both}", hint)
 
     def _warn_of(self, forgotten: Run) -> None:
         """Warns in both runs that the other block was open when this one began."""
@@ -478,8 +545,13 @@ class Run:
             with hold(self._pids) as targets:
                 recorder = open_attached(self._options, self._store, targets)
         else:
-            command = [sys.executable, *sys.argv]
-            recorder = Recorder(self._options, root="self", command=command)
+            within = self._context._place if self._context else _open_blocks.around()
+            recorder = Recorder(
+                self._options,
+                root="self",
+                command=[sys.executable, *sys.argv],
+                around=_open_blocks.outside() if within is None else within.mark,
+            )
             open_recording(recorder, self._store)
         begin_ns = time.monotonic_ns()
         look = threading.Thread(target=self._keep_looking, name="pepr-look", daemon=True)
@@ -494,8 +566,12 @@ class Run:
             raise
         self._thread = look
         if self._pids is None:
-            self._marked = os.environ[RUN_DIR_VARIABLE] = str(recorder.directory)
-            _recorded.append(self)
+            place = OpenBlock(self, recorder.directory, recorder.notifier, within)
+            _open_blocks.enter(place, begin_ns)
+            self._place = place
+            self._phase_outside = _current_phase.get()
+            _current_phase.set(None)
+            _current_run.set(self)
         return begin_ns
 
     def _keep_looking(self) -> None:
@@ -507,7 +583,7 @@ class Run:
             if not self._ending:
                 with self._lock:
                     try:
-                        after_s = recorder.tick()
+                        after_s = min(recorder.tick(), self._note_neighbours(recorder))
                         self.directory = recorder.directory  # it may have been moved
                     except OSError as error:  # no descriptor is free, or the program closed ours
                         after_s = TICK_S
@@ -516,6 +592,16 @@ class Run:
                             f"who else computes was not looked at for a time: {reason_of(error)}",
                             fix_of(error),
                         )
+
+    def _note_neighbours(self, recorder: Recorder) -> float:
+        """Stores what the clocks of the blocks beside us show; when to do so again, s."""
+        place = self._place
+        if place is None:
+            return math.inf
+        _open_blocks.note(place)
+        for note in place.take_notes():
+            recorder.note(note)
+        return _DIVIDED_S if place.is_divided else math.inf
 
     def _find_directory(self) -> Path:
         """Where the run is now: its directory may have been moved or removed."""
@@ -531,6 +617,7 @@ class Run:
             return  # a forked child, whose lock may be held for ever
         with self._lock:
             if self._recorder is not None and not self._ending:
+                self._note_neighbours(self._recorder)
                 self._recorder.flush()
 
     def _finish(
@@ -542,7 +629,7 @@ class Run:
         recorder.notifier.notify()
         if self._thread is not None:
             self._thread.join()
-        self._leave_environment()
+        self._leave_blocks(recorder)
         for text, hint in _of_lost(events):
             recorder.add_warning("events-lost", text, hint)
         exit_code = _exit_code(error) if self._pids is None else None
@@ -558,15 +645,18 @@ class Run:
         recorder.release()
         return [*((w["text"], w["hint"]) for w in recorder.warnings), *failed]
 
-    def _leave_environment(self) -> None:
+    def _leave_blocks(self, recorder: Recorder) -> None:
         """Later blocks and processes are not ours; they join what is still open around us."""
-        if self not in _recorded:
+        place, self._place = self._place, None
+        if place is None:
             return
-        _recorded.remove(self)
-        if os.environ.get(RUN_DIR_VARIABLE) == self._marked:
-            del os.environ[RUN_DIR_VARIABLE]
-            if _recorded and _recorded[-1]._pid == self._pid:
-                os.environ[RUN_DIR_VARIABLE] = _recorded[-1]._marked
+        _open_blocks.leave(place)
+        for note in place.take_notes():
+            recorder.note(note)
+        if _current_run.get() is self:
+            _current_run.set(self._context)
+            if _current_phase.get() is None:
+                _current_phase.set(self._phase_outside)
 
 
 class Phase:
@@ -632,6 +722,7 @@ def profile(
     performance: str | None = None,
     scope: str = "job",
     pids: Sequence[int] | None = None,
+    join: str = "auto",
     synchronise: bool = True,
 ) -> Run:
     """Measures a `with` block: `with profile("resnet18") as run:`.
@@ -639,9 +730,16 @@ def profile(
     As a decorator, `@profile("resnet18")`, it measures each call, also of a coroutine or generator.
 
     Inside a program that `pepr-profile` wraps, or inside another block, it joins that run: its
-    phases and metrics go there, nothing is sampled twice, and the arguments besides `name` have no
-    effect. With `pids` it measures these running processes and all that they start, instead of this
-    one, for as long as the block lasts. That is always a run of its own.
+    phases and metrics go there, nothing is sampled twice, and the arguments besides `name` and
+    `join` have no effect. Inside is what is of the same thread, or of a task or thread that got its
+    context (asyncio), and what a process does that the block started or whose worker it is. A block
+    of another thread is a run of its own. Several at once divide the process between them by the
+    CPU time of their threads; GPUs, which know processes alone, in equal parts with a wide ±. One
+    of the main thread has all that other threads do, their runs too. `join="never"` makes it a run
+    of its own everywhere, `join="error"` refuses to join (docs/jobs.md).
+
+    With `pids` it measures these running processes and all that they start, instead of this one,
+    for as long as the block lasts. That is always a run of its own.
 
     `experiment` groups runs to compare. `job` names the job that several recordings are of, those
     of its ranks and nodes; by default PEPR_JOB does, or what launched the program. `store` is the
@@ -654,7 +752,8 @@ def profile(
     GPU unless `synchronise` is False.
 
     Raises UsageError for an argument that cannot be used. Entering the block raises TargetError or
-    SensorError for a process or a sensor that was asked for and is not there. Nothing is left then.
+    SensorError for a process or a sensor that was asked for and is not there, and UsageError where
+    `join="error"` would join. Nothing is left then.
     """
     options = Options.checked(
         name=name,
@@ -683,8 +782,17 @@ def profile(
             fix='a store is a path, pids is a list of numbers: store="runs", pids=[4121]',
         ) from error
 
+    joins = checked_join(join)
+
     def make() -> Run:
-        return Run(options, store=where, pids=followed, synchronise=synchronise, again=make)
+        return Run(
+            options,
+            store=where,
+            pids=followed,
+            join=joins,
+            synchronise=synchronise,
+            again=make,
+        )
 
     return make()
 
@@ -697,40 +805,24 @@ def _of_lost(events: EventWriter) -> list[tuple[str, str]]:
     return [(text, "free descriptors (ulimit -n) and space for the store")]
 
 
-_recorded: list[Run] = []
-"""The blocks of this process that record themselves and are open, in the order of their entry."""
+_DIVIDED_S = 1.0
+"""How often blocks that are open side by side note the CPU times of their threads."""
 
 
-def _recorded_as(value: str) -> Run | None:
-    """The block of this process, or of the one that forked it, that the environment names."""
-    return next((run for run in _recorded if run._marked == value), None)
+def _open_run() -> Run | None:
+    """The innermost open block that we are in the context of, of this process or its parent.
 
-
-def _outer_run() -> Path | None:
-    """The unfinished run that this process is part of, if any."""
-    value = os.environ.get(RUN_DIR_VARIABLE)
-    if not value:
-        return None
-    block = _recorded_as(value)
-    directory = Path(value) if block is None else block._find_directory()
-    run = read_live_run(directory)
-    if run is None:
-        return None
-    if block is None and (run.get("recording") or {}).get("profiler_pid") == os.getpid():
-        return None  # the program that recorded it has replaced itself by this one (exec)
-    return directory
-
-
-def _forgotten() -> Run | None:
-    """The block around this place, if nobody may leave it: it was entered by hand.
-
-    A `with` statement leaves its block. After a call of `__enter__` (in a notebook's cell, say) an
-    error or a second call suffices that nobody does.
+    One that was entered by hand may have been entered in another context of this thread, such as
+    another cell of a notebook.
     """
-    run = _recorded_as(os.environ.get(RUN_DIR_VARIABLE, ""))
-    if run is None or run._pid != os.getpid():
-        return None
-    return None if any(map(_is_with, run._entered_by)) or not _knows_with() else run
+    run = _current_run.get()
+    while run is not None and run._window_ns[1] is not None:
+        run = run._context
+    if run is None:
+        here = threading.current_thread()
+        of_here = [block.owner for block in _open_blocks.ours() if block.thread is here]
+        run = next((block for block in reversed(of_here) if block._is_forgotten), None)
+    return run
 
 
 _CALLERS = 8
@@ -783,7 +875,8 @@ def _wait_for_rows(directory: Path, t_ns: int) -> None:
     """Waits, 2 s at most, until the outer profiler has flushed what was sampled up to `t_ns`."""
     from pepr_profiler.trace.lane import LaneReader
 
-    ours = next((run for run in _recorded if run.directory == directory), None)
+    blocks = [block.owner for block in _open_blocks.ours()]
+    ours: Run | None = next((run for run in blocks if run.directory == directory), None)
     deadline = time.monotonic() + 2.0
     while time.monotonic() < deadline:
         if ours is not None:

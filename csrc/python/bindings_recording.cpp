@@ -1,4 +1,5 @@
-// The part of the Python module `_core` that writes a recording's files.
+// The part of the Python module `_core` that writes a recording's files and reads its threads'
+// clocks.
 
 #include <algorithm>
 #include <cerrno>
@@ -21,6 +22,7 @@
 #include "recording/thin.h"
 #include "sampling/cadence.h"
 #include "sampling/sampler.h"
+#include "sensors/task_clock.h"
 #include "system/notifier.h"
 
 namespace py = pybind11;
@@ -96,6 +98,12 @@ void bind_recording(py::module_& m) {
         .def_property_readonly("error", &LaneFile::error)
         .def_property_readonly("dropped_rows", &LaneFile::dropped_rows)
         .def_property_readonly("lost_rows", &LaneFile::lost_rows);
+
+    py::class_<pepr::ThreadClock>(
+        m, "ThreadClock", "CPU time of the thread that makes it, and of what that starts, in s.")
+        .def(py::init<>())
+        .def("read_s", &pepr::ThreadClock::read_s)
+        .def_property_readonly("counts_started", &pepr::ThreadClock::counts_started);
 
     py::class_<Journal>(m, "Journal", "Writes lanes to disk from a thread of its own.")
         .def(py::init([](double period_s, std::shared_ptr<Notifier> notifier) {

@@ -1,5 +1,6 @@
 #include "sensors/task_clock.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -10,6 +11,8 @@
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "system/clock.h"
 
 namespace pepr {
 
@@ -133,6 +136,34 @@ double TaskClock::read_s() noexcept {
         sum_ns += ns;
     }
     return read_s_ = 1e-9 * static_cast<double>(sum_ns);
+}
+
+// --- one thread ----------------------------------------------------------------------------------
+
+namespace {
+
+// The clock of a thread, as pthread_getcpuclockid returns it: MAKE_THREAD_CPUCLOCK(tid,
+// CPUCLOCK_SCHED) of include/linux/posix-timers.h.
+clockid_t thread_clock_of(pid_t thread) noexcept {
+    return static_cast<clockid_t>(~static_cast<unsigned>(thread) << 3 | 6u);
+}
+
+}  // namespace
+
+ThreadClock::ThreadClock()
+    : thread_(static_cast<pid_t>(::syscall(SYS_gettid))), event_(moved_up(open_clock(thread_))) {
+    if (!event_) before_s_ = 1e-9 * static_cast<double>(read_clock_ns(thread_clock_of(thread_)));
+}
+
+double ThreadClock::read_s() noexcept {
+    std::uint64_t ns = 0;
+    if (event_) {
+        if (event_.is_ours() && ::read(event_.fd(), &ns, sizeof ns) == sizeof ns)
+            read_s_ = 1e-9 * static_cast<double>(ns);
+    } else if (const std::int64_t own_ns = read_clock_ns(thread_clock_of(thread_)); own_ns >= 0) {
+        read_s_ = std::max(read_s_, 1e-9 * static_cast<double>(own_ns) - before_s_);
+    }
+    return read_s_;
 }
 
 }  // namespace pepr

@@ -30,4 +30,18 @@ private:
     double read_s_ = 0.0;
 };
 
+// CPU time of the calling thread and of all threads and processes that it starts from here on; of
+// the thread alone where the kernel does not permit perf. It goes on when the thread has ended.
+class ThreadClock {
+public:
+    ThreadClock();
+    bool counts_started() const noexcept { return static_cast<bool>(event_); }
+    double read_s() noexcept;  // since it was made
+
+private:
+    const pid_t thread_;
+    File event_;
+    double before_s_ = 0.0, read_s_ = 0.0;
+};
+
 }  // namespace pepr

@@ -37,6 +37,7 @@ class RunClaims:
     def __init__(self) -> None:
         self._lanes: dict[str, tuple[LaneInfo, list[Batch]]] = {}
         self._owners: dict[int, Mapping[str, Any]] = {}
+        self._divided: list[tuple[int, bool]] = []  # from an instant on
         self._next_s: int | None = None
 
     def on_rows(self, lane: LaneInfo, rows: RawRows) -> None:
@@ -50,9 +51,11 @@ class RunClaims:
         self._lanes.setdefault(lane.name, (lane, []))[1].append(batch)
 
     def on_note(self, facts: Mapping[str, Any]) -> None:
-        """Takes a note of `ProcessOwners`, which says whose a process on a GPU is."""
+        """Takes a note: whose a process on a GPU is, or that blocks of a process divide it."""
         if facts.get("event") == "process":
             self._owners[int(facts["pid"])] = facts
+        elif facts.get("event") == "blocks":
+            self._divided.append((int(facts["t_ns"]), bool(facts["divided"])))
 
     def due(self, *, last: bool = False) -> tuple[int, dict[str, list[float]]] | None:
         """The first second and the shares from it on, by device; None if no claim is due.
@@ -76,6 +79,8 @@ class RunClaims:
 
     def _shares(self, edges_ns: Ints) -> dict[str, list[float]]:
         begin_ns, end_ns = int(edges_ns[0]), int(edges_ns[-1])
+        if self._is_divided(begin_ns, end_ns):  # nothing of the process is certainly this block's
+            return {}
         found: dict[str, list[float]] = {}
         for name, (lane, batches) in self._lanes.items():
             if name == "processes":
@@ -91,6 +96,12 @@ class RunClaims:
                 if whole and not users.unknown_s:
                     found[f"gpu:{uuid}"] = _rounded(certain_shares(users.use, edges_ns))
         return {device: shares for device, shares in found.items() if any(shares)}
+
+    def _is_divided(self, begin_ns: int, end_ns: int) -> bool:
+        """Whether the process was divided between blocks at some time from begin to end."""
+        while len(self._divided) > 1 and self._divided[1][0] <= begin_ns:
+            del self._divided[0]
+        return any(divided and since_ns < end_ns for since_ns, divided in self._divided)
 
     def _forget(self, before_ns: int) -> None:
         for _, batches in self._lanes.values():

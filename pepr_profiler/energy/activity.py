@@ -140,7 +140,7 @@ def cpu_use(
         inside_ns = inside_ns[(inside_ns > begin_ns) & (inside_ns < end_ns)]
         edges_ns = np.sort(np.concatenate((windows_ns, inside_ns)))
         edges_ns = edges_ns[np.diff(edges_ns, prepend=-1.0) > 0]
-        job_s = np.diff(_used_until_s(activity, edges_ns))
+        job_s = np.diff(used_until_s(activity, edges_ns))
         if _comes_in_ticks(activity.busy_s):
             so_far_s = np.append(0.0, np.cumsum(others_s))
             others_s = np.diff(np.interp(edges_ns, windows_ns, so_far_s))
@@ -158,7 +158,7 @@ def _comes_in_ticks(busy_s: Floats) -> bool:
     return bool((np.abs(ticks - np.rint(ticks)) < 1e-6).all())
 
 
-def _used_until_s(activity: Activity, at_ns: Floats) -> Floats:
+def used_until_s(activity: Activity, at_ns: Floats) -> Floats:
     """The job's CPU time up to some instants, where it may begin or stop to work between rows.
 
     Between two rows its use jumps from that before to that after, at the place that the row's own

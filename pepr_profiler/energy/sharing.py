@@ -17,6 +17,7 @@ import math
 import numpy as np
 
 from pepr_profiler.energy.activity import TICK_S, Activity, DeviceUse, cpu_use
+from pepr_profiler.energy.blocks import BlockPart
 from pepr_profiler.energy.curve import EnergyCurve, seconds_in
 from pepr_profiler.energy.gpu_users import GpuUsers
 from pepr_profiler.record import Floats, Ints, Record
@@ -49,6 +50,7 @@ class Shares(Record):
     presence_u_j: float = 0.0  # by when the job came to a GPU and left it, over `span_s`
     span_s: float = 0.0
     edge_u_j: float = 0.0  # by when the job began or stopped to work, between two samples
+    block_u_rel: float = 0.0  # by which of its process's blocks it was
 
     def u_j(self, energy_j: float, *, duration_s: float, windows: int = 1) -> float:
         """Standard uncertainty of the job's `energy_j` in some windows, by the sharing alone."""
@@ -58,7 +60,8 @@ class Shares(Record):
         inside = min(1.0, duration_s / self.span_s) if self.span_s > 0 else 0.0
         presence_j = self.presence_u_j * math.sqrt(inside)  # a window need not hold the instant
         edges_j = min(abs(energy_j), self.edge_u_j * math.sqrt(2 * windows))
-        return math.hypot(abs(energy_j) * math.hypot(self.u_rel, tick_rel), presence_j, edges_j)
+        rel = math.hypot(self.u_rel, tick_rel, self.block_u_rel)
+        return math.hypot(abs(energy_j) * rel, presence_j, edges_j)
 
 
 def share(
@@ -69,6 +72,7 @@ def share(
     *,
     idle_w: float | None = None,
     most_idle_w: float = math.inf,
+    part: BlockPart | None = None,
     by_rows: bool = False,
 ) -> Shares:
     """Shares a device's energy interval by interval; `at_ns` is the curve's own grid.
@@ -77,6 +81,7 @@ def share(
     the device's idle draw where that is known, else the lowest mean over one second is taken.
     `most_idle_w` is the most that such a GPU draws when it is idle. CPU and memory are shared by
     `activity`, if it has samples: `by_rows` from sample to sample, else in windows of about 1 s.
+    `part` is what of its process is the job's, if that is not all.
     """
     step_j = np.diff(curve.energy_j, prepend=curve.energy_j[:1])
     span_s = np.diff(at_ns, prepend=at_ns[:1]) * 1e-9
@@ -84,6 +89,8 @@ def share(
         activity = None
     if activity is not None and len(activity.t_ns) < 2:
         activity = None
+    if activity is not None and part is not None:
+        activity = part.of_activity(activity)
     if idle_w is None:
         idle_w = lowest_power_w(curve, at_ns)
     draw_w = idle_w or 0.0
@@ -92,6 +99,8 @@ def share(
         use = cpu_use(activity, at_ns[0], at_ns[-1], at_ns if by_rows else None)
     elif users is not None:
         use = users.use
+    if activity is None and part is not None:
+        use = part.of_use(use)
     means = use.means(at_ns)
     absent_s = float(span_s[means[0] + means[2] == 0].sum())
     alone = users is not None and users.others_s == 0
@@ -110,6 +119,7 @@ def share(
         presence_u_j=0.0 if users is None else draw_w * users.edges_s / math.sqrt(12),
         span_s=float(np.sum(span_s)),
         edge_u_j=_edge_u_j(activity, job_j) if by_rows and activity is not None else 0.0,
+        block_u_rel=0.0 if part is None else part.u_rel(at_ns, job_j, by_cpu=activity is not None),
     )
 
 

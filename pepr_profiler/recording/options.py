@@ -22,6 +22,9 @@ OVERHEAD = 0.005
 SCOPES = ("job", "device")
 """What a run's total can be: the job's share of its devices, or all that they took."""
 
+JOINS = ("auto", "never", "error")
+"""What a block does inside another run: join it, be a run of its own, or refuse to begin."""
+
 _LONGEST_PERIOD_S = 366 * 86_400.0
 
 
@@ -94,6 +97,17 @@ class Options(Record):
             intensity=intensity,
             **texts,
         )
+
+
+def checked_join(join: str) -> str:
+    """One of JOINS. Raises UsageError for anything else."""
+    if not isinstance(join, str) or join not in JOINS:
+        raise UsageError(
+            f"join={join!r} is not possible",
+            why="it says what a block does inside another run",
+            fix='join="auto" to join it, "never" for a run of its own, "error" to refuse',
+        )
+    return join
 
 
 def _checked_sensors(sensors: Sequence[str]) -> tuple[str, ...]:

@@ -58,8 +58,9 @@ class Recorder:
 
     `root` is "children" for a wrapper, which does not charge itself to its child, "self" for a
     program that profiles itself, and "pids=…" for processes that already run, which `attached`
-    describes. `dedicated` says that this process only records: its CPU time is the profiler's.
-    `warn` hears each warning at once.
+    describes. `around` is the directory of the run around this one, empty if there is none; it is
+    searched for if it is not given. `dedicated` says that this process only records: its CPU time
+    is the profiler's. `warn` hears each warning at once.
 
     Threads of the core sample and write to disk. Everything else is done in `tick`, by the caller's
     thread; `notifier` becomes ready when a tick is due earlier.
@@ -72,6 +73,7 @@ class Recorder:
         root: str,
         command: Sequence[str],
         attached: Sequence[Mapping[str, Any]] = (),
+        around: str | None = None,
         dedicated: bool = False,
         warn: AddWarning | None = None,
     ) -> None:
@@ -82,6 +84,7 @@ class Recorder:
         self.directory = Path()
         self.notifier = _core.Notifier()
         self._root = root
+        self._dir_around = around
         self._dedicated = dedicated
         self._warn = warn
         self._pid = os.getpid()
@@ -133,7 +136,7 @@ class Recorder:
         self._around = {
             "root": self._root,
             "cuda": gpu_environments(self._root),
-            "outer": _outer_facts(self._root),
+            "outer": _outer_facts(self._root, self._dir_around),
         }
         self._launch = Launch.of_roots(self._root)
         self._write_run()
@@ -189,6 +192,10 @@ class Recorder:
     def log(self, name: str, value: float, *, t_ns: int) -> None:
         """Records one value of a metric that was seen at `t_ns`."""
         self.events.metrics({name: value}, t_ns=t_ns)
+
+    def note(self, facts: dict[str, Any]) -> None:
+        """Stores what a report needs to know of the run's processes (trace/events.py)."""
+        self._watches.note(facts)
 
     def add_warning(self, code: str, text: str, hint: str) -> None:
         """Keeps a warning for the summary, each text once, and passes it to `warn` at once."""
@@ -419,10 +426,11 @@ class Recorder:
             )
 
 
-def _outer_facts(root: str) -> dict[str, Any] | None:
-    """The run that another profiler records around the roots of this one, if any."""
-    around = run_around(RUN_DIR_VARIABLE, root)
-    run = None if around is None else read_live_run(Path(around))
+def _outer_facts(root: str, around: str | None) -> dict[str, Any] | None:
+    """The run that is recorded around the roots of this one, if any."""
+    if around is None:
+        around = run_around(RUN_DIR_VARIABLE, root)
+    run = read_live_run(Path(around)) if around else None
     if run is None:
         return None
     facts = run.get("recording")

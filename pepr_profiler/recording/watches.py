@@ -83,7 +83,7 @@ class Watches:
         self._notes = EventWriter(directory, "processes")
         self._owners = ProcessOwners(
             self._root,
-            self._note,
+            self.note,
             dedicated=self._dedicated,
             marker=(RUN_DIR_VARIABLE, str(directory)),
         )
@@ -128,7 +128,8 @@ class Watches:
         """Whether it is not known yet whose some process on a GPU is."""
         return self._owners is not None and self._owners.has_unidentified
 
-    def _note(self, facts: dict[str, Any]) -> None:
+    def note(self, facts: dict[str, Any]) -> None:
+        """Stores a note beside the lanes."""
         assert self._notes is not None
         self._notes.write(json.dumps(facts))
         if self.claims is not None:

@@ -395,6 +395,57 @@ def shared_cpu(
     )
 
 
+def shared_process(
+    notes: Sequence[Mapping[str, Any]],
+    components: Iterable[ComponentResult],
+    begin_ns: int,
+    end_ns: int,
+) -> Iterator[dict[str, str]]:
+    """For a block beside which other blocks of its process were open, or that had one thread only.
+
+    `notes` are those of its run, in order of time.
+    """
+    of_blocks = [note for note in notes if note["event"] == "blocks"]
+    ends_ns = [*(note["t_ns"] for note in of_blocks), end_ns][1:]
+    times_s: dict[str, float] = {}
+    divided_s = 0.0
+    for note, until_ns in zip(of_blocks, ends_ns, strict=False):
+        seconds = max(0, min(until_ns, end_ns) - max(note["t_ns"], begin_ns)) * 1e-9
+        divided_s += seconds if note["divided"] else 0.0
+        for run_id in note["beside"]:
+            times_s[run_id] = times_s.get(run_id, 0.0) + seconds
+    if not divided_s > 0:
+        return
+    named = [f"{run_id} ({seconds:.1f} s)" for run_id, seconds in times_s.items()][:_NAMED]
+    beside = f"with {', '.join(named)}{_more(len(times_s))}" if named else "with its main thread"
+    text = (
+        f"the run shared its process for {divided_s:.1f} s {beside}: it has the CPU time of its "
+        "thread, and an equal part of what no thread's clock tells"
+    )
+    unknown = sorted({c.curve.source.id for c in components if _is_equal_part(c)})
+    if unknown:
+        text += f"; whose use of {', '.join(unknown)} it was cannot be told apart, as ± says"
+    fix = "to compare such runs, let them follow each other or be programs of their own"
+    yield warning("shared-process", text, fix)
+
+
+def blocks_within(notes: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+    """For blocks inside a run's block that were runs of their own."""
+    inner = [note["run_id"] for note in notes if note["event"] == "within"]
+    if inner:
+        named = f"{', '.join(inner[:_NAMED])}{_more(len(inner))}"
+        text = (
+            f"blocks inside of this one were runs of their own, and its energy has theirs: {named}"
+        )
+        yield warning("blocks-within", text, "add nothing to it; as phases of it: run.phase(NAME)")
+
+
+def _is_equal_part(component: ComponentResult) -> bool:
+    """Whether an equal part of a device is counted, which the process as a whole used."""
+    apart = component.curve.source.kind not in ("cpu", "dram") and component.shares.block_u_rel > 0
+    return component.is_counted and apart
+
+
 def shared_job(components: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
     """For kinds of devices of whose energy others than a job of several recordings had a part.
 

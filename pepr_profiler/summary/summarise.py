@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pepr_profiler.energy import carbon
+from pepr_profiler.energy.blocks import BlockPart
 from pepr_profiler.energy.gpus import Gpus, board_of
 from pepr_profiler.energy.sharing import highest_power_w, share
 from pepr_profiler.errors import TraceError
@@ -170,7 +171,9 @@ def _examine(
     most_w = {board_of(curve): highest_power_w(curve, grid.at_ns) for curve in readings.curves}
     gpus = Gpus.of(facts, channels, readings.gpu_users, busy=readings.busy_gpus, most_w=most_w)
     scope = options.get("scope", "job")
-    components = _components(readings, gpus, grid, scope, by_rows=facts.get("cpu_shares") == "rows")
+    part = BlockPart.of(notes, readings.activity, begin_ns, end_ns)
+    by_rows = facts.get("cpu_shares") == "rows"
+    components = _components(readings, gpus, grid, scope, part, by_rows=by_rows)
     together = Counted.of(components, grid)
     counted = together.components
     energy = _energy(components, together, grid, duration_s, scope)
@@ -208,6 +211,8 @@ def _examine(
             *doubts.unread_files(unread),
             *doubts.shared_gpus(gpus, [c.curve for c in counted], begin_ns, end_ns),
             *doubts.served_gpus(gpus),
+            *doubts.blocks_within(notes),
+            *doubts.shared_process(notes, components, begin_ns, end_ns),
             *doubts.shared_cpu(
                 notes, readings.activity, _others_part(counted, "cpu"), begin_ns, end_ns
             ),
@@ -296,7 +301,7 @@ def _with_first_rank(phases: list[PhaseSpan]) -> list[PhaseSpan]:
 
 
 def _components(
-    readings: Readings, gpus: Gpus, grid: Grid, scope: str, *, by_rows: bool
+    readings: Readings, gpus: Gpus, grid: Grid, scope: str, part: BlockPart | None, *, by_rows: bool
 ) -> list[ComponentResult]:
     results = []
     for curve in readings.curves:
@@ -308,6 +313,7 @@ def _components(
             gpus.users_of(curve),
             idle_w=readings.idle_w.get(ident),
             most_idle_w=gpus.most_idle_w(curve),
+            part=part,
             by_rows=by_rows,
         )
         check = readings.cross_checks.get(ident)

@@ -366,10 +366,22 @@ _NOTE_SHAPE = {
     "since_ns": int,
     "pid": int,
     "profiler_s": float,
+    "run_id": str,
+    **dict.fromkeys(("own_s", "known_s", "pool_s"), float),
+    "main_s": (float, None),
+    **{"divided": bool, "blocks": int, "of_thread": int, "beside": [str]},
     "owner": str,
     "command": (str, None),
     "user": (str, None),
     "processes": [{"cpu_s": float, "pid": int, "command": (str, None), "user": (str, None)}],
 }
-_NOTE_KEYS = {"process": {"t_ns", "pid"}, "cpu": {"t_ns", "since_ns", "profiler_s", "processes"}}
+_NOTE_KEYS = {
+    "process": {"t_ns", "pid"},
+    "cpu": {"t_ns", "since_ns", "profiler_s", "processes"},
+    "blocks": {
+        *("t_ns", "divided", "own_s", "known_s", "main_s", "pool_s"),
+        *("blocks", "of_thread", "beside"),
+    },
+    "within": {"t_ns", "run_id"},
+}
 """What a note must have, by its kind."""

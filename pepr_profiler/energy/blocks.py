@@ -1,0 +1,154 @@
+"""A block's part of its process, while other blocks of the process were open.
+
+Devices and the process lane know the process as one. Its CPU time is divided by the clocks of
+threads, which recording/blocks.py notes: a block has what its thread had, and what that started.
+Several blocks of one thread (asyncio) have equal parts of its time. So have all blocks of what no
+clock tells, and of a GPU. Parts of all blocks add up to the process, but for what its main thread
+did outside of them.
+
+Where n blocks have equal parts, nothing is known but that the parts add up: with all divisions as
+likely (Dirichlet's distribution with parameters of 1), the standard uncertainty of one is
+sqrt((n - 1)/(n + 1))/n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pepr_profiler.energy.activity import Activity, DeviceUse, used_until_s
+from pepr_profiler.record import Floats, Ints, Record
+
+_WORKS = 0.01
+"""A main thread that takes less of a core than this does nothing that blocks could have done."""
+
+
+class BlockPart(Record):
+    """The block's part, interval by interval: `edges_ns` (n + 1,), the rest (n,), from 0 to 1.
+
+    `cpu` is of the process's CPU time, `equal` of what is known of the process alone, both with
+    their standard uncertainty. The first and the last interval also hold for what lies before and
+    after them.
+    """
+
+    edges_ns: Floats
+    cpu: Floats
+    cpu_u: Floats
+    equal: Floats
+    equal_u: Floats
+
+    @classmethod
+    def of(
+        cls,
+        notes: Sequence[Mapping[str, Any]],
+        activity: Activity | None,
+        begin_ns: int,
+        end_ns: int,
+    ) -> BlockPart | None:
+        """From the notes of its run, in order of time; None if it always had the whole process.
+
+        From the last note on, of a run that was cut off, nothing tells the parts.
+        """
+        of_blocks = [note for note in notes if note["event"] == "blocks"]
+        if not any(note["divided"] for note in of_blocks):
+            return None
+        names = ("t_ns", "own_s", "known_s", "pool_s", "blocks", "of_thread")
+        columns = {name: np.array([float(note[name]) for note in of_blocks]) for name in names}
+        at_ns = columns["t_ns"]
+        last_ns = max(end_ns, at_ns[-1]) + 1.0
+        edges_ns = np.concatenate(([min(begin_ns, at_ns[0]) - 1.0], at_ns, [last_ns]))
+        span_s = np.diff(at_ns) * 1e-9
+        own_s, known_s, pool_s = (
+            np.maximum(np.diff(columns[name]), 0.0) for name in ("own_s", "known_s", "pool_s")
+        )
+        main_s = _growth_s([note["main_s"] for note in of_blocks])
+        count = columns["blocks"] + np.append(main_s > _WORKS * span_s, False)
+        of_thread = columns["of_thread"]
+        equal, equal_u = 1.0 / count, _unknown(count)
+        cpu, cpu_u = equal.copy(), equal_u.copy()
+        if activity is not None and len(activity.t_ns) > 1:
+            process_s = np.maximum(np.diff(used_until_s(activity, at_ns)), 0.0)
+            # Clocks are read at other instants than the lane: together they are at most the whole.
+            scale = np.minimum(1.0, _ratio(process_s, known_s, 1.0))
+            rest_s = process_s - scale * known_s
+            own_s, pool_s = scale * own_s, np.minimum(pool_s, process_s)
+            part_s = own_s / of_thread[:-1] + rest_s * equal[:-1]
+            # Workers are counted to the thread that started them, and others may use them too.
+            u_s = own_s * _unknown(of_thread[:-1]) + rest_s * equal_u[:-1]
+            u_s += pool_s * equal_u[:-1]
+            cpu[:-1] = np.minimum(_ratio(part_s, process_s, equal[:-1]), 1.0)
+            cpu_u[:-1] = _ratio(u_s, process_s, equal_u[:-1])
+        parted = np.array([note["divided"] for note in of_blocks])
+        values = [np.where(parted, x, 1.0) for x in (cpu, equal)]
+        us = [np.where(parted, x, 0.0) for x in (cpu_u, equal_u)]
+        (cpu, equal), (cpu_u, equal_u) = values, us
+        return cls(
+            edges_ns,
+            *(np.concatenate(([first], x)) for first, x in
+              ((1.0, cpu), (0.0, cpu_u), (1.0, equal), (0.0, equal_u))),
+        )  # fmt: skip
+
+    def of_activity(self, activity: Activity) -> Activity:
+        """The process's activity with the block's CPU time as the job's."""
+        inside_ns = self.edges_ns[
+            (self.edges_ns > activity.t_ns[0]) & (self.edges_ns < activity.t_ns[-1])
+        ]
+        at_ns = np.sort(np.concatenate((activity.t_ns, inside_ns)))
+        used_s = np.diff(used_until_s(activity, at_ns)) * self._at(self.cpu, _middles(at_ns))
+        so_far_s = np.append(0.0, np.cumsum(used_s))
+        rows = np.searchsorted(at_ns, activity.t_ns)
+        return activity._replace(job_cpu_s=activity.job_cpu_s[0] + so_far_s[rows])
+
+    def of_use(self, use: DeviceUse) -> DeviceUse:
+        """A process's use of a device with an equal part of it as the job's."""
+        inside_ns = self.edges_ns[
+            (self.edges_ns > use.edges_ns[0]) & (self.edges_ns < use.edges_ns[-1])
+        ]
+        edges_ns = np.sort(np.concatenate((use.edges_ns, inside_ns)))
+        at_ns = _middles(edges_ns)
+        row = np.clip(np.searchsorted(use.edges_ns, at_ns) - 1, 0, len(use.job) - 1)
+        job, others, job_there, others_there = (values[row] for values in use[1:])
+        part = self._at(self.equal, at_ns)
+        return DeviceUse(
+            edges_ns,
+            job * part,
+            others + job * (1.0 - part),
+            job_there * part,
+            others_there + job_there * (1.0 - part),
+        )
+
+    def u_rel(self, at_ns: Ints, job_j: Floats, *, by_cpu: bool) -> float:
+        """Relative standard uncertainty by the division of the job's energy, cumulative `job_j`."""
+        if len(at_ns) < 2 or not job_j[-1] > job_j[0]:
+            return 0.0
+        value, u = (self.cpu, self.cpu_u) if by_cpu else (self.equal, self.equal_u)
+        ratio = self._at(_ratio(u, value, 0.0), _middles(at_ns.astype(np.float64)))
+        return float(np.diff(job_j) @ ratio / (job_j[-1] - job_j[0]))
+
+    def _at(self, values: Floats, at_ns: Floats) -> Floats:
+        row = np.clip(np.searchsorted(self.edges_ns, at_ns) - 1, 0, len(values) - 1)
+        return np.asarray(values[row])
+
+
+def _unknown(count: Floats) -> Floats:
+    """Standard uncertainty of one of so many parts of which nothing is known."""
+    return np.asarray(np.sqrt((count - 1.0) / (count + 1.0)) / count)
+
+
+def _growth_s(clock_s: Sequence[float | None]) -> Floats:
+    """How much a clock has gone on from note to note; 0 where it was not noted."""
+    known_s = np.array([np.nan if value is None else value for value in clock_s])
+    return np.nan_to_num(np.maximum(np.diff(known_s), 0.0))
+
+
+def _ratio(part: Floats, whole: Floats, otherwise: Floats | float) -> Floats:
+    """Their ratio, and `otherwise` where there is no whole."""
+    result = np.broadcast_to(np.asarray(otherwise, dtype=np.float64), whole.shape).copy()
+    np.divide(part, whole, out=result, where=whole > 0)
+    return result
+
+
+def _middles(at_ns: Floats) -> Floats:
+    return np.asarray((at_ns[:-1] + at_ns[1:]) / 2)

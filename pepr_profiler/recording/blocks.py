@@ -1,0 +1,317 @@
+"""Which blocks of this process are open at once, and how much CPU time each one's thread has had.
+
+A process is one to the kernel's counters, and so to GPUs. Where several of its blocks are open at
+the same time, each writes down the clocks from which its part is worked out (energy/blocks.py):
+those of threads that entered a block, which include what these threads started since, and that of
+the main thread.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pepr_profiler import _core
+from pepr_profiler.recording.processes import run_around
+from pepr_profiler.recording.procfs import ancestors_of, cpu_clock_s
+from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE, read_live_run
+
+TYPE_CHECKING = False  # typing takes 0.5 MB
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class OpenBlock:
+    """A block that records itself: its run's directory as others are given it, and its thread.
+
+    `around` is the open block of this process that has the block's energy too: one whose context
+    the block was entered in, or one of the main thread. `notes` wait to be written to its run.
+    """
+
+    __slots__ = ("around", "clock", "is_divided", "mark", "notes", "notifier", "owner", "pid",
+                 "run_id", "thread")  # fmt: skip
+
+    def __init__(
+        self, owner: Any, directory: Path, notifier: _core.Notifier, around: OpenBlock | None
+    ) -> None:
+        self.owner = owner
+        self.mark = str(directory)
+        self.run_id = directory.name
+        self.notifier = notifier
+        self.around = around
+        self.pid = os.getpid()
+        self.thread = threading.current_thread()
+        self.clock: _core.ThreadClock | None = None  # None: that of the main thread
+        self.is_divided = False
+        self.notes: list[dict[str, Any]] = []
+
+    @property
+    def chain(self) -> Iterator[OpenBlock]:
+        """The block, the one around it, and so on."""
+        at: OpenBlock | None = self
+        while at is not None:
+            yield at
+            at = at.around
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no block around it is of another thread: alone it has the whole process."""
+        return all(b.around is None or b.around.thread is b.thread for b in self.chain)
+
+    def note_within(self, inner: OpenBlock) -> None:
+        """Notes that a block inside this one is a run of its own."""
+        within = {"event": "within", "t_ns": time.monotonic_ns(), "run_id": inner.run_id}
+        self.notes.append(within)
+        self.notifier.notify()
+
+    def take_notes(self) -> list[dict[str, Any]]:
+        """The notes that are to be written now."""
+        notes, self.notes = self.notes, []
+        return notes
+
+
+class OpenBlocks:
+    """The open blocks of this process that record themselves, in the order of their entry.
+
+    Safe for threads, and across fork: a child finds those of its parent by `find` alone. The
+    environment names the block that all that is started now is of for sure: the innermost one, or,
+    of several side by side, the one around them, or what was named before them.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[OpenBlock] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begins anew, as a forked child does; the blocks of its parent stay known."""
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._clocks: dict[threading.Thread, _core.ThreadClock] = {}
+        self._ended_s = 0.0  # of threads that have ended
+        self._given: str | None = None  # what the environment said before our first block
+        self._said: str | None = None  # what we made it say
+
+    def _here(self) -> threading.Lock:
+        """The lock of this process; that of one that has forked us may be held for ever."""
+        if self._pid != os.getpid():
+            self._forget()
+        return self._lock
+
+    def ours(self) -> list[OpenBlock]:
+        """The open blocks of this process itself."""
+        self._here()
+        return [block for block in self._blocks if block.pid == self._pid]
+
+    def find(self, mark: str) -> OpenBlock | None:
+        """The block of this process, or of one that forked it, that a value names."""
+        return next((block for block in self._blocks if block.mark == mark), None)
+
+    def given(self) -> str:
+        """The run that this process is part of as a whole, as its environment named it."""
+        with self._here():  # the environment may be about to name another block
+            return (self._given if self.ours() else os.environ.get(RUN_DIR_VARIABLE)) or ""
+
+    def outside(self) -> str:
+        """The run around this process, by its environment or that of its ancestors; else empty."""
+        with self._here():
+            return (self._given if self.ours() else run_around(RUN_DIR_VARIABLE, "self")) or ""
+
+    def around(self) -> OpenBlock | None:
+        """The block that is around one which this thread enters now, in no block's context.
+
+        That is the innermost block of the main thread, which has started this one as all others.
+        """
+        main = threading.main_thread()
+        if threading.current_thread() is main:
+            return None
+        of_main = [block for block in self.ours() if block.thread is main]
+        return _innermost(of_main) if of_main else None
+
+    def enter(self, block: OpenBlock, begin_ns: int) -> None:
+        """The block has begun; those that are open beside it are woken to write that down."""
+        with self._here():
+            if not self.ours():
+                self._given, self._said = os.environ.get(RUN_DIR_VARIABLE), None
+            if block.thread is not threading.main_thread():
+                if block.thread not in self._clocks:
+                    self._clocks[block.thread] = _core.ThreadClock()
+                block.clock = self._clocks[block.thread]
+            self._blocks.append(block)
+            self._name()
+            self._note_all(block, begin_ns)
+
+    def leave(self, block: OpenBlock) -> None:
+        """The block has ended; nothing is noted of it any more."""
+        with self._here():
+            if block.is_divided:
+                self._note(block, self.ours(), self._clocks_s())
+            self._blocks.remove(block)
+            for other in self._blocks:
+                if other.around is block:
+                    other.around = block.around
+            self._name()
+            self._note_all()
+            for thread in [thread for thread in self._clocks if not thread.is_alive()]:
+                self._ended_s += self._clocks.pop(thread).read_s()
+
+    def note(self, block: OpenBlock) -> None:
+        """Notes now what the clocks of a divided block show."""
+        with self._here():
+            ours = self.ours()
+            if block.is_divided and block in ours:
+                self._note(block, ours, self._clocks_s())
+
+    # --- parts ---
+
+    def _name(self) -> None:
+        """Makes the environment name a run, unless the program has changed it."""
+        now = os.environ.get(RUN_DIR_VARIABLE)
+        if now != (self._given if self._said is None else self._said):
+            return
+        ours = self.ours()
+        common = _innermost(ours) if ours else None
+        self._said = None if common is None else common.mark
+        value = self._given if common is None else common.mark
+        if value is not None:
+            os.environ[RUN_DIR_VARIABLE] = value
+        elif now is not None:
+            del os.environ[RUN_DIR_VARIABLE]
+
+    def _note_all(self, new: OpenBlock | None = None, begin_ns: int = 0) -> None:
+        """Notes the clocks for each block that is divided, or was until now.
+
+        The first note of the `new` one is of its begin.
+        """
+        ours = self.ours()
+        parted = [b for b in ours if b.is_divided or not b.is_whole or self._beside(b, ours)]
+        if not parted:
+            return
+        clocks_s = self._clocks_s()
+        for block in parted:
+            self._note(block, ours, clocks_s)
+            if block is new:
+                block.notes[-1]["t_ns"] = begin_ns
+            else:
+                block.notifier.notify()
+
+    def _clocks_s(self) -> tuple[int, float, float, dict[int, float]]:
+        """The instant, the main thread's and all threads' CPU time that is known, and each's."""
+        main_s = time.clock_gettime((~os.getpid() << 3) | 6)  # as pthread_getcpuclockid(3) names it
+        each_s = {id(clock): clock.read_s() for clock in self._clocks.values()}
+        return time.monotonic_ns(), main_s, sum(each_s.values(), main_s + self._ended_s), each_s
+
+    def _note(
+        self,
+        block: OpenBlock,
+        ours: list[OpenBlock],
+        clocks_s: tuple[int, float, float, dict[int, float]],
+    ) -> None:
+        t_ns, main_s, known_s, each_s = clocks_s
+        beside = self._beside(block, ours)
+        block.is_divided = bool(beside) or not block.is_whole
+        threads = [other.thread for other in (block, *beside)]
+        block.notes.append(
+            {
+                "event": "blocks",
+                "t_ns": t_ns,
+                "divided": block.is_divided,
+                "own_s": main_s if block.clock is None else each_s[id(block.clock)],
+                "known_s": known_s,
+                # What the main thread does outside of all of them is none of theirs.
+                "main_s": None if threading.main_thread() in threads else main_s,
+                "pool_s": _pool_s(),
+                "blocks": len(threads),
+                "of_thread": threads.count(block.thread),
+                "beside": [other.run_id for other in beside],
+            }
+        )
+
+    @staticmethod
+    def _beside(block: OpenBlock, ours: list[OpenBlock]) -> list[OpenBlock]:
+        """The blocks that share the process with a block: those beside it or one around it."""
+        chain = list(block.chain)
+        around = [at.around for at in chain]
+        return [other for other in ours if other not in chain and other.around in around]
+
+
+def _innermost(blocks: list[OpenBlock]) -> OpenBlock | None:
+    """The innermost of the blocks that are around all of these, or are one of them."""
+    outer = {id(block.around) for block in blocks}
+    chains = [list(block.chain) for block in blocks if id(block) not in outer]
+    common = (at for at in chains[0] if all(at in chain for chain in chains))
+    return next(common, None)
+
+
+def _pool_s() -> float:
+    """CPU time of the workers of multiprocessing, and of what is built on it, that live now.
+
+    Several threads may use them, whoever started them.
+    """
+    processes = getattr(sys.modules.get("multiprocessing.process"), "_children", ())
+    pids = [getattr(process, "pid", None) for process in list(processes)]
+    return sum(cpu_clock_s(pid) or 0.0 for pid in pids if pid)
+
+
+# --- workers that were started before the block ---------------------------------------------------
+
+
+def runs_of_ancestors() -> list[Path]:
+    """The runs that the nearest ancestor which records itself has open, so that we are in them.
+
+    A worker that was started before the block has no mark of it. Whoever records holds its run's
+    directory open.
+    """
+    if not _is_worker():
+        return []
+    for pid in ancestors_of(os.getpid()):
+        found: dict[str, dict[str, Any]] = {}
+        for path in _open_runs(pid):
+            run = read_live_run(Path(path))
+            facts = (run or {}).get("recording") or {}
+            if run and facts.get("profiler_pid") == pid and facts.get("root") == "self":
+                found[path] = run
+        if found:
+            return _certain(found)
+    return []
+
+
+def _is_worker() -> bool:
+    """Whether this process is one of multiprocessing, of what is built on it, or of Ray.
+
+    Other programs are spared the 0.3 ms that it takes to look at their ancestors.
+    """
+    parent = getattr(sys.modules.get("multiprocessing.process"), "_parent_process", None)
+    return parent is not None or "RAY_RAYLET_PID" in os.environ
+
+
+def _open_runs(pid: int) -> set[str]:
+    """The directories named runs/NAME that a process has open, as far as we may see."""
+    found = set()
+    try:
+        for fd in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208
+            try:
+                path = os.readlink(f"/proc/{pid}/fd/{fd}")  # noqa: PTH115
+            except OSError:  # closed meanwhile
+                continue
+            if path.rpartition("/")[0].endswith("/runs"):
+                found.add(path)
+    except OSError:  # another user's
+        pass
+    return found
+
+
+def _certain(runs: dict[str, dict[str, Any]]) -> list[Path]:
+    """The innermost run, or the one around all; all of them where there is neither."""
+    ids = {path: run.get("run_id") for path, run in runs.items()}
+    around = {path: run["recording"].get("outer") or {} for path, run in runs.items()}
+    outer = {path: facts.get("run_id") for path, facts in around.items()}
+    inner = [path for path in runs if ids[path] not in outer.values()]
+    outermost = [path for path in runs if outer[path] not in ids.values()]
+    for candidates in (inner, outermost):
+        if len(candidates) == 1:
+            return [Path(candidates[0])]
+    return [Path(path) for path in runs]

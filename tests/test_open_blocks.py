@@ -1,0 +1,707 @@
+"""Blocks that are open at once: which join, which are runs of their own, and whose energy it is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli import SLOW_S, Cli, codes, component
+from sim.powercap import BuildTree, Tree, Zone
+from sim.waves import Constant
+
+import pepr_profiler
+from pepr_profiler import UsageError, _core, profile
+from pepr_profiler.daemon.claims import RunClaims
+from pepr_profiler.energy.activity import Activity, DeviceUse
+from pepr_profiler.energy.blocks import BlockPart
+from pepr_profiler.trace.lane import LaneReader
+from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
+
+pytestmark = pytest.mark.usefixtures("on_our_own")
+
+MACHINE_W = 110.0
+
+
+@pytest.fixture
+def machine(powercap_sim: BuildTree) -> Tree:
+    """A package at 100 W with its memory at 10 W."""
+    package = Zone("intel-rapl:0", "package-0", Constant(100.0))
+    return powercap_sim(package, Zone("intel-rapl:0:0", "dram", Constant(10.0)), live=True)
+
+
+Used = list[tuple[float, float, float]]
+"""Instants with the CPU time of one, and of everybody, until then, s."""
+
+
+def used_now(own_s: Callable[[], float]) -> tuple[float, float, float]:
+    ticks = list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8]))
+    busy_s = (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic(), own_s(), busy_s
+
+
+def burn(cpu_s: float, own_s: Callable[[], float] = time.thread_time) -> Used:
+    """Takes CPU time, and says every so often how much."""
+    used, begin_s = [used_now(own_s)], own_s()
+    while own_s() - begin_s < cpu_s:
+        if time.monotonic() - used[-1][0] > 0.3:
+            used.append(used_now(own_s))
+    return [*used, used_now(own_s)]
+
+
+def truth_j(used: Sequence[tuple[float, float, float]]) -> float:
+    """What the machine took for it, step by step: a CPU second's price changes with the load."""
+    sum_j = 0.0
+    for before, after in pairwise(used):
+        seconds, own_s, busy_s = (y - x for x, y in zip(before, after, strict=True))
+        sum_j += MACHINE_W * seconds * min(1.0, own_s / max(busy_s, own_s, 0.01))
+    return sum_j
+
+
+def total_j(run: pepr_profiler.Run) -> float:
+    total = run.summary["energy"]["total_j"]
+    assert isinstance(total, float)
+    return total
+
+
+def at_once(*works: Callable[[], Any]) -> list[Any]:
+    """What these give, each in a thread of its own."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result(SLOW_S) for future in [pool.submit(work) for work in works]]
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["alone", "in a block"])
+def test_blocks_of_threads_are_runs_whose_energies_add_up(machine: Tree, around: bool) -> None:
+    # given three threads that are in their blocks at once, and compute as 1 : 2 : 3
+    meet = threading.Barrier(3, timeout=SLOW_S)
+
+    def trial(number: int) -> tuple[pepr_profiler.Run, Used]:
+        with profile(f"trial{number}", sensors=[machine.spec]) as run:
+            meet.wait()
+            used = burn(0.4 * number)
+            meet.wait()
+        return run, used
+
+    study = profile("study", sensors=[machine.spec])
+    if around:
+        study.__enter__()
+    begun = used_now(time.process_time)
+    found = at_once(*(lambda n=n: trial(n) for n in (1, 2, 3)))  # type: ignore[misc]
+    whole_j = truth_j([begun, used_now(time.process_time)])
+    if around:
+        study.__exit__(None, None, None)
+        outer = {"run_id": study.run_id, "pid": os.getpid()}
+        assert "blocks-within" in codes(study.summary, "and its energy has theirs: trial")
+    # then each has what its thread took, and all together no more than the process
+    runs = [run for run, _ in found]
+    assert len({run.run_id for run in runs}) == 3 and not any(run.joined for run in runs)
+    for run, used in found:
+        assert total_j(run) == pytest.approx(truth_j(used), rel=0.15, abs=2.0)
+        assert run.summary["recording"]["outer"] == (outer if around else None)
+        assert "shared-process" in codes(run.summary, "shared its process for")
+    # no thread but these did anything: all is known but for the moments of beginning and ending
+    assert sum(map(total_j, runs)) < 1.05 * (total_j(study) if around else whole_j)
+    assert RUN_DIR_VARIABLE not in os.environ
+
+
+def test_a_device_that_knows_processes_alone_is_divided_and_that_is_said(meter: str) -> None:
+    meet = threading.Barrier(2, timeout=SLOW_S)
+
+    def trial() -> pepr_profiler.Run:
+        with profile("trial", sensors=[meter]) as run:
+            meet.wait()
+            threading.Event().wait(0.5)
+            meet.wait()
+        return run
+
+    begin_s = time.monotonic()
+    runs = at_once(trial, trial)
+    most_j = 100 * (time.monotonic() - begin_s)
+    meters = [component(run.summary, "gpu:meter") for run in runs]
+    # truth: 100 W, of which nobody knows whose it was: any part, from nothing to all
+    apart_s = abs(runs[0].summary["duration_s"] - runs[1].summary["duration_s"])
+    for run, part in zip(runs, meters, strict=True):
+        half_j = 50 * run.summary["duration_s"]
+        assert half_j - 1 <= part["job_j"] <= half_j + 50 * (apart_s + 0.1)
+        assert part["job_j"] + part["others_j"] == pytest.approx(part["device_j"])
+        assert part["u_j"] == pytest.approx(half_j / np.sqrt(3) * 2, rel=0.3)
+        assert "shared-process" in codes(run.summary, "gpu:meter it was cannot be told apart")
+    assert sum(part["job_j"] for part in meters) <= most_j
+
+
+def test_what_a_thread_starts_is_its_blocks(machine: Tree) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        if not pool.submit(lambda: _core.ThreadClock().counts_started).result():
+            pytest.skip("the kernel does not permit perf here")
+    meet = threading.Barrier(2, timeout=SLOW_S)
+
+    def trial(*command: str) -> pepr_profiler.Run:
+        with profile("trial", sensors=[machine.spec]) as run:
+            meet.wait()
+            if command:
+                subprocess.run(command, check=True)
+                thread = threading.Thread(target=burn, args=(0.2,))
+                thread.start()
+                thread.join()
+            meet.wait()
+        return run
+
+    code = "import time\nwhile time.process_time() < 0.7: pass"
+    busy, idle = at_once(lambda: trial(sys.executable, "-c", code), trial)
+    assert total_j(idle) < 0.25 * total_j(busy)
+
+
+def test_a_block_that_follows_another_has_the_process_to_itself(meter: str) -> None:
+    def trial() -> dict[str, Any]:
+        with profile("trial", sensors=[meter]) as run:
+            threading.Event().wait(0.1)
+        return run.summary
+
+    with ThreadPoolExecutor(1) as pool:
+        for summary in (pool.submit(trial).result(), pool.submit(trial).result()):
+            part = component(summary, "gpu:meter")
+            assert part["job_j"] == pytest.approx(100 * summary["duration_s"], rel=1e-6)
+            assert "shared-process" not in codes(summary)
+
+
+def test_energy_so_far_of_blocks_at_once_is_a_part_too(meter: str) -> None:
+    meet = threading.Barrier(2, timeout=SLOW_S)
+
+    def trial() -> tuple[float, float]:
+        with profile("trial", sensors=[meter], cpu_power="1:2") as run:
+            begin_s = time.monotonic()
+            meet.wait()
+            threading.Event().wait(0.3)
+            so_far_j = run.energy_j
+            seconds = time.monotonic() - begin_s
+            meet.wait()
+        assert so_far_j is not None
+        return so_far_j, seconds
+
+    for so_far_j, seconds in at_once(trial, trial):
+        assert 10 < so_far_j < 100 * seconds * 0.75 + 2 * seconds
+
+
+# --- who joins ------------------------------------------------------------------------------------
+
+
+def entered(name: str = "inner", **options: Any) -> tuple[bool, str]:
+    with profile(name, cpu_power="1:2", **options) as run:
+        return run.joined, run.run_id
+
+
+def test_a_task_or_thread_with_the_blocks_context_joins_it(meter: str) -> None:
+    async def main() -> list[tuple[bool, str]]:
+        async def task() -> tuple[bool, str]:
+            await asyncio.sleep(0)
+            return entered()
+
+        return [*await asyncio.gather(task(), task()), await asyncio.to_thread(entered)]
+
+    with profile("outer", sensors=[meter]) as outer:
+        context = contextvars.copy_context()
+        joined = [*asyncio.run(main()), *at_once(lambda: context.run(entered))]
+        [(own, other_id)] = at_once(entered)
+    assert joined == [(True, outer.run_id)] * 4
+    assert not own and other_id != outer.run_id
+
+
+def test_tasks_at_once_are_runs_with_equal_parts(machine: Tree) -> None:
+    async def task(met: asyncio.Queue[None], meets: asyncio.Queue[None]) -> pepr_profiler.Run:
+        with profile("task", sensors=[machine.spec]) as run:
+            meets.put_nowait(None)
+            await met.get()
+            burn(0.3)
+            meets.put_nowait(None)
+            await met.get()
+        return run
+
+    async def main() -> list[pepr_profiler.Run]:
+        one: asyncio.Queue[None] = asyncio.Queue()
+        other: asyncio.Queue[None] = asyncio.Queue()
+        return await asyncio.gather(task(one, other), task(other, one))
+
+    begun = used_now(time.process_time)
+    one, other = asyncio.run(main())
+    whole_j = truth_j([begun, used_now(time.process_time)])
+    assert not one.joined and not other.joined
+    assert total_j(one) == pytest.approx(total_j(other), rel=0.1)
+    assert total_j(one) + total_j(other) < 1.1 * whole_j
+    # either may have had nothing or all of it
+    assert one.summary["energy"]["u_j"] == pytest.approx(total_j(one) / np.sqrt(3) * 2, rel=0.2)
+
+
+def test_generators_and_decorated_functions_of_one_thread_join(meter: str) -> None:
+    @profile("generator", sensors=[meter])
+    def generator() -> Iterator[bool]:
+        yield entered()[0]
+        yield entered()[0]
+
+    @profile("decorated", cpu_power="1:2")
+    def decorated() -> tuple[bool, bool]:
+        return entered()[0], next(generator())
+
+    assert decorated() == (True, True)
+    one, other = generator(), generator()
+    assert [next(one), next(other), next(one), next(other)] == [True] * 4
+    one.close()
+    other.close()
+    assert entered()[0] is False
+    assert RUN_DIR_VARIABLE not in os.environ
+
+
+def test_join_never_is_a_run_of_its_own_and_error_refuses(meter: str, tmp_path: Path) -> None:
+    with profile("outer", sensors=[meter], join="error") as outer:
+        assert entered(join="auto") == (True, outer.run_id)
+        with profile("never", sensors=[meter], join="never") as never:
+            assert not never.joined
+            assert entered() == (True, never.run_id)
+            threading.Event().wait(0.1)
+        assert entered() == (True, outer.run_id)
+        refused = profile("refused", join="error")
+        with pytest.raises(UsageError, match=r"(?s)would join the run outer-.*\"never\""):
+            refused.__enter__()
+        [(joined, _)] = at_once(lambda: entered(join="error"))
+        assert not joined
+    part = component(never.summary, "gpu:meter")
+    assert part["job_j"] == pytest.approx(100 * never.summary["duration_s"], rel=1e-6)
+    assert never.summary["recording"]["outer"]["run_id"] == outer.run_id
+    assert "blocks-within" in codes(outer.summary, never.run_id)
+    assert "shared-process" not in codes(never.summary)
+    assert len(list(tmp_path.glob("store/runs/*"))) == 3
+    for wrong in ("no", None, 1):
+        with pytest.raises(UsageError, match="join="):
+            profile("wrong", join=wrong)  # type: ignore[arg-type]
+
+
+def test_blocks_of_threads_in_a_wrapped_program_join_its_run(cli: Cli, meter: str) -> None:
+    code = """
+import threading
+from pepr_profiler import profile
+meet = threading.Barrier(2)
+def work():
+    with profile("thread") as run:
+        meet.wait()
+        assert run.joined
+        meet.wait()
+threads = [threading.Thread(target=work) for _ in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+with profile("own", join="never", cpu_power="1:2") as run:
+    print(run.joined, run.summary if run.joined else "")
+"""
+    result, summary = cli.measure("--sensor", meter, "--", sys.executable, "-c", code)
+    assert result.status == 0, result.stderr
+    assert [(p["name"], p["count"]) for p in summary["phases"]] == [("thread", 2)]
+    assert result.stdout == b"False \n"
+    outer = [json.loads((r / "run.json").read_text())["recording"]["outer"] for r in cli.runs()]
+    assert [facts and facts["run_id"] for facts in outer].count(summary["run_id"]) == 1
+
+
+# --- other processes ------------------------------------------------------------------------------
+
+CHILD = """
+from pepr_profiler import profile
+with profile("child", cpu_power="1:2") as run: print(run.joined, run.run_id)
+"""
+
+
+def child() -> tuple[bool, str]:
+    command = [sys.executable, "-W", "ignore", "-c", CHILD]
+    said = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()
+    return said[0] == "True", said[1]
+
+
+def test_the_environment_names_the_run_that_a_child_is_of_for_sure(meter: str) -> None:
+    meet = threading.Barrier(2, timeout=SLOW_S)
+
+    def trial() -> tuple[str, tuple[bool, str], tuple[bool, str]]:
+        with profile("trial", sensors=[meter]) as run:
+            meet.wait()
+            found = child()
+            if meet.wait() == 0:
+                meet.wait()
+                return run.run_id, found, (True, run.run_id)
+        meet.wait()
+        return run.run_id, found, (True, run.run_id)
+
+    # two side by side: whose a child is cannot be told, so it is a run of its own
+    for _, (joined, _), _ in at_once(trial, trial):
+        assert not joined
+    # in a block around both it joins that
+    with profile("outer", sensors=[meter]) as outer:
+        assert child() == (True, outer.run_id)
+        assert [found for _, found, _ in at_once(trial, trial)] == [(True, outer.run_id)] * 2
+        assert os.environ[RUN_DIR_VARIABLE] == str(outer.directory)
+    assert RUN_DIR_VARIABLE not in os.environ
+    # and one that is alone has it, whichever thread it is of
+    [(run_id, found)] = at_once(lambda: _alone(meter))
+    assert found == (True, run_id)
+
+
+def _alone(meter: str) -> tuple[str, tuple[bool, str]]:
+    with profile("alone", sensors=[meter]) as run:
+        return run.run_id, child()
+
+
+def test_a_fork_of_a_thread_is_of_its_block(cli: Cli, meter: str) -> None:
+    code = """
+import os, sys, threading, warnings
+from pepr_profiler import profile
+warnings.simplefilter("ignore")
+meet = threading.Barrier(2)
+def work():
+    with profile("trial", sensors=sys.argv[1:]) as run:
+        meet.wait()
+        pid = os.fork()
+        if pid == 0:
+            with profile("forked") as inner:
+                os._exit(0 if inner.joined and inner.run_id == run.run_id else 1)
+        print(os.waitpid(pid, 0)[1], end=" ")
+        meet.wait()
+threads = [threading.Thread(target=work) for _ in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+    command = [sys.executable, "-c", code, meter]
+    done = subprocess.run(command, env=cli.environment(), capture_output=True, timeout=SLOW_S,
+                          check=True)  # fmt: skip
+    assert done.stdout.split() == [b"0", b"0"], done.stderr.decode()
+
+
+WORKERS = """
+import json, os, sys, time, warnings
+from pepr_profiler import profile
+warnings.simplefilter("ignore")
+folder, spec = sys.argv[1:]
+
+def burn(cpu_s):
+    begin_s = time.process_time()
+    while time.process_time() - begin_s < cpu_s: pass
+
+def task(cpu_s):
+    with profile("task", cpu_power="1:2") as run:
+        burn(cpu_s)
+    return os.getpid(), run.joined, run.run_id
+
+def block(name, work):  # that nothing of the machine counts twice is in the job's CPU time
+    with profile(name, sensors=[spec]) as run:
+        found = work()
+    from pepr_profiler.trace.lane import LaneReader
+    cpu_s = [value for batch in LaneReader(run.directory, "processes") for value in batch.values[0]]
+    phases = [(phase["name"], phase["count"]) for phase in run.summary["phases"]]
+    print(json.dumps([run.run_id, found, float(cpu_s[-1]) - float(cpu_s[0]), phases]))
+"""
+
+POOLS = {
+    "fork": """
+import multiprocessing
+pool = multiprocessing.get_context("fork").Pool(2)
+def work(): return pool.map(task, [0.3] * 4, chunksize=1)
+""",
+    "spawn": """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+def work(): return list(pool.map(task, [0.3] * 4))
+""",
+    "loky": """
+from joblib import Parallel, delayed
+def work(): return Parallel(n_jobs=2, backend="loky")([delayed(task)(0.3)] * 4)
+""",
+    "loader": """
+import torch.utils.data
+class Items(torch.utils.data.Dataset):
+    def __len__(self): return 4
+    def __getitem__(self, item): return task(0.3)
+loader = torch.utils.data.DataLoader(
+    Items(), num_workers=2, batch_size=None, persistent_workers=True
+)
+def work(): return list(loader)
+""",
+    "ray": """
+import ray, tempfile
+short = tempfile.TemporaryDirectory(dir="/tmp")  # the paths of its sockets hold 107 bytes
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+         _temp_dir=short.name)
+remote = ray.remote(task)
+def work(): return ray.get([remote.remote(0.3) for _ in range(4)])
+""",
+}
+
+
+def run_program(cli: Cli, code: str, *arguments: str) -> list[Any]:
+    """The lines of JSON that a user's program prints."""
+    program = cli.folder / "program.py"
+    program.write_text(code)
+    done = subprocess.run([sys.executable, str(program), *arguments], env=cli.environment(),
+                          capture_output=True, timeout=SLOW_S, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(b"[")]
+
+
+def test_tasks_of_joblibs_threads_are_runs_in_the_main_threads_block(cli: Cli, meter: str) -> None:
+    if find_spec("joblib") is None:
+        pytest.skip("joblib is not installed")
+    code = f"""{WORKERS}
+from joblib import Parallel, delayed
+block("one", lambda: Parallel(n_jobs=2, backend="threading")([delayed(task)(0.05)] * 4))
+"""
+    [(run_id, found, _, phases)] = run_program(cli, code, str(cli.folder), meter)
+    assert [joined for _, joined, _ in found] == [False] * 4
+    assert phases == []
+    inner = {of for *_, of in found}
+    outer = {run["run_id"]: run["recording"]["outer"] for run in map(cli.report, cli.runs())}
+    assert {name for name, around in outer.items() if around} == inner
+    assert {around["run_id"] for around in outer.values() if around} == {run_id}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_worker_is_of_the_block_that_uses_it_once(cli: Cli, meter: str, pool: str) -> None:
+    needs = {"loky": "joblib", "loader": "torch", "ray": "ray"}.get(pool)
+    if needs is not None and find_spec(needs) is None:
+        pytest.skip(f"{needs} is not installed")
+    code = f"""{WORKERS}{POOLS[pool]}
+if __name__ == "__main__":
+    work()  # the workers are started before any block
+    block("one", work)
+    block("two", work)
+"""
+    blocks = run_program(cli, code, str(cli.folder), meter)
+    # then all tasks of the same workers are of the block around them, and count there
+    assert len(blocks) == 2
+    pids = [{pid for pid, *_ in found} for _, found, _, _ in blocks]
+    assert pids[0] & pids[1]
+    for run_id, found, cpu_s, phases in blocks:
+        assert [(joined, of) for _, joined, of in found] == [(True, run_id)] * 4
+        assert phases == [["task", 4]]
+        assert 1.15 < cpu_s < 2.0  # truth: 4 tasks of 0.3 s
+    assert {path.name for path in cli.runs()} >= {run_id for run_id, *_ in blocks}
+
+
+SEARCH = """
+import json, sys, time, warnings
+import optuna
+from pepr_profiler import profile
+warnings.simplefilter("ignore")
+optuna.logging.disable_default_handler()
+spec, jobs, around = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+begin_s = time.process_time()
+
+def objective(trial):
+    with profile("trial", sensors=[spec]) as run:
+        begin_s = time.thread_time()
+        while time.thread_time() - begin_s < 0.3: pass
+    print(json.dumps([run.joined, run.run_id, run.summary["energy"]["total_j"]]), flush=True)
+    return 0.0
+
+study = optuna.create_study()
+if around:
+    with profile("study", sensors=[spec]) as run:
+        study.optimize(objective, n_trials=5, n_jobs=jobs)
+    print(json.dumps([run.joined, run.run_id, run.summary["energy"]["total_j"]]))
+else:
+    study.optimize(objective, n_trials=5, n_jobs=jobs)
+"""
+
+
+@pytest.mark.parametrize(("jobs", "around"), [("1", ""), ("3", ""), ("1", "study"), ("3", "study")])
+def test_trials_of_optuna_are_runs(cli: Cli, machine: Tree, jobs: str, around: str) -> None:
+    if find_spec("optuna") is None:
+        pytest.skip("optuna is not installed")
+    begun = time.monotonic()
+    found = run_program(cli, SEARCH, machine.spec, jobs, *filter(None, [around]))
+    most_j = MACHINE_W * (time.monotonic() - begun)
+    total = {run_id: total_j for joined, run_id, total_j in found if not joined}
+    trials_j = [energy_j for run_id, energy_j in total.items() if run_id.startswith("trial")]
+    if jobs == "1" and around:  # trials of the study's own thread are its phases
+        assert not trials_j and [joined for joined, *_ in found] == [True] * 5 + [False]
+        (run,) = cli.runs()
+        assert [(p["name"], p["count"]) for p in cli.report(run)["phases"]] == [("trial", 5)]
+        return
+    assert len(trials_j) == 5 and len(cli.runs()) == len(total) == 5 + bool(around)
+    if around:
+        (study,) = (energy_j for run_id, energy_j in total.items() if run_id.startswith("study"))
+        assert sum(trials_j) < study < most_j
+    assert sum(trials_j) < most_j
+    # each took 0.3 s of one thread
+    assert max(trials_j) < 4 * min(trials_j)
+
+
+def test_workers_that_several_blocks_use_at_once_are_divided_within_doubt(
+    cli: Cli, machine: Tree
+) -> None:
+    if find_spec("joblib") is None:
+        pytest.skip("joblib is not installed")
+    code = f"""{WORKERS}
+import threading
+from joblib import Parallel, delayed
+meet = threading.Barrier(2)
+def work():
+    meet.wait()
+    Parallel(n_jobs=2)([delayed(burn)(0.4)] * 2)
+    meet.wait()
+def one():
+    with profile("user", sensors=[spec]) as run:
+        work()
+    energy = run.summary["energy"]
+    print(json.dumps([energy["total_j"], energy["u_j"], energy["others_j"]]))
+if __name__ == "__main__":
+    Parallel(n_jobs=2)([delayed(os.getpid)()] * 2)
+    threads = [threading.Thread(target=one) for _ in range(2)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+"""
+    begun = time.monotonic()
+    found = run_program(cli, code, str(cli.folder), machine.spec)
+    most_j = MACHINE_W * (time.monotonic() - begun)
+    # the same work each, and either may have had all of the workers: ± says so
+    both_j = sum(energy_j for energy_j, *_ in found)
+    assert 5 < both_j < most_j
+    for energy_j, u_j, _ in found:
+        assert abs(energy_j - both_j / 2) < u_j
+        assert u_j > 0.4 * energy_j
+
+
+# --- the arithmetic -------------------------------------------------------------------------------
+
+S = 1_000_000_000
+
+
+def a_process(cpu_per_s: float, seconds: int = 10) -> Activity:
+    """A process that takes so many CPU seconds a second, on a machine that takes twice as many."""
+    t_ns = np.arange(0, seconds * S + 1, S // 10, dtype=np.float64)
+    job_s = cpu_per_s * t_ns / S
+    return Activity(t_ns, job_s, 2 * job_s, np.ones(len(t_ns)), cpus=8, installed_bytes=1e9)
+
+
+def a_note(t_s: int, own_s: float, known_s: float, **other: Any) -> dict[str, Any]:
+    usual = {"divided": True, "main_s": 0.0, "pool_s": 0.0, "blocks": 2, "of_thread": 1}
+    clocks = {"t_ns": t_s * S, "own_s": own_s, "known_s": known_s, "beside": ["other"]}
+    return {"event": "blocks", **usual, **clocks, **other}
+
+
+def part_of(notes: list[dict[str, Any]], process: Activity, end_s: int = 10) -> BlockPart:
+    part = BlockPart.of(notes, process, 0, end_s * S)
+    assert part is not None
+    return part
+
+
+def test_parts_are_what_threads_had_and_equal_ones_of_the_rest() -> None:
+    # given 3 CPU seconds a second for 10 s; from 2 to 8 s two blocks, of which threads had 1 and
+    # 1.5, so that half a second a second is of neither
+    process = a_process(3.0)
+    first = [a_note(2, 5.0, 10.0), a_note(8, 11.0, 25.0, divided=False, blocks=1)]
+    second = [a_note(2, 1.0, 10.0), a_note(8, 10.0, 25.0)]
+    one, other = part_of(first, process), part_of(second, process, end_s=8)
+    used = one.of_activity(process)
+    assert used.cpu_between(0, 2 * S)[0] == pytest.approx(6.0)  # alone
+    assert used.cpu_between(2 * S, 8 * S)[0] == pytest.approx(6 * 1.25)
+    assert used.cpu_between(8 * S, 10 * S)[0] == pytest.approx(6.0)
+    of_other = other.of_activity(process).cpu_between(2 * S, 8 * S)[0]
+    assert of_other == pytest.approx(6 * 1.75)
+    # what nobody knows: any part of half a second a second, as likely as another
+    at_ns = np.array([2 * S, 8 * S])
+    by_cpu = one.u_rel(at_ns, np.array([0.0, 7.5]), by_cpu=True)
+    assert by_cpu * 1.25 == pytest.approx(0.5 / np.sqrt(12))
+    # and a device that knows the process alone: half of it
+    assert one.u_rel(at_ns, np.array([0.0, 1.0]), by_cpu=False) == pytest.approx(1 / np.sqrt(3))
+    use = one.of_use(DeviceUse.by_job_alone(0, 10 * S))
+    means = use.means(np.array([0, 2 * S, 8 * S, 10 * S]))
+    assert means[0, 1:].tolist() == pytest.approx([1.0, 0.5, 1.0])
+    assert (means[0] + means[1])[1:].tolist() == pytest.approx([1.0] * 3)
+
+
+def test_parts_of_clocks_that_run_ahead_add_up_to_the_process() -> None:
+    process = a_process(1.0)
+    parts = [
+        part_of([a_note(0, 0.0, 0.0), a_note(10, own_s, 12.0)], process) for own_s in (4.0, 8.0)
+    ]
+    sums = [part.of_activity(process).cpu_between(0, 10 * S)[0] for part in parts]
+    assert sums == pytest.approx([10 / 3, 20 / 3])
+
+
+def test_what_the_main_thread_does_is_no_blocks() -> None:
+    process = a_process(2.0)
+    own, shared = [a_note(0, 0.0, 0.0, blocks=1)], {"blocks": 1, "main_s": 10.0}
+    part = part_of([*own, a_note(10, 6.0, 16.0, **shared)], process)
+    # 6 are its own, 10 the main thread's, and of 4 either may have had any part
+    assert part.of_activity(process).cpu_between(0, 10 * S)[0] == pytest.approx(6 + 4 / 2)
+
+
+def test_a_run_that_was_cut_off_has_an_equal_part_since_its_last_note() -> None:
+    process = a_process(1.0)
+    part = part_of([a_note(4, 0.0, 0.0, blocks=4)], process)
+    used = part.of_activity(process)
+    assert used.cpu_between(0, 4 * S)[0] == pytest.approx(4.0)
+    assert used.cpu_between(4 * S, 10 * S)[0] == pytest.approx(6 / 4)
+
+
+def test_blocks_of_one_thread_and_pools_leave_it_open_whose_time_it_was() -> None:
+    process, at_ns, job_j = a_process(1.0), np.array([0, 10 * S]), np.array([0.0, 1.0])
+    tasks = part_of([a_note(0, 0.0, 0.0, of_thread=2), a_note(10, 10.0, 10.0)], process)
+    assert tasks.of_activity(process).cpu_between(0, 10 * S)[0] == pytest.approx(5.0)
+    assert tasks.u_rel(at_ns, job_j, by_cpu=True) == pytest.approx(1 / np.sqrt(3))
+    pool = part_of([a_note(0, 0.0, 0.0), a_note(10, 10.0, 10.0, pool_s=4.0)], process)
+    assert pool.u_rel(at_ns, job_j, by_cpu=True) == pytest.approx(0.4 / np.sqrt(12))
+
+
+def test_a_thread_has_a_clock_without_perf_too() -> None:
+    code = """
+import resource, subprocess, sys, threading, time
+from pepr_profiler import _core
+def work():
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))  # perf finds no descriptor
+    clock, begin_s = _core.ThreadClock(), time.thread_time()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    while time.thread_time() - begin_s < 0.2: pass
+    inside = begin_s + clock.read_s() - time.thread_time()
+    print(clock.counts_started, abs(inside) < 0.01)
+    return clock
+for _ in range(2):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout.splitlines() == [b"False True"] * 2
+
+
+def test_nothing_is_claimed_of_a_device_while_blocks_divide_the_process(meter: str) -> None:
+    with profile("lane", sensors=[meter]) as run:
+        pass
+    lane = LaneReader(run.directory, "processes").lane
+    t_ns = np.arange(S, 9 * S, S // 10, dtype=np.int64)
+    values = {"job/cpu": t_ns / S, "system/busy": t_ns / S, "job/rss": t_ns, "job/processes": t_ns}
+    columns = [values[channel.name].astype(np.float64).tobytes() for channel in lane.channels]
+    rows = (len(t_ns), t_ns.tobytes(), np.zeros(len(t_ns), np.uint32).tobytes(), columns)
+
+    def claimed(*notes: dict[str, Any]) -> bool:
+        claims = RunClaims()
+        claims.on_rows(lane, rows)
+        for note in notes:
+            claims.on_note(note)
+        due = claims.due(last=True)
+        assert due is not None
+        return bool(due[1])
+
+    assert claimed()
+    assert not claimed(a_note(3, 0.0, 0.0))
+    assert claimed(a_note(0, 0.0, 0.0), a_note(1, 0.0, 0.0, divided=False))
