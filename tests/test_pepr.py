@@ -442,6 +442,35 @@ def test_the_interval_covers_the_truth_where_two_rows_compete_for_a_bound(
     assert covered.min() >= 0.945 - 3 * math.sqrt(0.05 * 0.95 / draws)
 
 
+def test_a_variance_that_all_rows_share_is_off_for_all_of_them_at_once() -> None:
+    # given six models that seem to differ by 2 u, and a scatter known by 12 degrees of freedom
+    r = np.array([97.0, 98.0, 99.0, 101.0, 102.0, 103.0])
+    p, n = np.full(6, 0.9), 6
+    apart, together = (
+        pepr.standing(
+            p,
+            r,
+            pepr.Errors(
+                var_p=np.zeros(n),
+                var_r=np.full(n, 2.25),
+                cov=np.zeros(n),
+                dof=np.full(n, 12.0),
+                shared=np.zeros((0, n)),
+                pooled=pooled,
+            ),
+        )
+        for pooled in (False, True)
+    )
+    # then with one scatter the order is less sure: it may be larger, and the models equal
+    assert np.nansum(together.swap) > np.nansum(apart.swap) + 0.05
+    assert together.pairs is not None and together.pairs[0, -1] < 0.5
+
+
+def test_rows_that_may_set_a_bound_have_95_percent_of_the_draws() -> None:
+    drawn = np.repeat([0, 1, 2, 3], [50, 30, 17, 3])
+    assert pepr._likely(drawn, 5).tolist() == [True, True, True, False, False]
+
+
 def test_ranks_are_ranges_where_rows_cannot_be_distinguished() -> None:
     # given scores 0.90, 0.88, 0.86, 0.70 of u 0.016 each, so that neighbours of the first three
     # (0.02 apart, u of a difference 0.0226) cannot be distinguished, but the first and third can

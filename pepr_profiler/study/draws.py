@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pepr_profiler.record import Floats
+from pepr_profiler.record import Floats, Ints
 
 if TYPE_CHECKING:
     from pepr_profiler.study.pepr import Errors
@@ -63,10 +63,17 @@ class Draws:
         for values in (p, r, errors.var_p, errors.var_r, errors.cov, errors.dof, errors.shared):
             digest.update(np.ascontiguousarray(values, dtype=np.float64).tobytes())
         self._seed = int.from_bytes(digest.digest(), "little")
-        self._luck = self._random(0).standard_normal((self.count, len(self._shared)))
+        random = self._random(0)
+        self._luck = random.standard_normal((self.count, len(self._shared)))
+        self._estimated = np.isfinite(errors.dof)
+        # By which factor the variance that all rows share may be off, by chance alone.
+        self._factor = np.ones(self.count)
+        if errors.pooled:
+            dof = float(errors.dof[self._estimated][0])
+            self._factor = dof / random.chisquare(dof, self.count)
         self._population = None
         if shrink and len(self.blocks) == 1:
-            self._population = _Population.of(r, var_r, self._shared)
+            self._population = _Population.of(r, var_r, self._shared, errors)
 
     def _random(self, number: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, number])
@@ -78,21 +85,28 @@ class Draws:
         random = self._random(1 + number)
         shape = (self.count, rows.stop - rows.start)
         first, second = random.standard_normal(shape), random.standard_normal(shape)
-        dof = self._errors.dof[rows]
-        estimated = np.isfinite(dof)
-        if estimated.any():
-            wide = np.sqrt(
-                dof[estimated] / random.chisquare(dof[estimated], (shape[0], int(estimated.sum())))
-            )
+        estimated = self._estimated[rows]
+        if estimated.any() and not self._errors.pooled:
+            dof = self._errors.dof[rows][estimated]
+            wide = np.sqrt(dof / random.chisquare(dof, (shape[0], len(dof))))
             first[:, estimated] *= wide
             second[:, estimated] *= wide
         error_p = first * self._u_p[rows]
-        noise = first * self._along[rows] + second * self._across[rows]
-        noise += self._luck @ self._shared[:, rows]
-        p, r = self._p[rows] - error_p, self._r[rows] - noise
-        if self._population is not None:
-            r, off = self._population.condition(r, random)
-            p -= off * self._errors.cov[rows]
+        error_r = first * self._along[rows] + second * self._across[rows]
+        shared = self._luck @ self._shared[:, rows]
+
+        def scaled(values: Floats, factor: Floats) -> Floats:
+            return np.where(estimated, values * factor[:, None], values)
+
+        noise = scaled(error_r, np.sqrt(self._factor)) + shared
+        if self._population is None:
+            p, r = self._p[rows] - scaled(error_p, np.sqrt(self._factor)), self._r[rows] - noise
+        else:
+            which, factor = self._population.choose(self.count, random)
+            seen = self._r[rows] - scaled(error_r, np.sqrt(factor)) - shared
+            r, off = self._population.condition(seen, which, random)
+            p = self._p[rows] - scaled(error_p, np.sqrt(factor))
+            p -= off * scaled(self._errors.cov[rows] + np.zeros(shape), factor)
         return Block(np.clip(p, 0.0, 1.0), np.maximum(r, 0.0), noise)
 
 
@@ -102,19 +116,26 @@ class _Population:
     spread tau are unknown; the prior of the mean is flat.
 
     V = diag(`var`) + `shared`' `shared` is the covariance of their errors. `tau` (g,) are possible
-    spreads, `weight` (g,) the probability of each, given the rows. The prior of tau is uniform in
-    the shrinkage s^2 / (s^2 + tau^2), where s^2 is the mean variance of the errors (Daniels, Canad.
-    J. Statist. 27, 1999, "A prior for the variance in hierarchical models"): it allows that all
-    are equal as well as any difference, and a few rows are enough for it.
+    spreads, `factor` (g,) what the variances that were `estimated` are off by, and `weight` (g,) is
+    the probability of each pair, given the rows. A variance that is known badly makes the spread
+    uncertain too: were it taken for known, rows that are equal would often seem to differ.
+
+    The prior of tau is uniform in the shrinkage s^2 / (s^2 + d^2 / 2), where s^2 is the mean
+    variance of the errors, and d the difference of the bounds, of n rows that lie evenly between
+    (Daniels, Canad. J. Statist. 27, 1999, "A prior for the variance in hierarchical models", for
+    two rows): it allows that all are equal as well as any difference, and a few rows are enough
+    for it. That of the factor is dof / chi^2.
     """
 
     var: Floats
     shared: Floats
+    estimated: npt.NDArray[np.bool_]
     tau: Floats
+    factor: Floats
     weight: Floats
 
     @classmethod
-    def of(cls, r: Floats, var: Floats, shared: Floats) -> _Population | None:
+    def of(cls, r: Floats, var: Floats, shared: Floats, errors: Errors) -> _Population | None:
         """None for rows without errors, and where it would take too long to find out."""
         n = len(r)
         if len(shared) > n:  # fewer errors of the same covariance
@@ -131,58 +152,85 @@ class _Population:
         ):
             return None
         steps = np.geomspace(0.03, max(30.0, 3.0 * span / scale), _TAUS)
-        prior = np.gradient(steps) * 2.0 * steps / (1.0 + steps**2) ** 2
-        flat = cls(var, shared, steps * scale, prior)
-        log = np.log(prior) + [flat._log_likelihood(tau, r) for tau in flat.tau]
+        evenly = 6.0 * (n - 1) ** 2 / (n * (n + 1))  # d^2 / 2 over tau^2
+        prior = np.gradient(steps) * steps / (1.0 + evenly * steps**2) ** 2
+        factors, chance = np.ones(1), np.ones(1)
+        estimated = np.isfinite(errors.dof) & errors.pooled
+        if errors.pooled:
+            factors, chance = _factors(float(errors.dof[estimated][0]))
+        tau, factor = (x.ravel() for x in np.meshgrid(steps * scale, factors))
+        flat = cls(var, shared, estimated, tau, factor, np.outer(chance, prior).ravel())
+        every = np.arange(len(tau)).reshape(len(factors), -1)
+        log = np.log(flat.weight) + np.concatenate([flat._log_likelihood(g, r) for g in every])
         weight = np.exp(log - log.max())
-        return cls(var, shared, flat.tau, weight / weight.sum())
+        return cls(var, shared, estimated, tau, factor, weight / weight.sum())
 
-    def _inverse(self, tau: float) -> tuple[Floats, Floats]:
-        """(tau^2 + V)^-1 as a diagonal and the inverse of I + shared diagonal shared'."""
-        diagonal = 1.0 / (tau**2 + self.var)
+    def _inverse(self, g: Ints) -> tuple[Floats, Floats]:
+        """(tau^2 + V)^-1 of k pairs as diagonals (k, 1, n) and the inverses (k, m, m) of
+        I + shared diagonal shared'.
+        """
+        factor = np.where(self.estimated, self.factor[g][:, None], 1.0)
+        diagonal = 1.0 / (self.tau[g][:, None] ** 2 + self.var * factor)[:, None, :]
         small = np.eye(len(self.shared)) + (self.shared * diagonal) @ self.shared.T
         return diagonal, np.asarray(np.linalg.inv(small), dtype=np.float64)
 
     def _times(self, values: Floats, inverse: tuple[Floats, Floats]) -> Floats:
-        """(tau^2 + V)^-1 times each of (..., n) vectors (Woodbury)."""
+        """(tau^2 + V)^-1 times vectors (k, ..., n) (Woodbury)."""
         diagonal, small = inverse
         scaled = values * diagonal
         if not len(self.shared):
             return scaled
         return np.asarray(scaled - (scaled @ self.shared.T @ small @ self.shared) * diagonal)
 
-    def _log_likelihood(self, tau: float, r: Floats) -> float:
-        inverse = self._inverse(tau)
-        of_one = self._times(np.ones_like(r), inverse)
-        total = of_one.sum()
-        off = r - (r @ of_one) / total
-        log_det = np.log(inverse[0]).sum() + np.linalg.slogdet(inverse[1])[1]
-        return float(0.5 * (log_det - np.log(total) - off @ self._times(off, inverse)))
+    def _log_likelihood(self, g: Ints, r: Floats) -> Floats:
+        inverse = self._inverse(g)
+        of_one = self._times(np.ones((len(g), 1, len(r))), inverse)
+        total = of_one.sum(axis=2, keepdims=True)
+        off = r - of_one @ r[:, None] / total
+        log_det = np.log(inverse[0]).sum(axis=(1, 2)) + np.linalg.slogdet(inverse[1])[1]
+        squares = (off * self._times(off, inverse)).sum(axis=(1, 2))
+        return np.asarray(0.5 * (log_det - np.log(total[:, 0, 0]) - squares))
 
-    def condition(self, seen: Floats, random: np.random.Generator) -> tuple[Floats, Floats]:
+    def choose(self, count: int, random: np.random.Generator) -> tuple[Ints, Floats]:
+        """The numbers (count,) of drawn pairs, rising, and the factor of each."""
+        which = np.sort(random.choice(len(self.tau), count, p=self.weight))
+        return which, self.factor[which]
+
+    def condition(
+        self, seen: Floats, which: Ints, random: np.random.Generator
+    ) -> tuple[Floats, Floats]:
         """Draws (draws, n) of the true values, and (tau^2 + V)^-1 times what was seen off the mean.
 
         `seen` (draws, n) is what was seen less a draw of its error. With a draw x of the population
         around 0 the true values are x + m + tau^2 (tau^2 + V)^-1 (seen - x - m), with m the
         generalised mean of seen - x (Matheron's rule).
         """
-        count, n = seen.shape
-        which = np.sort(random.choice(len(self.tau), count, p=self.weight))
+        n = seen.shape[1]
         drawn, off = np.empty_like(seen), np.empty_like(seen)
         normal = random.standard_normal(seen.shape)
-        for at in np.unique(which).tolist():
-            rows = slice(*np.searchsorted(which, [at, at + 1]).tolist())
-            tau = float(self.tau[at])
-            inverse = self._inverse(tau)
-            of_one = self._times(np.ones(n), inverse)
+        for g in np.unique(which).tolist():
+            rows = slice(*np.searchsorted(which, [g, g + 1]).tolist())
+            tau = float(self.tau[g])
+            inverse = self._inverse(np.array([g]))
+            of_one = self._times(np.ones((1, 1, n)), inverse)[0, 0]
             x = normal[rows] * tau
             rest = seen[rows] - x
             mean = rest @ of_one / of_one.sum()
-            off[rows] = self._times(rest - mean[:, None], inverse)
+            off[rows] = self._times((rest - mean[:, None])[None], inverse)[0]
             drawn[rows] = x + mean[:, None] + tau**2 * off[rows]
         return drawn, off
 
 
+def _factors(dof: float) -> tuple[Floats, Floats]:
+    """What a variance of `dof` degrees of freedom may be off by (k,), and how probable each is."""
+    sd = math.sqrt(float(_digamma(np.array([dof / 2]), 1)[0]))  # of the logarithm of chi^2
+    logs = sd * np.linspace(-2.5, 3.5, _FACTORS)
+    chi2 = dof * np.exp(-logs)
+    chance = np.exp(dof / 2 * (1.0 - logs) - chi2 / 2)
+    return np.exp(logs), chance / chance.sum()
+
+
+_FACTORS = 9
 _TAUS = 30
 _SCALE = 0.5  # an error of less than half of what the rows differ in reverses none of them
 
@@ -205,9 +253,12 @@ def pooled(variance: Floats, dof: Floats, repeated: npt.NDArray[np.bool_]) -> tu
     With 3 repeats each of 20 models a variance is known to a factor of 10, and Student's t has
     tails that set every bound; if the models scatter alike, all 40 degrees of freedom count.
     How alike they are is told by the scatter of their logarithms (Smyth, Stat. Appl. Genet. Mol.
-    Biol. 2004, "Linear models and empirical Bayes methods"), here less its own standard error: few
-    rows would else differ by chance alone in half of all cohorts. Returned are the variances and
-    the degrees of freedom. Fewer than 3 `repeated` rows, or any of variance 0, stay as they are.
+    Biol. 2004, "Linear models and empirical Bayes methods"), here less twice its own standard
+    error: few rows would else differ by chance alone in half of all cohorts, and those whose
+    variance is small by chance be ranked too surely. Also of models whose standard deviations
+    differ by a factor of 1.6, more intervals hold with 2 errors than with 1. Returned are the
+    variances and the degrees of freedom. Fewer than 3 `repeated` rows, or any of variance 0, stay
+    as they are.
     """
     own, nu = variance[repeated], dof[repeated]
     if len(own) < _POOLED or not (own > 0).all():
@@ -216,7 +267,7 @@ def pooled(variance: Floats, dof: Floats, repeated: npt.NDArray[np.bool_]) -> tu
     by_chance = float(_digamma(nu / 2, 1).mean())
     # The excess kurtosis of the logarithm of a chi^2 is 2.4, 1.2, 0.8 for 2, 4, 6 degrees.
     error = by_chance * math.sqrt(2.0 / (len(own) - 1) + 4.8 / float(nu.mean()) / len(own))
-    excess = float(logs.var(ddof=1)) - by_chance - error
+    excess = float(logs.var(ddof=1)) - by_chance - 2.0 * error
     others = nu.sum() - nu
     if excess <= 0:  # no more apart than chance
         common, more = float(own @ nu / nu.sum()), others

@@ -63,7 +63,8 @@ class Errors:
     are their degrees of freedom: inf where they were known beforehand, the number of repeats - 1
     where they were estimated from these. `shared` (m, n) are m errors that rows have in common:
     how far each resource moves for one standard uncertainty of that error. The gain of a power
-    sensor, for example, moves every energy measured with it in proportion.
+    sensor, for example, moves every energy measured with it in proportion. `pooled` says that the
+    estimated variances are one number, so that all of them are off by the same factor.
     """
 
     var_p: Floats
@@ -71,6 +72,7 @@ class Errors:
     cov: Floats
     dof: Floats
     shared: Floats
+    pooled: bool = False
 
     @property
     def u_p(self) -> Floats:
@@ -96,6 +98,7 @@ class Errors:
             cov=self.cov[rows],
             dof=self.dof[rows],
             shared=self.shared[:, rows],
+            pooled=self.pooled,
         )
 
 
@@ -262,7 +265,7 @@ def average(
         unbias = np.where(repeated, n / (n - 1.0), np.nan)
     var_p, var_r, cov = (unbias * mean(x) for x in (off_p**2, off_r**2, off_p * off_r))
     own_var = mean(own**2)
-    like_p, like_r, dof = _pooled(var_p, var_r, mean_r, np.where(repeated, n - 1.0, np.inf))
+    like_p, like_r, dof, as_one = _pooled(var_p, var_r, mean_r, np.where(repeated, n - 1.0, np.inf))
     with np.errstate(divide="ignore", invalid="ignore"):
         scaled = np.where(cov == 0, 0.0, cov * np.sqrt(like_p / var_p * (like_r / var_r)))
     return Means(
@@ -277,6 +280,7 @@ def average(
             var_r=np.fmax(like_r, own_var) / n,
             cov=np.where(repeated, scaled / n, 0.0),
             dof=dof,
+            pooled=as_one,
             shared=np.array([mean(line) for line in common]).reshape(-1, len(n)),
         ),
     )
@@ -284,9 +288,9 @@ def average(
 
 def _pooled(
     var_p: Floats, var_r: Floats, mean_r: Floats, dof: Floats
-) -> tuple[Floats, Floats, Floats]:
+) -> tuple[Floats, Floats, Floats, bool]:
     """The variances of P, of r in proportion to its mean, and their degrees of freedom, pooled
-    as far as the models agree (`draws.pooled`).
+    as far as the models agree (`draws.pooled`); and whether the latter are all one number.
     """
     repeated = np.isfinite(dof)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -296,8 +300,10 @@ def _pooled(
     )
     both = np.minimum(dof_p, dof_r)
     if (both <= dof)[repeated].any():
-        return var_p, var_r, dof
-    return like_p, relative * mean_r**2, both
+        return var_p, var_r, dof, False
+    alike = relative[repeated]
+    as_one = bool(len(alike) and np.ptp(alike) <= 1e-9 * alike.max())
+    return like_p, relative * mean_r**2, both, as_one and bool(np.ptp(both[repeated]) == 0)
 
 
 def standing(
@@ -339,7 +345,9 @@ def standing(
     ends = [int(np.flatnonzero(order == at)[0]) for at in (r.argmax(), r.argmin())]
     sampler = draws.Draws(p[order], r[order], errors.at(order), shrink=bounds is None, count=count)
     n, last = len(p), len(sampler.blocks) - 1
-    drawn_bounds, noise_span, drawn_ends = _drawn_bounds(sampler, ends)
+    drawn_bounds, noise_span, drawn_ends, at_bounds = _drawn_bounds(sampler, ends)
+    if bounds is not None:  # which are no row's
+        at_bounds = np.zeros((2, n), np.bool_)
     low, high, swap = np.empty(n), np.empty(n), np.full(n, np.nan)
     pairs, ranks = None, None
     before: Floats | None = None
@@ -350,7 +358,7 @@ def standing(
             r_norm = np.clip((block.r - start) / np.subtract(stop, start), 0.0, 1.0)
         r_norm = np.nan_to_num(r_norm)  # with no span at all, all take as little
         drawn = block.p / (1.0 + r_norm)
-        low[rows], high[rows] = _score_interval(drawn, block.p, r_norm)
+        low[rows], high[rows] = _score_interval(drawn, block.p, r_norm, at_bounds[:, rows])
         chain = drawn if before is None else np.column_stack([before, drawn])
         swap[rows.stop - chain.shape[1] : rows.stop - 1] = _behind(chain[:, :-1], chain[:, 1:])
         before = drawn[:, -1]
@@ -389,11 +397,11 @@ def standing(
 
 def _drawn_bounds(
     sampler: draws.Draws, ends: Sequence[int]
-) -> tuple[tuple[Floats, Floats], Floats, list[Floats]]:
+) -> tuple[tuple[Floats, Floats], Floats, list[Floats], Mask]:
     """Of each draw: the least and greatest resource, as columns, the span of the errors alone, and
-    the resources of the rows `ends`.
+    the resources of the rows `ends`; and which rows (2, n) may be the least and the greatest.
     """
-    least, greatest, lowest, highest = [], [], [], []
+    least, greatest, lowest, highest, first, last = [], [], [], [], [], []
     of_ends: dict[int, Floats] = {}
     for number, rows in enumerate(sampler.blocks):
         block = sampler.block(number)
@@ -401,9 +409,28 @@ def _drawn_bounds(
         greatest.append(block.r.max(axis=1))
         lowest.append(block.noise.min(axis=1))
         highest.append(block.noise.max(axis=1))
+        first.append(block.r.argmin(axis=1) + rows.start)
+        last.append(block.r.argmax(axis=1) + rows.start)
         of_ends.update({i: block.r[:, i - rows.start] for i in ends if rows.start <= i < rows.stop})
     bounds = np.min(least, axis=0)[:, None], np.max(greatest, axis=0)[:, None]
-    return bounds, np.max(highest, axis=0) - np.min(lowest, axis=0), [of_ends[i] for i in ends]
+    n = sampler.blocks[-1].stop
+    at_bounds = np.array(
+        [
+            _likely(np.choose(np.argmin(least, axis=0), first), n),
+            _likely(np.choose(np.argmax(greatest, axis=0), last), n),
+        ]
+    )
+    span = np.max(highest, axis=0) - np.min(lowest, axis=0)
+    return bounds, span, [of_ends[i] for i in ends], at_bounds
+
+
+def _likely(drawn: npt.NDArray[np.intp], n: int) -> Mask:
+    """The fewest of n rows among which the `drawn` one (draws,) is with COVERAGE."""
+    share = np.bincount(drawn, minlength=n) / len(drawn)
+    order = np.argsort(-share, kind="stable")
+    found = np.zeros(n, np.bool_)
+    found[order] = np.concatenate(([0.0], np.cumsum(share[order])[:-1])) < COVERAGE
+    return found & (share > 0)
 
 
 _TAIL = (1.0 - COVERAGE) / 2
@@ -415,17 +442,19 @@ def _interval(drawn: Floats) -> tuple[Floats, Floats]:
     return low, high
 
 
-def _score_interval(drawn: Floats, p: Floats, r_norm: Floats) -> tuple[Floats, Floats]:
+def _score_interval(
+    drawn: Floats, p: Floats, r_norm: Floats, at_bounds: Mask
+) -> tuple[Floats, Floats]:
     """The intervals of scores (draws, n), from P/2 to P of what P can be at most.
 
-    A row that may be the one with R 0, or with R 1, has there the whole interval of P, or of P/2.
-    The quantiles of the draws alone have less of it, as only some of the draws are at that end: of
-    models that truly are at one, 10 % more would be missed.
+    A row that may be the one with R 0, or with R 1 (`at_bounds`, (2, n)), has there the whole
+    interval of P, or of P/2. The quantiles of the draws alone have less of it, as only some of the
+    draws are at that end: of models that truly are at one, 10 % more would be missed.
     """
     low, high = _interval(drawn)
     (p_low, p_high), (r_low, r_high) = _interval(p), _interval(r_norm)
-    high = np.where(r_low == 0.0, np.maximum(high, p_high), high)
-    return np.where(r_high == 1.0, np.minimum(low, p_low / 2.0), low), high
+    high = np.where((r_low == 0.0) | at_bounds[0], np.maximum(high, p_high), high)
+    return np.where((r_high == 1.0) | at_bounds[1], np.minimum(low, p_low / 2.0), low), high
 
 
 def _behind(a: Floats, b: Floats) -> Floats:
