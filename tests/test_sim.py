@@ -658,7 +658,7 @@ def test_a_live_zone_follows_its_wave_and_wraps(powercap_sim: BuildTree) -> None
 
 def test_a_reader_never_sees_half_a_number(powercap_sim: BuildTree) -> None:
     # given eight zones that move each 0.1 ms, all of whose digits change
-    powers = {"package_w": 91_234.5, "core_w": 52_345.6, "dram_w": 31_234.5, "psys_w": 98_765.4}
+    powers = {"package_w": 9_123.5, "core_w": 5_234.6, "dram_w": 3_123.5, "psys_w": 9_876.4}
     zones = two_socket_server(**powers, start_uj=10**11)
     tree = powercap_sim(*zones, live=True, period_s=1e-4)
     files = {z.key: os.open(tree.path(z.key) / "energy_uj", os.O_RDONLY) for z in zones}
