@@ -2,7 +2,8 @@
 //
 // `processes:self` follows this process and its descendants; `processes:children` the descendants
 // alone, for a wrapper, which is no part of its job; `processes:pids=12,34` those processes and
-// their descendants, without this process if it is among them. CPU time counts from the opening on.
+// their descendants, without this process if it is among them; `processes:cgroup=/sys/fs/cgroup/x`
+// what is in a cgroup (cgroup.cpp). CPU time counts from the opening on.
 
 #include <algorithm>
 #include <cstring>
@@ -13,6 +14,7 @@
 
 #include "sensors/cpu_time_reconciler.h"
 #include "sensors/machine_time.h"
+#include "sensors/process_channels.h"
 #include "sensors/process_tree.h"
 #include "sensors/sensor.h"
 #include "sensors/task_clock.h"
@@ -20,6 +22,8 @@
 #include "system/file.h"
 
 namespace pepr {
+
+std::unique_ptr<Sensor> open_cgroup(const std::string& where);
 
 namespace {
 
@@ -32,7 +36,7 @@ namespace {
 constexpr std::size_t kClocksPerSample = 1024;
 constexpr std::size_t kReadsPerSample = 24;
 
-constexpr const char* kPids = "pids=";
+constexpr const char *kPids = "pids=", *kCgroup = "cgroup=";
 
 // Why a file of /proc cannot be opened: for want of descriptors or memory, or what is usual.
 std::string why_not(const std::string& path, const char* usual) {
@@ -67,7 +71,7 @@ public:
             notes_.push_back(std::move(note));
             tree_.search();
         }
-        describe(where, source);
+        channels_ = process_channels(where, source);
         own_before_s_ = own_s();
         machine_.busy_s();
         reconciler_.emplace(machine_.stolen_s(), 1.0 / static_cast<double>(::sysconf(_SC_CLK_TCK)));
@@ -91,23 +95,6 @@ private:
     static constexpr const char* kMisses =
         "; process clocks miss children of less than a sample (0.1 s) that nobody waits for, "
         "and the end of a process that was attached to";
-
-    void describe(const std::string& where, const std::string& source) {
-        const std::string cpus = std::to_string(::sysconf(_SC_NPROCESSORS_ONLN));
-        const auto memory = static_cast<std::uint64_t>(::sysconf(_SC_PHYS_PAGES)) *
-                            static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
-        const auto add = [&](const char* name, const char* quantity, const char* unit, bool counter,
-                             std::map<std::string, std::string> labels) {
-            channels_.push_back(
-                {name, quantity, unit, 1.0, 0.0, counter, "procfs", std::move(labels)});
-        };
-        add("job/cpu", "cpu_time", "s", true,
-            {{"scope", "job"}, {"root", where}, {"source", source}});
-        add("job/rss", "memory", "B", false,
-            {{"scope", "job"}, {"installed_bytes", std::to_string(memory)}});
-        add("job/processes", "count", "1", false, {{"scope", "job"}});
-        add("system/busy", "cpu_time", "s", true, {{"scope", "system"}, {"cpus", cpus}});
-    }
 
     double counted_s() noexcept {
         if (!read_tree()) return job_cpu_s_;
@@ -187,6 +174,7 @@ std::vector<pid_t> parse_pids(const std::string& where) {
 }  // namespace
 
 std::unique_ptr<Sensor> open_processes(const std::string& where) {
+    if (where.rfind(kCgroup, 0) == 0) return open_cgroup(where);
     std::vector<pid_t> roots;
     if (where == "self" || where == "children")
         roots = {::getpid()};
@@ -195,7 +183,8 @@ std::unique_ptr<Sensor> open_processes(const std::string& where) {
     if (roots.empty())
         throw SensorError("sensor 'processes:" + where + "' does not exist",
                           "the tree to follow is not stated",
-                          "use processes:self, processes:children or processes:pids=PID,PID");
+                          "use processes:self, processes:children, processes:pids=PID,PID or "
+                          "processes:cgroup=PATH");
     return std::make_unique<Processes>(where, roots);
 }
 

@@ -1,5 +1,6 @@
 // CPU time of process trees and of the machine.
 
+#include <cstdio>
 #include <random>
 
 #include <sys/resource.h>
@@ -257,6 +258,127 @@ TEST(machine_time_is_of_the_whole_machine) {
     write("proc/stat", "cpu  1100 200\n");
     pepr::MachineTime torn(root.string());
     CHECK(std::isnan(torn.busy_s()) && std::isnan(torn.stolen_s()));
+}
+
+// --- a cgroup ------------------------------------------------------------------------------------
+
+// A folder that looks like a cgroup, or a real one.
+class Group {
+public:
+    explicit Group(fs::path path) : path_(std::move(path)) { fs::create_directory(path_); }
+    ~Group() { remove(); }
+    void write(const char* name, const std::string& text) const {
+        std::ofstream(path_ / name) << text;
+    }
+    void use(double cpu_s) const {
+        write("cpu.stat", "usage_usec " + std::to_string(std::llround(1e6 * cpu_s)) +
+                              "\nuser_usec 1\nsystem_usec 2\n");
+    }
+    void remove() const {
+        if (std::error_code error; !fs::remove(path_, error)) fs::remove_all(path_, error);
+    }
+    std::string spec() const { return "processes:cgroup=" + path_.string(); }
+    const fs::path& path() const { return path_; }
+
+private:
+    fs::path path_;
+};
+
+std::vector<double> polled(pepr::Sensor& sensor) {
+    std::vector<double> row(sensor.channels().size());
+    sensor.poll(row.data());
+    return row;
+}
+
+bool equal(double value, double expected) { return std::abs(value - expected) < 1e-6; }
+
+TEST(processes_of_a_cgroup_are_what_the_kernel_says) {
+    int hold[2];
+    CHECK(::pipe(hold) == 0);
+    const pid_t child = ::fork();
+    if (child == 0) {
+        char byte = 0;
+        ::close(hold[1]);
+        ::_exit(::read(hold[0], &byte, 1) == 0 ? 0 : 1);
+    }
+    const Folder folder;
+    const fs::path root = fs::path(folder.write("here", "")).parent_path();
+    const Group group(root / "a"), below(root / "a" / "b");
+    group.use(100);
+    group.write("cgroup.procs", "");
+    group.write("memory.current", "5000\n");
+    below.use(7);
+    const auto sensor = pepr::open_sensor(group.spec());
+    CHECK(sensor->channels().size() == 5 && sensor->channels()[4].name == "job/memory-current");
+    std::vector<double> row = polled(*sensor);
+    CHECK(row[0] == 0.0 && row[1] == 0.0 && row[2] == 0.0 && row[4] == 5000.0);
+    // The profiler is not of the job, nor is a process that has gone; one of another namespace is.
+    below.write("cgroup.procs", std::to_string(child) + "\n" + std::to_string(::getpid()) + "\n" +
+                                    std::to_string(1 << 22) + "\n0\n");
+    group.use(100.25);
+    std::uint64_t before = allocations;
+    sensor->poll(row.data());
+    CHECK(allocations == before);
+    CHECK(equal(row[0], 0.25) && row[1] > 10'000 && row[2] == 2.0);
+    ::close(hold[1]);
+    int status = -1;
+    CHECK(::waitpid(child, &status, 0) == child && status == 0);
+    below.write("cgroup.procs", "");
+    CHECK(polled(*sensor)[2] == 0.0);
+    // It goes, with what it used unseen in the group above it, and another one comes.
+    const auto above = [&](double cpu_s) {
+        folder.write("cpu.stat", "usage_usec " + std::to_string(std::llround(1e6 * cpu_s)) + "\n");
+    };
+    above(500);
+    CHECK(
+        explains_itself([&] { pepr::open_sensor("processes:cgroup=" + root.string() + "/here"); }));
+    const auto again = pepr::open_sensor(group.spec());
+    polled(*again);
+    above(500.75);  // others: 0.5 s
+    group.use(100.5);
+    CHECK(equal(polled(*again)[0], 0.25));
+    std::ofstream(group.path() / "cpu.stat").close();  // as a read of a removed group: nothing
+    above(501.5);
+    before = allocations;
+    again->poll(row.data());
+    CHECK(allocations == before);
+    CHECK(equal(row[0], 0.5) && row[1] == 0.0 && row[2] == 0.0);
+    group.remove();
+    CHECK(equal(polled(*again)[0], 0.5) && polled(*again)[4] == 0.0);
+    const Group next(group.path());
+    next.use(0.125);
+    CHECK(equal(polled(*again)[0], 0.625));
+}
+
+TEST(processes_of_a_cgroup_of_version_1_are_refused) {
+    const Folder folder;
+    const fs::path root = fs::path(folder.write("here", "")).parent_path();
+    const Group group(root / "a");
+    CHECK(explains_itself([&] { pepr::open_sensor(group.spec()); }));
+    group.write("cpu.stat", "nr_periods 0\nnr_throttled 0\n");
+    CHECK(explains_itself([&] { pepr::open_sensor(group.spec()); }));
+    CHECK(explains_itself([] { pepr::open_sensor("processes:cgroup=a"); }));
+}
+
+// A group that is made later, in which a process comes and goes.
+TEST(processes_of_a_real_cgroup_count_whoever_waits_for_them) {
+    const std::string name = "/pepr-core-test-" + std::to_string(::getpid());
+    for (const char* mount : {"/sys/fs/cgroup", "/sys/fs/cgroup/unified"}) {
+        const fs::path path = mount + name;
+        const auto sensor = pepr::open_sensor("processes:cgroup=" + path.string());
+        if (::mkdir(path.c_str(), 0755) != 0) continue;
+        const Group group(path);
+        if (!fs::exists(path / "cgroup.procs")) continue;  // a tmpfs above cgroups of version 1
+        CHECK(polled(*sensor)[0] == 0.0);
+        const double charged_s = run_child_s([&] {
+            group.write("cgroup.procs", "0");
+            burn(CLOCK_PROCESS_CPUTIME_ID, 250 * kMs);
+        });
+        const std::vector<double> row = polled(*sensor);
+        CHECK(row[0] > 0.245 && row[0] < charged_s + 0.005 && row[2] == 0.0);
+        return;
+    }
+    std::printf("no cgroup can be made here\n");
 }
 
 }  // namespace
