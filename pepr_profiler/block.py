@@ -33,7 +33,6 @@ from pepr_profiler.recording.blocks import OpenBlock, OpenBlocks, runs_of_ancest
 from pepr_profiler.recording.launcher import rank_facts
 from pepr_profiler.recording.options import OVERHEAD, Options, checked_join
 from pepr_profiler.recording.recorder import TICK_S, Recorder
-from pepr_profiler.sensors.spec import ProcessRoot
 from pepr_profiler.store.runs import Store, create_elsewhere
 from pepr_profiler.trace.events import EventWriter
 from pepr_profiler.trace.run_json import read_live_run
@@ -82,13 +81,12 @@ def open_attached(
     `open_recording` does.
     """
     while True:
-        roots = targets.roots
         try:
             recorder = Recorder(
                 options,
-                root=ProcessRoot.of_pids(target.pid for target in roots),
-                command=roots[0].command,
-                attached=[{"pid": t.pid, "command": t.command} for t in roots],
+                root=targets.root,
+                command=targets.command,
+                attached=targets.facts,
                 dedicated=dedicated,
                 warn=warn,
             )

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from cli import Cli, write_meter, write_replay
 from daemons import open_folder  # noqa: F401  a fixture for every module
-from launchers import slurm_cluster
+from launchers import real_cgroup, slurm_cluster
 from sim import native, nvml, powercap
 
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
@@ -188,6 +188,13 @@ def slurm() -> Iterator[dict[str, str]]:
     """A cluster of this machine alone; the variables with which its commands reach it."""
     with slurm_cluster() as variables:
         yield variables
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A cgroup of version 2 of the test's own, or the test is skipped."""
+    with real_cgroup() as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Real launchers for tests: where they are, and a cluster of Slurm on this machine."""
+"""Real launchers for tests: where they are, a cluster of Slurm on this machine, and cgroups."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
-from cli import SLOW_S
+from cli import SLOW_S, until
 
 HOST = os.uname().nodename.partition(".")[0]
 
@@ -135,6 +136,42 @@ def slurm_cluster() -> Iterator[dict[str, str]]:
             process.terminate()
             process.wait(SLOW_S)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def real_cgroup() -> Iterator[Path]:
+    """A cgroup of version 2 of the test's own; gone afterwards, with those in it."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    mounts = [line.split()[4] for line in lines if " - cgroup2 " in line]
+    if not mounts:
+        pytest.skip("no cgroups of version 2 are mounted")
+    try:
+        folder = Path(subprocess.check_output(["mktemp", "-d", f"{mounts[0]}/pepr-test-XXXXXX"],
+                      stderr=subprocess.STDOUT, text=True).strip())  # fmt: skip
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no cgroup can be made here: {error.output}")
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        groups = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+        for group in groups[::-1]:
+            until(partial(_is_removed, group))
+
+
+def _is_removed(group: Path) -> bool:
+    """Removes a cgroup, once its processes have gone."""
+    for pid in (group / "cgroup.procs").read_text().split():
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    with suppress(OSError):
+        group.rmdir()
+    return not group.exists()
+
+
+def inside(group: Path, *command: str) -> list[str]:
+    """A command that enters a cgroup and then is `command`."""
+    return ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh", *command]
 
 
 def _end_with_parent() -> None:

@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 import pytest
 from cli import SLOW_S, Cli, charged_s, codes, component, ended, python, until, used_s
+from launchers import inside
 
 from pepr_profiler import TargetError, TraceError, UsageError, profile
 from pepr_profiler.block import open_attached
 from pepr_profiler.recording.attached import hold
+from pepr_profiler.recording.cgroups import container_folder
 from pepr_profiler.recording.options import Options
 from pepr_profiler.trace.events import read_events
 from pepr_profiler.trace.lane import LaneReader
@@ -100,6 +102,127 @@ def is_flushed(directory: Path) -> bool:
     except TraceError:
         return False
     return True
+
+
+# --- a cgroup, a container ------------------------------------------------------------------------
+
+
+def test_attach_follows_a_cgroup_until_it_is_empty(cli: Cli, meter: str, cgroup: Path) -> None:
+    # given a container with a program in a group below
+    ident = "3f2a" * 16
+    group = cgroup / f"docker-{ident}.scope"
+    (group / "inner").mkdir(parents=True)
+    conmon = subprocess.Popen(inside(group, "bash", "-c", "exec -a slurmstepd sleep 600"))
+    with (
+        ended(conmon),
+        running(inside(group / "inner", *python(f"{WAITING}{BUSY.format(cpu_s=0.5)}"))) as target,
+        attached(cli, "--container", ident[:12], "--sensor", meter) as process,
+    ):
+        before_s = used_s(target.pid)
+        # when it works, and so do others who come and whom it knows nothing of
+        come = subprocess.Popen(inside(group, *python(BUSY.format(cpu_s=0.5))))
+        go(target)
+        truth_s = charged_s(come) + charged_s(target) - before_s
+        conmon.kill()
+        conmon.wait(SLOW_S)
+        # then the attach ends by itself, and has what the kernel charged to all
+        said, summary = finish(cli, process)
+    assert summary["recording"]["exit"]["ended_by"] == "exit"
+    _, cpu_s = lane(cli.runs()[0], "job/cpu")
+    assert cpu_s[-1] - cpu_s[0] == pytest.approx(truth_s, abs=0.03)
+    assert summary["command"] == python(f"{WAITING}{BUSY.format(cpu_s=0.5)}")
+    assert f"pepr > attach cgroup {cgroup}"[:30] in said
+    assert codes(summary) == set()
+    assert cli.report(summary["run_id"]) == summary
+
+
+def test_attach_is_left_out_of_a_cgroup_that_it_is_in(cli: Cli, meter: str, cgroup: Path) -> None:
+    with running(inside(cgroup, *python(WAITING))) as target:
+        words = ["attach", "--cgroup", str(cgroup), "--sensor", meter]
+        attach = inside(cgroup, sys.executable, "-m", "pepr_profiler", *words)
+        pipe = subprocess.PIPE
+        with ended(subprocess.Popen(attach, env=cli.environment(), stderr=pipe)) as process:
+            assert process.stderr is not None
+            assert b"measuring cgroup" in process.stderr.readline()
+            go(target)
+            _, summary = finish(cli, process)
+    assert "attached-to-ancestor" in codes(summary)
+    _, cpu_s = lane(cli.runs()[0], "job/cpu")
+    assert cpu_s[-1] < 0.1  # its own is more
+
+
+@pytest.mark.parametrize(
+    ("peak", "most", "source"), [(9000, 3000, "memory.current"), (9001, 9001, "memory.peak")]
+)
+def test_a_cgroups_peak_of_memory_is_the_kernels_if_it_is_of_the_run(
+    cli: Cli, meter: str, cgroup: Path, peak: int, most: int, source: str
+) -> None:
+    # given a folder like a cgroup that charges memory, which not every machine's groups do
+    del cgroup
+    group = cli.folder / "group"
+    group.mkdir()
+    texts = {"cpu.stat": "usage_usec 1", "memory.current": "1000", "memory.peak": "9000"}
+    with sleeping() as target:
+        for name, text in {**texts, "cgroup.procs": str(target.pid)}.items():
+            (group / name).write_text(f"{text}\n")
+        with attached(cli, "--cgroup", str(group), "--sensor", meter) as process:
+            (directory,) = cli.runs()
+            until(lambda: is_flushed(directory))
+            (group / "memory.current").write_text("3000\n")
+            (group / "memory.peak").write_text(f"{peak}\n")
+            until(lambda: lane(directory, "job/memory-current")[1][-1] == 3000)
+            (group / "cgroup.procs").write_text("")
+            said, summary = finish(cli, process)
+    memory = summary["memory"]
+    assert (memory["cgroup_peak_bytes"], memory["cgroup_peak_source"]) == (most, source)
+    assert memory["peak_rss_bytes"] > 2**18
+    assert f"{most / 1000:.3f} kB of the cgroup with its file cache" in " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--container", "train"], "hexadecimal"),
+        (["--container", "77"], "no running container has the id 77"),
+        (["--container", "3f2a"], "3f2aaaaaaaaa, 3f2abbbbbbbb"),
+        (["--cgroup", "{cgroup}/empty"], "no process is in the cgroup"),
+        (["--cgroup", "no/such"], "there is no cgroup"),
+        (["--cgroup", "/etc"], "no process is in the cgroup"),
+        (["--cgroup", "x", "--container", "77"], "only one of"),
+        (["1", "--cgroup", "x"], "only one of"),
+    ],
+)
+def test_a_cgroup_that_cannot_be_followed_is_refused(
+    cli: Cli, cgroup: Path, words: list[str], why: str
+) -> None:
+    for name in ("a" * 60, "b" * 60):
+        (cgroup / f"libpod-3f2a{name}.scope").mkdir()
+        (cgroup / f"libpod-conmon-3f2a{name}.scope").mkdir()
+    (cgroup / "empty").mkdir()
+    result = cli("attach", *(word.format(cgroup=cgroup) for word in words))
+    assert result.status in (2, 125)
+    assert why in " ".join(result.stderr.split())
+    assert "fix: " in result.stderr
+    assert not cli.runs()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "docker-{}.scope",
+        "libpod-{}.scope",
+        "cri-containerd-{}.scope",
+        "crio-{}.scope",
+        "{}",
+        "kubepods-besteffort-pod1.slice:cri-containerd:{}",
+    ],
+)
+def test_a_container_is_found_by_its_id(cgroup: Path, name: str) -> None:
+    ident = os.urandom(32).hex()
+    group = cgroup / name.format(ident)
+    (group / "container").mkdir(parents=True)
+    for given in (ident, ident[:12], f"containerd://{ident}"):
+        assert container_folder(given) == str(group)
 
 
 # --- how long it lasts, and what it says ----------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from cli import ended, until
 
+from pepr_profiler.recording.launcher import Launch
 from pepr_profiler.recording.processes import ProcessOwners, gpu_environments, run_around
 
 NO_SUCH_PID = 4_194_303
@@ -122,6 +123,39 @@ def test_an_attached_process_and_its_children_are_the_job(start: Any) -> None:
     seen = ProcessOwners(f"pids={target.pid}", notes.append)
     seen.on_gpu([target.pid, child, stranger.pid])
     assert dict(owners(notes)) == {target.pid: "job", child: "job", stranger.pid: "other"}
+
+
+def test_what_is_in_a_cgroup_is_the_job(
+    start: Any, cgroup: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given a process in a group below, and a stranger
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (cgroup / "below").mkdir()
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}
+    target, child = start("orphan", CUDA_VISIBLE_DEVICES="3", SLURM_PROCID="0", **step)
+    stranger, other = start("orphan", SLURM_PROCID="1", **step)
+    (cgroup / "below" / "cgroup.procs").write_text(str(child))
+    root = f"cgroup={cgroup}"
+    notes: list[dict[str, Any]] = []
+    seen = ProcessOwners(root, notes.append)
+    seen.on_gpu([child, other, os.getpid()])
+    assert dict(owners(notes)) == {child: "job", other: "other", os.getpid(): "profiler"}
+    assert gpu_environments(root) == [{"CUDA_VISIBLE_DEVICES": "3"}]
+    assert run_around("PEPR_RUN_DIR", root) is None
+    launch = Launch.of_roots(root)
+    assert (launch.job, launch.rank, launch.world_size) == ("slurm-7.0", 0, 2)
+    # when they work, then only the stranger is another
+    seen.tick()
+    say(stranger, "burn")
+    say(target, "burn")
+    seen._scan()
+    took = {process["pid"] for process in notes[-1]["processes"]}
+    assert other in took or len(took) == 8  # on a busy machine no more are named
+    assert child not in took
+    # and two ranks in one group are no rank
+    (cgroup / "cgroup.procs").write_text(str(other))
+    launch = Launch.of_roots(root)
+    assert (launch.job, launch.rank, launch.world_size) == ("slurm-7.0", None, None)
 
 
 def test_who_was_the_jobs_stays_so_when_its_parent_has_gone(start: Any) -> None:

@@ -1,21 +1,24 @@
-"""Commands that only submit work: the total says so, and the warning has the command to paste."""
+"""Commands that only submit work: the total says so, or a cgroup has the work (--follow)."""
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import SLOW_S, Cli, codes, until
-from launchers import free_ports, program
+from cli import SLOW_S, Cli, charged_s, codes, ended, python, until
+from launchers import free_ports, inside, program
 
 from pepr_profiler.commands.submitters import Submitter
+from pepr_profiler.trace.lane import LaneReader
 
 INSTEAD = {
     "srun -n 2 python t.py": "srun -n 2 pepr-profile --experiment big -- python t.py",
@@ -136,6 +139,136 @@ def test_a_comparison_names_a_total_that_lacks_what_was_submitted(cli: Cli, mete
     assert "lacks what srun started" in " ".join((result.stdout.decode() + result.stderr).split())
 
 
+# --- a cgroup has the work ------------------------------------------------------------------------
+
+
+def job_cpu_s(cli: Cli, summary: dict[str, Any]) -> float:
+    """The CPU time of the job, as recorded."""
+    batches = list(LaneReader(cli.store / "runs" / summary["run_id"], "processes"))
+    return float(batches[-1].values[0][-1] - batches[0].values[0][0])
+
+
+def test_work_that_is_submitted_into_a_cgroup_is_counted(
+    cli: Cli, meter: str, cgroup: Path
+) -> None:
+    # given a command that hands its work to a child of somebody else, who does it in the cgroup
+    for name in ("submitted", "done"):
+        os.mkfifo(cli.folder / name)
+    worker = f"open({str(cli.folder / 'submitted')!r}).read()\n{BURN}"
+    here = stand_in(cli.folder, "srun", f"cd {cli.folder}; echo x > submitted; read line < done")
+    with ended(subprocess.Popen(inside(cgroup, *python(worker)))) as process:
+        options = ("--sensor", meter, "--follow", f"cgroup:{cgroup.name}", "--")
+        path = cli.folder / "summary.json"
+        with ended(cli.start("run", "--json", str(path), *options, "srun", "x", env=here)) as run:
+            truth_s = charged_s(process)
+            (cli.folder / "done").write_text("\n")
+            _, said = run.communicate(timeout=SLOW_S)
+    assert run.returncode == 0, said
+    summary = json.loads(path.read_text())
+    # then all of it is in the figures, perhaps but for the worker's start, and nobody is accused
+    assert 0.995 < job_cpu_s(cli, summary) < 1.005 * truth_s
+    assert codes(summary) == set()
+    assert summary["energy"]["partial"] == []
+    assert summary["energy"]["u_j"] is not None
+    assert summary["memory"]["peak_rss_bytes"] > 2**20
+    assert summary["recording"]["root"] == f"cgroup={cgroup}"
+    assert f"cgroup       {cgroup}\n" in said.decode()
+
+
+DAEMON = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+DAEMON += "        while time.process_time() < 0.5: pass\n        os.close(1)\n    os._exit(0)\n"
+
+
+def test_the_cgroup_of_the_command_is_measured_without_the_profiler(
+    cli: Cli, meter: str, cgroup: Path
+) -> None:
+    # given a daemon that the command leaves behind, and another one's child in the same cgroup
+    command = python(f"{DAEMON}os.wait()\n{BURN}\nos.read(0, 1)")
+    path = cli.folder / "summary.json"
+    options = ["--sensor", meter, "--json", str(path), "--follow", "cgroup", "--", *command]
+    run = inside(cgroup, sys.executable, "-m", "pepr_profiler", "run", *options)
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with ended(subprocess.Popen(run, env=cli.environment(), **pipes)) as profiler:
+        until(lambda: cli.runs() and (cli.runs()[0] / "run.json").exists())
+        other_s = charged_s(subprocess.Popen(inside(cgroup, *python(BURN))))
+        _, said = profiler.communicate(b"x", timeout=SLOW_S)
+    assert profiler.returncode == 0, said
+    summary = json.loads(path.read_text())
+    truth_s = summary["recording"]["exit"]["cpu_s"] + other_s
+    assert truth_s > 2.5
+    assert job_cpu_s(cli, summary) == pytest.approx(truth_s, rel=0.02)
+
+
+def test_a_script_of_slurm_is_measured_with_the_tasks_of_its_steps(
+    cli: Cli, meter: str, cgroup: Path
+) -> None:
+    # given the groups that Slurm makes, and a script whose work enters that of a step
+    script, step = (cgroup / "job_12" / name for name in ("step_batch/user/task_0", "step_0"))
+    for group in (script, step):
+        group.mkdir(parents=True)
+    path = cli.folder / "summary.json"
+    options = ["--sensor", meter, "--json", str(path), "--follow", "cgroup", "--"]
+    command = inside(step, *python(BURN))
+    run = inside(script, sys.executable, "-m", "pepr_profiler", *options, *command)
+    subprocess.run(run, env=cli.environment(), check=True, timeout=SLOW_S)
+    summary = json.loads(path.read_text())
+    assert summary["recording"]["root"] == f"cgroup={cgroup}/job_12"
+    assert job_cpu_s(cli, summary) == pytest.approx(summary["recording"]["exit"]["cpu_s"], rel=0.02)
+
+
+def test_a_cgroup_may_be_made_and_removed_by_the_command(
+    cli: Cli, meter: str, cgroup: Path
+) -> None:
+    group = cgroup / "made"
+    work = shlex.join(inside(group, *python(BURN)))
+    script = f"mkdir {group} && {work} && until rmdir {group}; do sleep 0.01; done"
+    options = ("--sensor", meter, "--follow", f"cgroup:{group}", "--", "sh", "-c", script)
+    _, summary = cli.measure(*options)
+    assert codes(summary) == set()
+    assert summary["energy"]["partial"] == []
+    # What it used after the last sample is only known from what the group around it used.
+    assert 0.9 < job_cpu_s(cli, summary) < summary["recording"]["exit"]["cpu_s"] + 0.1
+
+
+def test_a_cgroup_without_the_work_is_no_total(cli: Cli, meter: str, cgroup: Path) -> None:
+    group = cgroup / "never-made"
+    _, summary = cli.measure("--sensor", meter, "--follow", f"cgroup:{group}", "--", "true")
+    assert "empty-cgroup" in codes(summary)
+    lacks = {"id": f"cgroup {group}", "missing_s": summary["duration_s"]}
+    assert summary["energy"]["partial"] == [lacks]
+    assert summary["energy"]["u_j"] is None
+
+
+def test_what_a_command_does_outside_of_the_cgroup_is_named(
+    cli: Cli, meter: str, cgroup: Path
+) -> None:
+    with ended(subprocess.Popen(inside(cgroup, "sh", "-c", "while :; do sleep 0.01; done"))):
+        options = ("--sensor", meter, "--follow", f"cgroup:{cgroup}", "--")
+        _, summary = cli.measure(*options, *python(BURN.replace("+ 1", "+ 2")))
+    assert "outside-cgroup" in codes(summary)
+
+
+@pytest.mark.parametrize(
+    ("follow", "why"),
+    [
+        ("pids", "only cgroups can be followed"),
+        ("cgroup:", "no cgroup is named"),
+        ("cgroup:/no/such/group", "is no folder"),
+        ("cgroup:/etc", "cpu.stat: No such file"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_before_anything_starts(
+    cli: Cli, cgroup: Path, follow: str, why: str
+) -> None:
+    del cgroup  # skips the test where none can be followed
+    result = cli("run", "--follow", follow, "--", "touch", str(cli.folder / "started"))
+    assert why in result.stderr
+    assert "fix: " in result.stderr
+    assert result.status in (2, 125)
+    assert not (cli.folder / "started").exists()
+    assert not cli.runs()
+
+
 # --- real ones ------------------------------------------------------------------------------------
 
 
@@ -148,6 +281,26 @@ def test_srun_is_no_parent_of_its_tasks(cli: Cli, meter: str, slurm: dict[str, s
     assert summary["recording"]["exit"]["cpu_s"] < 0.3
     instead = f"srun -n 1 -O pepr-profile --sensor {meter} -- python3 {burn}"
     assert_accused(cli, summary, "srun", instead)
+
+
+def test_the_tasks_of_srun_are_counted_in_their_cgroup(
+    cli: Cli, meter: str, slurm: dict[str, str], cgroup: Path
+) -> None:
+    # The cluster makes no cgroups of its own, which its daemons could not where tests run.
+    burn = cli.folder / "burn.py"
+    burn.write_text(
+        f"{BURN}import resource\nused = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "open(sys.argv[1], 'w').write(repr(used.ru_utime + used.ru_stime))\n"
+    )
+    script = f'echo $$ > {cgroup}/cgroup.procs; exec python3 "$0" {cli.folder}/used-$SLURM_PROCID'
+    task = ["sh", "-c", script, str(burn)]
+    options = ("--sensor", meter, "--follow", f"cgroup:{cgroup}", "--")
+    _, summary = cli.measure(*options, "srun", "-n", "2", "-O", *task, env=slurm)
+    assert summary["exit_code"] == 0
+    truth_s = sum(float((cli.folder / f"used-{rank}").read_text()) for rank in range(2))
+    assert job_cpu_s(cli, summary) == pytest.approx(truth_s, rel=0.02)
+    assert codes(summary) == set()
+    assert summary["energy"]["partial"] == []
 
 
 def test_tmux_is_no_parent_of_its_windows(cli: Cli, meter: str) -> None:

@@ -11,7 +11,7 @@ from pepr_profiler.block import open_attached
 from pepr_profiler.commands import complain, recording
 from pepr_profiler.commands.recording import LiveLine, RecordingRequest, recording_options
 from pepr_profiler.errors import PeprError, UsageError
-from pepr_profiler.recording.attached import StopSignals, Targets, hold
+from pepr_profiler.recording.attached import StopSignals, Targets, hold, hold_cgroup
 from pepr_profiler.recording.options import Options
 from pepr_profiler.recording.recorder import TICK_S
 from pepr_profiler.units import parse_duration
@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 @click.argument("words", nargs=-1, metavar="PID...")
 @click.option("--pid", "pids", type=int, multiple=True, metavar="PID", help="The same; repeatable.")
 @click.option(
+    "--cgroup",
+    metavar="PATH",
+    help="Measure all that is in this cgroup (of version 2): /sys/fs/cgroup/PATH, or PATH.",
+)
+@click.option(
+    "--container",
+    metavar="ID",
+    help="Measure a running container of Docker, Podman, containerd or CRI-O; the beginning of its "
+    "id suffices.",
+)
+@click.option(
     "--duration", metavar="TIME", help="Measure this long [until all have exited]: 30s, 5m."
 )
 @click.option("--metric", "patterns", multiple=True, hidden=True)
@@ -32,11 +43,15 @@ def attach(
     words: tuple[str, ...],
     *,
     pids: tuple[int, ...],
+    cgroup: str | None,
+    container: str | None,
     duration: str | None,
     patterns: tuple[str, ...],
     request: RecordingRequest,
 ) -> int:
     """Measure the processes PID and all that they start, now and later.
+
+    Or measure all that is in a cgroup or a container, with what comes and goes there.
 
     It lasts until all of them have exited, --duration is over, or Ctrl-C: any of these is its
     regular end, with exit status 0. The processes do not notice: nothing is sent to them.
@@ -49,9 +64,9 @@ def attach(
             "NAME=VALUE",
         )
     duration_ns = parse_duration(duration) if duration else None
-    with StopSignals() as stop, hold([*map(_pid, words), *pids]) as targets:
+    with StopSignals() as stop, _hold([*map(_pid, words), *pids], cgroup, container) as targets:
         metrics = request.metrics()
-        options = request.options(targets.roots[0].command, metrics)
+        options = request.options(targets.command, metrics)
         return _measure(
             options, targets, metrics, stop=stop, duration_ns=duration_ns, request=request
         )
@@ -80,8 +95,7 @@ def _measure(
         recorder.discard()
         raise
     if not request.quiet:
-        who = " and ".join(str(target) for target in targets.roots)
-        complain(f"measuring {who} and what they start; Ctrl-C ends that, they run on")
+        complain(f"measuring {targets}; Ctrl-C ends that, they run on")
 
     def tick() -> bool:
         recorder.tick()
@@ -107,6 +121,21 @@ def _measure(
         recorder.close(end_ns, exit_facts=exit_facts, meanwhile=recording.load_summary_quietly)
         request.finish(recorder)
     return PeprError.status if ended_by == "fault" else 0
+
+
+def _hold(pids: list[int], cgroup: str | None, container: str | None) -> Targets:
+    """What is to be followed: processes, a cgroup or a container."""
+    if cgroup is None and container is None:
+        return hold(pids)
+    if pids or (cgroup is not None and container is not None):
+        raise UsageError(
+            "only one of PID, --cgroup and --container can be followed",
+            why="one run is of one thing",
+            fix="start an attach for each, with one --job ID for all",
+        )
+    from pepr_profiler.recording.cgroups import container_folder, folder_of
+
+    return hold_cgroup(container_folder(container or "") if cgroup is None else folder_of(cgroup))
 
 
 def _pid(word: str) -> int:

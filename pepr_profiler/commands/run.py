@@ -19,12 +19,21 @@ from pepr_profiler.errors import PeprError, UnmeasuredError, UsageError, fix_of,
 from pepr_profiler.recording.command import Child, Exit, HeldSignals, resolve
 from pepr_profiler.recording.options import Options
 from pepr_profiler.recording.recorder import TICK_S, Recorder
+from pepr_profiler.sensors.spec import ProcessRoot
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from pepr_profiler.recording.metrics import Metrics
+
+_OUTSIDE_S, _OUTSIDE_SHARE = 0.3, 0.02
+"""CPU time of a command outside of the cgroup that is followed which is no reason for a warning:
+so much, or such a share of a core."""
+
+_WORKS_S = 0.05
+"""CPU time of others in a cgroup that says that a command's work is there."""
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -37,8 +46,20 @@ if TYPE_CHECKING:
     help="Read a metric from the command's output; the last match counts. The first metric is the "
     "run's performance.",
 )
+@click.option(
+    "--follow",
+    metavar="cgroup[:PATH]",
+    help="Measure all that is in a cgroup (of version 2) while CMD runs, instead of CMD and what "
+    "it starts: the one that CMD is in, or /sys/fs/cgroup/PATH, which CMD may make.",
+)
 @recording_options
-def run(command: tuple[str, ...], *, patterns: tuple[str, ...], request: RecordingRequest) -> int:
+def run(
+    command: tuple[str, ...],
+    *,
+    patterns: tuple[str, ...],
+    follow: str | None,
+    request: RecordingRequest,
+) -> int:
     """Run CMD and measure what it costs. Its output, input and exit status stay its own."""
     if not command:
         raise UsageError(
@@ -47,10 +68,11 @@ def run(command: tuple[str, ...], *, patterns: tuple[str, ...], request: Recordi
             fix="pepr-profile [OPTIONS] -- python train.py",
         )
     resolve(command)
+    root = ProcessRoot("children") if follow is None else _followed(follow)
     metrics = request.metrics(patterns)
     options = request.options(command, metrics)
     with HeldSignals() as held:
-        ended = _measure(command, options, metrics, held, request)
+        ended = _measure(command, options, metrics, held, request=request, root=root)
     if ended.signal == signal.SIGINT:
         # A shell breaks off its loop only if we die of the Ctrl-C too; it sees 130 either way.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -58,12 +80,29 @@ def run(command: tuple[str, ...], *, patterns: tuple[str, ...], request: Recordi
     return ended.status
 
 
+def _followed(text: str) -> ProcessRoot:
+    """The cgroup that `--follow` names."""
+    from pepr_profiler.recording.cgroups import folder_of, own_folder
+
+    what, names_one, path = text.partition(":")
+    if what != "cgroup":
+        raise UsageError(
+            f"--follow {text} is not possible",
+            why="only cgroups can be followed",
+            fix="--follow cgroup, or --follow cgroup:PATH; running processes: pepr-profile attach "
+            "PID",
+        )
+    return ProcessRoot.of_cgroup(folder_of(path, exists=False) if names_one else own_folder())
+
+
 def _measure(
     command: tuple[str, ...],
     options: Options,
     metrics: Metrics | None,
     held: HeldSignals,
+    *,
     request: RecordingRequest,
+    root: ProcessRoot,
 ) -> Exit:
     """Samples before, during and after the command, and summarises that; how the command ended.
 
@@ -77,9 +116,7 @@ def _measure(
         line = LiveLine(on=not request.quiet, feed=metrics.feed)
         relay = Relay(line.sink, before=line.clear)
     try:
-        recorder = Recorder(
-            options, root="children", command=command, dedicated=True, warn=line.warn
-        )
+        recorder = Recorder(options, root=root, command=command, dedicated=True, warn=line.warn)
         open_recording(recorder, request.store)
         _core.set_child_subreaper()
     except PeprError:
@@ -110,8 +147,8 @@ def _measure(
 
     ended = _supervise(child, tick, recorder)
     with recording.summary_or_reason(recorder):
-        submitter = _submitter(recorder, command, ended, child.started_ns)
-        _close(recorder, child, ended, metrics, line, submitter=submitter)
+        facts = _exit_facts(recorder, command, root, ended, child.started_ns)
+        _close(recorder, child, ended, metrics, line, facts=facts)
         request.finish(recorder)
     return ended
 
@@ -123,7 +160,7 @@ def _close(
     metrics: Metrics | None,
     line: LiveLine,
     *,
-    submitter: str | None,
+    facts: dict[str, Any],
 ) -> None:
     line.clear()
     for warning in [*child.warnings, *(metrics.finish() if metrics else [])]:
@@ -138,19 +175,58 @@ def _close(
         )
     recorder.close(
         ended.ended_ns,
-        exit_facts={
-            "signal": ended.signal,
-            "cpu_s": ended.cpu_s,
-            "max_rss_bytes": ended.max_rss_bytes,
-            "code": ended.status,
-            **({} if submitter is None else {"submitter": submitter}),
-        },
+        exit_facts=facts,
         meanwhile=recording.load_summary_quietly,
     )
 
 
+def _exit_facts(
+    recorder: Recorder, command: tuple[str, ...], root: ProcessRoot, ended: Exit, started_ns: int
+) -> dict[str, Any]:
+    """How the command ended, and what the total lacks; the user is warned of that."""
+    facts: dict[str, Any] = {
+        "signal": ended.signal,
+        "cpu_s": ended.cpu_s,
+        "max_rss_bytes": ended.max_rss_bytes,
+        "code": ended.status,
+    }
+    duration_s = (ended.ended_ns - started_ns) * 1e-9
+    if not root.cgroup:
+        submitter = _submitter(recorder, command, ended.cpu_s, duration_s)
+        return {**facts, **({} if submitter is None else {"submitter": submitter})}
+    from pepr_profiler.recording.cgroups import members_of
+
+    is_inside = os.getpid() in members_of(root.cgroup)
+    if not is_inside:
+        facts["max_rss_bytes"] = None
+    job_s = recorder.job_cpu_s(ended.ended_ns)
+    if job_s == 0:
+        recorder.add_warning(
+            "empty-cgroup",
+            f"nothing ran in the cgroup {root.cgroup}: the total has none of the work",
+            "cat /proc/PID/cgroup shows that of a process",
+        )
+        return {**facts, "empty_cgroup": root.cgroup}
+    if job_s is None:
+        return facts
+    outside_s = ended.cpu_s - job_s
+    if not is_inside and outside_s > max(_OUTSIDE_S, _OUTSIDE_SHARE * duration_s):
+        recorder.add_warning(
+            "outside-cgroup",
+            f"{command[0]} used {outside_s:.1f} s of CPU time outside of the cgroup "
+            f"{root.cgroup}, which are not in the total",
+            "without --follow it is measured with all that it starts",
+        )
+    others_s = job_s - ended.cpu_s if is_inside else job_s
+    if others_s < _WORKS_S or int(os.environ.get("SLURM_JOB_NUM_NODES") or 1) > 1:
+        submitter = _submitter(recorder, command, ended.cpu_s, duration_s)
+        if submitter is not None:
+            facts["submitter"] = submitter
+    return facts
+
+
 def _submitter(
-    recorder: Recorder, command: tuple[str, ...], ended: Exit, started_ns: int
+    recorder: Recorder, command: tuple[str, ...], cpu_s: float, duration_s: float
 ) -> str | None:
     """The program that started the work elsewhere, if one did; the user is warned of it."""
     from pepr_profiler.commands.submitters import Submitter
@@ -158,13 +234,11 @@ def _submitter(
     given = sys.argv[1 : len(sys.argv) - len(command)]
     options = [word for i, word in enumerate(given) if word != "--" and (i or word != "run")]
     submitter = Submitter.of(command, options)
-    if submitter is None:
-        return None
-    if not submitter.did_nothing(ended.cpu_s, (ended.ended_ns - started_ns) * 1e-9):
+    if submitter is None or not submitter.did_nothing(cpu_s, duration_s):
         return None
     whole = recorder.options.scope == "device"
     if not submitter.profiles:
-        recorder.add_warning(**submitter.warning(ended.cpu_s, whole=whole))
+        recorder.add_warning(**submitter.warning(cpu_s, whole=whole))
     return None if whole else submitter.name
 
 

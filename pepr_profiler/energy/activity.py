@@ -20,8 +20,9 @@ TICK_S = 0.01
 class Activity(Record):
     """CPU time of the job and of everybody, and the job's memory. Arrays are (n,), times in ns.
 
-    `job_cpu_s` and `busy_s` are cumulative; `rss_bytes` is the resident size of the job's process
-    tree, in which a shared page counts once a process.
+    `job_cpu_s` and `busy_s` are cumulative; `rss_bytes` is the resident size of the job's
+    processes, in which a shared page counts once a process. `charged` is the most memory that the
+    kernel charged to the job's cgroup at once, its file cache included, and which file says so.
     """
 
     t_ns: Floats
@@ -30,6 +31,7 @@ class Activity(Record):
     rss_bytes: Floats
     cpus: int
     installed_bytes: float
+    charged: tuple[int, str] | None = None
 
     @property
     def peak_rss_bytes(self) -> int | None:
@@ -52,8 +54,10 @@ def read_activity(lane: LaneInfo, batches: Iterable[Batch]) -> Activity | None:
     """The process lane as arrays, without rows in which something is unknown; None of no row."""
     channels = {channel.name: channel for channel in lane.channels}
     places = [list(channels).index(name) for name in ("job/cpu", "system/busy", "job/rss")]
+    charged = _ChargedMemory(list(channels))
     times, values = [], []
     for batch in batches:
+        charged.take(batch)
         times.append((batch.t_ns + batch.read_ns // 2).astype(np.float64))
         values.append(batch.values[places])
     if not times:
@@ -68,7 +72,34 @@ def read_activity(lane: LaneInfo, batches: Iterable[Batch]) -> Activity | None:
         rss_bytes=rss_bytes,
         cpus=int(channels["system/busy"].labels["cpus"]),
         installed_bytes=float(channels["job/rss"].labels["installed_bytes"]),
+        charged=charged.peak,
     )
+
+
+class _ChargedMemory:
+    """The peak of what a cgroup's memory.current and memory.peak say, where there are such."""
+
+    def __init__(self, channels: list[str]) -> None:
+        names = {"memory.current": "job/memory-current", "memory.peak": "job/memory-peak"}
+        self._places = {f: channels.index(name) for f, name in names.items() if name in channels}
+        self._first: dict[str, float] = {}
+        self._most: dict[str, float] = {}
+
+    def take(self, batch: Batch) -> None:
+        for file, place in self._places.items():
+            known = batch.values[place][np.isfinite(batch.values[place])]
+            if len(known):
+                self._first.setdefault(file, float(known[0]))
+                self._most[file] = max(self._most.get(file, 0.0), float(known.max()))
+
+    @property
+    def peak(self) -> tuple[int, str] | None:
+        """Bytes, and the file. The kernel's peak may be of before the run, unless it has grown."""
+        file = "memory.peak"
+        if self._most.get(file, 0.0) <= self._first.get(file, 0.0):
+            file = "memory.current"
+        most = self._most.get(file, 0.0)
+        return (int(most), file) if most > 0 else None
 
 
 class DeviceUse(Record):

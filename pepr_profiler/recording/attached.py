@@ -22,7 +22,13 @@ from dataclasses import dataclass
 
 from pepr_profiler.errors import TargetError, UsageError, warning
 from pepr_profiler.recording import procfs
+from pepr_profiler.recording.cgroups import members_of, oldest_of
 from pepr_profiler.recording.procfs import ancestors_of, command_of
+from pepr_profiler.sensors.spec import ProcessRoot
+
+TYPE_CHECKING = False  # typing takes 0.5 MB
+if TYPE_CHECKING:
+    from typing import Any
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PF_KTHREAD = 0x00200000  # include/linux/sched.h
@@ -89,11 +95,30 @@ class Target:
 
 
 class Targets:
-    """Running processes that are followed by their pidfds; made by `hold`."""
+    """Running processes that are followed by their pidfds; made by `hold`.
+
+    `root` says whose they are to the process lane, `command` is that of the first, and `facts` has
+    the "pid" and "command" of each, as run.json has them under `attached`.
+    """
 
     def __init__(self, targets: Sequence[Target], warnings: Sequence[dict[str, str]]) -> None:
         self._held = list(targets)
         self.warnings = list(warnings)
+
+    @property
+    def root(self) -> ProcessRoot:
+        return ProcessRoot.of_pids(target.pid for target in self.roots)
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return self.roots[0].command
+
+    @property
+    def facts(self) -> list[dict[str, Any]]:
+        return [{"pid": target.pid, "command": target.command} for target in self.roots]
+
+    def __str__(self) -> str:
+        return f"{' and '.join(map(str, self.roots))} and what they start"
 
     @property
     def roots(self) -> list[Target]:
@@ -167,6 +192,59 @@ class Targets:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class CgroupTargets(Targets):
+    """Whatever is in a cgroup, until it is empty; made by `hold_cgroup`."""
+
+    def __init__(self, folder: str, first: Sequence[int], warnings: Sequence[dict[str, str]]):
+        super().__init__((), warnings)
+        self._folder = folder
+        commands = {pid: command_of(pid) for pid in first}
+        # These only start and watch what is to be measured.
+        named = [pid for pid in first if not _is_monitor(commands[pid])] or list(first)
+        self._first = named[0], commands[named[0]]
+
+    @property
+    def root(self) -> ProcessRoot:
+        return ProcessRoot.of_cgroup(self._folder)
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return self._first[1]
+
+    @property
+    def facts(self) -> list[dict[str, Any]]:
+        return [dict(zip(("pid", "command"), self._first, strict=True))]
+
+    def drop_ended(self) -> bool:
+        """Nobody has to live on: who has ended is in what the kernel counted."""
+        return False
+
+    def __str__(self) -> str:
+        return f"cgroup {self._folder}, with {_who(*self._first)},"
+
+
+def hold_cgroup(folder: str) -> Targets:
+    """Follows a cgroup. Raises TargetError if no process is in it that can be seen."""
+    first = oldest_of(folder, most=64)
+    if not first:
+        raise TargetError(
+            f"no process is in the cgroup {folder}",
+            why="it is empty, or its processes are of a PID namespace that is not shown here",
+            fix="name one that works (systemd-cgls shows all), and attach from the host; to wait "
+            "for what a command starts in it: pepr-profile run --follow cgroup:PATH -- CMD",
+        )
+    warnings = []
+    if os.getpid() in members_of(folder):
+        text = f"pepr-profile itself was started in the cgroup {folder}: whatever else is there is "
+        hint = "attach to the cgroup of the program itself"
+        warnings.append(warning("attached-to-ancestor", f"{text}in the figures", hint))
+    return CgroupTargets(folder, first, warnings)
+
+
+def _is_monitor(command: Sequence[str]) -> bool:
+    return not command or command[0].rpartition("/")[2].startswith(("slurmstepd", "conmon"))
 
 
 def hold(pids: Sequence[int]) -> Targets:

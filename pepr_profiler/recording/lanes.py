@@ -12,7 +12,7 @@ from pepr_profiler import _core
 from pepr_profiler.errors import SensorError
 from pepr_profiler.recording.options import Options
 from pepr_profiler.sensors.detect import detect
-from pepr_profiler.sensors.spec import SensorSpec, lanes_by_name, with_process_lists
+from pepr_profiler.sensors.spec import ProcessRoot, SensorSpec, lanes_by_name, with_process_lists
 from pepr_profiler.trace.lane import LaneInfo, LaneWriter, describe
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
@@ -162,7 +162,8 @@ class Lanes:
         except SensorError as error:
             if self._read_through_daemon(lane):
                 return True
-            asked = self._options.sensors or (self._follows and lane.name == "processes")
+            named = self._follows or ProcessRoot(lane.spec.where).cgroup
+            asked = self._options.sensors or (named and lane.name == "processes")
             if asked and self.directory is None and not _is_shortage(error):
                 raise
             del self._lanes[lane.name]
@@ -280,8 +281,12 @@ class Lanes:
 
     def newest(self, name: str) -> list[float] | None:
         """The values of a lane's newest row; None if it is not written, or has no row yet."""
-        newest = self._lanes[name].sampler.latest() if self.is_written(name) else None
+        newest = self.newest_row(name)
         return None if newest is None else newest[1]
+
+    def newest_row(self, name: str) -> tuple[int, list[float]] | None:
+        """As `newest`, with the time of the row, ns."""
+        return self._lanes[name].sampler.latest() if self.is_written(name) else None
 
     # --- the end ---
 

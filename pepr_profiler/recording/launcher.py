@@ -86,15 +86,31 @@ class Launch(Record):
 
     @classmethod
     def of_roots(cls, root: str) -> Launch:
-        """What the job is part of whose processes a ProcessRoot names: this process or others."""
+        """What the job is part of whose processes a ProcessRoot names: this process or others.
+
+        Of a cgroup with several ranks it is what they have in common.
+        """
         if root in ("self", "children"):
             return cls.of(os.environ, parents=_commands_above(os.getpid()), ray_job=_ray_job())
         from pepr_profiler.recording.procfs import environ_of
         from pepr_profiler.sensors.spec import ProcessRoot
 
-        pid = ProcessRoot(root).pids[0]
-        block = (os.fsdecode(entry).partition("=") for entry in environ_of(pid))
-        return cls.of({name: value for name, _, value in block}, parents=_commands_above(pid))
+        def of(pid: int) -> Launch:
+            block = (os.fsdecode(entry).partition("=") for entry in environ_of(pid))
+            return cls.of({name: value for name, _, value in block}, parents=_commands_above(pid))
+
+        folder = ProcessRoot(root).cgroup
+        if not folder:
+            return of(ProcessRoot(root).pids[0])
+        from pepr_profiler.recording.cgroups import oldest_of
+
+        found = [launch for pid in oldest_of(folder) if (launch := of(pid)).job]
+        if not found:
+            return cls()
+        if len({launch.rank for launch in found}) == 1:
+            return found[0]
+        # What is around several ranks is none of them.
+        return found[0]._replace(rank=None, local_rank=None, world_size=None)
 
     def facts(self) -> dict[str, Any]:
         """As run.json has it."""

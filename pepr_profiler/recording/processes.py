@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pepr_profiler.record import Any
 from pepr_profiler.recording import procfs
@@ -41,10 +41,11 @@ Note = Callable[[dict[str, Any]], None]
 class ProcessOwners:
     """Finds out whose each process is, and writes down who used the machine's devices.
 
-    `root` is a ProcessRoot. A process is the job's if one of its ancestors is, if it was so when
-    it was looked at before, or if it was started inside the run: its environment has `marker`, a
-    variable and its value. `dedicated` says that this process only records; it is then not listed
-    among the others. `note` takes what is to be kept, as JSON objects:
+    `root` is a ProcessRoot. A process is the job's if one of its ancestors is, or if it is in the
+    cgroup that is followed; if it was so when it was looked at before; or if it was started inside
+    the run: its environment has `marker`, a variable and its value. `dedicated` says that this
+    process only records; it is then not listed among the others. `note` takes what is to be kept,
+    as JSON objects:
     {"event": "process", "t_ns", "pid", "owner": "job"|"other"|"profiler"|"hidden"|"gone",
     "command", "user", "same_user"} for each process on a GPU, where `same_user` says whether the
     job runs as that user too, and {"event": "cpu", "t_ns", "since_ns", "profiler_s", "processes":
@@ -64,6 +65,7 @@ class ProcessOwners:
         self._profiler = os.getpid()
         self._marker = None if marker is None else os.fsencode("=".join(marker))
         self._includes_self = root == "self"
+        self._root, self._cgroup = root, ProcessRoot(root).cgroup
         self._roots = _roots_of(root, self._profiler)
         self._job: set[tuple[int, int]] = set()  # PID and start of each process of the job
         for pid in self._roots:
@@ -132,12 +134,28 @@ class ProcessOwners:
                 found.owner, found.start_ticks = owner, stat.start_ticks
 
     def _note_owner(self, pid: int, owner: str, command: str = "", user: str = "") -> None:
-        same = bool(user) and user == procfs.owner_of((*self._roots, self._profiler)[0])
+        jobs = _named_in(self._root) if self._cgroup else self._roots
+        same = bool(user) and user == procfs.owner_of((*jobs, self._profiler)[0])
         facts = {"t_ns": time.monotonic_ns(), "pid": pid, "owner": owner, "same_user": same}
         self._note({"event": "process", **facts, "command": command, "user": user})
 
     def _find_owner(self, pid: int, stat: Stat) -> str:
-        """Whose a process is, by its ancestors or by its environment."""
+        """Whose a process is: by its cgroup or its ancestors, or by its environment."""
+        if self._cgroup:
+            if pid == self._profiler:
+                return "profiler"
+            if (pid, stat.start_ticks) in self._job or pid in _members_of(self._cgroup):
+                self._job.add((pid, stat.start_ticks))
+                return "job"
+        elif (owner := self._owner_by_descent(pid, stat)) is not None:
+            return owner
+        if self._marker is not None and self._marker in environ_of(pid):
+            self._job.add((pid, stat.start_ticks))
+            return "job"
+        return "other"
+
+    def _owner_by_descent(self, pid: int, stat: Stat) -> str | None:
+        """Whose a process is by its ancestors; None if these are not of the job."""
         lineage: list[tuple[int, int]] = []
         at, here = pid, stat
         while True:
@@ -150,12 +168,8 @@ class ProcessOwners:
             lineage.append(key)
             above = find_stat(here.parent) if here.parent > 0 else None
             if above is None or not _is_older(above, here):
-                break
+                return None
             at, here = here.parent, above
-        if self._marker is not None and self._marker in environ_of(pid):
-            self._job.add((pid, stat.start_ticks))
-            return "job"
-        return "other"
 
     # --- on CPUs ---
 
@@ -196,6 +210,12 @@ class ProcessOwners:
     def _job_of(self, alive: Mapping[int, Stat]) -> set[int]:
         """Which of the living are the job's; remembered, for when their parents have gone."""
         verdict: dict[int, bool] = {0: False}
+        if self._cgroup:
+            members = _members_of(self._cgroup)
+            verdict = {
+                pid: pid in members or (pid, stat.start_ticks) in self._job
+                for pid, stat in alive.items()
+            }
         for pid in alive:
             line: list[int] = []
             at = pid
@@ -235,14 +255,19 @@ def gpu_environments(root: str) -> list[dict[str, str]]:
     if root in ("self", "children"):
         given: list[Mapping[str, str]] = [os.environ]
     else:
-        blocks = filter(None, map(environ_of, ProcessRoot(root).pids))
+        blocks = filter(None, map(environ_of, _named_in(root)))
         given = [dict(os.fsdecode(e).partition("=")[::2] for e in block) for block in blocks]
     found = [{name: env[name] for name in _GPU_VARIABLES if name in env} for env in given]
     return [env for i, env in enumerate(found) if env not in found[:i]]
 
 
 def run_around(variable: str, root: str) -> str | None:
-    """The run directory that `variable` names in the roots or in an ancestor of theirs, if any."""
+    """The run directory that `variable` names in the roots or in an ancestor of theirs, if any.
+
+    A cgroup is in no run: others than the run's processes may be in it.
+    """
+    if ProcessRoot(root).cgroup:
+        return None
     if root in ("self", "children") and os.environ.get(variable):
         return os.environ[variable]
     at, name = (*_roots_of(root, os.getpid()), os.getpid())[0], f"{variable}=".encode()
@@ -258,6 +283,22 @@ def run_around(variable: str, root: str) -> str | None:
 def _roots_of(root: str, profiler: int) -> tuple[int, ...]:
     """What the job descends from; nothing for "children", whose parent is not the job."""
     return (profiler,) if root == "self" else ProcessRoot(root).pids
+
+
+def _named_in(root: str) -> Sequence[int]:
+    """The processes that a ProcessRoot names, or the oldest ones that are in its cgroup now."""
+    at = ProcessRoot(root)
+    if not at.cgroup:
+        return at.pids
+    from pepr_profiler.recording.cgroups import oldest_of  # nobody else needs it
+
+    return oldest_of(at.cgroup)
+
+
+def _members_of(folder: str) -> set[int]:
+    from pepr_profiler.recording.cgroups import members_of
+
+    return members_of(folder)
 
 
 def _is_older(parent: Stat, child: Stat) -> bool:

@@ -57,10 +57,11 @@ class Recorder:
     """One run, from the first sample to its complete files.
 
     `root` is "children" for a wrapper, which does not charge itself to its child, "self" for a
-    program that profiles itself, and "pids=…" for processes that already run, which `attached`
-    describes. `around` is the directory of the run around this one, empty if there is none; it is
-    searched for if it is not given. `dedicated` says that this process only records: its CPU time
-    is the profiler's. `warn` hears each warning at once.
+    program that profiles itself, "pids=…" for processes that already run, and "cgroup=…" for what
+    is in a cgroup; `attached` describes what ran already. `around` is the directory of the run
+    around this one, empty if there is none; it is searched for if it is not given. `dedicated` says
+    that this process only records: its CPU time is the profiler's. `warn` hears each warning at
+    once.
 
     Threads of the core sample and write to disk. Everything else is done in `tick`, by the caller's
     thread; `notifier` becomes ready when a tick is due earlier.
@@ -181,6 +182,10 @@ class Recorder:
     def anyone_lives(self) -> bool:
         """Whether anything that is followed has run until now, as far as has been flushed."""
         return self.all_exited_ns is None and self._lanes.is_written("processes")
+
+    def job_cpu_s(self, until_ns: int) -> float | None:
+        """CPU time of the job until about `until_ns`, s; None if unknown. It may wait for 0.5 s."""
+        return self._watches.job_cpu_s(until_ns)
 
     @property
     def events(self) -> EventWriter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -127,6 +128,18 @@ class Watches:
     def has_unidentified(self) -> bool:
         """Whether it is not known yet whose some process on a GPU is."""
         return self._owners is not None and self._owners.has_unidentified
+
+    def job_cpu_s(self, until_ns: int) -> float | None:
+        """CPU time that the job has used until an instant or a little later; None if unknown.
+
+        Waits for the sample that says so, for at most 0.5 s.
+        """
+        deadline_s = time.monotonic() + 0.5
+        while self._cpu_places and (newest := self._lanes.newest_row("processes")) is not None:
+            if newest[0] >= until_ns or time.monotonic() >= deadline_s:
+                return newest[1][self._cpu_places[0]]
+            time.sleep(0.01)
+        return None
 
     def note(self, facts: dict[str, Any]) -> None:
         """Stores a note beside the lanes."""

@@ -132,14 +132,22 @@ def _headline(summary: Mapping[str, Any], width: int) -> Line:
 def _subject(summary: Mapping[str, Any]) -> str:
     """What was measured: the command, or "attach 4121 4122 (python train.py)"."""
     by_command: dict[str, list[str]] = {}
+    cgroup = _cgroup(summary)
     for target in (summary.get("recording") or {}).get("attached") or []:
-        by_command.setdefault(shlex.join(target["command"]), []).append(str(target["pid"]))
+        who = f"cgroup {cgroup}" if cgroup else str(target["pid"])
+        by_command.setdefault(shlex.join(target["command"]), []).append(who)
     if by_command:
         parts = (f"{' '.join(pids)} ({command})" for command, pids in by_command.items())
         return f"attach {', '.join(parts)}"
     command = summary.get("command")
     subject = shlex.join(command) if command else str(summary.get("name") or "")
     return f"{job_name(summary)}: {subject}" if summary.get("ranks") else subject
+
+
+def _cgroup(summary: Mapping[str, Any]) -> str:
+    """The cgroup that was followed; empty if none was."""
+    what, _, folder = str((summary.get("recording") or {}).get("root")).partition("=")
+    return folder if what == "cgroup" else ""
 
 
 def _exit_text(code: int) -> str:
@@ -343,6 +351,7 @@ def _fact_lines(
     components = summary["energy"].get("components") or []
     facts = [
         ("rank", _rank(summary)),
+        ("cgroup", _cgroup(summary)),
         ("attribution", _attribution(summary["energy"])),
         ("carbon", _carbon(summary.get("carbon"))),
         ("metrics", _metrics(summary)),
@@ -495,6 +504,10 @@ def _memory(memory: Mapping[str, Any], components: Iterable[Mapping[str, Any]], 
     gpu_bytes = memory.get("gpu_peak_bytes")
     if gpu_bytes is not None or any(c.get("kind") == "gpu" for c in components):
         text += f", {format_quantity(gpu_bytes, 'B')} on GPUs"
+    if (charged := memory.get("cgroup_peak_bytes")) is not None:
+        is_exact = memory.get("cgroup_peak_source") == "memory.peak"
+        how = "memory.peak" if is_exact else "the highest seen of memory.current"
+        text += f"; {format_quantity(charged, 'B')} of the cgroup with its file cache ({how})"
     return f"{text} (the ranks' peaks together)" if ranks > 1 else text
 
 

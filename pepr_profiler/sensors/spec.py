@@ -44,8 +44,8 @@ class SensorSpec(str):
 class ProcessRoot(str):
     """Whose processes the spec `processes:ROOT` counts as the job; each with its descendants.
 
-    "self" is the process that records, "children" what it starts, but not itself, and "pids=12,34"
-    are processes that already run.
+    "self" is the process that records, "children" what it starts, but not itself, "pids=12,34"
+    are processes that already run, and "cgroup=/sys/fs/cgroup/x" is whatever is in that cgroup.
     """
 
     __slots__ = ()
@@ -54,9 +54,19 @@ class ProcessRoot(str):
     def of_pids(cls, pids: Iterable[int]) -> ProcessRoot:
         return cls("pids=" + ",".join(map(str, pids)))
 
+    @classmethod
+    def of_cgroup(cls, folder: str) -> ProcessRoot:
+        return cls(f"cgroup={folder}")
+
+    @property
+    def cgroup(self) -> str:
+        """The folder of the cgroup; empty for all others."""
+        names, _, folder = self.partition("=")
+        return folder if names == "cgroup" else ""
+
     @property
     def pids(self) -> tuple[int, ...]:
-        """The processes that are named; none for "self" and "children"."""
+        """The processes that are named; none for all others."""
         names, _, numbers = self.partition("=")
         return tuple(map(int, numbers.split(","))) if names == "pids" else ()
 

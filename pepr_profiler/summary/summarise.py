@@ -177,9 +177,8 @@ def _examine(
     together = Counted.of(components, grid)
     counted = together.components
     energy = _energy(components, together, grid, duration_s, scope)
-    submitter = (facts.get("exit") or {}).get("submitter")
-    if submitter is not None:
-        lacks = {"id": f"what {submitter} started", "missing_s": duration_s}
+    if lacking := _lacking(facts.get("exit") or {}):
+        lacks = {"id": lacking, "missing_s": duration_s}
         energy.update(partial=[*energy["partial"], lacks], u_j=None, mean_w=None)
     metrics = last_values(logged)
     performance = performance_of(metrics, options.get("performance"))
@@ -219,6 +218,14 @@ def _examine(
         ],
     )
     return _Examined(run, components, grid, phases)
+
+
+def _lacking(how_it_ended: Mapping[str, Any]) -> str:
+    """Whose energy the total lacks besides that of devices; empty if nobody's."""
+    if (empty := how_it_ended.get("empty_cgroup")) is not None:
+        return f"cgroup {empty}"
+    submitter = how_it_ended.get("submitter")
+    return "" if submitter is None else f"what {submitter} started"
 
 
 def _disagreements(
@@ -480,12 +487,21 @@ def _union(phases: Iterable[PhaseSpan]) -> tuple[Ints, Ints]:
 
 def _memory(facts: Mapping[str, Any], readings: Readings, gpus: Gpus) -> dict[str, Any]:
     # The kernel's own peak of the child is exact, but of one process only.
-    sampled = readings.activity.peak_rss_bytes if readings.activity else None
+    activity = readings.activity
+    sampled = activity.peak_rss_bytes if activity else None
     peaks = (sampled, (facts.get("exit") or {}).get("max_rss_bytes"))
     return {
         "peak_rss_bytes": max((peak for peak in peaks if peak is not None), default=None),
         "gpu_peak_bytes": gpus.peak_bytes(readings.gpu_peak_bytes),
+        **_of_cgroup(activity.charged if activity else None),
     }
+
+
+def _of_cgroup(charged: tuple[int, str] | None) -> dict[str, Any]:
+    """What the kernel charged to a cgroup that was followed, if one was."""
+    if charged is None:
+        return {}
+    return dict(zip(("cgroup_peak_bytes", "cgroup_peak_source"), charged, strict=True))
 
 
 def _carbon(total_j: float | None, options: Mapping[str, Any]) -> dict[str, Any] | None:

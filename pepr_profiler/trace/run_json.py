@@ -175,7 +175,13 @@ _RECORDING: _Shape = {
     "root": str,
     "cuda": [{...: _TEXT}],
     "outer": ({None: ("run_id",), "run_id": str, "pid": _COUNT}, None),
-    "exit": ({"ended_by": _TEXT, "max_rss_bytes": _NUMBER, "submitter": _TEXT}, None),
+    "exit": (
+        {
+            **{"ended_by": _TEXT, "max_rss_bytes": _NUMBER},
+            **{"submitter": _TEXT, "empty_cgroup": _TEXT},
+        },
+        None,
+    ),
     "sampler": (_COST, None),
     "daemon": (
         {
@@ -199,7 +205,11 @@ _RUN_SHAPE: _Shape = {
     "clock": [{None: ("t_ns", "unix_ns"), "t_ns": int, "unix_ns": int}],
     "energy": (_ENERGY, None),
     "phases": [_PHASE],
-    "memory": {None: _PEAKS, **dict.fromkeys(_PEAKS, _NUMBER)},
+    "memory": {
+        None: _PEAKS,
+        **dict.fromkeys((*_PEAKS, "cgroup_peak_bytes"), _NUMBER),
+        "cgroup_peak_source": str,
+    },
     "carbon": ({None: ("g_co2e",), "g_co2e": _NUMBER, "source": str, "year": _COUNT}, None),
     "metrics": {...: _NUMBER},
     "progress": (_PROGRESS, None),
