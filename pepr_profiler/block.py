@@ -390,10 +390,21 @@ class Run:
         # A program that replaced itself by this one (exec) may have recorded itself before.
         if run and (block or (run.get("recording") or {}).get("profiler_pid") != os.getpid()):
             return directory
-        ancestors = runs_of_ancestors()
-        if len(ancestors) > 1:
-            self._unsure = [path.name for path in ancestors]
-        return ancestors[0] if len(ancestors) == 1 else None
+        return self._run_of_ancestor()
+
+    def _run_of_ancestor(self) -> Path | None:
+        """The run that we are in as a worker; None if there is none, or several may be it."""
+        found = runs_of_ancestors()
+        if len(found) > 1:
+            self._unsure = [path.name for path in found]
+        return found[0] if len(found) == 1 else None
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether the block has not ended; that of a parent may have since we were forked."""
+        if self._pid == os.getpid():
+            return self._window_ns[1] is None
+        return read_live_run(self.directory) is not None
 
     @property
     def _is_forgotten(self) -> bool:
@@ -544,11 +555,13 @@ class Run:
                 recorder = open_attached(self._options, self._store, targets)
         else:
             within = self._context._place if self._context else _open_blocks.around()
+            around = _open_blocks.outside() if within is None else within.mark
+            _open_blocks.start_clock()
             recorder = Recorder(
                 self._options,
                 root="self",
                 command=[sys.executable, *sys.argv],
-                around=_open_blocks.outside() if within is None else within.mark,
+                around=around or str(self._run_of_ancestor() or ""),
             )
             open_recording(recorder, self._store)
         begin_ns = time.monotonic_ns()
@@ -814,7 +827,7 @@ def _open_run() -> Run | None:
     another cell of a notebook.
     """
     run = _current_run.get()
-    while run is not None and run._window_ns[1] is not None:
+    while run is not None and not run._is_open:
         run = run._context
     if run is None:
         here = threading.current_thread()

@@ -56,6 +56,8 @@ class BlockPart(Record):
             return None
         names = ("t_ns", "own_s", "known_s", "pool_s", "blocks", "of_thread")
         columns = {name: np.array([float(note[name]) for note in of_blocks]) for name in names}
+        if not all(np.isfinite(column).all() and column.min() >= 0 for column in columns.values()):
+            raise ValueError("a clock of its blocks is no time")
         at_ns = columns["t_ns"]
         last_ns = max(end_ns, at_ns[-1]) + 1.0
         edges_ns = np.concatenate(([min(begin_ns, at_ns[0]) - 1.0], at_ns, [last_ns]))
@@ -64,8 +66,8 @@ class BlockPart(Record):
             np.maximum(np.diff(columns[name]), 0.0) for name in ("own_s", "known_s", "pool_s")
         )
         main_s = _growth_s([note["main_s"] for note in of_blocks])
-        count = columns["blocks"] + np.append(main_s > _WORKS * span_s, False)
-        of_thread = columns["of_thread"]
+        of_thread = np.maximum(columns["of_thread"], 1.0)
+        count = np.maximum(columns["blocks"], 1.0) + np.append(main_s > _WORKS * span_s, False)
         equal, equal_u = 1.0 / count, _unknown(count)
         cpu, cpu_u = equal.copy(), equal_u.copy()
         if activity is not None and len(activity.t_ns) > 1:

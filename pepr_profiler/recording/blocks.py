@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from pepr_profiler import _core
@@ -32,8 +32,10 @@ class OpenBlock:
     the block was entered in, or one of the main thread. `notes` wait to be written to its run.
     """
 
-    __slots__ = ("around", "clock", "is_divided", "mark", "notes", "notifier", "owner", "pid",
-                 "run_id", "thread")  # fmt: skip
+    __slots__ = (
+        *("around", "before", "clock", "is_divided", "mark", "notes"),
+        *("notifier", "owner", "pid", "run_id", "thread"),
+    )
 
     def __init__(
         self, owner: Any, directory: Path, notifier: _core.Notifier, around: OpenBlock | None
@@ -47,6 +49,7 @@ class OpenBlock:
         self.thread = threading.current_thread()
         self.clock: _core.ThreadClock | None = None  # None: that of the main thread
         self.is_divided = False
+        self.before = {worker.pid for worker in _workers()}
         self.notes: list[dict[str, Any]] = []
 
     @property
@@ -131,15 +134,22 @@ class OpenBlocks:
         of_main = [block for block in self.ours() if block.thread is main]
         return _innermost(of_main) if of_main else None
 
+    def start_clock(self) -> None:
+        """Counts this thread's CPU time from now on, and that of what it starts: our threads too.
+
+        The main thread's is always counted.
+        """
+        thread = threading.current_thread()
+        with self._here():
+            if thread is not threading.main_thread() and thread not in self._clocks:
+                self._clocks[thread] = _core.ThreadClock()
+
     def enter(self, block: OpenBlock, begin_ns: int) -> None:
         """The block has begun; those that are open beside it are woken to write that down."""
         with self._here():
             if not self.ours():
                 self._given, self._said = os.environ.get(RUN_DIR_VARIABLE), None
-            if block.thread is not threading.main_thread():
-                if block.thread not in self._clocks:
-                    self._clocks[block.thread] = _core.ThreadClock()
-                block.clock = self._clocks[block.thread]
+            block.clock = self._clocks.get(block.thread)
             self._blocks.append(block)
             self._name()
             self._note_all(block, begin_ns)
@@ -223,7 +233,7 @@ class OpenBlocks:
                 "known_s": known_s,
                 # What the main thread does outside of all of them is none of theirs.
                 "main_s": None if threading.main_thread() in threads else main_s,
-                "pool_s": _pool_s(),
+                "pool_s": _shared_s(block.before),
                 "blocks": len(threads),
                 "of_thread": threads.count(block.thread),
                 "beside": [other.run_id for other in beside],
@@ -246,14 +256,22 @@ def _innermost(blocks: list[OpenBlock]) -> OpenBlock | None:
     return next(common, None)
 
 
-def _pool_s() -> float:
-    """CPU time of the workers of multiprocessing, and of what is built on it, that live now.
+def _workers() -> list[Any]:
+    """The living workers of multiprocessing, and of what is built on it, that this process has."""
+    return list(getattr(sys.modules.get("multiprocessing.process"), "_children", ()))
 
-    Several threads may use them, whoever started them.
+
+def _shared_s(before: Container[int | None]) -> float:
+    """CPU time of the workers that several threads may use, whoever started them.
+
+    These are loky's, which all threads have in common, and those that were there before a block.
     """
-    processes = getattr(sys.modules.get("multiprocessing.process"), "_children", ())
-    pids = [getattr(process, "pid", None) for process in list(processes)]
-    return sum(cpu_clock_s(pid) or 0.0 for pid in pids if pid)
+    shared = (
+        worker.pid
+        for worker in _workers()
+        if worker.pid in before or "loky" in type(worker).__module__
+    )
+    return sum(cpu_clock_s(pid) or 0.0 for pid in shared if pid)
 
 
 # --- workers that were started before the block ---------------------------------------------------
