@@ -186,6 +186,29 @@ def test_what_a_thread_starts_is_its_blocks(machine: Tree) -> None:
     assert total_j(idle) < 0.25 * total_j(busy)
 
 
+def test_blocks_of_a_program_that_is_killed_have_their_parts(cli: Cli, meter: str) -> None:
+    code = """
+import os, signal, sys, threading, time
+from pepr_profiler import profile
+meet = threading.Barrier(2)
+def work():
+    with profile("killed", sensors=sys.argv[1:], cpu_power="1:2"):
+        meet.wait()
+        time.sleep(1.5)  # beyond a flush
+        os.kill(os.getpid(), signal.SIGKILL)
+for _ in range(2): threading.Thread(target=work).start()
+"""
+    command = [sys.executable, "-c", code, meter]
+    done = subprocess.run(command, env=cli.environment(), timeout=SLOW_S, check=False)
+    assert done.returncode == -9
+    for summary in map(cli.report, cli.runs()):
+        part = component(summary, "gpu:meter")
+        assert not summary["complete"]
+        # a half, but for when the other had not begun
+        assert 0.45 * part["device_j"] < part["job_j"] < 0.75 * part["device_j"]
+        assert "shared-process" in codes(summary)
+
+
 def test_a_block_that_follows_another_has_the_process_to_itself(meter: str) -> None:
     def trial() -> dict[str, Any]:
         with profile("trial", sensors=[meter]) as run:

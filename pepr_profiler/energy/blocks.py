@@ -54,43 +54,33 @@ class BlockPart(Record):
         of_blocks = [note for note in notes if note["event"] == "blocks"]
         if not any(note["divided"] for note in of_blocks):
             return None
-        names = ("t_ns", "own_s", "known_s", "pool_s", "blocks", "of_thread")
-        columns = {name: np.array([float(note[name]) for note in of_blocks]) for name in names}
-        if not all(np.isfinite(column).all() and column.min() >= 0 for column in columns.values()):
-            raise ValueError("a clock of its blocks is no time")
-        at_ns = columns["t_ns"]
-        last_ns = max(end_ns, at_ns[-1]) + 1.0
-        edges_ns = np.concatenate(([min(begin_ns, at_ns[0]) - 1.0], at_ns, [last_ns]))
-        span_s = np.diff(at_ns) * 1e-9
-        own_s, known_s, pool_s = (
-            np.maximum(np.diff(columns[name]), 0.0) for name in ("own_s", "known_s", "pool_s")
-        )
-        main_s = _growth_s([note["main_s"] for note in of_blocks])
-        of_thread = np.maximum(columns["of_thread"], 1.0)
-        count = np.maximum(columns["blocks"], 1.0) + np.append(main_s > _WORKS * span_s, False)
+        at_ns, of_thread, blocks, main_s, *clocks_s = (_column(of_blocks, n) for n in _COLUMNS)
+        growths_s = [np.maximum(np.diff(clock_s), 0.0) for clock_s in clocks_s]
+        works = np.nan_to_num(np.diff(main_s)) > _WORKS * np.diff(at_ns) * 1e-9
+        count = blocks + np.append(works, np.zeros(1, dtype=np.bool_))
         equal, equal_u = 1.0 / count, _unknown(count)
         cpu, cpu_u = equal.copy(), equal_u.copy()
         if activity is not None and len(activity.t_ns) > 1:
+            own_s, known_s, pool_s = growths_s
             process_s = np.maximum(np.diff(used_until_s(activity, at_ns)), 0.0)
             # Clocks are read at other instants than the lane: together they are at most the whole.
             scale = np.minimum(1.0, _ratio(process_s, known_s, 1.0))
-            rest_s = process_s - scale * known_s
-            own_s, pool_s = scale * own_s, np.minimum(pool_s, process_s)
+            own_s, rest_s = scale * own_s, process_s - scale * known_s
             part_s = own_s / of_thread[:-1] + rest_s * equal[:-1]
             # Workers are counted to the thread that started them, and others may use them too.
-            u_s = own_s * _unknown(of_thread[:-1]) + rest_s * equal_u[:-1]
-            u_s += pool_s * equal_u[:-1]
+            unsure_s = rest_s + np.minimum(pool_s, process_s)
+            u_s = own_s * _unknown(of_thread[:-1]) + unsure_s * equal_u[:-1]
             cpu[:-1] = np.minimum(_ratio(part_s, process_s, equal[:-1]), 1.0)
             cpu_u[:-1] = _ratio(u_s, process_s, equal_u[:-1])
-        parted = np.array([note["divided"] for note in of_blocks])
-        values = [np.where(parted, x, 1.0) for x in (cpu, equal)]
-        us = [np.where(parted, x, 0.0) for x in (cpu_u, equal_u)]
-        (cpu, equal), (cpu_u, equal_u) = values, us
+        divided = np.array([note["divided"] for note in of_blocks])
+        edges_ns = [min(begin_ns, at_ns[0]) - 1.0, *at_ns, max(end_ns, at_ns[-1]) + 1.0]
         return cls(
-            edges_ns,
-            *(np.concatenate(([first], x)) for first, x in
-              ((1.0, cpu), (0.0, cpu_u), (1.0, equal), (0.0, equal_u))),
-        )  # fmt: skip
+            np.array(edges_ns),
+            np.append(1.0, np.where(divided, cpu, 1.0)),
+            np.append(0.0, np.where(divided, cpu_u, 0.0)),
+            np.append(1.0, np.where(divided, equal, 1.0)),
+            np.append(0.0, np.where(divided, equal_u, 0.0)),
+        )
 
     def of_activity(self, activity: Activity) -> Activity:
         """The process's activity with the block's CPU time as the job's."""
@@ -139,10 +129,20 @@ def _unknown(count: Floats) -> Floats:
     return np.asarray(np.sqrt((count - 1.0) / (count + 1.0)) / count)
 
 
-def _growth_s(clock_s: Sequence[float | None]) -> Floats:
-    """How much a clock has gone on from note to note; 0 where it was not noted."""
-    known_s = np.array([np.nan if value is None else value for value in clock_s])
-    return np.nan_to_num(np.maximum(np.diff(known_s), 0.0))
+_COLUMNS = ("t_ns", "of_thread", "blocks", "main_s", "own_s", "known_s", "pool_s")
+
+
+def _column(notes: Sequence[Mapping[str, Any]], name: str) -> Floats:
+    """A number of each note, NaN where it was not noted. ValueError for what cannot be."""
+    values = np.array([np.nan if note[name] is None else float(note[name]) for note in notes])
+    least = 1.0 if name in ("of_thread", "blocks") else 0.0
+    usable = (values >= least) & (values < _MOST)
+    if not (usable | np.isnan(values) if name == "main_s" else usable).all():
+        raise ValueError(f"{name} of its blocks is {values[:3]}")
+    return values
+
+
+_MOST = float(1 << 62)
 
 
 def _ratio(part: Floats, whole: Floats, otherwise: Floats | float) -> Floats:
