@@ -137,10 +137,10 @@ def format_number(value: float | None) -> str:
 def format_amount(value: float, unit: str, u: float | None = None) -> str:
     """An amount of a resource: a time, a physical quantity, money, or a number without a unit.
 
-    An amount that has a unit is shown with its `u` where that is known.
+    It is shown with its `u` where that is known.
     """
-    if unit and u is not None and math.isfinite(u):
-        return format_with_u(value, u, unit)
+    if u is not None and math.isfinite(u):
+        return format_with_u(value, u, unit).rstrip()
     if unit == "s":
         return format_duration(value)
     if unit in ("J", "g", "B"):

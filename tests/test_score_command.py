@@ -222,6 +222,137 @@ def test_a_group_that_cannot_be_ranked_is_named(models: Path) -> None:
     assert error.what == "kwh, model 'small': one row alone cannot be ranked"
 
 
+def table_of(folder: Path, *rows: object, columns: str = "model,accuracy,kwh") -> Path:
+    table = folder / "table.csv"
+    table.write_text("\n".join([columns, *map(str, rows)]) + "\n")
+    return table
+
+
+def test_a_group_of_one_is_left_out_and_the_others_are_scored(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text(f"{MODELS}lone,0.7,3.0,c\n")
+    out = tmp_path / "out.csv"
+    result = scored(table, *COLUMNS, "--group", "task", "-o", out)
+    assert "left out the ranking of kwh, task 'c': one row alone cannot be ranked" in result.stderr
+    *others, lone = csv.DictReader(out.read_text().splitlines())
+    assert [float(row["pepr_kwh"]) for row in others] == [0.8, 0.45, 0.48, 0.6]
+    assert (lone["kwh_n"], lone["pepr_kwh"], lone["outlier"]) == ("", "", "")
+
+
+@pytest.mark.parametrize("anyway", [[], ["--anyway"]])
+def test_equal_resources_of_repeats_are_a_sentence_and_no_error(
+    tmp_path: Path, anyway: list[str]
+) -> None:
+    rows = [f"{name},0.9{seed},2.0" for name in "ab" for seed in range(3)]
+    arguments = (table_of(tmp_path, *rows), *COLUMNS, "--repeats", *anyway)
+    text = " ".join(scored(*arguments).stdout.split())
+    assert "cannot be told apart by kwh: all took the same, so that R is 0/0." in text
+    assert "All took 2 of kwh." in text and "nan" not in text and "anyway" not in text
+    (ranking,) = json.loads(scored(*arguments, "--json", "-").stdout)["rankings"]
+    assert ranking["distinguishable"] is False
+    assert [row["pepr"] for row in ranking["rows"]] == [None, None]
+    for form in ("html", "md", "tex", "parquet", "svg"):
+        out = tmp_path / f"out.{form}"
+        scored(*arguments, "-o", out)
+        assert b"nan" not in out.read_bytes().lower() or form in ("parquet", "svg")
+
+
+def test_rows_that_were_pasted_twice_are_no_repeats(tmp_path: Path) -> None:
+    rows = [f"{name},0.9,{kwh}" for name, kwh in (("a", 1), ("b", 2), ("c", 4)) for _ in range(3)]
+    result = scored(table_of(tmp_path, *rows), *COLUMNS, "--repeats")
+    assert "left out line 3: identical to line 2 in all columns" in result.stderr
+    assert "±" not in result.stdout
+    # and with a column that tells them apart they are
+    seeds = [f"{row},{number}" for number, row in enumerate(rows)]
+    table = table_of(tmp_path, *seeds, columns="model,accuracy,kwh,seed")
+    assert "0.900 ± 0.000" in scored(table, *COLUMNS, "--repeats").stdout
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_one_run_among_repeats_is_never_sure_of_itself(tmp_path: Path, alike: bool) -> None:
+    # given models of three repeats, which scatter alike or not, and one that ran once
+    scatters = {"a": 1.0, "b": 1.1, "c": 0.9} if alike else {"a": 1.0, "b": 0.0}
+    rows = [
+        f"{name},{0.9 + shift / 500},{kwh * (1 + scatter * shift / 100)}"
+        for (name, scatter), kwh in zip(scatters.items(), (1, 2, 4), strict=False)
+        for shift in (-1, 0, 1)
+    ]
+    result = scored(table_of(tmp_path, *rows, "once,0.9,0.5"), *COLUMNS, "--repeats", "--json", "-")
+    (ranking,) = json.loads(result.stdout)["rankings"]
+    once = next(row for row in ranking["rows"] if row["name"] == "once")
+    # then its score has the others' scatter, or none that is known
+    assert once["n"] == 1 and not once["spread_known"]
+    assert once["u_pepr"] > 0.002 if alike else once["u_pepr"] is None
+    text = scored(table_of(tmp_path, *rows, "once,0.9,0.5"), *COLUMNS, "--repeats").stdout
+    assert ("that of the others is taken for it" in text) == alike
+    assert ("± ?" in text.rpartition("PePR ")[2]) or alike
+
+
+def test_a_resource_of_0_is_compared_by_its_difference(tmp_path: Path) -> None:
+    rows = ["a,0.90,0", "a,0.91,0", "b,0.90,2.2", "b,0.91,0.3"]
+    result = scored(table_of(tmp_path, *rows), *COLUMNS, "--repeats")
+    text = " ".join(result.stdout.split())
+    assert "b took 1.25 of kwh more than a (95%: " in text
+    data = json.loads(scored(tmp_path / "table.csv", *COLUMNS, "--repeats", "--json", "-").stdout)
+    (ranking,) = data["rankings"]
+    difference = ranking["resource_difference"]
+    assert difference["value"] == 1.25 and difference["low"] <= 1.25 < difference["high"]
+    assert ranking["resource_ratio"]["value"] is None
+
+
+def test_a_range_of_noise_is_named_where_it_is_saved_and_where_it_is_given(tmp_path: Path) -> None:
+    # given two models that differ by less than their repeats
+    rows = ["a,0.90,1.00", "a,0.91,1.04", "b,0.90,1.01", "b,0.91,1.05"]
+    table, saved = table_of(tmp_path, *rows), tmp_path / "range.json"
+    result = scored(table, *COLUMNS, "--repeats", "--save-range", saved)
+    assert f"the range of kwh in {saved} is noise" in result.stderr
+    for given in (["--range-from", saved], ["--range", "1:1.1"]):
+        stderr = scored(table, *COLUMNS, "--repeats", *given).stderr
+        assert "the normalisation range is narrower than what kwh can tell" in stderr
+    assert scored(table, *COLUMNS, "--repeats", "--range", "0.5:9").stderr == ""
+
+
+def test_the_uncertainty_of_the_resource_is_shown_where_names_have_room(tmp_path: Path) -> None:
+    rows = [f"{name},0.9{seed},{kwh + seed / 99}" for name, kwh in (("a", 1), ("b", 3))
+            for seed in range(3)]  # fmt: skip
+    text = scored(table_of(tmp_path, *rows), *COLUMNS, "--repeats").stdout
+    assert "1.010 ± 0.026" in text
+    rows = [row.replace("a,", f"{'a' * 30},").replace("b,", f"{'b' * 30},") for row in rows]
+    text = scored(table_of(tmp_path, *rows), *COLUMNS, "--repeats").stdout
+    assert "1.01 " in text and "0.026" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_order_of_the_rows_moves_no_probability(tmp_path: Path) -> None:
+    rows = [f"{name},{0.9 + seed / 777},{kwh + seed / 3}" for name, kwh in (("a", 9), ("b", 9.2),
+            ("c", 9.7)) for seed in range(5)]  # fmt: skip
+
+    def ranked(*rows: str) -> list[dict[str, object]]:
+        result = scored(table_of(tmp_path, *rows), *COLUMNS, "--repeats", "--anyway", "--json", "-")
+        (ranking,) = json.loads(result.stdout)["rankings"]
+        return ranking["rows"]
+
+    assert ranked(*rows) == ranked(*rows[::-1]) == ranked(*rows[7:], *rows[:7])
+
+
+def test_the_table_that_is_scored_is_never_overwritten(models: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.csv"
+    link.symlink_to(models)
+    for option in (["-o", link], ["--json", models], ["--save-range", models]):
+        assert "is the table that is scored" in refused(models, *COLUMNS, *option).what
+    assert models.read_text() == MODELS
+
+
+def test_units_that_differ_within_a_cohort_are_refused(tmp_path: Path) -> None:
+    rows = ["a,0.9,1,kWh,x", "b,0.8,2,kWh,x", "a,0.9,100,J,y", "b,0.8,200,J,y"]
+    table = table_of(tmp_path, *rows, columns="model,accuracy,kwh,unit,task")
+    error = refused(table, *COLUMNS)
+    assert "different units" in error.what and "'kWh' and 'J'" in error.why
+    scored(table, *COLUMNS, "--group", "task")
+    error = refused(table, *COLUMNS, "--group", "task", "--range", "1:3")
+    assert "x: 'kWh'; y: 'J'" in error.why
+
+
 def test_a_range_belongs_to_one_resource(models: Path) -> None:
     error = refused(models, *COLUMNS, "--resource", "accuracy", "--bounds", "1:3")
     assert "one by one" in error.fix

@@ -137,7 +137,7 @@ def test_runs_without_a_name_of_their_own_are_repeats_only_if_their_commands_are
     assert ranking.n is not None and ranking.n.tolist() == [2, 2]
     # and a name that was given is believed
     named = [{**run, "name": "mine"} for run in runs]
-    with pytest.raises(UsageError, match="one row alone cannot be ranked"):
+    with pytest.raises(UsageError, match="one model alone cannot be ranked"):
         Study.from_runs(named)
 
 
@@ -608,7 +608,7 @@ def test_a_run_given_twice_counts_once_and_two_of_one_id_count_twice() -> None:
         ([run_summary("a")], {"resources": ["luck"]}, "no resource 'luck'", "--resource"),
         ([run_summary("a")], {"resources": ["memory:luck"]}, "no resource", "--resource"),
         ([run_summary("a")], {"resources": ["cost"]}, "needs the price", "--price"),
-        ([run_summary("a")], {}, "one row alone cannot be ranked", "--range"),
+        ([run_summary("a")], {}, "one run alone cannot be ranked", "--range"),
         (
             [measured("a", 1, 1.0, 0.5), measured("a", 2, 1.0, 1.4), measured("b", 1, 2.0, 0.5)],
             {},
@@ -729,7 +729,7 @@ def test_a_study_through_the_index_is_that_of_the_summaries_to_the_bit(tmp_path:
 
 def test_what_is_left_of_a_cohort_too_small_says_what_was_left_out() -> None:
     runs = [run_summary("a"), run_summary("b", energy=energy(9.0), complete=False)]
-    with pytest.raises(UsageError, match="one row alone cannot be ranked") as refused:
+    with pytest.raises(UsageError, match="one run alone cannot be ranked") as refused:
         Study.from_runs(runs)
     assert "left out b-1: incomplete" in refused.value.why
 
@@ -761,8 +761,11 @@ def test_a_table_of_arrays_is_a_study() -> None:
     study = Study.from_table(columns, performance="acc", resources=["j"])
     assert study.rank().names == ("row 1", "row 2", "row 3")
     assert study.rank().scores.pepr.tolist() == [0.8, 0.6, 0.35]
-    with pytest.raises(UsageError, match="j, set 'y': one row alone cannot be ranked"):
-        Study.from_table(columns, performance="acc", resources=["j"], group="set")
+    # and a group of one is left out by name
+    grouped = Study.from_table(columns, performance="acc", resources=["j"], group="set")
+    assert [(r.group, r.names) for r in grouped.rankings] == [("x", ("row 1", "row 2"))]
+    ((what, why),) = grouped.left_out
+    assert what == "the ranking of j, set 'y'" and "one row alone cannot be ranked" in why
 
 
 def test_importing_the_package_does_not_import_what_a_study_needs() -> None:
@@ -1025,7 +1028,7 @@ BAD = np.array([1.0, 1.0, 1.0, 2.0, 2.0, 2.0])
     ("columns", "options", "expected"),
     [
         # one model with many repeats
-        ({"acc": [0.9] * 6, "j": BAD, "m": ["a"] * 6}, {"repeats": True}, "one row alone"),
+        ({"acc": [0.9] * 6, "j": BAD, "m": ["a"] * 6}, {"repeats": True}, "one model alone"),
         # negative, not finite, NaN among repeats
         ({"acc": [0.9] * 6, "j": BAD - 1.5}, {}, "negative or not finite in row 1"),
         ({"acc": [0.9] * 6, "j": BAD * [1, 1, np.nan, 1, 1, 1]}, {"repeats": True}, "in row 3"),
@@ -1035,8 +1038,8 @@ BAD = np.array([1.0, 1.0, 1.0, 2.0, 2.0, 2.0])
             {"repeats": True},
             "j of b is 2e+300",
         ),
-        # a group of one
-        ({"acc": [0.9] * 6, "j": BAD, "g": list("xxxxxy")}, {"group": "g"}, "g 'y': one row alone"),
+        # groups of one
+        ({"acc": [0.9] * 6, "j": BAD, "g": list("uvwxyz")}, {"group": "g"}, "g 'u': one row alone"),
         # a bound equal to a value of all
         ({"acc": [0.9] * 6, "j": BAD}, {"bounds": (2.0, 2.0)}, "is empty"),
     ],

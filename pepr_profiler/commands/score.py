@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -228,13 +228,20 @@ def score(
             fix="leave one of them out; -o ranking.json, .parquet, .tex and .md have the means",
         )
     rows = TextTable.read(table)
+    pasted: list[tuple[str, str]] = []
+    if repeats:
+        rows, pasted = rows.without_duplicates()
     traits = (class_by, size_by, setting_by)
     wanted = (performance, *resources, *filter(None, (name, group, time, *traits)))
     rows.require(wanted)
     if spreadsheets:
         rows.require_new(_added(resources, limits is not None))
+    others = [Path(path) for path in (json_file, save_bounds) if path]
+    _require_other_file(table, [*(path for path, _ in forms), *others])
     models = labels = rows.labels(name, taken=wanted)
     groups = rows.groups(group)
+    for resource in resources:
+        rows.require_one_unit(resource, groups, together=limits is not None)
     if setting_by:  # within a group, a model with another setting is no repeat of it
         cells = rows.texts(setting_by)
         mixed = {i for at in groups.values() if len({cells[i] for i in at}) > 1 for i in at}
@@ -260,6 +267,7 @@ def score(
         transform=transform,
         repeats=repeats,
     )
+    study = replace(study, left_out=(*pasted, *study.left_out))
     analysis = Analysis.of_table(
         with_units(study, unit_of),
         models=models,
@@ -291,6 +299,17 @@ def score(
     )
 
 
+def _require_other_file(table: Path, outputs: Iterable[Path]) -> None:
+    """UsageError if one of the outputs is the table itself."""
+    for path in outputs:
+        if path.exists() and path.samefile(table):
+            raise UsageError(
+                f"{path} is the table that is scored",
+                why="it would be lost",
+                fix="write to another file",
+            )
+
+
 def _named_unit(text: str, resources: Sequence[str]) -> tuple[str, str]:
     """A column and its unit from "energy=kWh". UsageError if it is no --resource."""
     column, equals, unit = text.rpartition("=")
@@ -316,9 +335,11 @@ def _scores_by_row(
     n = sum(map(len, groups.values()))
     reasons: list[list[str]] = [[] for _ in range(n)]
     added: dict[str, list[Any]] = {column: [None] * n for column in _added(resources, clamped)}
+    rankings = {(ranking.key, ranking.group): ranking for ranking in study.rankings}
     for resource in resources:
         for group, members in groups.items():
-            ranking = study.rank(resource, group)
+            if (ranking := rankings.get((resource, group))) is None:
+                continue  # it could not be ranked
             scores = ranking.scores
             cells = zip(members, scores.r_norm.tolist(), scores.pepr.tolist(), strict=True)
             for i, r_norm, value in cells:
@@ -357,8 +378,7 @@ def publish(
     """
     from pepr_profiler.report.export import ranking_json
 
-    for who, why in study.left_out:
-        complain(f"left out {brief(who)}: {brief(why)}")
+    _name_left_out(study)
     for ranking in study.rankings:
         both = len(study.by_group()[ranking.group]) == 1
         _complain_of(ranking, printed=not forms and not json_file, both=both)
@@ -366,8 +386,7 @@ def publish(
     for text in _incomparable(analysis):
         complain(text)
     if save_bounds:
-        write_text(save_bounds, json.dumps(study.bounds_data(), indent=2) + "\n")
-        complain(f"wrote {save_bounds}")
+        _save_range(study, save_bounds)
     for path, form in forms:
         if spreadsheet is not None and form in _SPREADSHEETS:
             write_text(path, spreadsheet(path))
@@ -386,6 +405,27 @@ def publish(
         click.echo("\n".join(screens), nl=False, color=color)
 
 
+def _name_left_out(study: Study) -> None:
+    for who, why in study.left_out[:_MOST_LEFT_OUT]:
+        complain(f"left out {brief(who)}: {brief(why)}")
+    if more := len(study.left_out[_MOST_LEFT_OUT:]):
+        complain(f"left out {more} more: --json FILE has all of them")
+
+
+def _save_range(study: Study, path: Path) -> None:
+    """Saves the normalisation ranges of a study, with a warning where one is of noise."""
+    for ranking in study.rankings:
+        if ranking.noise:
+            of = f" of {brief(ranking.group)}" if ranking.group else ""
+            complain(
+                f"warning: the range of {ranking.resource_name}{of} in {path} is noise: these "
+                f"{ranking.of}s cannot be told apart by it\n  fix: save the range of a study whose "
+                "models differ by more"
+            )
+    write_text(path, json.dumps(study.bounds_data(), indent=2) + "\n")
+    complain(f"wrote {path}")
+
+
 def _complain_of(ranking: Ranking, *, printed: bool, both: bool) -> None:
     """Names on stderr what has to be known of a ranking; `printed` says that a table shows it, and
     `both` that it is printed without outliers too.
@@ -393,7 +433,7 @@ def _complain_of(ranking: Ranking, *, printed: bool, both: bool) -> None:
     from pepr_profiler.study.pepr import listed
 
     for caution in ranking.warnings:
-        if not printed or caution.code in ("two-populations", "same-readings"):
+        if not printed or caution.code in ("two-populations", "same-readings", "narrow-range"):
             of = f"{brief(ranking.group)}: " if ranking.group else ""
             complain(f"warning: {of}{brief(caution.text, 400)}\n  fix: {caution.fix}")
     for outlier in ranking.outliers:
@@ -419,6 +459,7 @@ def _complain_of(ranking: Ranking, *, printed: bool, both: bool) -> None:
 
 
 _SPREADSHEETS = ("csv", "tsv")
+_MOST_LEFT_OUT = 20
 
 
 def _incomparable(analysis: Analysis) -> Iterator[str]:
@@ -502,7 +543,7 @@ def _screens(analysis: Analysis, *, width: int, color: bool, anyway: bool) -> It
 
     render = partial(render_ranking, width=width, color=color, anyway=anyway)
     for rankings in analysis.study.by_group().values():
-        if len(rankings) > 1 and not anyway and any(ranking.noise for ranking in rankings):
+        if len(rankings) > 1 and any(map(analysis.unranked, rankings)):
             yield from map(render, rankings)  # a table of all would rank by noise
             continue
         if len(rankings) > 1:

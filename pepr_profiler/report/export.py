@@ -85,7 +85,7 @@ def ranking_data(ranking: Ranking) -> dict[str, Any]:
     from pepr_profiler.study.ranking import flat_rows
 
     low, high = ranking.scores.bounds
-    order = ranking.order
+    order, standing = ranking.order, ranking.standing
     rows = []
     for i, flat in zip(order, flat_rows(ranking), strict=True):
         row = {key: value for key, value in flat.items() if key not in _OF_ALL_ROWS}
@@ -107,7 +107,8 @@ def ranking_data(ranking: Ranking) -> dict[str, Any]:
             "source": ranking.bounds_source or None,
         },
         "distinguishable": ranking.scores.distinguishable,
-        "resource_ratio": _ratio(ranking),
+        "resource_ratio": _interval(standing.ratio) if standing else None,
+        "resource_difference": _interval(standing.difference) if standing else None,
         "warnings": [caution._asdict() for caution in ranking.warnings],
         "rows": rows,
         "doubts": [
@@ -119,11 +120,11 @@ def ranking_data(ranking: Ranking) -> dict[str, Any]:
     }
 
 
-def _ratio(ranking: Ranking) -> dict[str, float | None] | None:
-    """The resource of the row that took most over that of the least, and its interval."""
-    if ranking.standing is None:
-        return None
-    value, low, high = (x if math.isfinite(x) else None for x in ranking.standing.ratio)
+def _interval(ends: tuple[float, float, float]) -> dict[str, float | None]:
+    """A value and the ends of its interval, such as the ratio of the greatest resource to the
+    least.
+    """
+    value, low, high = (x if math.isfinite(x) else None for x in ends)
     return {"value": value, "low": low, "high": high}
 
 

@@ -31,27 +31,35 @@ def render_ranking(
     outside a given normalisation range, `?` an outlier, `*` the Pareto front. Without `color` the
     text has no escape codes.
     """
-    if ranking.noise and not anyway:
+    if ranking.noise and (ranking.undefined or not anyway):
         return _undecided(ranking, width=width, color=color)
     scores, order, standing = ranking.scores, ranking.order, ranking.standing
     odd = ranking.outlier_reasons
     marks = ["!" if clamped else "" for clamped in scores.clamped]
     pad = " " if any(marks) else ""
     u_performance = ranking.u_performance if ranking.repeated else None
+    u_resource = _known(ranking.u_resource if ranking.repeated else None, ranking)
     gap = 3 if standing is None else 2  # one column more
     ranks = _ranks(ranking)
     rank_cells = max(map(len, ranks))
-    for u in dict.fromkeys((True, False)):  # the u of the performance only where there is room
+    longest = max(cells(printable(name)) for name in ("model", *ranking.names))
+    # The u of the resource only where names have room beside it, that of P where they have some.
+    for of_r, of_p, least in (
+        (True, True, longest),
+        (False, True, _NAME_CELLS[0]),
+        (False, False, 0),
+    ):
         columns = [
             (
                 _heading(ranking.metric),
-                _with_u(ranking.performance, u_performance if u else None),
+                _with_u(ranking.performance, u_performance if of_p else None),
             ),
             (
                 _heading(ranking.resource_name),
                 [
-                    ("? " if odd[i] else "") + format_amount(r, ranking.unit)
-                    for i, r in enumerate(ranking.resource)
+                    ("? " if odd[i] else "")
+                    + format_amount(r, ranking.unit, u_resource[i] if of_r else None)
+                    for i, r in enumerate(ranking.resource.tolist())
                 ],
             ),
             (
@@ -67,10 +75,9 @@ def render_ranking(
         room = width - (2 + rank_cells + 2 + sum(widths) + gap * len(widths) + 2 + 2)
         if standing is not None:
             room -= gap + _REVERSED_CELLS
-        if room >= _NAME_CELLS[0]:
+        if room >= least:
             break
     # Names come first, bars have what is left of the line.
-    longest = max(cells(printable(name)) for name in ("model", *ranking.names))
     name_cells = max(min(longest, _NAME_CELLS[1], room), min(longest, room - _BAR_CELLS[0]))
     name_cells = max(_NAME_CELLS[0], name_cells)
     bar_cells = min(_BAR_CELLS[1], room - name_cells)
@@ -185,7 +192,9 @@ def _undecided(ranking: Ranking, *, width: int, color: bool) -> str:
     notes = [("±", "k = 2 (95%), Student's t for few repeats")]
     if ranking.repeated:
         notes.insert(0, ("n", "runs of the model; its numbers are their means"))
-    notes.append(("--anyway", "ranks them by PePR all the same"))
+    notes += _of_single(ranking)
+    if not ranking.undefined:
+        notes.append(("--anyway", "ranks them by PePR all the same"))
     lines += [[], *_legend(notes, width)]
     return drawn(lines, width=width, color=color) + "\n"
 
@@ -219,13 +228,23 @@ def ratio_text(ranking: Ranking) -> str:
     """The resource of the row that took most against that of the least, with its interval."""
     most, least = int(ranking.resource.argmax()), int(ranking.resource.argmin())
     names = brief(ranking.names[most], 40), brief(ranking.names[least], 40)
-    if ranking.standing is None or not all(map(math.isfinite, ranking.standing.ratio)):
+    standing, resource = ranking.standing, _in_text(ranking.resource_name)
+    if ranking.undefined:
+        return f"All took {format_amount(float(ranking.resource[0]), ranking.unit)} of {resource}."
+    if standing is None:
         return f"{names[1]} took least, and {names[0]} most."
-    value, low, high = ranking.standing.ratio
-    places = max(2, min(6, 2 - math.floor(math.log10(max(high - low, 1e-9)))))
+    once = "" if ranking.repeated else "; one run each, so without the spread over repeats"
+    if all(map(math.isfinite, standing.ratio)):
+        value, low, high = standing.ratio
+        places = max(2, min(6, 2 - math.floor(math.log10(max(high - low, 1e-9)))))
+        return (
+            f"{names[0]} took {value:.{places}f} times the {resource} of {names[1]} "
+            f"(95%: {low:.{places}f} to {high:.{places}f}{once})."
+        )
+    more, least_more, most_more = (format_amount(x, ranking.unit) for x in standing.difference)
     return (
-        f"{names[0]} took {value:.{places}f} times the {_in_text(ranking.resource_name)} of "
-        f"{names[1]} (95%: {low:.{places}f} to {high:.{places}f})."
+        f"{names[0]} took {more} of {resource} more than {names[1]} "
+        f"(95%: {least_more} to {most_more}{once})."
     )
 
 
@@ -264,17 +283,31 @@ def _notes(ranking: Ranking, ranks: Sequence[str]) -> list[tuple[str, str]]:
             notes.append(("0.1–0.2", "the interval of the score (95%), where it is lopsided"))
     if ranking.repeated:
         notes.append(("n", "runs of the model; its numbers are their means"))
-        if ranking.single.any():
-            notes.append(
-                ("n = 1", "the spread over repeats is unknown: ± and P(rev.) leave it out")
-            )
-    elif standing is not None:
-        notes.append(("±", "k = 2; one run per model, so the spread over repeats is not in it"))
+    notes += _of_single(ranking)
     if any(ranking.scores.clamped):
         notes.append(_outside(ranking))
     if ranking.outliers:
         notes.append(("?", "an outlier: named above, with the reason"))
     notes.append(("*", f"on the {metric}/{resource} Pareto front"))
+    return notes
+
+
+def _of_single(ranking: Ranking) -> list[tuple[str, str]]:
+    """What the numbers of models of one run mean, and what a question mark does."""
+    standing, notes = ranking.standing, []
+    if ranking.repeated and ranking.single.any():
+        own = _known(ranking.u_resource, ranking)[ranking.single]
+        text = "the spread over repeats is unknown: ± and P(rev.) leave it out"
+        if np.isnan(own).all():
+            text = "one run shows no spread: ± is unknown"
+            if standing is not None and np.isfinite(standing.u_pepr[ranking.single]).any():
+                text = "one run shows no spread: that of the others is taken for it"
+        notes.append(("n = 1", text))
+    elif standing is not None and not ranking.repeated:
+        notes.append(("±", "k = 2; one run per model, so the spread over repeats is not in it"))
+    unknown = [ranking.u_performance if ranking.repeated else None, ranking.u_pepr]
+    if any(u is not None and np.isnan(u).any() and not np.isnan(u).all() for u in unknown):
+        notes.append(("± ?", "the uncertainty is unknown; so is a probability that is ?"))
     return notes
 
 

@@ -284,7 +284,7 @@ class Analysis:
 
     def unranked(self, ranking: Ranking) -> bool:
         """Whether a ranking is one of noise, which is not shown."""
-        return ranking.noise and not self.anyway
+        return ranking.noise and (ranking.undefined or not self.anyway)
 
     @property
     def grouped(self) -> bool:

@@ -58,9 +58,10 @@ class Draws:
         with np.errstate(divide="ignore", invalid="ignore"):
             self._along = np.where(self._u_p > 0, errors.cov / self._u_p, 0.0)
         self._across = np.sqrt(np.maximum(var_r - self._along**2, 0.0))
-        self._shared = errors.shared[np.any(errors.shared != 0.0, axis=1)]
+        shared = errors.shared[np.any(errors.shared != 0.0, axis=1)]
+        self._shared = shared[np.lexsort(shared.T)]  # in whatever order they were given
         digest = hashlib.blake2b(digest_size=16)
-        for values in (p, r, errors.var_p, errors.var_r, errors.cov, errors.dof, errors.shared):
+        for values in (p, r, errors.var_p, errors.var_r, errors.cov, errors.dof, self._shared):
             digest.update(np.ascontiguousarray(values, dtype=np.float64).tobytes())
         self._seed = int.from_bytes(digest.digest(), "little")
         random = self._random(0)

@@ -132,9 +132,10 @@ class Standing:
     second, equal scores half; there are none for more than 100 rows.
 
     `ratio` is (value, low, high) of the resource of the row that took most over that of the row
-    that took least. `lopsided` (n,) are intervals of which one side is so much longer than the
-    other, a third or more, that a ± would mislead. `distinguishable` says whether the resources
-    span more than models that take all the same would seem to, with COVERAGE.
+    that took least, and `difference` of the first minus the second. `lopsided` (n,) are intervals
+    of which one side is so much longer than the other, a third or more, that a ± would mislead.
+    `distinguishable` says whether the resources span more than models that take all the same would
+    seem to, with COVERAGE.
     """
 
     u_pepr: Floats
@@ -145,6 +146,7 @@ class Standing:
     worst: npt.NDArray[np.intp] | None
     pairs: Floats | None
     ratio: tuple[float, float, float]
+    difference: tuple[float, float, float]
     distinguishable: bool
     lopsided: Mask
 
@@ -247,12 +249,17 @@ def average(
     Errors. The mean of n repeats has the variance s^2 / n with n - 1 degrees of freedom (GUM
     4.2.3), where s^2 is the sample variance, drawn towards that of the other models where 3 or more
     are repeated and scatter alike (`draws.pooled`). The runs' own errors are part of that scatter,
-    so that s^2 is at least their mean square. Shared errors do not average out.
+    so that s^2 is at least their mean square. Shared errors do not average out. A single run whose
+    own error is unknown has the scatter of the others, where that is one number for all of them.
+
+    The runs of a model may be in any order: its sums are to the bit the same.
     """
     index = np.asarray(model, dtype=np.intp)
     p, r = np.asarray(performance, dtype=np.float64), np.asarray(resource, dtype=np.float64)
     own = np.broadcast_to(np.asarray(u_r, dtype=np.float64), p.shape)
     common = np.asarray(shared, dtype=np.float64).reshape(-1, len(p))
+    order = np.lexsort((own, p, r, index))
+    index, p, r, own, common = index[order], p[order], r[order], own[order], common[:, order]
     n = np.bincount(index)
 
     def mean(values: Floats) -> Floats:
@@ -266,6 +273,12 @@ def average(
     var_p, var_r, cov = (unbias * mean(x) for x in (off_p**2, off_r**2, off_p * off_r))
     own_var = mean(own**2)
     like_p, like_r, dof, as_one = _pooled(var_p, var_r, mean_r, np.where(repeated, n - 1.0, np.inf))
+    known = repeated
+    if as_one:
+        known = repeated | np.isnan(own_var)
+        alone, other = known & ~repeated, int(np.argmax(repeated))
+        like_p[alone], dof[alone] = like_p[other], dof[other]
+        like_r[alone] = like_r[other] * (mean_r[alone] / mean_r[other]) ** 2
     with np.errstate(divide="ignore", invalid="ignore"):
         scaled = np.where(cov == 0, 0.0, cov * np.sqrt(like_p / var_p * (like_r / var_r)))
     return Means(
@@ -275,7 +288,7 @@ def average(
         sd_p=np.sqrt(var_p),
         sd_r=np.sqrt(var_r),
         errors=Errors(
-            var_p=np.where(repeated, like_p / n, 0.0),
+            var_p=np.where(known, like_p / n, 0.0),
             # fmax: an unknown own error is in the scatter, and without repeats it stays unknown.
             var_r=np.fmax(like_r, own_var) / n,
             cov=np.where(repeated, scaled / n, 0.0),
@@ -368,13 +381,9 @@ def standing(
                 pairs = np.array([_behind(drawn[:, [i]], drawn) for i in range(n)])
     back = np.argsort(order)
     unknown = _unknown(r, errors, scores)
-    value = float(r.max() / r.min()) if r.min() > 0 else math.inf
+    most, least = float(r.max()), float(r.min())
     with np.errstate(divide="ignore", invalid="ignore"):
         quotients = drawn_ends[0] / drawn_ends[1]
-    quotients = quotients[~np.isnan(quotients)]  # both were drawn as 0
-    ratio = np.full(2, math.nan)
-    if len(quotients):  # one of the draws, as some may be infinite
-        ratio = np.quantile(quotients, [_TAIL, 1.0 - _TAIL], method="inverted_cdf")
     low, high = np.minimum(low[back], scores.pepr), np.maximum(high[back], scores.pepr)
     low[unknown] = high[unknown] = np.nan
     lost = (unknown | np.isnan(errors.var_r))[order]  # a row at a bound too
@@ -389,7 +398,8 @@ def standing(
         best=None if ranks is None else ranks[0][back],
         worst=None if ranks is None else ranks[1][back],
         pairs=None if pairs is None else pairs[np.ix_(back, back)],
-        ratio=(value, min(float(ratio[0]), value), max(float(ratio[1]), value)),
+        ratio=_around(most / least if least > 0 else math.inf, quotients),
+        difference=_around(most - least, drawn_ends[0] - drawn_ends[1]),
         lopsided=lopsided,
         distinguishable=bool(np.ptp(r) > np.quantile(noise_span, draws.COVERAGE)),
     )
@@ -440,6 +450,15 @@ def _interval(drawn: Floats) -> tuple[Floats, Floats]:
     """The interval of draws (draws, ...) that covers COVERAGE, as much on either side."""
     low, high = np.quantile(drawn, [_TAIL, 1.0 - _TAIL], axis=0)
     return low, high
+
+
+def _around(value: float, drawn: Floats) -> tuple[float, float, float]:
+    """A value and the ends of its interval, from draws (draws,) of which some may be infinite."""
+    drawn = drawn[~np.isnan(drawn)]  # 0/0
+    if not len(drawn):
+        return value, math.nan, math.nan
+    low, high = np.quantile(drawn, [_TAIL, 1.0 - _TAIL], method="inverted_cdf").tolist()
+    return value, min(low, value), max(high, value)
 
 
 def _score_interval(

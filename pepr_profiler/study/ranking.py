@@ -108,6 +108,11 @@ class Ranking:
         return self.scores.distinguishable is False and not self.bounds_given
 
     @property
+    def undefined(self) -> bool:
+        """Whether all resources are equal, so that there are no scores: R is 0/0."""
+        return self.scores.bounds[0] == self.scores.bounds[1]
+
+    @property
     def outlier_reasons(self) -> list[str]:
         """Why each row is an outlier, "" if it is none."""
         reasons: list[list[str]] = [[] for _ in self.names]
@@ -134,13 +139,31 @@ class Ranking:
             found.append(
                 Caution(
                     "indistinguishable",
-                    f"these {self.of}s cannot be told apart by {self.resource_name}; PePR would "
-                    "rank them by noise",
-                    "repeat the runs, or weigh them by performance alone; --anyway ranks them all "
-                    "the same",
+                    f"these {self.of}s cannot be told apart by {self.resource_name}: all took the "
+                    "same, so that R is 0/0"
+                    if self.undefined
+                    else f"these {self.of}s cannot be told apart by {self.resource_name}; PePR "
+                    "would rank them by noise",
+                    "weigh them by performance alone, or fix the range of R: --range MIN:MAX"
+                    if self.undefined
+                    else "repeat the runs, or weigh them by performance alone; --anyway ranks them "
+                    "all the same",
                 )
             )
-        if len(self.names) == 2 and not self.bounds_given:
+        if self.bounds_given and self.u_resource is not None:
+            u = float(np.median(np.nan_to_num(self.u_resource)))
+            width = self.scores.bounds[1] - self.scores.bounds[0]
+            if width < _LEAST_SPAN * u:
+                found.append(
+                    Caution(
+                        "narrow-range",
+                        f"the normalisation range is narrower than what {self.resource_name} can "
+                        f"tell: {units.format_amount(width, self.unit)} wide, where a {self.of} is "
+                        f"known to ± {units.format_amount(u, self.unit)}; R is mostly noise",
+                        "give the range of a larger study: --range MIN:MAX or --range-from FILE",
+                    )
+                )
+        if len(self.names) == 2 and not self.bounds_given and not self.undefined:
             found.append(
                 Caution(
                     "two-rows",
@@ -191,6 +214,10 @@ class Ranking:
     def doubts(self) -> tuple[Outlier, ...]:
         """The old name of `outliers`."""
         return self.outliers
+
+
+_LEAST_SPAN = 1.4
+"""Two equal models seem to differ by up to as many u, k = 2, in 95 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,8 +452,10 @@ def make_ranking(
     index = np.array([number[name] for name in names]) if repeats else np.arange(len(names))
     values = amount.values
     pepr.checked(p, values, names=names)  # before means hide a bad value
+    several = repeats and len(models) < len(names)
+    facts = {"of": "model" if several else "run" if ids else "row", **facts}
     shown: dict[str, Any] = {"performance": p, "resource": values}
-    standing = None
+    standing, known_u = None, False
     if repeats:
         if float(values.max()) > _MOST:
             raise UsageError(
@@ -435,12 +464,12 @@ def make_ranking(
                 fix="correct it, or give it in a larger unit",
             )
         shared = amount.shared or SharedErrors.none()
-        # A resource whose u is unknown counts as exact, but for what its repeats show.
-        u = np.zeros(len(p)) if amount.u is None else amount.u
+        u = np.full(len(p), math.nan) if amount.u is None else amount.u
         own = np.sqrt(np.maximum(u**2 / 4 - shared.squares(len(p)), 0.0))
         means = pepr.average(index, p, values, u_r=own)
         errors = replace(means.errors, shared=shared.means(index, means.n))
         once = means.n == 1
+        known_u = not (once.all() and (amount.u is None or np.isnan(amount.u).all()))
         shown = {
             "performance": means.performance,
             "resource": means.resource,
@@ -450,11 +479,18 @@ def make_ranking(
             "sd_performance": means.sd_p,
             "sd_resource": means.sd_r,
         }
-        if not (once.all() and (amount.u is None or np.isnan(amount.u).all())):
-            standing = pepr.standing(means.performance, means.resource, errors, bounds=fixed)
-    scores = pepr.score(shown["performance"], shown["resource"], bounds=fixed, names=models)
-    if standing is not None:
+    scores = _scores(shown, fixed, models, of=facts["of"], several=several)
+    if known_u and not math.isnan(scores.pepr[0]):
+        standing = pepr.standing(means.performance, means.resource, errors, bounds=fixed)
         scores = replace(scores, distinguishable=standing.distinguishable)
+        if (lost := once & np.isnan(errors.var_r)).any():  # at a bound too: P is one value
+            standing = replace(
+                standing,
+                u_pepr=np.where(lost, math.nan, standing.u_pepr),
+                low=np.where(lost, math.nan, standing.low),
+                high=np.where(lost, math.nan, standing.high),
+                lopsided=standing.lopsided & ~lost,
+            )
     evidence = evidence or Evidence()
     who = called or names.__getitem__
 
@@ -483,9 +519,8 @@ def make_ranking(
             for i in np.unique(index[list(side)]).tolist():
                 kinds[i].append(f"population at {span}")
         population = ["; ".join(each) for each in kinds]
-    several = repeats and len(models) < len(names)
     return Ranking(
-        **{"of": "model" if several else "run" if ids else "row", **facts},
+        **facts,
         label=amount.label,
         names=tuple(models),
         resource_name=amount.name,
@@ -514,6 +549,33 @@ def make_ranking(
         same_readings=evidence.same,
         **shown,
     )
+
+
+def _scores(
+    shown: Mapping[str, Any],
+    bounds: pepr.MinMax | None,
+    models: Sequence[str],
+    *,
+    of: str,
+    several: bool,
+) -> pepr.Scores:
+    """The scores of rows. Of `several` repeats whose means are all equal there are none, NaN."""
+    r = shown["resource"]
+    try:
+        return pepr.score(shown["performance"], r, bounds=bounds, names=models)
+    except pepr.NoCohortError as error:
+        if len(r) == 1:
+            what = f"one {of} alone cannot be ranked"
+            raise pepr.NoCohortError(what, why=error.why, fix=error.fix) from error
+        if not several:
+            raise
+        return pepr.Scores(
+            pepr=np.full(len(r), math.nan),
+            r_norm=np.full(len(r), math.nan),
+            bounds=(float(r[0]), float(r[0])),
+            clamped=np.zeros(len(r), np.bool_),
+            distinguishable=False,
+        )
 
 
 def _members(

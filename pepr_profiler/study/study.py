@@ -175,7 +175,7 @@ class Study:
                 why=refused.why + "".join(f"; left out {what}" for what in gone_too[:_NAMED]),
                 fix=refused.fix,
             )
-        return cls(rankings=tuple(rankings), left_out=tuple(out), runs=chosen.summaries)
+        return cls(rankings=_defined(rankings, out), left_out=tuple(out), runs=chosen.summaries)
 
     @classmethod
     def from_store(
@@ -229,7 +229,8 @@ class Study:
 
         The other arguments name columns, but for `bounds`, `percent` and `transform`, which are as
         in `from_runs`. `time` are durations, which help to find outliers of the resources. Every
-        row is ranked by itself; with `repeats`, rows of one name are repeats of a model.
+        row is ranked by itself; with `repeats`, rows of one name are repeats of a model. Groups
+        that cannot be ranked, such as one of one row, are left out. UsageError where no other is.
         """
         p = pepr.as_performance(columns[performance], percent=percent, transform=transform)
         labels = (
@@ -247,7 +248,9 @@ class Study:
         def who(row: int) -> str:
             return labels[row] if group is None else f"{labels[row]} of {cells[row]}"
 
-        rankings = []
+        rankings: list[Ranking] = []
+        out: list[tuple[str, str]] = []
+        refused: UsageError | None = None
         for resource in dict.fromkeys(resources):
             values = np.asarray(columns[resource], dtype=np.float64)
             label = f"PePR-{resource}" if len(resources) > 1 else "PePR"
@@ -280,11 +283,16 @@ class Study:
                     where = resource
                     if group is not None:
                         where += ", " + f"{group} {value!r}".lstrip("\0")
-                    raise type(error)(
-                        f"{where}: {error.what}", why=error.why, fix=error.fix
-                    ) from error
-                rankings.append(ranking)
-        return cls(rankings=tuple(rankings))
+                    named = type(error)(f"{where}: {error.what}", why=error.why, fix=error.fix)
+                    if not isinstance(error, pepr.NoCohortError):
+                        raise named from error
+                    refused = refused or named
+                    out.append((f"the ranking of {where}", f"{error.what}: {error.why}"))
+                else:
+                    rankings.append(ranking)
+        if refused is not None and not rankings:
+            raise refused
+        return cls(rankings=_defined(rankings, out), left_out=tuple(out))
 
     def rank(self, resource: str | None = None, group: str | None = None) -> Ranking:
         """The ranking by this resource and of this group, by default the first. UsageError if there
@@ -331,6 +339,18 @@ class Study:
         """
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return Bounds.saved(self.rankings, made_at=now, made_by=_user())
+
+
+def _defined(rankings: Sequence[Ranking], out: list[tuple[str, str]]) -> tuple[Ranking, ...]:
+    """The rankings that have scores, if any has; the others go to `out`."""
+    if all(ranking.undefined for ranking in rankings):
+        return tuple(rankings)
+    for ranking in rankings:
+        if ranking.undefined:
+            of = f" of {ranking.group}" if ranking.group else ""
+            what = f"the ranking{of} by {ranking.resource_name}"
+            out.append((what, f"all resources are equal, {ranking.scores.bounds[0]:g}: R is 0/0"))
+    return tuple(ranking for ranking in rankings if not ranking.undefined)
 
 
 def _user() -> str | None:

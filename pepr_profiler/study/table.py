@@ -105,6 +105,49 @@ class TextTable:
                     fix=f"did you mean {close[0]}?" if close else "name one of them",
                 )
 
+    def without_duplicates(self) -> tuple[TextTable, list[tuple[str, str]]]:
+        """The table with each of its rows once, and (row, reason) of those that were left out."""
+        first: dict[tuple[str, ...], int] = {}
+        kept, out = [], []
+        for i, row in enumerate(self.rows):
+            other = first.setdefault(tuple(row), i)
+            if other == i:
+                kept.append(i)
+            else:
+                why = f"identical to line {self._lines[other]} in all columns, so no repeat of it"
+                out.append((f"line {self._lines[i]}", why))
+        if not out:
+            return self, out
+        rows, lines = [self.rows[i] for i in kept], [self._lines[i] for i in kept]
+        return TextTable(self.path, self.columns, rows, lines), out
+
+    def require_one_unit(
+        self, resource: str, groups: Mapping[str | None, Sequence[int]], *, together: bool
+    ) -> None:
+        """UsageError if the table has a column of units, `unit` or `resource`_unit, which differ
+        within one of the groups of rows, or with `together` between groups.
+        """
+        column = next((x for x in (f"{resource}_unit", "unit") if x in self._places), None)
+        if column is None or column == resource:
+            return
+        cells = self.texts(column)
+        found = {group: list(dict.fromkeys(cells[i] for i in at)) for group, at in groups.items()}
+        every = list(dict.fromkeys(unit for units in found.values() for unit in units))
+        mixed = [(group, units) for group, units in found.items() if len(units) > 1]
+        if len(every) < 2 or not (mixed or together):
+            return
+        shown = mixed or list(found.items())
+        named = "; ".join(
+            f"{group or 'the table'}: {' and '.join(map(repr, units))}"
+            for group, units in shown[:5]
+        )
+        raise UsageError(
+            f"{resource} is in different units, by the column {column}",
+            why=named,
+            fix="convert them to one unit"
+            + ("" if mixed else ", or score each group by itself, with a range of its own"),
+        )
+
     def require_new(self, columns: Sequence[str]) -> None:
         """UsageError if the table already has one of these columns."""
         existing = [column for column in columns if column in self._places]
