@@ -68,7 +68,7 @@ class BlockPart(Record):
             own_s, rest_s = scale * own_s, process_s - scale * known_s
             part_s = own_s / of_thread[:-1] + rest_s * equal[:-1]
             # Workers are counted to the thread that started them, and others may use them too.
-            unsure_s = rest_s + np.minimum(pool_s, process_s)
+            unsure_s = np.minimum(rest_s + pool_s, process_s)
             u_s = own_s * _unknown(of_thread[:-1]) + unsure_s * equal_u[:-1]
             cpu[:-1] = np.minimum(_ratio(part_s, process_s, equal[:-1]), 1.0)
             cpu_u[:-1] = _ratio(u_s, process_s, equal_u[:-1])

@@ -12,10 +12,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 from pepr_profiler import _core
+from pepr_profiler.record import Record
 from pepr_profiler.recording.processes import run_around
 from pepr_profiler.recording.procfs import ancestors_of, cpu_clock_s
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE, read_live_run
@@ -33,7 +34,7 @@ class OpenBlock:
     """
 
     __slots__ = (
-        *("around", "before", "clock", "is_divided", "mark", "notes"),
+        *("around", "before", "is_divided", "mark", "notes"),
         *("notifier", "owner", "pid", "run_id", "thread"),
     )
 
@@ -47,7 +48,6 @@ class OpenBlock:
         self.around = around
         self.pid = os.getpid()
         self.thread = threading.current_thread()
-        self.clock: _core.ThreadClock | None = None  # None: that of the main thread
         self.is_divided = False
         self.before = {worker.pid for worker in _workers()}
         self.notes: list[dict[str, Any]] = []
@@ -75,6 +75,20 @@ class OpenBlock:
         """The notes that are to be written now."""
         notes, self.notes = self.notes, []
         return notes
+
+
+class _Clocks(Record):
+    """CPU times at an instant, s: of threads that have entered a block, and of the main thread.
+
+    Each thread's is with what it has started. `known_s` is of all of these together, `started_s` of
+    what they have started, if that may work for any of them.
+    """
+
+    t_ns: int
+    main_s: float
+    known_s: float
+    started_s: float
+    each_s: Mapping[threading.Thread, float]
 
 
 class OpenBlocks:
@@ -149,7 +163,6 @@ class OpenBlocks:
         with self._here():
             if not self.ours():
                 self._given, self._said = os.environ.get(RUN_DIR_VARIABLE), None
-            block.clock = self._clocks.get(block.thread)
             self._blocks.append(block)
             self._name()
             self._note_all(block, begin_ns)
@@ -158,7 +171,7 @@ class OpenBlocks:
         """The block has ended; nothing is noted of it any more."""
         with self._here():
             if block.is_divided:
-                self._note(block, self.ours(), self._clocks_s())
+                self._note(block, self.ours(), self._read_clocks())
             self._blocks.remove(block)
             for other in self._blocks:
                 if other.around is block:
@@ -173,7 +186,7 @@ class OpenBlocks:
         with self._here():
             ours = self.ours()
             if block.is_divided and block in ours:
-                self._note(block, ours, self._clocks_s())
+                self._note(block, ours, self._read_clocks())
 
     # --- parts ---
 
@@ -200,40 +213,37 @@ class OpenBlocks:
         parted = [b for b in ours if b.is_divided or not b.is_whole or self._beside(b, ours)]
         if not parted:
             return
-        clocks_s = self._clocks_s()
+        clocks = self._read_clocks()
         for block in parted:
-            self._note(block, ours, clocks_s)
+            self._note(block, ours, clocks)
             if block is new:
                 block.notes[-1]["t_ns"] = begin_ns
             else:
                 block.notifier.notify()
 
-    def _clocks_s(self) -> tuple[int, float, float, dict[int, float]]:
-        """The instant, the main thread's and all threads' CPU time that is known, and each's."""
-        main_s = time.clock_gettime((~os.getpid() << 3) | 6)  # as pthread_getcpuclockid(3) names it
-        each_s = {id(clock): clock.read_s() for clock in self._clocks.values()}
-        return time.monotonic_ns(), main_s, sum(each_s.values(), main_s + self._ended_s), each_s
+    def _read_clocks(self) -> _Clocks:
+        main_s = _thread_clock_s(os.getpid())
+        each_s = {thread: clock.read_s() for thread, clock in self._clocks.items()}
+        known_s = sum(each_s.values(), main_s + self._ended_s)
+        started_s = 0.0
+        if _has_common_threads():
+            started_s = known_s - main_s - sum(_thread_clock_s(t.native_id or 0) for t in each_s)
+        return _Clocks(time.monotonic_ns(), main_s, known_s, max(0.0, started_s), each_s)
 
-    def _note(
-        self,
-        block: OpenBlock,
-        ours: list[OpenBlock],
-        clocks_s: tuple[int, float, float, dict[int, float]],
-    ) -> None:
-        t_ns, main_s, known_s, each_s = clocks_s
+    def _note(self, block: OpenBlock, ours: list[OpenBlock], clocks: _Clocks) -> None:
         beside = self._beside(block, ours)
         block.is_divided = bool(beside) or not block.is_whole
         threads = [other.thread for other in (block, *beside)]
         block.notes.append(
             {
                 "event": "blocks",
-                "t_ns": t_ns,
+                "t_ns": clocks.t_ns,
                 "divided": block.is_divided,
-                "own_s": main_s if block.clock is None else each_s[id(block.clock)],
-                "known_s": known_s,
+                "own_s": clocks.each_s.get(block.thread, clocks.main_s),
+                "known_s": clocks.known_s,
                 # What the main thread does outside of all of them is none of theirs.
-                "main_s": None if threading.main_thread() in threads else main_s,
-                "pool_s": _shared_s(block.before),
+                "main_s": None if threading.main_thread() in threads else clocks.main_s,
+                "pool_s": clocks.started_s + _shared_s(block.before),
                 "blocks": len(threads),
                 "of_thread": threads.count(block.thread),
                 "beside": [other.run_id for other in beside],
@@ -254,6 +264,24 @@ def _innermost(blocks: list[OpenBlock]) -> OpenBlock | None:
     chains = [list(block.chain) for block in blocks if id(block) not in outer]
     common = (at for at in chains[0] if all(at in chain for chain in chains))
     return next(common, None)
+
+
+def _thread_clock_s(thread: int) -> float:
+    """CPU time of one of our threads alone; 0 if it has ended."""
+    try:
+        return time.clock_gettime((~thread << 3) | 6)  # as pthread_getcpuclockid(3) names it
+    except OSError:
+        return 0.0
+
+
+def _has_common_threads() -> bool:
+    """Whether a library is in use whose threads work for all others, whoever came first.
+
+    Those of OpenMP, which most have, work for the thread that started them.
+    """
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)  # autograd's thread of each GPU
+    uses_cuda = getattr(cuda, "is_initialized", bool)()
+    return uses_cuda or any(name in sys.modules for name in ("jax", "tensorflow", "numba"))
 
 
 def _workers() -> list[Any]:

@@ -416,11 +416,11 @@ def shared_process(
             times_s[run_id] = times_s.get(run_id, 0.0) + seconds
     if not divided_s > 0:
         return
-    named = [f"{run_id} ({seconds:.1f} s)" for run_id, seconds in times_s.items()][:_NAMED]
-    beside = f"with {', '.join(named)}{_more(len(times_s))}" if named else "with its main thread"
+    named = [f"run {run_id} for {seconds:.1f} s" for run_id, seconds in times_s.items()][:_NAMED]
+    beside = ", ".join(named) or f"its main thread for {divided_s:.1f} s"
     text = (
-        f"the run shared its process for {divided_s:.1f} s {beside}: it has the CPU time of its "
-        "thread, and an equal part of what no thread's clock tells"
+        f"it shared the machine and its process with {beside}{_more(len(times_s))}: it has the CPU "
+        "time of its thread, and an equal part of what no thread's clock tells"
     )
     unknown = sorted({c.curve.source.id for c in components if _is_equal_part(c)})
     if unknown:
