@@ -377,11 +377,14 @@ def test_old_drivers_and_lists_of_processes_are_known(nvml_sim: BuildNvml, tmp_p
     lanes = opened_for_check(sim.spec)
     everywhere = frozenset(map(default_uuid, range(len(boards))))
     load = AnnouncedLoad(epoch_ns, [(gpu, 60.0, 240.0)], everywhere)
-    findings = examine(probe(lanes, {"gpu": load}, load_s=12.0))
+    for _ in range(3):  # on a starved machine some of it cannot be found out
+        findings = examine(probe(lanes, {"gpu": load}, load_s=12.0))
+        average, kepler, volta = (rows_of(findings, f"gpu:{i}") for i in range(3))
+        if "smoothing" in kepler:
+            break
     for _, sampler in lanes:
         sampler.stop(1.0)
     # then these are as expected of them
-    average, kepler, volta = (rows_of(findings, f"gpu:{i}") for i in range(3))
     assert average["averaging window"]["verdict"] == "as expected"
     assert average["averaging window"]["seen"].startswith(("1.0", "0.99", "99"))
     assert kepler["smoothing"]["verdict"] == kepler["lag"]["verdict"] == "as expected"

@@ -53,6 +53,12 @@ sys.stdin.read()
 """
 
 
+@pytest.fixture(autouse=True)
+def all_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are written down however many processes are busy here."""
+    monkeypatch.setattr("pepr_profiler.recording.processes._NAMED", 10_000)
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], int]]]:
     """Starts a family; the parent, and its child's PID. All end with their stdin."""
@@ -201,10 +207,7 @@ def test_one_that_ended_before_it_was_looked_up_has_gone() -> None:
     assert owners(notes) == [(NO_SUCH_PID, "gone")]
 
 
-def test_others_are_known_by_the_cpu_time_they_took(
-    start: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pepr_profiler.recording.processes._NAMED", 10_000)  # who else is busy here
+def test_others_are_known_by_the_cpu_time_they_took(start: Any) -> None:
     # given a program that computes for half a second beside an attached job, and has ended since
     target, _ = start()
     notes: list[dict[str, Any]] = []
