@@ -107,6 +107,7 @@ def test_environment_folder_and_options_are_as_without_us(cli: Cli, quiet_sensor
     result = cli("-q", "--", *child, env=env, cwd=away)
     (environment, folder, options), plainly = json.loads(result.stdout), json.loads(plain.stdout)
     assert Path(environment.pop("PEPR_RUN_DIR")) == cli.runs()[0]
+    assert environment.pop("PEPR_RUN_MARK")
     assert [environment, folder, options] == plainly
 
 

@@ -94,6 +94,13 @@ def assert_accused(cli: Cli, summary: dict[str, Any], name: str, instead: str) -
 BURN = "import sys, time\nend = time.process_time() + 1\nwhile time.process_time() < end: pass\n"
 
 
+USED = (
+    f"{BURN}import resource\nused = resource.getrusage(resource.RUSAGE_SELF)\n"
+    "open(sys.argv[1], 'w').write(repr(used.ru_utime + used.ru_stime))\n"
+)
+"""Writes down what it has used in the end."""
+
+
 def stand_in(folder: Path, name: str, text: str) -> dict[str, str]:
     """The environment in which a command of that name runs this script of a shell."""
     path = folder / "bin" / name
@@ -275,12 +282,32 @@ def test_what_cannot_be_followed_is_refused_before_anything_starts(
 def test_srun_is_no_parent_of_its_tasks(cli: Cli, meter: str, slurm: dict[str, str]) -> None:
     burn = cli.folder / "burn.py"
     burn.write_text(BURN)
-    options = ("--sensor", meter, "--")
-    _, summary = cli.measure(*options, "srun", "-n", "1", "-O", "python3", str(burn), env=slurm)
+    # Without our environment they cannot be found.
+    words = ("srun", "--export=PATH", "-n", "1", "-O")
+    _, summary = cli.measure("--sensor", meter, "--", *words, "python3", str(burn), env=slurm)
     assert summary["exit_code"] == 0
     assert summary["recording"]["exit"]["cpu_s"] < 0.3
-    instead = f"srun -n 1 -O pepr-profile --sensor {meter} -- python3 {burn}"
+    instead = f"{shlex.join(words)} pepr-profile --sensor {meter} -- python3 {burn}"
     assert_accused(cli, summary, "srun", instead)
+
+
+def test_tasks_of_srun_on_this_machine_are_found_by_their_environment(
+    cli: Cli, meter: str, slurm: dict[str, str]
+) -> None:
+    burn = cli.folder / "burn.py"
+    burn.write_text(USED.replace("+ 1", "+ 3"))
+    task = ["sh", "-c", f'exec python3 "$0" {cli.folder}/used-$SLURM_PROCID', str(burn)]
+    _, summary = cli.measure("--sensor", meter, "--", "srun", "-n", "2", "-O", *task, env=slurm)
+    truth_s = sum(float((cli.folder / f"used-{rank}").read_text()) for rank in range(2))
+    # But for what each used after the last sample before its end, in 0.1 s, and srun itself.
+    assert truth_s - 0.3 < job_cpu_s(cli, summary) < truth_s + 0.2
+    # then it is a lower bound: there may be more on other machines
+    (warning,) = (w for w in summary["warnings"] if w["code"] == "submitted")
+    assert "the total has what was found of it here (" in warning["text"]
+    assert summary["energy"]["partial"][0]["id"] == "what srun started"
+    assert summary["recording"]["exit"]["found_cpu_s"] > 5
+    text = cli("report", summary["run_id"]).stdout.decode()
+    assert "only what was found here of what srun started\n" in text
 
 
 def test_the_tasks_of_srun_are_counted_in_their_cgroup(
@@ -288,10 +315,7 @@ def test_the_tasks_of_srun_are_counted_in_their_cgroup(
 ) -> None:
     # The cluster makes no cgroups of its own, which its daemons could not where tests run.
     burn = cli.folder / "burn.py"
-    burn.write_text(
-        f"{BURN}import resource\nused = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "open(sys.argv[1], 'w').write(repr(used.ru_utime + used.ru_stime))\n"
-    )
+    burn.write_text(USED)
     script = f'echo $$ > {cgroup}/cgroup.procs; exec python3 "$0" {cli.folder}/used-$SLURM_PROCID'
     task = ["sh", "-c", script, str(burn)]
     options = ("--sensor", meter, "--follow", f"cgroup:{cgroup}", "--")

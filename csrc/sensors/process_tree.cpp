@@ -14,7 +14,6 @@ namespace {
 
 constexpr std::size_t kMostProcesses = 1 << 16;  // reserved memory, touched only when used
 constexpr std::size_t kMostOpen = 32;            // descriptors that a program can spare for us
-constexpr pid_t kFirstPid = 300;  // when pids start again: RESERVED_PIDS of kernel/pid.c
 
 // All of a file that may be long. What changes meanwhile may be missing, or there twice.
 std::string read_whole(const std::string& path) {
@@ -101,13 +100,12 @@ bool ProcessTree::follow() noexcept {
 
 bool ProcessTree::search_between(pid_t pid, pid_t last) noexcept {
     if (pid == last || pid < 0 || last < 0) return false;
-    for (pid_t tries = 0; pid != last && tries < pid_max_; ++tries) {
-        if (++pid >= pid_max_) pid = std::min(kFirstPid, last);
+    for_each_between(pid, last, [this](pid_t born) {
         ProcessStat stat{};
-        if (find(pid) == nullptr && read_clock_ns(cpu_clock_of(pid)) >= 0 &&
-            read_stat(open_stat(pid), pid, stat) && find(stat.parent) != nullptr)
-            add(pid, stat);
-    }
+        if (find(born) == nullptr && read_stat(open_stat(born), born, stat) &&
+            find(stat.parent) != nullptr)
+            add(born, stat);
+    });
     return true;
 }
 
@@ -138,6 +136,16 @@ bool ProcessTree::add(pid_t pid, const ProcessStat& stat) noexcept {
     if (processes_.size() == kMostProcesses || find(pid) != nullptr) return false;
     processes_.insert(position_of(pid), Process{pid, stat});  // within what is reserved
     return true;
+}
+
+bool ProcessTree::adopt(pid_t pid) noexcept {
+    ProcessStat stat{};
+    return read_stat(open_stat(pid), pid, stat) && add(pid, stat);
+}
+
+pid_t ProcessTree::parent_of(pid_t pid) const noexcept {
+    ProcessStat stat{};
+    return read_stat(open_stat(pid), pid, stat) ? stat.parent : -1;
 }
 
 // --- what they use -------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // Which processes belong to a tree, and the CPU time and memory that they use.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -49,8 +50,26 @@ public:
     // Counts time from here on.
     void begin() noexcept;
 
+    // Adds a process with all the time since its birth. False if it has ended.
+    bool adopt(pid_t pid) noexcept;
+    // The parent of any process; -1 if it has ended.
+    pid_t parent_of(pid_t pid) const noexcept;
+
+    // Calls `visit` for each living process whose pid was given out after `pid` and until `last`.
+    template <typename Visit>
+    void for_each_between(pid_t pid, pid_t last, Visit visit) const noexcept {
+        if (pid < 0 || last < 0) return;
+        for (pid_t tries = 0; pid != last && tries < pid_max_; ++tries) {
+            if (++pid >= pid_max_) pid = std::min(kFirstPid, last);
+            if (read_clock_ns(cpu_clock_of(pid)) >= 0) visit(pid);
+        }
+    }
+
     // Adds the descendants born since the last call. True if any process was born, ours or not.
     bool follow() noexcept;
+
+    // The last pid that was given out when `follow` was called last.
+    pid_t followed_until() const noexcept { return searched_until_; }
 
     // Reads the clock of each process, or of each that is not a zombie: a zombie's clock stands
     // still. Returns how many processes vanished; refresh or settle drops them.
@@ -81,6 +100,8 @@ public:
     bool born_after(pid_t pid, pid_t other) const noexcept;
 
 private:
+    static constexpr pid_t kFirstPid = 300;  // when pids start again: RESERVED_PIDS, kernel/pid.c
+
     std::vector<Process>::iterator position_of(pid_t pid) noexcept;
     Process* find(pid_t pid) noexcept;
     bool search_between(pid_t pid, pid_t last) noexcept;

@@ -3,7 +3,8 @@
 // `processes:self` follows this process and its descendants; `processes:children` the descendants
 // alone, for a wrapper, which is no part of its job; `processes:pids=12,34` those processes and
 // their descendants, without this process if it is among them; `processes:cgroup=/sys/fs/cgroup/x`
-// what is in a cgroup (cgroup.cpp). CPU time counts from the opening on.
+// what is in a cgroup (cgroup.cpp). With `,mark=NAME=VALUE` behind it, processes that were born
+// since with this variable count too, wherever they hang. CPU time counts from the opening on.
 
 #include <algorithm>
 #include <cstring>
@@ -14,6 +15,7 @@
 
 #include "sensors/cpu_time_reconciler.h"
 #include "sensors/machine_time.h"
+#include "sensors/marked_processes.h"
 #include "sensors/process_channels.h"
 #include "sensors/process_tree.h"
 #include "sensors/sensor.h"
@@ -36,7 +38,7 @@ namespace {
 constexpr std::size_t kClocksPerSample = 1024;
 constexpr std::size_t kReadsPerSample = 24;
 
-constexpr const char *kPids = "pids=", *kCgroup = "cgroup=";
+constexpr const char *kPids = "pids=", *kCgroup = "cgroup=", *kMark = ",mark=";
 
 // Why a file of /proc cannot be opened: for want of descriptors or memory, or what is usual.
 std::string why_not(const std::string& path, const char* usual) {
@@ -48,8 +50,9 @@ std::string why_not(const std::string& path, const char* usual) {
 
 class Processes final : public Sensor {
 public:
-    Processes(const std::string& where, const std::vector<pid_t>& roots)
+    Processes(const std::string& where, const std::vector<pid_t>& roots, const std::string& mark)
         : left_out_(where == "self" ? 0 : ::getpid()), tree_(roots, left_out_) {
+        if (!mark.empty()) marked_.emplace(mark);
         if (!machine_ || tree_.last_pid() < 0)
             throw SensorError("the process tree cannot be followed",
                               why_not("/proc/loadavg", "/proc is not mounted"),
@@ -87,6 +90,11 @@ public:
         out[1] = static_cast<double>(tree_.rss_bytes());
         out[2] = static_cast<double>(tree_.living());
         out[3] = busy_s;
+        if (!marked_) return;
+        marked_->follow(tree_);
+        out[0] += marked_cpu_s_ = std::max(marked_cpu_s_, marked_->read_s());
+        out[1] += static_cast<double>(marked_->found().rss_bytes());
+        out[2] += static_cast<double>(marked_->found().living());
     }
 
     void finish() noexcept override { skipped_ = tree_.processes().size(); }
@@ -153,7 +161,8 @@ private:
     ProcessTree tree_;
     std::optional<TaskClock> clock_;
     std::optional<CpuTimeReconciler> reconciler_;
-    double counted_before_s_ = 0.0, own_before_s_ = 0.0, job_cpu_s_ = 0.0;
+    std::optional<MarkedProcesses> marked_;
+    double counted_before_s_ = 0.0, own_before_s_ = 0.0, job_cpu_s_ = 0.0, marked_cpu_s_ = 0.0;
     std::size_t skipped_ = 0;  // samples since all processes were read
     bool changed_ = true;      // a process was born or has ended since the clocks were read
     bool unsettled_ = true;    // a process vanished at the last refresh
@@ -173,8 +182,12 @@ std::vector<pid_t> parse_pids(const std::string& where) {
 
 }  // namespace
 
-std::unique_ptr<Sensor> open_processes(const std::string& where) {
-    if (where.rfind(kCgroup, 0) == 0) return open_cgroup(where);
+std::unique_ptr<Sensor> open_processes(const std::string& spec) {
+    if (spec.rfind(kCgroup, 0) == 0) return open_cgroup(spec);
+    const std::size_t comma = spec.find(kMark);
+    const std::string where = spec.substr(0, comma);
+    const std::string mark =
+        comma == std::string::npos ? "" : spec.substr(comma + std::strlen(kMark));
     std::vector<pid_t> roots;
     if (where == "self" || where == "children")
         roots = {::getpid()};
@@ -185,7 +198,7 @@ std::unique_ptr<Sensor> open_processes(const std::string& where) {
                           "the tree to follow is not stated",
                           "use processes:self, processes:children, processes:pids=PID,PID or "
                           "processes:cgroup=PATH");
-    return std::make_unique<Processes>(where, roots);
+    return std::make_unique<Processes>(where, roots, mark);
 }
 
 }  // namespace pepr

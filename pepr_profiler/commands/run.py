@@ -19,7 +19,7 @@ from pepr_profiler.errors import PeprError, UnmeasuredError, UsageError, fix_of,
 from pepr_profiler.recording.command import Child, Exit, HeldSignals, resolve
 from pepr_profiler.recording.options import Options
 from pepr_profiler.recording.recorder import TICK_S, Recorder
-from pepr_profiler.sensors.spec import ProcessRoot
+from pepr_profiler.sensors.spec import MARK_VARIABLE, ProcessRoot
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _OUTSIDE_S, _OUTSIDE_SHARE = 0.3, 0.02
 so much, or such a share of a core."""
 
 _WORKS_S = 0.05
-"""CPU time of others in a cgroup that says that a command's work is there."""
+"""So much CPU time besides the command's own is not by chance: it is of what it started."""
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -125,6 +125,8 @@ def _measure(
         raise UnmeasuredError(command) from error
     try:
         environment = {RUN_DIR_VARIABLE: str(recorder.directory.absolute())}
+        if recorder.mark is not None:
+            environment[MARK_VARIABLE] = recorder.mark
         child = Child.spawn(command, held=held, env=environment, relay=relay)
     except BaseException as error:
         recorder.discard()
@@ -192,8 +194,7 @@ def _exit_facts(
     }
     duration_s = (ended.ended_ns - started_ns) * 1e-9
     if not root.cgroup:
-        submitter = _submitter(recorder, command, ended.cpu_s, duration_s)
-        return {**facts, **({} if submitter is None else {"submitter": submitter})}
+        return facts | _submitter(recorder, command, ended, duration_s)
     from pepr_profiler.recording.cgroups import members_of
 
     is_inside = os.getpid() in members_of(root.cgroup)
@@ -217,29 +218,40 @@ def _exit_facts(
             f"{root.cgroup}, which are not in the total",
             "without --follow it is measured with all that it starts",
         )
-    others_s = job_s - ended.cpu_s if is_inside else job_s
-    if others_s < _WORKS_S or int(os.environ.get("SLURM_JOB_NUM_NODES") or 1) > 1:
-        submitter = _submitter(recorder, command, ended.cpu_s, duration_s)
-        if submitter is not None:
-            facts["submitter"] = submitter
+    found_s = job_s - ended.cpu_s if is_inside else job_s
+    if found_s < _WORKS_S or os.environ.get("SLURM_JOB_NUM_NODES", "1") != "1":
+        facts |= _submitter(recorder, command, ended, duration_s, found_s=found_s)
     return facts
 
 
 def _submitter(
-    recorder: Recorder, command: tuple[str, ...], cpu_s: float, duration_s: float
-) -> str | None:
-    """The program that started the work elsewhere, if one did; the user is warned of it."""
+    recorder: Recorder,
+    command: tuple[str, ...],
+    ended: Exit,
+    duration_s: float,
+    *,
+    found_s: float | None = None,
+) -> dict[str, Any]:
+    """The program that started the work elsewhere, if one did; the user is warned of it.
+
+    `found_s` is the CPU time of that work which is in the total all the same. By default it is that
+    of processes with our mark, as Slurm's daemon gives it to the tasks of srun. Nobody knows then
+    whether there were more, on other machines or for a short time.
+    """
     from pepr_profiler.commands.submitters import Submitter
 
     given = sys.argv[1 : len(sys.argv) - len(command)]
     options = [word for i, word in enumerate(given) if word != "--" and (i or word != "run")]
     submitter = Submitter.of(command, options)
-    if submitter is None or not submitter.did_nothing(cpu_s, duration_s):
-        return None
+    if submitter is None or not submitter.did_nothing(ended.cpu_s, duration_s):
+        return {}
+    if found_s is None:
+        found_s = (recorder.job_cpu_s(ended.ended_ns) or 0.0) - ended.cpu_s
+    found_s = found_s if found_s >= _WORKS_S else 0.0
     whole = recorder.options.scope == "device"
     if not submitter.profiles:
-        recorder.add_warning(**submitter.warning(cpu_s, whole=whole))
-    return None if whole else submitter.name
+        recorder.add_warning(**submitter.warning(ended.cpu_s, found_s=found_s, whole=whole))
+    return {} if whole else {"submitter": submitter.name, "found_cpu_s": found_s}
 
 
 def _supervise(child: Child, tick: Callable[[], float] | None, recorder: Recorder) -> Exit:

@@ -70,9 +70,17 @@ class Submitter(Record):
         """Whether so little CPU time was used that the work was done elsewhere."""
         return cpu_s <= max(_OWN_CPU_S[self.name], _OWN_SHARE * duration_s)
 
-    def warning(self, cpu_s: float, *, whole: bool) -> dict[str, str]:
-        """What to warn of; the total is that of `whole` devices or of the command itself."""
+    def warning(self, cpu_s: float, *, found_s: float, whole: bool) -> dict[str, str]:
+        """What to warn of; the total is that of `whole` devices or of the command itself.
+
+        `found_s` is the CPU time of what it started and was found on this machine.
+        """
         total = f"the total is only what {self.name} itself took ({cpu_s:.2f} s of CPU time)"
+        if found_s > 0:
+            total = (
+                f"the total has what was found of it here ({found_s:.2f} s of CPU time), and lacks "
+            )
+            total += "what runs on other machines or for less than some 0.3 s"
         if whole:
             total = "what it takes on other machines is not in the total"
         text = f"{self.name} starts its work elsewhere, not as a child of the profiler: {total}"

@@ -12,7 +12,13 @@ from pepr_profiler import _core
 from pepr_profiler.errors import SensorError
 from pepr_profiler.recording.options import Options
 from pepr_profiler.sensors.detect import detect
-from pepr_profiler.sensors.spec import ProcessRoot, SensorSpec, lanes_by_name, with_process_lists
+from pepr_profiler.sensors.spec import (
+    ProcessRoot,
+    SensorSpec,
+    lanes_by_name,
+    processes_spec,
+    with_process_lists,
+)
 from pepr_profiler.trace.lane import LaneInfo, LaneWriter, describe
 
 TYPE_CHECKING = False  # typing takes 0.5 MB
@@ -63,8 +69,9 @@ class RecordedLane:
 class Lanes:
     """The lanes of one recording, which begin to open when this is made.
 
-    `root` is whom the process lane follows. `follows` says that processes are waited for which
-    already run. `missing` has what could not be opened, with the reason and the remedy.
+    `root` is whom the process lane follows, besides whatever bears `mark` in its environment.
+    `follows` says that processes are waited for which already run. `missing` has what could not be
+    opened, with the reason and the remedy.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class Lanes:
         options: Options,
         *,
         root: str,
+        mark: str | None,
         follows: bool,
         notifier: _core.Notifier,
         add_warning: AddWarning,
@@ -88,7 +96,7 @@ class Lanes:
         self._opened_ns = time.monotonic_ns()
         self._journal = _core.Journal(_JOURNAL_S, notifier)
         specs = with_process_lists(options.sensors or detect())
-        named = lanes_by_name([*specs, SensorSpec.of("processes", root)])
+        named = lanes_by_name([*specs, processes_spec(root, mark)])
         budget, readers = _core.CpuBudget(options.overhead), _core.Readers()
         self._lanes = {
             name: RecordedLane(

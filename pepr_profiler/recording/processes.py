@@ -149,10 +149,13 @@ class ProcessOwners:
                 return "job"
         elif (owner := self._owner_by_descent(pid, stat)) is not None:
             return owner
-        if self._marker is not None and self._marker in environ_of(pid):
+        if self._bears_mark(pid):
             self._job.add((pid, stat.start_ticks))
             return "job"
         return "other"
+
+    def _bears_mark(self, pid: int) -> bool:
+        return self._marker is not None and self._marker in environ_of(pid)
 
     def _owner_by_descent(self, pid: int, stat: Stat) -> str | None:
         """Whose a process is by its ancestors; None if these are not of the job."""
@@ -189,6 +192,9 @@ class ProcessOwners:
             cpu_s = stat.cpu_s - (before_s if start_ticks == stat.start_ticks else 0.0)
             if cpu_s > least_s:
                 known = self._others.get((pid, stat.start_ticks))
+                if known is None and self._bears_mark(pid):
+                    self._job.add((pid, stat.start_ticks))
+                    continue
                 who = known or {"pid": pid, **_describe(pid, stat)}
                 self._others[pid, stat.start_ticks] = {**who, "cpu_s": round(cpu_s, 3)}
         # Those that have ended stay with what was last seen of them, until they matter no more.

@@ -61,7 +61,8 @@ class Recorder:
     is in a cgroup; `attached` describes what ran already. `around` is the directory of the run
     around this one, empty if there is none; it is searched for if it is not given. `dedicated` says
     that this process only records: its CPU time is the profiler's. `warn` hears each warning at
-    once.
+    once. A wrapper gives its child `mark` as MARK_VARIABLE: what bears it is the job's, wherever it
+    hangs.
 
     Threads of the core sample and write to disk. Everything else is done in `tick`, by the caller's
     thread; `notifier` becomes ready when a tick is due earlier.
@@ -84,6 +85,7 @@ class Recorder:
         self.warnings: list[dict[str, str]] = []
         self.directory = Path()
         self.notifier = _core.Notifier()
+        self.mark = f"{os.getpid()}-{time.monotonic_ns()}" if root == "children" else None
         self._root = root
         self._dir_around = around
         self._dedicated = dedicated
@@ -104,6 +106,7 @@ class Recorder:
         self._lanes = Lanes(
             options,
             root=root,
+            mark=self.mark,
             follows=bool(attached),
             notifier=self.notifier,
             add_warning=self.add_warning,

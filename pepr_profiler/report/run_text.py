@@ -182,7 +182,8 @@ def _energy_lines(summary: Mapping[str, Any], width: int) -> list[Line]:
     if energy.get("scope") == "device":
         notes.append(("of the whole devices, whoever used them (--attribution device)", ""))
     notes += [(note, "bold red") for note in missing_rank_notes(summary)]
-    submitter = ((summary.get("recording") or {}).get("exit") or {}).get("submitter")
+    ended = (summary.get("recording") or {}).get("exit") or {}
+    submitter = ended.get("submitter")
     for lost in energy.get("partial") or ():
         if lost["id"].startswith("rank:"):
             continue
@@ -190,6 +191,8 @@ def _energy_lines(summary: Mapping[str, Any], width: int) -> list[Line]:
         text = f"partial: without {lost['id']} for {missing}; in truth it is more"
         if submitter and ":" not in lost["id"]:  # it is no device
             text = f"only what {submitter} itself took; what it started is not in it"
+            if ended.get("found_cpu_s"):
+                text = f"only what was found here of what {submitter} started"
         notes.append((text, "bold red"))
     if not summary.get("complete"):
         note = "incomplete: the profiler was killed or still runs; these are the figures so far"

@@ -71,6 +71,16 @@ class ProcessRoot(str):
         return tuple(map(int, numbers.split(","))) if names == "pids" else ()
 
 
+MARK_VARIABLE = "PEPR_RUN_MARK"
+"""What a command gets into its environment, and what it starts has too, wherever that hangs."""
+
+
+def processes_spec(root: str, mark: str | None) -> SensorSpec:
+    """The spec of a lane of processes: those of a ProcessRoot, and any whose mark is `mark`."""
+    marked = "" if mark is None else f",mark={MARK_VARIABLE}={mark}"
+    return SensorSpec.of("processes", f"{root}{marked}")
+
+
 def with_process_lists(specs: Iterable[str]) -> tuple[SensorSpec, ...]:
     """The specs, and for each NVML one that lists which processes use its GPUs.
 

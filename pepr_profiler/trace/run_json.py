@@ -178,7 +178,7 @@ _RECORDING: _Shape = {
     "exit": (
         {
             **{"ended_by": _TEXT, "max_rss_bytes": _NUMBER},
-            **{"submitter": _TEXT, "empty_cgroup": _TEXT},
+            **{"submitter": _TEXT, "found_cpu_s": _NUMBER, "empty_cgroup": _TEXT},
         },
         None,
     ),

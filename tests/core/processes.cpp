@@ -350,6 +350,54 @@ TEST(processes_of_a_cgroup_are_what_the_kernel_says) {
     CHECK(equal(polled(*again)[0], 0.625));
 }
 
+// A process that is no descendant of the tree's, and its own child: both bear the mark.
+TEST(processes_that_bear_the_mark_count_wherever_they_hang) {
+    int hold[2], said[2];
+    CHECK(::pipe(hold) == 0 && ::pipe(said) == 0);
+    const pid_t root = ::fork();
+    if (root == 0) {
+        char byte = 0;
+        ::close(hold[1]);
+        ::_exit(::read(hold[0], &byte, 1) == 0 ? 0 : 1);
+    }
+    const auto sensor =
+        pepr::open_sensor("processes:pids=" + std::to_string(root) + ",mark=PEPR_X=1-2");
+    std::vector<double> row = polled(*sensor);
+    CHECK(row[2] == 1.0);
+    const auto start = [&](const char* mark) {
+        const pid_t child = ::fork();
+        if (child != 0) return child;
+        ::close(hold[1]);
+        ::dup2(hold[0], 0);
+        ::dup2(said[1], 1);
+        const char* const script =
+            "(i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done); echo; read x";
+        const char* const words[] = {"sh", "-c", script, nullptr};
+        const char* const variables[] = {"A=b", mark, nullptr};
+        ::execve("/bin/sh", const_cast<char* const*>(words), const_cast<char* const*>(variables));
+        ::_exit(127);
+    };
+    const pid_t ours = start("PEPR_X=1-2"), others = start("PEPR_X=1-23");
+    char bytes[2] = {};
+    for (char& byte : bytes) CHECK(::read(said[0], &byte, 1) == 1);
+    const std::uint64_t before = allocations;
+    for (int i = 0; i < 3; ++i) sensor->poll(row.data());
+    CHECK(allocations == before);
+    const double cpu_s = row[0];
+    CHECK(row[2] == 2.0);  // the root, and ours
+    ::close(hold[1]);
+    rusage usage{};
+    int status = -1;
+    CHECK(::wait4(ours, &status, 0, &usage) == ours);
+    const double charged_s = seconds(usage.ru_utime) + seconds(usage.ru_stime);
+    CHECK(charged_s > 0.01 && std::abs(cpu_s - charged_s) < 0.02);  // ticks: a child was waited for
+    CHECK(::waitpid(others, &status, 0) == others && ::waitpid(root, &status, 0) == root);
+    sensor->finish();
+    sensor->poll(row.data());
+    CHECK(row[0] >= cpu_s && row[2] == 0.0);
+    for (const int fd : {hold[0], said[0], said[1]}) ::close(fd);
+}
+
 TEST(processes_of_a_cgroup_of_version_1_are_refused) {
     const Folder folder;
     const fs::path root = fs::path(folder.write("here", "")).parent_path();
