@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
 import shutil
@@ -141,6 +142,7 @@ def test_means_over_groups_are_those_of_the_published_columns(both: Path, tmp_pa
     result = scored(*paper_arguments(both), "--mean", "--size", "num_param", "-o", out)
     assert "left out of the means" not in result.stderr
     table = out.read_text().split("**Means over 2 groups: derma\\_pt, pneumonia\\_small**")[1]
+    table, sound = table.split("**Means over 2 groups, without outliers:")
     lines = [line for line in table.splitlines() if line.startswith("| ")]
     head, _, *rows = ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines)
     assert len(rows) == 131
@@ -153,6 +155,9 @@ def test_means_over_groups_are_those_of_the_published_columns(both: Path, tmp_pa
             digit = 10.0 ** -len(shown.partition(".")[2])
             assert float(shown) == pytest.approx(mean, abs=0.51 * digit)
             assert float(spread) == pytest.approx(sd, abs=0.51 * digit)
+    # and, as one table has outliers, again without these
+    assert "pneumonia\\_small has outliers in energy per train\\_time." in table
+    assert "Left out, as not in pneumonia" in sound and sound.count("| 96 |") == 1
     energies = [float(row[head.index("PePR-energy")].partition(" ")[0]) for row in rows]
     assert sorted(energies, reverse=True) == pytest.approx(energies, abs=1e-2)
 
@@ -199,7 +204,9 @@ def test_settings_of_the_papers_tables_are_compared_in_pairs(both: Path) -> None
     result = scored(*paper_arguments(both, group=False), "--setting", "dataset", "--group",
                     "dataset")  # fmt: skip
     text = result.stdout[result.stdout.index("dataset: pneumonia_small against derma_pt") :]
+    text, sound = text.split("dataset: pneumonia_small against derma_pt, without outliers")
     assert "the same 131 models" in text.splitlines()[0]
+    assert "the same 96 models" in sound.splitlines()[0]
     first, second = (paper_columns(name) for name in DATA_SETS)
     place = [second["model"].index(model) for model in first["model"]]
     for row, key in (("test_09", "test_09"), ("PePR-energy", "pepr_e"), ("PePR-memR", "pepr_m")):
@@ -617,6 +624,40 @@ def test_facts_that_runs_lack_are_named(store: Path) -> None:
         assert isinstance(result.exception, UsageError), options
         assert what in str(result.exception)
         assert result.stdout == ""
+
+
+def test_no_mean_contains_a_group_that_is_noise(tmp_path: Path) -> None:
+    # given two data sets in which the models differ by far, and one in which they scatter alike
+    table = tmp_path / "noise.csv"
+    rows = [
+        f"{data},{model},{0.9 + seed / 999},{(10 * factor if data != 'z' else 10) + seed / 5}"
+        for data in "xyz"
+        for factor, model in enumerate("abc", start=1)
+        for seed in (-1, 0, 1.1 + factor / 99)
+    ]
+    table.write_text("\n".join(["data,model,accuracy,kwh", *rows]) + "\n")
+    wanted = (table, *COLUMNS, "--group", "data", "--repeats", "--mean")
+    # when
+    result = scored(*wanted)
+    # then
+    assert "left out of the means over groups: z: its models cannot be told apart" in result.stderr
+    assert "Means over 2 groups" in result.stdout and "Left out: z, as its models" in result.stdout
+    data = json.loads(scored(*wanted, "--json", "-").stdout)
+    (means,) = data["means"]
+    assert means["groups"] == ["x", "y"] and [x["group"] for x in means["left_out"]] == ["z"]
+    scores: dict[str, list[float]] = {}
+    for ranking in data["rankings"][:2]:
+        for row in ranking["rows"]:
+            scores.setdefault(row["name"], []).append(row["pepr"])
+    assert {row["name"]: row["pepr"] for row in means["rows"]} == {
+        name: pytest.approx(np.mean(of_groups)) for name, of_groups in scores.items()
+    }
+    (every,) = json.loads(scored(*wanted, "--anyway", "--json", "-").stdout)["means"]
+    assert every["groups"] == ["x", "y", "z"] and every["left_out"] == []
+    # and of one group that is none there is no mean
+    table.write_text("\n".join(["data,model,accuracy,kwh", *rows[9:]]) + "\n")
+    error = refused(*wanted)
+    assert error.what == "there is no mean over groups" and "--anyway" in error.fix
 
 
 def test_what_cannot_be_told_apart_is_ranked_in_no_output(tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ def compare(
             size_by=size_by,
             setting_by=setting_by,
             averages=averages,
+            anyway=anyway,
         ),
         json_file=json_file,
         save_bounds=save_bounds,
@@ -134,7 +135,6 @@ def compare(
         best=best,
         load=recorded.load,
         raw_csv=raw_csv,
-        anyway=anyway,
     )
 
 

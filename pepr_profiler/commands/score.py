@@ -277,6 +277,7 @@ def score(
         sizes=(size_by, rows.numbers(size_by, models)) if size_by else None,
         settings=(setting_by, rows.texts(setting_by)) if setting_by else None,
         averages=averages,
+        anyway=anyway,
     )
 
     def with_scores(path: Path) -> str:
@@ -295,7 +296,6 @@ def score(
         figure=figure,
         best=best,
         spreadsheet=with_scores,
-        anyway=anyway,
     )
 
 
@@ -366,15 +366,13 @@ def publish(
     load: Callable[[str], Mapping[str, Any]] | None = None,
     raw_csv: bool = False,
     spreadsheet: Callable[[Path], str] | None = None,
-    anyway: bool = False,
 ) -> None:
     """The rankings as JSON to a file or stdout, else as tables on stdout.
 
     With `forms` (of `forms_of`) they go to those files instead; `load` is `study_page`'s,
     `spreadsheet` gives the text of a csv or tsv file that is no plain ranking. Runs that were left
     out, outliers, and what lies outside a given range are named on stderr, and, where no table on
-    stdout says it, that a ranking is one of noise. On stdout there is such a ranking only with
-    `anyway`.
+    stdout says it, that a ranking is one of noise.
     """
     from pepr_profiler.report.export import ranking_json
 
@@ -382,7 +380,6 @@ def publish(
     for ranking in study.rankings:
         both = len(study.by_group()[ranking.group]) == 1
         _complain_of(ranking, printed=not forms and not json_file, both=both)
-    analysis = replace(analysis, anyway=anyway)
     for text in _incomparable(analysis):
         complain(text)
     if save_bounds:
@@ -395,13 +392,13 @@ def publish(
             _write_form(path, analysis, form, **wanted)
         complain(f"wrote {path}")
     if json_file == "-":
-        write_stdout(ranking_json(analysis.study))
+        write_stdout(ranking_json(study, analysis))
     elif json_file:
-        write_text(Path(json_file), ranking_json(analysis.study))
+        write_text(Path(json_file), ranking_json(study, analysis))
     elif not forms:
         width, color = screen(sys.stdout)
         width = max(width, 80)  # a narrower terminal wraps the lines, instead of losing the scores
-        screens = _screens(analysis, width=width, color=color, anyway=anyway)
+        screens = _screens(analysis, width=width, color=color)
         click.echo("\n".join(screens), nl=False, color=color)
 
 
@@ -466,6 +463,9 @@ def _incomparable(analysis: Analysis) -> Iterator[str]:
     """What means over groups and pairs leave out, and why."""
     from pepr_profiler.study.pepr import listed
 
+    if analysis.averages or analysis.setting_name:
+        for group, why in dict.fromkeys(x for means in analysis.means for x in means.left_out):
+            yield f"left out of the means over groups: {brief(group)}: {why}"
     if analysis.averages:
         for name, groups in analysis.means[0].missing[:_MOST_NAMED]:
             yield (
@@ -515,7 +515,7 @@ def _rendered(
     if kind == "data":
         from pepr_profiler.report.export import ranking_json
 
-        return ranking_json(study)
+        return ranking_json(study, analysis)
     if kind == "page":
         from pepr_profiler.report.study_page import study_page
 
@@ -533,7 +533,7 @@ def _rendered(
     return encode(study.rows(), form, raw_csv=raw_csv)
 
 
-def _screens(analysis: Analysis, *, width: int, color: bool, anyway: bool) -> Iterator[str]:
+def _screens(analysis: Analysis, *, width: int, color: bool) -> Iterator[str]:
     """One per group: its ranking, and again without outliers, or of either population.
 
     Several resources stand side by side, or below each other if one of them cannot rank the rows.
@@ -541,7 +541,7 @@ def _screens(analysis: Analysis, *, width: int, color: bool, anyway: bool) -> It
     from pepr_profiler.report.analysis_text import render_analysis
     from pepr_profiler.report.ranking_text import render_ranking, render_side_by_side
 
-    render = partial(render_ranking, width=width, color=color, anyway=anyway)
+    render = partial(render_ranking, width=width, color=color, anyway=analysis.anyway)
     for rankings in analysis.study.by_group().values():
         if len(rankings) > 1 and any(map(analysis.unranked, rankings)):
             yield from map(render, rankings)  # a table of all would rank by noise

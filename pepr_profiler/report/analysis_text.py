@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from pepr_profiler.report.text import Line, brief, cells, drawn, left, right, wrap
-from pepr_profiler.report.typeset import TableColumn, means_table, settings_table
+from pepr_profiler.report.typeset import TableColumn, mean_cautions, means_table, settings_table
 from pepr_profiler.study.analysis import Analysis
 
 _MOST_MEANS = 10
@@ -14,20 +14,26 @@ _NAME_CELLS = 24
 
 def render_analysis(analysis: Analysis, *, width: int = 80, color: bool = False) -> Iterator[str]:
     """The means over groups, the best ten, and the compared settings, as far as asked for."""
+    for each in analysis.both_ways:
+        yield from _tables(each, width, color)
+
+
+def _tables(analysis: Analysis, width: int, color: bool) -> Iterator[str]:
     if analysis.averages:
         first = analysis.means[0]
         n = len(first.traits.models)
-        title = f"Means over {first.over} groups   {n} model{'s' * (n != 1)}"
+        title = f"Means over {first.over} groups{analysis.of}   {n} model{'s' * (n != 1)}"
         if n > _MOST_MEANS:
             title += f", the best {_MOST_MEANS}"
         table = means_table(analysis, _MOST_MEANS)
         notes = [("±", "sample standard deviation over the groups: a spread, no uncertainty")]
+        notes += [("!", note) for note in mean_cautions(analysis)]
         yield _drawn(title, table.columns, notes, width, color)
     if analysis.setting_name:
         effects = analysis.effects
         one, other = effects[0].settings
         n = len(effects[0].models)
-        title = f"{analysis.setting_name}: {other} against {one}   the same {n} models"
+        title = f"{analysis.setting_name}: {other} against {one}{analysis.of}   the same {n} models"
         notes = [
             ("p", "two-sided, Wilcoxon's signed-rank test, each quantity by itself"),
             ("effect", "matched-pairs rank-biserial correlation: 1 if every model is higher with "

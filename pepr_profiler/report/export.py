@@ -19,8 +19,10 @@ from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.errors import UsageError
 from pepr_profiler.report import FORMS
 from pepr_profiler.report.components import counted
+from pepr_profiler.units import known
 
 if TYPE_CHECKING:
+    from pepr_profiler.study.analysis import Analysis, GroupMeans, SettingEffect
     from pepr_profiler.study.ranking import Ranking
     from pepr_profiler.study.study import Study
 
@@ -70,14 +72,67 @@ def run_json(summary: Mapping[str, Any]) -> str:
     return json.dumps(summary, indent=1, allow_nan=False) + "\n"
 
 
-def ranking_json(study: Study) -> str:
-    """The rankings of a study as the text of a JSON file."""
+def ranking_json(study: Study, analysis: Analysis | None = None) -> str:
+    """The rankings of a study as the text of a JSON file, with means over groups and compared
+    settings where an analysis has them.
+    """
+    both = () if analysis is None else analysis.both_ways
     data = {
         "schema": 1,
         "rankings": [ranking_data(ranking) for ranking in study.rankings],
         "left_out": [{"run": run, "why": why} for run, why in study.left_out],
+        "means": [_means(each, bool(a.of)) for a in both if a.averages for each in a.means],
+        "settings": [
+            _effect(each, a.setting_name, bool(a.of))
+            for a in both
+            if a.setting_name
+            for each in a.effects
+        ],
     }
     return _visible(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
+
+
+def _means(means: GroupMeans, without_outliers: bool) -> dict[str, Any]:
+    """Means over groups as JSON data, best score first; SDs are spreads over the groups."""
+    traits = means.traits
+    rows = [
+        {
+            "name": traits.models[i],
+            "setting": None if traits.settings is None else traits.settings[i],
+            "class": None if traits.classes is None else traits.classes[i],
+            "size": None if traits.sizes is None else float(traits.sizes[i]),
+            "performance": known(float(means.performance[i])),
+            "sd_performance": known(float(means.sd_performance[i])),
+            "pepr": known(float(means.pepr[i])),
+            "sd_pepr": known(float(means.sd_pepr[i])),
+        }
+        for i in means.order.tolist()
+    ]
+    return {
+        "label": means.label,
+        "metric": means.metric,
+        "groups": list(means.groups),
+        "without_outliers": without_outliers,
+        "left_out": [{"group": group, "why": why} for group, why in means.left_out],
+        "missing": [{"name": name, "groups": list(groups)} for name, groups in means.missing],
+        "rows": rows,
+    }
+
+
+def _effect(effect: SettingEffect, setting: str, without_outliers: bool) -> dict[str, Any]:
+    """A quantity with two settings and its paired test as JSON data."""
+    return {
+        "setting": setting,
+        "quantity": effect.name,
+        "without_outliers": without_outliers,
+        "values": [
+            {"setting": name, "by_model": dict(zip(effect.models, column.tolist(), strict=True))}
+            for name, column in zip(effect.settings, effect.values, strict=True)
+        ],
+        "median_difference": known(effect.test.median),
+        "p": known(effect.test.p),
+        "effect": known(effect.test.effect),
+    }
 
 
 def ranking_data(ranking: Ranking) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -246,16 +247,17 @@ def _extras(analysis: Analysis) -> Iterable[dict[str, Any]]:
         if analysis.averages:
             caption += " Each point is a mean over the groups; bars are the SD over these."
         yield {"heading": heading, "chart": drawn, "caption": caption, "table": None}
-    if analysis.averages:
-        table = means_table(analysis, _MOST_MEANS)
-        yield {"heading": table.title, "chart": None, "caption": "", "table": table}
-    if analysis.setting_name:
-        table = settings_table(analysis)
+    for each in analysis.both_ways:
+        if each.averages:
+            table = means_table(each, _MOST_MEANS)
+            yield {"heading": table.title, "chart": None, "caption": "", "table": table}
+    for number, each in enumerate(filter(lambda x: x.setting_name, analysis.both_ways)):
+        table = settings_table(each)
         drawn = figures.chart(
-            "settings",
+            f"settings{number or ''}",
             table.title,
             "Distributions with two settings; the table has their medians.",
-            lambda width: analysis_figures.violins(analysis.effects, width),
+            partial(analysis_figures.violins, each.effects),
         )
         caption = "The ring is the median, the bar spans the middle half of the models."
         yield {"heading": table.title, "chart": drawn, "caption": caption, "table": table}

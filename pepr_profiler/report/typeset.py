@@ -369,10 +369,11 @@ def study_tables(analysis: Analysis, count: int | None) -> list[Table]:
                 else _best(shown, of_rows, analysis, count)
             )
             tables.append(replace(table, title=table.title + what))
-    if analysis.averages:
-        tables.append(means_table(analysis, count))
-    if analysis.setting_name:
-        tables.append(settings_table(analysis))
+    for each in analysis.both_ways:
+        if each.averages:
+            tables.append(means_table(each, count))
+        if each.setting_name:
+            tables.append(settings_table(each))
     return tables
 
 
@@ -519,20 +520,34 @@ def means_table(analysis: Analysis, count: int | None) -> Table:
         places = [where.get(idents[i]) for i in order]
         columns.append(numbers(each.label, _at(each.pepr, places), _at(each.sd_pepr, places)))
     notes = ["± is the sample standard deviation over the groups: a spread, no uncertainty."]
+    notes += mean_cautions(analysis)
+    lacking: dict[tuple[str, ...], list[str]] = {}
+    for model, groups in first.missing:
+        lacking.setdefault(groups, []).append(model)
     notes += [
-        f"Left out, as it is not in every group: {model} (not in {listed(groups)})"
-        for model, groups in first.missing[:_MOST_MISSING]
+        f"Left out, as not in {listed(groups)}: {listed(models, limit=_MOST_MISSING)}."
+        for groups, models in lacking.items()
     ]
-    if more := len(first.missing) - _MOST_MISSING:
-        notes += [f"and {more} more"] if more > 0 else []
     return Table(
-        title=f"Means over {first.over} groups: {listed(first.groups, limit=20)}",
+        title=f"Means over {first.over} groups{analysis.of}: {listed(first.groups, limit=20)}",
         columns=columns,
         notes=notes,
     )
 
 
 _MOST_MISSING = 20
+
+
+def mean_cautions(analysis: Analysis) -> list[str]:
+    """What has to be known of groups whose scores the means contain, or leave out."""
+    left_out = dict.fromkeys(x for means in analysis.means for x in means.left_out)
+    notes = [f"Left out: {group}, as {why}." for group, why in left_out]
+    for ranking in analysis.study.rankings:
+        if ranking.outliers and not analysis.of:
+            notes.append(f"{ranking.group} has outliers in {ranking.outliers[0].what}.")
+        if ranking.populations:
+            notes.append(sentence(f"{ranking.group}: {ranking.populations}"))
+    return list(dict.fromkeys(notes))
 
 
 def settings_table(analysis: Analysis) -> Table:
@@ -545,7 +560,8 @@ def settings_table(analysis: Analysis) -> Table:
         return [float(np.median(effect.values[k])) for effect in effects]
 
     return Table(
-        title=f"{label}: {other} against {one}, the same {len(effects[0].models)} models",
+        title=f"{label}: {other} against {one}{analysis.of}, the same {len(effects[0].models)} "
+        "models",
         columns=[
             names("", [effect.name for effect in effects]),
             numbers(f"median, {one}", middle(0)),

@@ -63,7 +63,8 @@ class GroupMeans:
     """Means of m models over groups, by one resource, in order of appearance; arrays are (m,).
 
     A model that is not in all `groups` is `missing` from these, and has no mean here: means over
-    different groups are not comparable. A setting may have groups of its own; `over` is the number
+    different groups are not comparable. `left_out` are (group, reason) of those whose rankings are
+    noise. A setting may have groups of its own; `over` is the number
     of groups that a mean is of, the larger one where the settings differ in it. `sd_performance`
     and `sd_pepr` are sample standard deviations over the groups, NaN for one group. They are a
     spread, not an uncertainty.
@@ -72,6 +73,7 @@ class GroupMeans:
     label: str
     metric: str
     groups: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
     over: int
     traits: Traits
     performance: Floats
@@ -105,7 +107,8 @@ class Analysis:
     """A study with the traits of the rows of each of its rankings, in the same order.
 
     The names are those of the columns or metrics that the traits are from; "" was not asked for.
-    `averages` asks for the means over groups, `anyway` for rankings of noise too.
+    `averages` asks for the means over groups, `anyway` for rankings of noise too, which are in no
+    mean else. `of` is what titles add: which of the rows these are.
     """
 
     study: Study
@@ -115,6 +118,7 @@ class Analysis:
     class_name: str = ""
     size_name: str = ""
     setting_name: str = ""
+    of: str = ""
 
     @classmethod
     def of_table(
@@ -128,6 +132,7 @@ class Analysis:
         sizes: tuple[str, Floats] | None = None,
         settings: tuple[str, Sequence[str]] | None = None,
         averages: bool = False,
+        anyway: bool = False,
     ) -> Analysis:
         """The rankings of a table, and its columns (name, cells) of classes, sizes and settings.
 
@@ -152,7 +157,7 @@ class Analysis:
                 members = [[i] for i in groups[ranking.group]]
             of_ranking.append(members)
         columns: dict[str, Any] = {"classes": classes, "sizes": sizes, "settings": settings}
-        return cls._of(study, of_ranking, models, averages=averages, **columns)
+        return cls._of(study, of_ranking, models, averages=averages, anyway=anyway, **columns)
 
     @classmethod
     def of_runs(
@@ -163,6 +168,7 @@ class Analysis:
         size_by: str | None = None,
         setting_by: str | None = None,
         averages: bool = False,
+        anyway: bool = False,
     ) -> Analysis:
         """The rankings of runs with what they logged: a metric, "experiment" or "host" each.
 
@@ -174,7 +180,8 @@ class Analysis:
                 study=study,
                 traits=tuple(every),
                 averages=_averages(study, every, asked=averages, sizes=False),
-            )
+                anyway=anyway,
+            )._checked()
         runs = list(study.runs)
         number = {str(run["run_id"]): i for i, run in enumerate(runs)}
 
@@ -221,7 +228,7 @@ class Analysis:
                 for i in row:
                     names[i] = name
         columns: dict[str, Any] = {"classes": classes, "sizes": sizes, "settings": settings}
-        return cls._of(study, members, names, averages=averages, **columns)
+        return cls._of(study, members, names, averages=averages, anyway=anyway, **columns)
 
     @classmethod
     def _of(
@@ -234,6 +241,7 @@ class Analysis:
         sizes: tuple[str, Floats] | None,
         settings: tuple[str, Sequence[str]] | None,
         averages: bool,
+        anyway: bool,
     ) -> Analysis:
         """`members` are the table's rows or the runs of each row of each ranking."""
 
@@ -261,18 +269,38 @@ class Analysis:
             )
             for rows in members
         ]
-        made = cls(
+        return cls(
             study=study,
             traits=tuple(traits),
             averages=_averages(study, traits, asked=averages, sizes=sizes is not None),
+            anyway=anyway,
             class_name=classes[0] if classes else "",
             size_name=sizes[0] if sizes else "",
             setting_name=settings[0] if settings else "",
-        )
-        # An error is due before anything is printed or written.
-        if made.averages or made.setting_name:
-            _ = made.effects if made.setting_name else made.means
-        return made
+        )._checked()
+
+    def _checked(self) -> Analysis:
+        """The same. An error is due before anything is printed or written."""
+        if self.averages or self.setting_name:
+            _ = self.effects if self.setting_name else self.means
+        return self
+
+    @cached_property
+    def both_ways(self) -> tuple[Analysis, ...]:
+        """The analysis, and again without outliers where there are any."""
+        parts: list[tuple[Ranking, Traits]] = []
+        for ranking, traits in zip(self.study.rankings, self.traits, strict=True):
+            rest = ranking.without
+            parts.append((ranking, traits) if rest is None else (rest, traits.at(rest.whole_rows)))
+        if all(ranking.without is None for ranking in self.study.rankings):
+            return (self,)
+        rankings, rows = zip(*parts, strict=True)
+        rest_of = replace(self.study, rankings=rankings)
+        try:
+            sound = replace(self, study=rest_of, traits=rows, of=", without outliers")._checked()
+        except UsageError:  # no model is left in all groups
+            return (self,)
+        return self, sound
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -313,10 +341,27 @@ class Analysis:
 
     @cached_property
     def means(self) -> tuple[GroupMeans, ...]:
-        """The means over the groups, one for each resource."""
-        return tuple(map(self._mean, self._by_resource()))
+        """The means over the groups, one for each resource by which groups can be ranked."""
+        found = [self._mean(parts) for parts in self._by_resource()]
+        if not any(found):
+            names = sorted({ranking.resource_name for ranking in self.study.rankings})
+            raise UsageError(
+                "there is no mean over groups",
+                why=f"the models of too few groups can be told apart by {listed(names)}; else the "
+                "mean would be one of noise",
+                fix="repeat the runs, or --anyway",
+            )
+        return tuple(means for means in found if means is not None)
 
-    def _mean(self, parts: Sequence[tuple[Ranking, Traits]]) -> GroupMeans:
+    def _mean(self, parts: Sequence[tuple[Ranking, Traits]]) -> GroupMeans | None:
+        out = tuple(
+            (_group(ranking), f"its {ranking.of}s cannot be told apart by {ranking.resource_name}")
+            for ranking, _ in parts
+            if self.unranked(ranking)
+        )
+        every, parts = parts, [part for part in parts if not self.unranked(part[0])]
+        if len(parts) < min(2, len(every)):
+            return None
         places = [self._places(ranking, traits) for ranking, traits in parts]
         # A setting may have groups of its own.
         of_setting: dict[str, list[int]] = {}
@@ -364,6 +409,7 @@ class Analysis:
             label=parts[0][0].label,
             metric=parts[0][0].metric,
             groups=tuple(_group(ranking) for ranking, _ in parts),
+            left_out=out,
             over=max(map(len, of_setting.values())),
             traits=Traits(
                 models=tuple(model for model, _ in whole),
