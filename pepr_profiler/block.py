@@ -577,9 +577,8 @@ class Run:
             raise
         self._thread = look
         if self._pids is None:
-            place = OpenBlock(self, recorder.directory, recorder.notifier, within)
-            _open_blocks.enter(place, begin_ns)
-            self._place = place
+            self._place = OpenBlock(self, recorder.directory, recorder.notifier, within)
+            _open_blocks.enter(self._place, begin_ns)
             self._phase_outside = _current_phase.get()
             _current_phase.set(None)
             _current_run.set(self)

@@ -170,6 +170,8 @@ class OpenBlocks:
     def leave(self, block: OpenBlock) -> None:
         """The block has ended; nothing is noted of it any more."""
         with self._here():
+            if block not in self._blocks:
+                return
             if block.is_divided:
                 self._note(block, self.ours(), self._read_clocks())
             self._blocks.remove(block)

@@ -437,7 +437,11 @@ def blocks_within(notes: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, str]
         text = (
             f"blocks inside of this one were runs of their own, and its energy has theirs: {named}"
         )
-        yield warning("blocks-within", text, "add nothing to it; as phases of it: run.phase(NAME)")
+        yield warning(
+            "blocks-within",
+            text,
+            "do not add theirs to it; to have phases instead: run.phase(NAME)",
+        )
 
 
 def _is_equal_part(component: ComponentResult) -> bool:
