@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import SLOW_S, Cli, codes, component, ended, python, write_replay
+from cli import SLOW_S, Cli, codes, component, ended, python, until, write_replay
+from launchers import inside
 from sim.nvml import STARTED, BuildNvml, Fault, Gpu, Process, Scenario, default_uuid
 from sim.waves import Constant, Step
 
@@ -133,6 +134,22 @@ def test_idle_draw_is_measured_and_use_is_followed(
     assert part["job_j"] == pytest.approx(360 * 6 - others_j, abs=360 * 0.6 * 0.7 + 60)
     assert adds_up(part)
     assert codes(summary, f"PID {who}") == {"shared-device"}
+
+
+def test_a_gpus_users_in_a_cgroup_are_the_job(
+    cli: Cli, nvml_sim: BuildNvml, tmp_path: Path, cgroup: Path, stranger: subprocess.Popen[bytes]
+) -> None:
+    # given a board on which a child of somebody else computes in the cgroup, and a stranger
+    file = tmp_path / "processes"
+    with ended(subprocess.Popen(inside(cgroup, "sleep", "600"))) as worker:
+        until(lambda: str(worker.pid) in (cgroup / "cgroup.procs").read_text().split())
+        file.write_text(f"{worker.pid} 1000 0.7\n{stranger.pid} 1000 0.3\n")
+        sim = nvml_sim(Scenario(gpus=(Gpu(Constant(400), processes=(), processes_file=file),)))
+        options = ("--sensor", sim.spec, "--follow", f"cgroup:{cgroup}", "--")
+        _, summary = cli.measure(*options, "sleep", "2")
+    part = gpu(summary, 0)
+    assert part["job_j"] == pytest.approx(0.7 * part["device_j"], rel=0.02)
+    assert adds_up(part)
 
 
 def test_two_jobs_at_once_have_shares_that_add_up(

@@ -20,6 +20,7 @@ from launchers import free_ports, inside, program
 from pepr_profiler.commands.submitters import Submitter
 from pepr_profiler.trace.lane import LaneReader
 
+OUTSIDE = "; or from outside, while it runs: pepr-profile attach --container ID"
 INSTEAD = {
     "srun -n 2 python t.py": "srun -n 2 pepr-profile --experiment big -- python t.py",
     "env A=b nice -n 5 srun -l python t.py": "env A=b nice -n 5 srun -l pepr-profile "
@@ -30,11 +31,11 @@ INSTEAD = {
     "sbatch -n 2 job.sh": "in the script: srun pepr-profile --experiment big -- CMD, or "
     "pepr-profile --experiment big -- CMD for what it runs itself",
     "docker run --rm -v /a:/b image python t.py": "docker run --rm -v /a:/b image pepr-profile "
-    "--experiment big -- python t.py, with pepr-profiler in the image",
+    "--experiment big -- python t.py, with pepr-profiler in the image" + OUTSIDE,
     "podman run image": "podman run IMAGE pepr-profile --experiment big -- CMD, with pepr-profiler "
-    "in the image",
+    "in the image" + OUTSIDE,
     "docker start -a box": "docker run IMAGE pepr-profile --experiment big -- CMD, with "
-    "pepr-profiler in the image",
+    "pepr-profiler in the image" + OUTSIDE,
     "kubectl exec -it pod -- python t.py": "kubectl exec -it pod -- pepr-profile --experiment big "
     "-- python t.py",
     "kubectl apply -f job.yaml": 'in the manifest: command: ["pepr-profile", "--", "CMD"], with '
@@ -123,6 +124,7 @@ def test_a_command_that_did_nothing_is_accused(cli: Cli, meter: str) -> None:
     _, summary = cli.measure("--sensor", meter, "--", "docker", "run", "image", "x", env=here)
     instead = (
         f"docker run image pepr-profile --sensor {meter} -- x, with pepr-profiler in the image"
+        f"{OUTSIDE}"
     )
     assert_accused(cli, summary, "docker", instead)
 

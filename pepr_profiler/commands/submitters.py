@@ -24,6 +24,7 @@ _OWN_SHARE = 0.02
 """Of a long run it may be such a share of a core: some pass on the output of what they started."""
 
 _IN_IMAGE = ", with pepr-profiler in the image"
+_FROM_OUTSIDE = "; or from outside, while it runs: pepr-profile attach --container ID"
 _WHERE = {
     "sbatch": "in the script: srun {profiler} CMD, or {profiler} CMD for what it runs itself",
     "qsub": "in the script: {profiler} CMD",
@@ -105,13 +106,13 @@ def _instead(
     if step.inner and step.at is not None:
         start = at + step.at
         line = shlex.join([*words[:start], *profiler, *words[start:]])
-        return line + (_IN_IMAGE if name in _RUNNERS else "")
+        return line + (_IN_IMAGE + _FROM_OUTSIDE if name in _RUNNERS else "")
     if step.inner:
         text = words[-1]
         if list(step.inner) != shlex.split(text):  # more than one command
             text = shlex.join(["sh", "-c", text])
         return shlex.join([*words[:-1], f"{shlex.join(profiler)} {text}"])
-    where = _WHERE.get(name, f"{name} run IMAGE {{profiler}} CMD{_IN_IMAGE}")
+    where = _WHERE.get(name, f"{name} run IMAGE {{profiler}} CMD{_IN_IMAGE}{_FROM_OUTSIDE}")
     return where.format(profiler=shlex.join(profiler))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pepr_profiler.errors import TargetError, UsageError
 from pepr_profiler.recording import procfs
@@ -76,10 +76,12 @@ def own_folder() -> str:
     with open("/proc/self/cgroup") as file:
         lines = file.read().splitlines()
     inside = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    others = [line.split(":", 2)[1:] for line in lines if not line.endswith(":/")]
     if root != "/" and (inside + "/").startswith(root + "/"):
         inside = inside[len(root) :]  # only a part of all cgroups is mounted
     folder = os.path.normpath(f"{mount}/{inside}")
-    _refuse_machine(folder, mount)
+    of_version_1 = [f"{path} ({controller})" for controller, path in others if controller]
+    _refuse_machine(folder, mount, of_version_1)
     in_script = re.fullmatch(_SLURM_JOB, folder)
     return folder if in_script is None else in_script[1]
 
@@ -144,12 +146,15 @@ def _mount() -> tuple[str, str]:
     raise UsageError("no cgroup can be followed", why=_NO_VERSION_2, fix=_USE_VERSION_2)
 
 
-def _refuse_machine(folder: str, mount: str) -> None:
+def _refuse_machine(folder: str, mount: str, of_version_1: Sequence[str] = ()) -> None:
     # Only the root of all cgroups has no type.
     if folder == mount and not os.path.exists(f"{folder}/cgroup.type"):
+        why = "it holds every process, the profiler's too"
+        if of_version_1:
+            why += f"; what the command is in is of version 1: {', '.join(of_version_1)}"
         raise UsageError(
             f"the cgroup {folder} is the whole machine",
-            why="it holds every process, the profiler's too",
+            why=why,
             fix="name one in it (--follow cgroup:PATH); or start what is measured in one: "
             "systemd-run --user --scope pepr-profile --follow cgroup -- CMD; for whole devices: "
             "--attribution device",
