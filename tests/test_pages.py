@@ -293,6 +293,28 @@ def test_names_of_control_characters_break_no_figure_of_a_study() -> None:
         assert page.count("during training</h3>") == 1
 
 
+def test_a_page_says_where_training_could_have_been_stopped_over_repeats() -> None:
+    # given two models that learn nothing after half of their energy, but for noise
+    runs = []
+    for seed in range(1, 7):
+        run = recorded("early" if seed < 4 else "late", seed, 10.0 * (1 + seed // 4), 0.9)
+        total_j = run["energy"]["total_j"]
+        run["progress"] |= {
+            "t_s": [float(t) for t in range(1, 11)],
+            "energy_j": [total_j * t / 10 for t in range(1, 11)],
+            "u_j": [0.0] * 10,
+            "metrics": {"accuracy": [min(0.9, 0.18 * t) + seed / 1e4 for t in range(1, 11)]},
+        }
+        runs.append(run)
+    # when
+    page = study_page(Study.from_runs(runs, group="none", resources=["energy"]))
+    # then
+    notes = page[page.index("Where training could have been stopped") :]
+    for name in ("early", "late"):
+        (note,) = re.findall(rf"<li>{name} \(mean of 3 runs\): (.*?)</li>", notes)
+        assert "to stop there keeps 100.0% of the final accuracy for 50% of the energy" in note
+
+
 def test_a_page_of_more_runs_than_it_can_show_has_their_means() -> None:
     # given 1,200 repeats of three models
     models = [f"m{i}" for i in range(3)]

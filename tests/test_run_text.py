@@ -554,3 +554,5 @@ def test_the_live_line_costs_no_heavy_import() -> None:
 def test_a_run_of_an_experiment_leads_to_its_ranking(measured: dict[str, Any]) -> None:
     text = render_run({**measured, "experiment": "my sizes"})
     assert text.splitlines()[-1].endswith("next: pepr-profile compare --experiment 'my sizes'")
+    alone = render_run({**measured, "experiment": "my sizes"}, comparable=False)
+    assert f"next: pepr-profile report {measured['run_id']}" in alone

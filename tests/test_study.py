@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from studies import energy, invoke, paper_columns, run_summary, store_run
 
 import pepr_profiler
 from pepr_profiler.commands.compare import compare, parse_price
+from pepr_profiler.commands.report import show
 from pepr_profiler.commands.score import score
 from pepr_profiler.errors import PeprError, TraceError, UsageError
 from pepr_profiler.report.export import encode, ranking_data
@@ -1019,6 +1022,25 @@ def test_a_loss_or_a_counter_is_no_performance_without_a_direction(metric: str, 
         assert fix in refused.value.fix
     declared = Study.from_runs(runs, metric=metric, transform="exp-neg").rank()
     assert declared.performance == pytest.approx([math.exp(-0.5)] * 2)
+
+
+def test_what_a_run_proposes_next_is_a_command_that_works(tmp_path: Path) -> None:
+    def proposed(run: dict[str, Any]) -> list[str]:
+        text = io.StringIO()
+        show(Store(tmp_path).load(run["run_id"]), file=text, store=tmp_path)
+        following = text.getvalue().partition("next: pepr-profile ")[2]
+        return shlex.split(following.replace("\\\n", " "))
+
+    # given an experiment's first run, another of the same model, and one of another model
+    for number, name in enumerate(("a", "a", "b"), start=1):
+        run = run_summary(name, number, energy=energy(1000.0 * number), carbon=None)
+        store_run(tmp_path, run)
+        # when
+        verb, *words = proposed(run)
+        # then it is compared where that works
+        works = invoke(compare, "--experiment", "study", "--store", tmp_path).exit_code == 0
+        assert (verb, works) == (("compare", True) if name == "b" else ("report", False))
+        assert "--store" in words
 
 
 BAD = np.array([1.0, 1.0, 1.0, 2.0, 2.0, 2.0])

@@ -201,8 +201,29 @@ def show(
 
     width, color = screen(file)
     named = "" if store is None or os.environ.get("PEPR_STORE") == str(store) else str(store)
-    text = render_run(summary, width=width, color=color, curve=curve, store=named)
+    text = render_run(
+        summary,
+        width=width,
+        color=color,
+        curve=curve,
+        store=named,
+        comparable=_has_others(summary, store),
+    )
     click.echo(f"{text}\n", file=file, color=color)
+
+
+def _has_others(summary: Mapping[str, Any], store: Path | None) -> bool:
+    """Whether a run's experiment has other models in the store, which `compare` can rank."""
+    experiment = summary.get("experiment")
+    if not (experiment and summary.get("performance")):
+        return False  # nobody proposes to compare it
+    from pepr_profiler.store.index import Filter
+    from pepr_profiler.store.runs import Store
+    from pepr_profiler.study.cohort import Cohort
+
+    found = Store(store).find(Filter(experiment=experiment, state="done"))
+    models = set(Cohort(found.rows, found).models())
+    return len(models) > 1 and len({row.metric for row in found.rows}) == 1
 
 
 def write_summary(summary: dict[str, Any], path: str) -> None:

@@ -83,11 +83,13 @@ def render_run(
     color: bool = False,
     curve: Mapping[str, Any] | None = None,
     store: str = "",
+    comparable: bool = True,
 ) -> str:
     """The screen of a run from its summary (docs/summary.md), without a final line end.
 
     `curve` are the options of `progress.curve_of`: which metric to show against the energy.
     `store` is what the commands that are proposed must name, if it is not the usual store.
+    `comparable` says that its experiment has other models, so that `compare` can be proposed.
     No line is wider than `width` cells or ends in a space; there are no escape codes unless
     `color`. Names and commands are shown as they are, their control characters made visible.
     """
@@ -101,7 +103,7 @@ def render_run(
         _phase_lines(summary.get("phases") or [], energy, width),
         wait_lines(summary, width) if of_job else [],
         _fact_lines(summary, width, curve or {}),
-        _saved_lines(summary, width, store),
+        _saved_lines(summary, width, store, comparable=comparable),
     ]
     lines: list[Line] = []
     for index, section in enumerate(filter(None, sections)):
@@ -450,11 +452,11 @@ def _progress(
     return [("progress", shown), ("", stop_note(curve))]
 
 
-def stop_note(curve: ProgressCurve) -> str:
+def stop_note(curve: ProgressCurve, noise: float | None = None) -> str:
     """Where along a curve the run could have been stopped, at the highest PePR.
 
     R is the energy so far over the run's own (`progress.scores_along`): there is nothing else to
-    compare with.
+    compare with. `noise` is that of `progress.best_stop`.
     """
     from pepr_profiler.study.progress import best_stop
 
@@ -468,7 +470,7 @@ def stop_note(curve: ProgressCurve) -> str:
         return "the values fall; where lower is better: --transform one-minus or exp-neg of report"
     if curve.total_j <= 0:
         return ""
-    stop = best_stop(curve)
+    stop = best_stop(curve, noise=noise)
     if stop is None:
         return f"no point to stop at stands out from the noise of {curve.metric}"
     if stop.point == len(performance) - 1:
@@ -552,7 +554,9 @@ def _sampling(summary: Mapping[str, Any]) -> str:
     return text
 
 
-def _saved_lines(summary: Mapping[str, Any], width: int, store: str) -> list[Line]:
+def _saved_lines(
+    summary: Mapping[str, Any], width: int, store: str, *, comparable: bool
+) -> list[Line]:
     run_id = printable(str(summary.get("run_id") or ""))
     if not run_id:
         return []
@@ -560,8 +564,8 @@ def _saved_lines(summary: Mapping[str, Any], width: int, store: str) -> list[Lin
         return [[(f"  {line}", "bold")] for line in wrap(recordings_text(summary), width - 2)]
     experiment = summary.get("experiment")
     following = f"next: pepr-profile report {run_id}"
-    comparable = summary.get("complete") and not summary.get("exit_code")
-    if experiment and comparable and summary.get("performance"):
+    done = summary.get("complete") and not summary.get("exit_code")
+    if experiment and comparable and done and summary.get("performance"):
         following = f"next: pepr-profile compare --experiment {printable(shlex.quote(experiment))}"
     saved = f"  saved {run_id}"
     named = f"--store {printable(shlex.quote(store))}" if store else ""

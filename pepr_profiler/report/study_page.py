@@ -13,6 +13,7 @@ from pepr_profiler.record import Mask
 from pepr_profiler.report import analysis_figures, figures, study_figures
 from pepr_profiler.report.html import clip, render
 from pepr_profiler.report.ranking_text import ratio_text, sentence
+from pepr_profiler.report.run_text import stop_note
 from pepr_profiler.report.typeset import means_table, settings_table
 from pepr_profiler.study import progress
 from pepr_profiler.study.analysis import Analysis, Traits
@@ -173,7 +174,8 @@ def _group(
             ),
         )
         metric = clip(curves[0].metric, 60)
-        charts.append({"chart": drawn, "heading": heading, "kind": "curves", "metric": metric})
+        way = {"chart": drawn, "heading": heading, "kind": "curves", "metric": metric}
+        charts.append({**way, "stops": list(_stops(first, by_id, curves[0].metric))})
     view = {
         "title": group if group is not None else charts[0]["heading"],
         "live": ranks_again,
@@ -232,6 +234,22 @@ def _group(
         ],
     }
     return view, facts
+
+
+def _stops(
+    ranking: Ranking, by_id: Mapping[str, Mapping[str, Any]], metric: str
+) -> Iterable[tuple[str, str]]:
+    """Where the runs of each model could have been stopped, by the mean curve of its repeats."""
+    for name, ids in zip(ranking.names, ranking.run_ids, strict=True):
+        every = [progress.curve_shown(by_id[x]) for x in ids]
+        curves = [curve for curve in every if curve is not None]
+        if not curves:
+            continue
+        mean, noise = progress.mean_curve(curves)
+        of = f" (mean of {len(curves)} runs)" if len(curves) > 1 else ""
+        note = stop_note(mean._replace(metric=metric), noise if len(curves) > 1 else None)
+        if note:
+            yield clip(name, 60) + of, note
 
 
 def _extras(analysis: Analysis) -> Iterable[dict[str, Any]]:
