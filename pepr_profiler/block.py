@@ -285,6 +285,7 @@ class Run:
         *,
         store: Path | None,
         pids: Sequence[int] | None,
+        cgroup: str | None,
         join: str,
         synchronise: bool,
         again: Callable[[], Run],
@@ -292,7 +293,8 @@ class Run:
         self._again = again
         self._options = options
         self._store = store
-        self._pids = None if pids is None else tuple(pids)
+        self._pids = None if pids is None and cgroup is None else tuple(pids or ())
+        self._cgroup = cgroup
         self._join = join
         self._synchronise = synchronise
         self._recorder: Recorder | None = None
@@ -549,9 +551,9 @@ class Run:
     def _record(self) -> int:
         """Begins a recording of our own. Returns when it began, ns."""
         if self._pids is not None:
-            from pepr_profiler.recording.attached import hold
+            from pepr_profiler.recording.attached import hold, hold_cgroup
 
-            with hold(self._pids) as targets:
+            with hold(self._pids) if self._cgroup is None else hold_cgroup(self._cgroup) as targets:
                 recorder = open_attached(self._options, self._store, targets)
         else:
             within = self._context._place if self._context else _open_blocks.around()
@@ -732,6 +734,7 @@ def profile(
     performance: str | None = None,
     scope: str = "job",
     pids: Sequence[int] | None = None,
+    cgroup: str | os.PathLike[str] | None = None,
     join: str = "auto",
     synchronise: bool = True,
 ) -> Run:
@@ -749,7 +752,8 @@ def profile(
     of its own everywhere, `join="error"` refuses to join (docs/jobs.md).
 
     With `pids` it measures these running processes and all that they start, instead of this one,
-    for as long as the block lasts. That is always a run of its own.
+    for as long as the block lasts; with `cgroup`, all that is in a cgroup of version 2, but for
+    this process: /sys/fs/cgroup/PATH, or PATH. That is always a run of its own.
 
     `experiment` groups runs to compare. `job` names the job that several recordings are of, those
     of its ranks and nodes; by default PEPR_JOB does, or what launched the program. `store` is the
@@ -785,12 +789,21 @@ def profile(
         if isinstance(pids, bytes | str):
             raise TypeError(f"'{type(pids).__name__}' is no list of numbers")
         followed = None if pids is None else [operator.index(pid) for pid in pids]
+        if followed is not None and cgroup is not None:
+            raise ValueError("one run is of one thing, and both are given")
+        path = None if cgroup is None else os.fsdecode(cgroup)
     except (TypeError, ValueError) as error:  # a lone surrogate is a ValueError too
+        given = f"store={store!r} or pids={pids!r}" + ("" if cgroup is None else f" or {cgroup=}")
         raise UsageError(
-            f"store={store!r} or pids={pids!r} cannot be used",
+            f"{given} cannot be used",
             why=str(error),
             fix='a store is a path, pids is a list of numbers: store="runs", pids=[4121]',
         ) from error
+    folder = None
+    if path is not None:
+        from pepr_profiler.recording.cgroups import folder_of
+
+        folder = folder_of(path)
 
     joins = checked_join(join)
 
@@ -799,6 +812,7 @@ def profile(
             options,
             store=where,
             pids=followed,
+            cgroup=folder,
             join=joins,
             synchronise=synchronise,
             again=make,

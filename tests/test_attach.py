@@ -179,6 +179,22 @@ def test_a_cgroups_peak_of_memory_is_the_kernels_if_it_is_of_the_run(
     assert f"{most / 1000:.3f} kB of the cgroup with its file cache" in " ".join(said.split())
 
 
+def test_a_block_measures_a_cgroup(meter: str, cgroup: Path) -> None:
+    with running(inside(cgroup, *python(WAITING + BUSY.format(cpu_s=0.5)))) as target:
+        before_s = used_s(target.pid)
+        with profile("theirs", cgroup=cgroup, sensors=[meter]) as run:
+            go(target)
+            truth_s = charged_s(target) - before_s
+    _, cpu_s = lane(run.directory, "job/cpu")
+    assert cpu_s[-1] - cpu_s[0] == pytest.approx(truth_s, abs=0.03)
+    assert not run.joined
+    with pytest.raises(TargetError, match="no process is in"), profile("x", cgroup=cgroup):
+        pass
+    for wrong in ({"cgroup": "no/such"}, {"cgroup": 7}, {"cgroup": cgroup, "pids": [1]}):
+        with pytest.raises(UsageError):
+            profile("x", **wrong)
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
