@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli import SLOW_S, Cli, codes, component
+from sim.nvml import BuildNvml, Gpu, Process, Scenario, default_uuid
 from sim.powercap import BuildTree, Tree, Zone
 from sim.waves import Constant
 
@@ -164,6 +165,28 @@ def test_a_device_that_knows_processes_alone_is_divided_and_that_is_said(meter: 
         assert part["u_j"] == pytest.approx(half_j / np.sqrt(3) * 2, rel=0.3)
         assert "shared-process" in codes(run.summary, "gpu:meter it was cannot be told apart")
     assert sum(part["job_j"] for part in meters) <= most_j
+
+
+def test_a_gpu_that_the_process_shares_is_divided_among_its_blocks(nvml_sim: BuildNvml) -> None:
+    # given 400 W, half of which is this process's, and half another's, which is around it
+    users = (Process(os.getpid(), 2**30, sm=0.3), Process(os.getppid(), 2**30, sm=0.3))
+    sim = nvml_sim(Scenario(gpus=(Gpu(Constant(400), processes=users),)))
+    meet = threading.Barrier(2, timeout=SLOW_S)
+
+    def trial() -> pepr_profiler.Run:
+        with profile("trial", sensors=[sim.spec]) as run:
+            meet.wait()
+            threading.Event().wait(2.0)
+            meet.wait()
+        return run
+
+    runs = at_once(trial, trial)
+    parts = [component(run.summary, f"gpu:{default_uuid(0)}") for run in runs]
+    for part in parts:
+        assert part["job_j"] == pytest.approx(part["device_j"] / 4, rel=0.05)
+        assert part["job_j"] + part["others_j"] + part["idle_j"] == pytest.approx(part["device_j"])
+        assert part["u_j"] > 1.1 * part["job_j"]  # any part of the half, from nothing to all
+    assert all("shared-process" in codes(run.summary, "cannot be told apart") for run in runs)
 
 
 def test_what_a_thread_starts_is_its_blocks(machine: Tree) -> None:
