@@ -579,8 +579,10 @@ class Run:
             raise
         self._thread = look
         if self._pids is None:
-            self._place = OpenBlock(self, recorder.directory, recorder.notifier, within)
-            _open_blocks.enter(self._place, begin_ns)
+            self._place = OpenBlock(
+                self, recorder.directory, recorder.notifier, within, begin_ns=begin_ns
+            )
+            _open_blocks.enter(self._place)
             self._phase_outside = _current_phase.get()
             _current_phase.set(None)
             _current_run.set(self)
@@ -613,7 +615,10 @@ class Run:
         _open_blocks.note(place)
         for note in place.take_notes():
             recorder.note(note)
-        return _DIVIDED_S if place.is_divided else math.inf
+        if not place.is_divided:
+            return math.inf
+        elapsed_s = (time.monotonic_ns() - place.begin_ns) * 1e-9
+        return min(max(_DIVIDED_S, elapsed_s / _DIVIDED_PART), _DIVIDED_MOST_S)
 
     def _find_directory(self) -> Path:
         """Where the run is now: its directory may have been moved or removed."""
@@ -829,8 +834,9 @@ def _of_lost(events: EventWriter) -> list[tuple[str, str]]:
     return [(text, "free descriptors (ulimit -n) and space for the store")]
 
 
-_DIVIDED_S = 1.0
-"""How often blocks that are open side by side note the CPU times of their threads."""
+_DIVIDED_S, _DIVIDED_PART, _DIVIDED_MOST_S = 1.0, 600, 10.0
+"""Blocks that are open side by side note the CPU times of their threads every second, later every
+600th of the run, at most every 10 s."""
 
 
 def _open_run() -> Run | None:

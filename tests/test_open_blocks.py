@@ -680,6 +680,33 @@ for thread in threads: thread.join()
     same_work_within_doubt(cli, code, machine)
 
 
+def test_a_worker_of_several_blocks_at_once_is_a_run_and_says_so(cli: Cli, meter: str) -> None:
+    code = f"""{WORKERS}
+import multiprocessing, threading
+from concurrent.futures import ProcessPoolExecutor
+meet = threading.Barrier(2)
+def one(pool):
+    with profile("user", sensors=[spec]) as run:
+        meet.wait()
+        found = pool.submit(task, 0.05).result()
+        meet.wait()
+    print(json.dumps([run.run_id, found]))
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(os.getpid).result()
+        threads = [threading.Thread(target=one, args=(pool,)) for _ in range(2)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+"""
+    found = run_program(cli, code, str(cli.folder), meter)
+    users = {run_id for run_id, _ in found}
+    assert not any(joined for _, (_, joined, _) in found)
+    for _, (_, _, run_id) in found:
+        summary = cli.report(cli.store / "runs" / run_id)
+        (text,) = (w["text"] for w in summary["warnings"] if w["code"] == "blocks-around")
+        assert all(user in text for user in users)
+
+
 def same_work_within_doubt(cli: Cli, code: str, machine: Tree) -> None:
     """Two blocks at once had the same work done by others: ± has that each may have had all."""
     begun = time.monotonic()

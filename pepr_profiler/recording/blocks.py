@@ -30,18 +30,26 @@ class OpenBlock:
     """A block that records itself: its run's directory as others are given it, and its thread.
 
     `around` is the open block of this process that has the block's energy too: one whose context
-    the block was entered in, or one of the main thread. `notes` wait to be written to its run.
+    the block was entered in, or one of the main thread. `before` are the PIDs of multiprocessing's
+    workers that were there before it. `notes` wait to be written to its run.
     """
 
     __slots__ = (
-        *("around", "before", "is_divided", "mark", "notes"),
-        *("notifier", "owner", "pid", "run_id", "thread"),
+        *("around", "before", "begin_ns", "beside", "is_divided", "mark"),
+        *("notes", "notifier", "owner", "pid", "run_id", "thread"),
     )
 
     def __init__(
-        self, owner: Any, directory: Path, notifier: _core.Notifier, around: OpenBlock | None
+        self,
+        owner: Any,
+        directory: Path,
+        notifier: _core.Notifier,
+        around: OpenBlock | None,
+        *,
+        begin_ns: int,
     ) -> None:
         self.owner = owner
+        self.begin_ns = begin_ns
         self.mark = str(directory)
         self.run_id = directory.name
         self.notifier = notifier
@@ -49,6 +57,7 @@ class OpenBlock:
         self.pid = os.getpid()
         self.thread = threading.current_thread()
         self.is_divided = False
+        self.beside: list[str] = []  # the runs that shared the process at the last note
         self.before = {worker.pid for worker in _workers()}
         self.notes: list[dict[str, Any]] = []
 
@@ -158,14 +167,14 @@ class OpenBlocks:
             if thread is not threading.main_thread() and thread not in self._clocks:
                 self._clocks[thread] = _core.ThreadClock()
 
-    def enter(self, block: OpenBlock, begin_ns: int) -> None:
+    def enter(self, block: OpenBlock) -> None:
         """The block has begun; those that are open beside it are woken to write that down."""
         with self._here():
             if not self.ours():
                 self._given, self._said = os.environ.get(RUN_DIR_VARIABLE), None
             self._blocks.append(block)
             self._name()
-            self._note_all(block, begin_ns)
+            self._note_all(block)
 
     def leave(self, block: OpenBlock) -> None:
         """The block has ended; nothing is noted of it any more."""
@@ -206,7 +215,7 @@ class OpenBlocks:
         elif now is not None:
             del os.environ[RUN_DIR_VARIABLE]
 
-    def _note_all(self, new: OpenBlock | None = None, begin_ns: int = 0) -> None:
+    def _note_all(self, new: OpenBlock | None = None) -> None:
         """Notes the clocks for each block that is divided, or was until now.
 
         The first note of the `new` one is of its begin.
@@ -219,7 +228,7 @@ class OpenBlocks:
         for block in parted:
             self._note(block, ours, clocks)
             if block is new:
-                block.notes[-1]["t_ns"] = begin_ns
+                block.notes[-1]["t_ns"] = block.begin_ns
             else:
                 block.notifier.notify()
 
@@ -236,6 +245,7 @@ class OpenBlocks:
         beside = self._beside(block, ours)
         block.is_divided = bool(beside) or not block.is_whole
         threads = [other.thread for other in (block, *beside)]
+        before, block.beside = block.beside, [other.run_id for other in beside]
         block.notes.append(
             {
                 "event": "blocks",
@@ -248,7 +258,7 @@ class OpenBlocks:
                 "pool_s": clocks.started_s + _shared_s(block.before),
                 "blocks": len(threads),
                 "of_thread": threads.count(block.thread),
-                "beside": [other.run_id for other in beside],
+                "beside": None if block.beside == before else block.beside,  # as before
             }
         )
 

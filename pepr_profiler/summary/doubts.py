@@ -408,19 +408,20 @@ def shared_process(
     of_blocks = [note for note in notes if note["event"] == "blocks"]
     ends_ns = [*(note["t_ns"] for note in of_blocks), end_ns][1:]
     times_s: dict[str, float] = {}
-    divided_s = 0.0
+    divided_s, beside = 0.0, ()
     for note, until_ns in zip(of_blocks, ends_ns, strict=False):
         seconds = max(0, min(until_ns, end_ns) - max(note["t_ns"], begin_ns)) * 1e-9
         divided_s += seconds if note["divided"] else 0.0
-        for run_id in note["beside"]:
+        beside = beside if note["beside"] is None else note["beside"]
+        for run_id in beside:
             times_s[run_id] = times_s.get(run_id, 0.0) + seconds
     if not divided_s > 0:
         return
     named = [f"run {run_id} for {seconds:.1f} s" for run_id, seconds in times_s.items()][:_NAMED]
-    beside = ", ".join(named) or f"its main thread for {divided_s:.1f} s"
+    partners = ", ".join(named) or f"its main thread for {divided_s:.1f} s"
     text = (
-        f"it shared the machine and its process with {beside}{_more(len(times_s))}: it has the CPU "
-        "time of its thread, and an equal part of what no thread's clock tells"
+        f"it shared the machine and its process with {partners}{_more(len(times_s))}: it has the "
+        "CPU time of its thread, and an equal part of what no thread's clock tells"
     )
     unknown = sorted({c.curve.source.id for c in components if _is_equal_part(c)})
     if unknown:

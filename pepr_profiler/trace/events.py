@@ -369,7 +369,7 @@ _NOTE_SHAPE = {
     "run_id": str,
     **dict.fromkeys(("own_s", "known_s", "pool_s"), float),
     "main_s": (float, None),
-    **{"divided": bool, "blocks": int, "of_thread": int, "beside": [str]},
+    **{"divided": bool, "blocks": int, "of_thread": int, "beside": ([str], None)},
     "owner": str,
     "command": (str, None),
     "user": (str, None),
