@@ -56,6 +56,8 @@ def differences(now: Any, then: Any, where: str = "") -> Iterator[str]:
             pass
         elif now != pytest.approx(then, rel=1e-9, abs=0.0, nan_ok=True):  # sums in another order
             yield f"{where} is {now!r}, not {then!r}"
+    elif now is None and where.endswith(("swap_with_next", "u_pepr")):
+        pass  # one run of a model without a ± of its own: how sure it is was said to be known
     elif now != then or type(now) is not type(then):
         yield f"{where} is {now!r}, not {then!r}"
 
