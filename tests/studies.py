@@ -12,6 +12,9 @@ import pytest
 from cli import REPOSITORY
 from click.testing import CliRunner, Result
 
+from pepr_profiler.commands.score import score
+from pepr_profiler.errors import PeprError
+
 
 def paper_table(name: str) -> Path:
     """A table of the paper's, which lies beside the repository if at all; skips without it."""
@@ -81,3 +84,18 @@ def store_run(store: Path, run: dict[str, Any], **changes: Any) -> None:
 def invoke(command: click.Command, *args: object) -> Result:
     """A command with these arguments, in this process; its exception is kept in the result."""
     return CliRunner().invoke(command, [str(arg) for arg in args], catch_exceptions=True)
+
+
+def scored(*args: object) -> Result:
+    """`score` with these arguments, which must work."""
+    result = invoke(score, *args)
+    assert result.exit_code == 0, result.exception or result.output
+    return result
+
+
+def refused(*args: object) -> PeprError:
+    """The error of `score` with these arguments, before which it prints nothing."""
+    result = invoke(score, *args)
+    assert isinstance(result.exception, PeprError), result.exception or result.output
+    assert result.stdout == "" and result.stderr == ""
+    return result.exception

@@ -15,29 +15,23 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
-from click.testing import Result
-from studies import energy, invoke, paper_columns, paper_table, run_summary, store_run
+from studies import (
+    energy,
+    invoke,
+    paper_columns,
+    paper_table,
+    refused,
+    run_summary,
+    scored,
+    store_run,
+)
 
 from pepr_profiler.commands.compare import compare
-from pepr_profiler.commands.score import score
-from pepr_profiler.errors import PeprError, UsageError
+from pepr_profiler.errors import UsageError
 from pepr_profiler.study.paired import signed_ranks
 
 RESOURCES = {"energy": "e", "co2": "c", "train_time": "t", "memR": "m"}
 DATA_SETS = ("derma_pt", "pneumonia_small")
-
-
-def scored(*args: object) -> Result:
-    result = invoke(score, *args)
-    assert result.exit_code == 0, result.exception or result.output
-    return result
-
-
-def refused(*args: object) -> PeprError:
-    result = invoke(score, *args)
-    assert isinstance(result.exception, PeprError), result.exception or result.output
-    assert result.stdout == "" and result.stderr == ""
-    return result.exception
 
 
 # --- the paired test, against published examples -------------------------------------------------

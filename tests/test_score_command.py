@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 from cli import REPOSITORY
-from click.testing import Result
-from studies import energy, invoke, paper_table, run_summary, store_run
+from studies import energy, invoke, paper_table, refused, run_summary, scored, store_run
 
 from pepr_profiler.commands.compare import compare
-from pepr_profiler.commands.score import score
-from pepr_profiler.errors import PeprError, UsageError
+from pepr_profiler.errors import UsageError
 
 MODELS = """\
 model,accuracy,kwh,task
@@ -32,19 +30,6 @@ def models(tmp_path: Path) -> Path:
     table = tmp_path / "models.csv"
     table.write_text(MODELS)
     return table
-
-
-def scored(*args: object) -> Result:
-    result = invoke(score, *args)
-    assert result.exit_code == 0, result.exception or result.output
-    return result
-
-
-def refused(*args: object) -> PeprError:
-    result = invoke(score, *args)
-    assert isinstance(result.exception, PeprError), result.output
-    assert result.stdout == ""
-    return result.exception
 
 
 COLUMNS = ("--performance", "accuracy", "--resource", "kwh")

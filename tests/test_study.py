@@ -1024,6 +1024,30 @@ def test_a_loss_or_a_counter_is_no_performance_without_a_direction(metric: str, 
     assert declared.performance == pytest.approx([math.exp(-0.5)] * 2)
 
 
+def test_an_experiment_without_a_metric_stops_no_other(tmp_path: Path) -> None:
+    # given three experiments: of accuracy, of another metric, and of none that is declared
+    for experiment, performance in (
+        ("acc", {"metric": "accuracy", "value": 0.9}),
+        ("f1", {"metric": "f1", "value": 0.8}),
+        ("notes", None),
+    ):
+        for number, name in enumerate("ab", start=1):
+            run = run_summary(f"{experiment}-{name}", energy=energy(1000.0 * number))
+            store_run(tmp_path, run, experiment=experiment, performance=performance)
+    # when
+    result = invoke(compare, "--store", tmp_path)
+    # then
+    assert result.exit_code == 0, result.exception
+    titles = [line.split() for line in result.stdout.splitlines() if line.startswith("PePR-E  ")]
+    assert [(words[4], words[6]) for words in titles if "metric" in words] == [
+        ("acc", "accuracy"),
+        ("f1", "f1"),
+    ]
+    assert "left out experiment notes: none of the metrics is declared" in result.stderr
+    alone = invoke(compare, "--store", tmp_path, "--experiment", "notes").exception
+    assert isinstance(alone, UsageError) and alone.fix.endswith("--metric accuracy")
+
+
 def test_what_a_run_proposes_next_is_a_command_that_works(tmp_path: Path) -> None:
     def proposed(run: dict[str, Any]) -> list[str]:
         text = io.StringIO()

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pepr_profiler.errors import UsageError
+from pepr_profiler.record import Floats
 from pepr_profiler.store.index import Filter
 from pepr_profiler.store.runs import Store
 from pepr_profiler.study import pepr
@@ -78,9 +79,10 @@ class Study:
         `left_out` adds to these. `whole` gives the whole summary for an id where `runs` are short
         ones. `command` is what a user typed, which an error completes.
 
-        UsageError for a run without the metric or a resource, for runs whose own performances are
-        different metrics, for measured and modelled energies in one group (unless
-        `mix_provenance`), for bounds of another resource, and when no run is left.
+        UsageError for a run without the metric or a resource, for runs of one group whose own
+        performances are different metrics (of several groups such a one is left out), for measured
+        and modelled energies in one group (unless `mix_provenance`), for bounds of another
+        resource, and when no run is left.
         """
         chosen, gone = Cohort.of(runs, whole)
         out = [*left_out, *gone]
@@ -91,15 +93,17 @@ class Study:
                 or "none was found",
                 fix="record one: pepr-profile --experiment NAME -- CMD (see: pepr-profile runs list)",  # noqa: E501
             )
-        metric, values = chosen.performance(metric, transform=transform, command=command)
-        p = pepr.as_performance(values, percent=percent, transform=transform)
+        chosen, grouped, performances = _with_performance(
+            chosen, out, group=group, metric=metric, transform=transform, command=command
+        )
+        p = np.concatenate([values for _, values in performances])
+        p = pepr.as_performance(p, percent=percent, transform=transform)
         amounts = [chosen.amount(resource, price) for resource in dict.fromkeys(resources)]
         time_s = chosen.amount("time", None).values
         if mix_provenance and bounds is not None:
             bounds = [replace(x, provenance=None) if isinstance(x, Bounds) else x for x in bounds]  # type: ignore[misc]
         rankings: list[Ranking] = []
         refused: UsageError | None = None
-        grouped = list(chosen.groups(group).items())
         lacking: dict[int, str] = {}
         if any(amount.energetic for amount in amounts):
             for _, of_group in grouped:
@@ -154,7 +158,7 @@ class Study:
                         repeats=True,
                         evidence=evidence[of_all.key][number].within(at),
                         bounds=bounds,
-                        metric=metric,
+                        metric=performances[number][0],
                         group=value,
                         grouped_by=group or "experiment",
                         provenance=provenance,
@@ -339,6 +343,38 @@ class Study:
         """
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return Bounds.saved(self.rankings, made_at=now, made_by=_user())
+
+
+def _with_performance(
+    chosen: Cohort,
+    out: list[tuple[str, str]],
+    *,
+    group: str | None,
+    **options: Any,  # of Cohort.performance
+) -> tuple[Cohort, list[tuple[str | None, list[int]]], list[tuple[str, Floats]]]:
+    """The runs of the groups that can be ranked, one group behind the other, the numbers of each,
+    and its metric with the values.
+
+    Of several groups those whose runs have no common performance go to `out`. UsageError where no
+    other is.
+    """
+    groups = chosen.groups(group)
+    kept: list[int] = []
+    grouped: list[tuple[str | None, list[int]]] = []
+    performances = []
+    refused: UsageError | None = None
+    for value, of_group in groups.items():
+        try:
+            performances.append(chosen.at(of_group).performance(**options))
+        except UsageError as error:
+            refused = refused or error
+            out.append((f"{group or 'experiment'} {value}", f"{error.what}: {error.why}"))
+            continue
+        grouped.append((value, list(range(len(kept), len(kept) + len(of_group)))))
+        kept += of_group
+    if refused is not None and not grouped:
+        raise refused
+    return chosen.at(kept), grouped, performances
 
 
 def _defined(rankings: Sequence[Ranking], out: list[tuple[str, str]]) -> tuple[Ranking, ...]:
