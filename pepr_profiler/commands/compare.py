@@ -18,6 +18,7 @@ from pepr_profiler.commands.report import (
     raw_csv_option,
 )
 from pepr_profiler.commands.score import (
+    Wanted,
     analysis_options,
     anyway_option,
     figure_of,
@@ -74,12 +75,7 @@ def compare(
     save_bounds: Path | None,
     anyway: bool,
     json_file: str | None,
-    class_by: str | None,
-    size_by: str | None,
-    setting_by: str | None,
-    averages: bool,
-    best: int | None,
-    figure: str | None,
+    wanted: Wanted,
     outputs: tuple[Path, ...],
     raw_csv: bool,
     **options: Any,  # of Study.from_store
@@ -106,14 +102,14 @@ def compare(
     from pepr_profiler.study.study import Study
 
     forms = forms_of(outputs)
-    figure = figure_of(forms, figure, size_by=size_by, setting_by=setting_by)
-    wanted = [name.strip() for text in resources for name in text.split(",") if name.strip()]
+    figure = figure_of(forms, wanted)
+    named = [name.strip() for text in resources for name in text.split(",") if name.strip()]
     recorded = Store(store)
     study = Study.from_store(
         recorded,
         runs=runs,
-        resources=wanted or ["energy"],
-        bounds=limits_of(bounds, bounds_from, dict.fromkeys(wanted)),
+        resources=named or ["energy"],
+        bounds=limits_of(bounds, bounds_from, dict.fromkeys(named)),
         price=parse_price(price) if price else None,
         command=_command(runs, store, resources, options),
         **options,
@@ -122,17 +118,17 @@ def compare(
         study,
         analysis=Analysis.of_runs(
             study,
-            class_by=class_by,
-            size_by=size_by,
-            setting_by=setting_by,
-            averages=averages,
+            class_by=wanted.class_by,
+            size_by=wanted.size_by,
+            setting_by=wanted.setting_by,
+            averages=wanted.averages,
             anyway=anyway,
         ),
         json_file=json_file,
         save_bounds=save_bounds,
         forms=forms,
         figure=figure,
-        best=best,
+        best=wanted.best,
         load=recorded.load,
         raw_csv=raw_csv,
     )

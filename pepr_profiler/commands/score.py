@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,8 +71,22 @@ def limits_of(
     return limits
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What was asked for beyond rankings; see `analysis_options`."""
+
+    class_by: str | None
+    size_by: str | None
+    setting_by: str | None
+    averages: bool
+    best: int | None
+    figure: str | None
+
+
 def analysis_options(of: str, form: str) -> Callable[[Any], Any]:
-    """The options of the paper's analysis; `of` is where the values are from, such as a column."""
+    """The options of the paper's analysis, as an argument `wanted`; `of` is where the values are
+    from, such as a column.
+    """
     options = (
         click.option("--class", "class_by", type=TEXT, metavar=form,
                      help=f"{of} of each model's class, such as CNN or other: colours in figures."),
@@ -89,18 +104,25 @@ def analysis_options(of: str, form: str) -> Callable[[Any], Any]:
                      help="What a figure shows [size or setting where one is given, else the "
                      "performance against the resource]."),
     )  # fmt: skip
-    return partial(decorate, options=options)
+
+    def decorated(command: Callable[..., None]) -> Any:
+        @functools.wraps(command)
+        def with_wanted(*args: Any, **given: Any) -> None:
+            wanted = Wanted(**{field.name: given.pop(field.name) for field in fields(Wanted)})
+            command(*args, wanted=wanted, **given)
+
+        return decorate(with_wanted, options=options)
+
+    return decorated
 
 
 def figure_of(
     forms: Sequence[tuple[Path, str]],
-    figure: str | None,
-    *,
-    size_by: str | None,
-    setting_by: str | None,
+    wanted: Wanted,
 ) -> str:
     """Which of FIGURES the files of -o show. UsageError where that is unclear."""
-    given = [name for name, by in (("size", size_by), ("setting", setting_by)) if by]
+    figure, by = wanted.figure, {"size": wanted.size_by, "setting": wanted.setting_by}
+    given = [name for name in by if by[name]]
     if figure in ("size", "setting") and figure not in given:
         raise UsageError(
             f"--figure {figure} needs --{figure}",
@@ -184,12 +206,7 @@ def score(
     save_bounds: Path | None,
     percent: bool,
     transform: str | None,
-    class_by: str | None,
-    size_by: str | None,
-    setting_by: str | None,
-    averages: bool,
-    best: int | None,
-    figure: str | None,
+    wanted: Wanted,
     outputs: tuple[Path, ...],
     raw_csv: bool,
     anyway: bool,
@@ -219,7 +236,7 @@ def score(
     limits = limits_of(bounds, bounds_from, resources)
     unit_of = dict(_named_unit(text, resources) for text in units)
     forms = forms_of(outputs, pipe="csv")
-    figure = figure_of(forms, figure, size_by=size_by, setting_by=setting_by)
+    figure = figure_of(forms, wanted)
     spreadsheets = [path for path, form in forms if form in _SPREADSHEETS]
     if repeats and spreadsheets:
         raise UsageError(
@@ -231,14 +248,15 @@ def score(
     pasted: list[tuple[str, str]] = []
     if repeats:
         rows, pasted = rows.without_duplicates()
-    traits = (class_by, size_by, setting_by)
-    wanted = (performance, *resources, *filter(None, (name, group, time, *traits)))
-    rows.require(wanted)
+    class_by, size_by, setting_by = wanted.class_by, wanted.size_by, wanted.setting_by
+    others = (name, group, time, class_by, size_by, setting_by)
+    named = (performance, *resources, *filter(None, others))
+    rows.require(named)
     if spreadsheets:
         rows.require_new(_added(resources, limits is not None))
-    others = [Path(path) for path in (json_file, save_bounds) if path]
-    _require_other_file(table, [*(path for path, _ in forms), *others])
-    models = labels = rows.labels(name, taken=wanted)
+    files = [Path(path) for path in (json_file, save_bounds) if path]
+    _require_other_file(table, [*(path for path, _ in forms), *files])
+    models = labels = rows.labels(name, taken=named)
     groups = rows.groups(group)
     for resource in resources:
         rows.require_one_unit(resource, groups, together=limits is not None)
@@ -276,7 +294,7 @@ def score(
         classes=(class_by, rows.texts(class_by)) if class_by else None,
         sizes=(size_by, rows.numbers(size_by, models)) if size_by else None,
         settings=(setting_by, rows.texts(setting_by)) if setting_by else None,
-        averages=averages,
+        averages=wanted.averages,
         anyway=anyway,
     )
 
@@ -294,7 +312,7 @@ def score(
         raw_csv=raw_csv,
         analysis=analysis,
         figure=figure,
-        best=best,
+        best=wanted.best,
         spreadsheet=with_scores,
     )
 

@@ -140,10 +140,6 @@ class Analysis:
         each group. UsageError for too many classes, for other than two settings, and for rows of
         one model that are repeats but differ in class or setting.
         """
-        if classes:
-            check_classes(*classes)
-        if settings:
-            two_settings(*settings)
         names: dict[str | None, list[list[int]]] = {}
         for group, at in groups.items():
             rows: dict[Any, list[int]] = {}
@@ -215,10 +211,6 @@ class Analysis:
             )
         if size_by:
             sizes = size_by, np.array(facts(size_by), dtype=np.float64)
-        if classes:
-            check_classes(*classes)
-        if settings:
-            two_settings(*settings)
         members = [
             [[number[x] for x in ids] for ids in ranking.run_ids] for ranking in study.rankings
         ]
@@ -244,6 +236,10 @@ class Analysis:
         anyway: bool,
     ) -> Analysis:
         """`members` are the table's rows or the runs of each row of each ranking."""
+        if classes:
+            check_classes(*classes)
+        if settings:
+            two_settings(*settings)
 
         def one(column: tuple[str, Sequence[str]] | None, rows: Sequence[Sequence[int]]) -> Any:
             if column is None:
