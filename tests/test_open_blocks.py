@@ -247,6 +247,56 @@ def test_a_block_that_follows_another_has_the_process_to_itself(meter: str) -> N
             assert "shared-process" not in codes(summary)
 
 
+def test_a_block_of_the_main_thread_is_beside_one_that_was_open_before(meter: str) -> None:
+    open_, close = threading.Event(), threading.Event()
+
+    def first() -> dict[str, Any]:
+        with (
+            profile("first", sensors=[meter]) as run,
+            profile("inner", sensors=[meter], join="never") as inner,
+        ):
+            open_.set()
+            close.wait(SLOW_S)
+        part = component(inner.summary, "gpu:meter")
+        assert part["job_j"] < 0.9 * part["device_j"]  # inside of what is divided
+        return run.summary
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(first)
+        open_.wait(SLOW_S)
+        with profile("main", sensors=[meter]) as main:
+            close.wait(0.5)
+        close.set()
+        summary = future.result(SLOW_S)
+    whole, part = component(summary, "gpu:meter"), component(main.summary, "gpu:meter")
+    assert main.summary["recording"]["outer"] is summary["recording"]["outer"] is None
+    # truth: the first one was there all the time, and has what the other has not
+    assert part["job_j"] == pytest.approx(part["device_j"] / 2, rel=0.02)
+    assert whole["job_j"] + part["job_j"] == pytest.approx(whole["device_j"], rel=0.02)
+
+
+def test_a_thread_that_outlives_the_block_around_it_has_the_process_then(meter: str) -> None:
+    open_, close = threading.Event(), threading.Event()
+
+    def inner() -> dict[str, Any]:
+        with profile("inner", sensors=[meter]) as run:
+            open_.set()
+            close.wait(SLOW_S)
+            threading.Event().wait(0.3)
+        return run.summary
+
+    with ThreadPoolExecutor(1) as pool:
+        with profile("outer", sensors=[meter]) as outer:
+            future = pool.submit(inner)
+            open_.wait(SLOW_S)
+        close.set()
+        summary = future.result(SLOW_S)
+    assert summary["recording"]["outer"]["run_id"] == outer.run_id
+    part = component(summary, "gpu:meter")
+    assert part["job_j"] > 100 * 0.3 and part["u_j"] < 0.5 * part["job_j"]
+    assert RUN_DIR_VARIABLE not in os.environ
+
+
 def test_energy_so_far_of_blocks_at_once_is_a_part_too(meter: str) -> None:
     meet = threading.Barrier(2, timeout=SLOW_S)
 
