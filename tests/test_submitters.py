@@ -246,6 +246,11 @@ def test_a_cgroup_without_the_work_is_no_total(cli: Cli, meter: str, cgroup: Pat
     lacks = {"id": f"cgroup {group}", "missing_s": summary["duration_s"]}
     assert summary["energy"]["partial"] == [lacks]
     assert summary["energy"]["u_j"] is None
+    # but whole devices lack nothing
+    options = ("--sensor", meter, "--follow", f"cgroup:{group}", "--attribution", "device", "--")
+    _, summary = cli.measure(*options, "true")
+    assert codes(summary) == set()
+    assert summary["energy"]["partial"] == []
 
 
 def test_what_a_command_does_outside_of_the_cgroup_is_named(

@@ -16,7 +16,7 @@ constexpr std::size_t kReadsPerSample = 24;
 }  // namespace
 
 MarkedProcesses::MarkedProcesses(const std::string& mark)
-    : mark_(std::string(1, '\0') + mark + '\0'), text_(1 + kLongest + 1), found_({}, 0) {
+    : mark_(std::string(1, '\0') + mark + '\0'), text_(new char[kLongest]), found_({}, 0) {
     last_pids_.fill(found_.last_pid());
 }
 
@@ -49,8 +49,9 @@ bool MarkedProcesses::bears_mark(pid_t pid) noexcept {
     char path[32];
     std::snprintf(path, sizeof path, "/proc/%d/environ", pid);
     // The first variable has a NUL before it too, and the last one may lack that behind it.
-    const std::size_t length = File(path).read(text_.data() + 1, text_.size() - 1);
-    return ::memmem(text_.data(), length + 2, mark_.data(), mark_.size()) != nullptr;
+    text_[0] = '\0';
+    const std::size_t length = File(path).read(text_.get() + 1, kLongest - 1);
+    return ::memmem(text_.get(), length + 2, mark_.data(), mark_.size()) != nullptr;
 }
 
 double MarkedProcesses::read_s() noexcept {

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <array>
+#include <memory>
 #include <string>
-#include <vector>
 
 #include "sensors/process_tree.h"
 
@@ -36,8 +36,8 @@ private:
     void adopt(pid_t pid, ProcessTree& tree) noexcept;
     bool bears_mark(pid_t pid) noexcept;
 
-    const std::string mark_;  // between the NULs of an environment
-    std::vector<char> text_;  // of an environment
+    const std::string mark_;              // between the NULs of an environment
+    const std::unique_ptr<char[]> text_;  // of an environment
     ProcessTree found_;
     std::array<pid_t, kLate + 2> last_pids_{};  // at the last samples, newest first
     bool unsettled_ = false;                    // a process vanished at the last read

@@ -201,7 +201,7 @@ def _exit_facts(
     if not is_inside:
         facts["max_rss_bytes"] = None
     job_s = recorder.job_cpu_s(ended.ended_ns)
-    if job_s == 0:
+    if job_s == 0 and recorder.options.scope == "job":
         recorder.add_warning(
             "empty-cgroup",
             f"nothing ran in the cgroup {root.cgroup}: the total has none of the work",
