@@ -29,6 +29,7 @@ from pepr_profiler import UsageError, _core, profile
 from pepr_profiler.daemon.claims import RunClaims
 from pepr_profiler.energy.activity import Activity, DeviceUse
 from pepr_profiler.energy.blocks import BlockPart
+from pepr_profiler.study.jobs import merge_jobs
 from pepr_profiler.trace.lane import LaneReader
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
@@ -137,6 +138,12 @@ def test_blocks_of_threads_are_runs_whose_energies_add_up(
         assert summary["energy"]["u_j"] < 0.4 * summary["energy"]["total_j"]
     sum_j = sum(summary["energy"]["total_j"] for summary in summaries)
     assert sum_j < MACHINE_W * max(summary["duration_s"] for summary in summaries)
+    # and where they are one job, that has them once
+    recorded = [*filter(None, [study]), *summaries]
+    (job,) = merge_jobs([{**summary, "job": "search"} for summary in recorded])
+    whole_j = study["energy"]["total_j"] if around else sum_j
+    assert job["energy"]["total_j"] == pytest.approx(whole_j, rel=1e-6)
+    assert "shared-process" not in codes(job)
     if around:
         assert "blocks-within" in codes(study, "and its energy has theirs: trial")
         assert 0.85 * study["energy"]["total_j"] < sum_j < study["energy"]["total_j"]

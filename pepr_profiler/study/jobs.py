@@ -35,7 +35,7 @@ from pepr_profiler.study.job_devices import (
     windows_ns,
 )
 from pepr_profiler.study.ranks import Pass, RankShare
-from pepr_profiler.summary.doubts import SHARED_DEVICE, shared_job
+from pepr_profiler.summary.doubts import SHARED_DEVICE, SHARED_PROCESS, shared_job
 from pepr_profiler.summary.timeline import Timeline, TimelineComponent
 from pepr_profiler.trace.events import PhaseSpan
 from pepr_profiler.trace.shape import MALFORMED
@@ -633,7 +633,7 @@ def _warnings(runs: Sequence[Summary], components: Iterable[Summary]) -> list[di
     every = _unique(runs, "warnings", "text")
     if len(runs) == 1:
         return every
-    kept = [warning for warning in every if warning["code"] != SHARED_DEVICE]
+    kept = [warning for warning in every if warning["code"] not in (SHARED_DEVICE, SHARED_PROCESS)]
     return [*kept, *shared_job(components)]
 
 

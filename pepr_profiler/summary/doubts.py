@@ -427,7 +427,7 @@ def shared_process(
     if unknown:
         text += f"; whose use of {', '.join(unknown)} it was cannot be told apart, as ± says"
     fix = "to compare such runs, let them follow each other or be programs of their own"
-    yield warning("shared-process", text, fix)
+    yield warning(SHARED_PROCESS, text, fix)
 
 
 def blocks_within(notes: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
@@ -473,7 +473,7 @@ def shared_job(components: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, st
 
 _PLURALS = {"cpu": "CPUs", "gpu": "GPUs"}
 
-SHARED_DEVICE = "shared-device"
+SHARED_DEVICE, SHARED_PROCESS = "shared-device", "shared-process"
 
 
 def _whole_device(name: str, reason: str, part: float) -> dict[str, str]:
