@@ -143,11 +143,24 @@ def format_amount(value: float, unit: str, u: float | None = None) -> str:
         return format_with_u(value, u, unit).rstrip()
     if unit == "s":
         return format_duration(value)
-    if unit in ("J", "g", "B"):
-        return format_quantity(value, unit)
-    if unit:
-        return f"{value:#.4g} {unit}"  # a currency takes no prefix
-    return format_quantity(value, "").rstrip() if value >= 1e4 else f"{value:.4g}"
+    if unit in ("J", "g", "B") or (not unit and value >= 9999.5):
+        return format_quantity(value, unit).rstrip()
+    if unit:  # a currency takes no prefix
+        return f"{_plain(value)} {unit}"
+    return _plain(value, zeros=False)
+
+
+def _plain(value: float, *, zeros: bool = True) -> str:
+    """Four significant digits without an exponent, if it is neither huge nor tiny; `zeros` are
+    kept at the end.
+    """
+    if not math.isfinite(value):
+        return UNKNOWN
+    exponent = int(f"{value:.3e}".rpartition("e")[2])
+    if not value or not -8 < exponent < 12:
+        return f"{value:#.4g}" if zeros else f"{value:.4g}"
+    text = f"{value:.{max(0, 3 - exponent)}f}"
+    return text if zeros or "." not in text else text.rstrip("0").rstrip(".")
 
 
 def parse_duration(text: str) -> int:

@@ -231,8 +231,8 @@ def test_equal_resources_of_repeats_are_a_sentence_and_no_error(
     rows = [f"{name},0.9{seed},2.0" for name in "ab" for seed in range(3)]
     arguments = (table_of(tmp_path, *rows), *COLUMNS, "--repeats", *anyway)
     text = " ".join(scored(*arguments).stdout.split())
-    assert "cannot be told apart by kwh: all took the same, so that R is 0/0." in text
-    assert "All took 2 of kwh." in text and "nan" not in text and "anyway" not in text
+    assert "cannot be told apart by kwh: their means are equal, so that R is 0/0." in text
+    assert "All took 2 of kwh on average." in text and "nan" not in text and "anyway" not in text
     (ranking,) = json.loads(scored(*arguments, "--json", "-").stdout)["rankings"]
     assert ranking["distinguishable"] is False
     assert [row["pepr"] for row in ranking["rows"]] == [None, None]

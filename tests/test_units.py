@@ -13,6 +13,7 @@ from pepr_profiler.errors import UsageError
 from pepr_profiler.units import (
     J_PER_KWH,
     J_PER_WH,
+    format_amount,
     format_duration,
     format_quantity,
     format_with_u,
@@ -252,3 +253,23 @@ def test_a_kilowatt_hour_is_a_kilowatt_for_an_hour() -> None:
 
 def test_the_largest_number_has_a_layout_too() -> None:
     assert format_with_u(1.5e308, 1e307, "J").endswith(" PJ")
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (4000.4, "", "4000"),
+        (9999.9, "", "10.00 k"),
+        (3.3e-5, "", "0.000033"),
+        (0.0, "", "0"),
+        (1.5, "", "1.5"),
+        (4000.4, "kWh", "4000 kWh"),
+        (123456.0, "EUR", "123456 EUR"),
+        (3.3e-5, "EUR", "0.00003300 EUR"),
+        (0.5, "EUR", "0.5000 EUR"),
+        (1e300, "EUR", "1.000e+300 EUR"),
+        (151000.0, "J", "151.0 kJ"),
+    ],
+)
+def test_an_amount_is_a_plain_number_where_it_can_be(value: float, unit: str, text: str) -> None:
+    assert format_amount(value, unit) == text

@@ -230,8 +230,9 @@ def ratio_text(ranking: Ranking) -> str:
     names = brief(ranking.names[most], 40), brief(ranking.names[least], 40)
     standing, resource = ranking.standing, _in_text(ranking.resource_name)
     if ranking.undefined:
-        return f"All took {format_amount(float(ranking.resource[0]), ranking.unit)} of {resource}."
-    if standing is None:
+        took = format_amount(float(ranking.resource[0]), ranking.unit)
+        return f"All took {took} of {resource} on average."
+    if standing is None or not all(map(math.isfinite, standing.difference)):
         return f"{names[1]} took least, and {names[0]} most."
     once = "" if ranking.repeated else "; one run each, so without the spread over repeats"
     if all(map(math.isfinite, standing.ratio)):

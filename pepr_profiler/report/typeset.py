@@ -630,6 +630,9 @@ def _of_u(ranking: Ranking) -> list[str]:
     if ranking.standing is None:
         return []
     notes = ["± covers 95% (k = 2, or Student's t where repeats are few)."]
+    us = [ranking.standing.u_pepr, ranking.u_performance if ranking.repeated else None]
+    if any(u is not None and np.isnan(u).any() for u in us):
+        notes.append("± ?: unknown, as one run shows no spread.")
     if any("–" in rank for rank in ranks(ranking)):
         notes.append("Ranks a–b: any of these (95%).")
     if ranking.standing.lopsided.any():

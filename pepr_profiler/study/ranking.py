@@ -139,8 +139,8 @@ class Ranking:
             found.append(
                 Caution(
                     "indistinguishable",
-                    f"these {self.of}s cannot be told apart by {self.resource_name}: all took the "
-                    "same, so that R is 0/0"
+                    f"these {self.of}s cannot be told apart by {self.resource_name}: their "
+                    "means are equal, so that R is 0/0"
                     if self.undefined
                     else f"these {self.of}s cannot be told apart by {self.resource_name}; PePR "
                     "would rank them by noise",
