@@ -30,6 +30,7 @@ from pepr_profiler.daemon.claims import RunClaims
 from pepr_profiler.energy.activity import Activity, DeviceUse
 from pepr_profiler.energy.blocks import BlockPart
 from pepr_profiler.study.jobs import merge_jobs
+from pepr_profiler.trace.events import read_process_notes
 from pepr_profiler.trace.lane import LaneReader
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
@@ -304,6 +305,21 @@ def test_a_thread_that_outlives_the_block_around_it_has_the_process_then(meter: 
     assert RUN_DIR_VARIABLE not in os.environ
 
 
+def test_a_block_whose_thread_has_ended_has_nothing_of_the_main_threads(meter: str) -> None:
+    left = profile("left", sensors=[meter])
+    thread = threading.Thread(target=left.__enter__)
+    thread.start()
+    thread.join()
+    for _ in range(2):
+        at_once(lambda: entered("other", sensors=[meter]))
+        burn(0.2)
+    left.__exit__(None, None, None)
+    notes = read_process_notes(left.directory)
+    own_s = [note["own_s"] for note in notes if note["event"] == "blocks"]
+    assert len(own_s) > 3
+    assert max(own_s) - min(own_s) < 0.15
+
+
 def test_energy_so_far_of_blocks_at_once_is_a_part_too(meter: str) -> None:
     meet = threading.Barrier(2, timeout=SLOW_S)
 
@@ -326,7 +342,7 @@ def test_energy_so_far_of_blocks_at_once_is_a_part_too(meter: str) -> None:
 
 
 def entered(name: str = "inner", **options: Any) -> tuple[bool, str]:
-    with profile(name, cpu_power="1:2", **options) as run:
+    with profile(name, **{"cpu_power": "1:2", **options}) as run:
         return run.joined, run.run_id
 
 
@@ -527,7 +543,8 @@ def task(cpu_s):
 def block(name, work):  # that nothing of the machine counts twice is in the job's CPU time
     with profile(name, sensors=[spec]) as run:
         found = work()
-    from pepr_profiler.trace.lane import LaneReader
+    from pepr_profiler.trace.events import read_process_notes
+from pepr_profiler.trace.lane import LaneReader
     cpu_s = [value for batch in LaneReader(run.directory, "processes") for value in batch.values[0]]
     phases = [(phase["name"], phase["count"]) for phase in run.summary["phases"]]
     print(json.dumps([run.run_id, found, float(cpu_s[-1]) - float(cpu_s[0]), phases]))

@@ -189,7 +189,8 @@ class OpenBlocks:
                     other.around = block.around
             self._name()
             self._note_all()
-            for thread in [thread for thread in self._clocks if not thread.is_alive()]:
+            kept = {other.thread for other in self._blocks}
+            for thread in [t for t in self._clocks if not t.is_alive() and t not in kept]:
                 self._ended_s += self._clocks.pop(thread).read_s()
 
     def note(self, block: OpenBlock) -> None:
