@@ -117,6 +117,8 @@ def channels_of_processes() -> tuple[Channel, ...]:
         Channel("job/rss", "memory", "B", source="procfs", labels=memory),
         Channel("job/processes", "count", "1", source="procfs", labels={"scope": "job"}),
         Channel("system/busy", "cpu_time", "s", counter=True, source="procfs", labels=system),
+        Channel("job/memory-current", "memory", "B", source="cgroup", labels={"scope": "job"}),
+        Channel("job/memory-peak", "memory", "B", source="cgroup", labels={"scope": "job"}),
     )
 
 
@@ -149,7 +151,7 @@ def lanes() -> dict[str, tuple[LaneInfo, Callable[[float], list[float]]]]:
         ),
         "processes": (
             LaneInfo("processes", "processes:children", S // 10, channels_of_processes()),
-            lambda t: [t * 0.9, 2.0**28, 3, 1000 + t * 1.5],
+            lambda t: [t * 0.9, 2.0**28, 3, 1000 + t * 1.5, 2.0**29, 2.0**30 + t],
         ),
         "replay": (LaneInfo("replay", "replay:x", S // 10, (alone,)), lambda _: [100.0]),
     }
