@@ -301,7 +301,7 @@ def test_the_uncertainty_of_the_resource_is_shown_where_names_have_room(tmp_path
     rows = [f"{name},0.9{seed},{kwh + seed / 99}" for name, kwh in (("a", 1), ("b", 3))
             for seed in range(3)]  # fmt: skip
     text = scored(table_of(tmp_path, *rows), *COLUMNS, "--repeats").stdout
-    assert "1.010 ± 0.026" in text
+    assert "1.010 ± 0.026" in text and "P(rev.)" in text
     rows = [row.replace("a,", f"{'a' * 30},").replace("b,", f"{'b' * 30},") for row in rows]
     text = scored(table_of(tmp_path, *rows), *COLUMNS, "--repeats").stdout
     assert "  1.01  " in text and "1.010" not in text
@@ -323,7 +323,13 @@ def test_the_order_of_the_rows_moves_no_probability(tmp_path: Path) -> None:
 def test_the_table_that_is_scored_is_never_overwritten(models: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.csv"
     link.symlink_to(models)
-    for option in (["-o", link], ["--json", models], ["--save-range", models]):
+    (tmp_path / "page-all-rows.csv").symlink_to(models)  # what a large page would write too
+    for option in (
+        ["-o", link],
+        ["--json", models],
+        ["--save-range", models],
+        ["-o", tmp_path / "page.html"],
+    ):
         assert "is the table that is scored" in refused(models, *COLUMNS, *option).what
     assert models.read_text() == MODELS
 

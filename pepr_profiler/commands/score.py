@@ -255,7 +255,9 @@ def score(
     if spreadsheets:
         rows.require_new(_added(resources, limits is not None))
     files = [Path(path) for path in (json_file, save_bounds) if path]
-    _require_other_file(table, [*(path for path, _ in forms), *files])
+    files += [path for path, _ in forms]
+    files += [_beside(path) for path, form in forms if FORMS[form][0] == "page"]
+    _require_other_file(table, files)
     models = labels = rows.labels(name, taken=named)
     groups = rows.groups(group)
     for resource in resources:
@@ -512,10 +514,15 @@ def _write_form(path: Path, analysis: Analysis, form: str, **wanted: Any) -> Non
         from pepr_profiler.report.study_page import is_thinned
 
         if is_thinned(analysis.study):
-            beside = f"{path.stem}-all-rows.csv"
-            write_text(path.with_name(beside), _rendered(analysis, "csv", **wanted))
-            complain(f"wrote {path.with_name(beside)}")
+            beside = _beside(path).name
+            write_text(_beside(path), _rendered(analysis, "csv", **wanted))
+            complain(f"wrote {_beside(path)}")
     write_text(path, _rendered(analysis, form, beside=beside, **wanted))
+
+
+def _beside(page: Path) -> Path:
+    """The table of all rows beside a page that shows only the best."""
+    return page.with_name(f"{page.stem}-all-rows.csv")
 
 
 def _rendered(

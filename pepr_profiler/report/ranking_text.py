@@ -43,9 +43,10 @@ def render_ranking(
     ranks = _ranks(ranking)
     rank_cells = max(map(len, ranks))
     longest = max(cells(printable(name)) for name in ("model", *ranking.names))
+    roomy = max(longest, _NAME_CELLS[0])
     # The u of the resource only where names have room beside it, that of P where they have some.
     for of_r, of_p, least in (
-        (True, True, longest),
+        (True, True, roomy),
         (False, True, _NAME_CELLS[0]),
         (False, False, 0),
     ):
@@ -189,9 +190,10 @@ def _undecided(ranking: Ranking, *, width: int, color: bool) -> str:
     lines.append([(row("model", [heading for heading, _ in columns]), "dim")])
     for i, name in enumerate(ranking.names):
         lines.append([(row(name, [column[i] for _, column in columns]), "")])
-    notes = [("±", "k = 2 (95%), Student's t for few repeats")]
+    notes = []
     if ranking.repeated:
-        notes.insert(0, ("n", "runs of the model; its numbers are their means"))
+        notes.append(("n", "runs of the model; its numbers are their means"))
+        notes.append(("±", "k = 2 (95%), Student's t for few repeats"))
     notes += _of_single(ranking)
     if not ranking.undefined:
         notes.append(("--anyway", "ranks them by PePR all the same"))
