@@ -543,8 +543,7 @@ def task(cpu_s):
 def block(name, work):  # that nothing of the machine counts twice is in the job's CPU time
     with profile(name, sensors=[spec]) as run:
         found = work()
-    from pepr_profiler.trace.events import read_process_notes
-from pepr_profiler.trace.lane import LaneReader
+    from pepr_profiler.trace.lane import LaneReader
     cpu_s = [value for batch in LaneReader(run.directory, "processes") for value in batch.values[0]]
     phases = [(phase["name"], phase["count"]) for phase in run.summary["phases"]]
     print(json.dumps([run.run_id, found, float(cpu_s[-1]) - float(cpu_s[0]), phases]))
@@ -857,6 +856,23 @@ def test_what_the_main_thread_does_is_no_blocks() -> None:
     part = part_of([*own, a_note(10, 6.0, 16.0, **shared)], process)
     # 6 are its own, 10 the main thread's, and of 4 either may have had any part
     assert part.of_activity(process).cpu_between(0, 10 * S)[0] == pytest.approx(6 + 4 / 2)
+
+
+def test_a_block_alone_in_one_of_the_main_thread_may_have_none_of_its_helpers() -> None:
+    # given 6 CPU seconds of its own, and 4 of threads that the block around it may have started
+    process = a_process(1.0)
+    notes = [a_note(0, 0.0, 0.0, blocks=1), a_note(10, 6.0, 6.0, blocks=1)]
+    part = part_of(notes, process)
+    at_ns = np.array([0, 10 * S])
+    assert part.of_activity(process).cpu_between(0, 10 * S)[0] == pytest.approx(6 + 4 / 2)
+    by_cpu = part.u_rel(at_ns, np.array([0.0, 8.0]), by_cpu=True)
+    assert by_cpu * 8 == pytest.approx(4 / np.sqrt(12))
+    assert part.of_use(DeviceUse.by_job_alone(0, 10 * S)).job[0] == pytest.approx(0.5)
+    # and where there are none, all is its own
+    notes = [a_note(0, 0.0, 0.0, blocks=1), a_note(10, 10.0, 10.0, blocks=1)]
+    part = part_of(notes, process)
+    assert part.of_use(DeviceUse.by_job_alone(0, 10 * S)).job[0] == 1.0
+    assert part.u_rel(at_ns, np.array([0.0, 1.0]), by_cpu=True) == 0.0
 
 
 def test_a_run_that_was_cut_off_has_an_equal_part_since_its_last_note() -> None:

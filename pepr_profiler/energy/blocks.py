@@ -21,8 +21,8 @@ import numpy as np
 from pepr_profiler.energy.activity import Activity, DeviceUse, used_until_s
 from pepr_profiler.record import Floats, Ints, Record
 
-_WORKS = 0.01
-"""A main thread that takes less of a core than this does nothing that blocks could have done."""
+_WORKS = 0.02
+"""Threads outside of all blocks that take less of a core than this do nothing of what blocks do."""
 
 
 class BlockPart(Record):
@@ -55,23 +55,24 @@ class BlockPart(Record):
         if not any(note["divided"] for note in of_blocks):
             return None
         at_ns, of_thread, blocks, main_s, *clocks_s = (_column(of_blocks, n) for n in _COLUMNS)
-        growths_s = [np.maximum(np.diff(clock_s), 0.0) for clock_s in clocks_s]
-        works = np.nan_to_num(np.diff(main_s)) > _WORKS * np.diff(at_ns) * 1e-9
-        count = blocks + np.append(works, np.zeros(1, dtype=np.bool_))
-        equal, equal_u = 1.0 / count, _unknown(count)
-        cpu, cpu_u = equal.copy(), equal_u.copy()
+        own_s, known_s, pool_s = (np.maximum(np.diff(clock_s), 0.0) for clock_s in clocks_s)
+        process_s = known_s
         if activity is not None and len(activity.t_ns) > 1:
-            own_s, known_s, pool_s = growths_s
             process_s = np.maximum(np.diff(used_until_s(activity, at_ns)), 0.0)
-            # Clocks are read at other instants than the lane: together they are at most the whole.
-            scale = np.minimum(1.0, _ratio(process_s, known_s, 1.0))
-            own_s, rest_s = scale * own_s, process_s - scale * known_s
-            part_s = own_s / of_thread[:-1] + rest_s * equal[:-1]
-            # Workers are counted to the thread that started them, and others may use them too.
-            unsure_s = np.minimum(rest_s + pool_s, process_s)
-            u_s = own_s * _unknown(of_thread[:-1]) + unsure_s * equal_u[:-1]
-            cpu[:-1] = np.minimum(_ratio(part_s, process_s, equal[:-1]), 1.0)
-            cpu_u[:-1] = _ratio(u_s, process_s, equal_u[:-1])
+        # Clocks are read at other instants than the lane: together they are at most the whole.
+        scale = np.minimum(1.0, _ratio(process_s, known_s, 1.0))
+        own_s, rest_s = scale * own_s, process_s - scale * known_s
+        # A block alone, in one of the main thread, may have nothing of what other threads do there.
+        apart_s = np.nan_to_num(np.diff(main_s)) + np.where(blocks[:-1] < 2, rest_s, 0.0)
+        count = blocks.copy()
+        count[:-1] += apart_s > _WORKS * np.diff(at_ns) * 1e-9
+        equal, equal_u = 1.0 / count, _unknown(count)
+        part_s = own_s / of_thread[:-1] + rest_s * equal[:-1]
+        # Workers are counted to the thread that started them, and others may use them too.
+        unsure_s = np.minimum(rest_s + pool_s, process_s)
+        u_s = own_s * _unknown(of_thread[:-1]) + unsure_s * equal_u[:-1]
+        cpu = np.append(np.minimum(_ratio(part_s, process_s, equal[:-1]), 1.0), equal[-1])
+        cpu_u = np.append(_ratio(u_s, process_s, equal_u[:-1]), equal_u[-1])
         divided = np.array([note["divided"] for note in of_blocks])
         edges_ns = [min(begin_ns, at_ns[0]) - 1.0, *at_ns, max(end_ns, at_ns[-1]) + 1.0]
         return cls(
