@@ -7,7 +7,8 @@ A cohort has models whose true resources lie evenly between two bounds, in rando
 true performances are equal, so that the order is one of the resource. u is the standard uncertainty
 of a model's mean resource: the scatter of its runs over the root of their number, or of the one
 run's reading, which is stated. In the line of difference 0 no true score exists (R is 0/0), and
-all orders are half wrong.
+all orders are half wrong. In the lines "any" the difference d of each cohort is another one:
+1 / (1 + d^2 / 2) is uniform from 0.02 to 1, so that d is 0 to 10 u, in the middle 1.4 u.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pepr_profiler.record import Floats
 from pepr_profiler.study import draws, pepr
 
 ROWS, REPEATS, DIFFERENCES = (2, 3, 6, 20), (1, 3, 5), (0.0, 0.5, 1.0, 2.0, 5.0)
+ANY = -1.0
 _MEAN, _U = 1000.0, 20.0  # J: a scatter of 2 % for one run, 3.5 % for three
 _P, _SD_P = 0.9, 0.004
 _DRAWS = 1000
@@ -55,12 +57,15 @@ def cohorts(kind: tuple[int, int, float], *, count: int, around_seen: bool) -> L
     if around_seen:
         draws._Population.of = classmethod(lambda *_: None)  # type: ignore[assignment,method-assign]
     n, repeats, difference = kind
-    random = np.random.default_rng([n, repeats, int(10 * difference)])
-    true_r = _MEAN + _U * np.linspace(0.0, difference, n)
-    true = _P / (1 + (true_r - true_r[0]) / np.ptp(true_r)) if difference else np.full(n, np.nan)
+    random = np.random.default_rng([n, repeats, int(10 * abs(difference))])
+    true = _P / (1 + np.linspace(0.0, 1.0, n)) if difference else np.full(n, np.nan)
     model = np.repeat(np.arange(n), repeats)
     covered, printed, wrong, first, apart = [], [], [], [], []
     for _ in range(count):
+        apart_u = difference
+        if difference == ANY:
+            apart_u = float(np.sqrt(2.0 / random.uniform(0.02, 1.0) - 2.0))
+        true_r = _MEAN + _U * np.linspace(0.0, apart_u, n)
         r = true_r[model] + _U * np.sqrt(repeats) * random.standard_normal(len(model))
         p = _P + _SD_P * random.standard_normal(len(model)) * (repeats > 1)
         means = pepr.average(model, p, r, u_r=_U if repeats == 1 else 0.0)
@@ -100,32 +105,35 @@ def table(pool: ProcessPoolExecutor, count: int, *, around_seen: bool) -> None:
         "\n  <= 5 %); apart: can be told apart; P(rev.): mean printed, and share reversed\n"
     )
     print("  rows repeats  apart by   covered   least   first   apart   P(rev.) true")
-    kinds = list(product(ROWS, REPEATS, DIFFERENCES))
+    kinds = list(product(ROWS, REPEATS, (*DIFFERENCES, ANY)))
     one = partial(cohorts, count=count, around_seen=around_seen)
-    together: dict[tuple[int, int], list[Line]] = {}
+    together: dict[tuple[int, int, str], list[Line]] = {}
     for line in pool.map(one, kinds):
-        together.setdefault((line.rows, line.repeats), []).append(line)
+        which = "any" if line.difference == ANY else "fixed"
+        together.setdefault((line.rows, line.repeats, which), []).append(line)
         tied = line.difference == 0
+        shown = "any" if line.difference == ANY else f"{line.difference:.1f}"
         least = line.covered.mean(axis=0).min()
         covers = "      -       -" if tied else f"{line.covered.mean():>7.1%}{least:>8.1%}"
         missed = line.surely_first > 0.05 if tied else line.covered.mean() < 0.93
         print(
-            f"  {line.rows:>4}{line.repeats:>8}{line.difference:>9.1f} u   {covers}"
+            f"  {line.rows:>4}{line.repeats:>8}{shown:>9} u   {covers}"
             f"{line.surely_first:>8.1%}{line.told_apart:>8.1%}{line.printed.mean():>10.2f}"
             f"{line.reversed_.mean():>5.2f}{'   MISSED' if missed else ''}",
             flush=True,
         )
     print(
-        "\n  P(order reversed) of neighbours, over all differences: printed > share reversed"
-        "\n  (pairs), for rows and repeats; goal: they differ by 0.05 at most\n"
+        "\n  P(order reversed) of neighbours, over the fixed differences, and where it is any:"
+        "\n  printed > share reversed (pairs), for rows and repeats; goal: they differ by 0.05\n"
     )
-    for (rows, repeats), lines in together.items():
+    for (rows, repeats, which), lines in together.items():
         bins = list(calibration(lines))
         worst = max((abs(printed - wrong) for printed, wrong, _ in bins), default=1.0)
         text = "  ".join(
             f"{printed:.2f} > {wrong:.2f} ({pairs:,})" for printed, wrong, pairs in bins
         )
-        print(f"  {rows:>4}{repeats:>4}   {text}   {'reached' if worst <= 0.05 else 'MISSED'}")
+        reached = "reached" if worst <= 0.05 else "MISSED"
+        print(f"  {rows:>4}{repeats:>4} {which:<5}  {text}   {reached}")
 
 
 def speed() -> None:

@@ -140,7 +140,8 @@ def format_amount(value: float, unit: str, u: float | None = None) -> str:
     It is shown with its `u` where that is known.
     """
     if u is not None and math.isfinite(u):
-        return format_with_u(value, u, unit).rstrip()
+        prefixed = unit in ("J", "g", "B", "s")  # no other unit takes one
+        return format_with_u(value, u, unit) if prefixed else f"{_with_u(value, u)} {unit}".rstrip()
     if unit == "s":
         return format_duration(value)
     if unit in ("J", "g", "B") or (not unit and value >= 9999.5):
@@ -161,6 +162,20 @@ def _plain(value: float, *, zeros: bool = True) -> str:
         return f"{value:#.4g}" if zeros else f"{value:.4g}"
     text = f"{value:.{max(0, 3 - exponent)}f}"
     return text if zeros or "." not in text else text.rstrip("0").rstrip(".")
+
+
+def _with_u(value: float, u: float) -> str:
+    """A plain number and its u to the same digit: two of u, but at most six of the number."""
+    largest = max(abs(value), u)
+    if not math.isfinite(value) or not largest:
+        return f"{_plain(value, zeros=False)} ± 0"
+    exponent = math.floor(math.log10(largest))
+    if not -8 < exponent < 12:
+        return f"{value:.3e} ± {u:.1e}"
+    last = 3 - exponent if not u else 1 - int(f"{u:.1e}".partition("e")[2])
+    decimals = max(0, min(last, 5 - exponent))
+    shown_u = max(u, 10.0**-decimals) if u else 0.0
+    return f"{value:.{decimals}f} ± {shown_u:.{decimals}f}"
 
 
 def parse_duration(text: str) -> int:

@@ -273,3 +273,23 @@ def test_the_largest_number_has_a_layout_too() -> None:
 )
 def test_an_amount_is_a_plain_number_where_it_can_be(value: float, unit: str, text: str) -> None:
     assert format_amount(value, unit) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "u", "unit", "text"),
+    [
+        (0.8971, 0.00467, "", "0.8971 ± 0.0047"),
+        (12345.6, 78.9, "kWh", "12346 ± 79 kWh"),
+        (2.0, 0.0, "", "2.000 ± 0.000"),
+        (0.0, 0.0, "EUR", "0 ± 0 EUR"),
+        (1.5, 7.04, "", "1.5 ± 7.0"),
+        (3.3e-5, 1e-6, "", "0.0000330 ± 0.0000010"),
+        (2.0, 1e-9, "", "2.00000 ± 0.00001"),
+        (1e300, 1e299, "", "1.000e+300 ± 1.0e+299"),
+        (1010.0, 50.0, "J", "1.010 ± 0.050 kJ"),
+    ],
+)
+def test_only_units_that_are_known_take_a_prefix(
+    value: float, u: float, unit: str, text: str
+) -> None:
+    assert format_amount(value, unit, u) == text
