@@ -386,7 +386,7 @@ assert "OPENBLAS_NUM_THREADS" not in os.environ
 
 
 @pytest.mark.parametrize("close", ["os.closerange(3, 4096)", "close_one_by_one()"])
-def test_a_descriptor_that_the_program_took_over_is_not_written_to(
+def test_a_descriptor_that_the_program_took_over_is_left_alone(
     cli: Cli, tmp_path: Path, close: str
 ) -> None:
     code = f"""
@@ -401,11 +401,16 @@ with profile("x", sensors=[sys.argv[1]]) as run:
     run.log(before=1)
     time.sleep(1.2)
     {close}
-    files = [open(os.path.join(sys.argv[2], str(number)), "w") for number in range(700)]
+    counts, files = [], []
+    for number in range(350):
+        counts.append(os.eventfd(7))
+        files.append(open(os.path.join(sys.argv[2], str(number)), "w"))
     run.log(after=2)
     with run.phase("after"): time.sleep(1.2)
 sizes = [os.fstat(file.fileno()).st_size for file in files]
 assert not any(sizes), sizes
+counts = [os.eventfd_read(count) for count in counts]
+assert set(counts) == {{7}}, counts
 for file in files: file.write("mine"); file.close()
 assert run.summary["metrics"] == {{"before": 1, "after": 2}}, run.summary["metrics"]
 assert [phase["name"] for phase in run.summary["phases"]] == ["after"]

@@ -11,9 +11,6 @@
 #include <cerrno>
 #include <cstring>
 
-#include <dirent.h>
-#include <sys/syscall.h>
-
 #include "sensors/machine_time.h"
 #include "sensors/process_channels.h"
 #include "sensors/process_stat.h"
@@ -59,7 +56,9 @@ bool read_usage(const File& file, double& usage_s) noexcept {
 }
 
 File open_at(const File& folder, const char* name, int flags = 0) noexcept {
-    return File(::openat(folder.fd(), name, O_RDONLY | O_CLOEXEC | flags));
+    File file(::openat(folder.fd(), name, O_RDONLY | O_CLOEXEC | flags));
+    file.remember();
+    return file;
 }
 
 class Cgroup final : public Sensor {
@@ -161,7 +160,7 @@ private:
     }
 
     bool open_group() noexcept {
-        const File folder(::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+        const File folder(path_.c_str(), O_DIRECTORY);
         if (!folder) return false;
         usage_ = moved_up(open_at(folder, "cpu.stat"));
         if (!usage_) return false;
@@ -184,25 +183,18 @@ private:
     void look() noexcept {
         living_ = rss_bytes_ = due_ = 0;
         sees_us_ = false;
-        look(File(::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)), kDeepest);
+        look(File(path_.c_str(), O_DIRECTORY), kDeepest);
     }
 
     void look(const File& folder, int deeper) noexcept {
         if (!folder) return;
         due_ += kReadsPerGroup;
         count(open_at(folder, "cgroup.procs"));
-        alignas(dirent64) std::array<char, 2048> entries;
-        while (deeper > 0) {
-            const auto size =
-                ::syscall(SYS_getdents64, folder.fd(), entries.data(), entries.size());
-            if (size <= 0) break;
-            for (long at = 0; at < size;) {
-                const auto* const entry = reinterpret_cast<const dirent64*>(entries.data() + at);
-                at += entry->d_reclen;
-                if (entry->d_type == DT_DIR && entry->d_name[0] != '.')
-                    look(open_at(folder, entry->d_name, O_DIRECTORY), deeper - 1);
-            }
-        }
+        if (deeper == 0) return;
+        visit_entries(folder, [&](const dirent64& entry) {
+            if (entry.d_type == DT_DIR && entry.d_name[0] != '.')
+                look(open_at(folder, entry.d_name, O_DIRECTORY), deeper - 1);
+        });
     }
 
     void count(const File& processes) noexcept {

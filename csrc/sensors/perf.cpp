@@ -73,9 +73,11 @@ public:
     void poll(double* out) noexcept override {
         for (const Group& group : groups_) {
             std::array<std::uint64_t, 1 + kMostEvents> values{};
+            const File& leader = group.files[0];
             const ssize_t wanted =
                 static_cast<ssize_t>((1 + group.files.size()) * sizeof values[0]);
-            const bool ok = ::read(group.files[0].fd(), values.data(), sizeof values) == wanted;
+            const bool ok =
+                leader.is_ours() && ::read(leader.fd(), values.data(), sizeof values) == wanted;
             for (std::size_t i = 0; i < group.files.size(); ++i)
                 *out++ = ok ? static_cast<double>(values[1 + i]) : kUnknown;
         }

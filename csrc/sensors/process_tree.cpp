@@ -4,8 +4,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include <dirent.h>
-
 #include "system/clock.h"
 
 namespace pepr {
@@ -29,11 +27,9 @@ std::string read_whole(const std::string& path) {
 // The entries of a directory whose names are numbers.
 std::vector<pid_t> numbers_in(const std::string& path) {
     std::vector<pid_t> numbers;
-    DIR* const directory = ::opendir(path.c_str());
-    if (directory == nullptr) return numbers;
-    while (const dirent* const entry = ::readdir(directory))
-        if (const int number = std::atoi(entry->d_name); number > 0) numbers.push_back(number);
-    ::closedir(directory);
+    visit_entries(File(path.c_str(), O_DIRECTORY), [&](const dirent64& entry) {
+        if (const int number = std::atoi(entry.d_name); number > 0) numbers.push_back(number);
+    });
     return numbers;
 }
 

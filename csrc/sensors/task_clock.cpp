@@ -42,11 +42,15 @@ public:
             raised.rlim_cur = raised.rlim_max;
             raised_ = ::setrlimit(RLIMIT_NOFILE, &raised) == 0;
         }
-        if (raised_)
-            return File(::fcntl(file.fd(), F_DUPFD_CLOEXEC, static_cast<int>(before_.rlim_cur)));
-        if (static_cast<rlim_t>(file.fd()) + kFewFiles < before_.rlim_cur) return file;
-        errno = EMFILE;
-        return {};
+        if (raised_) {
+            const int lowest = static_cast<int>(before_.rlim_cur);
+            file = File(::fcntl(file.fd(), F_DUPFD_CLOEXEC, lowest));
+        } else if (static_cast<rlim_t>(file.fd()) + kFewFiles >= before_.rlim_cur) {
+            errno = EMFILE;
+            return {};
+        }
+        file.remember();
+        return file;
     }
 
 private:
@@ -132,7 +136,7 @@ double TaskClock::read_s() noexcept {
     std::uint64_t sum_ns = 0;
     for (const File& event : events_) {
         std::uint64_t ns = 0;
-        if (::read(event.fd(), &ns, sizeof ns) != sizeof ns) return read_s_;
+        if (!event.is_ours() || ::read(event.fd(), &ns, sizeof ns) != sizeof ns) return read_s_;
         sum_ns += ns;
     }
     return read_s_ = 1e-9 * static_cast<double>(sum_ns);

@@ -1,9 +1,11 @@
 // A file descriptor that closes itself, and helpers to read the small files of sysfs and procfs.
 #pragma once
 
-#include <charconv>
+#include <array>
 #include <cerrno>
+#include <charconv>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <filesystem>
 #include <set>
@@ -11,9 +13,13 @@
 #include <system_error>
 #include <utility>
 
+#include <dirent.h>
 #include <fcntl.h>
+#include <linux/perf_event.h>
 #include <locale.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 namespace pepr {
@@ -22,7 +28,10 @@ class File {
 public:
     File() = default;
     explicit File(int fd) noexcept : fd_(fd) {}
-    explicit File(const char* path) noexcept : File(::open(path, O_RDONLY | O_CLOEXEC)) {}
+    explicit File(const char* path, int flags = 0) noexcept
+        : File(::open(path, O_RDONLY | O_CLOEXEC | flags)) {
+        remember();
+    }
     explicit File(const std::string& path) noexcept : File(path.c_str()) {}
     File(File&& other) noexcept { *this = std::move(other); }
     File& operator=(File&& other) noexcept {
@@ -60,10 +69,19 @@ public:
 
 private:
     static void identify(int fd, dev_t& device, ino_t& inode) noexcept {
+        const int error = errno;  // that of the caller stays
+        look(fd, device, inode);
+        errno = error;
+    }
+    static void look(int fd, dev_t& device, ino_t& inode) noexcept {
         struct stat about{};
         if (::fstat(fd, &about) != 0) return;
         device = about.st_dev;
         inode = about.st_ino;
+        if ((about.st_mode & S_IFMT) != 0) return;
+        // All perf events, eventfds and the like are one inode; only the former have an id.
+        std::uint64_t id = 0;
+        inode = ::ioctl(fd, PERF_EVENT_IOC_ID, &id) == 0 ? id : 0;
     }
 
     int fd_ = -1;
@@ -93,6 +111,20 @@ inline std::string read_text(const std::string& path) {
     for (char& c : result)
         if (c < ' ' || c > '~') c = '?';
     return result;
+}
+
+// Calls `visit` with each entry of an open directory. A DIR would close its descriptor even if the
+// program has got it for a file of its own.
+template <typename Visit>
+void visit_entries(const File& directory, Visit visit) {
+    alignas(dirent64) std::array<char, 2048> entries;
+    for (long size = 0;
+         (size = ::syscall(SYS_getdents64, directory.fd(), entries.data(), entries.size())) > 0;)
+        for (long at = 0; at < size;) {
+            const auto* const entry = reinterpret_cast<const dirent64*>(entries.data() + at);
+            at += entry->d_reclen;
+            visit(*entry);
+        }
 }
 
 // The entries of a directory, sorted, so that channels have the same order in every run. Does not
