@@ -388,7 +388,7 @@ class Run:
         value = _open_blocks.given()
         block = _open_blocks.find(value)  # of the process that has forked us
         directory = block.owner._find_directory() if block else Path(value)
-        run = read_live_run(directory) if value else None
+        run = read_live_run(directory) or _begun_late(directory) if value else None
         # A program that replaced itself by this one (exec) may have recorded itself before.
         if run and (block or (run.get("recording") or {}).get("profiler_pid") != os.getpid()):
             return directory
@@ -899,6 +899,24 @@ def _knows_with() -> bool:
 
     with Seen() as is_seen:
         return is_seen
+
+
+def _begun_late(directory: Path) -> dict[str, Any] | None:
+    """The run of a directory in which it has not begun yet, as soon as it has.
+
+    A profiler starts its command before it writes its run.json, and a busy machine may delay it.
+    """
+    end_s = time.monotonic() + _BEGIN_S
+    try:
+        is_new = time.time() - directory.stat().st_mtime < _NEW_S
+    except OSError:
+        return None
+    while is_new and not (directory / "run.json").exists() and time.monotonic() < end_s:
+        time.sleep(0.005)
+    return read_live_run(directory) if is_new else None
+
+
+_BEGIN_S, _NEW_S = 5.0, 60.0  # sensors may be opened in between
 
 
 def _wait_for_rows(directory: Path, t_ns: int) -> None:

@@ -76,6 +76,29 @@ def test_a_block_ends_though_its_end_is_heard_by_a_look_that_had_begun(
     assert run.summary["complete"]
 
 
+def test_a_block_that_is_faster_than_its_profiler_joins_it(cli: Cli, meter: str) -> None:
+    code = """
+from pepr_profiler import profile
+print("enters", flush=True)
+with profile("early") as run: print(run.joined)
+"""
+    with profile("outer", sensors=[meter]) as run:
+        # given a run of which nothing is written yet when its program enters a block
+        written, hidden = (run.directory / name for name in ("run.json", "hidden"))
+        written.rename(hidden)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=cli.environment({RUN_DIR_VARIABLE: str(run.directory)}),
+            stdout=subprocess.PIPE,
+        )
+        with ended(process):
+            assert process.stdout is not None and process.stdout.readline() == b"enters\n"
+            wait_s(0.3)
+            hidden.rename(written)
+            assert process.communicate(timeout=SLOW_S)[0] == b"True\n"
+    assert [phase["name"] for phase in run.summary["phases"]] == ["early"]
+
+
 def test_a_block_may_end_before_a_sensor_has_opened(meter: str, tmp_path: Path) -> None:
     # given a driver's library that takes its time to load, and then is none
     library = tmp_path / "slow.so"

@@ -291,7 +291,8 @@ def small_disk(cli: Cli) -> Iterator[Path]:
 
 
 FILL = """
-import os, sys, time
+import glob, os, sys, time
+while not glob.glob(os.environ["PEPR_RUN_DIR"] + "/powercap.tail.arrows"): time.sleep(0.001)
 fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
 def fill():
     for size in (4096, 1):
