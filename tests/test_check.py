@@ -259,6 +259,7 @@ BOARDS: dict[str, Callable[[Followed, Followed], Gpu]] = {
 MODEL = "NVIDIA {} 80GB"
 
 
+@pytest.mark.long
 def test_each_class_of_simulated_board_is_found_to_be_what_it_is(
     nvml_sim: BuildNvml, powercap_sim: BuildTree, tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ def runs_seen(machine: Machine, name: str, product: list[str]) -> list[dict[str,
     return runs
 
 
+@pytest.mark.long
 def test_two_accounts_measure_their_own_jobs_at_once_and_it_adds_up(
     machine: Machine, tree: Tree, tmp_path: Path
 ) -> None:

@@ -281,6 +281,7 @@ def test_torchrun_each_rank_says_who_it_is(cli: Cli, train: str, meter: str) -> 
     assert {r["attempt"] for r in (first, second)} == {0}
 
 
+@pytest.mark.long
 def test_torchrun_rank_0_alone_says_how_many_there_are(cli: Cli, train: str, meter: str) -> None:
     module("torch")
     launch(
@@ -291,6 +292,7 @@ def test_torchrun_rank_0_alone_says_how_many_there_are(cli: Cli, train: str, met
     assert (only["rank"], only["world_size"]) == (0, 2)
 
 
+@pytest.mark.long
 def test_torchrun_in_a_wrapper_is_one_run_whose_marks_have_ranks(
     cli: Cli, train: str, meter: str
 ) -> None:
@@ -311,6 +313,7 @@ def test_torchrun_in_a_wrapper_is_one_run_whose_marks_have_ranks(
     assert summary["metrics"]["acc"] == 0.0
 
 
+@pytest.mark.long
 def test_torchrun_each_rank_is_wrapped(cli: Cli, meter: str) -> None:
     module("torch")
     profiler = (sys.executable, "-m", "pepr_profiler", "-q", "--sensor", meter)
@@ -325,6 +328,7 @@ def test_torchrun_each_rank_is_wrapped(cli: Cli, meter: str) -> None:
     assert first["name"] == "sleep"
 
 
+@pytest.mark.long
 def test_torchrun_a_restart_is_another_attempt(cli: Cli, tmp_path: Path, meter: str) -> None:
     module("torch")
     path = tmp_path / "fails_once.py"
@@ -341,6 +345,7 @@ def test_torchrun_a_restart_is_another_attempt(cli: Cli, tmp_path: Path, meter: 
     assert jobs[1] == f"{jobs[0]}#1"
 
 
+@pytest.mark.long
 def test_accelerate_says_who_it_is(cli: Cli, train: str, meter: str) -> None:
     module("accelerate")
     launch(

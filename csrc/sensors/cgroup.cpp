@@ -15,6 +15,7 @@
 #include "sensors/process_channels.h"
 #include "sensors/process_stat.h"
 #include "system/clock.h"
+#include "system/numbers.h"
 
 namespace pepr {
 

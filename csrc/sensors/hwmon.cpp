@@ -14,6 +14,7 @@
 #include "sensors/sensor.h"
 #include "system/file.h"
 #include "system/lasting_file.h"
+#include "system/numbers.h"
 
 namespace pepr {
 

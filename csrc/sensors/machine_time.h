@@ -9,6 +9,7 @@
 
 #include "sensors/sensor.h"
 #include "system/file.h"
+#include "system/numbers.h"
 
 namespace pepr {
 

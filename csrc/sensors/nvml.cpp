@@ -10,6 +10,7 @@
 
 #include "sensors/nvml_library.h"
 #include "system/clock.h"
+#include "system/numbers.h"
 
 namespace pepr {
 

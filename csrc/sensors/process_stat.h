@@ -12,6 +12,7 @@
 
 #include "system/clock.h"
 #include "system/file.h"
+#include "system/numbers.h"
 
 namespace pepr {
 

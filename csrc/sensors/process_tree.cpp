@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "system/clock.h"
+#include "system/numbers.h"
 
 namespace pepr {
 

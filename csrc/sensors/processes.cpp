@@ -22,6 +22,7 @@
 #include "sensors/task_clock.h"
 #include "system/clock.h"
 #include "system/file.h"
+#include "system/numbers.h"
 
 namespace pepr {
 

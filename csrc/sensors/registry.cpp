@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "system/file.h"
+#include "system/numbers.h"
 
 namespace pepr {
 

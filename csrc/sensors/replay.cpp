@@ -15,6 +15,7 @@
 #include "sensors/sensor.h"
 #include "system/clock.h"
 #include "system/file.h"
+#include "system/numbers.h"
 
 namespace pepr {
 
