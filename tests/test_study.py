@@ -1005,7 +1005,14 @@ def test_an_undeclared_metric_is_asked_for_with_the_command_that_answers(tmp_pat
     assert invoke(compare, *words).exit_code == 0
 
 
-@pytest.mark.parametrize(("metric", "fix"), [("loss", "--transform exp-neg"), ("step", "--metric")])
+@pytest.mark.parametrize(
+    ("metric", "fix"),
+    [
+        ("loss", "--metric loss --transform exp-neg"),
+        ("val loss", "--metric 'val loss' --transform exp-neg"),
+        ("step", "--metric NAME"),
+    ],
+)
 def test_a_loss_or_a_counter_is_no_performance_without_a_direction(metric: str, fix: str) -> None:
     runs = [
         run_summary(

@@ -242,7 +242,7 @@ class Cohort:
             raise UsageError(
                 "the runs' performances are not the same metric",
                 why=f"they are {', '.join(names)}",
-                fix=f"say which one to compare: --metric {names[0]}",
+                fix=f"say which one to compare: --metric {shlex.quote(names[0])}",
             )
         if transform is None and not is_performance(names[0]):
             counts = names[0] in COUNTERS
@@ -253,8 +253,8 @@ class Cohort:
                 else "of a loss less is better, and it says nothing of its range",
                 fix="name another: --metric NAME"
                 if counts
-                else f"declare how it becomes one: --metric {names[0]} --transform exp-neg; or name"
-                " another: --metric NAME",
+                else "declare how it becomes one: --metric "
+                f"{shlex.quote(names[0])} --transform exp-neg; or name another: --metric NAME",
             )
         return names[0], values
 

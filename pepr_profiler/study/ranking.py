@@ -620,7 +620,8 @@ def _bounds_for(
             f"{source} has no normalisation range of {amount.key} "
             f"for {group or 'all runs together'}",
             why=f"it has one each for {listed([str(entry.group) for entry in same])}",
-            fix="compare runs of one of these: --experiment NAME --group experiment",
+            fix="compare runs of one of these: --experiment NAME --group experiment; or rows of a "
+            "table: --group COLUMN",
         )
     entry = found[0]
     if entry.name not in ("", amount.name):

@@ -179,7 +179,7 @@ class TextTable:
                         if cells[i].strip()
                         else "the cell is blank"
                     ),
-                    why="a score needs both numbers of every row, and R depends on all rows",
+                    why="every row needs a number in each column that is asked for",
                     fix="correct the cell or take the row out of the table",
                 )
         return np.array(values, dtype=np.float64)
