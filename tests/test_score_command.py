@@ -297,6 +297,47 @@ def test_a_range_of_noise_is_named_where_it_is_saved_and_where_it_is_given(tmp_p
     assert scored(table, *COLUMNS, "--repeats", "--range", "0.5:9").stderr == ""
 
 
+def test_a_saved_range_keeps_the_unit_and_holds_for_no_other(tmp_path: Path) -> None:
+    table, saved = table_of(tmp_path, "a,0.9,1", "b,0.8,2", "c,0.7,4"), tmp_path / "range.json"
+    scored(table, *COLUMNS, "--unit", "kwh=kWh", "--save-range", saved)
+    data = json.loads(saved.read_text())
+    assert data["bounds"][0]["unit"] == "kWh"
+    error = refused(table, *COLUMNS, "--unit", "kwh=J", "--range-from", saved)
+    assert "range of kwh in kWh" in error.what and error.why == "here it is in J"
+    assert scored(table, *COLUMNS, "--unit", "kwh=kWh", "--range-from", saved).stderr == ""
+    # and a range of before, whose unit nobody noted, still holds, with a warning
+    data["bounds"][0]["unit"] = None
+    saved.write_text(json.dumps(data))
+    result = scored(table, *COLUMNS, "--unit", "kwh=kWh", "--range-from", saved)
+    assert "does not say in which unit its range of kwh is" in result.stderr
+    assert "0 at 1.000 kWh, 1 at 4.000 kWh (normalisation range of range.json)" in result.stdout
+
+
+def powered(tmp_path: Path, *sides: tuple[int, float]) -> Path:
+    """A table of MJ and s; `sides` are numbers of rows and their watts."""
+    watts = [w for n, w in sides for _ in range(n)]
+    rows = [
+        f"m{i},0.{500 + i},{w * (100 + 37 * i) * (1 + i % 5 / 50) / 1e6},{100 + 37 * i}"
+        for i, w in enumerate(watts)
+    ]
+    return table_of(tmp_path, *rows, columns="model,accuracy,energy,train_time")
+
+
+def test_the_declared_unit_says_what_the_rows_draw(tmp_path: Path) -> None:
+    # given 14 rows of 300 W and 10 of 5 kW, which in kWh would be 18 kW
+    table = powered(tmp_path, (14, 300.0), (10, 5000.0))
+    columns = ["--performance", "accuracy", "--resource", "energy"]
+    result = scored(table, *columns, "--unit", "energy=MJ")
+    # then none is accused, and what is shown is their power
+    assert "outlier" not in result.stderr
+    assert "14 rows at 300.0 W … 324.0 W, 10 rows at 5.000 kW … 5.400 kW" in result.stderr
+    assert "no server draws" in scored(table, *columns, "--unit", "energy=kWh").stderr
+    # and both parts name their unit and which they are
+    assert "Only the 14 at 300.0 W … 324.0 W:" in result.stdout
+    assert "Only the 10 at 5.000 kW … 5.400 kW:" in result.stdout
+    assert result.stdout.count("MJ (normalisation range") == 3
+
+
 def test_the_uncertainty_of_the_resource_is_shown_where_names_have_room(tmp_path: Path) -> None:
     rows = [f"{name},0.9{seed},{kwh + seed / 99}" for name, kwh in (("a", 1), ("b", 3))
             for seed in range(3)]  # fmt: skip

@@ -229,12 +229,14 @@ def score(
                           and, with a given range, COL_clamped; outlier (why)
     -o ranking.json       what --json writes (as a flat table: .parquet)
     """
-    from pepr_profiler.study.analysis import Analysis, with_units
+    from pepr_profiler.study.analysis import Analysis
     from pepr_profiler.study.study import Study
 
     resources = tuple(dict.fromkeys(resources))
     limits = limits_of(bounds, bounds_from, resources)
     unit_of = dict(_named_unit(text, resources) for text in units)
+    if bounds_from:
+        limits = _in_units(limits, unit_of)
     forms = forms_of(outputs, pipe="csv")
     figure = figure_of(forms, wanted)
     spreadsheets = [path for path, form in forms if form in _SPREADSHEETS]
@@ -286,10 +288,11 @@ def score(
         percent=percent,
         transform=transform,
         repeats=repeats,
+        unit_of=unit_of,
     )
     study = replace(study, left_out=(*pasted, *study.left_out))
     analysis = Analysis.of_table(
-        with_units(study, unit_of),
+        study,
         models=models,
         labels=labels,
         groups=groups,
@@ -328,6 +331,28 @@ def _require_other_file(table: Path, outputs: Iterable[Path]) -> None:
                 why="it would be lost",
                 fix="write to another file",
             )
+
+
+def _in_units(
+    limits: pepr.MinMax | tuple[Bounds, ...] | None, unit_of: Mapping[str, str]
+) -> pepr.MinMax | tuple[Bounds, ...] | None:
+    """The bounds of a file, of which those without a unit have the column's, with a warning."""
+    from pepr_profiler.study.ranking import Bounds
+
+    found = []
+    for entry in limits or ():
+        if not isinstance(entry, Bounds):
+            return limits
+        if not entry.unit and (unit := unit_of.get(entry.resource)):
+            complain(
+                f"warning: {entry.source} does not say in which unit its range of "
+                f"{brief(entry.resource)} is: it is taken to be in {brief(unit)}\n"
+                f"  fix: save it again with --unit {brief(entry.resource)}={brief(unit)}"
+            )
+            found.append(replace(entry, unit=unit))
+        else:
+            found.append(entry)
+    return tuple(found)
 
 
 def _named_unit(text: str, resources: Sequence[str]) -> tuple[str, str]:
@@ -579,8 +604,9 @@ def _screens(analysis: Analysis, *, width: int, color: bool) -> Iterator[str]:
             n = sum(len(outlier.names) for outlier in rankings[0].outliers)
             yield f"Without the {n} outlier{'s' * (n > 1)}:\n\n{render(rankings[0].without)}"
         for each in rankings[0].either:
-            n = _counted(each.n, each.names)
-            yield f"Only the {n} of one population:\n\n{render(each)}"
+            n, kind = _counted(each.n, each.names), rankings[0].population[each.whole_rows[0]]
+            of = kind.removeprefix("population ") if ";" not in kind else "of one population"
+            yield f"Only the {n} {of}:\n\n{render(each)}"
     yield from render_analysis(analysis, width=width, color=color)
 
 

@@ -500,16 +500,6 @@ def _group(ranking: Ranking) -> str:
     return ranking.group or "all"
 
 
-def with_units(study: Study, units: Mapping[str, str]) -> Study:
-    """A study of a table in which resources have units, which only their user knows."""
-
-    def named(ranking: Ranking) -> Ranking:
-        without = None if ranking.without is None else named(ranking.without)
-        return replace(ranking, unit=units.get(ranking.key, ranking.unit), without=without)
-
-    return replace(study, rankings=tuple(map(named, study.rankings))) if units else study
-
-
 def check_classes(name: str, cells: Sequence[str]) -> None:
     """UsageError if a column has more classes than a figure can show."""
     found = list(dict.fromkeys(cells))

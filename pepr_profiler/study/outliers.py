@@ -121,12 +121,14 @@ def find_evidence(
         copies = _copies(values, ratio, companion, groups, name=name, unit=unit)
         fresh = np.where(np.isin(np.arange(len(values)), list(copies)), np.nan, ratio)
         split = [_split(np.asarray(rows, dtype=np.intp), fresh) for rows in groups]
-        scale_w = _watts(name, unit, companion)
-        shown = "W" if (unit, companion.unit) == ("J", "s") else ""
+        scale_w, assumed = _watts(name, unit, companion)
+        shown = ""
+        if unit and scale_w is not None:
+            ratio, fresh, scale_w, shown = ratio * scale_w, fresh * scale_w, 1.0, "W"
         what = f"{name} per {companion.name}"
         for k, group in enumerate(split):
             others = [g.rows for i, g in enumerate(split) if i != k and g.sides is None]
-            _judge(group, ratio, others, scale_w=scale_w, unit=shown, names=(name, companion.name))
+            _judge(group, ratio, others, scale_w=scale_w, unit=shown, assumed=assumed)
             grow = _grow_together(values, companion.values, group.sides or (group.rows,))
             copied = tuple(
                 Finding(
@@ -186,7 +188,7 @@ def _judge(
     *,
     scale_w: float | None,
     unit: str,
-    names: tuple[str, str],
+    assumed: str,
 ) -> None:
     """Decides which of two populations is wrong, where other groups or the hardware say so."""
     if group.sides is None:
@@ -204,7 +206,6 @@ def _judge(
         possible = [middle * scale_w <= _MOST_W for middle in middles]
         if possible[0] != possible[1]:
             wrong = possible.index(False)
-            assumed = "" if unit else f" (taking {names[0]} in kWh, {names[1]} in s)"
             kind = units.format_quantity(middles[wrong] * scale_w, "W")
             why = f"and no server draws {kind}{assumed}"
     if wrong is not None:
@@ -330,28 +331,55 @@ _ENERGY = re.compile(
 
 
 def _is_energy(name: str, unit: str) -> bool:
-    return unit in ("J", "g") or (not unit and _ENERGY.search(name) is not None)
+    known = unit == "g" or _joules(unit) is not None
+    return known or _ENERGY.search(name) is not None
 
 
 _JOULES = (("kwh", 3.6e6), ("(^|_)wh$", 3600.0), ("(^|_)mj$", 1e6), ("(^|_)kj$", 1e3))
 _SECONDS = (("(^|_)ms$", 1e-3), ("(^|_)(min|minutes)$", 60.0), ("(^|_)(h|hours)$", 3600.0))
 
 
-def _watts(name: str, unit: str, companion: Companion) -> float | None:
-    """The watts of a ratio of 1; None where the resource is no energy.
-
-    An energy column whose name has no unit is taken for kWh, which is what CodeCarbon,
-    carbontracker and eco2AI write; a time for seconds.
-    """
-    if unit:
-        return 1.0 if (unit, companion.unit) == ("J", "s") else None
-    seconds = next((s for p, s in _SECONDS if re.search(p, companion.name, re.I)), 1.0)
-    if re.search(r"joule|(^|_)j$", name, re.IGNORECASE):
-        return 1.0 / seconds
-    joules = next((j for pattern, j in _JOULES if re.search(pattern, name, re.I)), None)
-    if joules is None and not re.search("energy", name, re.IGNORECASE):
+def _joules(unit: str) -> float | None:
+    """The joules of a unit of energy, None for any other: "kWh" -> 3.6e6, "mJ" -> 0.001."""
+    match = re.fullmatch(r"([nuµμmkMGT]?)(J|Wh)", unit)
+    if match is None and unit.lower() not in ("mj", "mwh"):  # kilo or mega, milli or mega
+        match = re.fullmatch(r"([kg]?)(j|wh)", unit.lower().replace("joules", "j"))
+    if match is None:
         return None
-    return (joules or units.J_PER_KWH) / seconds
+    scale = {"": 1.0, "n": 1e-9, "u": 1e-6, "µ": 1e-6, "μ": 1e-6, "m": 1e-3}
+    scale |= {"k": 1e3, "M": 1e6, "G": 1e9, "g": 1e9, "T": 1e12}
+    return scale[match[1]] * (1.0 if match[2].lower() == "j" else units.J_PER_WH)
+
+
+def _watts(name: str, unit: str, companion: Companion) -> tuple[float | None, str]:
+    """The watts of a ratio of 1, and what this assumes; None where the resource is no energy.
+
+    The resource is in `unit`. Where that is unknown, an energy column whose name has no unit is
+    taken for kWh, which is what CodeCarbon, carbontracker and eco2AI write; a time for seconds.
+    """
+    taken = []
+    joules = _joules(unit)
+    if companion.unit not in ("", "s"):
+        return None, ""
+    if unit:
+        if joules is None:
+            return None, ""
+    elif re.search(r"joule|(^|_)j$", name, re.IGNORECASE):
+        joules = 1.0
+    else:
+        joules = next((j for pattern, j in _JOULES if re.search(pattern, name, re.I)), None)
+        if joules is None and not re.search("energy", name, re.IGNORECASE):
+            return None, ""
+        if joules is None:
+            joules = units.J_PER_KWH
+            taken.append(f"{name} in kWh")
+    seconds = 1.0
+    if companion.unit != "s":
+        found = next((s for p, s in _SECONDS if re.search(p, companion.name, re.I)), None)
+        if found is None and not re.search(r"(^|_)(s|sec|seconds)$", companion.name, re.I):
+            taken.append(f"{companion.name} in s")
+        seconds = found or 1.0
+    return joules / seconds, f" (taking {', '.join(taken)})" if taken else ""
 
 
 def _grow_together(a: Floats, b: Floats, parts: Sequence[Ints]) -> bool:

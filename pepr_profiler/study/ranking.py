@@ -634,7 +634,8 @@ def _bounds_for(
         raise UsageError(
             f"{source} has the range of {amount.key} in {entry.unit or 'no unit'}",
             why=f"here it is in {amount.unit or 'no unit'}",
-            fix="compare in the same unit (--price for a cost), or give --range MIN:MAX",
+            fix="compare in the same unit (--price for a cost, --unit for a column), or give "
+            "--range MIN:MAX",
         )
     kinds = {entry.provenance, provenance}
     if len(kinds - {None, "mixed"}) > 1:

@@ -228,11 +228,13 @@ class Study:
         percent: bool = False,
         transform: str | None = None,
         repeats: bool = False,
+        unit_of: Mapping[str, str] | None = None,
     ) -> Study:
         """Ranks the rows of a table: a mapping of columns (n,), or a pandas.DataFrame.
 
         The other arguments name columns, but for `bounds`, `percent` and `transform`, which are as
-        in `from_runs`. `time` are durations, which help to find outliers of the resources. Every
+        in `from_runs`. `unit_of` is the unit of each resource's numbers where it is known, such as
+        {"energy": "kWh"}. `time` are durations, which help to find outliers of the resources. Every
         row is ranked by itself; with `repeats`, rows of one name are repeats of a model. Groups
         that cannot be ranked, such as one of one row, are left out. UsageError where no other is.
         """
@@ -258,14 +260,15 @@ class Study:
         for resource in dict.fromkeys(resources):
             values = np.asarray(columns[resource], dtype=np.float64)
             label = f"PePR-{resource}" if len(resources) > 1 else "PePR"
-            amount = Amount(resource, resource, "", values, label=label)
+            unit = (unit_of or {}).get(resource, "")
+            amount = Amount(resource, resource, unit, values, label=label)
             companions = [
                 Companion(name=column, unit="", values=duration)
                 for column, duration in durations.items()
                 if resource not in durations
             ]
             evidence = find_evidence(
-                values, list(groups.values()), companions, name=resource, unit="", who=who
+                values, list(groups.values()), companions, name=resource, unit=unit, who=who
             )
             for (value, at), of_group in zip(groups.items(), evidence, strict=True):
                 try:
