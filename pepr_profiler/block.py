@@ -306,6 +306,7 @@ class Run:
         self._ending = False
         self._lock = threading.Lock()
         self._pid = 0
+        self._is_entered = False
         self._entered_by: Sequence[tuple[CodeType, int]] = ()
         self._place: OpenBlock | None = None  # among the open blocks, while we record this process
         self._context: Run | None = None  # the block in whose context we were entered
@@ -328,12 +329,14 @@ class Run:
         return self._recorder is None and self._facts is None
 
     def __enter__(self) -> Run:
-        if self._events is not None:
-            raise UsageError(
-                "this profile() block has been entered already",
-                why="a run happens once",
-                fix="call profile() again for a new run",
-            )
+        with self._lock:  # two threads may enter it at once
+            if self._is_entered:
+                raise UsageError(
+                    "this profile() block has been entered already",
+                    why="a run happens once",
+                    fix="call profile() again for a new run",
+                )
+            self._is_entered = True
         self._pid = os.getpid()
         self._entered_by = _callers()
         self._context = _open_run()
@@ -343,6 +346,7 @@ class Run:
         if self._pids is None and self._join != "never" and forgotten is None:
             outer = self._outer_run()
         if outer is not None and self._join == "error":
+            self._is_entered = False
             raise UsageError(
                 f"profile({self._options.name!r}) would join the run {outer.name}",
                 why="it was entered inside of that run, and has join='error'",
@@ -364,6 +368,7 @@ class Run:
             return self
         except BaseException as error:  # Ctrl-C: whoever enters us does not leave us then
             self.__exit__(type(error), error, None)
+            self._is_entered = self._events is not None
             raise
 
     @_core.insistent  # Ctrl-C may come before its first line
@@ -794,8 +799,6 @@ def profile(
         if isinstance(pids, bytes | str):
             raise TypeError(f"'{type(pids).__name__}' is no list of numbers")
         followed = None if pids is None else [operator.index(pid) for pid in pids]
-        if followed is not None and cgroup is not None:
-            raise ValueError("one run is of one thing, and both are given")
         path = None if cgroup is None else os.fsdecode(cgroup)
     except (TypeError, ValueError) as error:  # a lone surrogate is a ValueError too
         given = f"store={store!r} or pids={pids!r}" + ("" if cgroup is None else f" or {cgroup=}")
@@ -804,6 +807,12 @@ def profile(
             why=str(error),
             fix='a store is a path, pids is a list of numbers: store="runs", pids=[4121]',
         ) from error
+    if followed is not None and path is not None:
+        raise UsageError(
+            f"pids={pids!r} and {cgroup=} are both given",
+            why="a run follows either processes or a cgroup",
+            fix="give one of them; a run each of both is two blocks",
+        )
     folder = None
     if path is not None:
         from pepr_profiler.recording.cgroups import folder_of

@@ -203,9 +203,11 @@ def test_a_block_measures_a_cgroup(meter: str, cgroup: Path) -> None:
         (["--container", "3f2a"], "3f2aaaaaaaaa, 3f2abbbbbbbb"),
         (["--cgroup", "{cgroup}/empty"], "no process is in the cgroup"),
         (["--cgroup", "no/such"], "there is no cgroup"),
-        (["--cgroup", "/etc"], "no process is in the cgroup"),
         (["--cgroup", "x", "--container", "77"], "only one of"),
         (["1", "--cgroup", "x"], "only one of"),
+        (["--cgroup", "/etc"], "/etc is no cgroup"),
+        (["--cgroup", "3:memory:/user.slice"], "is a cgroup of version 1"),
+        (["--cgroup", "0::/no/such"], "there is no cgroup"),
     ],
 )
 def test_a_cgroup_that_cannot_be_followed_is_refused(

@@ -390,6 +390,26 @@ def test_generators_and_decorated_functions_of_one_thread_join(meter: str) -> No
     assert RUN_DIR_VARIABLE not in os.environ
 
 
+def test_a_block_that_two_threads_enter_is_a_run_once(meter: str) -> None:
+    run, meet = profile("once", sensors=[meter]), threading.Barrier(2, timeout=SLOW_S)
+
+    def enter() -> str:
+        meet.wait()
+        try:
+            with run:
+                meet.wait()
+        except UsageError as error:
+            meet.wait()
+            return error.what
+        return "entered"
+
+    assert sorted(at_once(enter, enter)) == [
+        "entered", "this profile() block has been entered already"]  # fmt: skip
+    with profile("after", sensors=[meter]) as after:
+        pass
+    assert "shared-process" not in codes(after.summary)
+
+
 def test_join_never_is_a_run_of_its_own_and_error_refuses(meter: str, tmp_path: Path) -> None:
     with profile("outer", sensors=[meter], join="error") as outer:
         assert entered(join="auto") == (True, outer.run_id)

@@ -268,7 +268,7 @@ def test_what_a_command_does_outside_of_the_cgroup_is_named(
         ("pids", "only cgroups can be followed"),
         ("cgroup:", "no cgroup is named"),
         ("cgroup:/no/such/group", "is no folder"),
-        ("cgroup:/etc", "cpu.stat: No such file"),
+        ("cgroup:/etc", "/etc is no cgroup: it has no cpu.stat"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_before_anything_starts(

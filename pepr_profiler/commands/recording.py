@@ -104,18 +104,25 @@ class RecordingRequest(Record):
             show(summary, file=sys.stderr, store=self.store if same or usual else made)
 
 
+def _none_if_empty(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """A variable of a script that is not set names nothing: such runs have nothing in common."""
+    return value or None
+
+
 _OPTIONS = (
     click.option("--name", metavar="NAME", help="Name of the run [the command's name]."),
     click.option(
         "--experiment",
         envvar="PEPR_EXPERIMENT",
         metavar="NAME",
+        callback=_none_if_empty,
         help="Experiment that the run belongs to; `compare` ranks the runs of one.",
     ),
     click.option(
         "--job",
         envvar="PEPR_JOB",
         metavar="ID",
+        callback=_none_if_empty,
         help="Job that the recording is part of, where several record one: ranks, nodes.",
     ),
     click.option(

@@ -222,7 +222,7 @@ class CgroupTargets(Targets):
         return False
 
     def __str__(self) -> str:
-        return f"cgroup {self._folder}, with {_who(*self._first)},"
+        return f"cgroup {self._folder} (first: {_who(*self._first)})"
 
 
 def hold_cgroup(folder: str) -> Targets:

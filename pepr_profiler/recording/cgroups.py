@@ -56,6 +56,13 @@ def folder_of(path: str, *, exists: bool = True) -> str:
     """
     if not path.strip("/") or "\0" in path:
         raise UsageError("no cgroup is named", why=f"its path is {path!r}", fix=_FIND_IT)
+    path = path.removeprefix("0::")  # as cat /proc/PID/cgroup prints it
+    if re.match(r"\d+:[^/]*:/", path):
+        raise UsageError(
+            f"{path} is a cgroup of version 1",
+            why="the kernel counts all that is in a group only in version 2, a line of 0::/PATH",
+            fix=_USE_VERSION_2,
+        )
     mount, _ = _mount()
     is_whole = path.startswith("/") and (os.path.isdir(path) or f"{path}/".startswith(f"{mount}/"))
     folder = os.path.normpath(path if is_whole else f"{mount}/{path}")
@@ -63,6 +70,13 @@ def folder_of(path: str, *, exists: bool = True) -> str:
     if not os.path.isdir(needed):
         raise UsageError(f"there is no cgroup {folder}", why=f"{needed} is no folder", fix=_FIND_IT)
     _refuse_machine(folder, mount)
+    if os.path.exists(folder) and not os.path.exists(f"{folder}/cpu.stat"):
+        is_group = os.path.exists(f"{folder}/cgroup.procs")
+        raise UsageError(
+            f"{folder} is " + ("a cgroup of version 1" if is_group else "no cgroup"),
+            why="it has no cpu.stat, by which the kernel counts what all in it has used",
+            fix=_USE_VERSION_2 if is_group else _FIND_IT,
+        )
     return folder
 
 
@@ -155,7 +169,7 @@ def _refuse_machine(folder: str, mount: str, of_version_1: Sequence[str] = ()) -
         raise UsageError(
             f"the cgroup {folder} is the whole machine",
             why=why,
-            fix="name one in it (--follow cgroup:PATH); or start what is measured in one: "
-            "systemd-run --user --scope pepr-profile --follow cgroup -- CMD; for whole devices: "
-            "--attribution device",
+            fix="name one below it, such as /system.slice/train.service; or start what is measured "
+            "in one: systemd-run --user --scope pepr-profile --follow cgroup -- CMD; for whole "
+            "devices: --attribution device",
         )
