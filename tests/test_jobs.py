@@ -452,6 +452,36 @@ def test_a_recording_of_a_whole_node_covers_the_ranks_on_it() -> None:
     assert job["energy"]["total_j"] == pytest.approx(600)
 
 
+def test_ranks_inside_another_recording_have_no_more_than_the_device_took_meanwhile() -> None:
+    # given a launcher at 100 W, in it two ranks in [2, 7] and [3, 8], and in rank 1 two blocks;
+    # each says that all of the GPU is its own
+    def claimed(begin_s: float, end_s: float) -> Part:
+        return part(GPU, Constant(100), begin_s, end_s, job=1.0)
+
+    around = run("around", 0, 10, claimed(0, 10), job=None)
+    ranks = [rank(i, 2 + i, 7 + i, claimed(2 + i, 7 + i), outer="around") for i in range(2)]
+    blocks = [rank(2 + i, 4, 6, claimed(4, 6), outer="r1") for i in range(2)]
+    job = job_of(around, *ranks)
+    # then the ranks have halves of the 6 s in which any of them was there, and the launcher the rest
+    shares = [(r["rank"], r["energy_j"]) for r in job["ranks"]]
+    expected = [(0, 300), (1, 300), (None, 400)]
+    assert shares == [(number, pytest.approx(energy_j)) for number, energy_j in expected]
+    assert job["energy"]["total_j"] == pytest.approx(1000)
+    assert job["nodes"][0]["share"] == pytest.approx(1.0)
+    # and blocks in a rank share what is the rank's
+    shares = [(r["rank"], r["energy_j"]) for r in job_of(around, *ranks, *blocks)["ranks"]]
+    expected = [(0, 300), (1, 180), (2, 60), (3, 60), (None, 400)]
+    assert shares == [(number, pytest.approx(energy_j)) for number, energy_j in expected]
+
+
+def test_ranks_inside_a_recording_that_counts_less_have_no_more_than_that() -> None:
+    around = run("around", 0, 10, part(CPU, Constant(100), 0, 10, job=0.4), job=None)
+    ranks = [rank(i, 1, 9, part(CPU, Constant(100), 1, 9, job=0.3), outer="around") for i in (0, 1)]
+    job = job_of(around, *ranks)
+    assert [r["energy_j"] for r in job["ranks"]] == pytest.approx([200, 200])
+    assert job["energy"]["total_j"] == pytest.approx(400)
+
+
 def test_the_devices_of_a_jobs_nodes_are_no_others_devices() -> None:
     facts = {
         "time_s": 10.0, "memory": {}, "metrics": {},

@@ -251,7 +251,8 @@ class JobDevices:
         """The component of each device, and what each recording has of the total, J."""
         known, numbers, device = self._known, self._numbers, self._device
         device_j, idle_j, seen_s, traces_w = self._over_time()
-        own = known & self._in_total & ~self._inside_others()
+        around = self._rows_around()
+        own = known & self._in_total & (around < 0)
         rows_j = np.where(known, numbers[:, _JOB_J], 0.0)
         job_j = np.minimum(self._sum(np.where(own, rows_j, 0.0)), device_j)
         idle_j = np.minimum(idle_j, device_j - job_j)
@@ -295,7 +296,7 @@ class JobDevices:
             known = dict(zip(_CAUSES, budget, strict=True))
             component["budget"] = None if budget[0] is None else known
             components.append(component)
-        return components, self._of_runs_j(own, job_j, device_j)
+        return components, self._of_runs_j(own, around, job_j, device_j)
 
     def by_boot(self, components: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         """The components by the boot that saw them first; see `merged`."""
@@ -305,21 +306,46 @@ class JobDevices:
             found.setdefault(self._recordings[self._run[row]].key[0], []).append(component)
         return found
 
-    def _of_runs_j(self, own: Mask, job_j: Floats, device_j: Floats) -> Floats:
+    def _of_runs_j(self, own: Mask, around: Ints, job_j: Floats, device_j: Floats) -> Floats:
         """What each recording has of the total; what is inside another is part of that one's.
 
-        Where the recordings' parts of a device are more than that, each has less in proportion.
+        Where the recordings' parts of a device are more than that, each has less in proportion. So
+        have those side by side in another one: they have no more than the device took in the union
+        of their times, nor than the one around them counts.
         """
         column = _DEVICE_J if self.scope == "device" else _JOB_J
         counted_j = device_j if self.scope == "device" else job_j
         rows_j = np.where(self._known & self._in_total, self._numbers[:, column], 0.0)
         sums_j = self._sum(np.where(own, rows_j, 0.0))
         with np.errstate(divide="ignore", invalid="ignore"):
-            scale = np.where(sums_j > 0, counted_j / sums_j, 1.0)
-        of_runs_j = np.bincount(
-            self._run, rows_j * scale[self._device], minlength=len(self._recordings)
-        )
+            scale = np.where(sums_j > 0, counted_j / sums_j, 1.0)[self._device]
+        rows = np.flatnonzero(around >= 0)
+        if len(rows):
+            inside_j = np.bincount(around[rows], rows_j[rows], minlength=len(around))
+            most_j = np.minimum(rows_j, self._union_j(rows, around))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                inner = np.where(inside_j > most_j, most_j / inside_j, 1.0)
+            at = around.copy()
+            for _ in self._recordings:  # one step further out each time
+                rows = rows[at[rows] >= 0]
+                if not len(rows):
+                    break
+                scale[rows] *= inner[at[rows]]
+                at[rows] = around[at[rows]]
+        of_runs_j = np.bincount(self._run, rows_j * scale, minlength=len(self._recordings))
         return np.asarray(of_runs_j, dtype=np.float64)
+
+    def _union_j(self, rows: Ints, around: Ints) -> Floats:
+        """What the device took in the union of the rows inside each row (m,); 0 if none is."""
+        chosen = rows[self._known[rows]]
+        pieces, begins_s, ends_s = self._pieces(
+            chosen[np.argsort(around[chosen], kind="stable")], around
+        )
+        curves_j = self._curves_j()
+        parts_j = self._until_j(curves_j, pieces, ends_s)
+        parts_j -= self._until_j(curves_j, pieces, begins_s)
+        sums_j = np.bincount(around[pieces], parts_j, minlength=len(around))
+        return np.asarray(sums_j, dtype=np.float64)
 
     def _sum(self, values: Floats) -> Floats:
         """The sum of each device's rows (D,)."""
@@ -338,24 +364,26 @@ class JobDevices:
         ufunc.at(result, self._device[self._known], self._numbers[self._known, column])
         return result
 
-    def _inside_others(self) -> Mask:
-        """The rows whose device was also seen by a recording around theirs (m,)."""
-        inside = np.zeros(len(self._run), dtype=np.bool_)
+    def _rows_around(self) -> Ints:
+        """The row of the same device in the nearest recording around each one's (m,), else -1."""
+        around = np.full(len(self._run), -1, dtype=np.int64)
         if all(outer is None for outer in self._outer):
-            return inside
-        chains = [set(chain_of(i, self._outer)) for i in range(len(self._outer))]
-        seers: dict[int, set[int]] = {}
-        for row in np.flatnonzero(self._known).tolist():
-            seers.setdefault(int(self._device[row]), set()).add(int(self._run[row]))
-        for row in np.flatnonzero(self._known).tolist():
-            inside[row] = not chains[int(self._run[row])].isdisjoint(seers[int(self._device[row])])
-        return inside
+            return around
+        chains = [chain_of(i, self._outer) for i in range(len(self._outer))]
+        known = np.flatnonzero(self._known)
+        seen = zip(self._device[known].tolist(), self._run[known].tolist(), strict=True)
+        places = dict(zip(seen, known.tolist(), strict=True))
+        for row in known.tolist():
+            device, run = int(self._device[row]), int(self._run[row])
+            found = (places.get((device, outer)) for outer in chains[run])
+            around[row] = next((place for place in found if place is not None), -1)
+        return around
 
     # --- over time ---
 
     def _over_time(self) -> tuple[Floats, Floats, Floats, Floats]:
         """Of each device: its energy, the idle part, how long it was seen, its power over time."""
-        rows, begins_s, ends_s = self._pieces()
+        rows, begins_s, ends_s = self._pieces(np.flatnonzero(self._known), self._device)
         curves_j = self._curves_j()
         at = self._device[rows]
         parts_j = self._until_j(curves_j, rows, ends_s) - self._until_j(curves_j, rows, begins_s)
@@ -381,17 +409,19 @@ class JobDevices:
         )
         return device_j, idle_sum_j, seen_s, traces_w
 
-    def _pieces(self) -> tuple[Ints, Floats, Floats]:
-        """The part of each row's time that no row of its device before it has: row, begin, end."""
+    def _pieces(self, known: Ints, groups: Ints) -> tuple[Ints, Floats, Floats]:
+        """The part of each row's time that no row of its group before it has: row, begin, end.
+
+        The rows `known` of a group stand together. A row's group is `groups[row]`.
+        """
         rows, begins_s, ends_s = [], [], []
         seen: list[Span] = []
         before = -1
-        known = np.flatnonzero(self._known)
-        listed = zip(known.tolist(), self._device[known].tolist(), self._at_s[known].tolist(),
+        listed = zip(known.tolist(), groups[known].tolist(), self._at_s[known].tolist(),
                      strict=True)  # fmt: skip
-        for row, device, (begin_s, end_s) in listed:
-            if device != before:
-                seen, before = [], device
+        for row, group, (begin_s, end_s) in listed:
+            if group != before:
+                seen, before = [], group
             elif len(seen) == 1 and seen[0][0] <= begin_s and end_s <= seen[0][1]:
                 continue  # as nearly all: the longest was there all the time
             for piece in uncovered((begin_s, end_s), seen):
