@@ -961,6 +961,29 @@ def test_of_two_populations_the_one_is_right_that_agrees_with_other_groups() -> 
     assert len(outlier.names) == 30 and "in other groups" in outlier.why
 
 
+@pytest.mark.parametrize("few", [2, 7])
+def test_few_rows_are_not_wrong_because_they_are_few(few: int) -> None:
+    # given few rows of 300 W, beside 35 of which each draws more than any server
+    sound, wrong = population(300.0, few, 1), population(70_000.0, 35, 2)
+    ranking = study_of(tables(("x", sound[0] + wrong[0], sound[1] + wrong[1]))).rank()
+    # then the 35 are named, and the others ranked without them
+    (outlier,) = ranking.outliers
+    assert set(outlier.names) == {f"m{i}" for i in range(few, few + 35)}
+    assert "no server draws" in outlier.why
+    assert ranking.without is not None and len(ranking.without.names) == few
+    # and of two possible powers none is accused
+    other = population(3000.0, 35, 2)
+    ranking = study_of(tables(("x", sound[0] + other[0], sound[1] + other[1]))).rank()
+    assert ranking.outliers == () and [len(each.names) for each in ranking.either] == [few, 35]
+    # but where another group has one of them, in any order of the groups
+    groups = [("x", sound[0] + other[0], sound[1] + other[1]), ("y", *population(310.0, 20, 3))]
+    for of_groups in (groups, groups[::-1]):
+        rankings = {ranking.group: ranking for ranking in study_of(tables(*of_groups)).rankings}
+        (outlier,) = rankings["x"].outliers
+        assert len(outlier.names) == 35 and "in other groups" in outlier.why
+        assert rankings["y"].outliers == ()
+
+
 def test_of_two_populations_none_is_accused_where_nothing_decides() -> None:
     a, b = population(500.0, 53, 1), population(3400.0, 78, 2)
     study = study_of(tables(("x", a[0] + b[0], a[1] + b[1])))

@@ -18,7 +18,7 @@ rows of the paper's tables the steps stay below 2.3; its wrong energies, ten tim
 server, make a step of 9."""
 
 _AGREEING = 8  # rows that must agree before another one counts as an outlier
-_ALONE = 4  # times as many rows must agree as stand apart, for these to be no population
+_ALONE = 4  # times as many rows must agree as stand apart, else both are populations
 _MOST_W = 15_000.0  # an NVIDIA DGX B200, the largest single server of 2025, draws 14.3 kW
 _DIGITS = 6  # two readings that agree in as many do so by copying
 
@@ -82,11 +82,22 @@ class Companion:
 
 @dataclass(eq=False, kw_only=True)
 class _Group:
-    """The rows of one group as they are sorted out by their ratio to a companion."""
+    """The rows of one group as they are sorted out by their ratio to a companion.
+
+    `rows` agree with each other, `odd` are wrong (and why), and each of `apart` is a few rows that
+    agree with each other and not with `rows`. `whole` are all rows that have a ratio.
+    """
 
     rows: Ints
+    whole: Ints
+    apart: list[Ints] = field(default_factory=list)
     odd: list[tuple[Ints, str]] = field(default_factory=list)
     sides: tuple[Ints, Ints] | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether its rows are of one kind, or it is known which kind is wrong."""
+        return self.sides is None and all(len(few) == 1 for few in self.apart)
 
 
 def find_evidence(
@@ -101,18 +112,19 @@ def find_evidence(
     """What is wrong with a resource (n,) of which NaN is left out, for each of `groups` of rows.
 
     Three kinds of evidence, in this order. A reading that equals another row's to all digits, with
-    another time, is a copy where its ratio to the time does not fit and the other's does. Few rows
-    that stand apart from 8 or more which agree, a quarter of these at most, are outliers. Where the
-    ratios are of two populations, the one is wrong that does not agree with the other groups, or
-    that no server can draw; where neither is known, none is accused. Each holds only where resource
-    and companion really grow together. `name` and `unit` are those of the resource, `who` names a
-    row.
+    another time, is a copy where its ratio to the time does not fit and the other's does. One row
+    that stands apart from 8 or more which agree is an outlier. Where the ratios are of two
+    populations, however few the one has, the one is wrong that does not agree with the other
+    groups, or that no server can draw; where neither is known, none is accused. Each holds only
+    where resource and companion really grow together. `name` and `unit` are those of the resource,
+    `who` names a row.
     """
     found = [Evidence() for _ in groups]
     if unit == "B":
         # Models of one study may need very different memory, but a slip of units is a factor 1000.
         for k, rows in enumerate(groups):
             group = _split(np.asarray(rows), values, jump=30.0)
+            group.odd += [(few, "") for few in group.apart]
             found[k] = Evidence(findings=_named(group, values, name, unit))
         return found
     for companion in companions:
@@ -127,9 +139,12 @@ def find_evidence(
             ratio, fresh, scale_w, shown = ratio * scale_w, fresh * scale_w, 1.0, "W"
         what = f"{name} per {companion.name}"
         for k, group in enumerate(split):
-            others = [g.rows for i, g in enumerate(split) if i != k and g.sides is None]
+            others = [g.rows for i, g in enumerate(split) if i != k and g.settled]
             _judge(group, ratio, others, scale_w=scale_w, unit=shown, assumed=assumed)
-            grow = _grow_together(values, companion.values, group.sides or (group.rows,))
+            parts = group.sides or (group.rows,)
+            if len(group.rows) < _AGREEING:  # most of them are wrong
+                parts = (group.rows, np.setdiff1d(group.whole, group.rows))
+            grow = _grow_together(values, companion.values, parts)
             copied = tuple(
                 Finding(
                     rows=(i,),
@@ -161,7 +176,7 @@ def _split(rows: Ints, ratio: Floats, *, jump: float = JUMP) -> _Group:
     zero = rows[ratio[rows] == 0]
     rest = rows[ratio[rows] > 0]
     rest = rest[np.argsort(ratio[rest], kind="stable")]
-    group = _Group(rows=rest)
+    group = _Group(rows=rest, whole=rest)
     while len(rest) > _AGREEING:
         gaps = np.diff(np.log(ratio[rest]))
         cut = int(gaps.argmax()) + 1
@@ -171,13 +186,14 @@ def _split(rows: Ints, ratio: Floats, *, jump: float = JUMP) -> _Group:
         if len(few) >= _AGREEING or len(few) * _ALONE > len(many):
             group.sides = rest[:cut], rest[cut:]
             break
-        group.odd.append((few, ""))
+        kinds = np.flatnonzero(np.diff(np.log(ratio[few])) >= math.log(jump)) + 1
+        group.apart += np.split(few, kinds)
         rest = many
     group.rows = rest
     if 0 < len(zero) < len(rest):
         group.odd.append((zero, ""))
     if jump != JUMP and (group.sides is not None or len(rest) < _AGREEING):
-        group.odd, group.sides = [], None
+        group.odd, group.apart, group.sides = [], [], None
     return group
 
 
@@ -190,27 +206,62 @@ def _judge(
     unit: str,
     assumed: str,
 ) -> None:
-    """Decides which of two populations is wrong, where other groups or the hardware say so."""
-    if group.sides is None:
-        return
-    middles = [float(np.median(ratio[side])) for side in group.sides]
-    wrong, why = None, ""
-    elsewhere = [rows for rows in others if len(rows) >= _AGREEING]
-    if elsewhere:
+    """Decides which of two populations is wrong, where other groups or the hardware say so.
+
+    Of few rows and many that agree, the many may be the wrong ones: a slip of units is one of a
+    whole batch. Only one row alone is an outlier by its number.
+    """
+
+    def by_others(sides: Sequence[Ints]) -> tuple[int, str] | None:
+        elsewhere = [rows for rows in others if len(rows) >= _AGREEING]
+        if not elsewhere:
+            return None
         known = ratio[np.concatenate(elsewhere)]
         low, high = known.min() / math.sqrt(JUMP), known.max() * math.sqrt(JUMP)
-        fits = [low <= middle <= high for middle in middles]
-        if fits[0] != fits[1]:
-            wrong, why = fits.index(False), f"and {span_text(known, unit)} in other groups"
-    if wrong is None and scale_w is not None:
-        possible = [middle * scale_w <= _MOST_W for middle in middles]
-        if possible[0] != possible[1]:
-            wrong = possible.index(False)
-            kind = units.format_quantity(middles[wrong] * scale_w, "W")
-            why = f"and no server draws {kind}{assumed}"
-    if wrong is not None:
+        fits = [low <= float(np.median(ratio[side])) <= high for side in sides]
+        if fits[0] == fits[1]:
+            return None
+        return fits.index(False), f"and {span_text(known, unit)} in other groups"
+
+    def by_hardware(sides: Sequence[Ints]) -> tuple[int, str] | None:
+        if scale_w is None:
+            return None
+        watts = [float(np.median(ratio[side])) * scale_w for side in sides]
+        possible = [each <= _MOST_W for each in watts]
+        if possible[0] == possible[1]:
+            return None
+        wrong = possible.index(False)
+        kind = units.format_quantity(watts[wrong], "W")
+        return wrong, f"and no server draws {kind}{assumed}"
+
+    if group.sides is not None and (found := by_others(group.sides) or by_hardware(group.sides)):
+        wrong, why = found
         group.odd.append((group.sides[wrong], why))
         group.rows, group.sides = group.sides[1 - wrong], None
+    undecided: list[Ints] = []
+    sound: list[Ints] = []  # few beside many that are wrong
+    reason = ""
+    for few in group.apart:
+        found = by_hardware((few, group.rows))
+        other = by_others((few, group.rows))
+        if found is None and (len(few) > 1 or other is None or other[0] == 0):
+            found = other
+        if found is not None and found[0] == 1:
+            sound.append(few)
+            reason = found[1]
+        elif found is not None or (len(few) == 1 and other is None):
+            group.odd.append((few, ""))
+        else:
+            undecided.append(few)
+    group.apart = []
+    if sound:
+        group.odd += [(each, reason) for each in (group.rows, *undecided)]
+        group.rows, group.sides = np.concatenate(sound), None
+    elif undecided and group.sides is None:
+        rest = np.concatenate([group.rows, *undecided[1:]])
+        first, second = sorted((undecided[0], rest), key=lambda side: float(np.median(ratio[side])))
+        group.sides = first, second
+        group.rows = np.concatenate(group.sides)
 
 
 def _named(group: _Group, ratio: Floats, what: str, unit: str) -> tuple[Finding, ...]:
