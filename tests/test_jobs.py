@@ -462,7 +462,7 @@ def test_ranks_inside_another_recording_have_no_more_than_the_device_took_meanwh
     ranks = [rank(i, 2 + i, 7 + i, claimed(2 + i, 7 + i), outer="around") for i in range(2)]
     blocks = [rank(2 + i, 4, 6, claimed(4, 6), outer="r1") for i in range(2)]
     job = job_of(around, *ranks)
-    # then the ranks have halves of the 6 s in which any of them was there, and the launcher the rest
+    # then the ranks have halves of the 6 s in which any was there, and the launcher the rest
     shares = [(r["rank"], r["energy_j"]) for r in job["ranks"]]
     expected = [(0, 300), (1, 300), (None, 400)]
     assert shares == [(number, pytest.approx(energy_j)) for number, energy_j in expected]
