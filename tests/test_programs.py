@@ -41,6 +41,9 @@ NAMES = {
     "train": "train",
     # launchers
     "torchrun --nproc-per-node 2 train.py": "train",
+    "torchrun --no-python pepr-profile -- python train.py": "train",
+    "mpirun -n 2 pepr-profile run -q --sensor nvml -- python train.py": "train",
+    "python -m pepr_profiler --job 7 -- python train.py": "train",
     "torchrun --nproc_per_node=2 --standalone train.py 3": "train",
     "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint n1:29500 -m pkg.train": "train",
     "torchrun --no-python --nproc-per-node 2 python -W ignore train.py": "train",

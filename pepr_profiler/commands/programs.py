@@ -69,6 +69,7 @@ _WRAPPERS: dict[str, tuple[int, str]] = {
         "rye run": (0, ""),
     },
     **{"hatch run": (0, ""), "uv run": (0, _UV_RUN)},
+    **{"pepr-profile": (0, "!q quiet"), "pepr-profile run": (0, "!q quiet")},
     "perf stat": (0, "e event o output r repeat x field-separator C cpu I interval-print"),
     "perf record": (0, "e event o output F freq c count C cpu call-graph"),
     "nsys profile": (0, "o output t trace s sample c capture-range y delay d duration"),
@@ -125,6 +126,7 @@ _SAME = {
     **dict.fromkeys(("mpirun.openmpi", "mpirun.mpich", "mpiexec.openmpi"), "mpirun"),
     **{"mpiexec.mpich": "mpirun", "oshrun": "mpirun", "apptainer run": "apptainer exec"},
     "tmux new": "tmux new-session",
+    "pepr_profiler": "pepr-profile",
 }
 """Other names of programs, and modules that are programs."""
 

@@ -87,7 +87,7 @@ def _rows_of(ref: str, rows: Sequence[Facts], store: Store) -> list[Facts]:
     if not rows:
         why = f"{store} has no runs"
     elif newest:
-        why = f"the jobs in {store.path} are {_listed([str(job) for job in newest])}"
+        why = f"the jobs in {store.path} are {_listed([repr(str(job)) for job in newest])}"
     else:
         why = f"no run in {store.path} is part of a job"
     raise UsageError(
