@@ -77,7 +77,7 @@ def cohorts(kind: tuple[int, int, float], *, count: int, around_seen: bool) -> L
         wrong.append((order[:-1] > order[1:]) if difference else np.full(n - 1, 0.5))
         assert standing.worst is not None
         first.append(standing.worst[order[0]] == 1)
-        apart.append(standing.distinguishable)
+        apart.append(standing.distinguishable is True)
     return Line(
         *kind,
         np.array(covered, dtype=np.float64),

@@ -442,6 +442,55 @@ def test_the_interval_covers_the_truth_where_two_rows_compete_for_a_bound(
     assert covered.min() >= 0.945 - 3 * math.sqrt(0.05 * 0.95 / draws)
 
 
+@pytest.mark.parametrize("runs", [[3, 1], [3, 1, 1]])
+@pytest.mark.parametrize("apart", [0.0, 0.02])
+def test_single_runs_beside_one_repeated_model_have_its_scatter(
+    runs: list[int], apart: float
+) -> None:
+    # given tables of models that scatter by 2 %, of which one is repeated, in any order
+    rng = np.random.default_rng(3)
+    tables = 1000 if apart == 0 else 400
+    model = np.repeat(np.arange(len(runs)), runs)
+    told_apart, ratios, scores = [], [], []
+    for _ in range(tables):
+        steps = rng.permutation(np.linspace(0.0, 1.0, len(runs)))
+        true_r, true_score = 1000 * (1 + apart * steps), 0.9 / (1 + steps)
+        r = true_r[model] * rng.normal(1, 0.02, len(model))
+        means = pepr.average(model, rng.normal(0.9, 0.004, len(model)), r)
+        # when
+        standing = pepr.standing(means.performance, means.resource, means.errors, count=400)
+        # then
+        told_apart.append(standing.distinguishable is True)
+        _, low, high = standing.ratio
+        true_ratio = true_r[means.resource.argmax()] / true_r[means.resource.argmin()]
+        ratios.append(low <= true_ratio <= high)
+        scores.append((standing.low <= true_score) & (true_score <= standing.high))
+    if apart == 0:  # models that are equal are told apart in 4.6 %, or in 6.6 % by chance
+        assert np.mean(told_apart) <= 0.0455 + 3 * math.sqrt(0.0455 * 0.9545 / tables)
+    else:
+        assert np.mean(scores) >= 0.93
+    assert np.mean(ratios) >= 0.93
+
+
+def test_a_row_of_unknown_error_tells_nothing_apart() -> None:
+    p = [0.8, 0.8, 0.8]
+    one_known, two_equal, two_apart = (
+        pepr.standing(p, r, errors_of(3, u_r=[1.0, u, math.nan]))
+        for r, u in (
+            ([100.0, 150.0, 200.0], math.nan),
+            ([100.0, 100.5, 200.0], 1.0),
+            ([100.0, 300.0, 200.0], 1.0),
+        )
+    )
+    assert one_known.distinguishable is None is two_equal.distinguishable
+    for standing in (one_known, two_equal):
+        for value, low, high in (standing.ratio, standing.difference):
+            assert math.isfinite(value) and math.isnan(low) and math.isnan(high)
+    # but those that are known may differ
+    assert two_apart.distinguishable is True
+    assert two_apart.ratio[1] == pytest.approx(2.94, abs=0.03)
+
+
 def test_a_variance_that_all_rows_share_is_off_for_all_of_them_at_once() -> None:
     # given six models that seem to differ by 2 u, and a scatter known by 12 degrees of freedom
     r = np.array([97.0, 98.0, 99.0, 101.0, 102.0, 103.0])

@@ -273,6 +273,18 @@ def test_one_run_among_repeats_is_never_sure_of_itself(tmp_path: Path, alike: bo
     assert ("± ?" in text.rpartition("PePR ")[2]) or alike
 
 
+def test_one_run_beside_a_model_that_does_not_scatter_leaves_all_unknown(tmp_path: Path) -> None:
+    rows = [f"a,0.90{seed},2.0" for seed in range(3)]
+    result = scored(table_of(tmp_path, *rows, "b,0.905,2.01"), *COLUMNS, "--repeats", "--json", "-")
+    (ranking,) = json.loads(result.stdout)["rankings"]
+    assert ranking["distinguishable"] is None
+    assert ranking["resource_ratio"] == {"value": 1.005, "low": None, "high": None}
+    for row in ranking["rows"]:
+        assert row["pepr_low"] is row["pepr_high"] is row["swap_with_next"] is None
+    text = scored(tmp_path / "table.csv", *COLUMNS, "--repeats").stdout
+    assert text.count("± ?") >= 2
+
+
 def test_a_resource_of_0_is_compared_by_its_difference(tmp_path: Path) -> None:
     rows = ["a,0.90,0", "a,0.91,0", "b,0.90,2.2", "b,0.91,0.3"]
     result = scored(table_of(tmp_path, *rows), *COLUMNS, "--repeats")

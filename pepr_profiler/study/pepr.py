@@ -45,7 +45,7 @@ class Scores:
     `r_norm` is R, the resource normalised by `bounds`, (r_min, r_max) in its unit. `clamped` marks
     resources outside of fixed bounds, whose R was set to 0 or 1. `distinguishable` says whether the
     resources span more than models that take all the same would seem to (see `standing`). If
-    not, the order of the scores is one of noise. It is None where no uncertainty is known.
+    not, the order of the scores is one of noise. It is None where too little uncertainty is known.
     """
 
     pepr: Floats
@@ -135,7 +135,8 @@ class Standing:
     that took least, and `difference` of the first minus the second. `lopsided` (n,) are intervals
     of which one side is so much longer than the other, a third or more, that a ± would mislead.
     `distinguishable` says whether the resources span more than models that take all the same would
-    seem to, with COVERAGE.
+    seem to, with COVERAGE. Rows of unknown error are not asked; if the others do not differ, it is
+    None, unknown. The intervals of `ratio` and `difference` are NaN where an end has such an error.
     """
 
     u_pepr: Floats
@@ -147,7 +148,7 @@ class Standing:
     pairs: Floats | None
     ratio: tuple[float, float, float]
     difference: tuple[float, float, float]
-    distinguishable: bool
+    distinguishable: bool | None
     lopsided: Mask
 
 
@@ -250,7 +251,8 @@ def average(
     4.2.3), where s^2 is the sample variance, drawn towards that of the other models where 3 or more
     are repeated and scatter alike (`draws.pooled`). The runs' own errors are part of that scatter,
     so that s^2 is at least their mean square. Shared errors do not average out. A single run whose
-    own error is unknown has the scatter of the others, where that is one number for all of them.
+    own error is unknown has the scatter of the repeated model that scatters most in proportion; it
+    stays unknown where one of these does not scatter.
 
     The runs of a model may be in any order: its sums are to the bit the same.
     """
@@ -273,12 +275,14 @@ def average(
     var_p, var_r, cov = (unbias * mean(x) for x in (off_p**2, off_r**2, off_p * off_r))
     own_var = mean(own**2)
     like_p, like_r, dof, as_one = _pooled(var_p, var_r, mean_r, np.where(repeated, n - 1.0, np.inf))
-    known = repeated
-    if as_one:
-        known = repeated | np.isnan(own_var)
-        alone, other = known & ~repeated, int(np.argmax(repeated))
-        like_p[alone], dof[alone] = like_p[other], dof[other]
-        like_r[alone] = like_r[other] * (mean_r[alone] / mean_r[other]) ** 2
+    alone = ~repeated & np.isnan(own_var)
+    lender = _lender(like_r, mean_r, repeated) if alone.any() else None
+    if lender is not None:
+        as_one = as_one or int(repeated.sum()) == 1
+        like_p, like_r, dof = like_p.copy(), like_r.copy(), dof.copy()
+        like_p[alone], dof[alone] = like_p[repeated].max(), dof[lender]
+        like_r[alone] = like_r[lender] * (mean_r[alone] / mean_r[lender]) ** 2
+    known = repeated | (alone & (lender is not None))
     with np.errstate(divide="ignore", invalid="ignore"):
         scaled = np.where(cov == 0, 0.0, cov * np.sqrt(like_p / var_p * (like_r / var_r)))
     return Means(
@@ -317,6 +321,18 @@ def _pooled(
     alike = relative[repeated]
     as_one = bool(len(alike) and np.ptp(alike) <= 1e-9 * alike.max())
     return like_p, relative * mean_r**2, both, as_one and bool(np.ptp(both[repeated]) == 0)
+
+
+def _lender(like_r: Floats, mean_r: Floats, repeated: Mask) -> int | None:
+    """The model that scatters most in proportion, whose scatter models of a single run have too.
+
+    None where there is no repeated model, or one that does not scatter: then nothing is known of
+    the others.
+    """
+    rows = np.flatnonzero(repeated & (mean_r > 0) & (like_r > 0))
+    if not len(rows) or len(rows) < repeated.sum():
+        return None
+    return int(rows[np.argmax(like_r[rows] / mean_r[rows] ** 2)])
 
 
 def standing(
@@ -358,7 +374,10 @@ def standing(
     ends = [int(np.flatnonzero(order == at)[0]) for at in (r.argmax(), r.argmin())]
     sampler = draws.Draws(p[order], r[order], errors.at(order), shrink=bounds is None, count=count)
     n, last = len(p), len(sampler.blocks) - 1
-    drawn_bounds, noise_span, drawn_ends, at_bounds = _drawn_bounds(sampler, ends)
+    lost = np.isnan(errors.var_r)[order]
+    drawn_bounds, noise_span, drawn_ends, noise_ends, at_bounds = _drawn_bounds(
+        sampler, ends, known=~lost
+    )
     if bounds is not None:  # which are no row's
         at_bounds = np.zeros((2, n), np.bool_)
     low, high, swap = np.empty(n), np.empty(n), np.full(n, np.nan)
@@ -376,17 +395,32 @@ def standing(
         swap[rows.stop - chain.shape[1] : rows.stop - 1] = _behind(chain[:, :-1], chain[:, 1:])
         before = drawn[:, -1]
         if number == last == 0:
-            ranks = _drawn_ranks(drawn, np.isnan(errors.var_r)[order])
+            ranks = _drawn_ranks(drawn, lost)
             if n <= _MOST_PAIRS:
                 pairs = np.array([_behind(drawn[:, [i]], drawn) for i in range(n)])
     back = np.argsort(order)
     unknown = _unknown(r, errors, scores)
     most, least = float(r.max()), float(r.min())
+    both_ends = [drawn_ends]
+    if errors.pooled:
+        # Also around what was seen: draws of a scatter that is too large for all rows at once
+        # bring the ends nearer to each other than they are.
+        both_ends += [
+            [
+                np.maximum(seen - noise, 0.0)
+                for seen, noise in zip((most, least), noise_ends, strict=True)
+            ]
+        ]
     with np.errstate(divide="ignore", invalid="ignore"):
-        quotients = drawn_ends[0] / drawn_ends[1]
+        quotients = [ends[0] / ends[1] for ends in both_ends]
     low, high = np.minimum(low[back], scores.pepr), np.maximum(high[back], scores.pepr)
     low[unknown] = high[unknown] = np.nan
-    lost = (unknown | np.isnan(errors.var_r))[order]  # a row at a bound too
+    known_ends = not lost[ends].any()
+    apart = None
+    if not lost.all():
+        more = bool(np.ptp(r[order][~lost]) > np.quantile(noise_span, draws.COVERAGE))
+        apart = more if more or not lost.any() else None
+    lost |= unknown[order]  # a row at a bound too
     swap[:-1][lost[:-1] | lost[1:]] = np.nan
     sides = np.sort([high - scores.pepr, scores.pepr - low], axis=0)
     lopsided = sides[1] - sides[0] > np.maximum(0.0015, sides[1] / 3)
@@ -398,30 +432,33 @@ def standing(
         best=None if ranks is None else ranks[0][back],
         worst=None if ranks is None else ranks[1][back],
         pairs=None if pairs is None else pairs[np.ix_(back, back)],
-        ratio=_around(most / least if least > 0 else math.inf, quotients),
-        difference=_around(most - least, drawn_ends[0] - drawn_ends[1]),
+        ratio=_around(most / least if least > 0 else math.inf, quotients, known=known_ends),
+        difference=_around(most - least, [x - y for x, y in both_ends], known=known_ends),
         lopsided=lopsided,
-        distinguishable=bool(np.ptp(r) > np.quantile(noise_span, draws.COVERAGE)),
+        distinguishable=apart,
     )
 
 
 def _drawn_bounds(
-    sampler: draws.Draws, ends: Sequence[int]
-) -> tuple[tuple[Floats, Floats], Floats, list[Floats], Mask]:
-    """Of each draw: the least and greatest resource, as columns, the span of the errors alone, and
-    the resources of the rows `ends`; and which rows (2, n) may be the least and the greatest.
+    sampler: draws.Draws, ends: Sequence[int], *, known: Mask
+) -> tuple[tuple[Floats, Floats], Floats, list[Floats], list[Floats], Mask]:
+    """Of each draw: the least and greatest resource, as columns, the span of the errors alone, of
+    the rows whose errors are `known` (n,), and the resources and the errors of the rows `ends`; and
+    which rows (2, n) may be the least and the greatest.
     """
     least, greatest, lowest, highest, first, last = [], [], [], [], [], []
-    of_ends: dict[int, Floats] = {}
+    of_ends: dict[int, tuple[Floats, Floats]] = {}
     for number, rows in enumerate(sampler.blocks):
         block = sampler.block(number)
         least.append(block.r.min(axis=1))
         greatest.append(block.r.max(axis=1))
-        lowest.append(block.noise.min(axis=1))
-        highest.append(block.noise.max(axis=1))
+        lowest.append(block.noise.min(axis=1, where=known[rows], initial=np.inf))
+        highest.append(block.noise.max(axis=1, where=known[rows], initial=-np.inf))
         first.append(block.r.argmin(axis=1) + rows.start)
         last.append(block.r.argmax(axis=1) + rows.start)
-        of_ends.update({i: block.r[:, i - rows.start] for i in ends if rows.start <= i < rows.stop})
+        for i in ends:
+            if rows.start <= i < rows.stop:
+                of_ends[i] = block.r[:, i - rows.start], block.noise[:, i - rows.start]
     bounds = np.min(least, axis=0)[:, None], np.max(greatest, axis=0)[:, None]
     n = sampler.blocks[-1].stop
     at_bounds = np.array(
@@ -431,7 +468,8 @@ def _drawn_bounds(
         ]
     )
     span = np.max(highest, axis=0) - np.min(lowest, axis=0)
-    return bounds, span, [of_ends[i] for i in ends], at_bounds
+    drawn_ends, noise_ends = ([of_ends[i][which] for i in ends] for which in (0, 1))
+    return bounds, span, drawn_ends, noise_ends, at_bounds
 
 
 def _likely(drawn: npt.NDArray[np.intp], n: int) -> Mask:
@@ -452,13 +490,17 @@ def _interval(drawn: Floats) -> tuple[Floats, Floats]:
     return low, high
 
 
-def _around(value: float, drawn: Floats) -> tuple[float, float, float]:
-    """A value and the ends of its interval, from draws (draws,) of which some may be infinite."""
-    drawn = drawn[~np.isnan(drawn)]  # 0/0
-    if not len(drawn):
-        return value, math.nan, math.nan
-    low, high = np.quantile(drawn, [_TAIL, 1.0 - _TAIL], method="inverted_cdf").tolist()
-    return value, min(low, value), max(high, value)
+def _around(value: float, drawn: Sequence[Floats], *, known: bool) -> tuple[float, float, float]:
+    """A value and the ends of an interval that has those of all `drawn`, each draws (draws,) of
+    which some may be infinite; NaN for ends that are not `known`.
+    """
+    ends = [value]
+    for each in drawn:
+        numbers = each[~np.isnan(each)]  # 0/0
+        if not known or not len(numbers):
+            return value, math.nan, math.nan
+        ends += np.quantile(numbers, [_TAIL, 1.0 - _TAIL], method="inverted_cdf").tolist()
+    return value, min(ends), max(ends)
 
 
 def _score_interval(

@@ -484,8 +484,11 @@ def make_ranking(
         standing = pepr.standing(means.performance, means.resource, errors, bounds=fixed)
         scores = replace(scores, distinguishable=standing.distinguishable)
         if (lost := once & np.isnan(errors.var_r)).any():  # at a bound too: P is one value
+            if fixed is None:  # any such row may in truth set a bound, and so every R
+                lost = np.ones_like(lost)
             standing = replace(
                 standing,
+                swap=np.where(lost, math.nan, standing.swap),
                 u_pepr=np.where(lost, math.nan, standing.u_pepr),
                 low=np.where(lost, math.nan, standing.low),
                 high=np.where(lost, math.nan, standing.high),
