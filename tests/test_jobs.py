@@ -440,6 +440,36 @@ def test_a_missing_rank_is_named_and_what_it_took_is_imputed_apart() -> None:
     assert alone["energy"]["imputed"]["u_j"] is None
 
 
+def test_what_is_imputed_is_no_more_than_is_left_of_the_devices() -> None:
+    # given two ranks of three that each claim all of a GPU at 100 W, and have a tenth of a CPU
+    def imputed(ranks: int = 2, unused: bool = False, of: int = 3, **more: Any) -> Part:
+        runs = []
+        for i in range(ranks):
+            gpu = part(GPU, Constant(100), 0, 10, job=1.0)
+            cpu = part(CPU, Constant(10), 0, 10, job=0.1, idle=0.5)
+            free = part("gpu:GPU-2", Constant(100), 0, 10, job=0.0, in_total=False)
+            inside = part("rail", Constant(500), 0, 10, job=0.0, in_total=False)
+            rail = {**inside, "excluded": "contains the GPU"}
+            parts = (gpu, cpu, rail, *([free] if unused else []))
+            runs.append(rank(i, 0, 10, *parts, of=of, **more))
+        found: Part = job_of(*runs)["energy"]["imputed"]
+        return found
+
+    # when the third is on their machine, then it has what they leave of the CPU, at most
+    capped = imputed(local_world_size=3)
+    assert (capped["missing_j"], capped["total_j"]) == (pytest.approx(80), pytest.approx(1100))
+    assert capped["u_j"] is None and "no more than is left" in capped["how"]
+    alone = imputed(1, of=2, local_world_size=2)
+    assert alone["total_j"] == pytest.approx(1100)
+    # when another GPU was free, or it is on another machine, it may have as much as they
+    assert imputed(unused=True, local_world_size=3)["missing_j"] == pytest.approx(510)
+    assert imputed(local_world_size=2)["missing_j"] == pytest.approx(510)
+    # when nobody says where it is, nobody knows
+    unknown = imputed()
+    assert (unknown["missing_j"], unknown["total_j"], unknown["u_j"]) == (None, None, None)
+    assert "unknown which ranks" in unknown["how"]
+
+
 def test_a_recording_of_a_whole_node_covers_the_ranks_on_it() -> None:
     node = {**run("node", 0, 10, part(CPU, Constant(100), 0, 10, job=0.6)), "world_size": 2}
     assert job_of(node)["missing_ranks"] == []

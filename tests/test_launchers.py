@@ -200,6 +200,10 @@ def test_a_summary_shows_its_rank(cli: Cli, meter: str) -> None:
     result, summary = cli.measure("--sensor", meter, "--", "true", env=SLURM)
     assert (summary["job"], summary["rank"], summary["world_size"]) == ("slurm-1234.0", 1, 2)
     assert "  rank         1 of 2 (slurm), job slurm-1234.0\n" in result.stderr
+    _, summary = cli.measure(
+        "--sensor", meter, "--", "true", env={**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}
+    )
+    assert (summary["rank"], summary["local_world_size"]) == (1, 2)
     result, summary = cli.measure("--sensor", meter, "--", "true")
     assert summary["rank"] is None
     assert "  rank " not in result.stderr

@@ -17,7 +17,7 @@ from pepr_profiler.energy.visible import (
 )
 from pepr_profiler.record import Record
 from pepr_profiler.trace.lane import Channel
-from pepr_profiler.trace.run_json import PERHAPS_SERVED
+from pepr_profiler.trace.run_json import PERHAPS_SERVED, UNUSED
 
 
 class UnknownOrder(Record):
@@ -175,7 +175,7 @@ class Gpus(Record):
         if not known:
             return ""
         if not self.possible_servers(uuid):
-            return "was not used by the job"
+            return UNUSED
         return "" if self.scope == "device" else PERHAPS_SERVED
 
     def _is_invisible(self, uuid: str) -> bool:

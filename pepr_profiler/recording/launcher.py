@@ -119,6 +119,12 @@ class Launch(Record):
             for name, value in zip(self._fields, self, strict=True)
         }
 
+    def local_world_size(self) -> int | None:
+        """How many ranks the node of this process has, where their numbers follow each other."""
+        if self.rank is None:
+            return None
+        return _number(os.environ, *_LOCAL_SIZES.get(self.launcher or "", ()))
+
 
 def rank_facts() -> dict[str, Any]:
     """What a file of events says of the process that writes it; nothing if it has no rank."""
@@ -129,7 +135,7 @@ def rank_facts() -> dict[str, Any]:
         "rank": launch.rank,
         "local_rank": launch.local_rank,
         "world_size": launch.world_size,
-        "local_world_size": _number(os.environ, *_LOCAL_SIZES.get(launch.launcher or "", ())),
+        "local_world_size": launch.local_world_size(),
     }
 
 

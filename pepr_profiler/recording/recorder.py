@@ -394,6 +394,9 @@ class Recorder:
             "schema": 1,
             "run_id": utf8_text(self.directory.name),
             **self._launch.facts(),
+            "local_world_size": (
+                self._launch.local_world_size() if self._root in ("self", "children") else None
+            ),
             **({} if options.job is None else {"job": options.job}),
             "name": options.name,
             "experiment": options.experiment,

@@ -47,6 +47,8 @@ def missing_rank_notes(summary: Mapping[str, Any]) -> list[str]:
     if imputed["total_j"] is not None:
         total = format_with_u(imputed["total_j"], imputed["u_j"], "J")
         notes.append(f"with them perhaps {total}: {imputed['how']}")
+    else:
+        notes.append(f"what they took is unknown: {imputed['how']}")
     return notes
 
 

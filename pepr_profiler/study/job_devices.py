@@ -146,12 +146,28 @@ class Recording(NamedTuple):
             return {self.rank}
         covered: set[int] = set()
         for facts in self.run.get("inner_ranks") or ():
-            local, size = facts.get("local_rank"), facts.get("local_world_size")
-            if local is None or size is None or size > _MOST_RANKS:
+            beside = _ranks_beside(facts)
+            if beside is None:
                 return None
-            first = facts["rank"] - local
-            covered.update(range(first, first + size))
+            covered.update(beside)
         return covered or None
+
+    @property
+    def ranks_of_node(self) -> set[int] | None:
+        """The ranks on its node, recorded or not; None if unknown."""
+        if self.rank is None:
+            return self.covered_ranks
+        beside = _ranks_beside(self.run)
+        return None if beside is None else set(beside)
+
+
+def _ranks_beside(facts: Mapping[str, Any]) -> range | None:
+    """The ranks on the node of one, by what that says of itself; None if it does not say."""
+    local, size = facts.get("local_rank"), facts.get("local_world_size")
+    if local is None or size is None or size > _MOST_RANKS:
+        return None
+    first = facts["rank"] - local
+    return range(first, first + size)
 
 
 _IN_ARRAYS = {*_NUMBERS, "trace_w", "budget"}

@@ -34,10 +34,11 @@ from pepr_profiler.study.job_devices import (
     union_of,
     windows_ns,
 )
-from pepr_profiler.study.ranks import Pass, RankShare
+from pepr_profiler.study.ranks import Pass, RankShare, Room
 from pepr_profiler.summary.doubts import SHARED_DEVICE, SHARED_PROCESS, shared_job
 from pepr_profiler.summary.timeline import Timeline, TimelineComponent
 from pepr_profiler.trace.events import PhaseSpan
+from pepr_profiler.trace.run_json import PERHAPS_SERVED, UNUSED
 from pepr_profiler.trace.shape import MALFORMED
 
 _SUMS = ("cpu_s", "samples", "dropped", "late", "timed", "failed_reads")
@@ -284,7 +285,8 @@ class JobRecordings:
         first = min(runs, key=lambda run: str(run.get("started_at")))
         memory = [run.get("memory") or {} for run in top]
         metrics, performance, warnings = of_ranks.metrics_of(self._by_authority())
-        energy["imputed"] = of_ranks.imputed(shares, self.missing_ranks, energy)
+        rooms = list(self._rooms(of_boots, devices.scope)) if self.missing_ranks else []
+        energy["imputed"] = of_ranks.imputed(shares, self.missing_ranks, energy, rooms)
         if self.missing_ranks:
             energy["partial"] += [
                 {"id": f"rank:{rank}", "missing_s": duration_s} for rank in self.missing_ranks
@@ -298,6 +300,7 @@ class JobRecordings:
             "job": self.job,
             "rank": None,
             "local_rank": None,
+            "local_world_size": None,
             "world_size": self.world_size,
             "started_at": first.get("started_at"),
             "duration_s": duration_s,
@@ -457,6 +460,34 @@ class JobRecordings:
             gpu_peak_bytes=max(_known(m.get("gpu_peak_bytes") for m in memory), default=None),
             complete=all(run.get("complete") for run in runs),
         )
+
+    def _rooms(
+        self, components: Mapping[str, Sequence[Mapping[str, Any]]], scope: str
+    ) -> Iterator[Room]:
+        """What the recordings of each machine leave to ranks without one. `components` are by boot.
+
+        Where ranks saw GPUs of their own each, others may have had some that nobody saw.
+        """
+        by_boot: dict[str, list[Recording]] = {}
+        for one in self._recordings:
+            by_boot.setdefault(one.key[0], []).append(one)
+        for boot_id, recordings in by_boot.items():
+            gpus = {
+                frozenset(c["id"] for c in one.components if c["kind"] == "gpu")
+                for one in recordings
+                if one.rank is not None
+            }
+            left_j = [
+                0.0 if c["in_total"] and scope == "device" else c["device_j"] - c["job_j"]
+                for c in components.get(boot_id, ())
+                if c["device_j"] is not None
+                and (c["in_total"] or c.get("excluded") in (UNUSED, PERHAPS_SERVED))
+            ]
+            known = _known(one.ranks_of_node for one in recordings)
+            yield Room(
+                ranks=set().union(*known) if known else None,
+                left_j=math.fsum(left_j) if len(gpus) <= 1 else math.inf,
+            )
 
     def _by_authority(self) -> list[tuple[int | None, Summary]]:
         """Whose metrics are the job's: those of a recording around all, then those of rank 0."""

@@ -105,16 +105,30 @@ def stragglers_of(passes: Iterable[Pass]) -> list[dict[str, Any]]:
     return found
 
 
+class Room(NamedTuple):
+    """What the recordings of a machine leave of its devices to ranks that nobody recorded.
+
+    `ranks` are those on the machine, recorded or not; None is unknown. `left_j` is what is neither
+    the recorded ranks' nor of devices that they could not see, infinite where it has no bound.
+    """
+
+    ranks: set[int] | None
+    left_j: float
+
+
 def imputed(
     shares: Sequence[RankShare],
     missing: Sequence[int],
     energy: Mapping[str, Any],
+    rooms: Sequence[Room],
 ) -> dict[str, Any] | None:
     """What the missing ranks may have taken, apart from the total; None if none is missing.
 
     Each is taken to be as the mean of those that are there. The estimate of the whole job then has
     their errors, scaled up, and what single ranks differ by: s·√(M + M²/n) for M missing and n
-    present ones whose energies have the standard deviation s.
+    present ones whose energies have the standard deviation s. Those on a recorded machine took no
+    more than the present ones leave of its devices. Where that is less than their means, its ± is
+    unknown, and the estimate too if nobody says whether they were there.
     """
     if not missing:
         return None
@@ -124,24 +138,44 @@ def imputed(
     )
     n, m = len(known_j), len(missing)
     total_j, u_j = energy["total_j"], energy["u_j"]
-    result: dict[str, Any] = {
-        "ranks": m,
-        "missing_j": None,
-        "total_j": None,
-        "u_j": None,
-        "how": f"{'the missing rank is' if m == 1 else f'each of the {m} missing ranks is'} taken "
-        f"to be as {'the present one' if n == 1 else f'the mean of the {n} present ones'}",
-    }
+    result: dict[str, Any] = {"ranks": m, "missing_j": None, "total_j": None, "u_j": None}
     if not n or total_j is None:
-        return result
-    missing_j = m * math.fsum(known_j) / n
-    result |= {"missing_j": missing_j, "total_j": total_j + missing_j}
-    if n > 1 and u_j is not None and not energy["partial"]:
+        return {**result, "how": "the energy of no rank is known"}
+    mean_j = math.fsum(known_j) / n
+    placed = [len(room.ranks.intersection(missing)) for room in rooms if room.ranks is not None]
+    left_j = [room.left_j for room in rooms if room.ranks is not None]
+    elsewhere_j = (m - sum(placed)) * mean_j
+    unplaced_j = math.fsum(room.left_j for room in rooms if room.ranks is None)
+    unsure = any(room.ranks is None for room in rooms) and _exceeds(elsewhere_j, unplaced_j)
+    less = [_exceeds(count * mean_j, most_j) for count, most_j in zip(placed, left_j, strict=True)]
+    mean = "that of the present one" if n == 1 else f"the mean of the {n} present ones"
+    if unsure or (any(less) and energy["partial"]):
+        why = "some devices were not read all the time" if not unsure else (
+            "it is unknown which ranks were on their machines"
+        )  # fmt: skip
+        more = f"{mean} is more than is left of the recorded devices, and {why}"
+        return {**result, "how": more}
+    how = f"{'the missing rank is' if m == 1 else f'each of the {m} missing ranks is'} taken " + (
+        f"to be as {'the present one' if n == 1 else mean}"
+    )
+    missing_j = elsewhere_j + math.fsum(
+        most_j if is_less else count * mean_j
+        for count, most_j, is_less in zip(placed, left_j, less, strict=True)
+    )
+    if any(less):
+        how += ", but no more than is left of the devices of its machine"
+    result |= {"missing_j": missing_j, "total_j": total_j + missing_j, "how": how}
+    if n > 1 and u_j is not None and not energy["partial"] and not any(less):
         spread_j = float(np.std(known_j, ddof=1)) * math.sqrt(m + m**2 / n)
         result["u_j"] = math.hypot(u_j * (1 + m / n), float(coverage_factor(n - 1)) * spread_j)
     elif n == 1:
         result["how"] += "; how much ranks differ is unknown, as there is one"
     return result
+
+
+def _exceeds(energy_j: float, most_j: float) -> bool:
+    """Whether it is more, by more than rounding."""
+    return energy_j > most_j + 1e-9 * abs(energy_j)
 
 
 def nodes_of(

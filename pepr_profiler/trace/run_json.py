@@ -15,6 +15,7 @@ from pepr_profiler.record import Any
 from pepr_profiler.trace.files import read_file, replace_file
 from pepr_profiler.trace.shape import shape_error
 
+UNUSED = "was not used by the job"
 PERHAPS_SERVED = "was worked on by others, perhaps for the job"
 """Why a GPU is not in the total (`excluded`) though the job's work may have been done there."""
 
@@ -196,7 +197,7 @@ _RUN_SHAPE: _Shape = {
     **dict.fromkeys(("run_id", "name", "host"), str),
     **dict.fromkeys(("job", "experiment", "boot_id", "started_at"), _TEXT),
     **dict.fromkeys(("node", "launcher"), _TEXT),
-    **dict.fromkeys(("rank", "local_rank", "world_size", "attempt"), _COUNT),
+    **dict.fromkeys(("rank", "local_rank", "world_size", "local_world_size", "attempt"), _COUNT),
     "inner_ranks": [{None: ("rank",), "rank": int, ...: _COUNT}],
     **dict.fromkeys(("duration_s", "time_s"), _NUMBER),
     **dict.fromkeys(("exit_code", "signal"), _COUNT),
