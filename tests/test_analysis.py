@@ -648,6 +648,11 @@ def test_no_mean_contains_a_group_that_is_noise(tmp_path: Path) -> None:
     }
     (every,) = json.loads(scored(*wanted, "--anyway", "--json", "-").stdout)["means"]
     assert every["groups"] == ["x", "y", "z"] and every["left_out"] == []
+    note = "The scores of z are noise: its models cannot be told apart by kwh"
+    assert note in " ".join(scored(*wanted, "--anyway").stdout.split())
+    scored(*wanted, "--anyway", "-o", tmp_path / "means.md")
+    assert note in (tmp_path / "means.md").read_text()
+    assert note not in " ".join(result.stdout.split())
     # and of one group that is none there is no mean
     table.write_text("\n".join(["data,model,accuracy,kwh", *rows[9:]]) + "\n")
     error = refused(*wanted)

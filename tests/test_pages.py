@@ -357,7 +357,7 @@ def test_outliers_are_named_with_the_ranking_without_them() -> None:
     rng = np.random.default_rng(5)
     time_s = np.geomspace(10, 1000, 40)
     energy_j = 300 * time_s * rng.uniform(0.9, 1.1, 40)
-    energy_j[[3, 17]] *= 12
+    energy_j[[3, 17]] *= [12, 80]
     study = Study.from_table(
         {"m": [f"model{i}" for i in range(40)], "p": rng.uniform(0.5, 0.9, 40), "e": energy_j,
          "t": time_s},
@@ -369,6 +369,34 @@ def test_outliers_are_named_with_the_ranking_without_them() -> None:
     assert (
         warned and "model3" in warned[1] and "model17" in warned[1] and "model4 " not in warned[1]
     )
+
+
+def test_a_page_has_both_rankings_of_two_populations_and_marks_their_rows() -> None:
+    rng = np.random.default_rng(5)
+    time_s = np.geomspace(10, 1000, 40)
+    energy_j = np.where(np.arange(40) % 2, 300, 3000) * time_s * rng.uniform(0.95, 1.05, 40)
+    study = Study.from_table(
+        {"m": [f"model{i}" for i in range(40)], "p": rng.uniform(0.5, 0.9, 40), "e": energy_j,
+         "time_s": time_s},
+        performance="p", resources=("e",), name="m", time="time_s", unit_of={"e": "J"},
+    )  # fmt: skip
+    ranking = study.rank()
+    assert len(ranking.either) == 2
+    page = " ".join(study_page(study).split())
+    assert page.count('class="tag">population at ') == 40
+    assert "the best of 40" not in page
+    for part in ranking.either:
+        kind = ranking.population[part.whole_rows[0]]
+        assert f"Of the {kind}: By PePR the best of 20 is {part.names[part.order[0]]}" in page
+        assert f"PePR, 20 rows, {kind}</h3>" in page
+
+
+def test_a_page_of_repeats_in_a_table_counts_their_rows() -> None:
+    study = Study.from_table(
+        {"m": ["a", "a", "a", "b", "b"], "p": [0.5, 0.6, 0.55, 0.7, 0.71], "e": [1, 2, 1.5, 9, 8]},
+        performance="p", resources=("e",), name="m", repeats=True,
+    )  # fmt: skip
+    assert "2 models, 5 rows" in study_page(study)
 
 
 # --- in a browser --------------------------------------------------------------------------------

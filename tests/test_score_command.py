@@ -50,6 +50,7 @@ def test_the_ranking_of_a_table_goes_to_stdout_and_nothing_else_does(models: Pat
         "\n"
         "  PePR  accuracy / (1 + R)\n"
         "  R     0 at 1, 1 at 5 (normalisation range of these rows)\n"
+        "  #     how sure the order is, is unknown: one row shows no spread over repeats\n"
         "  *     on the accuracy/kwh Pareto front\n"
     )
     assert result.stderr == ""
@@ -323,6 +324,42 @@ def test_a_saved_range_keeps_the_unit_and_holds_for_no_other(tmp_path: Path) -> 
     result = scored(table, *COLUMNS, "--unit", "kwh=kWh", "--range-from", saved)
     assert "does not say in which unit its range of kwh is" in result.stderr
     assert "0 at 1.000 kWh, 1 at 4.000 kWh (normalisation range of range.json)" in result.stdout
+
+
+def test_a_range_that_outliers_set_is_named_where_it_is_saved(tmp_path: Path) -> None:
+    columns = ["--performance", "accuracy", "--resource", "energy", "--unit", "energy=MJ"]
+    saved = tmp_path / "range.json"
+    for sides, wrong in (
+        ([(12, 300.0), (1, 60_000.0)], "is set by outliers"),
+        ([(14, 300.0), (10, 5000.0)], "is set by one of two populations"),
+    ):
+        result = scored(powered(tmp_path, *sides), *columns, "--save-range", saved)
+        assert f"the range of energy in {saved} has an end that {wrong}" in result.stderr
+    result = scored(powered(tmp_path, (12, 300.0)), *columns, "--save-range", saved)
+    assert result.stderr == f"pepr-profile: wrote {saved}\n"
+
+
+def test_rows_of_one_name_are_no_repeats_unless_asked_for_and_show_no_spread(
+    tmp_path: Path,
+) -> None:
+    table = table_of(tmp_path, "a,0.9,1", "a,0.91,1.2", "b,0.8,2", "b,0.82,2.1")
+    result = scored(table, *COLUMNS)
+    assert "several rows are called a, b: each of them is ranked by itself" in result.stderr
+    assert "fix: --repeats" in result.stderr
+    assert (
+        "#     how sure the order is, is unknown" in result.stdout
+        and "shows no spread over repeats" in result.stdout
+    )
+    result = scored(table, *COLUMNS, "--repeats")
+    assert "several rows" not in result.stderr and "shows no spread" not in result.stdout
+    # and one row of each model shows none either, in a paper's table too
+    table = table_of(tmp_path, "a,0.9,1", "b,0.8,2", "c,0.7,3")
+    assert "shows no spread over repeats" in scored(table, *COLUMNS, "--repeats").stdout
+    result = scored(table, *COLUMNS, "-o", tmp_path / "table.md")
+    assert "several" not in result.stderr
+    assert (
+        "How sure the order is, is unknown: one row shows no" in (tmp_path / "table.md").read_text()
+    )
 
 
 def powered(tmp_path: Path, *sides: tuple[int, float]) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -309,6 +310,8 @@ def score(
         added = _scores_by_row(study, groups, resources, clamped=limits is not None)
         return rows.text_with(added, path, cell=None if raw_csv else spreadsheet_cell)
 
+    if not repeats:
+        _complain_of_same_names(labels, groups, named=name is not None)
     publish(
         study,
         json_file=json_file,
@@ -353,6 +356,22 @@ def _in_units(
         else:
             found.append(entry)
     return tuple(found)
+
+
+def _complain_of_same_names(
+    labels: Sequence[str], groups: Mapping[str | None, Sequence[int]], *, named: bool
+) -> None:
+    """Warns of rows of one name within a group, which are not taken for repeats."""
+    from pepr_profiler.study.pepr import listed
+
+    counts = (Counter(labels[i] for i in at) for at in groups.values())
+    several = dict.fromkeys(label for count in counts for label, n in count.items() if n > 1)
+    if several:
+        complain(
+            f"warning: several rows are called {listed(list(map(brief, several)))}: each of them "
+            "is ranked by itself\n  fix: --repeats, if they are repeats of a model"
+            f"{'' if named else '; --name COL, if another column has the names'}"
+        )
 
 
 def _named_unit(text: str, resources: Sequence[str]) -> tuple[str, str]:
@@ -463,6 +482,16 @@ def _save_range(study: Study, path: Path) -> None:
                 f"warning: the range of {ranking.resource_name}{of} in {path} is noise: these "
                 f"{ranking.of}s cannot be told apart by it\n  fix: save the range of a study whose "
                 "models differ by more"
+            )
+        rest = ranking.without
+        moved = ranking.outliers and (rest is None or rest.scores.bounds != ranking.scores.bounds)
+        if not ranking.bounds_given and (moved or ranking.populations):
+            of = f" of {brief(ranking.group)}" if ranking.group else ""
+            wrong = "outliers" if moved else "one of two populations, and one of these is wrong"
+            complain(
+                f"warning: the range of {brief(ranking.resource_name)}{of} in {path} has an end "
+                f"that is set by {wrong}\n  fix: leave out the rows that are wrong, and save it "
+                "again"
             )
     write_text(path, json.dumps(study.bounds_data(), indent=2) + "\n")
     complain(f"wrote {path}")

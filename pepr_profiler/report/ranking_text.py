@@ -308,10 +308,16 @@ def _of_single(ranking: Ranking) -> list[tuple[str, str]]:
         notes.append(("n = 1", text))
     elif standing is not None and not ranking.repeated:
         notes.append(("±", "k = 2; one run per model, so the spread over repeats is not in it"))
+    elif standing is None and not ranking.repeated and ranking.of != "run":
+        notes.append(("#", NO_SPREAD))
     unknown = [ranking.u_performance if ranking.repeated else None, ranking.u_pepr]
     if any(u is not None and np.isnan(u).any() and not np.isnan(u).all() for u in unknown):
         notes.append(("± ?", "the uncertainty is unknown; so is a probability that is ?"))
     return notes
+
+
+NO_SPREAD = "how sure the order is, is unknown: one row shows no spread over repeats"
+"""What has to be known of a table's rows that are no repeats."""
 
 
 def _range_text(ranking: Ranking) -> str:

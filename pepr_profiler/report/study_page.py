@@ -14,7 +14,7 @@ from pepr_profiler.report import analysis_figures, figures, study_figures
 from pepr_profiler.report.html import clip, render
 from pepr_profiler.report.ranking_text import ratio_text, sentence
 from pepr_profiler.report.run_text import stop_note
-from pepr_profiler.report.typeset import means_table, settings_table
+from pepr_profiler.report.typeset import means_table, population_tables, settings_table
 from pepr_profiler.study import progress
 from pepr_profiler.study.analysis import Analysis, Traits
 from pepr_profiler.study.pepr import listed
@@ -82,7 +82,9 @@ def study_page(
     what = f"{models:,} {study.rankings[0].of}s"
     repeated = any(ranking.repeated for ranking in study.rankings)
     if repeated:
-        what += f", {len(study.runs):,} runs"
+        several = (of_group[0] for of_group in groups.values())
+        runs = len(study.runs) or sum(int(r.n.sum()) for r in several if r.n is not None)
+        what += f", {runs:,} {'runs' if study.runs else 'rows'}"
     by = study.rankings[0].grouped_by
     if len(groups) > 1:
         what += f", {len(groups)} {by}s" if study.runs else f", by {by}"
@@ -154,7 +156,7 @@ def _group(
         scattered = analysis_figures.cost_points(
             analysis, ranking, traits[id(ranking)], by_id, most=points
         )
-        add("cost", k, heading, clip(_said(ranking), 300), scattered)
+        add("cost", k, heading, clip(_said(ranking), 600), scattered)
         against = study_figures.score_points(ranking, parameters) if k == 0 and n > 1 else None
         if against is not None:
             heading = f"{ranking.label} against the number of parameters"
@@ -184,7 +186,14 @@ def _group(
             (sentence(each.text), sentence(each.fix))
             for each in dict.fromkeys(x for ranking in rankings for x in ranking.warnings)
         ],
-        "summary": clip(_said(first), 300),
+        "summary": clip(_said(first), 600),
+        "populations": []
+        if most is not None
+        else [
+            table
+            for each in rankings
+            for table in population_tables(each, traits[id(each)], analysis)
+        ],
         "caption": "" if unranked else _range_text(first),
         "of": first.of.capitalize(),
         "repeated": first.repeated,
@@ -204,6 +213,7 @@ def _group(
                 "name": first.names[i],
                 "of_class": "" if classes is None else classes[i],
                 "outlier": int(i) in outliers,
+                "population": clip(first.population[i], 80) if first.population else "",
                 "runs": runs[i],
                 "parameters": "" if parameters[i] is None else f"{parameters[i]:,.0f}",
                 "performance": _fraction(first.performance[i], first.u_performance, int(i)),
@@ -302,6 +312,9 @@ def _said(ranking: Ranking) -> str:
     """What the ranking says, in a sentence or two; of noise only how far the resources differ."""
     if ranking.noise:
         return ratio_text(ranking)
+    if ranking.either:
+        parts = ((ranking.population[part.whole_rows[0]], part) for part in ranking.either)
+        return " ".join(f"Of the {kind}: {_said(part)}" for kind, part in parts)
     best, top = int(ranking.order[0]), int(np.argmax(ranking.performance))
     metric, resource = clip(ranking.metric, 40), ranking.resource
     standing = ranking.standing

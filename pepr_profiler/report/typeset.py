@@ -14,7 +14,7 @@ import numpy as np
 from pepr_profiler.energy.sources import KINDS
 from pepr_profiler.report.components import component_name, counted
 from pepr_profiler.report.job_text import job_name, rank_name
-from pepr_profiler.report.ranking_text import ratio_text, sentence
+from pepr_profiler.report.ranking_text import NO_SPREAD, ratio_text, sentence
 from pepr_profiler.study.analysis import Analysis, Traits, best, best_performing
 from pepr_profiler.study.pepr import listed
 from pepr_profiler.study.ranking import Ranking
@@ -377,6 +377,16 @@ def study_tables(analysis: Analysis, count: int | None) -> list[Table]:
     return tables
 
 
+def population_tables(ranking: Ranking, traits: Traits, analysis: Analysis) -> list[Table]:
+    """The ranking of each of two populations."""
+    tables = []
+    for what, (part,) in _both_ways([ranking]):
+        if any(part is each for each in ranking.either):
+            table = _ranking(part, traits.at(part.whole_rows), analysis)
+            tables.append(replace(table, title=table.title + what))
+    return tables
+
+
 def _both_ways(rankings: Sequence[Ranking]) -> Iterator[tuple[str, list[Ranking]]]:
     """The rankings of a group, and again without outliers and of either population, each with what
     its title adds. A ranking that has none of these stays as it is.
@@ -545,6 +555,9 @@ def mean_cautions(analysis: Analysis) -> list[str]:
     for ranking in analysis.study.rankings:
         if ranking.outliers and not analysis.of:
             notes.append(f"{ranking.group} has outliers in {ranking.outliers[0].what}.")
+        if ranking.noise and not analysis.unranked(ranking):
+            apart = f"its {ranking.of}s cannot be told apart by {ranking.resource_name}"
+            notes.append(f"The scores of {ranking.group} are noise: {apart}.")
         if ranking.populations:
             notes.append(sentence(f"{ranking.group}: {ranking.populations}"))
     return list(dict.fromkeys(notes))
@@ -628,7 +641,7 @@ def _range(ranking: Ranking) -> str:
 def _of_u(ranking: Ranking) -> list[str]:
     """What the ± and the ranges of ranks mean, where there are any."""
     if ranking.standing is None:
-        return []
+        return [sentence(NO_SPREAD)] if ranking.of != "run" else []
     notes = ["± covers 95% (k = 2, or Student's t where repeats are few)."]
     us = [ranking.standing.u_pepr, ranking.u_performance if ranking.repeated else None]
     if any(u is not None and np.isnan(u).any() for u in us):
