@@ -32,6 +32,7 @@ from pepr_profiler.errors import (
 from pepr_profiler.recording.blocks import OpenBlock, OpenBlocks, runs_of_ancestors
 from pepr_profiler.recording.launcher import rank_facts
 from pepr_profiler.recording.options import OVERHEAD, Options, checked_join
+from pepr_profiler.recording.procfs import ancestors_of
 from pepr_profiler.recording.recorder import TICK_S, Recorder
 from pepr_profiler.store.runs import Store, create_elsewhere
 from pepr_profiler.trace.events import EventWriter
@@ -701,7 +702,14 @@ class Phase:
         if run._synchronise:
             _synchronise_cuda()
         self._number, self._outer = next(_numbers), _current_phase.get()
-        self.t_ns = events.begin(json.dumps(self._name), self._number, self._outer)
+        ident = threading.get_ident()
+        self.t_ns = events.begin(
+            json.dumps(self._name),
+            self._number,
+            self._outer,
+            thread=None if ident == threading.main_thread().ident else ident,
+            ancestors=_ancestors,
+        )
         self._token = _current_phase.set(self._number)
         return self
 
@@ -726,6 +734,11 @@ class Phase:
 
     def __call__(self, function: _F) -> _F:
         return _decorated(function, lambda: Phase(self._run, self._name))
+
+
+def _ancestors() -> Sequence[int]:
+    """The processes above this one, from its parent outwards."""
+    return list(ancestors_of(os.getpid()))
 
 
 def profile(

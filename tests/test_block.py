@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli import SLOW_S, Cli, component, ended, python, until
+from cli import SLOW_S, Cli, codes, component, ended, python, until, write_meter
 from sim import native
 
 import pepr_profiler
 from pepr_profiler import UsageError, profile
 from pepr_profiler.errors import PeprError
+from pepr_profiler.summary.summarise import summarise
+from pepr_profiler.trace.events import EventWriter
 from pepr_profiler.trace.lane import LaneReader
 from pepr_profiler.trace.run_json import RUN_DIR_VARIABLE
 
@@ -310,6 +312,121 @@ def test_phases_of_threads_are_kept_apart(meter: str) -> None:
         for thread in threads:
             thread.join()
     assert {p["name"]: p["count"] for p in run.summary["phases"]} == {"main": 1, "work": 3}
+
+
+def events_of(directory: Path, pid: int, *phases: dict[str, Any]) -> None:
+    """A process's file of events; `at` of each phase is its begin and end, s since the run's."""
+    begin_ns = json.loads((directory / "run.json").read_text())["recording"]["window_ns"][0]
+    lines = []
+    for ident, phase in enumerate(phases):
+        first_ns, last_ns = (begin_ns + round(at_s * 1e9) for at_s in phase.pop("at"))
+        begin = {"event": "begin", "t_ns": first_ns, "id": pid * 100 + ident, "parent": None}
+        lines += [begin | phase, {"event": "end", "t_ns": last_ns, "id": pid * 100 + ident}]
+    text = "".join(f"{json.dumps(line)}\n" for line in sorted(lines, key=lambda x: x["t_ns"]))
+    (directory / f"events-host-{pid}.jsonl").write_text(text)
+
+
+def test_phases_that_are_open_side_by_side_have_equal_parts(cli: Cli, tmp_path: Path) -> None:
+    # given a run at 50 W: a search in the main thread, a phase in each of two threads of it, then
+    # one in a worker, then two tasks, and a mark over all of it
+    meter = write_meter(tmp_path / "meter", 50.0)
+    assert cli("--sensor", meter, "--", "sleep", "2").status == 0
+    (directory,) = cli.runs()
+    of_main: list[dict[str, Any]] = [
+        {"name": "search", "at": (0.1, 1.5), "ancestors": []},
+        {"name": "t1", "at": (0.1, 0.7), "thread": 7},
+        {"name": "t2", "at": (0.1, 0.7), "thread": 8},
+        {"name": "task1", "at": (1.1, 1.5), "parent": 100},
+        {"name": "task2", "at": (1.1, 1.5), "parent": 100},
+    ]
+    events_of(directory, 1, *(dict(phase) for phase in of_main))
+    events_of(directory, 2, {"name": "w", "at": (0.7, 1.1), "ancestors": [3, 1]})
+    writer = EventWriter(directory)
+    begin_ns = json.loads((directory / "run.json").read_text())["recording"]["window_ns"][0]
+    writer.mark("begin", "marked", series="s", t_ns=begin_ns + 100_000_000)
+    writer.mark("end", "marked", series="s", t_ns=begin_ns + 1_500_000_000)
+    writer.close()
+    summary = summarise(directory)
+    # then what the search started is in it, and each of n at once has 1/n ± of n unknown parts
+    phases = {phase["name"]: phase for phase in summary["phases"]}
+    joules = {name: phase["energy_j"] for name, phase in phases.items()}
+    threads, halves = {"t1": 10.0, "t2": 10.0}, {"w": 10.0, "task1": 10.0, "task2": 10.0}
+    whole = {"search": 70.0, "marked": 70.0}
+    assert joules == pytest.approx(whole | threads | halves, rel=0.01)
+    assert phases["t1"]["u_j"] == pytest.approx(2 * math.sqrt(2 / 4) / 3 * 30, rel=0.1)
+    assert phases["w"]["u_j"] == pytest.approx(2 * math.sqrt(1 / 3) / 2 * 20, rel=0.1)
+    assert phases["search"]["u_j"] == phases["marked"]["u_j"] < 5
+    assert "phases-at-once" in codes(summary, "'t1', 't2', 'w' and 2 more; each has an equal part")
+
+    # and a recording of before, which does not tell what started what, is as it was, with no ±
+    new = ("ancestors", "thread")
+    events_of(directory, 1, *({k: v for k, v in p.items() if k not in new} for p in of_main))
+    summary = summarise(directory)
+    before = {phase["name"]: (phase["energy_j"], phase["u_j"]) for phase in summary["phases"]}
+    assert before["t1"] == (pytest.approx(30, rel=0.01), None)
+    assert before["search"] == (pytest.approx(70, rel=0.01), None)
+    assert "phases-at-once" in codes(summary, "is unknown, and so is their ±")
+
+
+def test_one_phase_after_another_has_all_whoever_began_it(cli: Cli, tmp_path: Path) -> None:
+    meter = write_meter(tmp_path / "meter", 50.0)
+    assert cli("--sensor", meter, "--", "sleep", "2").status == 0
+    (directory,) = cli.runs()
+    events_of(directory, 1, {"name": "a", "at": (0.1, 0.7)}, {"name": "b", "at": (0.7, 1.1)})
+    events_of(directory, 2, {"name": "c", "at": (1.1, 1.5), "thread": 5})
+    summary = summarise(directory)
+    joules = {phase["name"]: phase["energy_j"] for phase in summary["phases"]}
+    assert joules == pytest.approx({"a": 30, "b": 20, "c": 20}, rel=0.01)
+    assert all(phase["u_j"] is not None for phase in summary["phases"])
+    assert "phases-at-once" not in codes(summary)
+
+
+SIDE_BY_SIDE = """
+import multiprocessing, sys, threading
+from pepr_profiler import profile
+
+def trial(number):
+    with profile(f"trial {number}"):
+        meet.wait(100)
+        threading.Event().wait(0.2)
+        meet.wait(100)
+
+def begun(barrier):
+    global meet
+    meet = barrier
+
+if __name__ == "__main__":
+    with profile("search"):
+        if sys.argv[1] == "threads":
+            meet = threading.Barrier(3)
+            each = [threading.Thread(target=trial, args=(number,)) for number in range(3)]
+            for thread in each: thread.start()
+            for thread in each: thread.join()
+        else:
+            context = multiprocessing.get_context(sys.argv[1])
+            with context.Pool(3, begun, (context.Barrier(3),)) as pool:
+                pool.map(trial, range(3), chunksize=1)
+"""
+
+
+@pytest.mark.parametrize("how", ["threads", "fork", "spawn"])
+def test_trials_side_by_side_in_one_run_add_up_to_no_more_than_it(
+    cli: Cli, meter: str, tmp_path: Path, how: str
+) -> None:
+    (tmp_path / "search.py").write_text(SIDE_BY_SIDE)
+    command = (sys.executable, str(tmp_path / "search.py"), how)
+    done = cli("run", "--sensor", meter, "--", *command)
+    assert done.status == 0, done.stderr
+    (directory,) = cli.runs()
+    summary = json.loads((directory / "run.json").read_text())
+    phases = {phase["name"]: phase for phase in summary["phases"]}
+    search = phases.pop("search")
+    assert sorted(phases) == ["trial 0", "trial 1", "trial 2"]
+    assert sum(phase["energy_j"] for phase in phases.values()) < search["energy_j"]
+    assert all(phase["u_j"] > 0.5 * phase["energy_j"] for phase in phases.values())
+    assert search["energy_j"] >= 0.99 * 100 * search["duration_s"]
+    assert search["u_j"] < 0.5 * search["energy_j"]
+    assert "phases-at-once" in codes(summary)
 
 
 def test_working_directory_may_change_inside_the_block(cli: Cli) -> None:

@@ -118,6 +118,22 @@ _SAME = 1e-6
 """Ranks that differ by less than this part agree: sums in another order round differently."""
 
 
+def phases_at_once(phases: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+    """For phases beside which other threads, tasks or processes had phases too."""
+    if phases:
+        names = [phase["name"] for phase in phases]
+        named = ", ".join(repr(name[:_SHOWN]) for name in names[:_NAMED])
+        what = "each has an equal part of that time's energy, as ± says"
+        if any(phase["u_j"] is None for phase in phases):
+            what = "which of them had how much of that time's energy is unknown, and so is their ±"
+        yield warning(
+            "phases-at-once",
+            "phases of several threads, tasks or processes ran side by side: "
+            f"{named}{_more(len(names))}; {what}",
+            'record trials as runs of their own: profile(…, join="never")',
+        )
+
+
 def unread_files(files: Iterable[tuple[str, str]]) -> Iterator[dict[str, str]]:
     """For files of marks, metrics or notes about processes that could not be read."""
     for name, why in files:

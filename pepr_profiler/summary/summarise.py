@@ -185,11 +185,12 @@ def _examine(
 
     if run.get("rank") is None and events.rank_facts:
         run["inner_ranks"] = [dict(facts) for facts in events.rank_facts]
+    phases_of_run, at_once = _phases(phases, together, grid, sure=events.knows_ancestors)
     run.update(
         duration_s=duration_s,
         time_s=duration_s,
         energy=energy,
-        phases=_phases(phases, together, grid),
+        phases=phases_of_run,
         memory=_memory(facts, readings, gpus),
         carbon=_carbon(energy["total_j"], options),
         metrics=metrics,
@@ -207,6 +208,7 @@ def _examine(
             ),
             *doubts.torn_events(events.torn_lines),
             *_disagreements(events, performance),
+            *doubts.phases_at_once(at_once),
             *doubts.unread_files(unread),
             *doubts.shared_gpus(gpus, [c.curve for c in counted], begin_ns, end_ns),
             *doubts.served_gpus(gpus),
@@ -368,17 +370,25 @@ def _others_part(counted: Iterable[ComponentResult], kind: str) -> float:
     return others_j / device_j if device_j > 0 else 0.0
 
 
-def _phases(phases: Sequence[PhaseSpan], together: Counted, grid: Grid) -> list[dict[str, Any]]:
+def _phases(
+    phases: Sequence[PhaseSpan], together: Counted, grid: Grid, *, sure: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Phases by name, in order of first appearance: energy between their edges, summed.
 
     Where phases of one name overlap (nested, or in threads), that time counts once. Where several
-    ranks mark theirs in one run, a rank's phase has that rank's part of the energy.
+    ranks mark theirs in one run, a rank's phase has that rank's part of the energy. Where phases of
+    several threads, tasks or processes are open side by side, each has an equal part; where it is
+    not `sure` which of them started which, or they are of one of several ranks, their energies are
+    as they are alone, and u is None. Second come the phases that ran side by side.
     """
     by_name: dict[str, list[PhaseSpan]] = {}
     for phase in phases:
         by_name.setdefault(phase.name, []).append(phase)
     ranks = _Ranks.of(phases)
-    result = []
+    strands = _Strands.of(phases if sure or ranks is None else (), by_rank=ranks is not None)
+    result: list[dict[str, Any]] = []
+    at_once: list[dict[str, Any]] = []
+    is_whole = ranks is not None or not sure
     for name, same in by_name.items():
         begins_ns, ends_ns = _union(same)
         energies_j = [c.counted_within_j(grid, begins_ns, ends_ns) for c in together.components]
@@ -387,6 +397,14 @@ def _phases(phases: Sequence[PhaseSpan], together: Counted, grid: Grid) -> list[
             part, u_part = ranks.part_of(same, together, grid)
             u_j = None if u_j is None else math.hypot(u_j * part, energy_j * u_part)
             energy_j *= part
+        found = strands.part_of(same, together, grid) if energy_j and strands.by_rank else None
+        if energy_j and found is not None:
+            part, u_part = found
+            if is_whole:
+                u_j = None
+            else:
+                u_j = None if u_j is None else math.hypot(u_j * part, energy_j * u_part)
+                energy_j *= part
         result.append(
             {
                 "name": name,
@@ -397,7 +415,9 @@ def _phases(phases: Sequence[PhaseSpan], together: Counted, grid: Grid) -> list[
                 "partial": together.partial(grid, begins_ns, ends_ns),
             }
         )
-    return result
+        if found is not None:
+            at_once.append(result[-1])
+    return result, at_once
 
 
 _DIVISION_U = 0.5
@@ -465,6 +485,91 @@ class _Ranks(Record):
             return 1.0, 0.0
         u_j = 2 * _DIVISION_U * float(np.abs(steps_j) @ (part * (1 - part)))
         return float(steps_j @ part) / energy_j, u_j / energy_j
+
+
+class _Strands(Record):
+    """When phases of each strand of a run are open (PhaseSpan): of several, each has an equal part.
+
+    A phase has the parts of its own strand and of those that were started in it. Strands of another
+    rank are not looked at, because `_Ranks` divides between ranks.
+    """
+
+    by_rank: Mapping[int | None, tuple[Ints, Ints]]
+    within: Mapping[tuple[int | None, str], Sequence[PhaseSpan]]
+    apart: bool
+
+    @classmethod
+    def of(cls, phases: Iterable[PhaseSpan], *, by_rank: bool) -> _Strands:
+        """Those of all phases, of each rank apart if `by_rank`; empty if never two are open."""
+        of_rank: dict[int | None, list[PhaseSpan]] = {}
+        for phase in phases:
+            if phase.strand >= 0:
+                of_rank.setdefault(phase.rank if by_rank else None, []).append(phase)
+        open_ns = {rank: _open_spans(own) for rank, own in of_rank.items()}
+        several = {
+            rank: spans for rank, spans in open_ns.items() if (spans[0][1:] < spans[1][:-1]).any()
+        }
+        within: dict[tuple[int | None, str], list[PhaseSpan]] = {}
+        for rank in several:
+            for phase in of_rank[rank]:
+                for name in phase.above | {phase.name}:
+                    within.setdefault((rank, name), []).append(phase)
+        return cls(several, within, by_rank)
+
+    def part_of(
+        self, same: Sequence[PhaseSpan], together: Counted, grid: Grid
+    ) -> tuple[float, float] | None:
+        """Which part of the energy in a phase's time is its own, and u of it (k = 2).
+
+        None if all of it, for sure.
+        """
+        if any(phase.strand < 0 for phase in same):
+            return None  # a mark is of the whole run
+        for rank in self.by_rank:
+            own = [phase for phase in same if not self.apart or phase.rank == rank]
+            if own and (found := self._part_of(own, rank, together, grid)) is not None:
+                return found
+        return None
+
+    def _part_of(
+        self,
+        same: Sequence[PhaseSpan],
+        rank: int | None,
+        together: Counted,
+        grid: Grid,
+    ) -> tuple[float, float] | None:
+        begun_ns, ended_ns = self.by_rank[rank]
+        of_name = _union(same)
+        own = _open_spans(self.within[rank, same[0].name])
+        first_ns, last_ns = of_name[0][0], of_name[1][-1]
+        at_ns = np.concatenate([begun_ns, ended_ns, *own, *of_name])
+        at_ns = np.sort(at_ns[(at_ns >= first_ns) & (at_ns <= last_ns)])
+        at_ns = at_ns[np.diff(at_ns, prepend=at_ns[0] - 1) > 0]
+        used = _open_at(at_ns[:-1], *of_name) > 0
+        there = np.maximum(_open_at(at_ns[:-1], begun_ns, ended_ns), 1)
+        part = _open_at(at_ns[:-1], *own) / there
+        if bool((part[used] >= 1).all()):
+            return None
+        steps_j = np.zeros(len(at_ns) - 1)
+        for component in together.components:
+            steps_j += np.diff(grid.pick(component.counted_so_far_j, at_ns))
+        steps_j = np.where(used, steps_j, 0.0)
+        energy_j = float(steps_j.sum())
+        if energy_j <= 0:
+            return None
+        # Of n parts of which nothing is known but that they add up to 1, all are as likely.
+        u_part = 2 * np.sqrt(np.maximum(part * (1 - part), 0.0) / (there + 1))
+        return float(steps_j @ part) / energy_j, float(np.abs(steps_j) @ u_part) / energy_j
+
+
+def _open_spans(phases: Iterable[PhaseSpan]) -> tuple[Ints, Ints]:
+    """The begins of the times in which a strand is open, of all strands in order, and the ends."""
+    by_strand: dict[int, list[PhaseSpan]] = {}
+    for phase in phases:
+        by_strand.setdefault(phase.strand, []).append(phase)
+    unions = [_union(own) for own in by_strand.values()]
+    begins_ns = np.sort(np.concatenate([begins for begins, _ in unions]))
+    return begins_ns, np.sort(np.concatenate([ends for _, ends in unions]))
 
 
 def _open_at(at_ns: Ints, begins_ns: Ints, ends_ns: Ints) -> Ints:

@@ -58,6 +58,7 @@ class EventWriter:
         self._fd = -1
         self._identity = (-1, -1)
         self._checked_ns = 0
+        self._described_pid = 0
         self._written = 0
         self.lost = 0
 
@@ -72,11 +73,28 @@ class EventWriter:
         self._written += is_whole
         self.lost += not is_whole
 
-    def begin(self, name: str, number: int, parent: int | None) -> int:
-        """A phase begins now: at this instant, ns."""
+    def begin(
+        self,
+        name: str,
+        number: int,
+        parent: int | None,
+        *,
+        thread: int | None = None,
+        ancestors: Callable[[], Sequence[int]] | None = None,
+    ) -> int:
+        """A phase begins now: at this instant, ns.
+
+        `thread` is that of the phase, None for the main thread. `ancestors` gives the PIDs of the
+        process's parent, its parent and so on. It is called once a process.
+        """
         self._open()  # takes longer than a mark; it is not part of the phase
+        of = "" if thread is None else f',"thread":{thread}'
+        if ancestors is not None and self._described_pid != os.getpid():
+            self._described_pid = os.getpid()
+            of += f',"ancestors":{json.dumps(list(ancestors()))}'
         t_ns, up = time.monotonic_ns(), "null" if parent is None else str(parent)
-        self.write(f'{{"event":"begin","t_ns":{t_ns},"id":{number},"parent":{up},"name":{name}}}')
+        line = f'{{"event":"begin","t_ns":{t_ns},"id":{number},"parent":{up},"name":{name}{of}}}'
+        self.write(line)
         return t_ns
 
     def end(self, number: int) -> int:
@@ -169,6 +187,10 @@ class PhaseSpan(Record):
 
     `series` is that of the mark that began it; None for a program's own block, which no mark ends.
     `rank` is that of the process that began it; None where it has none.
+
+    A program's phases of one `strand` (not negative) are nested in each other or follow each other,
+    those of several may be open side by side, in threads, tasks or processes. `above` are the names
+    of the phases that it is nested in, also those of the thread or process that started its own.
     """
 
     name: str
@@ -177,6 +199,8 @@ class PhaseSpan(Record):
     nested: bool
     series: str | None = None
     rank: int | None = None
+    strand: int = -1
+    above: frozenset[str] = frozenset()
 
 
 class Events(Record):
@@ -185,6 +209,7 @@ class Events(Record):
     `metrics` are (t_ns, values by name), `ranks` those of the processes that logged them (None: it
     has none). `torn_lines` counts lines that could not be read, `unread` are files that could not
     be read, each with why. `rank_facts` are what each rank that wrote a file says of itself.
+    `knows_ancestors` is False for recordings of before processes stored theirs.
     """
 
     phases: tuple[PhaseSpan, ...]
@@ -193,6 +218,7 @@ class Events(Record):
     unread: tuple[tuple[str, str], ...] = ()
     ranks: tuple[int | None, ...] = ()
     rank_facts: tuple[Mapping[str, int | None], ...] = ()
+    knows_ancestors: bool = True
 
     def times_ns(self) -> Iterator[int]:
         """When each phase was entered and left, and each metric logged."""
@@ -209,6 +235,7 @@ RANK_FACTS = ("rank", "local_rank", "world_size", "local_world_size")
 
 _EVENT_SHAPE = {
     **{"t_ns": int, "id": int, "metrics": {}, "rank": int},
+    **{"parent": (int, None), "thread": int, "ancestors": [int]},
     **dict.fromkeys(RANK_FACTS[1:], (int, None)),
 }
 """What is used of an event, besides names; see EventWriter."""
@@ -216,14 +243,17 @@ _EVENT_SHAPE = {
 
 def read_events(directory: Path) -> Events:
     """Reads every events file of a run directory."""
-    phases: list[PhaseSpan] = []
+    blocks: list[_Block] = []
+    ancestors: dict[_Process, Sequence[int]] = {}
     metrics: list[tuple[int, dict[str, Any], int | None]] = []
     marks: list[_Mark] = []
     rank_facts: dict[int, Mapping[str, int | None]] = {}
     torn = 0
     unread: list[tuple[str, str]] = []
     for path in sorted(directory.glob("events-*.jsonl")):
-        open_phases: dict[int, dict[str, Any]] = {}
+        host, _, pid = path.stem.rpartition("-")
+        process = host, int(pid) if pid.isdecimal() else 0
+        open_blocks: dict[int, int] = {}
         rank: int | None = None
         for line in _lines_of(path, unread):
             try:
@@ -236,23 +266,23 @@ def read_events(directory: Path) -> Events:
                     rank = int(event["rank"])
                     rank_facts[rank] = {name: event.get(name) for name in RANK_FACTS}
                 elif kind == "begin":
-                    event["rank"] = rank
-                    _ = event["name"]  # a line without it is torn
+                    block = _Block.of(event, process, rank)
                     # A program that replaced itself (exec) kept its pid and counts from 1 again.
-                    if event["id"] in open_phases:
-                        phases.append(_phase_of_block(open_phases[event["id"]], None))
-                    open_phases[event["id"]] = event
+                    open_blocks[block.number] = len(blocks)
+                    blocks.append(block)
+                    if "ancestors" in event:
+                        ancestors[process] = event["ancestors"]
                 elif kind == "end":
-                    begin = open_phases.pop(event["id"], None)
-                    if begin is not None:
-                        phases.append(_phase_of_block(begin, t_ns))
+                    begun = open_blocks.pop(event["id"], None)
+                    if begun is not None:
+                        blocks[begun] = blocks[begun]._replace(end_ns=t_ns)
                 elif kind == "mark":
                     marks.append(_Mark.of(event, rank))
                 elif kind == "metrics":
                     metrics.append((t_ns, event["metrics"], rank))
             except MALFORMED:
                 torn += 1
-        phases.extend(_phase_of_block(begin, None) for begin in open_phases.values())
+    phases = _phases_of_blocks(blocks, ancestors)
     phases.extend(_phases_of_marks(marks))
     phases.sort(key=lambda phase: phase.begin_ns)
     metrics.sort(key=lambda item: item[0])
@@ -264,6 +294,7 @@ def read_events(directory: Path) -> Events:
         tuple(unread),
         tuple(rank for *_, rank in metrics),
         tuple(facts for _, facts in sorted(rank_facts.items())),
+        all(block.process in ancestors for block in blocks),
     )
 
 
@@ -281,14 +312,121 @@ def _lines_of(path: Path, unread: list[tuple[str, str]]) -> Iterator[bytes]:
         unread.append((path.name, error.strerror or str(error)))
 
 
-def _phase_of_block(begin: dict[str, Any], end_ns: int | None) -> PhaseSpan:
-    return PhaseSpan(
-        str(begin["name"]),
-        int(begin["t_ns"]),
-        end_ns,
-        begin.get("parent") is not None,
-        rank=begin["rank"],
-    )
+_Process = tuple[str, int]
+"""A process's host and PID, as the name of its file has them."""
+
+
+class _Block(Record):
+    """A phase of a program, as its process stored it."""
+
+    process: _Process
+    number: int
+    parent: int | None
+    name: str
+    begin_ns: int
+    end_ns: int | None
+    rank: int | None
+    in_main: bool
+
+    @classmethod
+    def of(cls, begin: Mapping[str, Any], process: _Process, rank: int | None) -> _Block:
+        number, parent, t_ns = begin["id"], begin.get("parent"), begin["t_ns"]
+        name, in_main = str(begin["name"]), "thread" not in begin
+        return cls(process, number, parent, name, t_ns, None, rank, in_main)
+
+
+def _phases_of_blocks(
+    blocks: Sequence[_Block], ancestors: Mapping[_Process, Sequence[int]]
+) -> list[PhaseSpan]:
+    """The phases of all processes, with their strands and what they are nested in."""
+    edges = []
+    for i, block in enumerate(blocks):
+        edges.append((block.begin_ns, 1, i))
+        if block.end_ns is not None:
+            edges.append((block.end_ns, 0 if block.end_ns > block.begin_ns else 2, i))
+    strands = _Strands(blocks, ancestors)
+    for _, edge, i in sorted(edges):
+        if edge == 1:
+            strands.begin(i)
+        else:
+            strands.end(i)
+    return [
+        PhaseSpan(
+            block.name,
+            block.begin_ns,
+            block.end_ns,
+            block.parent is not None,
+            rank=block.rank,
+            strand=strands.strand[i],
+            above=strands.above[i],
+        )
+        for i, block in enumerate(blocks)
+    ]
+
+
+class _Strands:
+    """Goes through the phases of all processes in order of time, and finds their strands."""
+
+    def __init__(
+        self, blocks: Sequence[_Block], ancestors: Mapping[_Process, Sequence[int]]
+    ) -> None:
+        self._blocks = blocks
+        self._ancestors = ancestors
+        self.strand = [-1] * len(blocks)
+        self.above: list[frozenset[str]] = [frozenset()] * len(blocks)
+        self._open: dict[tuple[_Process, int], int] = {}
+        self._stacks: list[list[int]] = []
+        self._free: list[int] = []
+        self._of_main: dict[_Process, list[int]] = {}
+
+    def begin(self, i: int) -> None:
+        block = self._blocks[i]
+        above = self._parent_of(block)
+        strand = -1 if above is None else self.strand[above]
+        if above is not None:
+            self.above[i] = self.above[above] | {self._blocks[above].name}
+        if above is None or self._blocks[above].process != block.process:
+            self.above[i] |= self._around(block)  # a pool may be older than the phase it works for
+        if above is None or self._stacks[strand][-1] != above:
+            if not self._free:
+                self._free.append(len(self._stacks))
+                self._stacks.append([])
+            strand = self._free.pop()
+        self.strand[i] = strand
+        self._stacks[strand].append(i)
+        self._open[block.process, block.number] = i
+        if block.in_main:
+            self._of_main.setdefault(block.process, []).append(i)
+
+    def end(self, i: int) -> None:
+        block, stack = self._blocks[i], self._stacks[self.strand[i]]
+        stack.remove(i)
+        if not stack:
+            self._free.append(self.strand[i])
+        if self._open.get((block.process, block.number)) == i:
+            del self._open[block.process, block.number]
+        if block.in_main:
+            self._of_main[block.process].remove(i)
+
+    def _above(self, process: _Process) -> Iterator[_Process]:
+        return ((process[0], pid) for pid in self._ancestors.get(process, ()))
+
+    def _parent_of(self, block: _Block) -> int | None:
+        """The phase that it was begun in, also one of the process that forked its own."""
+        if block.parent is None:
+            return None
+        of = (block.process, *self._above(block.process))
+        found = (self._open.get((process, block.parent)) for process in of)
+        return next((i for i in found if i is not None), None)
+
+    def _around(self, block: _Block) -> frozenset[str]:
+        """The names of the open phases of the main thread above: all of them, if it has tasks."""
+        of = self._above(block.process)
+        if not block.in_main:
+            of = iter((block.process, *of))
+        mine = next((found for process in of if (found := self._of_main.get(process))), [])
+        chains = {self.strand[i]: self.above[i] | {self._blocks[i].name} for i in mine}
+        return frozenset.intersection(*chains.values()) if chains else frozenset()
 
 
 class _Mark(Record):
