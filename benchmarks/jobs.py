@@ -121,6 +121,7 @@ def summary_of(
             {
                 "id": ident, "kind": kind, "label": ident, "source": "powercap",
                 "provenance": "measured", "in_total": bool(own[i]), "impossible_readings": 0,
+                **({} if own[i] else {"excluded": "was not used by the job"}),
                 "device_j": whole_j, "job_j": job_j, "others_j": whole_j - job_j - idle_j,
                 "idle_j": idle_j, "idle_w": 30.0, "job_idle_j": 0.2 * job_j, "u_j": u_j,
                 "mean_w": whole_j / span_s, "max_w": 1.1 * whole_j / span_s,
@@ -136,7 +137,8 @@ def summary_of(
         "schema": 1, "run_id": f"rank-{node:04d}-{local}", "job": "big", "name": "train",
         "experiment": None, "command": ["python", "train.py"], "host": f"node{node:04d}",
         "boot_id": f"boot-{node:04d}", "node": None, "rank": RANKS * node + local,
-        "local_rank": local, "world_size": world_size, "launcher": "torchrun", "attempt": 0,
+        "local_rank": local, "world_size": world_size, "local_world_size": RANKS,
+        "launcher": "torchrun", "attempt": 0,
         "clock": [{"t_ns": 0, "unix_ns": 1_790_000_000 * 10**9}], "started_at": "2026-11-30",
         "duration_s": span_s, "time_s": span_s, "exit_code": 0, "signal": None, "complete": True,
         "energy": {

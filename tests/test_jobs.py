@@ -464,6 +464,10 @@ def test_what_is_imputed_is_no_more_than_is_left_of_the_devices() -> None:
     # when another GPU was free, or it is on another machine, it may have as much as they
     assert imputed(unused=True, local_world_size=3)["missing_j"] == pytest.approx(510)
     assert imputed(local_world_size=2)["missing_j"] == pytest.approx(510)
+    # when what is left is within the ± of the means, that is held
+    thirds = [rank(i, 0, 10, part(CPU, Constant(100), 0, 10, job=0.35), of=3) for i in (0, 1)]
+    within = job_of(*({**r, "local_world_size": 3} for r in thirds))["energy"]["imputed"]
+    assert (within["total_j"], within["u_j"]) == (pytest.approx(1000), pytest.approx(105))
     # when nobody says where it is, nobody knows
     unknown = imputed()
     assert (unknown["missing_j"], unknown["total_j"], unknown["u_j"]) == (None, None, None)

@@ -127,8 +127,8 @@ def imputed(
     Each is taken to be as the mean of those that are there. The estimate of the whole job then has
     their errors, scaled up, and what single ranks differ by: s·√(M + M²/n) for M missing and n
     present ones whose energies have the standard deviation s. Those on a recorded machine took no
-    more than the present ones leave of its devices. Where that is less than their means, its ± is
-    unknown, and the estimate too if nobody says whether they were there.
+    more than the present ones leave of its devices. Where that is less than their means by more
+    than the ±, the ± is unknown. If nobody says whether they were there, the estimate is too.
     """
     if not missing:
         return None
@@ -165,9 +165,11 @@ def imputed(
     if any(less):
         how += ", but no more than is left of the devices of its machine"
     result |= {"missing_j": missing_j, "total_j": total_j + missing_j, "how": how}
-    if n > 1 and u_j is not None and not energy["partial"] and not any(less):
+    if n > 1 and u_j is not None and not energy["partial"]:
         spread_j = float(np.std(known_j, ddof=1)) * math.sqrt(m + m**2 / n)
-        result["u_j"] = math.hypot(u_j * (1 + m / n), float(coverage_factor(n - 1)) * spread_j)
+        estimate_u_j = math.hypot(u_j * (1 + m / n), float(coverage_factor(n - 1)) * spread_j)
+        if m * mean_j - missing_j <= estimate_u_j:
+            result["u_j"] = estimate_u_j
     elif n == 1:
         result["how"] += "; how much ranks differ is unknown, as there is one"
     return result
