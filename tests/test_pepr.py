@@ -347,6 +347,21 @@ def test_the_spread_of_repeats_is_never_below_the_sensors_own() -> None:
     assert means.errors.var_r == pytest.approx([16.0 / 2])
 
 
+def test_the_order_of_the_models_moves_no_bit_of_their_errors() -> None:
+    rng = np.random.default_rng(8)
+    for scatter in (np.full(6, 0.02), np.geomspace(1e-4, 0.1, 6)):  # pooled wholly, and in part
+        means = 100 * rng.normal(1, 0.3, 6)
+        r, p = means[:, None] * rng.normal(1, scatter[:, None], (6, 4)), rng.random((6, 4))
+        model = np.repeat(np.arange(6), 4)
+        first = pepr.average(model, p.ravel(), r.ravel()).errors
+        for _ in range(20):
+            order = rng.permutation(6)
+            again = pepr.average(model, p[order].ravel(), r[order].ravel()).errors
+            assert again.var_r.tolist() == first.var_r[order].tolist()
+            assert again.var_p.tolist() == first.var_p[order].tolist()
+            assert again.dof.tolist() == first.dof[order].tolist()
+
+
 def test_what_repeats_share_does_not_average_out() -> None:
     means = pepr.average(
         [0, 0, 0, 0, 1], [0.9] * 5, [100.0] * 5, u_r=1.0, shared=[[4.0] * 5, [0, 0, 8.0, 8.0, 0]]

@@ -261,7 +261,9 @@ def pooled(variance: Floats, dof: Floats, repeated: npt.NDArray[np.bool_]) -> tu
     variances and the degrees of freedom. Fewer than 3 `repeated` rows, or any of variance 0, stay
     as they are.
     """
-    own, nu = variance[repeated], dof[repeated]
+    rows = np.flatnonzero(repeated)
+    rows = rows[np.lexsort((dof[rows], variance[rows]))]  # sums to the bit the same in any order
+    own, nu = variance[rows], dof[rows]
     if len(own) < _POOLED or not (own > 0).all():
         return variance, dof
     logs = np.log(own) - _digamma(nu / 2) + np.log(nu / 2)
@@ -280,10 +282,10 @@ def pooled(variance: Floats, dof: Floats, repeated: npt.NDArray[np.bool_]) -> tu
         more = np.minimum(prior, others)
     variance, dof = variance.copy(), dof.copy()
     if excess <= 0:
-        variance[repeated] = common
+        variance[rows] = common
     else:
-        variance[repeated] = (more * common + nu * own) / (more + nu)
-    dof[repeated] = nu + more
+        variance[rows] = (more * common + nu * own) / (more + nu)
+    dof[rows] = nu + more
     return variance, dof
 
 

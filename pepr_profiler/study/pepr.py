@@ -281,7 +281,7 @@ def average(
         as_one = as_one or int(repeated.sum()) == 1
         like_p, like_r, dof = like_p.copy(), like_r.copy(), dof.copy()
         like_p[alone], dof[alone] = like_p[repeated].max(), dof[lender]
-        like_r[alone] = like_r[lender] * (mean_r[alone] / mean_r[lender]) ** 2
+        like_r[alone] = like_r[lender] / mean_r[lender] ** 2 * mean_r[alone] ** 2
     known = repeated | (alone & (lender is not None))
     with np.errstate(divide="ignore", invalid="ignore"):
         scaled = np.where(cov == 0, 0.0, cov * np.sqrt(like_p / var_p * (like_r / var_r)))
