@@ -369,8 +369,8 @@ def _complain_of_same_names(
     if several:
         complain(
             f"warning: several rows are called {listed(list(map(brief, several)))}: each of them "
-            "is ranked by itself\n  fix: --repeats, if they are repeats of a model"
-            f"{'' if named else '; --name COL, if another column has the names'}"
+            "is ranked by itself\n  fix: --repeats, if they are repeats of a model; --setting COL, "
+            f"if they differ in a setting{'' if named else '; --name COL, if COL has the names'}"
         )
 
 
