@@ -507,7 +507,8 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """The run's summary (docs/design.md, Contract), after the block has ended.
 
-        Of a joined run: the outer run's figures over this block.
+        Of a joined run: the outer run's figures over this block. u of the total is None if other
+        threads, tasks or processes of that run had phases beside it, whose energy it has too.
         """
         if self._summary is None:
             end_ns = self._window_ns[1]
@@ -519,7 +520,21 @@ class Run:
                 )
             _wait_for_rows(self.directory, end_ns)
             self._summary = self._summarise(until_ns=end_ns)
+            if self._block is not None:
+                self._doubt_total(self._summary)
         return self._summary
+
+    def _doubt_total(self, summary: dict[str, Any]) -> None:
+        """Makes u of the total unknown where the phase that this block is has a part of it only."""
+        energy, name = summary["energy"], self._options.name
+        own = next((phase for phase in summary["phases"] if phase["name"] == name), None)
+        beside = any(warning["code"] == "phases-at-once" for warning in summary["warnings"])
+        if (
+            beside
+            and own is not None
+            and (own["energy_j"] or 0) < _WHOLE * (energy["total_j"] or 0)
+        ):
+            energy["u_j"] = None
 
     def job_summary(self) -> dict[str, Any]:
         """The summary of the whole job that this run is of (docs/jobs.md), as far as it has come.
@@ -876,6 +891,9 @@ def _open_run() -> Run | None:
         run = next((block for block in reversed(of_here) if block._is_forgotten), None)
     return run
 
+
+_WHOLE = 0.99
+"""A phase with this part of the energy in its time has all of it, but for its edges."""
 
 _CALLERS = 8
 

@@ -386,10 +386,14 @@ import multiprocessing, sys, threading
 from pepr_profiler import profile
 
 def trial(number):
-    with profile(f"trial {number}"):
+    with profile(f"trial {number}") as run:
         meet.wait(100)
         threading.Event().wait(0.2)
         meet.wait(100)
+    unknown.append(run.summary["energy"]["u_j"] is None)
+    return unknown[-1]
+
+unknown = []
 
 def begun(barrier):
     global meet
@@ -405,7 +409,8 @@ if __name__ == "__main__":
         else:
             context = multiprocessing.get_context(sys.argv[1])
             with context.Pool(3, begun, (context.Barrier(3),)) as pool:
-                pool.map(trial, range(3), chunksize=1)
+                unknown = pool.map(trial, range(3), chunksize=1)
+    assert unknown == [True] * 3, unknown
 """
 
 
