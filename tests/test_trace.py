@@ -90,6 +90,20 @@ def test_every_row_comes_back_once_while_recording_and_after(
     assert [path.name for path in tmp_path.iterdir()] == ["demo.arrows"]
 
 
+def test_a_phase_that_ends_before_it_begins_is_read(tmp_path: Path) -> None:
+    lines = [
+        '{"event":"begin","t_ns":20,"id":1,"parent":null,"name":"damaged"}',
+        '{"event":"end","t_ns":10,"id":1}',
+        '{"event":"begin","t_ns":30,"id":2,"parent":null,"name":"sound"}',
+        '{"event":"end","t_ns":40,"id":2}',
+    ]
+    (tmp_path / "events-host-1.jsonl").write_text("\n".join(lines) + "\n")
+    phases = read_events(tmp_path).phases
+    spans = [(phase.name, phase.begin_ns, phase.end_ns) for phase in phases]
+    assert spans == [("damaged", 20, 10), ("sound", 30, 40)]
+    assert phases[1].strand >= 0
+
+
 def test_a_reader_can_be_read_again(tmp_path: Path) -> None:
     writer = record(tmp_path, [5000, 10])
     reader = LaneReader(tmp_path, "demo")

@@ -342,8 +342,9 @@ def _phases_of_blocks(
     edges = []
     for i, block in enumerate(blocks):
         edges.append((block.begin_ns, 1, i))
-        if block.end_ns is not None:
-            edges.append((block.end_ns, 0 if block.end_ns > block.begin_ns else 2, i))
+        if block.end_ns is not None:  # in a damaged file it may be before the begin
+            end_ns = max(block.begin_ns, block.end_ns)
+            edges.append((end_ns, 0 if end_ns > block.begin_ns else 2, i))
     strands = _Strands(blocks, ancestors)
     for _, edge, i in sorted(edges):
         if edge == 1:
@@ -362,6 +363,10 @@ def _phases_of_blocks(
         )
         for i, block in enumerate(blocks)
     ]
+
+
+_DEEPEST = 100
+"""So many names of phases around a phase are known: a damaged file may nest a million."""
 
 
 class _Strands:
@@ -384,7 +389,9 @@ class _Strands:
         above = self._parent_of(block)
         strand = -1 if above is None else self.strand[above]
         if above is not None:
-            self.above[i] = self.above[above] | {self._blocks[above].name}
+            self.above[i] = self.above[above]
+            if len(self.above[i]) < _DEEPEST:
+                self.above[i] |= {self._blocks[above].name}
         if above is None or self._blocks[above].process != block.process:
             self.above[i] |= self._around(block)  # a pool may be older than the phase it works for
         if above is None or self._stacks[strand][-1] != above:
