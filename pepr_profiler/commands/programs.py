@@ -192,9 +192,14 @@ def _step_of(words: tuple[str, ...]) -> Step:
                 break
     if program in _SCRIPTS:
         return _script(words, at, base, program)
-    if program in _WRAPPERS:
+    if program in _WRAPPERS and _wraps(program, words):
         return _wrapper(words, at, base, program)
     return Step(program, base)
+
+
+def _wraps(program: str, words: tuple[str, ...]) -> bool:
+    """Whether it runs a command: of ours, `attach` and others do not."""
+    return program != "pepr-profile" or "--" in words or words[:1] == ("run",)
 
 
 def _python(words: tuple[str, ...], base: str) -> Step:
@@ -223,7 +228,7 @@ def _python(words: tuple[str, ...], base: str) -> Step:
 def _module(module: str, others: tuple[str, ...], base: str) -> Step:
     """A module that runs others is what the program of its name is."""
     program = _SAME.get(module, module)
-    if program != module or program in _PROGRAM_MODULES:
+    if (program != module or program in _PROGRAM_MODULES) and _wraps(program, others):
         return Step(base, base, (*program.split(), *others))
     return Step(base, _module_name(module))
 
