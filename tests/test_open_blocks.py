@@ -642,7 +642,8 @@ if __name__ == "__main__":
     for run_id, found, cpu_s, phases in blocks:
         assert [(joined, of) for _, joined, of in found] == [(True, run_id)] * 4
         assert phases == [["task", 4]]
-        assert 1.15 < cpu_s < 2.0  # truth: 4 tasks of 0.3 s
+        # truth: 4 tasks of 0.3 s, and what Ray's own processes do meanwhile
+        assert 1.15 < cpu_s < (4.0 if pool == "ray" else 2.0)
     assert {path.name for path in cli.runs()} >= {run_id for run_id, *_ in blocks}
 
 
