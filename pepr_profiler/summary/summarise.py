@@ -20,7 +20,7 @@ from pepr_profiler.energy.blocks import BlockPart
 from pepr_profiler.energy.gpus import Gpus, board_of
 from pepr_profiler.energy.sharing import highest_power_w, share
 from pepr_profiler.errors import TraceError
-from pepr_profiler.record import Ints, Record
+from pepr_profiler.record import Floats, Ints, Record
 from pepr_profiler.summary import doubts
 from pepr_profiler.summary.component import ComponentResult, Counted, Grid
 from pepr_profiler.summary.lanes import Readings, read_all
@@ -476,10 +476,7 @@ class _Ranks(Record):
         if of_whole is not None:
             all_of_it = _open_at(at_ns[:-1], *of_whole) > 0
             part, used = np.where(all_of_it, 1.0, part), used | all_of_it
-        steps_j = np.zeros(len(at_ns) - 1)
-        for component in together.components:
-            steps_j += np.diff(grid.pick(component.counted_so_far_j, at_ns))
-        steps_j = np.where(used, steps_j, 0.0)
+        steps_j = np.where(used, _steps_j(together, grid, at_ns), 0.0)
         energy_j = float(steps_j.sum())
         if energy_j <= 0:
             return 1.0, 0.0
@@ -542,24 +539,32 @@ class _Strands(Record):
         of_name = _union(same)
         own = _open_spans(self.within[rank, same[0].name])
         first_ns, last_ns = of_name[0][0], of_name[1][-1]
-        at_ns = np.concatenate([begun_ns, ended_ns, *own, *of_name])
-        at_ns = np.sort(at_ns[(at_ns >= first_ns) & (at_ns <= last_ns)])
+        near = [  # a run may have a hundred thousand phases, each with a name of its own
+            edges[np.searchsorted(edges, first_ns) : np.searchsorted(edges, last_ns, "right")]
+            for edges in (begun_ns, ended_ns, *own, *of_name)
+        ]
+        at_ns = np.sort(np.concatenate(near))
         at_ns = at_ns[np.diff(at_ns, prepend=at_ns[0] - 1) > 0]
         used = _open_at(at_ns[:-1], *of_name) > 0
         there = np.maximum(_open_at(at_ns[:-1], begun_ns, ended_ns), 1)
         part = _open_at(at_ns[:-1], *own) / there
         if bool((part[used] >= 1).all()):
             return None
-        steps_j = np.zeros(len(at_ns) - 1)
-        for component in together.components:
-            steps_j += np.diff(grid.pick(component.counted_so_far_j, at_ns))
-        steps_j = np.where(used, steps_j, 0.0)
+        steps_j = np.where(used, _steps_j(together, grid, at_ns), 0.0)
         energy_j = float(steps_j.sum())
         if energy_j <= 0:
             return None
         # Of n parts of which nothing is known but that they add up to 1, all are as likely.
         u_part = 2 * np.sqrt(np.maximum(part * (1 - part), 0.0) / (there + 1))
         return float(steps_j @ part) / energy_j, float(np.abs(steps_j) @ u_part) / energy_j
+
+
+def _steps_j(together: Counted, grid: Grid, at_ns: Ints) -> Floats:
+    """The counted energy from each instant to the next, J."""
+    steps_j = np.zeros(len(at_ns) - 1)
+    for component in together.components:
+        steps_j += np.diff(grid.pick(component.counted_so_far_j, at_ns))
+    return steps_j
 
 
 def _open_spans(phases: Iterable[PhaseSpan]) -> tuple[Ints, Ints]:
