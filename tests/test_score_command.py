@@ -308,6 +308,10 @@ def test_a_range_of_noise_is_named_where_it_is_saved_and_where_it_is_given(tmp_p
         stderr = scored(table, *COLUMNS, "--repeats", *given).stderr
         assert "the normalisation range is narrower than what kwh can tell" in stderr
     assert scored(table, *COLUMNS, "--repeats", "--range", "0.5:9").stderr == ""
+    # and rows of which nothing is known do not make those sure of which something is
+    rows += ["c,0.90,1.02", "c,0.90,1.02", "d,0.9,1.03", "e,0.9,1.03", "f,0.9,1.02"]
+    stderr = scored(table_of(tmp_path, *rows), *COLUMNS, "--repeats", "--range", "1:1.01").stderr
+    assert "the normalisation range is narrower than what kwh can tell" in stderr
 
 
 def test_a_saved_range_keeps_the_unit_and_holds_for_no_other(tmp_path: Path) -> None:

@@ -151,7 +151,8 @@ class Ranking:
                 )
             )
         if self.bounds_given and self.u_resource is not None:
-            u = float(np.median(np.nan_to_num(self.u_resource)))
+            known_u = self.u_resource[np.isfinite(self.u_resource)]
+            u = float(np.median(known_u)) if len(known_u) else 0.0
             width = self.scores.bounds[1] - self.scores.bounds[0]
             if width < _LEAST_SPAN * u:
                 found.append(
