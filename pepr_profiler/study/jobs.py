@@ -34,7 +34,7 @@ from pepr_profiler.study.job_devices import (
     union_of,
     windows_ns,
 )
-from pepr_profiler.study.ranks import Pass, RankShare, Room
+from pepr_profiler.study.ranks import MachineRest, Pass, RankShare
 from pepr_profiler.summary.doubts import SHARED_DEVICE, SHARED_PROCESS, shared_job
 from pepr_profiler.summary.timeline import Timeline, TimelineComponent
 from pepr_profiler.trace.events import PhaseSpan
@@ -285,8 +285,8 @@ class JobRecordings:
         first = min(runs, key=lambda run: str(run.get("started_at")))
         memory = [run.get("memory") or {} for run in top]
         metrics, performance, warnings = of_ranks.metrics_of(self._by_authority())
-        rooms = list(self._rooms(of_boots, devices.scope)) if self.missing_ranks else []
-        energy["imputed"] = of_ranks.imputed(shares, self.missing_ranks, energy, rooms)
+        rests = list(self._rests(of_boots, devices.scope)) if self.missing_ranks else []
+        energy["imputed"] = of_ranks.imputed(shares, self.missing_ranks, energy, rests)
         if self.missing_ranks:
             energy["partial"] += [
                 {"id": f"rank:{rank}", "missing_s": duration_s} for rank in self.missing_ranks
@@ -461,9 +461,9 @@ class JobRecordings:
             complete=all(run.get("complete") for run in runs),
         )
 
-    def _rooms(
+    def _rests(
         self, components: Mapping[str, Sequence[Mapping[str, Any]]], scope: str
-    ) -> Iterator[Room]:
+    ) -> Iterator[MachineRest]:
         """What the recordings of each machine leave to ranks without one. `components` are by boot.
 
         Where ranks saw GPUs of their own each, others may have had some that nobody saw.
@@ -484,7 +484,7 @@ class JobRecordings:
                 and (c["in_total"] or c.get("excluded") in (UNUSED, PERHAPS_SERVED))
             ]
             known = _known(one.ranks_of_node for one in recordings)
-            yield Room(
+            yield MachineRest(
                 ranks=set().union(*known) if known else None,
                 left_j=math.fsum(left_j) if len(gpus) <= 1 else math.inf,
             )

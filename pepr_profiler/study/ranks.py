@@ -105,7 +105,7 @@ def stragglers_of(passes: Iterable[Pass]) -> list[dict[str, Any]]:
     return found
 
 
-class Room(NamedTuple):
+class MachineRest(NamedTuple):
     """What the recordings of a machine leave of its devices to ranks that nobody recorded.
 
     `ranks` are those on the machine, recorded or not; None is unknown. `left_j` is what is neither
@@ -120,7 +120,7 @@ def imputed(
     shares: Sequence[RankShare],
     missing: Sequence[int],
     energy: Mapping[str, Any],
-    rooms: Sequence[Room],
+    rests: Sequence[MachineRest],
 ) -> dict[str, Any] | None:
     """What the missing ranks may have taken, apart from the total; None if none is missing.
 
@@ -142,11 +142,11 @@ def imputed(
     if not n or total_j is None:
         return {**result, "how": "the energy of no rank is known"}
     mean_j = math.fsum(known_j) / n
-    placed = [len(room.ranks.intersection(missing)) for room in rooms if room.ranks is not None]
-    left_j = [room.left_j for room in rooms if room.ranks is not None]
+    placed = [len(rest.ranks.intersection(missing)) for rest in rests if rest.ranks is not None]
+    left_j = [rest.left_j for rest in rests if rest.ranks is not None]
     elsewhere_j = (m - sum(placed)) * mean_j
-    unplaced_j = math.fsum(room.left_j for room in rooms if room.ranks is None)
-    unsure = any(room.ranks is None for room in rooms) and _exceeds(elsewhere_j, unplaced_j)
+    unplaced_j = math.fsum(rest.left_j for rest in rests if rest.ranks is None)
+    unsure = any(rest.ranks is None for rest in rests) and _exceeds(elsewhere_j, unplaced_j)
     less = [_exceeds(count * mean_j, most_j) for count, most_j in zip(placed, left_j, strict=True)]
     mean = "that of the present one" if n == 1 else f"the mean of the {n} present ones"
     if unsure or (any(less) and energy["partial"]):

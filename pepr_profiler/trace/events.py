@@ -345,7 +345,7 @@ def _phases_of_blocks(
         if block.end_ns is not None:  # in a damaged file it may be before the begin
             end_ns = max(block.begin_ns, block.end_ns)
             edges.append((end_ns, 0 if end_ns > block.begin_ns else 2, i))
-    strands = _Strands(blocks, ancestors)
+    strands = _StrandsByTime(blocks, ancestors)
     for _, edge, i in sorted(edges):
         if edge == 1:
             strands.begin(i)
@@ -369,7 +369,7 @@ _DEEPEST = 100
 """So many names of phases around a phase are known: a damaged file may nest a million."""
 
 
-class _Strands:
+class _StrandsByTime:
     """Goes through the phases of all processes in order of time, and finds their strands."""
 
     def __init__(
