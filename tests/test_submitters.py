@@ -329,7 +329,8 @@ def test_the_tasks_of_srun_are_counted_in_their_cgroup(
     _, summary = cli.measure(*options, "srun", "-n", "2", "-O", *task, env=slurm)
     assert summary["exit_code"] == 0
     truth_s = sum(float((cli.folder / f"used-{rank}").read_text()) for rank in range(2))
-    assert job_cpu_s(cli, summary) == pytest.approx(truth_s, rel=0.02)
+    # the end of an interpreter comes after it has said what it used
+    assert job_cpu_s(cli, summary) == pytest.approx(truth_s, rel=0.02, abs=0.2)
     assert codes(summary) == set()
     assert summary["energy"]["partial"] == []
 

@@ -169,8 +169,8 @@ class ComponentResult(Record):
             if math.isfinite(flow_ns[0]):
                 first_ns = min(first_ns, flow_ns[0])
             missing_ns += np.clip(np.minimum(first_ns, ends_ns) - begins_ns, 0, None)
-        if grid.at_ns[-1] - last_ns <= limit_ns:
-            last_ns = max(last_ns, grid.read_ns)
+        if grid.at_ns[-1] - last_ns <= limit_ns and grid.read_ns >= grid.at_ns[-1]:
+            last_ns = float(grid.at_ns[-1])
         elif math.isfinite(flow_ns[1]):
             last_ns = max(last_ns, flow_ns[1])
         missing_ns += np.clip(ends_ns - np.maximum(last_ns, begins_ns), 0, None)
